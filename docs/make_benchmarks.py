@@ -57,7 +57,8 @@ class Results:
         data, versions = self.data, self.data.get("versions", self.data)
         layers = {True: ", prepacked", False: ", stock layers"}.get(data.get("packed", self.asked.get("pack")), "")
         software = f"torch {versions['torch']}, Transformers {versions['transformers']}"
-        pages = ", huge pages" if "hugetlb=1" in data.get("environment", {}).get("GLIBC_TUNABLES", "") else ""
+        asked_for_pages = "hugetlb=1" in data.get("environment", {}).get("GLIBC_TUNABLES", "")
+        pages = ", huge pages" if asked_for_pages or data.get("huge_page_mib") else ""
         return f"{data['device']}, {data['dtype']}, threads: {data['threads']}{layers}{pages}, {software}"
 
     def summaries(self, temperature: str) -> dict[str, dict[str, dict[str, Any]]]:

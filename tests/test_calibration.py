@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 from tests.assistants.kinds import KINDS, add_mtp_layer, pair_of
 from tests.conftest import FakeClock
 from tests.recurrent_targets import NEEDS_STATES, recurrent
-from tests.targets import Architecture
+from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
 from transformers_resps.drafting.level_drafter import LevelDrafter
@@ -23,7 +23,9 @@ from transformers_resps.heads import BoundHead
 from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
+from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.hybrids import known_mixers
+from transformers_resps.verifying.verifier import InvariantVerifier
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,41 @@ def test_planted_costs_are_found(
     assert costs.step_seconds(TreeShape.plain(), 400) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
     assert costs.draft_seconds(4, 5) == pytest.approx(0.1 + 5 * 0.25) and costs.level_seconds == pytest.approx(0.25)
+
+
+def test_steps_of_the_invariant_mode_have_a_table_of_their_own(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, leaves, verify = FakeClock(), dict[int, int](), InvariantVerifier.verify
+
+    def slow(self: InvariantVerifier, tree: DraftTree) -> Any:
+        nodes = tree.node_count
+        found = nodes - len({0, *tree.parents[0, 1:].tolist()})
+        leaves.setdefault(nodes, found)
+        clock.advance(nodes + 2.0 * found)
+        return verify(self, tree)
+
+    monkeypatch.setattr(InvariantVerifier, "verify", slow)
+    hook = plant(target, clock, lambda tokens: 1.0)
+    normal, table = (calibrate(target, invariant=mode, folder=tmp_path, clock=clock) for mode in (False, True))
+    hook.remove()
+    assert leaves[8] == 3 and leaves[16] == 6, "paths have a price there"
+    assert normal.verify == dict.fromkeys(CONTEXTS, dict.fromkeys(NODES, 1.0)) and normal.plain
+    assert table.verify == {
+        context: {nodes: 1.0 + nodes + 2.0 * leaves[nodes] for nodes in NODES} for context in CONTEXTS
+    }
+    assert not table.plain and table.plain_seconds(400) == table.verify_seconds(1, 400)
+    assert calibrate(target, folder=tmp_path) == normal
+    assert calibrate(target, invariant=True, folder=tmp_path) == table
+    for known, mode in ((normal, True), (table, False)):
+        with pytest.raises(ValueError, match="attention '.*resps_invariant'"):
+            known.check_here(identity_of(target, None, invariant=mode))
+
+
+def test_a_target_that_the_invariant_mode_refuses_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    (gemma,) = (one for one in ARCHITECTURES if str(one) == "gemma2")
+    with pytest.raises(ValueError, match="attn_logit_softcapping"):
+        calibrate(gemma.build("eager"), invariant=True, folder=tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,6 +223,9 @@ def test_the_command_prints_the_table_and_what_it_means(
     assert main(["calibrate", str(tmp_path / "target"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["identity"]["packed"] is False and told["verdict"] in printed and len(told["verify"]) > 1
+    assert main(["calibrate", str(tmp_path / "target"), "--invariant"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention     resps_invariant" in printed and "One node is plain decoding." in printed
     add_mtp_layer(tmp_path / "target")
     assert main(["calibrate", str(tmp_path / "target"), "mtp"]) == 0
     printed = capsys.readouterr().out

@@ -6,7 +6,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
@@ -21,6 +23,7 @@ from .compat import CACHE_KEYWORD
 from .drafting.mixed_drafter import DraftPart, drafter_of
 from .generation.attach import attach, detach
 from .generation.checks import check_model
+from .generation.invariance import InvariantCalls
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.request import Assistants, SpeculationDefaults
 from .heads import DraftSource
@@ -28,9 +31,13 @@ from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
 from .verifying.cache import crop, record_windows
+from .verifying.forward import TargetForward
 from .verifying.hybrids import is_recurrent
+from .verifying.invariant import INVARIANT
 from .verifying.prepacking import is_prepacked
-from .verifying.verifier import TreeVerifier
+from .verifying.row_classes import RowClasses
+from .verifying.slots import SlotEngine
+from .verifying.verifier import InvariantVerifier, TreeVerifier, Verifier
 
 
 FORMAT = 2  # of stored tables; it is part of their names, so that those without the start of drafts are not read
@@ -46,6 +53,7 @@ def calibrate(
     target: PreTrainedModel,
     head: DraftSource | PreTrainedModel | str | None = None,
     *,
+    invariant: bool = False,
     refresh: bool = False,
     folder: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -56,22 +64,25 @@ def calibrate(
         target: the model, in the dtype and on the device that it decodes with.
         head: what drafts for it: its draft head, MTP layers, an assistant, a small model, or the name of one; or
             `None`.
+        invariant: measure steps of the invariant mode. Its table is another one, without times of stock's `generate`.
         refresh: measure again even if a table is stored.
         folder: where tables are stored; `None` is a folder in the Hugging Face cache.
         clock: returns seconds.
 
     Returns:
-        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention or
-        head change.
+        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention,
+        mode or head change.
 
     Raises:
         ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
-            target or its cache does not support draft trees, or the clock does not advance.
+            target or its cache does not support draft trees or the invariant mode, or the clock does not advance.
     """
     _check_target(target, has_head=head is not None)
+    if invariant:
+        InvariantCalls().admit(target, SlotEngine(), None, {}, None)
     assistants = Assistants()  # keeps what it loads
     source = assistants.source(target, head)
-    identity = identity_of(target, source)
+    identity = identity_of(target, source, invariant=invariant)
     name = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
     if path.exists() and not refresh:
@@ -84,13 +95,17 @@ def calibrate(
     kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each chain
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
-    total = sum(map(len, nodes.values())) + (0 if source is None else 2 * len(WIDTHS)) + len(contexts) + 1
+    stock = [] if invariant else contexts
+    total = sum(map(len, nodes.values())) + (0 if source is None else 2 * len(WIDTHS)) + len(stock) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
         watch = _Stopwatch(clock, bar.update)
-        verify = {context: _time_verifying(target, context, counts, watch) for context, counts in nodes.items()}
+        verify = dict[int, dict[int, _Measured]]()
+        for context, counts in nodes.items():
+            with _opened(target, context, invariant=invariant) as verifier:
+                verify[context] = _time_verifying(target, verifier, context, counts, watch)
         start, draft = ({}, {}) if source is None else _time_drafting(target, source, contexts[0], watch)
-        plain = {context: _time_plain(target, context, watch) for context in contexts}
-        overhead = _time_overhead(target, source, room)
+        plain = {context: _time_plain(target, context, watch) for context in stock}
+        overhead = _time_overhead(target, source, room, invariant=invariant)
         bar.update()
     table = CostTable(
         verify={context: _medians(row) for context, row in verify.items()},
@@ -121,8 +136,8 @@ def _check_target(target: Any, *, has_head: bool) -> None:
     check_model(target, has_head=has_head)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
-def identity_of(target: PreTrainedModel, source: DraftSource | None) -> dict[str, Any]:
-    """What a measurement depends on."""
+def identity_of(target: PreTrainedModel, source: DraftSource | None, *, invariant: bool = False) -> dict[str, Any]:
+    """What a measurement depends on. The invariant mode has its own attention, by which tables are told apart."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -131,7 +146,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None) -> dict[str
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
-        "attention": config.get_text_config()._attn_implementation,
+        "attention": INVARIANT if invariant else config.get_text_config()._attn_implementation,
         "packed": is_prepacked(target),
         "head": None if source is None else _size_of(source, target),
     }
@@ -187,29 +202,46 @@ def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
     return {size: (measured.low, measured.high) for size, measured in row.items()}
 
 
+@contextmanager
+def _opened(target: PreTrainedModel, context: int, *, invariant: bool) -> Iterator[Verifier]:
+    """A verifier of either mode, for a prompt of so many tokens."""
+    verifier: Verifier = TreeVerifier.of(target, context)
+    if invariant:
+        positions = torch.arange(context, device=target.device)[None]
+        verifier = InvariantVerifier(TargetForward.of(target), SlotEngine(), RowClasses().needs(target), positions)
+    with verifier:
+        yield verifier
+
+
 @torch.no_grad()
 def _time_verifying(
-    target: PreTrainedModel, context: int, counts: Sequence[int], watch: "_Stopwatch"
+    target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
 ) -> dict[int, _Measured]:
     """Number of nodes -> seconds at one context length."""
-    # The trees are stars: a mask's content costs nothing, its size does. Where recurrent layers read every path they
-    # are chains, as "auto" drafts there, and two of their nodes are kept, since those layers read them again.
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
-    with TreeVerifier.of(target, context) as verifier:
-        verifier.prefill(tokens[:, :context])
-        order = torch.arange(max(counts), device=target.device)[None]
-        parents = (order - 1).clamp(min=0) if verifier.reads_paths else torch.zeros_like(order)
+    verifier.prefill(tokens[:, :context])
+    order = torch.arange(max(counts), device=target.device)[None]
+    parents = _parents(verifier, order)
 
-        def verify(nodes: int) -> None:
-            logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
-            if verifier.reads_paths:
-                verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
-            else:
-                verifier.undo()
-            logits[0, -1, 0].item()  # wait for the device
+    def verify(nodes: int) -> None:
+        logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
+        if verifier.reads_paths:  # two nodes are kept, since recurrent layers read them again
+            verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
+        else:
+            verifier.undo()
+        logits[0, -1, 0].item()  # wait for the device
 
-        return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
+    return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
+
+
+def _parents(verifier: Verifier, order: Tensor) -> Tensor:
+    """Of the nodes `order` `[1, n]` of a tree, whose first ones are smaller trees."""
+    if verifier.reads_paths:  # recurrent layers read every path: "auto" drafts chains there
+        return (order - 1).clamp(min=0)
+    if isinstance(verifier, InvariantVerifier):  # each path has a price: three of eight nodes end one
+        return order * 5 // 8
+    return torch.zeros_like(order)  # a mask's content costs nothing, its size does
 
 
 @torch.no_grad()
@@ -267,7 +299,7 @@ def _of_one(several: float, one: float, more: int) -> float:
     return max(several - one, 0.0) / more
 
 
-def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: int) -> float:
+def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: int, *, invariant: bool) -> float:
     """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
@@ -282,6 +314,7 @@ def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: in
                 attention_mask=torch.ones_like(prompt),
                 assistant_model=source,
                 policy=FixedPolicy(shape),
+                invariant=invariant,
                 do_sample=False,
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,

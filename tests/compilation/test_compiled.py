@@ -1,6 +1,6 @@
 """Compiled functions: one code for all sizes, and never another module's weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels import products_in_bfloat16
+from transformers_resps.compilation import compiled as compiled_module
+from transformers_resps.compilation import pages
 from transformers_resps.compilation.compiled import CompiledFunction
 
 
@@ -75,6 +78,24 @@ def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_call
 
 
 @torch.no_grad()
+def test_what_the_compiler_lays_out_is_moved_into_huge_pages_and_no_earlier_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = list[int]()
+
+    def noted(tensors: Iterable[Tensor]) -> None:
+        calls.append(sum(stop - start for start, stop in map(pages._span, tensors)))
+
+    monkeypatch.setattr(compiled_module, "collapse", noted)
+    for width in (96, 160):
+        layer, states = nn.Linear(64, width), torch.randn(4, 64)
+        found = CompiledFunction(lambda states, layer=layer: layer(states), [(0,)])([states])
+        torch.testing.assert_close(found, layer(states), rtol=1e-4, atol=1e-5)
+    weights = [4 * 64 * width for width in (96, 160)]
+    assert all(weight <= moved < 2 * weight for moved, weight in zip(calls, weights, strict=True))
+
+
+@torch.no_grad()
 def test_code_that_was_made_for_some_sizes_serves_no_others() -> None:
     """PyTorch's own code asks for sizes, too: its kernels have limits."""
     function = CompiledFunction(lambda rows: rows.sum() * (2 if len(rows) > 9 else 1), [(0,)])
@@ -98,8 +119,9 @@ def test_two_modules_of_the_same_lines_keep_their_own_weights() -> None:
         torch.inference_mode,
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: one_more_thread(),
+        products_in_bfloat16,
     ],
-    ids=["inference mode", "autocast", "threads"],
+    ids=["inference mode", "autocast", "threads", "precision"],
 )
 @torch.no_grad()
 def test_a_callers_other_settings_are_known_to_compile_anew(setting: Callable[[], Any]) -> None:

@@ -24,6 +24,8 @@ BUDGETS = {
     "8/4/2 captured": (13, 2.0),
     "60/8/10 captured": (15, 2.0),
     "auto captured": (24, 3.7),
+    "8/4/2 in a window": (167, 1.0),  # so small that it moves on at every step
+    "8/4/2 in a window, captured": (18, 2.0),
     "8/4/2 sampled": (177, 1.0),
     "8/4/2 sampled, penalty": (238, 2.0),
     "8/4/2 of three rows": (207, 3.3),

@@ -80,10 +80,18 @@ def speculate(target: PreTrainedModel, head: DraftHead, seed: int, rows: int, **
     return found.sequences.tolist(), found.speculation
 
 
-@pytest.mark.parametrize(("rows", "do_sample"), [(1, False), (1, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("rows", "do_sample", "window"), [(1, False, None), (1, True, 16), (3, False, 16), (3, True, None)]
+)
 def test_a_step_drafts_with_one_launch_what_levels_would(
-    target: PreTrainedModel, head: DraftHead, rows: int, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+    target: PreTrainedModel,
+    head: DraftHead,
+    rows: int,
+    do_sample: bool,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    head.config.sliding_window = window
     at_once, report = speculate(target, head, 5, rows, do_sample=do_sample)
     launches, captures = FakeCapture.launches, FakeCapture.captures
     assert launches >= len(report.steps) - 3 and captures <= 6 * rows  # each number of pairs is another
@@ -106,7 +114,11 @@ def test_later_calls_find_the_captures_of_earlier_ones(target: PreTrainedModel, 
 def test_a_text_that_outgrows_the_cache_is_captured_anew(target: PreTrainedModel, head: DraftHead) -> None:
     text, report = speculate(target, head, 1, 1, max_new_tokens=240)
     expected = target.generate(**prompts(1, rows=1), max_new_tokens=240, do_sample=False)
-    assert text[0] == expected[0].tolist() and FakeCapture.captures >= 2 and report.tau > 1.0
+    outgrown = FakeCapture.captures
+    assert text[0] == expected[0].tolist() and outgrown >= 2 and report.tau > 1.0
+    head.config.sliding_window = 64
+    assert speculate(target, head, 1, 1, max_new_tokens=240)[0] == text
+    assert FakeCapture.captures == outgrown  # the cache that has grown serves a window of any text
 
 
 def test_a_capture_that_fails_leaves_levels_and_one_warning(

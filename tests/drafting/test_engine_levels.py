@@ -112,6 +112,7 @@ def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
 ) -> None:
     """From a text of a single token to one that outgrows the cache's first buffers, and sizes equal by chance."""
     compiler.traces = True
+    head.config.sliding_window = 64
     bound = BoundHead(head, target)
     with DraftEngine(clock=compiler.clock).borrow(bound) as engine:
         both = Both(bound, engine, rows=1)

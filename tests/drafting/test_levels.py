@@ -68,7 +68,8 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
             slots = torch.tensor([[cache.capacity - 1] * missing + list(range(new.start, new.stop))])
             states, read_tokens = torch.zeros(1, PAIRS, features.shape[2]).double(), torch.zeros_like(slots)
             states[:, missing:], read_tokens[:, missing:] = features[:, new], tokens[:, new]
-            outputs = draft(states, read_tokens, slots, torch.ones(1, 1, dtype=torch.bool), *cache.buffers)
+            shown = torch.ones(1, 1, dtype=torch.bool)
+            outputs = draft(states, read_tokens, slots, slots + 7, shown, *cache.buffers)
         read = length
         _, pool, tree = function.unpack(outputs)
         expected = generator.draft(shape, FixedPolicy(shape))
@@ -95,7 +96,9 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     states = [
         torch.nn.functional.pad(features[row, :length], (0, 0, 9 - length, 0)) for row, length in enumerate(lengths)
     ]
-    _, pool, _ = function.unpack(function(torch.stack(states), torch.stack(ordered), slots, shown, *cache.buffers))
+    _, pool, _ = function.unpack(
+        function(torch.stack(states), torch.stack(ordered), slots, slots, shown, *cache.buffers)
+    )
     for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
         alone = LevelDrafter(bound, 1, None)
         alone.observe(tokens[row : row + 1, pad:length], features[row : row + 1, pad:length])

@@ -138,7 +138,13 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.real
-def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs_on_the_real_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To two of its prompts: `make demo` answers them all."""
+    asked = PROMPTS.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "prompts.jsonl").write_text("\n".join(asked[::4]), encoding="utf-8")
+    monkeypatch.setattr("examples.demo.run.PROMPTS", tmp_path / "prompts.jsonl")
     target, _ = demo_target.load_smollm2(torch.bfloat16)
     DraftHead.from_target(target, draft_vocab_size=4096, default_tree=[4, 2, 2]).save_pretrained(tmp_path / "head")
     page = tmp_path / "results" / "demo.html"

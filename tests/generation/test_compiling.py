@@ -12,6 +12,7 @@ from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, set_s
 
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
+from tests.kernels import deterministic_algorithms
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -531,6 +532,10 @@ def test_compiled_code_of_the_invariant_mode_gets_the_nodes_that_it_needs(
     speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
     steps = target.speculation_state.slot_engine.steps
     assert steps and not any(step % 2 for step in steps.values()), "this machine's kernels may ask for more"
+    tried = len(steps)
+    with deterministic_algorithms():
+        speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
+    assert len(steps) == 2 * tried, "other settings may mean other kernels"
     other = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa"))
     untraced.change = lambda outputs: tuple(part + part.shape[1] * 1e-5 for part in outputs)
     with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from tests.image_processors import image_target
+from tests.kernels import deterministic_algorithms, products_in_bfloat16, without_onednn
 from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach, prepack, unprepack
@@ -37,6 +39,7 @@ from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier
 
@@ -221,7 +224,9 @@ def test_a_known_architecture_need_not_be_compared(architecture: Architecture, d
     target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
     engine = SlotEngine()
     forward = partial(TargetForward.of, target)
-    assert checks._has_same_bits(target, lambda positions: InvariantVerifier(forward(), engine, 16, positions))
+    assert checks._has_same_bits(
+        target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16, {}), positions)
+    )
 
 
 def newcomer() -> PreTrainedModel:
@@ -266,7 +271,7 @@ def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_re
     kind = type(target.model.layers[0].self_attn)
     run = kind.forward
 
-    def deaf(self: Any, *args: Any, resps_masks: Any = None, **kwargs: Any) -> Any:
+    def deaf(self: Any, *args: Any, resps_reads: Any = None, **kwargs: Any) -> Any:
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", deaf)
@@ -276,6 +281,14 @@ def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_re
 
 def test_autocast_is_refused(target: PreTrainedModel) -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="support autocast. Leave its block"):
+        target.generate(PROMPT, **INVARIANT)
+
+
+def test_autocast_inside_the_models_forward_is_refused(target: Any) -> None:
+    """As `Accelerator(mixed_precision="bf16").prepare` leaves it; no setting shows it before the forward runs."""
+    target.float()
+    target.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(type(target).forward), target)
+    with pytest.raises(ValueError, match=r"computes in \['torch.bfloat16'\] with weights in torch.float32"):
         target.generate(PROMPT, **INVARIANT)
 
 
@@ -433,7 +446,8 @@ def packed(target: PreTrainedModel) -> Iterator[None]:
 CHANGES: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "threads": (lambda _: threads(2), r"get_num_threads\(\) is: it was 1 .* and is 2 now"),
     "packing": (packed, "`prepack` is: it was False in this model's first such call and is True now"),
-    "oneDNN": (lambda _: torch.backends.mkldnn.flags(enabled=False), "mkldnn.enabled is: it was True"),
+    "oneDNN": (lambda _: without_onednn(), "mkldnn.enabled is: it was True"),
+    "algorithms": (lambda _: deterministic_algorithms(), r"algorithms_enabled\(\) is: it was False"),
 }
 
 
@@ -451,6 +465,18 @@ def test_a_call_that_rounds_otherwise_than_the_first_one_warns_once(
                 target.generate(PROMPT, **INVARIANT)
             found = warned()
             assert [bool(re.search(message, warning)) for warning in found] == [True] * expected
+
+
+def test_a_precision_that_was_set_for_one_backend_alone_is_told(
+    target: PreTrainedModel, warned: Callable[[], list[str]]
+) -> None:
+    target.generate(PROMPT, **INVARIANT)
+    with products_in_bfloat16(), pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    with products_in_bfloat16():
+        target.generate(PROMPT, **INVARIANT)
+    (found,) = warned()
+    assert re.search("mkldnn.matmul.fp32_precision is: it was ieee .* and is bf16 now", found)
 
 
 def test_the_warning_names_what_differs(target: PreTrainedModel, warned: Callable[[], list[str]]) -> None:

@@ -124,38 +124,34 @@ def test_vllm_and_sglang_spellings_of_the_draft_vocabulary(target: PreTrainedMod
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "window"),
     [
-        {"sliding_window": 256},  # as long as the target's longest text
-        {"sliding_window": 128, "use_sliding_window": False},
-        {"sliding_window": 128, "layer_types": ["full_attention"]},
+        ({"sliding_window": 128}, 128),
+        ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}, 128),  # of the target
+        ({"sliding_window": 128, "use_sliding_window": False}, None),
+        ({"sliding_window": 128, "layer_types": ["full_attention"]}, None),
     ],
     ids=str,
 )
-def test_a_window_that_hides_nothing_is_no_obstacle(
-    fields: dict[str, Any], target: PreTrainedModel, tmp_path: Path
+def test_a_published_head_keeps_its_window(
+    fields: dict[str, Any], window: int | None, target: PreTrainedModel, tmp_path: Path
 ) -> None:
     write_config(tmp_path, CASES[2].config | fields)
     save(tmp_path, random_tensors(CASES[2]))
-    assert DraftHead.from_pretrained(tmp_path, target=target).config.hidden_size == CASES[2].config["hidden_size"]
+    assert DraftHead.from_pretrained(tmp_path, target=target).config.sliding_window == window
 
 
-def test_a_head_can_be_read_without_its_window(target: PreTrainedModel, tmp_path: Path) -> None:
-    """As speculators writes it, nested; what was given up is not kept in our own config, nor asked for there."""
-    case = CASES[2]
+def test_a_window_can_be_changed_and_is_kept_in_our_own_format(target: PreTrainedModel, tmp_path: Path) -> None:
+    """As speculators writes it, nested."""
     windowed = {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
     write_config(tmp_path, nested(windowed, norm_before_residual=False))
-    save(tmp_path, random_tensors(case))
-    with pytest.raises(ValueError, match="pass `sliding_window=None`"):
-        DraftHead.from_pretrained(tmp_path, target)
-    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees support no window"):
-        DraftHead.from_pretrained(tmp_path, target, sliding_window=128)
-    head = DraftHead.from_pretrained(tmp_path, target, sliding_window=None)
-    assert "sliding_window" not in head.config.to_dict()
+    save(tmp_path, random_tensors(CASES[2]))
+    for override, window in ((None, None), (64, 64)):
+        head = DraftHead.from_pretrained(tmp_path, target, sliding_window=override)
+        assert head.config.sliding_window == window
     head.save_pretrained(tmp_path / "ours")
-    for options in {}, {"sliding_window": None}:
-        back = DraftHead.from_pretrained(tmp_path / "ours", target, **options)
-        assert "sliding_window" not in back.config.to_dict()
+    assert DraftHead.from_pretrained(tmp_path / "ours", target).config.sliding_window == 64
+    assert DraftHead.from_pretrained(tmp_path / "ours", target, sliding_window=None).config.sliding_window is None
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,6 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head.*or train one with `DraftHeadTrainer`"),
     ("ViSpec", FLAT, vispec, "is a ViSpec head: its adaptor.*or train one with `DraftHeadTrainer`"),
     ("MLA", {}, mla, "MLA attention"),
-    ("window", {"sliding_window": 128}, GOOD, "see the last 128 tokens only"),
     ("P-EAGLE tensor", {}, changed(mask_hidden=torch.zeros(1, H)), "P-EAGLE"),
     ("P-EAGLE config", {"parallel_drafting": True}, GOOD, "P-EAGLE"),
     ("P-EAGLE architecture", {"architectures": ["PEagleDraftModel"]}, GOOD, "P-EAGLE"),

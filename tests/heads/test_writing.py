@@ -123,6 +123,17 @@ def test_exports_write_ids_and_rope_in_each_formats_own_words(target: PreTrained
         head.save_pretrained(tmp_path / "other", format="gguf")
 
 
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_an_export_says_how_far_the_head_sees(layout: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    head = DraftHead.from_target(target, 16, num_hidden_layers=2, sliding_window=48)
+    written = exported(head, tmp_path, layout)
+    layer = written.get("transformer_layer_config", written)
+    assert layer["layer_types"] == ["sliding_attention"] * 2  # vLLM reads a window of these layers alone
+    assert DraftHead.from_pretrained(tmp_path, target=target).config.sliding_window == 48
+    whole = exported(DraftHead.from_target(target, 16), tmp_path / "whole", layout)
+    assert "sliding_window" not in whole.get("transformer_layer_config", whole)
+
+
 def test_sglang_is_told_to_borrow_an_output_head_that_is_not_in_the_file(
     target: PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -15,9 +15,9 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 # So wide that the kernels of larger models run, which take products of 4,096 multiplications and more.
 _WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.25}
 _WIDE_MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24, "head_dim": 16}
-# The others of the list are built of the same layers as these.
-_NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "qwen3", "qwen3_moe", "gemma3_text", "gpt_neox", "gpt2")
-_NAMES += ("olmo2", "cohere2", "granite", "smollm3", "deepseek_v3", "gpt_oss")
+# The others of the list are built of the same layers as these; `_has_same_bits` compares them all.
+_NAMES = ("llama", "qwen2-mixed-windows", "qwen3_moe", "gemma3_text", "gpt_neox", "gpt2", "cohere2", "deepseek_v3")
+_NAMES += ("gpt_oss",)
 _GROUPED = {"n_group": 2, "topk_group": 2, "first_k_dense_replace": 1}
 _SHARED = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2}
 SERVED = [each for each in ARCHITECTURES if str(each) in _NAMES] + [

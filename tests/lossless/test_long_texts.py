@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.generation.output import left_padded
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.telemetry import RowCounts, StepRecord
 
@@ -83,6 +85,32 @@ def test_a_head_outlives_its_trained_length_with_any_rope(long_target: PreTraine
     )
     for length in (50, 300):
         check_plain_text(long_target, text(length), head, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.9}], ids=["greedy", "sampled"])
+def test_a_head_that_sees_the_newest_alone_leaves_the_text_as_it_is(
+    long_target: PreTrainedModel, sampling: dict[str, Any]
+) -> None:
+    """Rows of one text and of several, padded and ragged, read at once, in chunks and from a cache handed back."""
+    head = DraftHead.from_target(long_target, feature_layers=[0, 1, 2], sliding_window=20)
+    options = {"max_new_tokens": 40, "return_dict_in_generate": True, "pad_token_id": 0, **sampling}
+    accepted = 0
+    for lengths, chunk in (([5], None), ([20], None), ([300], 64), ([90, 7, 30], None), ([21, 60], 16)):
+        ids, mask = left_padded([text(length)[0] for length in lengths])
+        turns: list[Any] = []
+        for drafting in ({}, {"assistant_model": head, "policy": BOTH}):
+            set_seed(3)
+            call = options | drafting | {"prefill_chunk_size": chunk}
+            turns.append(long_target.generate(ids, attention_mask=mask, **call))
+        assert turns[1].sequences.tolist() == turns[0].sequences.tolist()
+        accepted += turns[1].speculation.emitted_total - turns[1].speculation.target_forwards
+        if len(lengths) == 1 and not sampling:
+            longer = torch.cat([turns[0].sequences, text(50)], dim=1)
+            call = options | {"attention_mask": torch.ones_like(longer)}
+            plain = long_target.generate(longer, **call).sequences
+            call |= {CACHE_KEYWORD: turns[1][CACHE_KEYWORD], "assistant_model": head, "policy": BOTH}
+            assert long_target.generate(longer, **call).sequences.tolist() == plain.tolist()
+    assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
 
 
 def test_the_guard_notices_a_head_beyond_its_trained_length() -> None:

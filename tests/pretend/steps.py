@@ -36,6 +36,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "8/4/2 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "60/8/10 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
     "auto captured": {"captures": True, "with_head": True, "policy": "auto"},
+    "8/4/2 in a window": {"window": 16, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "8/4/2 in a window, captured": {
+        "captures": True,
+        "window": 16,
+        "with_head": True,
+        "policy": FixedPolicy(TreeShape(8, 4, 2)),
+    },
     "8/4/2 sampled": {
         "with_head": True,
         "policy": FixedPolicy(TreeShape(8, 4, 2)),
@@ -208,6 +215,7 @@ def count(name: str) -> StepCount:
     keywords["clock"] = steps.clock
     try:
         call = dict(CALLS[name])
+        head.config.sliding_window = call.pop("window", None)
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
             if call.pop("captures", False):

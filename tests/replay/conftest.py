@@ -1,4 +1,4 @@
-"""A tiny target with a head that proposes all tokens, and one that proposes some."""
+"""A tiny target with a head that proposes all tokens, and one that proposes some and sees the newest only."""
 
 import pytest
 import torch
@@ -16,4 +16,5 @@ def target() -> PreTrainedModel:
 @pytest.fixture(scope="module", params=[None, 12])
 def head(target: PreTrainedModel, request: pytest.FixtureRequest) -> DraftHead:
     torch.manual_seed(1)
-    return DraftHead.from_target(target, draft_vocab_size=request.param).double().eval()
+    window = None if request.param is None else 16
+    return DraftHead.from_target(target, draft_vocab_size=request.param, sliding_window=window).double().eval()

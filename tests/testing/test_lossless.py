@@ -26,7 +26,7 @@ from transformers_resps import (
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies.auto import PolicyCache
-from transformers_resps.testing import MAX_SPACINGS, spacing_at
+from transformers_resps.testing import MAX_SPACINGS, lossless, spacing_at
 from transformers_resps.testing.comparison import (
     SAMPLED,
     Call,
@@ -56,6 +56,15 @@ def target() -> PreTrainedModel:
 def head(target: PreTrainedModel) -> DraftHead:
     torch.manual_seed(1)
     return DraftHead.from_target(target)
+
+
+@pytest.fixture
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "_DISTRIBUTION_OUTPUTS", 1)
+
+
+# The distribution, which takes most of an examination, gets a twelfth of its texts: the others are what is tested.
+few_draws = pytest.mark.usefixtures("_few_draws")
 
 
 def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any, head: DraftHead) -> None:
@@ -112,11 +121,13 @@ def test_a_comparison_in_which_nothing_was_accepted_is_counted_in_the_headline(t
     assert f"no draft was accepted in {len(idle)} of the comparisons" in report.verdict
 
 
+@few_draws
 def test_how_far_it_is_is_shown(target: Any, head: DraftHead, capsys: pytest.CaptureFixture[str]) -> None:
     assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=2)
     assert "Comparing with plain decoding:   0%|          | 0/" in capsys.readouterr().err
 
 
+@few_draws
 @pytest.mark.parametrize(("attached", "training"), [(False, True), (True, False)])
 def test_the_model_is_left_as_it_was_found(target: Any, head: DraftHead, attached: bool, training: bool) -> None:
     (attach(target) if attached else target).train(training)
@@ -138,12 +149,14 @@ def test_the_model_is_left_as_it_was_found_when_the_examination_fails(target: An
     assert type(target) is before
 
 
+@few_draws
 def test_the_models_own_processors_and_end_token_are_part_of_the_texts(target: Any, head: DraftHead) -> None:
     target.generation_config.eos_token_id = [5, 7]
     target.generation_config.repetition_penalty = 1.4
     assert assert_lossless(target, head, WIDE, **BRIEF).is_lossless
 
 
+@few_draws
 def test_a_target_with_an_adapter_is_examined(target: Any, head: DraftHead) -> None:
     lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     wrapped = get_peft_model(target, lora)
@@ -156,6 +169,7 @@ def test_an_unusable_prompt_is_refused(target: Any, head: DraftHead, prompts: An
         assert_lossless(target, head, WIDE, prompts)
 
 
+@few_draws
 def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any, head: DraftHead) -> None:
     attach(target)
     target.generate(torch.tensor([[3, 4, 5]]), assistant_model=head, policy="auto", max_new_tokens=12)
@@ -225,6 +239,7 @@ def plant_rule(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
     plant("decoding.acceptance:accept", lambda accept: lossy, monkeypatch.setattr)
 
 
+@few_draws
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked, keeps_drafts_too_often])
 def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
@@ -272,11 +287,13 @@ def hide_ancestors_of_a_chain(with_pool: Function) -> Function:
     return wrong
 
 
+@few_draws
 def test_without_such_a_fault_the_same_examination_passes(target: Any, head: DraftHead) -> None:
     target.generation_config.eos_token_id = [2, 7, 11]
     assert_lossless(target, head, SMALL, **BRIEF)
 
 
+@few_draws
 @pytest.mark.parametrize(
     ("symbol", "wrong", "check"),
     [
@@ -303,6 +320,7 @@ def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
     assert check in [found.name for found in refusal.value.report.texts if not found.passed]
 
 
+@few_draws
 def test_a_tree_that_changes_after_its_verification_is_found_with_mtp_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +355,7 @@ def rounding(target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch) -> N
     plant_rule(rounds_otherwise, monkeypatch)
 
 
+@few_draws
 def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
     target: Any, head: DraftHead, rounding: None
 ) -> None:
@@ -350,6 +369,7 @@ def test_a_sound_engine_passes_in_half_precision(target: Any, head: DraftHead) -
     assert assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF).is_lossless
 
 
+@few_draws
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked])
 def test_half_precision_excuses_no_lossy_rule(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
@@ -373,6 +393,7 @@ def test_the_distribution_alone_finds_a_rule_that_favours_drafts(
     assert not found.passed and found.fit.total_variation > 3 * sound.fit.total_variation
 
 
+@few_draws
 def test_a_head_that_reads_the_answers_of_another_model_is_still_lossless(target: Any, head: DraftHead) -> None:
     """The kit judges texts, not drafters: however bad the drafts, a sound engine passes."""
     for parameter in head.parameters():
@@ -393,6 +414,7 @@ def test_the_invariant_mode_is_examined_in_half_precision_and_told(target: Any, 
     assert re.search(r"\nmode +invariant\n", str(report))
 
 
+@few_draws
 def test_every_call_of_the_examination_runs_in_the_mode_but_stocks(
     target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +443,7 @@ def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, roundi
     assert "spacings of the dtype: NOT excused in the invariant mode" in str(found.differences[0])
 
 
+@few_draws
 def test_a_fault_that_trees_and_plain_decoding_share_in_batches_is_found_by_the_rows_alone(
     target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:

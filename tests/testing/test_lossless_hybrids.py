@@ -10,6 +10,7 @@ from tests.mutations.bugs.recurrent import one_mixer_stays_behind
 from tests.mutations.planting import plant
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, NotLosslessError, TreeShape, assert_lossless, attach
+from transformers_resps.testing import lossless
 
 
 pytestmark = NEEDS_STATES
@@ -37,6 +38,7 @@ def test_a_mixer_that_stays_at_its_old_state_is_found(
     target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the probe of the first call, and by the kit once that has passed."""
+    monkeypatch.setattr(lossless, "_DISTRIBUTION_OUTPUTS", 1)  # its texts tell
     for error, message in ((ValueError, "between a draft tree and the same"), (NotLosslessError, "NOT explained by")):
         with monkeypatch.context() as planted, pytest.raises(error, match=message):
             plant("verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, planted.setattr)

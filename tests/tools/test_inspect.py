@@ -1,6 +1,8 @@
 """`resps inspect` as a user types it."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from transformers import PreTrainedModel
 from tests.assistants.kinds import add_mtp_layer
 from tests.targets import ARCHITECTURES
 from tests.tokenizers import letter_tokenizer
+from tests.tools.examples import examination
 from tests.tools.test_inspect_page import parsed
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.data import to_tokens
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.inspect import Examination, examine
+from transformers_resps.tools.inspect import Examination, examine, is_explained
 from transformers_resps.tools.session import Dialogue
+from transformers_resps.verifying.verifier import InvariantVerifier, TreeVerifier
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,32 @@ def test_sampled_answers_are_compared_with_the_same_seed(folders: tuple[str, str
     data = inspected(tmp_path / "page.html", *folders, *sampled)
     assert data["sameText"] == {"same": True}
     assert data["facts"]["decoding"] == "temperature 0.8, seed 5"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("temperature", "decoding"), [("0", "greedy"), ("0.8", "temperature 0.8, seed 0")])
+def test_both_answers_of_the_invariant_mode_are_written_in_it(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: str, decoding: str
+) -> None:
+    read = Counter[type]()
+    for kind in (InvariantVerifier, TreeVerifier):
+
+        def prefill(self: Any, *given: Any, known: Any = kind.prefill, **options: Any) -> Any:
+            read[type(self)] += 1
+            return known(self, *given, **options)
+
+        monkeypatch.setattr(kind, "prefill", prefill)
+    asked = ("--prompt", "dedede", "--dtype", "bfloat16", "--temperature", temperature, "--invariant")
+    data = inspected(tmp_path / "page.html", *folders, *asked)
+    assert data["sameText"] == {"same": True}
+    assert data["facts"]["decoding"] == f"{decoding}, invariant"  # type: ignore[index]
+    assert read == {InvariantVerifier: 4}  # two answers, and two that warm up
+
+
+def test_no_difference_is_explained_in_the_invariant_mode() -> None:
+    for is_invariant in (False, True):
+        found = replace(examination("helqz"), is_invariant=is_invariant)  # as if sampled
+        assert is_explained(found, torch.bfloat16) is not is_invariant
+    assert is_explained(replace(examination(), is_invariant=True), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

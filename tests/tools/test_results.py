@@ -18,6 +18,7 @@ from transformers_resps.tools.results import (
     advise,
     check_spread,
     compare,
+    huge_page_mib,
     machine,
     markdown_table,
     plain_spread,
@@ -287,3 +288,12 @@ def test_huge_pages_are_told_and_other_variables_are_not(monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     assert machine(model)["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def test_the_memory_in_huge_pages_is_told_where_the_system_knows(tmp_path: Path) -> None:
+    assert huge_page_mib(tmp_path) is None
+    rollup = tmp_path / "smaps_rollup"
+    rollup.write_text("55d0-7fff ---p 00000000 00:00 0    [rollup]\nRss:    1288724 kB\nAnonHugePages:    331776 kB\n")
+    assert huge_page_mib(tmp_path) == 324
+    rollup.write_text("Rss:    1288724 kB\n")
+    assert huge_page_mib(tmp_path) is None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from tests.conftest import build_target
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
 from tests.tools.serving_load import run_load
-from transformers_resps import DraftHead
+from transformers_resps import DraftHead, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.tools import serving
 from transformers_resps.tools.cli import main
+from transformers_resps.verifying.verifier import InvariantVerifier
 
 
 ASKED = [{"role": "user", "content": "abdabdabd"}]
@@ -72,9 +74,10 @@ class Client:
         lines = self.send("/metrics", b"", "GET").getresponse().read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
-    def plain(self, content: str = "abdabdabd", name: str = "target", **settings: Any) -> str:
+    def plain(self, content: str = "abdabdabd", name: str = "target", dtype: str = "float32", **settings: Any) -> str:
         """What the target writes alone."""
-        tokenizer, target = templated(), AutoModelForCausalLM.from_pretrained(self.folder / name)
+        tokenizer = templated()
+        target = attach(AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=dtype))
         turns = [{"role": "user", "content": content}]
         inputs = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -105,20 +108,35 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     add_mtp_layer(folder / "other")
     torch.manual_seed(1)
     DraftHead.from_target(AutoModelForCausalLM.from_pretrained(folder / "target")).save_pretrained(folder / "head")
+    with serving_from(folder, {"target": str(folder / "head"), "other": "mtp"}) as port:
+        yield Client(port, folder)
+
+
+@pytest.fixture(scope="module")
+def invariant_client(client: Client) -> Iterator[Client]:
+    """The first of them, in the invariant mode and bfloat16."""
+    heads = {"target": str(client.folder / "head")}
+    with serving_from(client.folder, heads, dtype="bfloat16", invariant=True) as port:
+        yield Client(port, client.folder)
+
+
+@contextmanager
+def serving_from(
+    folder: Path, heads: dict[str, str], dtype: str | None = None, *, invariant: bool = False
+) -> Iterator[int]:
+    """The port of a server of these targets."""
     figures = serving.Figures()
     worker = serving.OneAtATime(figures)
-    served = [
-        serving.Served(str(folder / "target"), str(folder / "head")),
-        serving.Served(str(folder / "other"), "mtp"),
-    ]
-    loading = {"policy": "10,2,9", "compile": None, "dtype": None, "device": "cpu", "packed": False}
+    served = [serving.Served(str(folder / name), head) for name, head in heads.items()]
+    loading: dict[str, Any] = {"policy": "10,2,9", "compile": None, "device": "cpu", "packed": False}
+    loading |= {"dtype": dtype, "invariant": invariant}
     models = serving.AttachedModels(served, **loading, worker=worker)
     app = serving.build_app(models, worker, figures)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        yield Client(listening.getsockname()[1], folder)
+        yield listening.getsockname()[1]
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
@@ -196,6 +214,63 @@ def test_an_own_assistant_of_stock_is_plain_and_streamed_once(client: Client) ->
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in streamed)
     assert text == client.plain(max_new_tokens=9)
     assert "prompt_lookup_num_tokens=3" in streamed[-1]["metrics"]["speculative_decoding"]["plain"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("policy", [None, "auto", "plain"])
+def test_every_request_is_answered_in_the_invariant_mode(
+    policy: str | None, stream: bool, invariant_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = invariant_client.plain(dtype="bfloat16", invariant=True, max_new_tokens=20)
+    prefill, read = InvariantVerifier.prefill, list[InvariantVerifier]()
+
+    def noted(self: InvariantVerifier, *given: Any, **options: Any) -> Any:
+        read.append(self)
+        return prefill(self, *given, **options)
+
+    monkeypatch.setattr(InvariantVerifier, "prefill", noted)
+    asked = {"messages": ASKED, "max_tokens": 20, "policy": policy}
+    if stream:
+        events = invariant_client.stream(asked)
+        text, metrics = "".join(event["choices"][0]["delta"].get("content", "") for event in events), events[-1]
+    else:
+        metrics = invariant_client.ask(asked)[1]
+        text = metrics["choices"][0]["message"]["content"]
+    assert text == expected and len(read) == 1
+    told = metrics["metrics"]["speculative_decoding"]
+    assert told == {"plain": "The request asks for it."} if policy == "plain" else told["num_spec_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_beams": 3}, "num_beams=3"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"guidance_scale": 2.0}, "`invariant=True` does not support `guidance_scale`"),
+        ({"invariant": False}, "this server answers every request in the invariant mode. Leave it out"),
+    ],
+)
+def test_what_the_invariant_mode_cannot_do_is_refused_and_not_decoded_plainly(
+    settings: dict[str, Any], words: str, invariant_client: Client
+) -> None:
+    status, told = invariant_client.ask({"messages": ASKED, "max_tokens": 9, "generation_config": settings})
+    assert status == 400 and words in told["error"]["message"]
+
+
+def test_a_server_in_the_normal_mode_refuses_it_likewise_to_a_request_that_asks_for_the_mode(client: Client) -> None:
+    asked = {"messages": ASKED, "max_tokens": 9, "generation_config": {"invariant": True}}
+    assert client.ask(asked)[1]["choices"][0]["message"]["content"] == client.plain(max_new_tokens=9, invariant=True)
+    asked["generation_config"] |= {"guidance_scale": 2.0}
+    status, told = client.ask(asked)
+    assert status == 400 and "`guidance_scale`" in told["error"]["message"]
+
+
+def test_what_the_invariant_mode_refuses_of_a_server_is_refused_before_it_serves(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["serve", client.target, "--port", "0", "--device", "cpu", "--compile", "auto", "--invariant"]
+    assert main(command) == 2
+    assert "compile='auto', which goes by the clock" in capsys.readouterr().err
 
 
 def test_each_model_answers_by_its_name(client: Client) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import Module
 
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant import BLOCK, BlockMasks, Layout, invariant_attention, mask_of
+from transformers_resps.verifying.invariant import BLOCK, BlockReads, Layout, invariant_attention
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -65,31 +65,31 @@ class Case:
         pairs = zip(self.text, self.nodes, strict=True)
         return [torch.cat([text[row, : self.roots[row]], nodes[row, path]]) for text, nodes in pairs]
 
-    def tree(self, stale: float = STALE, extra: int = 0, **options: Any) -> Tensor:
-        """What all nodes get in one forward, `[b, n, heads, hd]`, with `extra` blocks that it does not need."""
+    def tree(self, stale: float = STALE, is_compiled: bool = False, **options: Any) -> Tensor:
+        """What all nodes get in one forward, `[b, n, heads, hd]`, also of the sizes that compiled code takes."""
         rows = len(self.roots)
         parents = torch.tensor([self.parents] * rows)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
         roots = torch.tensor(self.roots)[:, None]
         layout = Layout.of_tree(roots, tree.depths, tree.ancestors)
-        buffers = buffers_of(self.heads, layout.places[0].numel(), rows, self.dtype, stale)
+        buffers = buffers_of(self.heads, max(self.roots) + len(self.parents), rows, self.dtype, stale)
         for row, root in enumerate(self.roots):
             for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
                 buffer[:root, row] = text[row, :root]
-                buffer[layout.slots[row], row] = nodes[row]
-                buffer[layout.copies[row], row] = buffer[layout.sources[row], row]
-        return attend(layout, roots + tree.depths, self.queries, buffers, extra, **self.options(**options))
+                buffer[root : root + len(self.parents), row] = nodes[row]
+        layout = layout.of_any_size() if is_compiled else layout
+        return attend(layout, roots + tree.depths, self.queries, buffers, **self.options(**options))
 
     def alone(self, row: int, node: int, **options: Any) -> Tensor:
         """What a node gets as the newest token of its text, `[heads, hd]`."""
         entries = self.text_of(row, node)
         place = torch.tensor([[len(entries[0]) - 1]])
         layout = Layout.of_chain(place, torch.zeros_like(place))
-        buffers = buffers_of(self.heads, layout.places[0].numel(), 1, self.dtype, STALE)
+        buffers = buffers_of(self.heads, layout.shared.numel(), 1, self.dtype, STALE)
         for buffer, text in zip(buffers, entries, strict=True):
             buffer[: len(text), 0] = text
         query = self.queries[row, node][None, None]
-        return attend(layout, place, query, buffers, 0, **self.options(**options))[0, 0]
+        return attend(layout, place, query, buffers, **self.options(**options))[0, 0]
 
     def expected(self, row: int, node: int, window: int | None = None, sinks: bool = False) -> Tensor:
         """The same by a softmax in float64."""
@@ -117,24 +117,12 @@ def buffers_of(heads: Heads, size: int, rows: int, dtype: torch.dtype, stale: fl
 
 
 def attend(
-    layout: Layout,
-    places: Tensor,
-    queries: Tensor,
-    buffers: list[Tensor],
-    extra: int,
-    *,
-    window: int | None,
-    sinks: Tensor | None,
+    layout: Layout, places: Tensor, queries: Tensor, buffers: list[Tensor], *, window: int | None, sinks: Tensor | None
 ) -> Tensor:
-    """With `extra` blocks that no node sees."""
-    seen, slots = (pad(part, (0, 0, 0, extra)) for part in (layout.seen, layout.places))
-    mask = mask_of(seen, slots, places, window, queries.dtype)
+    reads = BlockReads(layout, places, queries.dtype)
     keys, values = (buffer.permute(1, 2, 0, 3) for buffer in buffers)
-    module: Any = None
-    found, _ = invariant_attention(
-        module, queries.transpose(1, 2), keys, values, mask, resps_masks=BlockMasks(), s_aux=sinks
-    )
-    return found
+    module, mask = Module(), reads.mask(window)
+    return invariant_attention(module, queries.transpose(1, 2), keys, values, mask, resps_reads=reads, s_aux=sinks)[0]
 
 
 def some_nodes(random: Random, parents: list[int]) -> Iterator[int]:
@@ -146,7 +134,7 @@ def some_nodes(random: Random, parents: list[int]) -> Iterator[int]:
 def check(case: Case, random: Random, **options: Any) -> None:
     """Right, and to the bit what a node gets alone."""
     found = case.tree(**options)
-    alone = {name: value for name, value in options.items() if name != "extra"}
+    alone = {name: value for name, value in options.items() if name != "is_compiled"}
     for row in range(len(case.roots)):
         for node in some_nodes(random, case.parents):
             place = f"{case.heads}, {case.dtype}, roots {case.roots}, node {node} of {case.parents}, {options}"
@@ -165,11 +153,11 @@ def test_a_node_gets_the_bits_of_the_same_token_alone_at_every_border(dtype: tor
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_rows_that_begin_anywhere_get_the_bits_of_each_text_alone(heads: Heads) -> None:
-    """The longer ones lend the others blocks that these do not need."""
+    """The longer ones lend the others blocks that these do not see."""
     random = Random(2)
     for seed, dtype in enumerate(DTYPES):
         roots = [*random.sample([0, 3, *BORDERS], 2), random.choice(BORDERS[-3:])]
-        check(Case(heads, roots, any_tree(random, 12, "any"), dtype, seed), random, extra=1 + seed % 2)
+        check(Case(heads, roots, any_tree(random, 12, "any"), dtype, seed), random, is_compiled=seed % 2 == 0)
 
 
 @pytest.mark.parametrize("window", [1, 5, 31, 32, 33, 64, 100, 128, 300, 1000])
@@ -222,7 +210,7 @@ def test_what_other_texts_left_in_a_slot_changes_no_bit() -> None:
     random = Random(6)
     for root in (0, 33, 100, 161, 300):
         case = Case(HEADS[1], [root, root // 3], any_tree(random, 11, "any"), torch.bfloat16, root)
-        zeros, *others = (case.tree(stale, extra=1) for stale in (0.0, -STALE, 1e4))
+        zeros, *others = (case.tree(stale, is_compiled=True) for stale in (0.0, -STALE, 1e4))
         assert all(torch.equal(zeros, other) for other in others)
 
 
@@ -233,26 +221,32 @@ def test_slots_after_the_blocks_of_the_tree_are_not_read(root: int, value: float
     assert torch.equal(case.tree(value), case.tree())
 
 
-# Where keys are looked for
+# What a layout says
 
 
-def test_a_layout_gives_each_path_what_precedes_it_since_the_last_border() -> None:
+def test_each_path_of_a_tree_asks_its_own_block_after_the_last_border() -> None:
     """A root at 66 and three nodes, of which the last is a child of the first, and one of padding: by hand."""
     tree = DraftTree.from_parents(torch.tensor([[7, 8, 9, 5]]), torch.tensor([[0, 0, 0, 1]])).padded(5)
     layout = Layout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors)
-    assert layout.slots.tolist() == [[66, 131, 67, 132, 196]]  # node 2 is the first leaf: its path lies as text
-    assert layout.places.flatten().tolist() == [*range(128), *range(64, 128)]
-    copied = dict(zip(layout.copies[0].tolist(), layout.sources[0].tolist(), strict=True))
-    assert [copied[slot] for slot in (128, 129, 130)] == [64, 65, 66]
-    seen = [row.nonzero().flatten().tolist() for row in layout.seen[0].flatten(1)]
-    root, second = [*range(67)], [*range(64), *range(128, 132)]
-    assert seen == [root, second, [*root, 67], [*second, 132], root]
+    assert layout.shared.tolist() == [list(range(64))] and layout.ends.tolist() == [[64] * 5]
+    assert layout.groups.tolist() == [[[0, 2, 0, 0], [1, 3, 0, 0]]]  # node 2 is the first leaf
+    assert layout.places.tolist() == [[[66, 67, -1, -1], [67, 68, -1, -1]]]
+    assert layout.starts.tolist() == [[64, 64]]
+    assert [slots[:5] for slots in layout.slots[0].tolist()] == [[64, 65, 66, 68, 66], [64, 65, 66, 67, 69]]
+    assert layout.asked.tolist() == [[[0, 4, 1, 5, -1]]]
 
 
-def test_a_chain_lies_where_it_would_lie_as_text() -> None:
-    roots, depths = torch.tensor([[70]]), torch.arange(3)[None]
-    chain, tree = Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, torch.ones(1, 3, 3).tril().bool())
-    for layout in (chain, tree):
-        assert layout.slots.tolist() == [[70, 71, 72]] and not layout.copies.numel()
-        assert layout.places.flatten().tolist() == list(range(128))
-        assert layout.seen.sum(dim=(2, 3)).tolist() == [[71, 72, 73]]
+def test_a_node_after_the_next_border_asks_two_blocks_of_its_path() -> None:
+    """A root at 62 and a chain of three nodes: one block of it and its child, and one of the last node."""
+    ancestors = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    layout = Layout.of_tree(torch.tensor([[62]]), torch.arange(3)[None], ancestors)
+    assert layout.shared.numel() == 0 and layout.starts.tolist() == [[0, 64]]
+    assert layout.groups.tolist() == [[[0, 1, 2, 0], [2, 0, 0, 0]]]
+    assert layout.asked.tolist() == [[[0, 1, 2]], [[-1, -1, 4]]]
+    assert layout.slots[0, 0].tolist() == list(range(64)) and layout.slots[0, 1, 0] == 64
+
+
+def test_a_chain_is_read_where_it_lies() -> None:
+    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    assert layout.shared.flatten().tolist() == list(range(128)) and layout.ends.tolist() == [[71, 72, 73]]
+    assert not layout.groups.numel()

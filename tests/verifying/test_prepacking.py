@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
+from transformers_resps.verifying import prepacking
 from transformers_resps.verifying.prepacking import (
     PackedWeight,
     PackedWeights,
@@ -110,6 +111,18 @@ def test_copies_and_pickles_of_a_packed_layer_work_and_carry_no_packed_weight(la
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert twin.packed is not layer.packed and twin.packed._blocks is None
             assert torch.equal(twin(x), wanted)
+
+
+def test_the_packed_weights_are_moved_into_huge_pages_together(
+    layer: nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[list[torch.Tensor]]()
+    monkeypatch.setattr(prepacking, "collapse", lambda tensors: calls.append(list(tensors)))
+    module = prepack(nn.Sequential(layer, nn.ReLU(), nn.Linear(160, 8), nn.Linear(8, 8).double()))
+    (moved,) = calls
+    with torch.no_grad():
+        module[:3](torch.randn(3, 96))
+    assert [id(blocks) for blocks in moved] == [id(module[index].packed._blocks) for index in (0, 2)]
 
 
 def test_other_dtypes_and_subclasses_are_left_alone(layer: nn.Linear) -> None:

@@ -43,6 +43,18 @@ def test_rows_without_padding_that_end_alike_need_no_mask() -> None:
     assert prefix.is_even and prefix.visible(8, CPU) is None
 
 
+def test_slots_that_are_forgotten_leave_the_others_in_order() -> None:
+    rows = SlotMap(torch.tensor([[1, 1, 1], [0, 0, 1]]))
+    rows.extend([3, 3])
+    rows.extend([2, 1])
+    rows.forget(1)
+    assert rows.take([[1, 2]], CPU).tolist() == [[4, 4], [3, 4]]
+    seen = rows.visible(5, CPU)
+    assert seen is not None and seen.int().tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    rows.forget(3)
+    assert rows.length == 2 and rows.is_even and rows.visible(2, CPU) is None and rows.pads is None
+
+
 def test_padding_of_the_prompt_is_told_from_text_at_any_length() -> None:
     padded = SlotMap(torch.tensor([[1, 1, 1], [0, 1, 1]]))
     assert padded.unpadded(5, 3, CPU).tolist() == [[True] * 5, [False] + [True] * 4, [False] + [True] * 4]

@@ -15,6 +15,7 @@ from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 
@@ -56,7 +57,7 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
         forward = TargetForward(target, layers, DynamicCache(config=target.config) if cache is None else cache)
         positions = torch.arange(length)[None] if positions is None else positions
         if request.param == "invariant":
-            return InvariantVerifier(forward, SlotEngine(), LEAST_ROWS, positions, mask)
+            return InvariantVerifier(forward, SlotEngine(), RowNeeds(LEAST_ROWS, {}), positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 
@@ -97,6 +98,29 @@ def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
     for row, token in enumerate((30, 31)):
         torch.testing.assert_close(found[row, 0], logits_after(target, [*texts[row], token]))
     torch.testing.assert_close(alone[0, 4], logits_after(target, [*texts[1], 31, *TREE.tokens[0, BRANCH].tolist()]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parents", [[0, 0, 1], [0, 0, 0, 1]], ids=["chain", "branch"])
+def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_does_not_see_it(
+    parents: list[int],
+) -> None:
+    """Not in its forward, nor in the next one, after it was rejected: a masked NaN is NaN."""
+    target: Any = build_target().half()
+    target.model.embed_tokens.weight[63] = torch.inf
+    tokens = torch.tensor([[11, 12, 13, 14][: len(parents)]])
+    tokens[0, -1] = 63
+    trees = [DraftTree.from_parents(tokens, torch.tensor([parents])), DraftTree.root_only(tokens[:, 0])]
+    logits = []
+    for tree in trees:
+        forward = TargetForward(target, None, DynamicCache(config=target.config))
+        with InvariantVerifier(forward, SlotEngine(), RowNeeds(16, {}), torch.arange(5)[None]) as verifier:
+            verifier.prefill(PROMPTS[:1])
+            first, _ = verifier.verify(tree)
+            verifier.keep(torch.tensor([[0]]), [[0]])
+            second, _ = verifier.verify(DraftTree.root_only(torch.tensor([15])))
+        logits.append(torch.stack([first[0, 0], second[0, 0]]))
+    assert logits[1].isfinite().all() and torch.equal(*logits)
 
 
 @torch.no_grad()

@@ -8,15 +8,15 @@ compiled 1.26 to 1.31; 16 nodes on 6 paths 1.31 to 1.36, compiled 1.55 to 1.57.
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --pack
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --compile
 
-Method: both modes read one text of random tokens and verify trees of random tokens after it, in turn; the least time
-of all repeats counts. A tree's paths share its first nodes; one path is a chain, and one node a plain step.
+Method: both modes read one text of random tokens and verify trees of random tokens after it, in turn, five times; the
+least time of all repeats counts. A tree's paths share its first nodes; one path is a chain, and one node a plain step.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from .experiment import execute, print_table
 
 TREES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 6))  # nodes, paths
 MODES = ("normal", "invariant")
+ROUNDS = 5
 
 
 def tree_of(tokens: torch.Tensor, paths: int) -> DraftTree:
@@ -49,21 +50,23 @@ def tree_of(tokens: torch.Tensor, paths: int) -> DraftTree:
     return DraftTree.from_parents(tokens[None], torch.tensor([parents]))
 
 
-def verifiers(target: Any, engine: SlotEngine, place: int, *, compiles: bool) -> list[Verifier]:
-    """Of both modes, for a prompt of so many tokens."""
-    positions, forward = torch.arange(place)[None], TargetForward.of
-    least_rows = RowClasses().least(target)
-    normal = SlotVerifier(forward(target), engine, positions) if compiles else TreeVerifier.of(target, place)
-    return [normal, InvariantVerifier(forward(target), engine, least_rows, positions, compiles=compiles)]
+def verifier_of(mode: str, target: Any, engine: SlotEngine, place: int, *, compiles: bool) -> Verifier:
+    """For a prompt of so many tokens."""
+    positions, forward = torch.arange(place)[None], TargetForward.of(target)
+    if mode == "invariant":
+        needs = RowClasses().needs(target)
+        return InvariantVerifier(forward, engine, needs, positions, compiles=compiles)
+    return SlotVerifier(forward, engine, positions) if compiles else TreeVerifier.of(target, place)
 
 
-def least_seconds(steps: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Of each step, run in turn."""
-    least = [float("inf")] * len(steps)
-    for repeat in range(repeats + 1):  # the first one prepares
-        for index, step in enumerate(steps):
+def least_seconds(verifier: Verifier, trees: Sequence[DraftTree], repeats: int) -> list[float]:
+    """Of a step with each tree; one more of each prepares."""
+    least = [float("inf")] * len(trees)
+    for index, tree in enumerate(trees):
+        for repeat in range(repeats + 1):
             started = time.perf_counter()
-            step()
+            verifier.verify(tree)
+            verifier.undo()
             if repeat:
                 least[index] = min(least[index], time.perf_counter() - started)
     return least
@@ -75,21 +78,21 @@ def measure(target: Any, places: list[int], repeats: int, *, compiles: bool) -> 
     vocabulary = target.config.get_text_config().vocab_size
     text = torch.randint(vocabulary, (max(places) + 64,), generator=torch.Generator().manual_seed(0))
     for place in places:
-        with engine.borrow(target) if compiles else nullcontext(), ExitStack() as opened:
-            both = [opened.enter_context(one) for one in verifiers(target, engine, place, compiles=compiles)]
-            for one in both:
-                one.prefill(text[None, :place], logits_to_keep=1)
-            for nodes, paths in TREES:
-                tree = tree_of(text[place : place + nodes], paths)
-
-                def step(verifier: Verifier, tree: DraftTree = tree) -> None:
-                    verifier.verify(tree)
-                    verifier.undo()
-
-                steps = [lambda one=one: step(one) for one in both]
-                taken = dict(zip(MODES, (1e3 * seconds for seconds in least_seconds(steps, repeats)), strict=True))
-                row = {"place": place, "nodes": nodes, "paths": paths, **taken}
-                rows.append(row | {"ratio": taken["invariant"] / taken["normal"]})
+        trees = [tree_of(text[place : place + nodes], paths) for nodes, paths in TREES]
+        taken = {mode: [float("inf")] * len(trees) for mode in MODES}
+        for _ in range(ROUNDS):
+            for mode, before in taken.items():
+                with (
+                    engine.borrow(target) if compiles else nullcontext(),
+                    verifier_of(mode, target, engine, place, compiles=compiles) as verifier,
+                ):
+                    verifier.prefill(text[None, :place], logits_to_keep=1)
+                    found = least_seconds(verifier, trees, -(-repeats // ROUNDS))
+                taken[mode] = [min(pair) for pair in zip(before, found, strict=True)]
+        for (nodes, paths), *seconds in zip(TREES, *taken.values(), strict=True):
+            both = dict(zip(MODES, (1e3 * each for each in seconds), strict=True))
+            row = {"place": place, "nodes": nodes, "paths": paths, **both}
+            rows.append(row | {"ratio": both["invariant"] / both["normal"]})
     return rows
 
 

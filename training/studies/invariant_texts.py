@@ -9,10 +9,12 @@ for 4 with stock's prompt lookup; plain decoding of the mode writes stock's text
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --prompts 1000 --tokens 256 --dtype bfloat16 \
         --output work/texts.json
 
-Method: each prompt is answered once by every arm, greedily and at temperature 1 with its number as the seed, and a
-hash of each text is kept. Arms of the mode are compared with plain decoding of the mode, that and the arms of the
-normal mode with stock `generate`. Prompts come in a fixed random order, so a larger `--prompts` goes on where a
-smaller one ended; so does a command that was cut off. Nothing is timed, so other work may run at the same time.
+Method: prompts come in batches of 8, which plain decoding of the mode answers, and then one other way of decoding in
+turn. The first prompt of every `--every`-th batch is also answered alone by every arm, greedily and at temperature 1
+with its number as the seed. A hash of each text is kept. Arms of the mode are compared with plain decoding of the
+mode, that and the arms of the normal mode with stock `generate`. The order of prompts is fixed and random, so a larger
+`--prompts` goes on where a smaller one ended; so does a command that was cut off. Nothing is timed, so other work may
+run at the same time.
 """
 
 import argparse
@@ -48,7 +50,7 @@ from .experiment import execute, print_table
 LOOKUP = TreeShape(1, 0, 1, lookup=8)
 SHAPES = (TreeShape(8, 4, 2), TreeShape(16, 5, 4, lookup=4))
 CHUNKS = (7, 64)
-ROWS = 4
+ROWS = 8
 Z = 1.959964  # of a two-sided 95% interval
 
 
@@ -58,15 +60,15 @@ class Arm:
 
     Attributes:
         keywords: of `generate`.
-        rows: prompts that are answered in one batch.
         reference: the arm whose texts are compared with its own; `None` of the first.
+        turn: whether prompts are answered in batches: the first of so many ways, the second, ...; 0 for all batches.
     """
 
     name: str
     temperature: float
     keywords: Mapping[str, Any]
-    rows: int = 1
     reference: "Arm | None" = None
+    turn: int | None = None
 
     @property
     def is_invariant(self) -> bool:
@@ -96,18 +98,21 @@ def arms_of(heads: Mapping[str, DraftSource]) -> list[Arm]:
         },
         "auto": auto,
     }
-    arms = []
-    for temperature in (0.0, 1.0):
-        stock = Arm("stock", temperature, {})
-        plain = Arm("plain", temperature, {"invariant": True}, reference=stock)
+    stocks = [Arm("stock", temperature, {}) for temperature in (0.0, 1.0)]
+    batches = Arm(f"plain, row of a batch of {ROWS}", 0.0, {"invariant": True}, stocks[0], 0)
+    arms = [batches]
+    ways = drafting | {f"auto, prompt in chunks of {size}": auto | {"prefill_chunk_size": size} for size in CHUNKS}
+    for turn, (name, way) in enumerate(ways.items(), 1):
+        arms.append(Arm(f"{name}, row of a batch of {ROWS}", 0.0, way | {"invariant": True}, batches, turn))
+    for stock in stocks:
+        reference = Arm("plain", stock.temperature, {"invariant": True}, stock if stock.temperature else batches)
         normal = {"auto": auto, "head's default tree": first}
-        ways = {name: (keywords, 1) for name, keywords in drafting.items()}
-        if not temperature:  # stock's lookup draws other random numbers, and so do the sampled rows of a batch
+        if not stock.temperature:  # stock's lookup draws other random numbers
             normal["stock's prompt lookup"] = {"prompt_lookup_num_tokens": 10}
-            ways |= {f"auto, prompt in chunks of {size}": (auto | {"prefill_chunk_size": size}, 1) for size in CHUNKS}
-            ways |= {f"auto, row of a batch of {ROWS}": (auto, ROWS), f"plain, row of a batch of {ROWS}": ({}, ROWS)}
-        arms += [stock, *(Arm(name, temperature, way, 1, stock) for name, way in normal.items()), plain]
-        arms += [Arm(name, temperature, way | {"invariant": True}, rows, plain) for name, (way, rows) in ways.items()]
+        arms += [stock, *(Arm(name, stock.temperature, way, stock) for name, way in normal.items()), reference]
+        alone = drafting if stock.temperature else ways
+        compared = reference if stock.temperature else batches
+        arms += [Arm(name, stock.temperature, way | {"invariant": True}, compared) for name, way in alone.items()]
     return arms
 
 
@@ -165,14 +170,15 @@ class Record:
         return arm.key not in self.hashes.get(prompt, {})
 
     def add(self, prompt: str, arm: Arm, text: list[int]) -> None:
-        """Keep a text, whose reference is there."""
+        """Keep a text, and compare it with those that are there."""
         digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
         hashes, texts = self.hashes.setdefault(prompt, {}), self._texts.setdefault(prompt, {})
         hashes[arm.key], texts[arm.key] = digest, text
-        if arm.reference is not None and hashes[arm.reference.key] != digest:
-            reference = texts.get(arm.reference.key)
-            place = None if reference is None else first_difference(reference, text)
-            self.parted.setdefault(prompt, {})[arm.key] = place
+        for one in self._arms:
+            pair = [one.key, one.reference.key] if one.reference is not None else []
+            if arm.key in pair and len({hashes.get(key, digest) for key in pair}) > 1:
+                both = [texts[key] for key in pair if key in texts]
+                self.parted.setdefault(prompt, {})[one.key] = first_difference(*both) if len(both) == 2 else None
 
     def save(self) -> None:
         """Write the file: a kill leaves the old one or the new one."""
@@ -214,24 +220,23 @@ class Record:
         ]
 
 
-def answer_all(target: Any, prompts: Sequence[Prompt], arms: Sequence[Arm], record: Record, tokens: int) -> None:
-    """Write every text that the record lacks, and save after each prompt."""
+def answer_all(
+    target: Any, prompts: Sequence[Prompt], arms: Sequence[Arm], record: Record, tokens: int, every: int
+) -> None:
+    """Write and save every text that the record lacks; one prompt of `every` so many batches is answered alone."""
+    turns = max(arm.turn or 0 for arm in arms)
     with tqdm(total=len(prompts), desc="Comparing texts", unit="prompt") as bar:
-        for start in range(0, len(prompts), ROWS):
-            group = prompts[start : start + ROWS]
-            for seed, prompt in enumerate(group, start):
-                for arm in arms:
-                    if arm.rows == 1 and record.lacks(prompt.name, arm):
-                        [text] = write(target, [prompt.input_ids], arm, tokens, seed)
-                        record.add(prompt.name, arm, text)
-                record.save()
-                bar.update()
+        for batch, start in enumerate(range(0, len(prompts), ROWS)):
             for arm in arms:
-                if arm.rows > 1 and any(record.lacks(prompt.name, arm) for prompt in group):
+                group = prompts[start : start + ROWS] if arm.turn in (0, batch % turns + 1) else []
+                if arm.turn is None and batch % every == 0:
+                    group = prompts[start : start + 1]
+                if any(record.lacks(prompt.name, arm) for prompt in group):
                     texts = write(target, [prompt.input_ids for prompt in group], arm, tokens, start)
                     for prompt, text in zip(group, texts, strict=True):
                         record.add(prompt.name, arm, text)
-            record.save()
+                    record.save()
+            bar.update(min(ROWS, len(prompts) - start))
 
 
 def choose_prompts(args: argparse.Namespace, models: BenchModels) -> Iterator[Prompt]:
@@ -263,7 +268,7 @@ def study(args: argparse.Namespace) -> int:
     prompts = [prompt for _, prompt in zip(range(args.prompts), choose_prompts(args, models), strict=False)]
     status = 0
     try:
-        answer_all(models.target, prompts, arms, record, args.tokens)
+        answer_all(models.target, prompts, arms, record, args.tokens, args.every)
     except KeyboardInterrupt:
         status = 130
     print_table(record.rows())
@@ -282,6 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--dataset", nargs="+", required=True, help=".jsonl or .json with turns, messages or prompt")
     add("--prompts", type=positive, default=1000)
     add("--tokens", type=positive, default=256, help="of each text")
+    add("--every", type=positive, default=4, help="batches of which one prompt is answered alone by every arm")
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     add("--device", type=device, help="default: cuda if available, otherwise cpu")
     add("--pack", action="store_true", help="prepack the target's weights, for every arm")

@@ -6,7 +6,8 @@ then runs near the memory limit of a CPU. They are constants from then on: see `
 
 import logging
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .packages import ModulePackages, PackagedCode
+from .pages import collapse
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -89,7 +91,8 @@ class CompiledFunction:
         if options is None:
             options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
-        with torch._inductor.config.patch(_INDUCTOR | {"cpp_wrapper": tensors[0].device.type == "cpu"}):
+        settings = _INDUCTOR | {"cpp_wrapper": tensors[0].device.type == "cpu"}
+        with torch._inductor.config.patch(settings), _constants_in_huge_pages():
             return compiled, compiled(*tensors)
 
     def _compile_package(self, tensors: Sequence[Tensor], sizes: DynamicSizes, setting: str) -> "_Packaged":
@@ -181,6 +184,19 @@ def _serves(code: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
     return code.fits(tensors) if isinstance(code, _Packaged) else True
 
 
+@contextmanager
+def _constants_in_huge_pages() -> Iterator[None]:
+    """Move what inductor lays out inside the `with` block: each step reads it once."""
+    from torch._inductor.codecache import PyCodeCache  # loads the compiler
+
+    # Not a public place. Where it is another, constants stay in small pages.
+    modules: list[types.ModuleType] = getattr(PyCodeCache, "modules", [])
+    known = len(modules)
+    yield
+    constants = (value for module in modules[known:] for value in vars(module).values())
+    collapse(value for value in constants if isinstance(value, Tensor))
+
+
 def _dense(part: Tensor) -> Tensor:
     """With the strides of a new tensor: of a dimension of size 1 a view may have any, and other code would run."""
     stride, expected = 1, list[int]()
@@ -192,13 +208,14 @@ def _dense(part: Tensor) -> Tensor:
 
 def _callers_settings(device_type: str) -> tuple[Any, ...]:
     """Of a caller, what is compiled in: no guard asks for it."""
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        *(one.matmul.fp32_precision for one in backends),  # of which torch's common getter raises if they differ
     )
 
 

@@ -31,6 +31,8 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
+from .pages import collapse
+
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -256,6 +258,7 @@ class PackagedCode:
         self._constants = {name: _made(recipe, weights) for name, recipe in manifest["recipes"].items()}
         # active ones, all of them, as they are: the loader keeps no copy
         loader.load_constants(self._constants, False, True, True)
+        collapse(self._constants.values())
         self._run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
         self._limits = [tuple(map(int, limit)) for limit in manifest["limits"]]
 

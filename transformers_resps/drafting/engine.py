@@ -74,8 +74,8 @@ class DraftEngine(CompileEngine[StepModel]):
     ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
         """Draft over the cache of this engine with one launch, or capture first.
 
-        `inputs` are those of a `DraftFunction`: features, tokens, slots and what is shown. Returns the model's output
-        at the newest pair, the pool and the tree, until the next draft; `None` where capturing fails.
+        `inputs` are those of a `DraftFunction`: features, tokens, slots, positions and what is shown. Returns the
+        model's output at the newest pair, the pool and the tree, until the next draft; `None` where capturing fails.
         """
         tree_room, pairs = cache.tree_room, inputs[1].shape[1]
 

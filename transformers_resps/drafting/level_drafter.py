@@ -38,6 +38,11 @@ class _Unread:
         assert tokens is not None
         return _Unread(tokens, features, counts)
 
+    def without_first(self, count: int) -> "_Unread":
+        """Of rows that gained alike."""
+        features = None if self.features is None else self.features[:, count:]
+        return _Unread(self.tokens[:, count:], features, [own - count for own in self.counts])
+
 
 class LevelDrafter(Drafter):
     """Drafts candidate pools with one model, for one call of `generate`.
@@ -67,7 +72,8 @@ class LevelDrafter(Drafter):
             self._cache = DraftCache.empty(model, batch_size)
         else:
             self._cache = engine.cache(batch_size)
-        self._window = PlaceWindow(model)
+        self._places = PlaceWindow(model)
+        self._forgotten = 0  # positions before slot 0
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         self._unread: list[_Unread] = []
@@ -141,16 +147,19 @@ class LevelDrafter(Drafter):
 
         Returns `None` where they are none, or more than a step leaves, or where no layer has a buffer yet.
         """
-        width, device, before = self._waiting, self._device, self._slots
+        width, device = self._waiting, self._device
         if not 0 < width <= shape.depth + 1 or not self._cache.buffers:
             return None
+        self._forget()
+        width, before = self._waiting, self._slots
         self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
         self._slots = copy.copy(before)
         slots = self._slots.take([part.counts for part in self._unread], device).expand(self._rows, -1)
         shown = self._slots.visible(self._cache.capacity, device)
         tokens, features = self._joined()
         assert features is not None
-        inputs = features, tokens, slots, self._all_shown if shown is None else shown
+        positions = slots + self._forgotten if self._forgotten else slots
+        inputs = features, tokens, slots, positions, self._all_shown if shown is None else shown
         drafted = engine.draft(shape, self._cache, inputs)
         if drafted is None:
             self._slots = before
@@ -180,17 +189,20 @@ class LevelDrafter(Drafter):
 
     def _read(self, ahead: int = 0) -> Places:
         """Read all tokens that wait. Returns the places of the `ahead` positions after them."""
+        self._forget()
         blocks, width = [part.counts for part in self._unread], self._waiting
-        start, is_even = self._slots.length, self._slots.stays_even(blocks)
+        start, is_even, forgotten = self._slots.length, self._slots.stays_even(blocks), self._forgotten
         # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
         pads = None if self._model.counts_padding else self._slots.pads
         taken = self._slots.take(blocks, self._device, ahead) if pads is not None or not is_even else None
         if taken is None:
             for counts in blocks:
                 self._slots.extend(counts)
-            places = self._window.at(start, self._slots.length + ahead)
+            places = self._places.at(forgotten + start, forgotten + self._slots.length + ahead)
+        elif pads is not None:
+            places = self._model.places(taken - pads)
         else:
-            places = self._model.places(taken if pads is None else taken - pads)
+            places = self._model.places(taken + forgotten if forgotten else taken)
         slots = None if taken is None or is_even else taken[:, :width]
         self._cache.reserve(self._slots.length)
         if width:
@@ -198,6 +210,33 @@ class LevelDrafter(Drafter):
             self._unread.clear()
             self._run(tokens, features, at_positions(places, slice(width)), start, slots)
         return at_positions(places, slice(width, None))
+
+    def _forget(self) -> None:
+        """Drop what no row sees after the tokens that wait."""
+        if self._model.sliding_window is None:
+            return
+        ends, length = self._slots.row_ends(self._rows), self._slots.length
+        waiting = [part.counts for part in self._unread]
+        shortest = min(sum(counts) for counts in zip(ends, *waiting, strict=True))
+        unseen = self._model.oldest_seen(self._forgotten + shortest) - self._forgotten
+        count = min(unseen, *ends)
+        skipped = self._skip(unseen - count) if count == length else 0
+        if count + skipped:
+            self._cache.forget(count, length)
+            self._slots.extend([skipped] * self._rows)
+            self._slots.forget(count + skipped)
+            self._forgotten += count + skipped
+
+    def _skip(self, count: int) -> int:
+        """Drop up to `count` of the first tokens that wait, as far as all rows gained alike. Returns how many."""
+        left = count
+        for at, part in enumerate(self._unread):
+            dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
+            self._unread[at] = part.without_first(dropped)
+            left -= dropped
+            if dropped < part.counts[0]:
+                break
+        return count - left
 
     def _run(self, tokens: Tensor, features: Tensor | None, places: Places, start: int, slots: Tensor | None) -> None:
         """Pass over tokens `[b, t]` from slot `start` on, or at each row's own `slots` `[b, t]`, at every depth."""

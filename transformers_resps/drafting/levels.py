@@ -156,7 +156,7 @@ class DraftFunction:
         self._model, self._shape, self._tree_room = model, shape, tree_room
 
     def __call__(
-        self, features: Tensor, tokens: Tensor, slots: Tensor, shown: Tensor, *buffers: Tensor
+        self, features: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor, shown: Tensor, *buffers: Tensor
     ) -> tuple[Tensor, ...]:
         """Draft below the last of the tokens.
 
@@ -165,6 +165,7 @@ class DraftFunction:
             tokens: `[b, m]` of the pairs.
             slots: `[b, m]` where the pairs go, ascending. A pair that is none goes to the cache's last slot, which no
                 text may reach.
+            positions: `[b, m]` of the pairs: their slots, and what was forgotten before slot 0.
             shown: `[b or 1, capacity or 1]` bool, false where a slot of the text is padding.
             buffers: of the cache, written in place.
 
@@ -176,7 +177,7 @@ class DraftFunction:
         capacity, ends = cache.capacity, slots[:, -1:] + 1
         order = torch.arange(capacity, device=slots.device)
         ahead = torch.arange(max(self._shape.depth - 1, 1), device=slots.device)
-        places = model.places(torch.cat([slots, ends + ahead], dim=1))
+        places = model.places(torch.cat([positions, positions[:, -1:] + 1 + ahead], dim=1))
         queries = width if model.needs_all_queries else 1
         mask = (order <= slots[:, -queries:, None]) & shown[:, None]
         newest = model.run(

@@ -28,7 +28,8 @@ from ..verifying.experts import has_invariant_experts
 from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
 from ..verifying.prepacking import is_prepacked
-from ..verifying.slots import SlotEngine
+from ..verifying.row_classes import RowNeeds, kernel_settings
+from ..verifying.slots import SlotEngine, filled
 from ..verifying.verifier import InvariantVerifier
 from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
 
@@ -39,7 +40,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-_MOST_ROWS = 16  # of a product that a machine may need
+_ANY_NEEDS = RowNeeds(16, {})  # of any machine
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -116,6 +117,19 @@ def _of_call(
         yield "`guidance_scale`, which runs the model once more, in the normal mode", "Leave it out"
 
 
+def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
+    """Refuse autocast inside the model's forward, which nothing outside shows, as `Accelerator.prepare` leaves it."""
+    pattern = engine.pattern(model)
+    layers: list[Any] = pattern.layers
+    found = {str(part.dtype) for index in filled(pattern) for part in (layers[index].keys, layers[index].values)}
+    odd = sorted(found - {str(model.dtype)})
+    if odd:
+        raise ValueError(
+            f"`invariant=True` does not support a forward that computes in {odd} with weights in {model.dtype}, as "
+            "under autocast. Use the model as it was loaded, or pass `invariant=False`."
+        )
+
+
 def _holds(kind: type, given: Iterable[Any] | None) -> bool:
     return any(isinstance(one, kind) for one in given or ())
 
@@ -154,9 +168,10 @@ class InvariantCalls:
         for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
+        _check_forward(model, engine)
         if not self._has_same_bits:
             check_same_bits(
-                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _MOST_ROWS, positions)
+                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _ANY_NEEDS, positions)
             )
             self._has_same_bits = True
         self._compare(model, compile)
@@ -177,14 +192,8 @@ class InvariantCalls:
             )
 
     def _compare(self, model: PreTrainedModel, compile: bool | str | None) -> None:
-        now = {
-            "torch.get_num_threads()": torch.get_num_threads(),
-            "the dtype": model.dtype,
-            "`prepack`": is_prepacked(model),
-            "`compile`": bool(compile),
-            "torch.backends.mkldnn.enabled": torch.backends.mkldnn.enabled,
-            "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
-        }
+        own = {"the dtype": model.dtype, "`prepack`": is_prepacked(model), "`compile`": bool(compile)}
+        now = kernel_settings() | own
         self._first = self._first or now
         for name, value in now.items():
             if value != self._first[name] and name not in self._warned:

@@ -477,14 +477,14 @@ def _invariant_verifier(
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
-    engine, least_rows = state.slot_engine, state.row_classes.least(target)
+    engine, needs = state.slot_engine, state.row_classes.needs(target)
     with engine.borrow(target) if compiles else nullcontext() as lent:
         if compiles and lent is None:
             raise ValueError(
                 "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
                 "Call `generate` when it has ended, or with `compile=False`."
             )
-        with InvariantVerifier(forward, engine, least_rows, *given, compiles=compiles) as verifier:
+        with InvariantVerifier(forward, engine, needs, *given, compiles=compiles) as verifier:
             yield verifier
 
 

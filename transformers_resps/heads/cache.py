@@ -66,6 +66,12 @@ class DraftCache:
             }
             self._capacity, self._tree_room = self._capacity + more, self._tree_room + ahead
 
+    def forget(self, count: int, length: int) -> None:
+        """Drop the first `count` positions of a sequence of `length`. The others move to its beginning."""
+        room = self._tree_room
+        for kept in self.buffers if count < length else ():
+            kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
+
     def attend_from(
         self, start: int, mask: Tensor | None, *, end: int | None = None, is_causal: bool = False
     ) -> Entries:

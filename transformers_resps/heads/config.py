@@ -46,6 +46,8 @@ class DraftHeadConfig(PreTrainedConfig):
         hidden_act: activation of the MLP, by its name in Transformers.
         rms_norm_eps: epsilon of every RMSNorm.
         max_position_embeddings: for RoPE types that depend on it; the head itself reads sequences of any length.
+        sliding_window: how many of the newest positions the head sees at most when it drafts, and at least fifteen
+            sixteenths of them in a longer text; `None` for all. Training shows it all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
         initializer_range: standard deviation of fresh weights.
         attention_bias: whether the query, key and value projections have biases.
@@ -95,6 +97,7 @@ class DraftHeadConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
+    sliding_window: int | None = None
     rope_parameters: dict[str, Any] | None = None
     initializer_range: float = 0.02
     attention_bias: bool = False

@@ -393,8 +393,8 @@ class DraftHead(TrainableSource, PreTrainedModel):
             target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
                 decides the dtype and device unless they are passed.
             keywords: `revision` and the other loading arguments of Transformers. Also any field of `DraftHeadConfig`,
-                or `rope_theta`, to correct the head's config as `resps doctor` suggests; `sliding_window=None` ignores
-                a sliding window.
+                or `rope_theta`, to correct the head's config as `resps doctor` suggests; `sliding_window` limits what
+                it sees of long texts, `None` takes a limit away.
 
         Returns:
             The head, with every weight read from the files: nothing is newly initialized.
@@ -508,7 +508,7 @@ class BoundHead(TrainableModel):
         self.head = head
         self.device, self.dtype = head.device, head.dtype
         self.proposable_tokens, self.has_fixed_places = config.proposable_tokens, config.has_fixed_rope
-        self.needs_all_queries = config.num_hidden_layers > 1
+        self.needs_all_queries, self.sliding_window = config.num_hidden_layers > 1, config.sliding_window
         self.mask_copies = config.num_attention_heads // config.num_key_value_heads
         self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
         self._fast = head.packed_view() if forward is None else head

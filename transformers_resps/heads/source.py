@@ -19,6 +19,7 @@ from ..verifying.verifier import Verifier
 
 # Which positions of `[b, t]` get an output: a slice, or `[b, q]` positions of each row
 Wanted = slice | Tensor
+_WINDOW_PARTS = 16  # of a sliding window, of which the oldest leaves as a whole
 # What a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each
 Places = tuple[Tensor, ...]
 
@@ -87,6 +88,7 @@ class StepModel(ABC):
         entry_widths: kv heads and elements of each layer's keys and values, for a cache that is made beforehand.
         has_fixed_places: whether `places` of a position do not depend on the other positions.
         counts_padding: whether its positions may count a prompt's padding, as where only distances matter.
+        sliding_window: how many of a text's newest positions it sees at most; `None` for all. It counts padding.
         proposable_tokens: how many tokens it can propose after a node.
         device: of its inputs.
         dtype: of its hidden states.
@@ -99,6 +101,7 @@ class StepModel(ABC):
     needs_all_queries: bool = True
     has_fixed_places: bool = True
     counts_padding: bool = True
+    sliding_window: int | None = None
     is_compilable: bool = False
     mask_copies: int = 1
     entry_widths: Sequence[tuple[int, int]] = ()
@@ -110,6 +113,14 @@ class StepModel(ABC):
     @abstractmethod
     def modules(self) -> nn.ModuleList:
         """All whose weights drafting reads, the target's included."""
+
+    def oldest_seen(self, length: int) -> int:
+        """The first of the positions that are seen after a text of so many: one that changes every few tokens only,
+        because a cache is moved then.
+        """
+        window = self.sliding_window or length
+        stride = max(window // _WINDOW_PARTS, 1)
+        return max(-(-(length - window) // stride), 0) * stride
 
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:

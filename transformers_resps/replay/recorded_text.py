@@ -151,6 +151,11 @@ class PositionPools:
         self._model = model
         device, count = model.device, tokens.shape[1]
         self._length = count
+        order, oldest = torch.arange(count, device=device), [model.oldest_seen(length) for length in range(count + 1)]
+        self._oldest = torch.tensor(oldest, device=device)[:, None]
+        mask = None
+        if oldest[-1]:
+            mask = ((order <= order[:, None]) & (order >= self._oldest[1:]))[None, None]
         self._cache = DraftCache.empty(model, 1)
         self._cache.reserve(count)
         self._outputs = model.run(
@@ -158,7 +163,7 @@ class PositionPools:
             tokens.to(device),
             model.fuse(features.to(device, model.dtype)),
             model.places(torch.arange(count, device=device)[None]),
-            self._cache.attend_from(0, None, is_causal=count > 1),
+            self._cache.attend_from(0, mask, is_causal=mask is None and count > 1),
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
@@ -173,7 +178,8 @@ class PositionPools:
         """One pass over a level of all roots, laid out one root after the other in a single row."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
-        prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
+        prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])
+        prefix = prefix[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
         same_root = torch.eye(roots, dtype=torch.bool, device=prefixes.device)[:, None, :, None]
         levels = frontier.visible.split(width, dim=-1)[::-1]  # [r, w, w] each
         nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]

@@ -2,8 +2,9 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,12 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     parser.add_argument("--device", type=device, help="default: cuda if available, or cpu")
+
+
+def add_invariant_option(add: Callable[..., Any], what: str) -> None:
+    """Add `--invariant` by the method `add` of a parser or a group; `what` is done in the mode."""
+    mode = "in the invariant mode: the same text in any dtype, whatever drafts"
+    add("--invariant", action="store_true", help=f"{what} {mode}")
 
 
 def add_question_options(parser: argparse.ArgumentParser, of_dataset: str) -> None:

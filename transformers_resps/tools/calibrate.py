@@ -17,7 +17,7 @@ _PAYS_BELOW = 1.6  # plain forwards that a verification may cost
 def run(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before, and what follows from it."""
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
-    table = calibrate(target, load_source(args.head, target), refresh=args.refresh)
+    table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
         print(json.dumps(asdict(table) | {"verdict": what_must_be_accepted(table)}))
         return 0
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{key:14}{value}")
     contexts = sorted(table.verify)
     print("\nMilliseconds per target forward, by context length: the median, and the middle half of the repeats.")
-    print("The last line is plain decoding.\n")
+    print(f"{'The last line' if table.plain else 'One node'} is plain decoding.\n")
     print("  nodes" + "".join(f"{context:>24}" for context in contexts))
     for nodes in sorted(table.verify[contexts[0]]):
         rows = [(table.verify[context][nodes], table.verify_range.get(context, {}).get(nodes)) for context in contexts]

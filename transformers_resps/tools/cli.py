@@ -14,6 +14,7 @@ from typing import Any
 
 from . import quiet
 from .arguments import (
+    add_invariant_option,
     add_question_options,
     add_target_options,
     device,
@@ -93,6 +94,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
     parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
+    add_invariant_option(parser.add_argument, "decode, plainly and with drafts,")
 
 
 def add_calibrate(commands: Any) -> None:
@@ -103,6 +105,7 @@ def add_calibrate(commands: Any) -> None:
     add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help=HEAD)
     parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
+    add_invariant_option(parser.add_argument, "measure steps")
     parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
     parser.add_argument("--json", action="store_true", help=_JSON)
 
@@ -122,8 +125,7 @@ def add_verify(commands: Any) -> None:
     add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
     either = parser.add_mutually_exclusive_group().add_argument
-    invariant = "compare in the invariant mode, where no difference is excused in any dtype"
-    either("--invariant", action="store_true", help=invariant)
+    add_invariant_option(either, "compare")
     rounding = "instead, measure how far a tree forward moves the target's logits"
     either("--rounding", action="store_true", help=rounding)
     add("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
@@ -169,8 +171,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
     both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
     add("--compile", action="store_true", help=both)
-    one_text = "decode in every way but Transformers' own also in the invariant mode, plain decoding too"
-    add("--invariant", action="store_true", help=one_text)
+    add_invariant_option(add, "also decode in every way but Transformers' own, plainly too,")
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 
@@ -188,6 +189,7 @@ def add_serve(commands: Any) -> None:
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     add("--device", type=device, help="default: cuda if available, or cpu")
     add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
+    add_invariant_option(add, "answer every request")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
 

@@ -111,6 +111,7 @@ class Examination:
     Attributes:
         steps: decisions and trees of the call with draft trees, one for each of `report.steps` but the prefill.
         divergence: where greedy answers differ first, and why; `None` when they are equal or were sampled.
+        is_invariant: whether both were written in the invariant mode.
     """
 
     prompt_ids: Tensor  # [s]
@@ -120,6 +121,7 @@ class Examination:
     seconds: float  # of the whole call with draft trees
     steps: list[RecordedStep]
     divergence: Divergence | None
+    is_invariant: bool = False
 
     @property
     def parts_at(self) -> int | None:
@@ -158,8 +160,11 @@ def examine(
     with SpeculationDefaults.suspended():
         _, plain_ids, plain_seconds = answer()
         output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
-    divergence = None if settings["do_sample"] else explain_divergence(model, prompt_ids, plain_ids, own_ids)
-    return Examination(prompt_ids, plain_ids, plain_seconds, output.speculation, seconds, recorder.steps, divergence)
+    is_invariant, divergence = bool(settings.get("invariant")), None
+    if not settings["do_sample"]:
+        divergence = explain_divergence(model, prompt_ids, plain_ids, own_ids, invariant=is_invariant)
+    report, steps = output.speculation, recorder.steps
+    return Examination(prompt_ids, plain_ids, plain_seconds, report, seconds, steps, divergence, is_invariant)
 
 
 def facts_of(model: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
@@ -361,13 +366,13 @@ def run(args: argparse.Namespace) -> int:
     named = load_policy(args.policy, head)
     policy = default_policy(target.device) if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
-    warm_up(target, head, prompt_ids)
+    warm_up(target, head, prompt_ids, invariant=args.invariant)
     both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
     bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
     with bar, moving(bar, target, both, both):
         found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
-    facts = facts_of(target, head, policy, decoding)
+    facts = facts_of(target, head, policy, decoding + (", invariant" if args.invariant else ""))
     args.output.write_text(page(page_data(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
     return 0 if is_explained(found, target.dtype) else 1
@@ -376,17 +381,16 @@ def run(args: argparse.Namespace) -> int:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return keywords of `generate` for both answers."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    return {"max_new_tokens": args.max_new_tokens, **sampling}
+    return {"max_new_tokens": args.max_new_tokens, "invariant": args.invariant, **sampling}
 
 
-def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tensor) -> None:
+def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tensor, *, invariant: bool) -> None:
     """Allocate and compile before the timed calls; the policy stays as it is."""
+    settings = {"max_new_tokens": 4, "do_sample": False, "invariant": invariant}
     for assistant in (None, head) if head is not None else (None,):
         call: Any = target
         ids = prompt_ids[None].to(target.device)
-        call.generate(
-            ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, max_new_tokens=4, do_sample=False
-        )
+        call.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, **settings)
 
 
 def same_text(found: Examination) -> str:
@@ -398,7 +402,9 @@ def same_text(found: Examination) -> str:
 
 
 def is_explained(found: Examination, dtype: torch.dtype) -> bool:
-    """Tell whether texts are equal or may be rounded apart; of sampled texts in half precision no more can be said."""
-    if found.parts_at is None:
-        return True
+    """Tell whether texts are equal or may be rounded apart, as in the normal mode; of sampled texts in half precision
+    no more can be said.
+    """
+    if found.parts_at is None or found.is_invariant:
+        return found.parts_at is None
     return found.divergence.explained if found.divergence is not None else dtype in (torch.bfloat16, torch.float16)

@@ -398,12 +398,13 @@ def table_row(cells: list[str]) -> str:
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Return device, dtype, threads, versions, and the variables that change how memory is laid out."""
+    """Return device, dtype, threads, versions, and what changes how memory is laid out."""
     return {
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ[name] for name in _OF_MEMORY if name in os.environ},
+        "huge_page_mib": huge_page_mib(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -411,6 +412,15 @@ def machine(model: Any) -> dict[str, Any]:
             "transformers-resps": version("transformers-resps"),
         },
     }
+
+
+def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
+    """Return how much of this process's memory lies in huge pages; `None` where the system does not tell."""
+    try:
+        lines = (process / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("AnonHugePages:")), None)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:

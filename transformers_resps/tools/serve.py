@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             [serving.Served(*pair) for pair in zip(args.targets, heads or [None] * len(args.targets), strict=True)],
             policy=args.policy,
             compile={"auto": "auto", "always": True, "never": None}[args.compile],
+            invariant=args.invariant,
             dtype=args.dtype,
             device=args.device or default_device(),
             packed=args.pack,

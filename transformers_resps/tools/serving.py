@@ -30,7 +30,9 @@ from transformers.cli.serving import chat_completion, completion, model_manager,
 
 from ..generation.attach import attach
 from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
+from ..tree import TreeShape
 from .loading import load_policy, load_source, load_target
 
 
@@ -149,10 +151,11 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly.
+        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly, but for the invariant mode.
 
         Raises:
             ClientLeftError: the client has left.
+            ValueError: the invariant mode cannot do what is asked, and plain decoding would write another text.
         """
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
@@ -169,11 +172,14 @@ class RequestModel:
 
     def _answer(self, watch: _Watch, arguments: dict[str, Any]) -> Tensor:
         exchange = self._exchange
+        asked = getattr(arguments["generation_config"], "invariant", None)
+        is_invariant = asked or cast(Any, self._model).speculation_state.defaults.invariant
+        plain = FixedPolicy(TreeShape.plain()) if is_invariant else "plain"
         if exchange.policy != "plain":
             try:
                 out = self._decode(watch, arguments, policy=exchange.policy)
             except ValueError as refusal:
-                if watch.has_tokens:
+                if watch.has_tokens or is_invariant:  # stock rounds otherwise
                     raise
                 exchange.plain_reason = str(refusal)
             else:
@@ -181,9 +187,9 @@ class RequestModel:
                 return cast(Tensor, out.sequences)
         else:
             exchange.plain_reason = "The request asks for it."
-        return cast(Tensor, self._decode(watch, arguments, policy="plain").sequences)
+        return cast(Tensor, self._decode(watch, arguments, policy=plain).sequences)
 
-    def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: str | None) -> Any:
+    def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: Policy | str | None) -> Any:
         if self._exchange.seed is not None:
             torch.manual_seed(self._exchange.seed)
         config = arguments["generation_config"]
@@ -272,6 +278,7 @@ class AttachedModels(model_manager.ModelManager):
         served: what to load.
         policy: as `resps` commands name it; `None` is the head's tree.
         compile: as in `attach`.
+        invariant: whether every request is answered in the invariant mode.
         dtype: as in `load_target`.
         device: likewise.
         packed: likewise.
@@ -284,6 +291,7 @@ class AttachedModels(model_manager.ModelManager):
         *,
         policy: str | None,
         compile: Any,
+        invariant: bool,
         dtype: str | None,
         device: str,
         packed: bool,
@@ -292,6 +300,7 @@ class AttachedModels(model_manager.ModelManager):
         super().__init__(model_timeout=-1)  # never unloaded
         self._served = {self.process_model_name(one.target): one for one in served}
         self._policy, self._compile, self._worker = policy, compile, worker
+        self.is_invariant = invariant
         self._load = partial(load_target, dtype=dtype, device=device, packed=packed)
         for name in self._served:
             self.load_model_and_processor(name)
@@ -310,7 +319,12 @@ class AttachedModels(model_manager.ModelManager):
         target = self._load(one.target)
         head = load_source(one.head, target)
         policy: Policy | str = load_policy(self._policy, head)
-        return attach(target, assistant_model=head, policy=policy, compile=self._compile)
+        defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
+        model = attach(target, assistant_model=head, **defaults)
+        if self.is_invariant:  # what the mode refuses is refused now
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
+        return model
 
     def list_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "resps"} for name in self.names]
@@ -400,6 +414,9 @@ class _Handler(utils.BaseHandler):
         config = super()._build_generation_config(body, *args, **kwargs)
         if (body.get("temperature") or 0) > 0:  # stock leaves a greedy model greedy
             config.do_sample = True
+        if getattr(config, "invariant", None) is False and cast(AttachedModels, self.model_manager).is_invariant:
+            told = "`invariant` is False, but this server answers every request in the invariant mode. Leave it out."
+            raise HTTPException(400, told)
         policy = vars(config).pop("policy", None)
         exchange.policy = exchange.policy or _checked_policy(policy)
         if (config.num_return_sequences or 1) > 1:

@@ -85,8 +85,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         _check_arguments(model, args, train_dataset, peft_config)
         set_seed(args.seed)
         loaded = as_target(target, cast(Any, args.target_init_kwargs))
-        if isinstance(target, str) and loaded.dtype is torch.float32:
-            prepack(loaded)  # a sixth faster on a CPU, not in bf16; a model of the caller's stays as it is
+        if isinstance(target, str) and loaded.dtype is torch.float32 and args.device.type == "cpu":
+            prepack(loaded)  # a sixth faster, not in bf16; a model of the caller's stays as it is
         settings: dict[str, Any] = cast(Any, args.model_init_kwargs) or {}
         head: Any = model
         if isinstance(model, str):

@@ -6,15 +6,14 @@ problem of its own for PyTorch's kernel: of one size, with each key where it sta
 does the same for a row whatever stands beside it. A softmax over the log-sum-exps of its blocks, in float64, joins
 what they give to a row, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-A tree's first path lies where it would lie as text. Each other path has blocks of its own, with copies of what
-precedes its nodes since the last border. So a node gets the bits that it would get as text, and one that is read alone
-those of a long prompt.
+All nodes of a tree share the blocks before the last border before its root, and read them where they lie. A block
+after that border is put together for each path, from the text and from the path's nodes, and read by nodes of that
+path only. So a node gets the bits that it would get as text, and one that is read alone those of a long prompt.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,117 +29,247 @@ BLOCK = 64  # keys of a block
 _ROWS = 4  # PyTorch's kernel on a CPU takes another path for a rest of one to three query rows
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the nodes of a tree, or the tokens of a prompt, lie in buffers in the order of the text.
+class Layout(NamedTuple):
+    """What the nodes of a tree, or the tokens of a prompt, read of buffers in the order of the text.
+
+    The entry of place i of the text lies in slot i, and that of node i in the slot i after the root's place.
 
     Attributes:
-        slots: `[b, n]` of the nodes.
-        places: `[b, blocks, BLOCK]` in the text of the entry in each slot.
-        seen: `[b, n, blocks, BLOCK]` bool, which of them a node sees, itself included.
-        sources: `[b, m]` slots of entries that other paths need as well.
-        copies: `[b, m]` slots where they need them; m is 0 where the first path is the only one.
+        shared: `[blocks, BLOCK]` places of the blocks that are read where they lie.
+        ends: `[b, n]` the place where these end for a node.
+        order: `[n or more]` nodes that ask them.
+        groups: `[b, g, _ROWS]` nodes of one path that ask another block together.
+        places: `[b, g, _ROWS]` of these nodes in the text; -1 where a group has fewer.
+        slots: `[b, g, BLOCK]` of the entries in that block, in the order of the text.
+        starts: `[b, g]` place of its first entry.
+        asked: `[levels, b, n]` where a node stands in the groups of a row, for each such block that it asks; or -1.
     """
 
-    slots: Tensor
+    shared: Tensor
+    ends: Tensor
+    order: Tensor
+    groups: Tensor
     places: Tensor
-    seen: Tensor
-    sources: Tensor
-    copies: Tensor
+    slots: Tensor
+    starts: Tensor
+    asked: Tensor
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor) -> "Layout":
-        """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, each in the slot after the one before."""
-        count = depths.shape[1]
-        slots = roots + torch.arange(count)
-        places = torch.arange(_in_blocks(int(roots.max()) + count)).expand(len(roots), -1)
-        none = slots[:, :0]
-        seen = places[:, None] <= (roots + depths)[..., None]
-        return cls(slots, _cut(places), _cut(seen), none, none)
+        """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, which lie as text: all blocks are shared.
+
+        All is on the host.
+        """
+        rows, count = depths.shape
+        none = torch.zeros(rows, 0, dtype=torch.long)
+        groups, slots = (none[..., None].expand(-1, -1, size) for size in (_ROWS, BLOCK))
+        shared = _blocks(_rounded_up(int(roots.max()) + count, BLOCK))
+        asked = none.new_empty(0, rows, count)
+        return cls(shared, roots + depths + 1, torch.arange(count), groups, groups, slots, none, asked)
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor) -> "Layout":
         """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host."""
-        count = depths.shape[1]
-        order = torch.arange(count)
+        rows, count = depths.shape
+        order, places, border = torch.arange(count), roots + depths, roots // BLOCK * BLOCK
         is_padding = (depths == 0) & (order > 0)
         is_leaf = (ancestors.sum(dim=1) == 1) & ~is_padding
         ranks = is_leaf.cumsum(dim=1) - 1
-        rank = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1))  # of the first path of each node
-        rank.masked_fill_(is_padding, 0)
-        starts, paths = roots // BLOCK * BLOCK, int(ranks.max()) + 1
-        span = _in_blocks(int((roots - starts + depths).max()) + 1)  # slots of each path, from its row's start on
-        size = int(starts.max()) + paths * span
-        slots = torch.where(is_padding, size + order, roots + depths + rank * span)
-        places = torch.arange(size).expand(len(roots), -1)
-        after = places - starts
-        of_path = after.div(span, rounding_mode="floor").clamp(min=-1)  # -1: of all paths
-        places = torch.where(of_path > 0, starts + after % span, places)
-        is_own = (of_path < 0)[:, None] | (of_path[:, None] == rank[..., None])
-        seen = is_own & (places[:, None] <= (roots + depths)[..., None])
-        return cls(slots, _cut(places), _cut(seen), *_copies(roots, depths, ancestors, is_leaf, slots, span, paths))
+        path = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1)).clamp(min=0)  # its first one
+        block = (places - border) // BLOCK  # after the border
+        levels = int(block.max()) + 1
+        level = torch.arange(levels)[:, None]
+        asks = ((level <= block[:, None]) & ~is_padding[:, None]).flatten(1)  # [b, levels * n]
+        kind = (path[:, None] * levels + level).flatten(1)  # a block of a path
+        members = (kind[..., None] == torch.arange(int(kind.max()) + 1)) & asks[..., None]
+        needed = _rounded_up(members.sum(dim=1), _ROWS)
+        before = (needed.cumsum(dim=1) - needed).gather(1, kind)
+        asked = before + members.cumsum(dim=1).gather(2, kind[..., None])[..., 0] - 1
+        size = int(needed.sum(dim=1).max())
+        index = asked.where(asks, torch.tensor(size))
+
+        def grouped(values: Tensor, empty: int) -> Tensor:
+            found = torch.full((rows, size + 1), empty).scatter(1, index, values.repeat(1, levels))
+            return found[:, :-1].view(rows, -1, _ROWS)
+
+        first = torch.full((rows, size + 1), 0).scatter(1, index, kind)[:, :-1:_ROWS]
+        starts = border + first % levels * BLOCK
+        slots = _slots(roots, depths, ancestors, is_leaf, first.div(levels, rounding_mode="floor"), starts)
+        asked = asked.masked_fill(~asks, -1).view(rows, levels, count).transpose(0, 1)
+        groups = grouped(order.expand(rows, -1), 0)
+        shared = _blocks(int(border.max()))
+        ends = border.expand(-1, count)
+        return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)
+
+    def of_any_size(self) -> "Layout":
+        """The same as compiled code takes it: sizes of none and one, and rows to be filled up, are compiled apart."""
+        shared, groups, levels = (max(2 - len(part), 0) for part in (self.shared, self.groups[0], self.asked))
+        return self._replace(
+            shared=_blocks(self.shared.numel() + shared * BLOCK),
+            order=_filled_up(self.order, 0),
+            groups=pad(self.groups, (0, 0, 0, groups)),
+            places=pad(self.places, (0, 0, 0, groups), value=-1),
+            slots=pad(self.slots, (0, 0, 0, groups)),
+            starts=pad(self.starts, (0, groups)),
+            asked=pad(self.asked, (0, 0, 0, 0, 0, levels), value=-1),
+        )
 
 
-def _copies(
-    roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, slots: Tensor, span: int, paths: int
-) -> tuple[Tensor, Tensor]:
-    """Which entries each path but the first needs in its own blocks, and where: `[b, (paths - 1) * span]` each."""
-    if paths == 1:
-        return slots[:, :0], slots[:, :0]
-    starts, within = roots // BLOCK * BLOCK, torch.arange(span)
-    # of a row with fewer, other nodes: their copies are seen by none
-    leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True)[:, 1:paths]
-    on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, paths - 1, n]
-    by_depth = torch.zeros(*leaves.shape, span, dtype=torch.long)
-    by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), slots[:, None] * on_path)
-    places = starts + within  # [b, span]
-    of_nodes = by_depth.gather(2, (places - roots).clamp(0)[:, None].expand_as(by_depth))
-    sources = torch.where((places < roots)[:, None], places[:, None], of_nodes)
-    copies = starts[..., None] + torch.arange(1, paths)[:, None] * span + within
-    return sources.flatten(1), copies.expand_as(sources).flatten(1)
+def _slots(roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor, starts: Tensor) -> Tensor:
+    """Of the entries from the places `starts` `[b, g]` on, on these `paths` `[b, g]`, counted by their leaves.
 
-
-def _cut(states: Tensor) -> Tensor:
-    """The last dimension by blocks."""
-    return states.view(*states.shape[:-1], -1, BLOCK)
-
-
-def _in_blocks(count: int) -> int:
-    return -(-count // BLOCK) * BLOCK
-
-
-def mask_of(seen: Tensor, places: Tensor, nodes: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """The additive mask `[b, n, blocks, BLOCK]` of a kind of layers, for nodes at the places `nodes` `[b, n]`.
-
-    `seen` and `places` are those of a `Layout`.
+    Where a path has ended the root's stands: it is seen by none.
     """
-    if window is not None:
-        seen = seen & (nodes[..., None, None] - places[:, None] < window)
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
+    on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
+    by_depth = torch.zeros(*paths.shape, int(depths.max()) + 2, dtype=torch.long)
+    nodes = torch.arange(depths.shape[1])
+    by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), nodes * on_path)
+    places, first = starts[..., None] + torch.arange(BLOCK), roots[..., None]
+    of_nodes = first + by_depth.gather(2, (places - first).clamp(0, by_depth.shape[2] - 1))
+    return torch.where(places < first, places, of_nodes)
 
 
-class BlockMasks:
-    """The masks of one forward, laid out for the heads that share keys, once for all layers that are alike."""
+def _blocks(size: int) -> Tensor:
+    return torch.arange(size).view(-1, BLOCK)
 
-    def __init__(self) -> None:
-        self._known: list[tuple[Tensor, int, int, Tensor, Tensor]] = []
 
-    def of(self, mask: Tensor, kv_heads: int, sharing: int) -> tuple[Tensor, Tensor]:
-        """A mask of `mask_of` for rows of heads: `[blocks, 1 or b * kv heads, rows, BLOCK]`; and which of the
-        n * sharing each of these rows is: they are filled up as PyTorch's kernel takes them.
-        """
-        for known, *kind, found, order in self._known:
-            if known is mask and kind == [kv_heads, sharing]:
-                return found, order
-        rows = mask.shape[1] * sharing
-        # One more at least: a size that may stay as it is would be compiled apart.
-        order = torch.arange((rows // _ROWS + 1) * _ROWS, device=mask.device).clamp(max=rows - 1)
-        blocks = mask.permute(2, 0, 1, 3)[:, :, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)
-        if mask.shape[0] > 1:
-            blocks = blocks[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
-        found = blocks.index_select(2, order)
-        self._known.append((mask, kv_heads, sharing, found, order))
-        return found, order
+def _rounded_up(count: Any, step: int) -> Any:
+    return -(-count // step) * step
+
+
+def _filled_up(part: Tensor, dim: int) -> Tensor:
+    """With as many rows as PyTorch's kernel takes: the last one repeated."""
+    count = part.shape[dim]
+    if count % _ROWS == 0:
+        return part
+    return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
+
+
+class _Rows(NamedTuple):
+    """Query rows of one kind of layers: the heads of some nodes that share keys, one after another.
+
+    Attributes:
+        heads: `[any * b * kv heads * rows]` of `[b * n * heads, hd]` queries.
+        mask: `[blocks, 1 or b * kv heads, rows, BLOCK]`, additive.
+    """
+
+    heads: Tensor
+    mask: Tensor
+
+
+class _OwnReads(NamedTuple):
+    """What groups read.
+
+    Attributes:
+        rows: of groups, over their own blocks.
+        places: `[levels * b * kv heads * rows]` of rows over shared blocks among `[g, rows, b * kv heads]`.
+        is_missing: `[levels, b * kv heads, rows]` which of them stand nowhere.
+    """
+
+    rows: _Rows
+    places: Tensor
+    is_missing: Tensor
+
+
+class _LayerReads(NamedTuple):
+    """What a kind of layers reads.
+
+    Attributes:
+        shared: rows over shared blocks.
+        order: `[b * n * heads]` of `[b * kv heads * rows]`, by nodes.
+        own: of groups, if there are any.
+    """
+
+    shared: _Rows
+    order: Tensor
+    own: _OwnReads | None
+
+
+class BlockReads:
+    """What the layers of one forward read: laid out for the heads that share keys, once for all layers that are alike.
+
+    Args:
+        layout: on the device.
+        places: `[b, n]` of the nodes in the text.
+        dtype: of the queries.
+    """
+
+    def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
+        self._layout, self._places, self._dtype = layout, places, dtype
+        rows, slots = len(places), layout.slots
+        row = torch.arange(rows, device=slots.device)[:, None, None]
+        self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
+        self._masks: list[tuple[Tensor, Tensor]] = []
+        self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
+
+    def mask(self, window: int | None) -> Tensor:
+        """The additive mask `[b, n, blocks, BLOCK]` of a kind of layers over shared blocks, which stands for both."""
+        layout = self._layout
+        shared = layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1
+        starts = layout.starts[..., None, None]
+        own = starts + torch.arange(BLOCK, device=starts.device), layout.places[..., None], layout.places[..., None]
+        masks = [self._shown(*part, window) for part in (shared, own)]
+        self._masks.append((masks[0], masks[1]))
+        return masks[0]
+
+    def _shown(self, keys: Tensor, places: Tensor, last: Tensor, window: int | None) -> Tensor:
+        """Where nodes at `places` see keys at other places, up to the `last`."""
+        seen = keys <= last
+        if window is not None:
+            seen = seen & (places - keys < window)
+        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min)
+
+    def of(self, mask: Tensor, heads: int, kv_heads: int) -> _LayerReads:
+        """Of layers with so many heads and a mask of `mask`."""
+        for known, *kind, found in self._known:
+            if known is mask and kind == [heads, kv_heads]:
+                return found
+        layout, sharing = self._layout, heads // kv_heads
+        order = layout.order.expand(len(mask), -1)[None]
+        shared = self._rows(order, mask.index_select(1, layout.order).permute(2, 0, 1, 3), heads, kv_heads)
+        own = None
+        if layout.groups.shape[1]:
+            seen = next(of_groups for one, of_groups in self._masks if one is mask)
+            rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
+            own = _OwnReads(rows, *self._asked(sharing, kv_heads))
+        found = _LayerReads(shared, self._order(shared.mask.shape[2], sharing, kv_heads), own)
+        self._known.append((mask, heads, kv_heads, found))
+        return found
+
+    def _order(self, count: int, sharing: int, kv_heads: int) -> Tensor:
+        rows, nodes = self._places.shape
+        device = self._places.device
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
+        asking = torch.arange(nodes * sharing, device=device).view(nodes, 1, sharing)
+        return (key_heads + asking).flatten()
+
+    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+        asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]
+        rows, device = asked.shape[1], asked.device
+        asked = asked.expand(-1, -1, kv_heads, -1, sharing)
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads, 1, 1)
+        index = (asked.clamp(min=0) * sharing + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads
+        index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 2) for part in (index, asked < 0))
+        return index.flatten(), is_missing
+
+    def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
+        """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
+        rows, count = self._places.shape
+        sharing = heads // kv_heads
+        head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
+        first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads
+        mask = mask[:, :, :, None].expand(-1, -1, -1, sharing, -1).flatten(2, 3)
+        if rows > 1:
+            mask = mask[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
+        index = (first[:, :, None, :, None] + head).flatten(3)
+        return _Rows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
+
+    def own_entries(self, states: Tensor) -> Tensor:
+        """Entries `[b, kv heads, slots, hd]` of the blocks of all groups: `[g, b * kv heads, BLOCK, hd]`."""
+        rows, kv_heads, _, size = states.shape
+        found = states.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, self._entries)
+        return found.view(self._layout.slots.shape[1], BLOCK, rows * kv_heads, size).transpose(1, 2)
 
 
 def invariant_attention(
@@ -152,64 +281,88 @@ def invariant_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    resps_masks: BlockMasks | None = None,
+    resps_reads: BlockReads | None = None,
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention over buffers that a `Layout` describes.
 
-    Without `resps_masks` as `grouped_attention`: a call in another thread may run the same target meanwhile.
+    Without `resps_reads` as `grouped_attention`: a call in another thread may run the same target meanwhile.
 
     Args:
         module: of the target.
         query: `[b, heads, n, hd]` of the nodes.
         key: `[b, kv heads, slots, hd]`, the nodes' own among them.
         value: like `key`; `hd` may be smaller.
-        attention_mask: of `mask_of`, for the first slots.
+        attention_mask: of `BlockReads.mask`.
         dropout: none; the mode is for evaluation.
         scaling: of the scores; `hd ** -0.5` when `None`.
-        resps_masks: of this forward.
+        resps_reads: of this forward.
         s_aux: `[heads]` the scores of attention sinks.
         options: of other implementations.
 
     Returns:
         `[b, n, heads, hd of values]`, and nothing for the weights.
     """
-    if resps_masks is None:
+    if resps_reads is None:
         options |= {} if s_aux is None else {"s_aux": s_aux}
         return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
-    batch_size, heads, count, size = query.shape
-    kv_heads = key.shape[1]
-    sharing = heads // kv_heads
-    mask, order = resps_masks.of(attention_mask, kv_heads, sharing)
-    rows = query.reshape(batch_size * kv_heads, sharing * count, size).index_select(1, order)
-    keys, values = (_in_block_order(part, mask.shape[0]) for part in (key, value))
-    narrow = values.shape[-1]
-    if narrow < size:
-        values = pad(values, (0, size - narrow))
+    rows, heads, count, size = query.shape
+    kv_heads, narrow = key.shape[1], value.shape[-1]
+    read = resps_reads.of(attention_mask, heads, kv_heads)
+    queries = query.transpose(1, 2).reshape(-1, size)
+    parts = []
+    if len(read.shared.mask):
+        entries = [_shared_entries(part, len(read.shared.mask)) for part in (key, value)]
+        parts.append(_attended(queries, read.shared, entries, scaling))
+    if read.own is not None:
+        entries = [resps_reads.own_entries(part) for part in (key, value)]
+        parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
+    sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+    weights = _weights(sums, s_aux, heads // kv_heads)
+    joined = (weights[..., None] * found).sum(dim=0).to(query.dtype)
+    joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
+    return joined if narrow == size else joined[..., :narrow].contiguous(), None
+
+
+def _shared_entries(states: Tensor, blocks: int) -> Tensor:
+    """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
+    states = states.flatten(0, 1)
+    return states[:, : blocks * BLOCK].view(len(states), blocks, BLOCK, -1).transpose(0, 1)
+
+
+def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of the scores of each block, and what the rows get of it.
+
+    `entries` are keys and values of the blocks, `[blocks, b * kv heads, BLOCK, hd]` each; values may be narrower.
+    """
+    blocks, _, count, _ = rows.mask.shape
+    keys, values = entries
+    size, narrow = keys.shape[-1], values.shape[-1]
+    asking = queries.index_select(0, rows.heads).view(-1, keys.shape[1], count, size).expand(blocks, -1, -1, -1)
+    values = pad(values, (0, size - narrow)) if narrow < size else values
     found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows.expand(mask.shape[0], -1, -1, -1), keys, values, 0.0, False, attn_mask=mask, scale=scaling
+        asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
     )
-    weights = _weights(sums, s_aux, sharing, count)
-    attended = (weights.float()[..., None] * found).sum(dim=0, dtype=torch.float64)
-    attended = attended[:, : sharing * count, :narrow].to(query.dtype)
-    return attended.reshape(batch_size, heads, count, narrow).transpose(1, 2).contiguous(), None
+    return sums, found
 
 
-def _in_block_order(states: Tensor, blocks: int) -> Tensor:
-    """The first entries of `[b, kv heads, s, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
-    states = states.permute(2, 0, 1, 3)[: blocks * BLOCK].flatten(1, 2)
-    return states.view(blocks, BLOCK, *states.shape[1:]).transpose(1, 2)
+def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """What the rows of groups got, in the order of the rows over shared blocks."""
+    shape, size = read.is_missing.shape, found.shape[-1]
+    found = found.transpose(1, 2).reshape(-1, size).index_select(0, read.places).view(*shape, size)
+    sums = sums.transpose(1, 2).reshape(-1).index_select(0, read.places).view(shape)
+    return sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
 
 
-def _weights(sums: Tensor, sinks: Tensor | None, sharing: int, count: int) -> Tensor:
+def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
     """Of each block, given the log-sum-exp of its scores `[blocks, b * kv heads, rows]`, in float64."""
-    scores = sums.double()
     if sinks is None:
-        return scores.softmax(dim=0)
-    own = sinks.double().view(-1, sharing, 1).expand(-1, -1, count).flatten(1)  # [kv heads, rows]
-    own = pad(own, (0, scores.shape[2] - own.shape[1])).repeat(scores.shape[1] // own.shape[0], 1)
-    return torch.cat([scores, own[None]]).softmax(dim=0)[:-1]
+        return sums.softmax(dim=0, dtype=torch.float64)
+    _, key_heads, count = sums.shape
+    own = sinks.double().view(-1, sharing)[:, torch.arange(count, device=sums.device) % sharing]  # [kv heads, rows]
+    own = own.repeat(key_heads // len(own), 1)
+    return torch.cat([sums.double(), own[None]]).softmax(dim=0)[:-1]
 
 
 AttentionInterface.register(INVARIANT, invariant_attention)

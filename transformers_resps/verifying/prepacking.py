@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compilation.pages import collapse
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -24,7 +26,7 @@ _ROWS = 8
 
 
 class PackedWeight:
-    """The packed copy of one weight, made at its first use and anew when the weight has changed."""
+    """The packed copy of one weight, made when it is asked for and anew when the weight has changed."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
@@ -146,8 +148,9 @@ def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees, on a CPU in float32, and in bfloat16 if the CPU multiplies it; elsewhere the
-    layers work as before. The packed copies take as much memory as the weights. Results differ by rounding at most.
-    Call it again after weights were changed through `.data`, as PEFT's merge does: such a change cannot be noticed.
+    layers work as before. The packed copies take as much memory as the weights; Linux keeps them in huge pages where
+    it can. Results differ by rounding at most. Call it again after weights were changed through `.data`, as PEFT's
+    merge does: such a change cannot be noticed.
 
     Args:
         module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are
@@ -161,6 +164,7 @@ def prepack(module: Module) -> Module:
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
+    packed = list[Tensor]()
     for layer in module.modules():
         if type(layer) is nn.Linear:
             # A new object in its parent would lack what others have put on this one: hooks and their handles, the
@@ -168,6 +172,10 @@ def prepack(module: Module) -> Module:
             layer.__class__ = PrepackedLinear
         if type(layer) is PrepackedLinear:
             layer.packed = PackedWeight()  # without what was packed before
+            weight = layer._parameters.get("weight")
+            blocks = None if weight is None else layer.packed.blocks(weight)
+            packed += [] if blocks is None else [blocks]
+    collapse(packed)  # together: alone, most weights of a small model fill no huge page
     return module
 
 

@@ -6,9 +6,12 @@ another way than what lies in the middle. No documentation says when, so the ker
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import gcd
+from statistics import median_low
+from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .experts import routed_layers
-from .invariant import BlockMasks, Layout, invariant_attention, mask_of
+from .invariant import BlockReads, Layout, invariant_attention
 from .prepacking import is_prepacked
 
 
@@ -59,17 +62,91 @@ def least_rows(
     return least
 
 
+def kernel_settings() -> dict[str, Hashable]:
+    """What may give a layer other kernels on a CPU at the next call, by its name.
+
+    Not autocast, which the invariant mode refuses.
+    """
+    onednn: Any = torch.backends.mkldnn
+    # `torch.get_float32_matmul_precision()` raises where its parts were set apart
+    precision = onednn.matmul.fp32_precision
+    return {
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.backends.mkldnn.enabled": onednn.enabled,
+        "torch.backends.mkldnn.matmul.fp32_precision": "ieee" if precision == "none" else precision,
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@dataclass(frozen=True)
+class RowNeeds:
+    """How many rows of one target must be computed together, or a multiple of them.
+
+    Attributes:
+        forward: nodes of all rows of a forward.
+        layers: name -> rows of a layer that needs more than that, and is filled up by itself.
+        most: of any layer.
+    """
+
+    forward: int
+    layers: Mapping[str, int]
+
+    @property
+    def most(self) -> int:
+        return max([self.forward, *self.layers.values()])
+
+    @contextmanager
+    def filling_up(self, target: PreTrainedModel) -> Iterator[None]:
+        """Inside, those layers of `target` get as many rows as they need, in eager calls of this thread."""
+        with ExitStack() as handles:
+            for name, least in self.layers.items():
+                layer, filling = target.get_submodule(name), _Filling(least, get_ident())
+                handles.enter_context(layer.register_forward_pre_hook(filling.before))
+                handles.enter_context(layer.register_forward_hook(filling.after))
+            yield
+
+
+class _Filling:
+    """Fills up the rows of one layer by its last row, and takes them away again."""
+
+    def __init__(self, least: int, thread: int) -> None:
+        self._least, self._thread = least, thread
+        self._orders: dict[int, Tensor] = {}
+        self._shape = torch.Size()  # of the rows, while they are filled up
+
+    def before(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if torch.compiler.is_compiling() or get_ident() != self._thread:
+            return None
+        states, *others = arguments
+        shape = states.shape[:-1]
+        count = shape.numel()
+        if count % self._least == 0:
+            return None
+        if count not in self._orders:
+            size = count - count % self._least + self._least
+            self._orders[count] = torch.arange(size).clamp(max=count - 1)
+        self._shape = shape
+        return (states.reshape(1, count, -1).index_select(1, self._orders[count]), *others)
+
+    def after(self, layer: nn.Module, arguments: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
+        shape = self._shape
+        if not shape or torch.compiler.is_compiling() or get_ident() != self._thread:
+            return None
+        self._shape = torch.Size()
+        return found[:, : shape.numel()].view(*shape, -1)
+
+
 class RowClasses:
     """Finds the rows that a target's kernels need on this machine, and keeps what it found of each kind of layer.
 
-    A kind is a layer's type, sizes, dtype, bias and packing, and the number of threads.
+    A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
     """
 
     def __init__(self) -> None:
         self._known: dict[Hashable, int | None] = {}
 
-    def least(self, target: PreTrainedModel) -> int:
-        """Find how many rows a forward of the target must have, or a multiple of them.
+    def needs(self, target: PreTrainedModel) -> RowNeeds:
+        """Find how many rows a forward of the target must have, or a multiple of them, and which layers need more.
 
         The first call costs about as much as a prompt of 60 tokens, another one a look at each layer. No hook runs,
         and the random state of the process stays.
@@ -78,28 +155,36 @@ class RowClasses:
             target: on a CPU.
 
         Returns:
-            1, 2, 4, 8 or 16; 1 in float64, which rounds too far from any choice of a token.
+            1, 2, 4, 8 or 16 of all; 1 in float64, which rounds too far from any choice of a token. Filling up a layer
+            takes longer than one more row in each of two layers, so the forward has what half of the layers need.
 
         Raises:
             ValueError: a layer, or attention, has no such number.
         """
         if target.dtype is torch.float64:
-            return 1
-        settings = torch.get_num_threads(), torch.backends.mkldnn.enabled
-        least = 1
+            return RowNeeds(1, {})
+        least, layers = 1, dict[str, int]()
         for part in _parts(target):
-            kind = settings, part.kind
-            found = self._known[kind] if kind in self._known else part.least_rows()
-            if found is None:
-                raise ValueError(
-                    f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
-                    f"with {settings[0]} threads. {part.remedy}, use another dtype or number of threads, or leave out "
-                    "`invariant=True`."
-                )
-            if kind not in self._known and part.shows_order:
-                self._known[kind] = found
-            least = max(least, found)
-        return least
+            found = self._least_rows(part)
+            if isinstance(part, _Layer) and part.is_module:
+                layers[part.name] = found
+            else:
+                least = max(least, found)
+        least = max(least, int(median_low(layers.values())) if layers else 1)
+        return RowNeeds(least, {name: found for name, found in layers.items() if found > least})
+
+    def _least_rows(self, part: "_Part") -> int:
+        kind = *kernel_settings().values(), part.kind
+        found = self._known[kind] if kind in self._known else part.least_rows()
+        if found is None:
+            raise ValueError(
+                f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
+                f"with {torch.get_num_threads()} threads. {part.remedy}, use another dtype or number of threads, or "
+                "leave out `invariant=True`."
+            )
+        if part.shows_order:
+            self._known[kind] = found
+        return found
 
 
 class _Part(ABC):
@@ -128,6 +213,7 @@ class _Layer(_Part):
     outputs: int
     dtype: torch.dtype
     weight: Tensor | None  # `[outputs, inputs]`
+    is_module: bool = True  # of the target, by its name
     remedy = "Call `prepack(model)`"
 
     def __str__(self) -> str:
@@ -204,10 +290,14 @@ class _Attention(_Part):
 
         def answer(rows: range) -> Tensor:
             roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
-            layout = Layout.of_chain(roots, depths)
-            mask = mask_of(layout.seen, layout.places, roots + depths, None, self.dtype)
+            ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
             asked = query[:, :, rows.start : rows.stop]
-            return invariant_attention(nn.Module(), asked, key, value, mask, resps_masks=BlockMasks())[0][0]
+            found = []
+            for layout in (Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, ancestors)):
+                reads = BlockReads(layout, roots + depths, self.dtype)
+                mask = reads.mask(None)
+                found.append(invariant_attention(nn.Module(), asked, key, value, mask, resps_reads=reads)[0][0])
+            return found[0] if torch.equal(*found) else torch.full_like(found[0], torch.nan)
 
         return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
 
@@ -228,7 +318,9 @@ def _random(*sizes: int) -> Tensor:
 
 
 def _parts(target: PreTrainedModel) -> Iterator[_Part]:
-    """The linear layers, the activations beside them, whose input is that of the last one, experts, and attention."""
+    """The linear layers, the activations beside them, whose input is that of the last one, norms, experts, and
+    attention.
+    """
     for prefix, parent in target.named_modules():
         children = dict(parent.named_children())
         widths = [inputs for part in children.values() if (inputs := _sizes(part)[0])]
@@ -239,8 +331,10 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
                 yield _Layer(name, part, *_sizes(part), weight.dtype, weight)
             elif widths and type(part).__module__ in _ACTIVATIONS:
                 yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
+            elif type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None:
+                yield _Layer(name, part, len(part.weight), len(part.weight), target.dtype, None)
     for name, layer in routed_layers(target, _CANDIDATES[0]):
-        yield _Layer(name, layer, *_sizes(layer), target.dtype, layer.weight)
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, layer.weight, is_module=False)
     config = target.config.get_text_config(decoder=True)
     config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads

@@ -46,6 +46,13 @@ class SlotMap:
         self._ends = None if min(ends) == self.length else ends
         self._copied_ends = None
 
+    def forget(self, count: int) -> None:
+        """Drop the first `count` slots, before which no row ends. The others move to the front."""
+        ends = self._ends or [self.length]
+        if self._padding is not None:
+            self._padding = self._padding[:, count:] if count < self._padding.shape[1] else None
+        self._end_at([end - count for end in ends])
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
         if self._padding is not None:

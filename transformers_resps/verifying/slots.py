@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -21,32 +20,31 @@ from ..compat import CACHE_KEYWORD
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
+from ..compilation.pages import zeros
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .invariant import BlockMasks, mask_of, use_invariant_attention
+from .invariant import BlockReads, Layout, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`.
-
-    Entries in the slots `sources` `[b, m]` are then copied to the slots `copies`.
-    """
+    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`."""
 
     is_compileable = True
 
-    def __init__(self, keys: Tensor, values: Tensor, written: Tensor, *moves: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffers, self._written, self._moves = (keys, values), written, moves
+        self._buffers, self._written = (keys, values), written[0] if written.shape[0] == 1 else written
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[b, kv heads, n, hd]` entries; returns all slots, `[b, kv heads, slots, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            _write(buffer, self._written, states.transpose(1, 2))
-            for sources, copies in [self._moves] if self._moves else []:
-                _write(buffer, copies, _read(buffer, sources))
+            if self._written.dim() == 1:
+                buffer.index_copy_(0, self._written, states.permute(2, 0, 1, 3))
+            else:
+                buffer.index_put_((self._written, _rows(self._written)), states.transpose(1, 2))
         keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
         return keys, values
 
@@ -68,17 +66,13 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def _write(buffer: Tensor, slots: Tensor, entries: Tensor) -> None:
-    """Write `[b, m, kv heads, hd]` to each row's slots `[b, m]` of `[slots, b, kv heads, hd]`."""
-    if slots.shape[0] == 1:  # `len` would fix it for `torch.export`
-        buffer.index_copy_(0, slots[0], entries.transpose(0, 1))
-    else:
-        buffer.index_put_((slots, _rows(slots)), entries)
+class _FiniteSlotLayer(SlotLayer):
+    """Of the invariant mode: what overflows float16 is kept as 0, since a node that does not see NaN would get it."""
 
-
-def _read(buffer: Tensor, slots: Tensor) -> Tensor:
-    """The other way."""
-    return buffer.index_select(0, slots[0]).transpose(0, 1) if slots.shape[0] == 1 else buffer[slots, _rows(slots)]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if key_states.dtype is torch.float16:
+            key_states, value_states = (part.nan_to_num(0.0, 0.0, 0.0) for part in (key_states, value_states))
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def _rows(slots: Tensor) -> Tensor:
@@ -112,8 +106,7 @@ class SlotBuffers:
             return
         alike = Counter(shapes)
         stores = {
-            shape: torch.zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4])
-            for shape, count in alike.items()
+            shape: zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4]) for shape, count in alike.items()
         }
         free = {shape: iter(store) for shape, store in stores.items()}
         self._own(list(stores.values()), [next(free[shape]) for shape in shapes])
@@ -230,23 +223,11 @@ class SlotInputs(NamedTuple):
 
 
 class InvariantInputs(NamedTuple):
-    """A tree, and where it stands; see `SlotInputs` and `Layout`, of whose slots the forward sees the first."""
+    """A tree, and where it stands, before its `Layout`; see `SlotInputs`."""
 
     tokens: Tensor
     depths: Tensor
     roots: Tensor
-    slots: Tensor
-    places: Tensor
-    seen: Tensor
-    sources: Tensor
-    copies: Tensor
-
-    def without_small_sizes(self) -> "InvariantInputs":
-        """The same with two blocks and two copies at least: sizes of none and one are compiled apart."""
-        missing = (0, 0, 0, max(2 - self.places.shape[1], 0))
-        filled = self._replace(places=pad(self.places, missing), seen=pad(self.seen, missing))
-        own = self.slots[:, :1].expand(-1, 2)
-        return filled if self.copies.shape[1] else filled._replace(sources=own, copies=own)
 
 
 class SlotForward:
@@ -264,6 +245,7 @@ class SlotForward:
 
     is_invariant = False
     kind = "steps"
+    _layer = SlotLayer
 
     def __init__(
         self,
@@ -273,7 +255,7 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = self._function(_run(target, cache, feature_layers), _windows(target, cache))
+        self.function = self._function(_run(target, cache, feature_layers, self._layer), _windows(target, cache))
 
     def _function(
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
@@ -295,7 +277,7 @@ class SlotForward:
             for kind, window in windows.items():
                 shown = visible if window is None else visible & (distance < window)
                 masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
-            return run(tokens, (slots,), _positions(roots[:, 1:], depths), masks, buffers)
+            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers)
 
         return forward
 
@@ -322,6 +304,7 @@ class InvariantForward(SlotForward):
     """
 
     is_invariant = True
+    _layer = _FiniteSlotLayer
 
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
@@ -331,28 +314,24 @@ class InvariantForward(SlotForward):
     def _function(
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
     ) -> Callable[..., tuple[Tensor, ...]]:
-        """Of `InvariantInputs` and buffers."""
-        dtype = self.target.dtype
+        """Of `InvariantInputs`, a `Layout` and buffers."""
+        dtype, size = self.target.dtype, len(Layout._fields)
 
         def forward(
             tokens: Tensor,
             depths: Tensor,
             roots: Tensor,
-            slots: Tensor,
-            places: Tensor,
-            seen: Tensor,
-            sources: Tensor,
-            copies: Tensor,
-            *buffers: Tensor,
+            *parts: Tensor,
             positions: Tensor | None = None,
             **options: Any,
         ) -> tuple[Tensor, ...]:
-            nodes = roots[:, :1].long() + depths
-            masks = {kind: mask_of(seen, places, nodes, window, dtype) for kind, window in windows.items()}
+            root = roots[:, :1].long()
+            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
+            reads = BlockReads(Layout(*parts[:size]), root + depths, dtype)
+            masks = {kind: reads.mask(window) for kind, window in windows.items()}
             if positions is None:
                 positions = _positions(roots[:, 1:], depths)
-            written = (slots, sources, copies) if sources.shape[1] else (slots,)
-            return run(tokens, written, positions, masks, buffers, resps_masks=BlockMasks(), **options)
+            return run(tokens, slots, positions, masks, parts[size:], resps_reads=reads, **options)
 
         return forward
 
@@ -373,7 +352,9 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
     return {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
 
 
-def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+def _run(
+    target: PreTrainedModel, cache: Cache, feature_layers: list[int], kind: type[SlotLayer]
+) -> Callable[..., tuple[Tensor, ...]]:
     """What runs the target over buffers, given masks for each kind of layers."""
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
@@ -383,14 +364,14 @@ def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Ca
 
     def run(
         tokens: Tensor,
-        slots: tuple[Tensor, ...],
+        slots: Tensor,
         positions: Tensor,
         masks: dict[str | None, Tensor],
         buffers: tuple[Tensor, ...],
         **options: Any,
     ) -> tuple[Tensor, ...]:
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
-        held = Cache(layers=[SlotLayer(*next(pairs), *slots) if other is None else other for other in placeholders])
+        held = Cache(layers=[kind(*next(pairs), slots) if other is None else other for other in placeholders])
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
@@ -406,10 +387,10 @@ def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Ca
     return run
 
 
-# The dimensions of the inputs and of the buffers that change, with several rows.
-_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0,), (0, 1))
-_INVARIANT_SIZES = ((0, 1), (0, 1), (0,), (0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1))
-_BUFFER_SIZES = (0, 1)
+# Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
+_SIZES = ("bn", "bn", "bnn", "b.", "bs")
+_INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
+_BUFFER_SIZES = "sb.."
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 
 
@@ -423,10 +404,11 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
         self.lock = Lock()  # of the name of the target's attention
-        self.steps: dict[tuple[int, int], int] = {}  # rows, threads -> nodes that invariant compiled code needs
+        self.steps: dict[Hashable, int] = {}  # rows, `kernel_settings` -> nodes that invariant compiled code needs
         self._pattern: tuple[Hashable, Cache] | None = None
         self._decoded_seconds = 0.0
 
+    @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
         """A dynamic cache that holds one token of the target: how its layers keep entries."""
         kind = target.dtype, target.device
@@ -477,9 +459,11 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             sizes = _INVARIANT_SIZES if forward.is_invariant else _SIZES
             if inputs[0].device.type == "cuda" and forward.options is None:
                 fast = CapturedFunction(forward.function)
-            else:  # one row stays one row
-                dynamic = sizes if is_batch else [tuple(size for size in changing if size) for changing in sizes]
-                of_buffers = _BUFFER_SIZES if is_batch else _BUFFER_SIZES[:1]
+            else:
+                fixed = "." if is_batch else ".b"
+                *dynamic, of_buffers = [
+                    [place for place, size in enumerate(part) if size not in fixed] for part in (*sizes, _BUFFER_SIZES)
+                ]
                 name = _code_name(forward.kind, is_batch, forward.feature_layers)
                 fast = CompiledFunction(
                     forward.function, dynamic, of_buffers, forward.options, packages=self.packages, name=name

@@ -35,9 +35,9 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .invariant import BLOCK, Layout
+from .invariant import Layout
 from .returned import EndedRow
-from .row_classes import least_rows
+from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
     InvariantForward,
@@ -562,7 +562,7 @@ class InvariantVerifier(SlotVerifier):
     Args:
         forward: as in `Verifier`.
         engine: the target's. Where `compiles`, it is lent to this call.
-        least_rows: as `RowClasses.least`: a forward has a multiple of them.
+        needs: rows that are computed together, as `RowClasses` finds them.
         position_ids: as in `Verifier`.
         attention_mask: as in `Verifier`.
         compiles: whether steps run compiled. The prompt never does.
@@ -572,18 +572,30 @@ class InvariantVerifier(SlotVerifier):
         self,
         forward: TargetForward,
         engine: SlotEngine,
-        least_rows: int,
+        needs: RowNeeds,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         compiles: bool = False,
     ) -> None:
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
-        self._least_rows, self._pattern = least_rows, engine.pattern(forward.target)
-        given = engine.lock, least_rows, forward.target, self._pattern
+        self._needs, self._pattern = needs, engine.pattern(forward.target)
+        given = engine.lock, needs.most, forward.target, self._pattern
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         self._over_slots = InvariantForward(*given, forward.layers) if compiles else self._eagerly
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
+        self._filling_up = needs.filling_up(forward.target)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._filling_up.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._filling_up.__exit__(None, None, None)
 
     @property
     def _places(self) -> list[int]:
@@ -663,7 +675,7 @@ class InvariantVerifier(SlotVerifier):
         count = _rounded_up(padded_count(self.device, tree.node_count), step)
         count += step * (count == self._rows)  # what is equal at first is compiled as always equal
         inputs, buffers = self._inputs_of(tree, count)
-        outputs = self._engine.forward(self._over_slots, inputs.without_small_sizes(), buffers)
+        outputs = self._engine.forward(self._over_slots, inputs, buffers)
         if self._engine.is_broken:
             raise RuntimeError(
                 f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
@@ -679,7 +691,7 @@ class InvariantVerifier(SlotVerifier):
         Raises:
             ValueError: there is none.
         """
-        kind = self._rows, torch.get_num_threads()
+        kind = self._rows, *kernel_settings().values()
         if kind not in engine.steps:
             vocabulary = self._forward.target.config.get_text_config().vocab_size
 
@@ -702,34 +714,27 @@ class InvariantVerifier(SlotVerifier):
         self._hidden = [self._hidden[row] for row in rows]
         super().keep_rows(rows)
 
-    def _inputs_of(self, tree: DraftTree, count: int) -> tuple[InvariantInputs, list[Tensor]]:
+    def _inputs_of(self, tree: DraftTree, count: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
         chain = [0, *range(tree.node_count - 1)]
-        if all(parents == chain for parents in tree.parents.tolist()):
+        if self._engine is not None:  # one code serves all trees
+            layout = Layout.of_tree(self._newest_roots, depths, ancestors).of_any_size()
+        elif all(parents == chain for parents in tree.parents.tolist()):
             layout = Layout.of_chain(self._newest_roots, depths)
         else:
             layout = Layout.of_tree(self._newest_roots, depths, ancestors)
-        self._newest = layout.slots
         return self._laid_out(tokens, depths, roots, layout)
 
     def _laid_out(
         self, tokens: Tensor, depths: Tensor, roots: Tensor, layout: Layout
-    ) -> tuple[InvariantInputs, list[Tensor]]:
-        size = self._reserve(max(int(layout.slots.max()) + 1, layout.places[0].numel(), 2 * BLOCK))
-        parts = layout.slots, layout.places, layout.seen, layout.sources, layout.copies
-        return InvariantInputs(tokens, depths, roots, *parts), self._buffers.window(size)
-
-    def _lie_as_text(self, paths: list[list[int]]) -> bool:
-        taken = [[slots[node] for node in path] for slots, path in zip(self._newest.tolist(), paths, strict=False)]
-        return taken == [list(range(root, root + len(path))) for root, path in zip(self._places, paths, strict=True)]
-
-    def _slots_of(self, nodes: Tensor) -> Tensor:
-        return self._newest.gather(1, nodes)
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        size = self._reserve(max(int(roots[:, 0].max()) + tokens.shape[1], layout.shared.numel()))
+        return (*InvariantInputs(tokens, depths, roots), *layout), self._buffers.window(size)
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
-        return self._least_rows // gcd(self._least_rows, rows)
+        return self._needs.forward // gcd(self._needs.forward, rows)
 
 
 class _PromptTexts:

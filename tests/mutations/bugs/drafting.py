@@ -38,6 +38,20 @@ def rejected_keys_stay(target_entries: Function) -> Function:
     return wrong
 
 
+def entries_stay(forget: Function) -> Function:
+    return lambda self, count, length: None
+
+
+def padding_stays(forget: Function) -> Function:
+    def wrong(self: Any, count: int) -> None:
+        padding = self._padding
+        forget(self, count)
+        self._padding = padding
+
+    return wrong
+
+
+WINDOWS = "tests/drafting/test_level_drafter.py"
 PIECES = "tests/drafting/test_depths.py"
 KEYS = "tests/verifying/test_verifier.py::test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees"
 
@@ -63,4 +77,6 @@ MUTATIONS = (
         rejected_keys_stay,
         KEYS,
     ),
+    Mutation("entries that no token sees stay", "heads.cache:DraftCache.forget", entries_stay, WINDOWS),
+    Mutation("padding stays where slots move", "verifying.rows:SlotMap.forget", padding_stays, WINDOWS),
 )

@@ -27,36 +27,34 @@ def leave_a_rest_of_rows(invariant_attention: Function) -> Function:
     return wrong
 
 
-def see_all_paths(mask_of: Function) -> Function:
-    def wrong(seen: Tensor, *arguments: Any) -> Tensor:
-        found: Tensor = mask_of(seen.any(dim=1, keepdim=True).expand_as(seen), *arguments)
+def see_the_next_token(shown: Function) -> Function:
+    def wrong(self: Any, keys: Tensor, places: Tensor, last: Tensor, *window: Any) -> Tensor:
+        found: Tensor = shown(self, keys, places, last + 1, *window)
         return found
 
     return wrong
 
 
-def count_the_window_in_slots(mask_of: Function) -> Function:
-    def wrong(seen: Tensor, places: Tensor, *arguments: Any) -> Tensor:
-        found: Tensor = mask_of(
-            seen, torch.arange(places[0].numel()).view_as(places[:1]).expand_as(places), *arguments
-        )
+def count_the_window_from_the_block(shown: Function) -> Function:
+    def wrong(self: Any, keys: Tensor, places: Tensor, *rest: Any) -> Tensor:
+        found: Tensor = shown(self, keys, places.where(places < 0, places // invariant.BLOCK * invariant.BLOCK), *rest)
         return found
 
     return wrong
 
 
-def copy_nothing(copies: Function) -> Function:
-    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
-        sources, _ = copies(*arguments)
-        return sources[:, :0], sources[:, :0]
+def read_nodes_by_their_number(slots: Function) -> Function:
+    def wrong(roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor, starts: Tensor) -> Any:
+        return starts[..., None] + torch.arange(invariant.BLOCK)
 
     return wrong
 
 
-def copy_the_text_alone(copies: Function) -> Function:
-    def wrong(roots: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        sources, to = copies(roots, *arguments)
-        return torch.where(sources < roots, sources, to), to
+def read_the_first_path(slots: Function) -> Function:
+    def wrong(*arguments: Tensor) -> Tensor:
+        *tree, paths, starts = arguments
+        found: Tensor = slots(*tree, torch.zeros_like(paths), starts)
+        return found
 
     return wrong
 
@@ -154,14 +152,14 @@ MUTATIONS = (
         leave_a_rest_of_rows,
         f"{UNIT}::test_no_number_of_query_rows_changes_a_bit",
     ),
-    Mutation("a node sees all paths", "verifying.invariant:mask_of", see_all_paths, PATHS),
-    Mutation("paths are not copied", "verifying.invariant:_copies", copy_nothing, PATHS),
-    Mutation("paths get the text alone", "verifying.invariant:_copies", copy_the_text_alone, PATHS),
+    Mutation("a node sees the next one", "verifying.invariant:BlockReads._shown", see_the_next_token, PATHS),
+    Mutation("a path is read as nodes come", "verifying.invariant:_slots", read_nodes_by_their_number, PATHS),
+    Mutation("all paths read the first one", "verifying.invariant:_slots", read_the_first_path, PATHS),
     Mutation("a node's position is its number", "verifying.slots:_positions", count_nodes_as_levels, ONE_TEXT),
     Mutation(
-        "a window counts slots",
-        "verifying.invariant:mask_of",
-        count_the_window_in_slots,
+        "a window counts from the block",
+        "verifying.invariant:BlockReads._shown",
+        count_the_window_from_the_block,
         f"{UNIT}::test_a_sliding_layer_shows_a_node_the_end_of_its_own_text",
     ),
     Mutation(

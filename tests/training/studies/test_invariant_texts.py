@@ -26,17 +26,24 @@ def found_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_arm_writes_every_prompt_and_the_table_counts_equal_ones(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_head: DraftHead
+def test_batches_are_answered_in_turn_and_some_prompts_alone_and_the_table_counts_equal_texts(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_head: DraftHead,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(invariant_texts, "ROWS", 2)
     tiny_head.save_pretrained(tmp_path / "other")
-    assert main([*command, "--prompts", "5", "--also", str(tmp_path / "other")]) == 0
+    assert main([*command, "--prompts", "5", "--every", "2", "--also", str(tmp_path / "other")]) == 0
     found = found_in(tmp_path)
     arms = arms_of({"head": tiny_head, "other": tiny_head})
-    assert len(found["hashes"]) == 5 and all(len(own) == len(arms) for own in found["hashes"].values())
-    promised = [row for row in found["rows"] if row["compared with"].startswith("invariant")]
-    assert len(promised) == sum(arm.is_promised for arm in arms) == 14
-    assert all(row["texts equal"] == row["of"] == 5 for row in promised)
+    alone = [arm for arm in arms if arm.turn is None]
+    assert sorted(map(len, found["hashes"].values())) == [2, 2, 2, 2 + len(alone), 2 + len(alone)]
+    promised = {row["mode and arm"]: row for row in found["rows"] if row["compared with"].startswith("invariant")}
+    assert all(row["texts equal"] == row["of"] for row in promised.values())
+    counts = [promised[arm.key]["of"] if arm.key in promised else 0 for arm in arms if arm.is_promised]
+    assert sorted(counts) == [0] * 4 + [1] + [2] * 15, "seven ways by turns, of which three came, and all alone"
     assert "| normal, greedy: auto | normal, greedy: stock |" in capsys.readouterr().out
     assert found["facts"]["dtype"] == "bfloat16" and {"threads", "versions", "device"} <= found["facts"].keys()
 
@@ -54,11 +61,10 @@ def test_a_command_that_was_cut_off_goes_on(
 
     monkeypatch.setattr(invariant_texts, "write", counted)
     assert main([*command, "--prompts", "2"]) == 130
-    assert len(found_in(tmp_path)["hashes"]) == 1, "each prompt is written as it ends"
+    assert sum(map(len, found_in(tmp_path)["hashes"].values())) == 21, "each text is written as it ends"
     assert main([*command, "--prompts", "2"]) == 0
-    assert len(found_in(tmp_path)["hashes"]) == 2
-    of_the_first = [key for prompts, key in calls if prompts == calls[0][0]]
-    assert len(of_the_first) == len(set(of_the_first)) > 10, "what was written is not written again"
+    keys = [key for _, key in calls]
+    assert len(keys) == len(set(keys)) + 1 > 20, "what was written is not written again"
     made = len(calls)
     assert main([*command, "--prompts", "2"]) == 0 and len(calls) == made
     with pytest.raises(SystemExit):

@@ -156,8 +156,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# Corrections of what publishers write and our own config says otherwise, or not at all.
-PUBLISHED_ONLY = {"rope_theta", "sliding_window"}
+# Corrections of what publishers write and our own config says otherwise.
+PUBLISHED_ONLY = {"rope_theta"}
 
 
 def canonical_head(
@@ -168,7 +168,7 @@ def canonical_head(
     Args:
         checkpoint: what was read.
         target: the model the head is for; gives what the config leaves out.
-        overrides: corrections, by field of `DraftHeadConfig`, `rope_theta`, and `sliding_window` as `None`.
+        overrides: corrections, by field of `DraftHeadConfig`, and `rope_theta`.
 
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
@@ -211,7 +211,6 @@ class _PublishedHead:
                 "`DraftHeadTrainer`."
             )
         check_complete(self._tensors, self._source)
-        self._check_window()
         sizes, identity = self._sizes(), self._identity()
         count = self._feature_count(sizes["target_hidden_size"])
         fields = {
@@ -222,26 +221,26 @@ class _PublishedHead:
             **self._published.norm_flags(),
             "rope_parameters": self._published.rope_parameters(),
             "feature_layers": self._published.feature_layers(count, identity.get("num_hidden_layers")),
+            "sliding_window": self._window(sizes["num_hidden_layers"]),
             "target": identity,
             "source": {"format": str(self._published.publisher), "layer_ids": self._published.layer_ids},
         }
         offsets = draft_offsets(self._tensors, sizes["draft_vocab_size"], sizes["vocab_size"], self._source)
         return self._without_borrowed(fields, offsets)
 
-    def _check_window(self) -> None:
-        """Draft trees see the whole prefix: a window must be as long as the target's longest sequence."""
-        window = self._stated.get("sliding_window")
-        layers = self._stated.get("layer_types", ["sliding_attention"])
-        if not window or not self._stated.get("use_sliding_window", True) or "sliding_attention" not in layers:
-            return
-        longest = getattr(self._target_config, "max_position_embeddings", None)
-        if longest is None or longest > window:
+    def _window(self, layer_count: int) -> int | None:
+        """How many of the newest tokens the head was trained to see; `None` for all."""
+        window: int | None = self._stated.get("sliding_window")
+        kinds = set(self._stated.get("layer_types", ["sliding_attention"])[:layer_count])
+        if not window or not self._stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
+            return None
+        if len(kinds) > 1:
             raise ValueError(
-                f"The layers of {self._source} see the last {window} tokens only (`sliding_window`), but the target "
-                f"reads {longest or 'more'} and draft trees support no window. Use a head without one, or pass "
-                "`sliding_window=None` to ignore it: the output stays the same, but acceptance may drop after "
-                f"{window} tokens."
+                f"Some layers of {self._source} see the last {window} tokens only (`sliding_window`), but draft trees "
+                "need layers that all see the same. Pass `sliding_window=None` to show all to every layer: the output "
+                f"stays the same, but acceptance may drop after {window} tokens."
             )
+        return window
 
     def _sizes(self) -> dict[str, int]:
         """The sizes of `DraftHeadConfig`, as the tensors have them; the config and the target must agree."""
@@ -517,11 +516,6 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(
             f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
             f"loading arguments {sorted(HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
-        )
-    if overrides.get("sliding_window") is not None:
-        raise ValueError(
-            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
-            "no window. Pass `sliding_window=None` to ignore the head's own."
         )
     if "torch_dtype" in loading:
         loading["dtype"] = loading.pop("torch_dtype")

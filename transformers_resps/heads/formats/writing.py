@@ -102,7 +102,9 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    window = {"sliding_window": config.sliding_window, "layer_types": ["sliding_attention"] * config.num_hidden_layers}
     return {
+        **(window if config.sliding_window else {}),
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{field: getattr(config, field) for field in _LAYER_FIELDS},
         "attention_bias": _has_attention_biases(config),
@@ -131,7 +133,8 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
 
 def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     assert config.feature_layers is not None
-    ignored = [flag for flag in ("norm_before_residual", "attention_bias", "mlp_bias") if getattr(config, flag)]
+    flags = ("norm_before_residual", "attention_bias", "mlp_bias", "sliding_window")
+    ignored = [flag for flag in flags if getattr(config, flag)]
     if ignored:
         logger.warning("SGLang 0.5.23 ignores %s, which this head has, and would draft badly. vLLM reads it.", ignored)
     return {

@@ -1,0 +1,146 @@
+"""Tensors in huge pages of Linux: a CPU that reads weights in pages of 4 KiB waits for the addresses of the pages.
+
+`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
+what is written first begin in one. The memory of others, and what is allocated later, stays as it is; so does
+everything where the kernel refuses.
+"""
+
+import ctypes
+import errno
+import logging
+import time
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+HUGE = 2 << 20  # bytes of a huge page, which begins at a multiple of them
+_HUGEPAGE, _COLLAPSE = 14, 25  # of madvise(2)
+_ALONE = 32 << 20  # bytes: glibc's malloc maps what is as large by itself, and gives it back by itself
+_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # on the machine; in the control group
+
+
+class Kernel:
+    """What Linux tells of memory, and what it is asked.
+
+    Args:
+        root: the folder that holds `proc` and `sys`; without them there are no huge pages.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
+
+    def has_huge_pages(self) -> bool:
+        """Whether they are of 2 MiB, and not turned off."""
+        is_off = "[never]" in _text_of(self._settings / "enabled")
+        return not is_off and _text_of(self._settings / "hpage_pmd_size").strip() == str(HUGE)
+
+    def available_bytes(self) -> int:
+        """What programs may still take without swapping; 0 if unknown."""
+        lines = map(str.split, _text_of(self._process / "meminfo").splitlines())
+        return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
+
+    def own_ranges(self) -> list[tuple[int, int]]:
+        """First and last address + 1, ascending, of the process's memory that no file and no other process shares."""
+        found = list[tuple[int, int]]()
+        for line in _text_of(self._process / "self/maps").splitlines():
+            addresses, permissions, _, _, inode = line.split()[:5]
+            if permissions.startswith("rw") and permissions.endswith("p") and inode == "0":
+                start, stop = (int(address, 16) for address in addresses.split("-"))
+                found.append((start, stop))
+        return found
+
+    def advise(self, start: int, size: int, advice: int) -> int:
+        """Call madvise(2); returns 0, or the number of the error."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(advice))
+        return ctypes.get_errno() if failed else 0
+
+
+_LINUX = Kernel()
+
+
+def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
+    """Copy tensors into huge pages, as far as they fill at least half of each. Values and addresses stay.
+
+    What else lies in such a page moves with them, and its holes are filled with zeros.
+
+    Args:
+        tensors: those on other devices, in files or in shared memory stay in small pages.
+        kernel: does it.
+
+    Returns:
+        Bytes that lie in huge pages now: none where the kernel has no such pages, or memory is short.
+    """
+    pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
+    if not pages:
+        return 0
+    if kernel.available_bytes() < len(pages) * HUGE:
+        logger.info(f"Left {len(pages) * HUGE >> 20} MiB of weights in small pages: memory is short.")
+        return 0
+    started, errors = time.perf_counter(), Counter[int]()
+    for page in pages:
+        error = kernel.advise(page, HUGE, _COLLAPSE)
+        errors[error] += 1
+        if error in _MEMORY_IS_SHORT:
+            break
+    moved = errors.pop(0, 0) * HUGE
+    refusals = "".join(f" The kernel refused others: {errno.errorcode.get(error, error)}." for error in errors)
+    seconds = time.perf_counter() - started
+    logger.info(f"{moved >> 20} MiB of weights lie in huge pages, after {seconds:.1f} s.{refusals}")
+    return moved
+
+
+def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel = _LINUX) -> Tensor:
+    """As `torch.zeros`; a large tensor in the CPU's memory lies in huge pages, where the kernel has them."""
+    if device.type != "cpu":
+        return torch.zeros(*size, dtype=dtype, device=device)
+    made = torch.empty(*size, dtype=dtype, device=device)
+    if made.nbytes >= _ALONE and kernel.has_huge_pages():
+        first, stop = -(-made.data_ptr() // HUGE) * HUGE, (made.data_ptr() + made.nbytes) // HUGE * HUGE
+        if _lies_in(kernel.own_ranges(), first, stop):
+            kernel.advise(first, stop - first, _HUGEPAGE)
+    return made.zero_()
+
+
+def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
+    """Addresses of the huge pages that can take these tensors, ascending."""
+    filled = Counter[int]()
+    for start, stop in {_span(tensor) for tensor in tensors if _is_in_memory(tensor)}:
+        for page in range(start // HUGE * HUGE, stop, HUGE):
+            filled[page] += min(stop, page + HUGE) - max(start, page)
+    pages = sorted(page for page, size in filled.items() if 2 * size >= HUGE)
+    ranges = kernel.own_ranges() if pages else []
+    return [page for page in pages if _lies_in(ranges, page, page + HUGE)]
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and (tensor.is_mkldnn or tensor.layout is torch.strided)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Its first address, and the one after its last."""
+    if tensor.is_mkldnn:  # oneDNN's layout: PyTorch knows of no storage
+        start, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+    else:
+        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    return start, start + size
+
+
+def _lies_in(ranges: list[tuple[int, int]], start: int, stop: int) -> bool:
+    index = bisect(ranges, (start + 1,)) - 1
+    return index >= 0 and stop <= ranges[index][1]
+
+
+def _text_of(file: Path) -> str:
+    """Empty if it cannot be read, as in some containers."""
+    try:
+        return file.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
