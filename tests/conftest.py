@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a hub
+os.environ["RESPS_COMPILED_CODE"] = "0"  # nor leave compiled code in the user's cache
 
 from collections.abc import Callable
 from typing import Any

@@ -30,8 +30,8 @@ ROOMS = {
     "replay": "tree verifying heads telemetry policies drafting decoding",
     "trainers": "compat hub tree verifying heads assistants telemetry policies drafting generation calibration data "
     "replay",
-    "tools": "compat hub tree verifying heads assistants telemetry policies generation calibration testing data "
-    "trainers",
+    "tools": "compat hub tree compilation verifying heads assistants telemetry policies generation calibration "
+    "testing data trainers",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in ROOMS.items()}
 

@@ -42,6 +42,10 @@ class Engine(CompileEngine[nn.Linear]):
         super().__init__(clock=clock)
         self.fast = Fast(lambda states: self.owner(states), clock)
 
+    @property
+    def module(self) -> nn.Module:
+        return self.owner
+
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner)
 

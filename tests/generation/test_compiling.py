@@ -17,6 +17,7 @@ from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.compilation.packages import ModulePackages
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying.slots import SlotEngine
@@ -385,6 +386,19 @@ def test_auto_compiles_when_decoding_has_taken_as_long(
     target.speculation_state.slot_engine.note(90.0)
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
+
+
+def test_auto_compiles_at_once_where_another_process_has_left_code_for_such_steps(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(ModulePackages, "have", lambda _, code: asked.append(code) or "one row" in code)
+    inputs = prompts(1, rows=2)
+    target.generate(**inputs, assistant_model=head, policy=WIDE, compile="auto", max_new_tokens=5, pad_token_id=0)
+    assert untraced.count == 0
+    out = speculate(target, head, Cycle(*SHAPES), compile="auto")
+    assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
+    assert asked == ["steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
 
 
 def test_attach_and_compile_config_ask_for_it_too(

@@ -16,18 +16,36 @@ from tests.conftest import build_target
 from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.compilation.packages import sealed
 from transformers_resps.tools import cli
 from transformers_resps.tools.bench import BenchConfig
 from transformers_resps.tools.cli import main
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve", "cache"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"resps {command}" in capsys.readouterr().out
+
+
+def test_the_cache_shows_compiled_code_and_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RESPS_COMPILED_CODE", str(tmp_path))
+    for name, manifest in (("one", {"identity": {"model": "Llama small", "code": "steps"}}), ("other", {})):
+        (tmp_path / "of-a-model" / name).mkdir(parents=True)
+        (tmp_path / "of-a-model" / name / "package.json").write_text(json.dumps(sealed(manifest) if manifest else {}))
+        (tmp_path / "of-a-model" / name / "code.pt2").write_bytes(bytes(1_500_000))
+    assert cli.main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "1.5 MB" in shown and "Llama small: steps" in shown and "damaged" in shown and "3.0 MB" in shown
+    assert cli.main(["cache", "--clear"]) == 0 and not list(tmp_path.iterdir())
+    assert "Removed 3.0 MB" in capsys.readouterr().out
+    monkeypatch.setenv("RESPS_COMPILED_CODE", "0")
+    assert cli.main(["cache"]) == 0 and "RESPS_COMPILED_CODE is off" in capsys.readouterr().out
 
 
 def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

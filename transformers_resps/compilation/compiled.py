@@ -4,6 +4,7 @@ Inductor lays the weights out for few rows and puts them into the graph ("freezi
 then runs near the memory limit of a CPU. They are constants from then on: see `WeightFingerprint`.
 """
 
+import logging
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .packages import ModulePackages, PackagedCode
 from .pages import collapse
 
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 # As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read
 # the same input are multiplied at once, which takes a twelfth off a step of SmolLM2; on a CPU C++ calls the kernels,
 # which takes off a seventh.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True}
+
+# What `torch.export` and AOTInductor raise. They trace less than `torch.compile`, which is then tried.
+_UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 # Of each tensor, the dimensions whose sizes change from call to call.
 DynamicSizes = Sequence[Sequence[int]]
@@ -32,6 +40,7 @@ class CompiledFunction:
         dynamic: of its inputs. A size of 1 is compiled apart from all others.
         dynamic_buffers: of every buffer.
         options: of `torch.compile`, in place of inductor with freezing.
+        packages: keep the code for later processes, under `name`.
 
     The caller must drop the object when what the function reads besides its inputs has changed, as weights do:
     compiled code does not look (see `_guards_on_inputs`).
@@ -43,18 +52,38 @@ class CompiledFunction:
         dynamic: DynamicSizes,
         dynamic_buffers: Sequence[int] = (),
         options: dict[str, Any] | None = None,
+        packages: ModulePackages | None = None,
+        name: str = "",
     ) -> None:
         self._function, self._options = function, options
+        self._packages, self._name = packages, name
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
-        kind, inputs = self._kind(inputs), [_dense(part) for part in inputs]
-        if kind in self._compiled:
-            return self._compiled[kind](*inputs, *buffers)
+        kind, tensors = self._kind(inputs), [*(_dense(part) for part in inputs), *buffers]
+        code = self._compiled.get(kind)
+        if code is not None and _serves(code, tensors):
+            return code(*tensors)
         sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
-        for part, dimensions in zip([*inputs, *buffers], sizes, strict=True):
+        if code is None and self._are_packaged(inputs):
+            try:
+                code = self._compile_package(tensors, sizes, self._setting(inputs, buffers))
+            except _UNPACKAGED as fault:
+                reason = str(fault).partition("\n")[0]
+                logger.info(f"Compiled code of {self._name} ends with this process: {reason}")
+            else:
+                outputs = code(*tensors)
+                self._compiled[kind] = code
+                return outputs
+        compiled, outputs = self._compile(tensors, sizes)
+        self._compiled[kind] = compiled  # not before: compiling may be interrupted
+        return outputs
+
+    def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[Callable[..., Any], Any]:
+        """Compile for this process; returns code and its first outputs."""
+        for part, dimensions in zip(tensors, sizes, strict=True):
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
                     torch._dynamo.mark_dynamic(part, dimension)
@@ -62,11 +91,43 @@ class CompiledFunction:
         if options is None:
             options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
-        settings = _INDUCTOR | {"cpp_wrapper": inputs[0].device.type == "cpu"}
+        settings = _INDUCTOR | {"cpp_wrapper": tensors[0].device.type == "cpu"}
         with torch._inductor.config.patch(settings), _constants_in_huge_pages():
-            outputs = compiled(*inputs, *buffers)
-        self._compiled[kind] = compiled  # not before: compiling may be interrupted
-        return outputs
+            return compiled, compiled(*tensors)
+
+    def _compile_package(self, tensors: Sequence[Tensor], sizes: DynamicSizes, setting: str) -> "_Packaged":
+        """Compile for later processes as well."""
+        assert self._packages is not None
+        outputs: list[Any] = []
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            outputs[:] = [self._function(*tensors)]
+            return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
+
+        code = self._packages.compile(self._name, setting, function, tensors, sizes, _INDUCTOR)
+        return _Packaged(code, outputs[0])
+
+    def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:
+        is_stock = self._options is None and inputs[0].device.type == "cpu"
+        return is_stock and self._packages is not None and self._packages.are_kept
+
+    def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Any) -> bool:
+        """Take code for inputs of these sizes from a package, if one lies ready. `outputs` are the function's."""
+        kind = self._kind(inputs)
+        if kind in self._compiled or not self._are_packaged(inputs):
+            return False
+        assert self._packages is not None
+        code = self._packages.load(self._name, self._setting(inputs, buffers))
+        if code is None or not code.fits([*inputs, *buffers]):
+            return False
+        self._compiled[kind] = _Packaged(code, outputs)
+        return True
+
+    def discard(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], reason: str) -> None:
+        """Forget code for inputs of these sizes that was loaded, and remove its package."""
+        assert self._packages is not None
+        self._compiled.pop(self._kind(inputs), None)
+        self._packages.discard(self._name, self._setting(inputs, buffers), reason)
 
     @property
     def is_compiled(self) -> bool:
@@ -75,17 +136,52 @@ class CompiledFunction:
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         """Whether inputs of these sizes run without compilation."""
-        return self._kind(inputs) in self._compiled
+        code = self._compiled.get(self._kind(inputs))
+        return code is not None and _serves(code, [*inputs, *buffers])
 
     def _kind(self, inputs: Sequence[Tensor]) -> Hashable:
         """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
         the caller's settings.
         """
-        sizes = tuple(
+        return self._sizes(inputs), _callers_settings(inputs[0].device.type)
+
+    def _sizes(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        return tuple(
             tuple(min(size, 2) if index in dimensions else size for index, size in enumerate(part.shape))
             for part, dimensions in zip(inputs, self._dynamic, strict=True)
         )
-        return sizes, _callers_settings(inputs[0].device.type)
+
+    def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
+        """The same in words, for other processes. Packaged code serves in inference mode and outside."""
+        fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
+        dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
+        _, *settings = _callers_settings(inputs[0].device.type)
+        return f"{self._sizes(inputs)}, {fixed}, {dtypes}, {settings}"
+
+
+class _Packaged:
+    """Packaged code as the function that it was made of, whose outputs may be nested.
+
+    Args:
+        code: returns the tensors in these.
+        outputs: such as the function returns.
+    """
+
+    def __init__(self, code: PackagedCode, outputs: Any) -> None:
+        leaves, self._spec = tree_flatten(outputs)
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._code, self.fits = code, code.fits
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        leaves = self._leaves.copy()
+        for place, tensor in zip(self._places, self._code(*tensors), strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self._spec)
+
+
+def _serves(code: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
+    return code.fits(tensors) if isinstance(code, _Packaged) else True
 
 
 @contextmanager
@@ -110,7 +206,7 @@ def _dense(part: Tensor) -> Tensor:
     return part if list(part.stride()) == expected else part.clone(memory_format=torch.contiguous_format)
 
 
-def _callers_settings(device_type: str) -> Hashable:
+def _callers_settings(device_type: str) -> tuple[Any, ...]:
     """Of a caller, what is compiled in: no guard asks for it."""
     backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     return (

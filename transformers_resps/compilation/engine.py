@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .captured import CapturedFunction
 from .compiled import CompiledFunction
+from .packages import ModulePackages
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -71,6 +72,7 @@ class CompileEngine(ABC, Generic[Owner]):
         self._clock = clock
         self._codes: dict[Hashable, Code] = {}
         self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
+        self._packages: ModulePackages | None = None
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
         self.expected_seconds = 90.0
@@ -85,6 +87,11 @@ class CompileEngine(ABC, Generic[Owner]):
     def fingerprint(self) -> "WeightFingerprint":
         """The fingerprint of the owner's weights now."""
 
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """What the owner's code reads weights of."""
+
     @contextmanager
     def borrow(self, owner: Owner) -> Iterator[Self | None]:
         """Lend the engine, without code for other weights; nothing while another call uses it."""
@@ -95,7 +102,7 @@ class CompileEngine(ABC, Generic[Owner]):
             self.owner = owner
             if self._fingerprint is not None and self._fingerprint != self.fingerprint():
                 self._codes.clear()
-                self._fingerprint, self.is_broken = None, False
+                self._fingerprint, self._packages, self.is_broken = None, None, False
             yield self
         finally:
             del self.owner
@@ -113,6 +120,14 @@ class CompileEngine(ABC, Generic[Owner]):
             self._codes[key] = make()
         return self._codes[key]
 
+    @property
+    def packages(self) -> ModulePackages:
+        """Code for the weights of now, made by any process."""
+        self._fingerprint = self._fingerprint or self.fingerprint()
+        if self._packages is None:
+            self._packages = ModulePackages(lambda: self.module, self.name)
+        return self._packages
+
     def run(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
         """Run code, which is prepared first where sizes are new; `None` where that fails."""
         if not self.is_broken and not code.fast.is_ready(inputs, buffers):
@@ -127,22 +142,36 @@ class CompileEngine(ABC, Generic[Owner]):
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         """Compile or capture for inputs of these sizes, and give up if the values are not those of eager code."""
-        started, reason = self._clock(), None
+        started = self._clock()
         # First, because Transformers adds the hooks that are compiled at an eager call. What it raises is no fault of
         # a compiler.
-        expected = code.compared(code.function(*inputs, *buffers))
-        if isinstance(code.fast, CompiledFunction):
-            self._announce(is_again=code.fast.is_compiled)
+        outputs = code.function(*inputs, *buffers)
+        expected = code.compared(outputs)
         try:
-            difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
-            reason = None if difference is None else f"its {code.values} {difference}"
-        except FAULTS as fault:
-            reason = described(fault)
+            if isinstance(code.fast, CompiledFunction):
+                if code.fast.load(inputs, buffers, outputs):
+                    reason = self._difference(code, inputs, buffers, expected)
+                    if reason is None:
+                        return
+                    code.fast.discard(inputs, buffers, reason)
+                self._announce(is_again=code.fast.is_compiled)
+            begun = self._clock()
+            reason = self._difference(code, inputs, buffers, expected)
+            self.expected_seconds = self._clock() - begun
         finally:
-            self.expected_seconds = self._clock() - started
-            self._untaken_seconds += self.expected_seconds
+            self._untaken_seconds += self._clock() - started
         if reason is not None:
             self._give_up(reason)
+
+    def _difference(
+        self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], expected: Tensor
+    ) -> str | None:
+        """Run fast code, which is made first; say what failed, or how far its values are from those `expected`."""
+        try:
+            difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
+        except FAULTS as fault:
+            return described(fault)
+        return None if difference is None else f"its {code.values} {difference}"
 
     @contextmanager
     def preparing(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
@@ -42,6 +42,10 @@ class DraftEngine(CompileEngine[StepModel]):
         self._capture = capture
         self._cache: DraftCache | None = None
         self._in_batch = False
+
+    @property
+    def module(self) -> nn.Module:
+        return self.owner.modules
 
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner.modules, any(part.training for part in self.owner.modules))
@@ -118,7 +122,8 @@ class DraftEngine(CompileEngine[StepModel]):
         def make() -> Code:
             sizes = (*_NODE_SIZES, *[_PLACE_SIZES] * place_count, _TEXT_SIZES, _BUFFER_SIZES)
             *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
-            fast = CompiledFunction(level, dynamic, of_buffers)
+            name = f"{type(self.owner).__name__}, {place_count} places, {tree_room} slots, {is_batch=}, {is_chain=}"
+            fast = CompiledFunction(level, dynamic, of_buffers, packages=self.packages, name=name)
             return Code(level, fast, lambda growth: growth.scores, "log probabilities", buffer.dtype)
 
         return self.code((tree_room, is_batch, is_chain), make)

@@ -444,7 +444,9 @@ def _verifier(
     choice, engine = request.compile, state.slot_engine
     if choice is None:
         choice = _stock_would_compile(target, inputs)
-    compiles = choice is True or (choice == AUTO and engine.pays)
+    compiles = choice is True
+    if choice == AUTO:
+        compiles = engine.pays or engine.is_stored(target, forward.layers, is_batch=len(inputs.input_ids) > 1)
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None and choice is True:
         engine.warn(obstacle)

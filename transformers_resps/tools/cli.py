@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench, add_serve):
+    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench, add_serve, add_cache):
         add_command(commands)
     return parser
 
@@ -192,3 +192,9 @@ def add_serve(commands: Any) -> None:
     add_invariant_option(add, "answer every request")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+
+
+def add_cache(commands: Any) -> None:
+    """Add `resps cache [--clear]`."""
+    parser = commands.add_parser("cache", help="show the compiled code that is kept for later processes")
+    parser.add_argument("--clear", action="store_true", help="remove it")

@@ -229,7 +229,7 @@ class BlockReads:
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._places, self._dtype = layout, places, dtype
-        rows, slots = len(places), layout.slots
+        rows, slots = places.shape[0], layout.slots
         row = torch.arange(rows, device=slots.device)[:, None, None]
         self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
@@ -259,8 +259,8 @@ class BlockReads:
             if known is mask and kind == [heads, kv_heads]:
                 return found
         layout, sharing = self._layout, heads // kv_heads
-        order = layout.order.expand(len(mask), -1)[None]
-        blocks, groups = len(layout.shared), layout.groups.shape[1]
+        order = layout.order.expand(mask.shape[0], -1)[None]
+        blocks, groups = layout.shared.shape[0], layout.groups.shape[1]
         of_shared, of_groups = mask[:, 0].split([layout.ends.shape[1] * blocks, groups * _ROWS], dim=1)
         seen = of_shared.unflatten(1, (layout.ends.shape[1], blocks)).index_select(1, layout.order)
         shared = self._rows(order, seen.permute(2, 0, 1, 3), heads, kv_heads)
@@ -348,8 +348,8 @@ def invariant_attention(
     read = resps_reads.of(attention_mask, heads, kv_heads)
     queries = query.transpose(1, 2).reshape(-1, size)
     parts = []
-    if len(read.shared.mask):
-        entries = [_shared_entries(part, len(read.shared.mask)) for part in (key, value)]
+    if read.shared.mask.shape[0]:
+        entries = [_shared_entries(part, read.shared.mask.shape[0]) for part in (key, value)]
         parts.append(_attended(queries, read.shared, entries, scaling))
     if read.own is not None:
         entries = [resps_reads.own_entries(part) for part in (key, value)]
@@ -364,7 +364,7 @@ def invariant_attention(
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
     states = states.flatten(0, 1)
-    return states[:, : blocks * BLOCK].view(len(states), blocks, BLOCK, -1).transpose(0, 1)
+    return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -404,7 +404,7 @@ def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
         return sums.softmax(dim=0, dtype=torch.float64)
     _, key_heads, count = sums.shape
     own = sinks.double().view(-1, sharing)[:, torch.arange(count, device=sums.device) % sharing]  # [kv heads, rows]
-    own = own.repeat(key_heads // len(own), 1)
+    own = own.repeat(key_heads // own.shape[0], 1)
     return torch.cat([sums.double(), own[None]]).softmax(dim=0)[:-1]
 
 

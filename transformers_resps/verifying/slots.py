@@ -35,7 +35,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffers, self._written = (keys, values), written[0] if len(written) == 1 else written
+        self._buffers, self._written = (keys, values), written[0] if written.shape[0] == 1 else written
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 def _rows(slots: Tensor) -> Tensor:
-    return torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+    return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
 class SlotBuffers:
@@ -267,6 +267,7 @@ class SlotForward:
 
     is_invariant = False
     is_captured = False  # whatever the device and the options are
+    kind = "steps"
     _layer = SlotLayer
 
     def __init__(
@@ -331,6 +332,7 @@ class InvariantForward(SlotForward):
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
         self._lock, self._least_rows = lock, least_rows
+        self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def _function(
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
@@ -462,6 +464,10 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             self._pattern = kind, cache
         return self._pattern[1]
 
+    @property
+    def module(self) -> PreTrainedModel:
+        return self.owner
+
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
@@ -469,6 +475,12 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def pays(self) -> bool:
         """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
         return self.is_compiled or self._decoded_seconds >= self.expected_seconds
+
+    def is_stored(self, target: PreTrainedModel, feature_layers: list[int], *, is_batch: bool) -> bool:
+        """Whether code for such steps lies ready, which another process has made."""
+        name = _code_name(SlotForward.kind, is_batch, feature_layers)
+        with self.borrow(target) as lent:
+            return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
 
     def note(self, seconds: float) -> None:
         """Note that a call has decoded for so long."""
@@ -499,10 +511,19 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                 *dynamic, of_buffers = [
                     [place for place, size in enumerate(part) if size not in fixed] for part in (*sizes, _BUFFER_SIZES)
                 ]
-                fast = CompiledFunction(forward.function, dynamic, of_buffers, forward.options)
+                name = _code_name(forward.kind, is_batch, forward.feature_layers)
+                fast = CompiledFunction(
+                    forward.function, dynamic, of_buffers, forward.options, packages=self.packages, name=name
+                )
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 
         return self.code((forward.is_invariant, is_batch, row, *forward.feature_layers, str(forward.options)), make)
+
+
+def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:
+    """Of a forward, in every process."""
+    rows, layers = "a batch" if is_batch else "one row", ", ".join(map(str, feature_layers))
+    return f"{kind}, {rows}, " + (f"features of layers {layers}" if layers else "no features")
 
 
 def padded_count(device: torch.device, count: int) -> int:
