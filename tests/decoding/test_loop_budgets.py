@@ -25,7 +25,7 @@ BUDGETS = {
     "60/8/10 captured": (15, 2.0),
     "auto captured": (24, 3.7),
     # In the invariant mode what each node reads is laid out on the device, too; waits are of a copy to it and a read.
-    "8/4/2 with one text": (261, 2.0),
+    "8/4/2 with one text": (263, 2.0),
     "8/4/2 with one text, captured": (21, 2.0),
     "8/4/2 in a window": (167, 1.0),  # so small that it moves on at every step
     "8/4/2 in a window, captured": (18, 2.0),
