@@ -74,13 +74,15 @@ class Case:
         pairs = zip(self.text, self.nodes, strict=True)
         return [torch.cat([text[row, : self.roots[row]], nodes[row, path]]) for text, nodes in pairs]
 
-    def tree(self, stale: float = STALE, is_compiled: bool = False, **options: Any) -> Tensor:
+    def tree(
+        self, stale: float = STALE, is_compiled: bool = False, layout: Layout | None = None, **options: Any
+    ) -> Tensor:
         """What all nodes get in one forward, `[b, n, heads, hd]`, also of the sizes that compiled code takes."""
         rows = len(self.roots)
         parents = torch.tensor([self.parents] * rows)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
         roots = torch.tensor(self.roots)[:, None]
-        layout = Layout.of_tree(roots, tree.depths, tree.ancestors)
+        layout = layout or Layout.of_tree(roots, tree.depths, tree.ancestors)
         buffers = buffers_of(self.heads, max(self.roots) + len(self.parents), rows, self.dtype, stale)
         for row, root in enumerate(self.roots):
             for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
@@ -317,6 +319,18 @@ def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtyp
     layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
     mask = BlockReads(layout, torch.arange(70, 73)[None], dtype).mask(None)
     assert mask.min() < -3e4 and (mask.float() / math.log(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("root", [0, 1, 100, 130, 179])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
+def test_a_short_chain_is_laid_out_as_the_tree_that_it_is(root: int, count: int) -> None:
+    case = Case(
+        HEADS[1], [root, root // 2 // BLOCK * BLOCK], any_tree(Random(1), count, "chain"), torch.bfloat16, count
+    )
+    tree = case.tree()
+    roots = torch.tensor(case.roots)[:, None]
+    short = Layout.of_short_chain(roots, count).of_any_size()
+    assert torch.equal(case.tree(layout=short), tree)
 
 
 def test_a_chain_is_read_where_it_lies() -> None:

@@ -128,6 +128,19 @@ class Layout(NamedTuple):
         found = cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)
         return found._from(first) if first else found
 
+    @classmethod
+    def of_short_chain(cls, roots: Tensor, count: int) -> "Layout":
+        """As `of_tree`, by few operators, of a chain of so many nodes whose block after the border is the only one."""
+        rows, border, order = len(roots), roots // BLOCK * BLOCK, torch.arange(count)
+        asking = torch.arange(_rounded_up(count, _ROWS))
+        last = roots + count - 1
+        places = (roots + asking).masked_fill(asking >= count, -1).view(rows, -1, _ROWS)
+        groups = asking.clamp(max=count - 1).view(-1, _ROWS).expand_as(places)
+        slots = torch.minimum(border + torch.arange(BLOCK), last)[:, None].expand(-1, places.shape[1], -1)
+        shared, ends = _blocks(int(border.max()), roots.device), border.expand(-1, count)
+        starts, asked = border.expand(-1, places.shape[1]), order.expand(1, rows, -1)
+        return cls(shared, ends, order, groups, places, slots, starts, asked)
+
     def _from(self, first: int) -> "Layout":
         """Of these nodes and the next ones, which alone ask."""
         ends, order, asked = self.ends[:, first:], self.order[:-first], self.asked[..., first:]

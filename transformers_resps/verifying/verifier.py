@@ -775,13 +775,16 @@ class InvariantVerifier(SlotVerifier):
     def _inputs_of(self, tree: DraftTree, count: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
-        chain = [0, *range(tree.node_count - 1)]
-        if self._engine is not None:  # one code serves all trees
-            layout = Layout.of_tree(self._newest_roots, depths, ancestors).of_any_size()
-        elif all(parents == chain for parents in tree.parents.tolist()):
+        chain, is_compiled = [0, *range(tree.node_count - 1)], self._engine is not None
+        if any(parents != chain for parents in tree.parents.tolist()):
+            layout = Layout.of_tree(self._newest_roots, depths, ancestors)
+        elif not is_compiled:
             layout = Layout.of_chain(self._newest_roots, depths)
+        elif all(levels_below(place, count - 1) == 1 for place in self._places):
+            layout = Layout.of_short_chain(self._newest_roots, count)
         else:
             layout = Layout.of_tree(self._newest_roots, depths, ancestors)
+        layout = layout.of_any_size() if is_compiled else layout  # one code serves all trees
         return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
 
     def _laid_out(
