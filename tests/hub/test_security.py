@@ -20,7 +20,16 @@ PACKAGE = Path(__file__).parents[2] / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules that run code, or other programs, from what they read.
 FORBIDDEN_IMPORTS = {"subprocess", "shelve", "marshal", "dill", "cloudpickle", "joblib", "runpy", "pty", "ctypes"}
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+# Native code: functions of libc, which is loaded anyhow, and packages that this library wrote and sealed.
+ALLOWED = {"compilation/pages.py": {"ctypes"}, "compilation/packages.py": {"torch._C._aoti.AOTIModelPackageLoader"}}
+FORBIDDEN_CALLS = {
+    "torch._C._aoti.AOTIModelPackageLoader",
+    "torch._inductor.aoti_load_package",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+}
 FORBIDDEN_METHODS = {"os.system", "os.popen", "os.execv", "os.spawnv", "pickle.load", "pickle.loads", "yaml.load"}
 FORBIDDEN_METHODS |= {"torch.hub", "importlib.import_module", "builtins.eval", "builtins.exec"}
 
@@ -39,13 +48,15 @@ def calls(file: Path) -> Iterator[tuple[int, str, ast.Call]]:
 
 def test_no_file_of_the_package_runs_what_it_reads() -> None:
     for file in FILES:
+        allowed = ALLOWED.get(str(file.relative_to(PACKAGE)), set())
         for node in nodes_of(file):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found = FORBIDDEN_IMPORTS & {name.split(".")[0] for name in names}
+            found = (FORBIDDEN_IMPORTS - allowed) & {name.split(".")[0] for name in names}
             assert not found, f"{file} imports {found}"
         for line, name, call in calls(file):
-            assert name not in FORBIDDEN_CALLS | FORBIDDEN_METHODS, f"{file}, line {line}: {name}"
+            assert name not in (FORBIDDEN_CALLS | FORBIDDEN_METHODS) - allowed, f"{file}, line {line}: {name}"
+            assert name != "ctypes.CDLL" or ast.unparse(call.args[0]) == "None", f"{file}, line {line}"
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert keywords.get("shell") != "True", f"{file}, line {line}"
             assert keywords.get("trust_remote_code", "False") == "False", f"{file}, line {line}"
