@@ -225,7 +225,7 @@ def test_a_known_architecture_need_not_be_compared(architecture: Architecture, d
     engine = SlotEngine()
     forward = partial(TargetForward.of, target)
     assert checks._has_same_bits(
-        target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16, {}), positions)
+        target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16), positions)
     )
 
 

@@ -59,7 +59,7 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
         forward = TargetForward(target, layers, DynamicCache(config=target.config) if cache is None else cache)
         positions = torch.arange(length)[None] if positions is None else positions
         if request.param in ("invariant", "exact"):
-            needs = RowNeeds(LEAST_ROWS, {}, is_exact=request.param == "exact")
+            needs = RowNeeds(LEAST_ROWS, is_exact=request.param == "exact")
             return InvariantVerifier(forward, SlotEngine(), needs, positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
@@ -117,7 +117,7 @@ def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_do
     logits = []
     for tree in trees:
         forward = TargetForward(target, None, DynamicCache(config=target.config))
-        with InvariantVerifier(forward, SlotEngine(), RowNeeds(16, {}), torch.arange(5)[None]) as verifier:
+        with InvariantVerifier(forward, SlotEngine(), RowNeeds(16), torch.arange(5)[None]) as verifier:
             verifier.prefill(PROMPTS[:1])
             first, _ = verifier.verify(tree)
             verifier.keep(torch.tensor([[0]]), [[0]])
@@ -337,7 +337,7 @@ def test_every_layer_multiplies_just_so_many_rows_where_a_kernel_goes_by_them_al
 
 def exact(target: PreTrainedModel, positions: Tensor, layers: list[int] | None = None, **more: Any) -> Verifier:
     engine = more.pop("engine", None) or SlotEngine()
-    needs, forward = RowNeeds(16, {}, is_exact=True), TargetForward.of(target, layers)
+    needs, forward = RowNeeds(16, is_exact=True), TargetForward.of(target, layers)
     return InvariantVerifier(forward, engine, needs, positions, **more)
 
 

@@ -6,12 +6,9 @@ another way than what lies in the middle. No documentation says when, so the ker
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from statistics import median_low
-from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -100,63 +97,16 @@ class RowNeeds:
 
     Attributes:
         forward: nodes of all rows of a forward.
-        layers: name -> rows of a layer that needs more than that, and is filled up by itself.
         is_exact: whether each forward has just so many nodes, of one row, and no multiple.
-        most: of any layer.
     """
 
     forward: int
-    layers: Mapping[str, int]
     is_exact: bool = False
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
         """That a machine finds where it finds any."""
-        return cls(_CANDIDATES[0], {}) if device.type == "cpu" else cls(_EXACTLY, {}, is_exact=True)
-
-    @property
-    def most(self) -> int:
-        return max([self.forward, *self.layers.values()])
-
-    @contextmanager
-    def filling_up(self, target: PreTrainedModel) -> Iterator[None]:
-        """Inside, those layers of `target` get as many rows as they need, in eager calls of this thread."""
-        with ExitStack() as handles:
-            for name, least in self.layers.items():
-                layer, filling = target.get_submodule(name), _Filling(least, get_ident())
-                handles.enter_context(layer.register_forward_pre_hook(filling.before))
-                handles.enter_context(layer.register_forward_hook(filling.after))
-            yield
-
-
-class _Filling:
-    """Fills up the rows of one layer by its last row, and takes them away again."""
-
-    def __init__(self, least: int, thread: int) -> None:
-        self._least, self._thread = least, thread
-        self._orders: dict[int, Tensor] = {}
-        self._shape = torch.Size()  # of the rows, while they are filled up
-
-    def before(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if torch.compiler.is_compiling() or get_ident() != self._thread:
-            return None
-        states, *others = arguments
-        shape = states.shape[:-1]
-        count = shape.numel()
-        if count % self._least == 0:
-            return None
-        if count not in self._orders:
-            size = count - count % self._least + self._least
-            self._orders[count] = torch.arange(size).clamp(max=count - 1)
-        self._shape = shape
-        return (states.reshape(1, count, -1).index_select(1, self._orders[count]), *others)
-
-    def after(self, layer: nn.Module, arguments: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
-        shape = self._shape
-        if not shape or torch.compiler.is_compiling() or get_ident() != self._thread:
-            return None
-        self._shape = torch.Size()
-        return found[:, : shape.numel()].view(*shape, -1)
+        return cls(_CANDIDATES[0]) if device.type == "cpu" else cls(_EXACTLY, is_exact=True)
 
 
 class RowClasses:
@@ -169,7 +119,7 @@ class RowClasses:
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel, exactly: int | None = None) -> RowNeeds:
-        """Find how many rows a forward of the target must have, or a multiple of them, and which layers need more.
+        """Find how many rows a forward of the target must have, or a multiple of them.
 
         On a GPU each forward has one number of rows, and what is tried is whether places and other rows matter.
 
@@ -181,8 +131,7 @@ class RowClasses:
             exactly: rows of each forward; `None` lets the device decide.
 
         Returns:
-            1, 2, 4, 8 or 16 of all; 1 in float64, which rounds too far from any choice of a token. Filling up a layer
-            takes longer than one more row in each of two layers, so the forward has what half of the layers need.
+            1, 2, 4, 8 or 16; 1 in float64, which rounds too far from any choice of a token.
 
         Raises:
             ValueError: a layer, or attention, has no such number.
@@ -191,18 +140,9 @@ class RowClasses:
         if exactly is None and any_machine.is_exact:
             exactly = any_machine.forward
         if target.dtype is torch.float64 and exactly is None:
-            return RowNeeds(1, {})
-        least, layers = 1, dict[str, int]()
-        for part in _parts(target, exactly or _CANDIDATES[0]):
-            found = self._least_rows(part, exactly)
-            if isinstance(part, _Layer) and part.is_module:
-                layers[part.name] = found
-            else:
-                least = max(least, found)
-        if exactly is not None:
-            return RowNeeds(exactly, {}, is_exact=True)
-        least = max(least, int(median_low(layers.values())) if layers else 1)
-        return RowNeeds(least, {name: found for name, found in layers.items() if found > least})
+            return RowNeeds(1)
+        needed = [self._least_rows(part, exactly) for part in _parts(target, exactly or _CANDIDATES[0])]
+        return RowNeeds(max(needed), is_exact=exactly is not None)
 
     @torch.no_grad()
     def _least_rows(self, part: "_Part", exactly: int | None) -> int:
@@ -260,7 +200,6 @@ class _Layer(_Part):
     dtype: torch.dtype
     device: torch.device
     weight: Tensor | None  # `[outputs, inputs]`
-    is_module: bool = True  # of the target, by its name
     remedy = "Call `prepack(model)`"
 
     def __str__(self) -> str:
@@ -395,7 +334,7 @@ def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
             elif type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None:
                 yield _Layer(name, part, len(part.weight), len(part.weight), target.dtype, target.device, None)
     for name, layer in routed_layers(target, enough):
-        yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight, is_module=False)
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
     config = target.config.get_text_config(decoder=True)
     config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads

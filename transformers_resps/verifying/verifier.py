@@ -552,6 +552,7 @@ class SlotVerifier(Verifier):
         return tokens, depths, ancestors, roots
 
 
+_FEWEST = 4  # nodes of a step: oneDNN takes longer for one or two rows than for four (measured)
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
 _TRIED = (2, 3, 4, 5, 8, 16, 32, 48)  # nodes of chains with which compiled code is tried
 
@@ -583,23 +584,11 @@ class InvariantVerifier(SlotVerifier):
     ) -> None:
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
         self._needs, self._pattern = needs, engine.pattern(forward.target)
-        given = engine.lock, needs.most, forward.target, self._pattern
+        given = engine.lock, needs.forward, forward.target, self._pattern
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         kind, layers = PartForward if needs.is_exact else InvariantForward, forward.layers if compiles else []
         self._over_slots = kind(*given, layers)
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
-        self._filling_up = needs.filling_up(forward.target)
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._filling_up.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            super().__exit__(*exception)
-        finally:
-            self._filling_up.__exit__(None, None, None)
 
     @property
     def _places(self) -> list[int]:
@@ -690,7 +679,8 @@ class InvariantVerifier(SlotVerifier):
         elif self._engine is not None:
             logits, caught = self._compiled(tree, self._compiled_step(self._engine))
         else:
-            count = _rounded_up(tree.node_count, self._step(self._rows))
+            fewest = -(-_FEWEST // self._rows)
+            count = _rounded_up(max(tree.node_count, fewest), self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
