@@ -1,9 +1,9 @@
 """Time a forward over a tree in the invariant mode and in the normal one.
 
 Question: how much longer does a step take that writes one text in any dtype?
-Answer (SmolLM2, bfloat16, two threads, after 100 and 450 tokens): a plain step takes 1.15 to 1.19 times as long,
-compiled 1.03 to 1.06; a chain of 8 nodes 1.09 to 1.15, compiled 1.02 to 1.22; 8 nodes on 3 paths 1.20 to 1.24,
-compiled 1.26 to 1.31; 16 nodes on 6 paths 1.31 to 1.36, compiled 1.55 to 1.57.
+Answer (SmolLM2, bfloat16, two threads, after 100 and 450 tokens): a plain step takes 1.15 to 1.20 times as long,
+compiled 1.11 to 1.18; a chain of 8 nodes 1.10 to 1.12, compiled 1.09 to 1.20; 8 nodes on 3 paths 1.25 to 1.26,
+compiled 1.16 to 1.26; 16 nodes on 6 paths 1.26 to 1.27, compiled 1.21 to 1.27.
 
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --pack
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --compile
