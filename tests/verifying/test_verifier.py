@@ -320,6 +320,21 @@ def test_every_layer_multiplies_as_many_rows_as_the_machine_needs(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("rows", "nodes", "multiplied"), [(1, 1, 4), (1, 3, 4), (1, 5, 5), (2, 1, 4), (2, 3, 6)])
+def test_a_step_of_the_invariant_mode_has_four_nodes_at_least(
+    target: PreTrainedModel, row_counts: list[int], rows: int, nodes: int, multiplied: int
+) -> None:
+    """oneDNN takes longer for fewer; a machine that asks for no number of rows still gets four."""
+    tokens = torch.arange(11, 11 + nodes).expand(rows, -1)
+    tree = DraftTree.from_parents(tokens, torch.tensor([[0, *range(nodes - 1)]] * rows))
+    with InvariantVerifier(TargetForward.of(target), SlotEngine(), RowNeeds(1), torch.arange(5)[None]) as verifier:
+        verifier.prefill(PROMPTS[:rows])
+        row_counts.clear()
+        verifier.verify(tree)
+    assert row_counts == [multiplied, multiplied]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("opened", ["exact"], indirect=True)
 def test_every_layer_multiplies_just_so_many_rows_where_a_kernel_goes_by_them_all(
     target: PreTrainedModel, row_counts: list[int], opened: Any

@@ -679,8 +679,8 @@ class InvariantVerifier(SlotVerifier):
         elif self._engine is not None:
             logits, caught = self._compiled(tree, self._compiled_step(self._engine))
         else:
-            fewest = -(-_FEWEST // self._rows)
-            count = _rounded_up(max(tree.node_count, fewest), self._step(self._rows))
+            count = max(tree.node_count, -(-_FEWEST // self._rows))
+            count = _rounded_up(count, self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
@@ -766,11 +766,10 @@ class InvariantVerifier(SlotVerifier):
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
         chain, is_compiled = [0, *range(tree.node_count - 1)], self._engine is not None
-        if any(parents != chain for parents in tree.parents.tolist()):
-            layout = Layout.of_tree(self._newest_roots, depths, ancestors)
-        elif not is_compiled:
+        is_chain = all(parents == chain for parents in tree.parents.tolist())
+        if is_chain and not is_compiled:
             layout = Layout.of_chain(self._newest_roots, depths)
-        elif all(levels_below(place, count - 1) == 1 for place in self._places):
+        elif is_chain and all(levels_below(place, count - 1) == 1 for place in self._places):
             layout = Layout.of_short_chain(self._newest_roots, count)
         else:
             layout = Layout.of_tree(self._newest_roots, depths, ancestors)
