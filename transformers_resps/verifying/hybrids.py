@@ -1,25 +1,28 @@
 """The recurrent layers of a hybrid target while it verifies trees.
 
 A node's hidden state depends on its ancestors alone as long as attention has the tree's mask and every mixer reads
-each path in its order. So inside the mixers, and only there, a tree becomes the batch of its paths, from copies of the
-row's states. The states themselves are not written before a path is accepted: then each mixer reads its own inputs at
-the accepted nodes. Related: STree (arXiv 2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
+each path in its order. So inside the mixers, and only there, a tree becomes the batch of its paths. The states are not
+written before a path is accepted: then what the convolution and the scan of each mixer read at the accepted nodes
+advances them, for all layers at once and without the mixers' projections. Related: STree (arXiv 2505.14969), and "The
+Mamba in the Llama" (arXiv 2408.15237), section 4.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from transformers import Cache, PreTrainedModel
 
 from ..compat import HAS_RECURRENT_STATES
 from ..tree import DraftTree
-from .cache import copied_rows, empty_like, write_back
 
 
 # Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other; a
@@ -112,24 +115,21 @@ class TreePaths:
         nodes: `[b * p, d]` nodes of each path, counted through all rows; a short path repeats its last node.
         places: `[b, n]` where each node stands in the flattened paths.
         rows: `[b * p]` the row of each path.
-        leaves: of each row, leaf -> its path, from 0 on.
     """
 
     nodes: Tensor
     places: Tensor
     rows: Tensor
-    leaves: list[dict[int, int]]
 
     @classmethod
     def of(cls, tree: DraftTree) -> "TreePaths":
         """Reads the parents, which waits for an accelerator once."""
         rows = [_paths(parents) for parents in tree.parents.tolist()]
         count, depth = max(map(len, rows)), max(len(path) for paths in rows for path in paths)
-        leaves = [{path[-1]: index for index, path in enumerate(paths)} for paths in rows]
         order = torch.arange(len(rows), device=tree.parents.device)
         if count == 1:  # chains: nothing moves
             in_order = torch.arange(tree.parents.numel(), device=order.device).view_as(tree.parents)
-            return cls(in_order, in_order, order, leaves)
+            return cls(in_order, in_order, order)
         nodes, places = list[int](), list[int]()
         for row, paths in enumerate(rows):
             where: dict[int, int] = {}
@@ -141,7 +141,7 @@ class TreePaths:
                 nodes += [row * tree.node_count + node for node in path + path[-1:] * (depth - len(path))]
         numbers = torch.tensor(nodes + places, device=order.device)  # one copy
         along, at = numbers.split([len(nodes), len(places)])
-        return cls(along.view(-1, depth), at.view(len(rows), -1), order.repeat_interleave(count), leaves)
+        return cls(along.view(-1, depth), at.view(len(rows), -1), order.repeat_interleave(count))
 
     @property
     def path_count(self) -> int:
@@ -161,10 +161,13 @@ class TreePaths:
         """The states `[b * p, d, h]` of all paths at the nodes: `[b, n, h]`; a node on several is the same in all."""
         return states if self.path_count == 1 else gathered(states, self.places)
 
-    def full_path(self, row: int, nodes: list[int]) -> int | None:
-        """The path of all rows that consists of these nodes and was read without repetitions, if there is one."""
-        found = self.leaves[row].get(nodes[-1]) if len(nodes) == self.depth else None
-        return None if found is None else row * self.path_count + found
+    def from_rows(self, states: Tensor) -> Tensor:
+        """The states `[b, ...]` that the paths start from: `[b * p, ...]`; of chains the very tensor."""
+        return states if self.path_count == 1 else states.index_select(0, self.rows.to(states.device))
+
+    def beginning_with(self, path: Tensor) -> Tensor:
+        """For each row `[b]` a path that begins with its nodes `[b, m]`, of which it may repeat the last."""
+        return self.places.gather(1, path[:, -1:]).squeeze(1) // self.depth
 
 
 def gathered(states: Tensor, order: Tensor) -> Tensor:
@@ -263,6 +266,187 @@ class ScanSettings:
             _reads_tree.reset(token)
 
 
+class _Steps(NamedTuple):
+    """What advances states `[..., k, v]` node by node, `[..., m, any]` each, in float32.
+
+    With rates S <- e^decay S + key (rate (value - key e^decay S)), without S <- e^decay S + key value. Sources: Gated
+    Delta Networks (arXiv 2412.06464), equation 10; Transformers are SSMs (arXiv 2405.21060), section 6.
+    """
+
+    keys: Tensor
+    values: Tensor
+    decays: Tensor
+    rates: Tensor | None
+
+    def of_kept(self, is_kept: Tensor) -> "_Steps":
+        """The same, but nodes that are not kept, as `[..., m, 1]` says, change nothing."""
+        keys, decays = (part.masked_fill(~is_kept, 0.0) for part in (self.keys, self.decays))
+        return self._replace(keys=keys, decays=decays)
+
+    def advance(self, states: Sequence[Tensor]) -> None:
+        """Advance the states `[b, heads, k, v]` of several layers in place; the layers are the first dimension here.
+
+        All nodes are one chunk, as in Transformers' own scans, whose outputs are not needed. The states are large, so
+        they are not put together.
+        """
+        decays, values = self.decays.cumsum(-2), self.values
+        if self.rates is not None:
+            seen = self.keys * decays.exp()
+            known = torch.stack([key @ state.float() for key, state in zip(seen, states, strict=True)])
+            # From node to later node; what is above the diagonal is not read, and does not overflow
+            between = (decays.unsqueeze(-2) - decays.unsqueeze(-3)).clamp(max=0.0).exp()
+            overlap = (self.keys.unsqueeze(-2) * between * self.keys.unsqueeze(-3)).sum(-1)
+            wanted = self.rates * (values - known)
+            values = torch.linalg.solve_triangular(self.rates * overlap, wanted, upper=False, unitriangular=True)
+        whole = decays[..., -1:, :]
+        keys, fading = (self.keys * (whole - decays).exp()).mT, whole.exp().mT
+        for key, value, fade, state in zip(keys, values, fading, states, strict=True):
+            state.copy_(torch.addcmul(key @ value, state.float(), fade))
+
+
+class _DeltaRule(NamedTuple):
+    """What a gated delta rule, or Kimi's, reads of nodes, `[..., m, heads, any]`; a number per head lacks the last."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    rate: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> "_DeltaRule":
+        """From the arguments of the scan."""
+        return cls(key, value, g, beta)
+
+    def steps(self) -> _Steps:
+        keys, values = self.key.float(), self.value.float()
+        keys = keys * torch.rsqrt((keys * keys).sum(-1, keepdim=True) + 1e-6)
+        keys = keys.repeat_interleave(values.shape[-2] // keys.shape[-2], dim=-2)
+        decays = self.gate.float() if self.gate.dim() == keys.dim() else self.gate.float()[..., None]
+        return _Steps(*(part.transpose(-3, -2) for part in (keys, values, decays, self.rate.float()[..., None])))
+
+
+class _Mamba2(NamedTuple):
+    """What a scan of Mamba-2 reads of nodes, `[..., m, heads, any]`; a number per head lacks the last."""
+
+    value: Tensor
+    key: Tensor
+    time_step: Tensor
+    bias: Tensor
+    rate: Tensor
+
+    @classmethod
+    def of(
+        cls, value: Tensor, dt: Tensor, rate: Tensor, key: Tensor, query: Tensor, *, dt_bias: Tensor, **_: Any
+    ) -> "_Mamba2":
+        """From the arguments of the scan."""
+        return cls(value, key, dt, dt_bias.to(dt.dtype).expand_as(dt), rate.expand_as(dt))
+
+    def steps(self) -> _Steps:
+        """Its states have the values first."""
+        time_step = softplus(self.time_step + self.bias).float()[..., None]
+        inputs = self.value.float() * time_step
+        keys = self.key.float().repeat_interleave(inputs.shape[-2] // self.key.shape[-2], dim=-2)
+        parts = (inputs, keys, self.rate.float()[..., None] * time_step)
+        return _Steps(*(part.transpose(-3, -2) for part in parts), rates=None)
+
+
+# Name in a modelling file -> what notes its arguments.
+_SCANS: dict[str, Callable[..., _DeltaRule | _Mamba2]] = {
+    "torch_chunk_gated_delta_rule": _DeltaRule.of,
+    "chunk_kimi_delta_attention": _DeltaRule.of,
+    "mamba2_chunk_scan": _Mamba2.of,
+}
+
+
+class _NotedScan:
+    """Stands for a scan while calls decode: notes its arguments for the thread that reads a tree.
+
+    Attributes:
+        own: the scan of the modelling file, or what stood there.
+        users: calls that decode with it.
+    """
+
+    def __init__(self, own: Callable[..., Any], note: Callable[..., _DeltaRule | _Mamba2]) -> None:
+        self.own, self.users, self._note = own, 0, note
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        reading = _current.get()
+        if reading is not None:
+            reading.note(self._note(*arguments, **keywords))
+        return self.own(*arguments, **keywords)
+
+
+class NotedScans:
+    """Has the scans of some mixers noted inside `with`: the names in their modelling files stand for `_NotedScan`.
+
+    Hooks reach modules, and a scan is a function between two projections.
+
+    Args:
+        mixers: of one target.
+    """
+
+    def __init__(self, mixers: Iterable[Any]) -> None:
+        files = {type(mixer).__module__ for mixer in mixers}
+        self._places = [(vars(sys.modules[file]), name) for file in files for name in _SCANS]
+
+    def __enter__(self) -> "NotedScans":
+        with _lock:
+            for names, name in self._places:
+                if name in names:
+                    if not isinstance(names[name], _NotedScan):
+                        names[name] = _NotedScan(names[name], _SCANS[name])
+                    names[name].users += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _lock:
+            for names, name in self._places:
+                scan = names.get(name)
+                if isinstance(scan, _NotedScan):
+                    scan.users -= 1
+                    if not scan.users:
+                        names[name] = scan.own
+
+
+class _PathStates:
+    """Stands for the cache in one mixer that reads all paths of a tree: gives the states and does not change them.
+
+    Attributes:
+        convolution: `[b, c, kernel]` the row's state in the cache.
+        recurrence: `[b, heads, k, v]` likewise; `None` for a short convolution.
+        convolved: `[b * p, c, kernel + d]` that state and what was convolved at the nodes after it.
+        scanned: what the scan read at the nodes `[b * p, d]`.
+    """
+
+    def __init__(self, cache: Cache, layer_idx: int, paths: TreePaths) -> None:
+        self.convolution, self.recurrence = cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
+        self._paths = paths
+        self.convolved: Tensor | None = None
+        self.scanned: _DeltaRule | _Mamba2 | None = None
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        return self._paths.from_rows(self.convolution)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return None if self.recurrence is None else self._paths.from_rows(self.recurrence)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.convolved = torch.cat([self._paths.from_rows(self.convolution), conv_states], dim=-1)
+        return self.convolved
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        return recurrent_states
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What mixers have in common that advance together."""
+        sizes = None if self.scanned is None else [part.shape for part in self.scanned]
+        return self.convolution.device, self.convolution.shape, str(sizes)
+
+
 class RecurrentMixers:
     """Reads trees path by path inside the mixers of a target, if it has any, by hooks that are there inside `with`."""
 
@@ -277,6 +461,7 @@ class RecurrentMixers:
 
     def __enter__(self) -> "RecurrentMixers":
         self._hooks.enter_context(self._settings)
+        self._hooks.enter_context(NotedScans(self._mixers.values()))
         for mixer in self._mixers.values():
             self._hooks.callback(mixer.register_forward_pre_hook(self._entering, with_kwargs=True).remove)
             self._hooks.callback(mixer.register_forward_hook(self._leaving).remove)
@@ -292,7 +477,7 @@ class RecurrentMixers:
         if not self._mixers or tree.node_count == 1:
             yield
             return
-        self._reading = _Reading(TreePaths.of(tree), empty_like(self._cache))
+        self._reading = _Reading(TreePaths.of(tree), self._cache)
         token = _current.set(self._reading)
         try:
             with self._settings.of_tree(self._reading.paths.depth):
@@ -305,84 +490,97 @@ class RecurrentMixers:
         reading = self._reading
         if keywords is None or reading is None or _current.get() is not reading:
             return None
-        return reading.enter(mixer, self._cache.layers[mixer.layer_idx], arguments, keywords)
+        return reading.enter(mixer, arguments, keywords)
 
     def _leaving(self, mixer: Any, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         reading = self._reading
-        return None if reading is None or _current.get() is not reading else reading.paths.at_nodes(output)
+        return None if reading is None or _current.get() is not reading else reading.leave(mixer, output)
 
-    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
+    def keep(self, path: Tensor) -> None:
         """Advance the states along the accepted path of the newest tree.
 
         Args:
             path: `[b, m]` node indices, the root first; a row that keeps fewer repeats its last.
-            paths: the same on the host, without repetitions.
         """
-        reading = self._reading
-        if reading is not None:
-            ends = [reading.paths.full_path(row, nodes) for row, nodes in enumerate(paths)]
-            if None in ends:
-                with self._settings.of_tree(path.shape[1]):
-                    self._read_again(reading, path, list(map(len, paths)))
-            else:
-                for index in self._mixers:
-                    layer, branch = self._cache.layers[index], reading.branches.layers[index]
-                    write_back(layer, branch, [(row, end) for row, end in enumerate(ends) if end is not None])
+        if self._reading is not None:
+            self._reading.advance(path)
         self.drop()
 
     def drop(self) -> None:
         """Forget the newest tree."""
         self._reading = None
 
-    def _read_again(self, reading: "_Reading", path: Tensor, counts: list[int]) -> None:
-        """Let the mixers read their inputs at the accepted nodes, all rows at once that keep the same number."""
-        first = torch.arange(len(path), device=path.device)[:, None] * reading.paths.places.shape[1]
-        for count in sorted(set(counts)):
-            rows = [row for row, own in enumerate(counts) if own == count]
-            nodes = path[:, :count] + first
-            if len(rows) == len(counts):
-                reading.read_again(self._mixers, nodes, self._cache)
-                continue
-            order = torch.tensor(rows, device=path.device)
-            for index in self._mixers:
-                reading.branches.layers[index] = copied_rows(self._cache.layers[index], order)
-            reading.read_again(self._mixers, nodes[order], reading.branches)
-            for index in self._mixers:
-                places = zip(rows, range(len(rows)), strict=True)
-                write_back(self._cache.layers[index], reading.branches.layers[index], places)
-
 
 class _Reading:
-    """A tree as the mixers read it; `branches` are one cache with the states of every path after it was read."""
+    """A tree as the mixers read it, and what they read."""
 
-    def __init__(self, paths: TreePaths, branches: Cache) -> None:
-        self.paths, self.branches = paths, branches
-        self._inputs: dict[int, tuple[Tensor, dict[str, Any]]] = {}  # of each mixer, at the nodes
-        self._autocast: dict[str, Any] = {}  # where it was on inside the target's forward
+    def __init__(self, paths: TreePaths, cache: Cache) -> None:
+        self.paths, self._cache = paths, cache
+        self._read: list[_PathStates] = []
+        self._inside: _PathStates | None = None  # of the mixer that runs
 
     def enter(
-        self, mixer: Any, layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        self, mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Note what a mixer is given; it gets all paths instead, and the states that they start from."""
+        """A mixer gets all paths instead of the nodes that it is given, and the states that they start from."""
+        self._inside = _PathStates(self._cache, mixer.layer_idx, self.paths)
         # The nodes are no padding, whatever the prompt is
-        keywords = {**keywords, "cache": self.branches, "attention_mask": None}
+        keywords = {**keywords, "cache": self._inside, "attention_mask": None}
         states = arguments[0] if arguments else keywords.pop("hidden_states")
-        self._inputs[mixer.layer_idx] = states, keywords
-        kind = states.device.type
-        if torch.is_autocast_enabled(kind):
-            self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
-        self.branches.layers[mixer.layer_idx] = copied_rows(layer, self.paths.rows)
         read = self.paths.along(states)
         return (read, *arguments[1:]), keywords | _chunk_keyword(mixer, read)
 
-    def read_again(self, mixers: dict[int, Any], nodes: Tensor, cache: Cache) -> None:
-        """Run the mixers alone over their inputs at `nodes` `[r, m]`, counted through all rows, on the states of
-        `cache`; outside the target's forward, so without what wraps it.
+    def note(self, scanned: _DeltaRule | _Mamba2) -> None:
+        """Keep what the scan of the mixer that runs is given."""
+        if self._inside is not None:
+            self._inside.scanned = scanned
+
+    def leave(self, mixer: Any, output: Tensor) -> Tensor:
+        """The output at the nodes.
+
+        Raises:
+            ValueError: the mixer computes in another way than its class does.
         """
-        with torch.autocast(**self._autocast) if self._autocast else nullcontext():
-            for index, (states, keywords) in self._inputs.items():
-                mixer, read = mixers[index], gathered(states, nodes)
-                mixer.forward(read, **keywords | _chunk_keyword(mixer, read) | {"cache": cache})
+        read, self._inside = self._inside, None
+        if read is None or read.convolved is None or (read.scanned is None) != (read.recurrence is None):
+            raise ValueError(
+                f"A `{type(mixer).__name__}` read a tree without the scan of its modelling file, so its forward was "
+                "replaced. Load the target without kernels for whole layers, or leave out the head and the policy."
+            )
+        self._read.append(read)
+        return self.paths.at_nodes(output)
+
+    def advance(self, path: Tensor) -> None:
+        """Advance the states of all mixers along `path` `[b, m]`, outside the target's forward."""
+        alike = defaultdict(list)
+        for read in self._read:
+            alike[read.kind].append(read)
+        is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
+        chosen = self.paths.beginning_with(path)
+        for group in alike.values():
+            device = group[0].convolution.device
+            kind = device.type
+            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+                _advance(group, chosen.to(device), is_kept.to(device))
+
+
+def _advance(group: list[_PathStates], chosen: Tensor, is_kept: Tensor) -> None:
+    """Advance the states of mixers of one kind, each row along its path of `chosen` `[b]`, by the nodes `[b, m]` that
+    are kept.
+    """
+    kernel = group[0].convolution.shape[-1]
+    convolved = torch.stack([read.convolved for read in group if read.convolved is not None]).index_select(1, chosen)
+    window = is_kept.sum(1, keepdim=True) + torch.arange(kernel, device=chosen.device)  # [b, kernel]
+    kept = convolved.gather(-1, window[:, None].expand(*convolved.shape[:-1], -1))
+    for read, state in zip(group, kept, strict=True):
+        read.convolution.copy_(state)
+    scans = [read.scanned for read in group if read.scanned is not None]
+    if scans:
+        parts = (
+            torch.stack(part).index_select(1, chosen)[:, :, : is_kept.shape[1]] for part in zip(*scans, strict=True)
+        )
+        steps = type(scans[0])(*parts).steps().of_kept(is_kept[:, None, :, None])
+        steps.advance([read.recurrence for read in group if read.recurrence is not None])
 
 
 # What the forward in this thread reads: two threads may share a target.

@@ -363,7 +363,7 @@ class TreeVerifier(Verifier):
         self._newest_nodes = 0
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        self._mixers.keep(path, paths)
+        self._mixers.keep(path)
         counts = list(map(len, paths))
         if self._slots.stays_even([counts]):
             is_front = paths == [list(range(counts[0]))] * len(paths)
