@@ -24,7 +24,7 @@ from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.hybrids import known_mixers
+from transformers_resps.verifying.hybrids import TreePaths, known_mixers
 from transformers_resps.verifying.verifier import InvariantVerifier
 
 
@@ -307,20 +307,25 @@ def test_a_device_has_the_name_of_its_maker_or_else_of_its_kind(monkeypatch: pyt
 
 
 @NEEDS_STATES
-def test_reading_the_accepted_tokens_again_is_in_the_price_of_a_tree(
+def test_advancing_the_states_along_the_accepted_tokens_is_in_the_price_of_a_tree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_clock: FakeClock
 ) -> None:
     target = recurrent("qwen3_next")[0].build()
-    mixers = known_mixers(target)
+    mixers, beginning_with = known_mixers(target), TreePaths.beginning_with
     kind = type(next(iter(mixers.values())))
     forward = kind.forward
 
-    def timed(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    def read(self: Any, *arguments: Any, **keywords: Any) -> Any:
         fake_clock.advance(1.0)
         return forward(self, *arguments, **keywords)
 
-    monkeypatch.setattr(kind, "forward", timed)
+    def advance(self: TreePaths, path: torch.Tensor) -> torch.Tensor:
+        fake_clock.advance(100.0)
+        return beginning_with(self, path)
+
+    monkeypatch.setattr(kind, "forward", read)
+    monkeypatch.setattr(TreePaths, "beginning_with", advance)
     verify = calibrate(target, folder=tmp_path, clock=fake_clock).verify
     for seconds in verify.values():
         assert seconds[1] == len(mixers)
-        assert {seconds[nodes] for nodes in seconds if nodes > 2} == {2 * len(mixers)}
+        assert {seconds[nodes] for nodes in seconds if nodes > 2} == {len(mixers) + 100.0}

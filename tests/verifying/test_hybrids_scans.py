@@ -68,7 +68,7 @@ def test_chunks_are_as_long_as_a_tree_is_deep_and_stocks_for_prompts(
         verifier.keep(torch.tensor([[0, 1, 2]]), [[0, 1, 2]])
         verifier.verify(tree)
         verifier.keep(torch.tensor([[0, 4]]), [[0, 4]])
-    assert read == [of_stock, 4, 3, 4, 2]
+    assert read == [of_stock, 4, 4], "the prompt, and a tree each; what is kept is not scanned again"
     assert all(getattr(mixer, "chunk_size", of_stock) == of_stock for mixer in known_mixers(target).values())
 
 

@@ -170,12 +170,6 @@ def holds_state(layer: Any) -> bool:
     return hasattr(layer, "recurrent_states")
 
 
-def empty_like(cache: Cache) -> Cache:
-    """A cache with as many layers, none of which holds anything."""
-    layers: list[Any] = [DynamicLayer() for _ in cache.layers]
-    return Cache(layers=layers)
-
-
 def copied_rows(layer: Any, rows: Tensor) -> Any:
     """A layer with copies of the states of `rows` `[r]`; everything else is the layer's own."""
     branch = copy.copy(layer)
@@ -194,15 +188,6 @@ def settle_recorded(layer: Any) -> None:
         if state is not None:
             size = layer.conv_kernel_size[index]
             layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
-
-
-def write_back(layer: Any, branch: Any, places: Iterable[tuple[int, int]]) -> None:
-    """Give rows of a layer the states of a branch, in place; `places` are pairs of a row and its place there."""
-    parts = ((layer.conv_states, branch.conv_states), (layer.recurrent_states, branch.recurrent_states))
-    pairs = [(own[index], found[index]) for own, found in parts for index in own if own[index] is not None]
-    for row, place in places:
-        for own, found in pairs:
-            own[row].copy_(found[place])
 
 
 def _selected(state: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -3,41 +3,48 @@
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
-
-from transformers_resps.verifying.cache import copied_rows, write_back
 
 from ..planting import Function, Mutation
 
 
 def one_mixer_stays_behind(keep: Function) -> Function:
-    def wrong(self: Any, path: Tensor, paths: list[list[int]]) -> None:
-        layer, rows = self._cache.layers[max(self._mixers)], range(len(paths))
-        before = copied_rows(layer, torch.tensor(rows))
-        keep(self, path, paths)
-        write_back(layer, before, zip(rows, rows, strict=True))
+    def wrong(self: Any, path: Tensor) -> None:
+        last = max(self._mixers)
+        states = self._cache.get_conv_state(last), self._cache.get_recurrent_state(last)
+        before = [None if state is None else state.clone() for state in states]
+        keep(self, path)
+        for state, old in zip(states, before, strict=True):
+            if state is not None:
+                state.copy_(old)
 
     return wrong
 
 
-def forget_the_last_node(read_again: Function) -> Function:
-    def wrong(self: Any, reading: Any, path: Tensor, counts: list[int]) -> None:
-        read_again(self, reading, path, [max(count - 1, 1) for count in counts])
+def forget_the_last_node(advance: Function) -> Function:
+    def wrong(self: Any, path: Tensor) -> None:
+        advance(self, path[:, : max(path.shape[1] - 1, 1)])
 
     return wrong
 
 
-def take_the_first_leaf(full_path: Function) -> Function:
-    def wrong(self: Any, row: int, nodes: list[int]) -> int | None:
-        return None if full_path(self, row, nodes) is None else row * self.path_count
+def take_the_first_path(beginning_with: Function) -> Function:
+    def wrong(self: Any, path: Tensor) -> Tensor:
+        return beginning_with(self, path) // self.path_count * self.path_count
 
     return wrong
 
 
-def start_from_the_first_row(copied: Function) -> Function:
-    def wrong(layer: Any, rows: Tensor) -> Any:
-        return copied(layer, rows * 0)
+def keep_what_is_repeated(of_kept: Function) -> Function:
+    def wrong(self: Any, is_kept: Tensor) -> Any:
+        return self
+
+    return wrong
+
+
+def start_from_the_first_row(from_rows: Function) -> Function:
+    def wrong(self: Any, states: Tensor) -> Any:
+        return from_rows(self, states)[:1].expand(len(self.rows), *states.shape[1:])
 
     return wrong
 
@@ -56,13 +63,11 @@ KIT = "tests/testing/test_lossless_hybrids.py::test_a_hybrid_target_is_lossless"
 
 MUTATIONS = (
     Mutation("one mixer keeps its old state", "verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, KIT),
+    Mutation("states lack the last node", "verifying.hybrids:_Reading.advance", forget_the_last_node, STATES),
+    Mutation("states are the first path's", "verifying.hybrids:TreePaths.beginning_with", take_the_first_path, STATES),
+    Mutation("a row's last node counts again", "verifying.hybrids:_Steps.of_kept", keep_what_is_repeated, ROWS),
     Mutation(
-        "states lack the last node",
-        "verifying.hybrids:RecurrentMixers._read_again",
-        forget_the_last_node,
-        STATES,
+        "paths start from the first row", "verifying.hybrids:TreePaths.from_rows", start_from_the_first_row, ROWS
     ),
-    Mutation("states are the first leaf's", "verifying.hybrids:TreePaths.full_path", take_the_first_leaf, STATES),
-    Mutation("paths start from the first row", "verifying.cache:copied_rows", start_from_the_first_row, ROWS),
     Mutation("time steps of trees are cut", "verifying.hybrids:ScanSettings.of_tree", keep_the_limit, PATHS),
 )
