@@ -319,7 +319,7 @@ def test_advancing_the_states_along_the_accepted_tokens_is_in_the_price_of_a_tre
         fake_clock.advance(1.0)
         return forward(self, *arguments, **keywords)
 
-    def advance(self: TreePaths, path: torch.Tensor) -> torch.Tensor:
+    def advance(self: TreePaths, path: torch.Tensor) -> torch.Tensor | None:
         fake_clock.advance(100.0)
         return beginning_with(self, path)
 

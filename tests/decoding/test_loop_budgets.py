@@ -41,7 +41,8 @@ MTP_LEVEL = 25  # kernels beside those of the decoder layer
 
 # Kernels per recurrent layer that reading a tree adds to a plain step, and synchronisations, at most: parents are
 # read, and paths are written. What a layer computes by a kernel of its own counts once.
-RECURRENT = {"chain": (5, 1), "whole chain": (5, 1), "tree": (7, 2), "whole leaf of a tree": (7, 2)}
+RECURRENT = {"chain": (2, 1), "whole chain": (2, 1), "tree": (6, 2), "whole leaf of a tree": (6, 2)}
+KEPT = {"qwen3_5_text": 65, "granitemoehybrid": 51}  # kernels that keeping launches for three such layers
 
 
 def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding() -> None:
@@ -61,7 +62,8 @@ def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding()
             verify, keep = counted[tree]["verify"], counted[tree]["keep"]
             assert verify["ours"] + verify["own"] <= plain["ours"] + plain["own"] + kernels, (target, tree, verify)
             assert verify["waits"] <= waits and keep["waits"] == 0, (target, tree, verify, keep)
-            assert (keep["own"] == 0) == tree.startswith("whole"), "the states of a whole path are there"
+            assert keep["ours"] == keep["own"] == keep["fallback"] == 0, "no mixer reads accepted nodes again"
+            assert keep["beside"] <= KEPT[target], (target, tree, keep)
     assert found["texts"], "nothing was written"
     for call, (plain, drafted) in found["texts"].items():
         assert drafted == plain, call

@@ -1,11 +1,14 @@
 """Trees on targets with recurrent layers, against stock forwards over each path, one token at a time."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.caches import check_equal_caches
@@ -13,6 +16,7 @@ from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurre
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.hybrids import known_mixers
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
@@ -49,6 +53,19 @@ def check_close(found: Tensor, wanted: Tensor, most: float = 2e-6) -> None:
     """At most so far apart, as a share of the largest logit."""
     error = float((found - wanted).abs().max() / wanted.abs().max())
     assert error <= most, f"{error:.1e} of the largest logit apart"
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside, and keeps their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.count = set[str](), 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        self.count += 1
+        return function(*args, **kwargs or {})
 
 
 @pytest.fixture(autouse=True)
@@ -92,18 +109,19 @@ def test_the_states_go_on_from_the_kept_path_alone(target: PreTrainedModel, path
     check_equal_caches(found_cache, cache, most=1e-5)
 
 
-def test_rows_of_a_padded_batch_have_trees_of_their_own(target: PreTrainedModel) -> None:
-    """Rows with other numbers of leaves, one of them padded on the left; then they swap places and one goes on."""
+@pytest.mark.parametrize("paths", [[[0, 1, 2], [0, 2, 4]], [[0, 1, 2], [0, 2]], [[0], [0, 2, 4]]], ids=str)
+def test_rows_of_a_padded_batch_have_trees_of_their_own(target: PreTrainedModel, paths: list[list[int]]) -> None:
+    """Rows with other numbers of leaves, one of them padded on the left; then one goes on."""
     pads, parents = [0, 5], [[0, 0, 1, 2, 3], [0, 0, 0, 1, 2]]
     mask = (torch.arange(LENGTH) >= torch.tensor(pads)[:, None]).long()
     prompt, nodes, after = tokens(LENGTH, rows=2) * mask, tokens(5, 1, rows=2), tokens(2, 2, rows=2)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    paths = [[0, 1, 2], [0, 2, 4]]
+    kept = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     with TreeVerifier(TargetForward(target, None, cache), positions, mask) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(DraftTree.from_parents(nodes, torch.tensor(parents)))
-        verifier.keep(torch.tensor(paths), paths)
+        verifier.keep(kept, paths)
         both, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
         verifier.keep(torch.zeros(2, 1, dtype=torch.long), [[0], [0]])
         verifier.keep_rows([1])
@@ -111,9 +129,35 @@ def test_rows_of_a_padded_batch_have_trees_of_their_own(target: PreTrainedModel)
     for row, (pad, path) in enumerate(zip(pads, paths, strict=True)):
         text = torch.cat([nodes[row : row + 1, path], after[row : row + 1]], dim=1)
         expected, _ = stepped(target, prompt[row : row + 1, pad:], text)
-        check_close(verified[row, path], expected[:3], most=1e-5)
-        check_close(both[row, 0], expected[3], most=1e-5)
-    check_close(alone[0, 0], expected[4], most=1e-5)
+        check_close(verified[row, path], expected[: len(path)], most=1e-5)
+        check_close(both[row, 0], expected[len(path)], most=3e-5)  # of one sliding row 1.4e-5
+    check_close(alone[0, 0], expected[-1], most=1e-5)
+
+
+@pytest.mark.parametrize("target", recurrent("qwen3_5_text", "kimi_linear", "nemotron_h"), ids=str, indirect=True)
+def test_states_that_fade_within_a_token_do_not_overflow(target: PreTrainedModel) -> None:
+    own, prompt, text = copy.deepcopy(target), tokens(LENGTH), tokens(6, 1)
+    for name, weight in own.named_parameters():
+        if name.endswith(("A_log", "dt_bias")):
+            weight.fill_(4.0)
+    with TreeVerifier.of(own, LENGTH) as verifier:
+        verifier.prefill(prompt)
+        verifier.verify(DraftTree.from_parents(text[:, :5], torch.tensor([[0, 0, 1, 2, 3]])))
+        verifier.keep(torch.tensor([[0, 1, 2, 3, 4]]), [[0, 1, 2, 3, 4]])
+        found, _ = verifier.verify(DraftTree.root_only(text[:, 5]))
+    check_close(found[0], stepped(own, prompt, text)[0][-1:], most=1e-5)
+
+
+@pytest.mark.parametrize("path", KEPT, ids=str)
+def test_keeping_runs_no_projection_and_few_operators(target: PreTrainedModel, path: list[int]) -> None:
+    """A mixer that read the accepted nodes again would run some 180, or 30 where it is a short convolution."""
+    with TreeVerifier.of(target, LENGTH) as verifier:
+        verifier.prefill(tokens(LENGTH))
+        verifier.verify(DraftTree.from_parents(tokens(len(PARENTS), 1), torch.tensor([PARENTS])))
+        with Operators() as ran, patch("transformers_resps.verifying.verifier.compact"):
+            verifier.keep(torch.tensor([path]), [path])
+    assert not ran.names & {"mm", "addmm", "linear"}
+    assert ran.count <= 100 + 10 * len(known_mixers(target))
 
 
 @pytest.mark.parametrize("target", recurrent("qwen3_5_text", "kimi_linear", "nemotron_h"), ids=str, indirect=True)

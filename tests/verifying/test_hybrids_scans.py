@@ -1,4 +1,4 @@
-"""Recurrent layers without kernels compute as many tokens as a tree is deep; prompts, as many as stock does."""
+"""Scans of recurrent layers: as many tokens as a tree is deep, and noted for the thread alone that reads it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tests.recurrent_targets import NEEDS_STATES
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.hybrids import ScanSettings, known_mixers
+from transformers_resps.verifying.hybrids import NotedScans, ScanSettings, known_mixers
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
@@ -70,6 +70,30 @@ def test_chunks_are_as_long_as_a_tree_is_deep_and_stocks_for_prompts(
         verifier.keep(torch.tensor([[0, 4]]), [[0, 4]])
     assert read == [of_stock, 4, 4], "the prompt, and a tree each; what is kept is not scanned again"
     assert all(getattr(mixer, "chunk_size", of_stock) == of_stock for mixer in known_mixers(target).values())
+
+
+@pytest.mark.parametrize("model_type", SCANS)
+def test_scans_are_noted_while_calls_decode_and_stocks_afterwards(model_type: str) -> None:
+    config, module, name, _ = SCANS[model_type]
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | config))
+    mixers, of_stock = known_mixers(target).values(), getattr(module, name)
+    with pytest.raises(ZeroDivisionError), NotedScans(mixers):
+        with NotedScans(mixers):
+            noted = getattr(module, name)
+        assert noted is getattr(module, name) is not of_stock
+        raise ZeroDivisionError
+    assert getattr(module, name) is of_stock
+
+
+def test_a_mixer_whose_forward_was_replaced_is_refused_by_name() -> None:
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_5_text", **SIZES | SCANS["qwen3_5_text"][0]))
+    tree = DraftTree.from_parents(torch.tensor(NODES), torch.tensor(PARENTS))
+    (mixer,) = known_mixers(target).values()
+    with torch.no_grad(), TreeVerifier.of(target.eval(), PROMPT.shape[1]) as verifier:
+        verifier.prefill(PROMPT)
+        mixer.forward = lambda hidden_states, **_: hidden_states
+        with pytest.raises(ValueError, match="A `Qwen3_5GatedDeltaNet` read a tree without the scan"):
+            verifier.verify(tree)
 
 
 class Mixer:

@@ -165,9 +165,11 @@ class TreePaths:
         """The states `[b, ...]` that the paths start from: `[b * p, ...]`; of chains the very tensor."""
         return states if self.path_count == 1 else states.index_select(0, self.rows.to(states.device))
 
-    def beginning_with(self, path: Tensor) -> Tensor:
-        """For each row `[b]` a path that begins with its nodes `[b, m]`, of which it may repeat the last."""
-        return self.places.gather(1, path[:, -1:]).squeeze(1) // self.depth
+    def beginning_with(self, path: Tensor) -> Tensor | None:
+        """For each row `[b]` a path that begins with its nodes `[b, m]`, of which it may repeat the last; `None` of
+        chains: the row's own.
+        """
+        return None if self.path_count == 1 else self.places.gather(1, path[:, -1:]).squeeze(1) // self.depth
 
 
 def gathered(states: Tensor, order: Tensor) -> Tensor:
@@ -276,7 +278,7 @@ class _Steps(NamedTuple):
     keys: Tensor
     values: Tensor
     decays: Tensor
-    rates: Tensor | None
+    rates: Tensor | None = None
 
     def of_kept(self, is_kept: Tensor) -> "_Steps":
         """The same, but nodes that are not kept, as `[..., m, 1]` says, change nothing."""
@@ -293,15 +295,15 @@ class _Steps(NamedTuple):
         if self.rates is not None:
             seen = self.keys * decays.exp()
             known = torch.stack([key @ state.float() for key, state in zip(seen, states, strict=True)])
-            # From node to later node; what is above the diagonal is not read, and does not overflow
-            between = (decays.unsqueeze(-2) - decays.unsqueeze(-3)).clamp(max=0.0).exp()
+            # From node to later node; what is above the diagonal may overflow, and is not read
+            between = (decays.unsqueeze(-2) - decays.unsqueeze(-3)).exp()
             overlap = (self.keys.unsqueeze(-2) * between * self.keys.unsqueeze(-3)).sum(-1)
             wanted = self.rates * (values - known)
             values = torch.linalg.solve_triangular(self.rates * overlap, wanted, upper=False, unitriangular=True)
         whole = decays[..., -1:, :]
         keys, fading = (self.keys * (whole - decays).exp()).mT, whole.exp().mT
         for key, value, fade, state in zip(keys, values, fading, states, strict=True):
-            state.copy_(torch.addcmul(key @ value, state.float(), fade))
+            torch.addcmul(key @ value, state, fade, out=state)
 
 
 class _DeltaRule(NamedTuple):
@@ -347,7 +349,7 @@ class _Mamba2(NamedTuple):
         inputs = self.value.float() * time_step
         keys = self.key.float().repeat_interleave(inputs.shape[-2] // self.key.shape[-2], dim=-2)
         parts = (inputs, keys, self.rate.float()[..., None] * time_step)
-        return _Steps(*(part.transpose(-3, -2) for part in parts), rates=None)
+        return _Steps(*(part.transpose(-3, -2) for part in parts))
 
 
 # Name in a modelling file -> what notes its arguments.
@@ -419,7 +421,9 @@ class _PathStates:
     """
 
     def __init__(self, cache: Cache, layer_idx: int, paths: TreePaths) -> None:
-        self.convolution, self.recurrence = cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
+        states: Any = cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
+        self.convolution: Tensor = states[0]
+        self.recurrence: Tensor | None = states[1]
         self._paths = paths
         self.convolved: Tensor | None = None
         self.scanned: _DeltaRule | _Mamba2 | None = None
@@ -443,8 +447,7 @@ class _PathStates:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What mixers have in common that advance together."""
-        sizes = None if self.scanned is None else [part.shape for part in self.scanned]
-        return self.convolution.device, self.convolution.shape, str(sizes)
+        return self.convolution.device, self.convolution.shape, tuple(part.shape for part in self.scanned or ())
 
 
 class RecurrentMixers:
@@ -559,27 +562,30 @@ class _Reading:
         chosen = self.paths.beginning_with(path)
         for group in alike.values():
             device = group[0].convolution.device
-            kind = device.type
-            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-                _advance(group, chosen.to(device), is_kept.to(device))
+            own = None if chosen is None else chosen.to(device)
+            is_cast = torch.is_autocast_enabled(device.type)
+            with torch.autocast(device.type, enabled=False) if is_cast else nullcontext():
+                _advance(group, own, is_kept.to(device))
 
 
-def _advance(group: list[_PathStates], chosen: Tensor, is_kept: Tensor) -> None:
-    """Advance the states of mixers of one kind, each row along its path of `chosen` `[b]`, by the nodes `[b, m]` that
-    are kept.
-    """
-    kernel = group[0].convolution.shape[-1]
-    convolved = torch.stack([read.convolved for read in group if read.convolved is not None]).index_select(1, chosen)
-    window = is_kept.sum(1, keepdim=True) + torch.arange(kernel, device=chosen.device)  # [b, kernel]
+def _advance(group: list[_PathStates], chosen: Tensor | None, is_kept: Tensor) -> None:
+    """Advance the states of mixers of one kind by the nodes `[b, m]` that are kept of the chosen paths `[b]`."""
+
+    def joined(parts: Iterable[Tensor]) -> Tensor:
+        """`[layers, b, ...]` of each layer's `[b * p, ...]`."""
+        found = torch.stack(list(parts))
+        return found if chosen is None else found.index_select(1, chosen)
+
+    kernel, count = group[0].convolution.shape[-1], is_kept.shape[1]
+    convolved = joined(read.convolved for read in group if read.convolved is not None)
+    window = is_kept.sum(1, keepdim=True) + torch.arange(kernel, device=is_kept.device)  # [b, kernel]
     kept = convolved.gather(-1, window[:, None].expand(*convolved.shape[:-1], -1))
     for read, state in zip(group, kept, strict=True):
         read.convolution.copy_(state)
     scans = [read.scanned for read in group if read.scanned is not None]
     if scans:
-        parts = (
-            torch.stack(part).index_select(1, chosen)[:, :, : is_kept.shape[1]] for part in zip(*scans, strict=True)
-        )
-        steps = type(scans[0])(*parts).steps().of_kept(is_kept[:, None, :, None])
+        noted = type(scans[0])(*(joined(parts)[:, :, :count] for parts in zip(*scans, strict=True)))
+        steps = noted.steps().of_kept(is_kept[:, None, :, None])
         steps.advance([read.recurrence for read in group if read.recurrence is not None])
 
 

@@ -29,8 +29,9 @@ def forget_the_last_node(advance: Function) -> Function:
 
 
 def take_the_first_path(beginning_with: Function) -> Function:
-    def wrong(self: Any, path: Tensor) -> Tensor:
-        return beginning_with(self, path) // self.path_count * self.path_count
+    def wrong(self: Any, path: Tensor) -> Tensor | None:
+        chosen = beginning_with(self, path)
+        return None if chosen is None else chosen // self.path_count * self.path_count
 
     return wrong
 
