@@ -226,7 +226,7 @@ def _time_verifying(
 
     def verify(nodes: int) -> None:
         logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
-        if verifier.reads_paths:  # two nodes are kept, since recurrent layers read them again
+        if verifier.reads_paths:  # two nodes are kept, since states advance along them
             verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
         else:
             verifier.undo()

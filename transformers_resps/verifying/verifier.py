@@ -89,8 +89,7 @@ class Verifier(ABC):
     Attributes:
         device: of the trees.
         is_compiled: whether steps run compiled.
-        reads_paths: whether the target has recurrent layers, which read each path of a tree, and the accepted one once
-            more.
+        reads_paths: whether the target has recurrent layers, which read each path of a tree.
     """
 
     is_compiled: bool = False
