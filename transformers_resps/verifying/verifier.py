@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from ..tree import DraftTree, moved
-from .attention import last_position, tree_attention_mask, tree_positions
+from .attention import last_position, longrope_boundary, tree_attention_mask, tree_positions
 from .cache import (
     cached_length,
     check_cache,
@@ -179,11 +179,18 @@ class Verifier(ABC):
         record_windows(self._cache)
         for start in range(self.length, end, chunk_size or end):
             stop = min(start + (chunk_size or end), end)
-            part, mask = tokens[:, start - offset : stop - offset], self._prefix_mask(stop)
-            outputs, caught = self._forward.read(part, mask, self._positions[..., start:stop], **options)
+            logits, caught = self._read(tokens[:, start - offset : stop - offset], start, **options)
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         self._start(len(tokens))
+        return logits, features
+
+    def _read(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Features]:
+        """Read a part `[b, t]` of the prompt, from the position `start` on: its last logits, and the features."""
+        stop = start + tokens.shape[1]
+        outputs, features = self._forward.read(
+            tokens, self._prefix_mask(stop), self._positions[..., start:stop], **options
+        )
         return outputs.logits, features
 
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
@@ -391,11 +398,14 @@ class TreeVerifier(Verifier):
 
 
 _WINDOW = 128  # slots: the forward sees multiples of it
+_PART_STEP = 1
+_PART = 256  # tokens of a prompt that one compiled forward reads
 
 
 class SlotVerifier(Verifier):
-    """Verifies trees over buffers in the order of the text. The prompt is read into a dynamic cache.
+    """Verifies trees over buffers in the order of the text.
 
+    On a CPU compiled code reads the prompt as well, part by part; else it is read into a dynamic cache.
     `engine` is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
     """
 
@@ -423,11 +433,62 @@ class SlotVerifier(Verifier):
         """Of each row, which of the cache's first `length` positions fill its first slots."""
         return [torch.arange(length)] * len(self._shifts)
 
+    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
+        """As `Verifier.prefill`."""
+        if self._engine is not None and self._compiles_prompt():
+            self._pattern = self._engine.pattern(self._forward.target)
+            self._start(len(tokens))
+        return super().prefill(tokens, chunk_size, **options)
+
+    def _compiles_prompt(self) -> bool:
+        """Whether compiled code can read the prompt: each token stands as far from its slot as the next one will."""
+        if not self.is_compiled or self.device.type != "cpu" or self._options is not None:
+            return False
+        if longrope_boundary(self._forward.target.config) is not None:  # how far one forward reads matters
+            return False
+        start, end = self.length, self._positions.shape[-1]
+        stands = self._positions[..., start:] == torch.arange(start, end) + self._shift
+        seen = self._slots.visible(end, self.device)
+        return bool((stands if seen is None else stands | ~seen[:, start:]).all())
+
+    def _read(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Features]:
+        if not self._rows:
+            return super()._read(tokens, start, **options)
+        parts = [
+            self._read_part(part, start + place)
+            for place, part in zip(range(0, tokens.shape[1], _PART), tokens.split(_PART, dim=1), strict=True)
+        ]
+        features = Features(self._forward.layers)
+        features.caught = {
+            layer: torch.cat([part.caught[layer] for _, part in parts], dim=1) for layer in features.layers
+        }
+        return parts[-1][0], features
+
+    def _read_part(self, tokens: Tensor, start: int) -> tuple[Tensor, Features]:
+        """Run the compiled forward over a part `[b, t]` of the prompt, from the position `start` on."""
+        rows, width = tokens.shape
+        count = max(_rounded_up(width, _PART_STEP), 4)
+        count += count == rows
+        size = self._reserve(start + count)
+        seen, order = self._visible(size), torch.arange(start, start + count)
+        first = seen.int().argmax(dim=1, keepdim=True)  # padding stands where the row's first token does
+        depths = torch.maximum(order, first).clamp(max=start + width - 1) - start
+        own = torch.eye(count, dtype=torch.bool)
+        ancestors = torch.ones(count, count, dtype=torch.bool).tril() & seen[:, None, start : start + count] | own
+        shifts = torch.tensor(self._shifts)
+        roots = torch.cat([torch.full((rows, 1), start), shifts + start], dim=1)
+        kept = torch.full((2 + (rows == 2),), width - 1)
+        inputs = SlotInputs(pad(tokens, (0, count - width)), depths, ancestors, roots, seen, kept)
+        logits, features = self._run_over(inputs, size)
+        return self._without_padding(rows, width, logits, features)
+
     def _begin_steps(self) -> None:
-        """Move the prompt's entries into the buffers."""
+        """Have the prompt's entries in the buffers, all or those that it goes on from."""
+        if self._rows:
+            return
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
-        self._over_slots = SlotForward(self._forward.target, self._cache, self._forward.layers, self._options)
-        self._fill(self.length)
+        self._over_slots = SlotForward(self._forward.target, self._pattern, self._forward.layers, self._options)
+        self._fill(self._positions.shape[-1])
 
     def _fill(self, length: int) -> None:
         """Have buffers for so many positions and more, with what the cache holds in their first slots."""
@@ -437,14 +498,20 @@ class SlotVerifier(Verifier):
             self._buffers.fill(_parts(self._cache), self.length, self._orders(self.length))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        inputs, engine = self._inputs(tree), self._engine
-        outputs = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
+        logits, features = self._run_over(*self._inputs(tree))
+        return self._without_padding(*tree.tokens.shape, logits, features)
+
+    def _run_over(self, inputs: SlotInputs, size: int) -> tuple[Tensor, Features]:
+        """Run the forward over the first `size` slots."""
+        engine, buffers = self._engine, self._buffers.window(size)
+        outputs = (
+            self._over_slots(inputs, buffers) if engine is None else engine.forward(self._over_slots, inputs, buffers)
+        )
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
-        return self._without_padding(tree, outputs[0], features)
+        return outputs[0], features
 
-    def _without_padding(self, tree: DraftTree, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
-        rows, count = tree.tokens.shape
+    def _without_padding(self, rows: int, count: int, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
         features.caught = {layer: part[:rows, :count] for layer, part in features.caught.items()}
         return logits[:rows, :count], features
 
@@ -525,12 +592,12 @@ class SlotVerifier(Verifier):
             self._seen[size] = self._slots.unpadded(size, self._rows, self.device)
         return self._seen[size]
 
-    def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
+    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, int]:
+        """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
         count = padded_count(self.device, tree.node_count)
         count += count == self._rows  # what is equal at first is compiled as always equal
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
-        return SlotInputs(*nodes, self._visible(size)), self._buffers.window(size)
+        return SlotInputs(*nodes, self._visible(size), torch.arange(count, device=self.device)), size
 
     def _reserve(self, count: int) -> int:
         """Have so many slots; returns how many the forward sees."""
@@ -684,7 +751,7 @@ class InvariantVerifier(SlotVerifier):
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
-        return self._without_padding(tree, logits, features)
+        return self._without_padding(*tree.tokens.shape, logits, features)
 
     def _in_parts(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Run forwards over `step` nodes of a row each; of a larger tree, those before them lie in their slots."""
