@@ -286,7 +286,7 @@ class SlotForward:
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `SlotInputs` and buffers."""
-        dtype, computes_some = self.target.dtype, self.target._supports_logits_to_keep()
+        dtype, computes_some = self.target.dtype, cast(Any, self.target)._supports_logits_to_keep()
 
         def forward(
             tokens: Tensor,
