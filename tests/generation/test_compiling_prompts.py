@@ -19,13 +19,16 @@ from transformers_resps.verifying import verifier
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))
 _NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss")
 _CASES = [architecture for architecture in ARCHITECTURES if str(architecture) in _NAMES]
-_PADDED = torch.tensor([[1] * 13, [0] * 6 + [1] * 7, [0] * 2 + [1] * 11])
+_PADDED = torch.tensor([[1] * 13, [0] * 10 + [1] * 3, [0] * 2 + [1] * 11])
 
 
 @pytest.fixture(autouse=True)
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[torch.Size, torch.Size]]]:
-    """Shapes of tokens and logits of each compiled forward; one reads five tokens of a prompt at most."""
+    """Shapes of tokens and logits of each compiled forward; one reads five tokens of a prompt at most, and sees fewer
+    slots than there are of padding.
+    """
     monkeypatch.setattr(verifier, "_PART", 5)
+    monkeypatch.setattr(verifier, "_PART_WINDOW", 8)
     with compiled_as_it_is() as noted:
         yield noted
 

@@ -398,7 +398,7 @@ class TreeVerifier(Verifier):
 
 _WINDOW = 128  # slots: the forward sees multiples of it
 _PART = 256  # tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees
-_PART_STEP, _PART_WINDOW = 4, 32  # each size of a product is prepared once, which takes longer than three tokens
+_PART_STEP, _PART_WINDOW = 4, 32  # of its tokens and slots: a product is prepared once for each of few sizes
 
 
 class SlotVerifier(Verifier):
@@ -420,7 +420,7 @@ class SlotVerifier(Verifier):
         self._engine, self._options = engine, options
         self.is_compiled = engine is not None and not engine.is_broken
         self._buffers = SlotBuffers() if engine is None else engine.buffers
-        self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before the first step
+        self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before there are any
         self._seen: dict[int, Tensor] = {}  # size of a window -> where it holds no padding
 
     @property
@@ -469,12 +469,11 @@ class SlotVerifier(Verifier):
         """As `_inputs`, of a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
         rows, width = tokens.shape
         count = _apart(_rounded_up(width, _PART_STEP), rows)
-        self._reserve(start + count + 1)
         size = _rounded_up(start + count + 1, _PART_WINDOW)
         seen, places = self._visible(size), torch.arange(start, start + count)
         # Padding sees itself and stands where a token does: some targets have no other positions.
-        first, last = seen.int().argmax(dim=1, keepdim=True), start + width - 1
-        depths = torch.maximum(places.clamp(max=last), first) - start
+        first = self._visible(self._positions.shape[-1]).int().argmax(dim=1, keepdim=True)
+        depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
         is_own = torch.eye(count, dtype=torch.bool)
         ancestors = seen[:, None, start : start + count] & torch.ones_like(is_own).tril() | is_own
         roots = torch.cat([torch.full((rows, 1), start), torch.tensor(self._shifts) + start], dim=1)
