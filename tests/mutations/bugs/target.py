@@ -97,11 +97,6 @@ def tell_no_positions(inputs: Function) -> Function:
     return wrong
 
 
-SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
-PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
-WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
-
-
 def see_the_padding(part_inputs: Function) -> Function:
     def wrong(self: Any, tokens: Tensor, start: int) -> Any:
         inputs, size = part_inputs(self, tokens, start)
@@ -118,6 +113,9 @@ def stand_at_the_beginning(part_inputs: Function) -> Function:
     return wrong
 
 
+SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
+WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 ENCODED = "tests/lossless/test_encoder_decoders.py::test_chains_write_what_plain_decoding_writes"
 BEGUN = "tests/lossless/test_encoder_decoders.py::test_a_decoder_may_begin_with_a_prompt"
