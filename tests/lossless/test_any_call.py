@@ -131,14 +131,7 @@ def questions(draw: st.DrawFn) -> Question:
 
 
 @settings(max_examples=160)
-@given(
-    questions(),
-    POLICIES,
-    st.sampled_from(["llama", "llama", "mistral"]),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 99),
-)
+@given(questions(), POLICIES, st.sampled_from(["llama", "llama", "mistral"]), SWITCHES, st.integers(0, 99))
 def test_any_call_with_any_policy_writes_what_plain_generate_writes(
     question: Question, policy: Any, model_type: str, switches: tuple[bool, bool], seed: int
 ) -> None:
