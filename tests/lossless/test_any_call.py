@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from tests.compilation.as_it_is import compiled_as_it_is
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, Policy, TreeShape, attach
 
@@ -69,6 +70,7 @@ class Restive(LogitsProcessor):
 
 TOKENS = st.integers(3, VOCABULARY - 1)
 SHAPES = st.builds(TreeShape, st.integers(1, 24), st.integers(0, 4), st.integers(1, VOCABULARY), st.integers(0, 5))
+SWITCHES = st.tuples(st.booleans(), st.booleans())
 POLICIES = st.tuples(
     st.lists(SHAPES, min_size=1, max_size=5),
     st.lists(st.booleans(), min_size=1, max_size=3),
@@ -129,16 +131,19 @@ def questions(draw: st.DrawFn) -> Question:
 
 
 @settings(max_examples=160)
-@given(questions(), POLICIES, st.sampled_from(["llama", "llama", "mistral"]), st.booleans(), st.integers(0, 99))
+@given(questions(), POLICIES, st.sampled_from(["llama", "llama", "mistral"]), SWITCHES, st.integers(0, 99))
 def test_any_call_with_any_policy_writes_what_plain_generate_writes(
-    question: Question, policy: Any, model_type: str, has_head: bool, seed: int
+    question: Question, policy: Any, model_type: str, switches: tuple[bool, bool], seed: int
 ) -> None:
+    """With a head or not, compiled or not."""
+    has_head, compiles = switches
     target, head = target_and_head(model_type)
-    drafting = {"assistant_model": head if has_head else None, "policy": Restless(*policy)}
+    drafting = {"assistant_model": head if has_head else None, "policy": Restless(*policy), "compile": compiles}
     texts, states = [], []
     for extra in ({}, drafting):
         torch.manual_seed(seed)
-        texts.append(target.generate(**question.inputs, **question.options(), **extra).tolist())
+        with compiled_as_it_is():
+            texts.append(target.generate(**question.inputs, **question.options(), **extra).tolist())
         states.append(torch.get_rng_state())
     assert texts[0] == texts[1]
     assert torch.equal(*states), "drafting drew from the global generator"

@@ -1,6 +1,7 @@
 """The target's side of a step: what it keeps is what plain decoding would have read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from tests.compilation.as_it_is import compiled_as_it_is
 from tests.conftest import build_target
 from tests.drafting.test_engine import FakeCapture
 from tests.targets import ARCHITECTURES, Architecture
@@ -44,8 +46,15 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
-@pytest.fixture(params=["growing", "slots", "invariant", "exact"])
-def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
+@pytest.fixture
+def lent() -> Iterator[ExitStack]:
+    """What is lent to a test, which compiles nothing."""
+    with compiled_as_it_is(), ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(params=["growing", "slots", "compiled", "invariant", "exact"])
+def opened(request: pytest.FixtureRequest, lent: ExitStack) -> Callable[..., Verifier]:
     """`opened(target, prompt_length, positions=None, mask=None, cache=None, layers=None)`."""
 
     def make(
@@ -61,6 +70,8 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
         if request.param in ("invariant", "exact"):
             needs = RowNeeds(LEAST_ROWS, is_exact=request.param == "exact")
             return InvariantVerifier(forward, SlotEngine(), needs, positions, mask)
+        if request.param == "compiled":
+            return SlotVerifier(forward, lent.enter_context(SlotEngine().borrow(target)), positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 
@@ -238,7 +249,7 @@ def keys_of(target: PreTrainedModel, text: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("opened", ["slots", "invariant", "exact"], indirect=True)
+@pytest.mark.parametrize("opened", ["slots", "compiled", "invariant", "exact"], indirect=True)
 @pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
 def test_over_slots_what_was_kept_lies_in_the_order_of_the_text(
     target: PreTrainedModel, counts: list[int], opened: Any

@@ -22,8 +22,9 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 # As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read
 # the same input are multiplied at once, which takes a twelfth off a step of SmolLM2; on a CPU C++ calls the kernels,
-# which takes off a seventh.
-_INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True}
+# which takes off a seventh. What is computed of three tensors and read by several layers is kept, as the cosines of
+# positions: by default every head of every layer computes them anew.
+_INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
 # What `torch.export` and AOTInductor raise. They trace less than `torch.compile`, which is then tried.
 _UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError)

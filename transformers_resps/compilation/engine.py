@@ -7,6 +7,7 @@ function gives; what cannot be compiled runs as it is, after one warning.
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,8 +278,11 @@ def _mark(tensor: Tensor) -> Any:
 
 def _sampled(tensors: list[Tensor]) -> Tensor:
     """The first values of every tensor in the CPU's memory; of others they would have to be waited for."""
-    rows = [_first_row(tensor.detach()) for tensor in tensors if tensor.device.type == "cpu" and tensor.numel()]
-    return torch.cat([row[:_SAMPLED].to(torch.float64) for row in rows]).nan_to_num() if rows else torch.empty(0)
+    rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # each call of `generate` waits for this
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.numel():
+            rows[tensor.dtype].append(_first_row(tensor.detach())[:_SAMPLED])
+    return torch.cat([torch.empty(0), *(torch.cat(kind).to(torch.float64) for kind in rows.values())]).nan_to_num()
 
 
 def _first_row(tensor: Tensor) -> Tensor:

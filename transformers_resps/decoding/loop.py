@@ -113,6 +113,7 @@ class TreeDecoding:
         proposal = Proposal.plain(self._root)
         picks = self._read_picks(proposal.tree, logits[:, -1:])
         self._clock.lap("verify")
+        self._leave_out_compiling()
         acceptance = self._accept(proposal.tree, logits[:, -1:], picks)
         if not self.batch.finished:
             self._read_prompt(features)

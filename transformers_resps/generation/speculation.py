@@ -498,7 +498,8 @@ def _stock_would_compile(target: PreTrainedModel, inputs: GenerateInputs) -> boo
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     """Say why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
-    devices = {parameter.device for parameter in target.parameters()}
+    parameters = list(target.parameters())
+    devices = {parameter.device for parameter in parameters}
     if target.training:
         return "the model is in training mode"
     if is_recurrent(target):
@@ -511,7 +512,7 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         return "an adapter is active; merge it first"
     if len(devices) != 1 or devices.pop().type not in ("cpu", "cuda"):
         return "the model is not on one CPU or CUDA device"
-    if any(type(parameter) is not nn.Parameter for parameter in target.parameters()):
+    if any(type(parameter) is not nn.Parameter for parameter in parameters):
         return "its weights are quantized or sharded"
     if torch.is_grad_enabled():
         return "gradients are enabled"

@@ -94,10 +94,10 @@ def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
     If it is copied, each row begins at a multiple of `alignment` elements.
     """
     rows, given, count, length = mask.shape
-    if given < sharing:
+    if given < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)
         mask = padded[..., :length].copy_(mask)
-    return mask.flatten(1, 2)[:, None]
+    return mask.expand(-1, sharing, -1, -1).flatten(1, 2)[:, None]
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

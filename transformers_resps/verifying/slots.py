@@ -209,7 +209,7 @@ def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int
 
 
 class SlotInputs(NamedTuple):
-    """A tree, and where it stands. Node i lies in the slot i after the root's place.
+    """A tree or a part of a prompt, and where it stands. Node i lies in the slot i after the root's place.
 
     Attributes:
         tokens: `[b, n]`.
@@ -217,6 +217,7 @@ class SlotInputs(NamedTuple):
         ancestors: `[b, n, n]` bool, see `DraftTree`.
         roots: `[b, 1 + planes]` the root's place in the text, and its positions.
         seen: `[b, slots]` false where a slot holds padding.
+        kept: `[k]` the nodes whose logits are computed, in their order.
     """
 
     tokens: Tensor
@@ -224,6 +225,7 @@ class SlotInputs(NamedTuple):
     ancestors: Tensor
     roots: Tensor
     seen: Tensor
+    kept: Tensor
 
 
 class InvariantInputs(NamedTuple):
@@ -284,10 +286,16 @@ class SlotForward:
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `SlotInputs` and buffers."""
-        dtype = self.target.dtype
+        dtype, computes_some = self.target.dtype, cast(Any, self.target)._supports_logits_to_keep()
 
         def forward(
-            tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, seen: Tensor, *buffers: Tensor
+            tokens: Tensor,
+            depths: Tensor,
+            ancestors: Tensor,
+            roots: Tensor,
+            seen: Tensor,
+            kept: Tensor,
+            *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
             root = roots[:, :1].long()  # some targets count positions in floats
             node_places = root + depths
@@ -300,7 +308,9 @@ class SlotForward:
             for kind, window in windows.items():
                 shown = visible if window is None else visible & (distance < window)
                 masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
-            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers)
+            options = {"logits_to_keep": kept} if computes_some else {}
+            logits, *features = run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, **options)
+            return logits if computes_some else logits[:, kept], *features
 
         return forward
 
@@ -311,7 +321,7 @@ class SlotForward:
             yield
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
-        """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
+        """Run it without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each feature layer.
 
         `buffers` are keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written. `options` are
         of the target's forward.
@@ -433,7 +443,7 @@ def _run(
 
 
 # Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
-_SIZES = ("bn", "bn", "bnn", "b.", "bs")
+_SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
 _BUFFER_SIZES = "sb.."
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)

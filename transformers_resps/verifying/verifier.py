@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from ..tree import DraftTree, moved
-from .attention import last_position, tree_attention_mask, tree_positions
+from .attention import last_position, longrope_boundary, tree_attention_mask, tree_positions
 from .cache import (
     cached_length,
     check_cache,
@@ -175,14 +175,20 @@ class Verifier(ABC):
         """
         tokens, end = tokens.to(self.device), self._positions.shape[-1]
         offset, features = end - tokens.shape[1], []
-        record_windows(self._cache)
         for start in range(self.length, end, chunk_size or end):
             stop = min(start + (chunk_size or end), end)
-            part, mask = tokens[:, start - offset : stop - offset], self._prefix_mask(stop)
-            outputs, caught = self._forward.read(part, mask, self._positions[..., start:stop], **options)
+            logits, caught = self._read_chunk(tokens[:, start - offset : stop - offset], start, **options)
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         self._start(len(tokens))
+        return logits, features
+
+    def _read_chunk(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Features]:
+        """Read a part `[b, t]` of the prompt, from the position `start` on: its last logits, and the features."""
+        stop = start + tokens.shape[1]
+        positions = self._positions[..., start:stop]
+        record_windows(self._cache)
+        outputs, features = self._forward.read(tokens, self._prefix_mask(stop), positions, **options)
         return outputs.logits, features
 
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
@@ -390,12 +396,15 @@ class TreeVerifier(Verifier):
 
 
 _WINDOW = 128  # slots: the forward sees multiples of it
+_PART = 256  # tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees
+_PART_STEP, _PART_WINDOW = 4, 32  # of its tokens and slots: a product is prepared once for each of few sizes
 
 
 class SlotVerifier(Verifier):
-    """Verifies trees over buffers in the order of the text. The prompt is read into a dynamic cache.
+    """Verifies trees over buffers in the order of the text.
 
-    `engine` is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
+    Compiled code on a CPU reads the prompt as well; else the prompt is read into a dynamic cache, and moved. `engine`
+    is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
     """
 
     def __init__(
@@ -410,7 +419,7 @@ class SlotVerifier(Verifier):
         self._engine, self._options = engine, options
         self.is_compiled = engine is not None and not engine.is_broken
         self._buffers = SlotBuffers() if engine is None else engine.buffers
-        self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before the first step
+        self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before there are any
         self._seen: dict[int, Tensor] = {}  # size of a window -> where it holds no padding
 
     @property
@@ -422,11 +431,59 @@ class SlotVerifier(Verifier):
         """Of each row, which of the cache's first `length` positions fill its first slots."""
         return [torch.arange(length)] * len(self._shifts)
 
+    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
+        """As `Verifier.prefill`. Compiled code gives the last logits alone."""
+        if self._engine is not None and self._compiles_prompt():
+            self._pattern = self._engine.pattern(self._forward.target)
+            self._start(len(tokens))
+        return super().prefill(tokens, chunk_size, **options)
+
+    def _compiles_prompt(self) -> bool:
+        """Whether compiled code can read the prompt: each token stands as far from its slot as coming ones will."""
+        is_long_rope = longrope_boundary(self._forward.target.config) is not None  # one forward has to read it all
+        if not self.is_compiled or self.device.type != "cpu" or self._options is not None or is_long_rope:
+            return False
+        start, end = self.length, self._positions.shape[-1]
+        stands = self._positions[..., start:] == torch.arange(start, end) + self._shift
+        seen = self._prefix_mask(end)
+        return bool((stands if seen is None else stands | (seen[:, start:] == 0)).all())
+
+    def _start(self, rows: int) -> None:
+        if not self._rows:  # a prompt that compiled code reads began by this
+            super()._start(rows)
+
+    def _read_chunk(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Features]:
+        if not self._rows:
+            return super()._read_chunk(tokens, start, **options)
+        size = -(-tokens.shape[1] // -(-tokens.shape[1] // _PART))  # parts of about the same size
+        features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
+        for place in range(0, tokens.shape[1], size):
+            logits, part = self._outputs(*self._part_inputs(tokens[:, place : place + size], start + place))
+            caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
+        joined = {layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}
+        features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in joined.items()}
+        return logits, features
+
+    def _part_inputs(self, tokens: Tensor, start: int) -> tuple[SlotInputs, int]:
+        """As `_inputs`, of a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
+        rows, width = tokens.shape
+        count = _apart(_rounded_up(width, _PART_STEP), rows)
+        size = _rounded_up(start + count + 1, _PART_WINDOW)
+        seen, places = self._visible(size), torch.arange(start, start + count)
+        # Padding sees itself and stands where a token does: some targets have no other positions.
+        first = self._visible(self._positions.shape[-1]).int().argmax(dim=1, keepdim=True)
+        depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
+        is_own = torch.eye(count, dtype=torch.bool)
+        ancestors = seen[:, None, start : start + count] & torch.ones_like(is_own).tril() | is_own
+        roots = torch.cat([torch.full((rows, 1), start), torch.tensor(self._shifts) + start], dim=1)
+        kept = torch.full((_apart(2, rows),), width - 1)
+        return SlotInputs(pad(tokens, (0, count - width)), depths, ancestors, roots, seen, kept), size
+
     def _begin_steps(self) -> None:
-        """Move the prompt's entries into the buffers."""
+        """Have the prompt's entries in the buffers, or those that it goes on from."""
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
-        self._over_slots = SlotForward(self._forward.target, self._cache, self._forward.layers, self._options)
-        self._fill(self.length)
+        self._over_slots = SlotForward(self._forward.target, self._pattern, self._forward.layers, self._options)
+        self._fill(self._positions.shape[-1])
 
     def _fill(self, length: int) -> None:
         """Have buffers for so many positions and more, with what the cache holds in their first slots."""
@@ -436,11 +493,15 @@ class SlotVerifier(Verifier):
             self._buffers.fill(_parts(self._cache), self.length, self._orders(self.length))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        inputs, engine = self._inputs(tree), self._engine
-        outputs = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
+        return self._without_padding(tree, *self._outputs(*self._inputs(tree)))
+
+    def _outputs(self, inputs: SlotInputs, size: int) -> tuple[Tensor, Features]:
+        """Run the forward over so many slots."""
+        given, engine = (inputs, self._buffers.window(size)), self._engine
+        outputs = self._over_slots(*given) if engine is None else engine.forward(self._over_slots, *given)
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
-        return self._without_padding(tree, outputs[0], features)
+        return outputs[0], features
 
     def _without_padding(self, tree: DraftTree, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
         rows, count = tree.tokens.shape
@@ -489,7 +550,7 @@ class SlotVerifier(Verifier):
 
     def close(self) -> None:
         """Give the cache what was kept, in its own order; rows that differ in length have no further use."""
-        if self._rows and self.is_even:
+        if self._rows and self.length and self.is_even:
             self._give_back(self._orders(self.length), 0, self._cache, self.length)
         super().close()
 
@@ -524,12 +585,11 @@ class SlotVerifier(Verifier):
             self._seen[size] = self._slots.unpadded(size, self._rows, self.device)
         return self._seen[size]
 
-    def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
-        count = padded_count(self.device, tree.node_count)
-        count += count == self._rows  # what is equal at first is compiled as always equal
+    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, int]:
+        """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
+        count = _apart(padded_count(self.device, tree.node_count), self._rows)
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
-        return SlotInputs(*nodes, self._visible(size)), self._buffers.window(size)
+        return SlotInputs(*nodes, self._visible(size), torch.arange(count, device=self.device)), size
 
     def _reserve(self, count: int) -> int:
         """Have so many slots; returns how many the forward sees."""
@@ -850,6 +910,11 @@ def _with_rows(part: Tensor, count: int) -> Tensor:
     """`[b, ...]` -> `[count, ...]`, the last row repeated."""
     missing = count - len(part)
     return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+
+
+def _apart(count: int, rows: int) -> int:
+    """One more if it is `rows`: what is equal at first is compiled as always equal."""
+    return count + (count == rows)
 
 
 def _windowed(count: int) -> int:

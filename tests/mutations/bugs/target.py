@@ -97,7 +97,24 @@ def tell_no_positions(inputs: Function) -> Function:
     return wrong
 
 
+def see_the_padding(part_inputs: Function) -> Function:
+    def wrong(self: Any, tokens: Tensor, start: int) -> Any:
+        inputs, size = part_inputs(self, tokens, start)
+        return inputs._replace(ancestors=torch.ones_like(inputs.ancestors).tril()), size
+
+    return wrong
+
+
+def stand_at_the_beginning(part_inputs: Function) -> Function:
+    def wrong(self: Any, tokens: Tensor, start: int) -> Any:
+        inputs, size = part_inputs(self, tokens, start)
+        return inputs._replace(roots=inputs.roots - start), size
+
+    return wrong
+
+
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 ENCODED = "tests/lossless/test_encoder_decoders.py::test_chains_write_what_plain_decoding_writes"
@@ -130,6 +147,10 @@ MUTATIONS = (
         "verifying.forward:EncoderDecoderForward.inputs",
         tell_no_positions,
         BEGUN,
+    ),
+    Mutation("a prompt sees its padding", "verifying.verifier:SlotVerifier._part_inputs", see_the_padding, PROMPTS),
+    Mutation(
+        "every part begins at slot 0", "verifying.verifier:SlotVerifier._part_inputs", stand_at_the_beginning, PROMPTS
     ),
     Mutation("a window is one too wide", "verifying.cache:window_of", one_position_more, WINDOW),
     Mutation("a window is noticed too late", "verifying.cache:window_of", none_before_the_prefix_fills_it, WINDOW),
