@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     Attributes:
         shared: `[blocks, BLOCK]` places of the blocks that are read where they lie.
         ends: `[b, n]` the place where these end for a node.
-        order: `[n or more]` nodes that ask them.
+        order: `[any]` nodes that ask them, the first ones. What the last of these gets stands for all others.
         groups: `[b, g, _ROWS]` nodes of one path that ask another block together.
         places: `[b, g, _ROWS]` of these nodes in the text; -1 where a group has fewer.
         slots: `[b, g, BLOCK]` of the entries in that block, in the order of the text.
@@ -146,12 +146,16 @@ class Layout(NamedTuple):
         ends, order, asked = self.ends[:, first:], self.order[:-first], self.asked[..., first:]
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
+    def of_nodes(self, count: int) -> "Layout":
+        """The same where those after so many nodes are padding."""
+        return self._replace(order=self.order[:count])
+
     def of_any_size(self) -> "Layout":
         """The same as compiled code takes it: sizes of none and one, and rows to be filled up, are compiled apart."""
         shared, groups, levels = (max(2 - len(part), 0) for part in (self.shared, self.groups[0], self.asked))
         return self._replace(
             shared=_blocks(self.shared.numel() + shared * BLOCK, self.shared.device),
-            order=_filled_up(self.order, 0),
+            order=pad(self.order, (0, max(2 - len(self.order), 0))),
             groups=pad(self.groups, (0, 0, 0, groups)),
             places=pad(self.places, (0, 0, 0, groups), value=-1),
             slots=pad(self.slots, (0, 0, 0, groups)),
@@ -186,8 +190,6 @@ def _rounded_up(count: Any, step: int) -> Any:
 def _filled_up(part: Tensor, dim: int) -> Tensor:
     """With as many rows as PyTorch's kernel takes: the last one repeated."""
     count = part.shape[dim]
-    if count % _ROWS == 0:
-        return part
     return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
 
 
@@ -290,8 +292,8 @@ class BlockReads:
         rows, nodes = self._places.shape
         device = self._places.device
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
-        asking = torch.arange(nodes * sharing, device=device).view(nodes, 1, sharing)
-        return (key_heads + asking).flatten()
+        asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
+        return (key_heads + asking + torch.arange(sharing, device=device)).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]
@@ -376,8 +378,8 @@ def invariant_attention(
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
-    states = states.flatten(0, 1)
-    return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
+    rows, kv_heads, _, size = states.shape
+    return states.narrow(2, 0, blocks * BLOCK).view(rows * kv_heads, blocks, BLOCK, size).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:

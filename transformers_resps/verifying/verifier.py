@@ -773,6 +773,7 @@ class InvariantVerifier(SlotVerifier):
             layout = Layout.of_short_chain(self._newest_roots, count)
         else:
             layout = Layout.of_tree(self._newest_roots, depths, ancestors)
+        layout = layout.of_nodes(tree.node_count)
         layout = layout.of_any_size() if is_compiled else layout  # one code serves all trees
         return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
 
