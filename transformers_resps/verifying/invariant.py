@@ -96,16 +96,14 @@ class Layout(NamedTuple):
         It has `least` blocks, groups and levels at least. Compiled code takes two or more: sizes of none and one would
         be compiled apart.
         """
-        rows, count = depths.shape
-        parts = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
-        read = [_RowLayout(*part) for part in parts]
-        size, levels = (max(least, *map(len, parts)) for parts in ([r.groups for r in read], [r.asked for r in read]))
+        given = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
+        read = [_RowLayout(*row) for row in given]
+        most_groups, most_levels = max(len(row.groups) for row in read), max(len(row.asked) for row in read)
         for row in read:
-            row.fill_up(size, levels)
-        groups, places, starts, paths, asked = (
-            torch.tensor(part) for part in zip(*map(_RowLayout.parts, read), strict=True)
-        )
-        border = roots // BLOCK * BLOCK
+            row.fill_up(max(most_groups, least), max(most_levels, least))
+        parts = (torch.tensor(part) for part in zip(*map(_RowLayout.parts, read), strict=True))
+        groups, places, starts, paths, asked = parts
+        count, border = depths.shape[1], roots // BLOCK * BLOCK
         shared = _blocks(max(int(border.max()), least * BLOCK), roots.device)
         slots, ends = _slots(roots, paths, starts), border.expand(-1, count)
         return cls(shared, ends, torch.arange(count), groups, places, slots, starts, asked.transpose(0, 1))
