@@ -423,8 +423,8 @@ def invariant_attention(
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
-    rows, kv_heads, _, size = states.shape
-    return states.narrow(2, 0, blocks * BLOCK).view(rows * kv_heads, blocks, BLOCK, size).transpose(0, 1)
+    states = states.flatten(0, 1)
+    return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
