@@ -82,13 +82,12 @@ class Case:
         parents = torch.tensor([self.parents] * rows)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
         roots = torch.tensor(self.roots)[:, None]
-        layout = layout or Layout.of_tree(roots, tree.depths, tree.ancestors)
+        layout = layout or Layout.of_tree(roots, tree.depths, tree.ancestors, least=2 if is_compiled else 0)
         buffers = buffers_of(self.heads, max(self.roots) + len(self.parents), rows, self.dtype, stale)
         for row, root in enumerate(self.roots):
             for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
                 buffer[:root, row] = text[row, :root]
                 buffer[root : root + len(self.parents), row] = nodes[row]
-        layout = layout.of_any_size() if is_compiled else layout
         return attend(layout, roots + tree.depths, self.queries, buffers, **self.options(**options))
 
     def in_parts(self, step: int) -> Tensor:
@@ -103,7 +102,7 @@ class Case:
             own, sizes = slice(stop - step, stop), Sizes(step, blocks, levels_below(root, tree.level_count))
             for buffer, nodes in zip(buffers, self.nodes, strict=True):
                 buffer[root + own.start : root + stop, 0] = nodes[0, own]
-            layout = Layout.of_tree(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
+            layout = Layout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
             asking = (places + tree.depths)[:, own], self.queries[:1, own]
             found.append(attend(layout, *asking, buffers, window=None, sinks=None)[0])
         return torch.cat(found)
@@ -291,7 +290,7 @@ def test_the_last_nodes_of_a_tree_ask_blocks_of_fixed_sizes() -> None:
     parents = torch.tensor([[0, 0, 0, 1]])
     tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
     sizes = Sizes(asking=2, blocks=4, levels=levels_below(66, 2))
-    layout = Layout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
+    layout = Layout.of_sizes(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
     assert layout.shared.flatten().tolist() == list(range(256)) and layout.ends.tolist() == [[64, 64]]
     assert layout.groups.tolist() == [[[0, 0, 0, 0], [1, 0, 0, 0]]] and layout.asked.tolist() == [[[0, 4]]]
     assert layout.places.tolist() == [[[67, -1, -1, -1], [68, -1, -1, -1]]]
@@ -322,15 +321,27 @@ def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("root", [0, 1, 100, 130, 179])
-@pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
-def test_a_short_chain_is_laid_out_as_the_tree_that_it_is(root: int, count: int) -> None:
-    case = Case(
-        HEADS[1], [root, root // 2 // BLOCK * BLOCK], any_tree(Random(1), count, "chain"), torch.bfloat16, count
-    )
-    tree = case.tree()
-    roots = torch.tensor(case.roots)[:, None]
-    short = Layout.of_short_chain(roots, count).of_any_size()
-    assert torch.equal(case.tree(layout=short), tree)
+@pytest.mark.parametrize("asking", [1, 2, 5, 8])
+def test_nodes_of_padding_ask_nothing_and_change_no_bit(root: int, asking: int) -> None:
+    """The first nodes get what they get beside the others, which get the last one's."""
+    parents = any_tree(Random(asking), 8, "any")
+    case = Case(HEADS[1], [root, root // 2], parents, torch.bfloat16, asking)
+    tree = DraftTree.from_parents(torch.zeros(1, 8, dtype=torch.long), torch.tensor([parents]))
+    nodes = (part.expand(2, *part.shape[1:]) for part in (tree.depths, tree.ancestors))
+    layout = Layout.of_tree(torch.tensor(case.roots)[:, None], *nodes).of_nodes(asking)
+    found = case.tree(layout=layout)
+    assert torch.equal(found[:, :asking], case.tree()[:, :asking])
+    assert all(torch.equal(found[:, node], found[:, asking - 1]) for node in range(asking, 8))
+
+
+def test_the_fewest_parts_of_a_layout_are_filled_up_for_compiled_code() -> None:
+    """Sizes of none and one are compiled apart: a root at 3 has no block before it, one group and one level."""
+    root, node, ancestors = torch.tensor([[3]]), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1).bool()
+    sizes = [
+        (len(found.shared), found.groups.shape[1], len(found.asked))
+        for found in (Layout.of_tree(root, node, ancestors, least) for least in (0, 2))
+    ]
+    assert sizes == [(0, 1, 1), (2, 2, 2)]
 
 
 def test_a_chain_is_read_where_it_lies() -> None:

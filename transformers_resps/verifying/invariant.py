@@ -13,6 +13,7 @@ path only. So a node gets the bits that it would get as text, and one that is re
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Layout(NamedTuple):
     Attributes:
         shared: `[blocks, BLOCK]` places of the blocks that are read where they lie.
         ends: `[b, n]` the place where these end for a node.
-        order: `[n or more]` nodes that ask them.
+        order: `[any]` nodes that ask them, the first ones. What the last of these gets stands for all others.
         groups: `[b, g, _ROWS]` nodes of one path that ask another block together.
         places: `[b, g, _ROWS]` of these nodes in the text; -1 where a group has fewer.
         slots: `[b, g, BLOCK]` of the entries in that block, in the order of the text.
@@ -89,29 +90,44 @@ class Layout(NamedTuple):
         return cls(shared, roots + depths + 1, torch.arange(count), groups, groups, slots, none, asked)
 
     @classmethod
-    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes | None = None) -> "Layout":
-        """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host, unless `sizes` tell what
-        would be read.
+    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "Layout":
+        """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host.
+
+        It has `least` blocks, groups and levels at least. Compiled code takes two or more: sizes of none and one would
+        be compiled apart.
         """
+        given = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
+        read = [_RowLayout(*row) for row in given]
+        most_groups, most_levels = max(len(row.groups) for row in read), max(len(row.asked) for row in read)
+        for row in read:
+            row.fill_up(max(most_groups, least), max(most_levels, least))
+        parts = (torch.tensor(part) for part in zip(*map(_RowLayout.parts, read), strict=True))
+        groups, places, starts, paths, asked = parts
+        count, border = depths.shape[1], roots // BLOCK * BLOCK
+        shared = _blocks(max(int(border.max()), least * BLOCK), roots.device)
+        slots, ends = _slots(roots, paths, starts), border.expand(-1, count)
+        return cls(shared, ends, torch.arange(count), groups, places, slots, starts, asked.transpose(0, 1))
+
+    @classmethod
+    def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "Layout":
+        """As `of_tree`, of the last nodes of a tree of which nothing is read: it may be on a device."""
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
-        places, first = roots + depths, 0 if sizes is None else count - sizes.asking
+        places, first, levels = roots + depths, count - sizes.asking, sizes.levels
         is_padding = (depths == 0) & (order > 0)
         is_leaf = (ancestors.sum(dim=1) == 1) & ~is_padding
         ranks = is_leaf.cumsum(dim=1) - 1
         path = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1)).clamp(min=0)  # its first one
         block = (places - border) // BLOCK  # after the border
-        levels = int(block.max()) + 1 if sizes is None else sizes.levels
         level = torch.arange(levels, device=depths.device)[:, None]
-        is_silent = is_padding if first == 0 else is_padding | (order < first)
+        is_silent = is_padding | (order < first)
         is_silent = ((level > block[:, None]) | is_silent[:, None]).flatten(1)  # [b, levels * n]
         kind = (path[:, None] * levels + level).flatten(1)  # a block of a path
-        kinds = int(kind.max()) + 1 if sizes is None else count * levels
-        members = (kind[..., None] == torch.arange(kinds, device=kind.device)) & ~is_silent[..., None]
+        members = (kind[..., None] == torch.arange(count * levels, device=kind.device)) & ~is_silent[..., None]
         needed = _rounded_up(members.sum(dim=1), _ROWS)
         before = (needed.cumsum(dim=1) - needed).gather(1, kind)
         asked = before + members.cumsum(dim=1).gather(2, kind[..., None])[..., 0] - 1
-        size = int(needed.sum(dim=1).max()) if sizes is None else _ROWS * sizes.asking * levels
+        size = _ROWS * sizes.asking * levels
         index = asked.masked_fill(is_silent, size)
 
         def grouped(values: Tensor, empty: int) -> Tensor:
@@ -120,58 +136,89 @@ class Layout(NamedTuple):
 
         of_group = kind.new_zeros(rows, size + 1).scatter(1, index, kind)[:, :-1:_ROWS]
         starts = border + of_group % levels * BLOCK
-        slots = _slots(roots, depths, ancestors, is_leaf, of_group.div(levels, rounding_mode="floor"), starts)
+        paths = of_group.div(levels, rounding_mode="floor")
+        slots = _slots(roots, _nodes_by_depth(depths, ancestors, is_leaf, paths), starts)
         asked = asked.masked_fill(is_silent, -1).view(rows, levels, count).transpose(0, 1)
         groups = grouped(order.expand(rows, -1), 0)
-        shared = _blocks(int(border.max()) if sizes is None else sizes.blocks * BLOCK, depths.device)
-        ends = border.expand(-1, count)
-        found = cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)
-        return found._from(first) if first else found
-
-    @classmethod
-    def of_short_chain(cls, roots: Tensor, count: int) -> "Layout":
-        """As `of_tree`, by few operators, of a chain of so many nodes whose block after the border is the only one."""
-        rows, border, order = len(roots), roots // BLOCK * BLOCK, torch.arange(count)
-        asking = torch.arange(_rounded_up(count, _ROWS))
-        last = roots + count - 1
-        places = (roots + asking).masked_fill(asking >= count, -1).view(rows, -1, _ROWS)
-        groups = asking.clamp(max=count - 1).view(-1, _ROWS).expand_as(places)
-        slots = torch.minimum(border + torch.arange(BLOCK), last)[:, None].expand(-1, places.shape[1], -1)
-        shared, ends = _blocks(int(border.max()), roots.device), border.expand(-1, count)
-        starts, asked = border.expand(-1, places.shape[1]), order.expand(1, rows, -1)
-        return cls(shared, ends, order, groups, places, slots, starts, asked)
+        shared, ends = _blocks(sizes.blocks * BLOCK, depths.device), border.expand(-1, count)
+        return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)._from(first)
 
     def _from(self, first: int) -> "Layout":
         """Of these nodes and the next ones, which alone ask."""
-        ends, order, asked = self.ends[:, first:], self.order[:-first], self.asked[..., first:]
+        ends, order, asked = self.ends[:, first:], self.order[: self.order.shape[0] - first], self.asked[..., first:]
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
-    def of_any_size(self) -> "Layout":
-        """The same as compiled code takes it: sizes of none and one, and rows to be filled up, are compiled apart."""
-        shared, groups, levels = (max(2 - len(part), 0) for part in (self.shared, self.groups[0], self.asked))
-        return self._replace(
-            shared=_blocks(self.shared.numel() + shared * BLOCK, self.shared.device),
-            order=_filled_up(self.order, 0),
-            groups=pad(self.groups, (0, 0, 0, groups)),
-            places=pad(self.places, (0, 0, 0, groups), value=-1),
-            slots=pad(self.slots, (0, 0, 0, groups)),
-            starts=pad(self.starts, (0, groups)),
-            asked=pad(self.asked, (0, 0, 0, 0, 0, levels), value=-1),
-        )
+    def of_nodes(self, count: int) -> "Layout":
+        """The same where those after so many nodes are padding."""
+        return self._replace(order=self.order[:count])
 
 
-def _slots(roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor, starts: Tensor) -> Tensor:
-    """Of the entries from the places `starts` `[b, g]` on, on these `paths` `[b, g]`, counted by their leaves.
+class _RowLayout:
+    """What a `Layout` says of one row, in numbers: for few nodes tensors would take longer.
+
+    Attributes:
+        groups, places, starts: as in `Layout`.
+        paths: `[g, n + 1]` nodes of the path of each group, and roots after them.
+        asked: `[levels, n]`.
+    """
+
+    def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
+        border, own = root // BLOCK * BLOCK, root % BLOCK
+        self.groups, self.places = list[list[int]](), list[list[int]]()
+        self.paths, self.starts = list[list[int]](), list[int]()
+        count = len(depths)
+        nodes = [node for node, depth in enumerate(depths) if depth or not node]  # without padding
+        paths = {node: list(compress(range(count), ancestors[node])) for node in nodes}
+        inner = {other for path in paths.values() for other in path[:-1]}
+        self.asked = [[-1] * count for _ in range((own + max(depths)) // BLOCK + 1)]
+        known = set[int]()
+        for leaf in (node for node in nodes if node not in inner):
+            path = paths[leaf]
+            new = [node for node in path if node not in known]  # the others ask with an earlier leaf
+            known.update(new)
+            for level, asked in enumerate(self.asked):
+                asking = [node for node in new if own + depths[node] >= level * BLOCK]
+                for at in range(0, len(asking), _ROWS):
+                    self._add(asking[at : at + _ROWS], root, depths, asked)
+                    self.starts.append(border + level * BLOCK)
+                    self.paths.append(path + [0] * (count + 1 - len(path)))
+
+    def _add(self, group: list[int], root: int, depths: list[int], asked: list[int]) -> None:
+        first, rest = len(self.groups) * _ROWS, _ROWS - len(group)
+        for at, node in enumerate(group):
+            asked[node] = first + at
+        self.groups.append(group + [0] * rest)
+        self.places.append([root + depths[node] for node in group] + [-1] * rest)
+
+    def parts(self) -> tuple[list[Any], ...]:
+        return self.groups, self.places, self.starts, self.paths, self.asked
+
+    def fill_up(self, groups: int, levels: int) -> None:
+        missing = groups - len(self.groups)
+        self.groups += [[0] * _ROWS] * missing
+        self.places += [[-1] * _ROWS] * missing
+        self.paths += self.paths[:1] * missing
+        self.starts += self.starts[:1] * missing
+        self.asked += [[-1] * len(self.asked[0])] * (levels - len(self.asked))
+
+
+def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
+    """`[b, g, n + 1]` nodes of these `paths` `[b, g]`, counted by their leaves, and roots after them."""
+    leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
+    on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
+    count = depths.shape[1]
+    found = depths.new_zeros(*paths.shape, count + 1)
+    nodes = torch.arange(count, device=depths.device) * on_path
+    return found.scatter_add_(2, depths[:, None].expand_as(on_path), nodes)
+
+
+def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
+    """Of the entries from the places `starts` `[b, g]` on, on paths of these `nodes` `[b, g, n + 1]`.
 
     Where a path has ended the root's stands: it is seen by none.
     """
-    leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
-    on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
-    count, device = depths.shape[1], depths.device
-    by_depth = depths.new_zeros(*paths.shape, count + 1)
-    by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), torch.arange(count, device=device) * on_path)
-    places, first = starts[..., None] + torch.arange(BLOCK, device=device), roots[..., None]
-    of_nodes = first + by_depth.gather(2, (places - first).clamp(0, count))
+    places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
+    of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
     return torch.where(places < first, places, of_nodes)
 
 
@@ -186,7 +233,7 @@ def _rounded_up(count: Any, step: int) -> Any:
 def _filled_up(part: Tensor, dim: int) -> Tensor:
     """With as many rows as PyTorch's kernel takes: the last one repeated."""
     count = part.shape[dim]
-    if count % _ROWS == 0:
+    if not torch.compiler.is_compiling() and count % _ROWS == 0:  # compiled code, which serves any count, cannot ask
         return part
     return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
 
@@ -290,8 +337,8 @@ class BlockReads:
         rows, nodes = self._places.shape
         device = self._places.device
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
-        asking = torch.arange(nodes * sharing, device=device).view(nodes, 1, sharing)
-        return (key_heads + asking).flatten()
+        asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
+        return (key_heads + asking + torch.arange(sharing, device=device)).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]

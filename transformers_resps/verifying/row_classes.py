@@ -290,9 +290,14 @@ class _Attention(_Part):
         def answer(rows: range) -> Tensor:
             roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
             ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
-            sizes = Sizes(len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1)) if is_exact else None
+            tree, layouts = (roots, depths, ancestors), [Layout.of_chain(roots, depths)]
+            if is_exact:
+                sizes = Sizes(len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1))
+                layouts.append(Layout.of_sizes(*tree, sizes))
+            else:
+                layouts.append(Layout.of_tree(*tree))
             found = []
-            for layout in (Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, ancestors, sizes)):
+            for layout in layouts:
                 layout = Layout(*(part.to(self.device) for part in layout))
                 reads = BlockReads(layout, (roots + depths).to(self.device), self.dtype)
                 given = query[:, :, rows.start : rows.stop], key, value, reads.mask(None)

@@ -389,7 +389,7 @@ class PartForward(InvariantForward):
             tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, levels: Tensor, *buffers: Tensor
         ) -> tuple[Tensor, ...]:
             sizes = Sizes(tokens.shape[1], buffers[0].shape[0] // BLOCK, len(levels))
-            layout = Layout.of_tree(roots[:, :1].long(), depths, ancestors, sizes)
+            layout = Layout.of_sizes(roots[:, :1].long(), depths, ancestors, sizes)
             first = depths.shape[1] - tokens.shape[1]
             return read(tokens, depths[:, first:] - first, roots + first, *layout, *buffers)
 

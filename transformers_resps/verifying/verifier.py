@@ -824,15 +824,12 @@ class InvariantVerifier(SlotVerifier):
     def _inputs_of(self, tree: DraftTree, count: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
-        chain, is_compiled = [0, *range(tree.node_count - 1)], self._engine is not None
-        is_chain = all(parents == chain for parents in tree.parents.tolist())
-        if is_chain and not is_compiled:
+        chain, least = [0, *range(tree.node_count - 1)], 0 if self._engine is None else 2
+        if not least and all(parents == chain for parents in tree.parents.tolist()):
             layout = Layout.of_chain(self._newest_roots, depths)
-        elif is_chain and all(levels_below(place, count - 1) == 1 for place in self._places):
-            layout = Layout.of_short_chain(self._newest_roots, count)
-        else:
-            layout = Layout.of_tree(self._newest_roots, depths, ancestors)
-        layout = layout.of_any_size() if is_compiled else layout  # one code serves all trees
+        else:  # one code serves all trees
+            layout = Layout.of_tree(self._newest_roots, depths, ancestors, least)
+        layout = layout.of_nodes(max(tree.node_count, least))
         return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
 
     def _laid_out(

@@ -44,16 +44,15 @@ def count_the_window_from_the_block(shown: Function) -> Function:
 
 
 def read_nodes_by_their_number(slots: Function) -> Function:
-    def wrong(roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor, starts: Tensor) -> Any:
+    def wrong(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
         return starts[..., None] + torch.arange(invariant.BLOCK)
 
     return wrong
 
 
 def read_the_first_path(slots: Function) -> Function:
-    def wrong(*arguments: Tensor) -> Tensor:
-        *tree, paths, starts = arguments
-        found: Tensor = slots(*tree, torch.zeros_like(paths), starts)
+    def wrong(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
+        found: Tensor = slots(roots, nodes[:, :1].expand_as(nodes), starts)
         return found
 
     return wrong
