@@ -107,7 +107,7 @@ class Both:
 
 
 @torch.no_grad()
-def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
+def test_one_code_serves_pairs_trees_chains_and_texts_of_all_sizes(
     target: PreTrainedModel, head: DraftHead, compiler: Compiler
 ) -> None:
     """From a text of a single token to one that outgrows the cache's first buffers, and sizes equal by chance."""
@@ -123,7 +123,24 @@ def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
         for _ in range(2):
             both.observe(2)
             both.agree(CHAIN)
-        assert compiler.count == 2
+        assert compiler.count == 1
+
+
+@torch.no_grad()
+def test_newest_pairs_are_read_by_the_code_that_drafts_levels(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler
+) -> None:
+    bound = BoundHead(head, target)
+    with DraftEngine(clock=compiler.clock).borrow(bound) as engine:
+        both = Both(bound, engine, rows=1)
+        both.observe(5)
+        both.agree(TREES[0])
+        for waiting, depth in ((1, 1), (2, 1), (9, 2)):
+            runs = compiler.runs
+            both.observe(waiting)
+            both.agree(TreeShape(9, depth, 3))
+            assert compiler.runs - runs == depth
+        assert compiler.count == 1
 
 
 @pytest.mark.parametrize("ids", [None, tuple(range(1, VOCABULARY, 2))])
@@ -224,7 +241,7 @@ def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_wa
 ) -> None:
     compiler.fault = fault
     if fault is None:
-        compiler.change = lambda growth: growth._replace(scores=growth.scores * 1.01)
+        compiler.change = lambda outputs: (outputs[0], outputs[1]._replace(scores=outputs[1].scores * 1.01))
     bound = BoundHead(head, target)
     with DraftEngine().borrow(bound) as engine:
         both = Both(bound, engine, rows=1)

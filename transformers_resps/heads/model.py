@@ -94,7 +94,7 @@ class DraftAttention(nn.Module):
         queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        if queries.shape[2] == keys.shape[2]:  # turned in one go
+        if isinstance(wanted, slice) and wanted.start is None:  # all: turned in one go
             turned = rope.turn(torch.cat([queries, keys], dim=1))
             queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
         else:
