@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants.mtp import MtpHead
 from transformers_resps.assistants.mtp_layouts import MtpConfig
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.drafting.level_drafter import LevelDrafter
@@ -124,6 +126,25 @@ def test_one_code_serves_pairs_trees_chains_and_texts_of_all_sizes(
             both.observe(2)
             both.agree(CHAIN)
         assert compiler.count == 1
+
+
+@torch.no_grad()
+def test_code_of_a_head_with_a_draft_vocabulary_is_kept_for_later_processes(
+    target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By PyTorch's own compiler."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    caplog.set_level("INFO", "transformers")
+    head = DraftHead.from_target(target, draft_token_ids=list(range(0, VOCABULARY, 2)))
+    bound = BoundHead(head, target)
+    for _ in range(2):
+        with DraftEngine().borrow(bound) as engine:
+            both = Both(bound, engine, rows=1)
+            both.observe(5)
+            both.agree(TREES[0])
+            assert engine is not None and engine.is_compiled and not engine.is_broken
+    assert len(stored_packages(tmp_path)) == 1
+    assert sum("Compiling the draft head" in line for line in caplog.messages) == 1
 
 
 @torch.no_grad()

@@ -282,8 +282,8 @@ class DraftFunction:
         )
         text = (order < ends) & shown
         levels = LevelForward(model, cache, at_positions(places, slice(width, None)), capacity, text)
-        depth = self._shape.depth
-        pool = grow_pool(sprout(model, newest, self._shape.top_k, depth == 1), depth, levels)
+        depth, top_k = self._shape.depth, min(self._shape.top_k, model.proposable_tokens)
+        pool = grow_pool(sprout(model, newest, top_k, depth == 1), depth, levels)
         tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return newest, pool.tokens, pool.parents, pool.scores, *ranked

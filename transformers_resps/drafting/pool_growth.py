@@ -72,7 +72,7 @@ def grow_pool(
 
 
 def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried: Tensor | None = None) -> Growth:
-    """The first level, of `top_k` nodes or as many as the model can propose, all of which get children.
+    """The first level, of `top_k` nodes, all of which get children.
 
     `newest` `[b, 1, h]` is the model's output at the root, and `carried` what it pairs these with instead of feedback.
     """

@@ -214,8 +214,8 @@ class DraftHead(TrainableSource, PreTrainedModel):
         Returns:
             `[b, q, h]` hidden states, before the final norm.
         """
-        for layer in self.layers:
-            is_last = layer is self.layers[-1]
+        for count, layer in enumerate(self.layers, start=1):  # `torch.export` may give another object at each look
+            is_last = count == len(self.layers)
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
 
@@ -559,7 +559,8 @@ class BoundHead(TrainableModel):
         return self.head.feedback(output)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
+        # By the offsets, a buffer: compiled code outlives the process only if its constants are the module's
+        return draft_ids if self.draft_token_ids is None else draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
