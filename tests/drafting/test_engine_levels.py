@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants.mtp import MtpHead
 from transformers_resps.assistants.mtp_layouts import MtpConfig
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.drafting.level_drafter import LevelDrafter
@@ -107,7 +109,7 @@ class Both:
 
 
 @torch.no_grad()
-def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
+def test_one_code_serves_pairs_trees_chains_and_texts_of_all_sizes(
     target: PreTrainedModel, head: DraftHead, compiler: Compiler
 ) -> None:
     """From a text of a single token to one that outgrows the cache's first buffers, and sizes equal by chance."""
@@ -123,7 +125,43 @@ def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
         for _ in range(2):
             both.observe(2)
             both.agree(CHAIN)
-        assert compiler.count == 2
+        assert compiler.count == 1
+
+
+@torch.no_grad()
+def test_code_of_a_head_with_a_draft_vocabulary_is_kept_for_later_processes(
+    target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By PyTorch's own compiler."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    caplog.set_level("INFO", "transformers")
+    head = DraftHead.from_target(target, draft_token_ids=list(range(0, VOCABULARY, 2)))
+    bound = BoundHead(head, target)
+    for _ in range(2):
+        with DraftEngine().borrow(bound) as engine:
+            both = Both(bound, engine, rows=1)
+            both.observe(5)
+            both.agree(TREES[0])
+            assert engine is not None and engine.is_compiled and not engine.is_broken
+    assert len(stored_packages(tmp_path)) == 1
+    assert sum("Compiling the draft head" in line for line in caplog.messages) == 1
+
+
+@torch.no_grad()
+def test_newest_pairs_are_read_by_the_code_that_drafts_levels(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler
+) -> None:
+    bound = BoundHead(head, target)
+    with DraftEngine(clock=compiler.clock).borrow(bound) as engine:
+        both = Both(bound, engine, rows=1)
+        both.observe(5)
+        both.agree(TREES[0])
+        for waiting, depth in ((1, 1), (2, 1), (9, 2)):
+            runs = compiler.runs
+            both.observe(waiting)
+            both.agree(TreeShape(9, depth, 3))
+            assert compiler.runs - runs == depth
+        assert compiler.count == 1
 
 
 @pytest.mark.parametrize("ids", [None, tuple(range(1, VOCABULARY, 2))])
@@ -224,7 +262,7 @@ def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_wa
 ) -> None:
     compiler.fault = fault
     if fault is None:
-        compiler.change = lambda growth: growth._replace(scores=growth.scores * 1.01)
+        compiler.change = lambda outputs: (outputs[0], outputs[1]._replace(scores=outputs[1].scores * 1.01))
     bound = BoundHead(head, target)
     with DraftEngine().borrow(bound) as engine:
         both = Both(bound, engine, rows=1)

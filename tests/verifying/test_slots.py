@@ -91,4 +91,9 @@ def test_a_graph_serves_many_sizes_of_trees() -> None:
     captured = [padded_count(torch.device("cuda"), count) for count in counts]
     assert all(padded >= count for padded, count in zip(captured, counts, strict=True))
     assert len(set(captured)) < 12
-    assert [padded_count(torch.device("cpu"), count) for count in (1, 2, 9)] == [2, 2, 9]
+
+
+def test_a_forward_on_a_cpu_has_four_rows_or_more_and_two_nodes_of_each_text() -> None:
+    cpu = torch.device("cpu")
+    assert [padded_count(cpu, count) for count in (1, 2, 4, 9)] == [4, 4, 4, 9]
+    assert [padded_count(cpu, 1, rows) for rows in (1, 2, 3, 4, 8)] == [4, 2, 2, 2, 2]

@@ -1,4 +1,4 @@
-"""What drafting keeps from call to call: for each source its cache, and captured drafts or compiled levels."""
+"""What drafting keeps from call to call: for each source its cache, and captured drafts or a compiled pass."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,24 +12,23 @@ from torch import Tensor, nn
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
-from ..heads import DraftCache, DraftSource, StepModel
+from ..heads import DraftCache, DraftSource, Places, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
-from .levels import DraftFunction, LevelForward
+from .levels import LEAST_TOKENS, DraftFunction, LevelForward, PassFunction, PassInputs
 from .pool_growth import Frontier, Growth, RunLevel
 
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
-# The dimensions of a level's inputs (`LevelForward.tensors`) and of its buffers that change, with several rows.
-_NODE_SIZES, _PLACE_SIZES, _TEXT_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2)), (0,), (0, 2)
-_BUFFER_SIZES = (0, 2)
+# The dimensions of a pass's inputs (`PassInputs`, then places) and of its buffers that change, with several rows.
+_PASS_SIZES, _PLACE_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1)), (0, 1), (0, 2)
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, each shape once; or compiles a level, once for all sizes.
+    """Captures whole drafts of one source, each shape once; or compiles a pass, once for all sizes.
 
     Args:
-        capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere levels
+        capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
             are compiled.
         clock: seconds.
     """
@@ -95,51 +94,72 @@ class DraftEngine(CompileEngine[StepModel]):
             return forward
 
         def run(frontier: Frontier, level: int, is_last: bool) -> Growth:
-            growth = None if self.is_broken else self._compiled_level(forward, frontier, level)
-            return forward(frontier, level, is_last) if growth is None else growth
+            found = self.grow(forward.cache, *forward.tensors(frontier, level))
+            return forward(frontier, level, is_last) if found is None else _narrowed(found[1], frontier)
 
         return run
 
-    def _compiled_level(self, forward: LevelForward, frontier: Frontier, level: int) -> Growth | None:
-        rows, width = frontier.tokens.shape
-        inputs, buffers = forward.tensors(frontier, level)
-        code = self._level_code(forward.cache.tree_room, rows > 1, width == 1, buffers[0])
-        if not code.fast.is_ready(inputs, buffers):
-            if (rows > 1) is not self._in_batch:  # what is left of a batch is not worth a compilation
+    def grow(self, cache: DraftCache, inputs: PassInputs, places: Places) -> tuple[Tensor, Growth] | None:
+        """Run a pass over the cache of this engine, compiled; see `PassFunction`.
+
+        Returns `None` where that fails, or is not worth a compilation, or where whole drafts are captured.
+        """
+        if self.is_broken or self._makes_captures or not cache.buffers:
+            return None
+        is_batch, tensors = len(inputs.tokens) > 1, inputs.laid_out(places)
+        code = self._pass_code(cache, is_batch, len(places))
+        if not code.fast.is_ready(tensors, cache.buffers):
+            if is_batch is not self._in_batch:  # what is left of a batch is not worth a compilation
                 return None
-            self.prepare(code, *_example(inputs, buffers))
-        growth: Growth | None = self.run(code, inputs, buffers)
-        return growth
+            self.prepare(code, *_example(tensors, cache.buffers))
+        grown: tuple[Tensor, Growth] | None = self.run(code, tensors, cache.buffers)
+        return grown
 
-    def _level_code(self, tree_room: int, is_batch: bool, is_chain: bool, buffer: Tensor) -> Code:
-        place_count = len(self.owner.places(torch.zeros(1, 1, dtype=torch.long, device=self.owner.device)))
+    def _pass_code(self, cache: DraftCache, is_batch: bool, place_count: int) -> Code:
+        tree_room = cache.tree_room
 
-        def level(tokens: Tensor, scores: Tensor, hidden: Tensor, visible: Tensor, *others: Tensor) -> Growth:
-            places, text, buffers = others[:place_count], others[place_count][:, 0], others[place_count + 1 :]
-            forward = LevelForward(self.owner, DraftCache(buffers, tree_room), places, text.shape[1], text)
-            return forward(Frontier(tokens, scores, hidden, visible), 1, False)
+        def run(*tensors: Tensor) -> tuple[Tensor, Growth]:
+            return PassFunction(self.owner, tree_room, place_count)(*tensors)
 
         def make() -> Code:
-            sizes = (*_NODE_SIZES, *[_PLACE_SIZES] * place_count, _TEXT_SIZES, _BUFFER_SIZES)
+            sizes = (*_PASS_SIZES, *[_PLACE_SIZES] * place_count, _BUFFER_SIZES)
             *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
-            name = f"{type(self.owner).__name__}, {place_count} places, {tree_room} slots, {is_batch=}, {is_chain=}"
-            fast = CompiledFunction(level, dynamic, of_buffers, packages=self.packages, name=name)
-            return Code(level, fast, lambda growth: growth.scores, "log probabilities", buffer.dtype)
+            dynamic.insert(len(_PASS_SIZES), (0, 1))  # `itself` has no rows
+            name = f"{type(self.owner).__name__}, {place_count} places, {tree_room} slots, {is_batch=}"
+            fast = CompiledFunction(run, dynamic, of_buffers, packages=self.packages, name=name)
+            return Code(run, fast, PassFunction.scores, "log probabilities", cache.buffers[0].dtype)
 
-        return self.code((tree_room, is_batch, is_chain), make)
+        return self.code((tree_room, is_batch), make)
+
+
+def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
+    """Without the nodes that a level of one was filled up with."""
+    following = growth.frontier
+    if frontier.tokens.shape[1] > 1 or growth.best is None or following is None or following.hidden is None:
+        return growth
+    seen = following.visible[:, :1]
+    narrow = Frontier(
+        following.tokens[:, :1],
+        following.scores[:, :1],
+        following.hidden[:, :1],
+        torch.cat([seen[..., :1], seen[..., LEAST_TOKENS:]], dim=-1),
+    )
+    return Growth(growth.tokens[:, :1, :1], growth.scores[:, :1, :1], growth.best[:, :1], narrow)
 
 
 def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
-    tokens, _, hidden, visible, *places, text = (part[:1, :1] for part in inputs)
-    rows, width, entries, length = min(len(inputs[0]), 2), min(inputs[0].shape[1], 3), 7, 11
+    tokens, hidden, slots, drafted, text, scores, itself, *places = inputs
+    rows, asking, children, count, entries, length = min(len(tokens), 2), 3, 4, 5, 7, 11
     made = [
-        tokens.expand(rows, width),
-        hidden.new_zeros(rows, width, dtype=inputs[1].dtype),
-        hidden.expand(rows, width, -1),
-        visible.new_ones(rows, width, entries),
-        *(part.expand(rows, -1, -1) for part in places),
-        text.new_ones(rows, 1, length),
+        tokens[:1, :1].expand(rows, count),
+        hidden[:1, :1].expand(rows, count, -1),
+        torch.arange(-entries, count - entries, device=slots.device).expand(rows, -1),
+        drafted.new_ones(rows, count, entries),
+        text.new_ones(rows, count, length),
+        scores.new_zeros(rows, asking),
+        torch.eye(children, dtype=torch.bool, device=itself.device),
+        *(part[:1, :1].expand(rows, count, -1) for part in places),
     ]
     return [part.clone(memory_format=torch.contiguous_format) for part in made], [
         part[:rows].clone(memory_format=torch.contiguous_format) for part in buffers

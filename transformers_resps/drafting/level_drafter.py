@@ -14,8 +14,8 @@ from ..tree import CandidatePool, TreeShape
 from ..verifying.rows import SlotMap
 from .drafter import Drafter
 from .engine import DraftEngine
-from .levels import DepthForward, LevelForward, at_positions
-from .pool_growth import RunLevel, grow_pool, sprout
+from .levels import LEAST_TOKENS, DepthForward, LevelForward, PassInputs, at_positions
+from .pool_growth import RunLevel, first_level, grow_pool, sprout
 
 
 MAX_UNREAD = 64  # tokens: their features weigh more than the keys, and one draft would have to read them all
@@ -76,6 +76,7 @@ class LevelDrafter(Drafter):
         self._forgotten = 0  # positions before slot 0
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
+        self._of_newest = torch.tensor([[-torch.inf, 0.0]], device=self._device)  # scores of the last two read
         self._unread: list[_Unread] = []
         self._newest = torch.empty(0)  # [b, 1, h] output of depth 0 at the root
         self._carried: list[Tensor] = []  # [b, 1, h] of each depth, what the next one pairs the next token with
@@ -122,8 +123,11 @@ class LevelDrafter(Drafter):
         def goes_on(depth: int, scores: Tensor) -> bool:
             return not policy.grows or wants_level(policy, Level(depth, scores))
 
-        places = self._read(ahead=max(depth - 1, 1))
-        first = sprout(self._model, self._newest, top_k, depth == 1, *self._carried[:1])
+        places, children = self._read(ahead=max(depth - 1, 1), top_k=top_k)
+        if children is None:
+            first = sprout(self._model, self._newest, top_k, depth == 1, *self._carried[:1])
+        else:
+            first = first_level(*children, self._model.feedback(self._newest), depth == 1)
         return grow_pool(first, depth, self._levels(places, depth, top_k), goes_on)
 
     def _levels(self, places: Places, depth: int, top_k: int) -> RunLevel:
@@ -187,8 +191,10 @@ class LevelDrafter(Drafter):
         joined = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (tokens, features) if parts]
         return joined[0], joined[1] if features else None
 
-    def _read(self, ahead: int = 0) -> Places:
-        """Read all tokens that wait. Returns the places of the `ahead` positions after them."""
+    def _read(self, ahead: int = 0, top_k: int = 0) -> tuple[Places, tuple[Tensor, Tensor] | None]:
+        """Read all tokens that wait. Returns the places of the `ahead` positions after them, and `top_k` children of
+        the newest, tokens and scores `[b, 1, k]`, where compiled code gave them.
+        """
         self._forget()
         blocks, width = [part.counts for part in self._unread], self._waiting
         start, is_even, forgotten = self._slots.length, self._slots.stays_even(blocks), self._forgotten
@@ -205,11 +211,15 @@ class LevelDrafter(Drafter):
             places = self._model.places(taken + forgotten if forgotten else taken)
         slots = None if taken is None or is_even else taken[:, :width]
         self._cache.reserve(self._slots.length)
+        children = None
         if width:
-            tokens, features = self._joined()
+            (tokens, features), here = self._joined(), at_positions(places, slice(width))
             self._unread.clear()
-            self._run(tokens, features, at_positions(places, slice(width)), start, slots)
-        return at_positions(places, slice(width, None))
+            if top_k and self._engine is not None and features is not None:
+                children = self._run_compiled(self._engine, tokens, features, here, start, slots, top_k)
+            if children is None:
+                self._run(tokens, features, here, start, slots)
+        return at_positions(places, slice(width, None)), children
 
     def _forget(self) -> None:
         """Drop what no row sees after the tokens that wait."""
@@ -262,6 +272,43 @@ class LevelDrafter(Drafter):
                 assert hidden is not None
                 carried.append(hidden[:, last])
         self._carried = carried
+
+    def _run_compiled(
+        self,
+        engine: DraftEngine,
+        tokens: Tensor,
+        features: Tensor,
+        places: Places,
+        start: int,
+        slots: Tensor | None,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `_run`, compiled; returns the newest token's children, or `None` where it must run as it is."""
+        (rows, count), device = tokens.shape, self._device
+        if self._model.depths > 1 or self._target_entries is not None or count > MAX_UNREAD:
+            return None
+        if slots is None:
+            slots = torch.arange(start, start + count, device=device).expand(rows, -1)
+        end = max(self._slots.length, LEAST_TOKENS)
+        order, seen, looking = torch.arange(end, device=device), self._seen(end, 0), slots[..., None]
+        text = order <= looking
+        if seen is not None:
+            text = text & seen[:, None] | (order == looking)  # padding sees itself: never NaN
+        inputs = PassInputs(
+            tokens,
+            self._model.fuse(features),
+            slots,
+            torch.zeros(rows, count, max(count, LEAST_TOKENS) + 1, dtype=torch.bool, device=device),
+            text,
+            self._of_newest.expand(rows, -1),
+            torch.eye(max(top_k, LEAST_TOKENS), dtype=torch.bool, device=device),
+        )
+        grown = engine.grow(self._cache, inputs, tuple(part.expand(rows, -1, -1) for part in places))
+        if grown is None:
+            return None
+        output, growth = grown
+        self._newest = output[:, -1:]
+        return growth.tokens[:, -1:, :top_k], growth.scores[:, -1:, :top_k]
 
     @staticmethod
     def _one_later(states: Tensor, slots: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """A model over the levels of a tree, one after the other, below one text; and a whole draft as one function."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +51,29 @@ class LevelForward:
         carried = frontier.hidden if self.model.rereads_target else None
         return branch(self.model, frontier, output, is_last, carried=carried)
 
-    def tensors(self, frontier: Frontier, level: int) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """All that a level depends on, each input laid out row by row, and the buffers of its cache."""
+    def tensors(self, frontier: Frontier, level: int) -> tuple["PassInputs", Places]:
+        """What a `PassFunction` gets of a level."""
         tokens, scores, hidden, visible = frontier
         assert hidden is not None
+        rows, width = tokens.shape
+        count = max(width, LEAST_TOKENS)
+        if level == 1:  # as many entries as tokens would be compiled apart: some are added that no node sees
+            visible = F.pad(visible, (0, count + 1 - width))
+        start = -visible.shape[2]
         text = self._seen(frontier)
-        # Sizes of one, and as many entries as nodes, would be compiled apart: an entry is added that no node sees.
-        if level == 1:
-            visible = F.pad(visible, (0, 1))
         if text.shape[1] == 1:
             text = F.pad(text, (0, 1))
-        shared = *at_positions(self._places, slice(level - 1, level)), text[:, None]
-        inputs = [tokens, scores, hidden, visible, *(part.expand(len(tokens), -1, -1) for part in shared)]
-        return [part.clone(memory_format=torch.contiguous_format) for part in inputs], self.cache.buffers
+        inputs = PassInputs(
+            tokens,
+            hidden,
+            torch.arange(start, start + width, device=tokens.device).expand(rows, -1),
+            visible,
+            text[:, None].expand(rows, width, -1),
+            F.pad(scores, (0, count - width), value=-torch.inf),
+            torch.eye(count, dtype=torch.bool, device=tokens.device),
+        )
+        places = at_positions(self._places, slice(level - 1, level))
+        return inputs, tuple(part.expand(rows, width, -1) for part in places)
 
     def _entries(self, frontier: Frontier) -> Entries:
         return self.cache.attend_from(-frontier.visible.shape[-1], self._mask(frontier), end=self._length)
@@ -81,6 +92,87 @@ class LevelForward:
         if self._text is None:
             self._text = frontier.visible.new_ones(1, self._length)
         return self._text
+
+
+LEAST_TOKENS = 2  # of a compiled pass: sizes of one would be compiled apart
+
+
+class PassInputs(NamedTuple):
+    """Tokens of one pass, of which the last q get children. All that a text has written before lies in a cache.
+
+    Attributes:
+        tokens: `[b, t]`.
+        hidden: `[b, t, h]` what they are paired with.
+        slots: `[b, t]` where their entries go; those of a tree are negative.
+        drafted: `[b, t, e]` bool: which of the e newest entries of the tree a token sees, the own ones included.
+        text: `[b, t, s]` bool, likewise of the text's.
+        scores: `[b, q]` as the pool has them.
+        itself: `[k, k]` bool: what each of the k children sees of them.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    slots: Tensor
+    drafted: Tensor
+    text: Tensor
+    scores: Tensor
+    itself: Tensor
+
+    def laid_out(self, places: Places) -> list[Tensor]:
+        """All inputs of a `PassFunction` but its buffers. The last token is repeated where there are too few."""
+        count = self.tokens.shape[1]
+        of_tokens, others = [*self[:5], *places], self[5:]
+        if count < LEAST_TOKENS:
+            of_tokens = [part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in of_tokens]
+        parts = [*of_tokens[:5], *others, *of_tokens[5:]]
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+class PassFunction:
+    """One pass, and the children of its last tokens, as a function of tensors: of newest pairs or of a level.
+
+    Args:
+        model: drafts for a target.
+        tree_room: of the cache.
+        place_count: parts of `Places`.
+    """
+
+    def __init__(self, model: StepModel, tree_room: int, place_count: int) -> None:
+        self._model, self._tree_room, self._place_count = model, tree_room, place_count
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        slots: Tensor,
+        drafted: Tensor,
+        text: Tensor,
+        scores: Tensor,
+        itself: Tensor,
+        *others: Tensor,
+    ) -> tuple[Tensor, Growth]:
+        """Run it over `PassInputs`, places, and the buffers of a cache, which are written.
+
+        Returns:
+            The model's outputs `[b, q, h]`, and the growth of the tokens that get children.
+        """
+        model, places = self._model, others[: self._place_count]
+        cache = DraftCache(others[self._place_count :], self._tree_room)
+        (rows, count), asking = tokens.shape, scores.shape[1]
+        first, looking = count - asking, count if model.needs_all_queries else asking
+        mask = torch.cat([part.narrow(1, count - looking, looking) for part in (drafted, text)], dim=-1)
+        mask = mask[:, None].expand(-1, model.mask_copies, -1, -1)
+        entries = cache.attend_at(slots, text.shape[2], mask, first=-drafted.shape[2])
+        # A slice in place of these numbers would be compiled for this size alone
+        wanted = torch.arange(first, count, device=tokens.device).expand(rows, -1)
+        output = model.run(0, tokens, hidden, places, entries, wanted=wanted)
+        frontier = Frontier(tokens.narrow(1, first, asking), scores, None, drafted.narrow(1, first, asking))
+        return output, branch(model, frontier, output, False, itself=itself.expand(rows, -1, -1))
+
+    @staticmethod
+    def scores(outputs: tuple[Tensor, Growth]) -> Tensor:
+        """The pool's, of what a call returns."""
+        return outputs[1].scores
 
 
 class DepthForward:
@@ -190,8 +282,8 @@ class DraftFunction:
         )
         text = (order < ends) & shown
         levels = LevelForward(model, cache, at_positions(places, slice(width, None)), capacity, text)
-        depth = self._shape.depth
-        pool = grow_pool(sprout(model, newest, self._shape.top_k, depth == 1), depth, levels)
+        depth, top_k = self._shape.depth, min(self._shape.top_k, model.proposable_tokens)
+        pool = grow_pool(sprout(model, newest, top_k, depth == 1), depth, levels)
         tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return newest, pool.tokens, pool.parents, pool.scores, *ranked

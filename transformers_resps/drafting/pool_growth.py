@@ -72,15 +72,19 @@ def grow_pool(
 
 
 def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried: Tensor | None = None) -> Growth:
-    """The first level, of `top_k` nodes or as many as the model can propose, all of which get children.
+    """The first level, of `top_k` nodes, all of which get children.
 
     `newest` `[b, 1, h]` is the model's output at the root, and `carried` what it pairs these with instead of feedback.
     """
-    tokens, scores = model.children(newest, top_k)  # [b, 1, k]
+    children = model.children(newest, top_k)  # [b, 1, k] each
+    return first_level(*children, None if is_last else _paired(model, newest, carried), is_last)
+
+
+def first_level(tokens: Tensor, scores: Tensor, hidden: Tensor | None, is_last: bool) -> Growth:
+    """Of the root's children `[b, 1, k]`, which are paired with `hidden` `[b, 1, h]`."""
     if is_last:
         return Growth(tokens, scores, None, None)
     rows, _, width = tokens.shape
-    hidden = _paired(model, newest, carried)
     hidden = None if hidden is None else hidden.expand(-1, width, -1)
     itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
     return Growth(tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself))
@@ -94,16 +98,20 @@ def branch(
     *,
     carried: Tensor | None = None,
     depth: int = 0,
+    itself: Tensor | None = None,
 ) -> Growth:
     """The children of a frontier, by the output `[b, w, h]` of a depth over it, and which of them get children.
 
-    `carried` is what these are paired with instead of feedback.
+    `carried` is what these are paired with instead of feedback. `itself` `[b, k, k]` is what the next level sees of
+    its own nodes; without it that is as wide as the frontier.
     """
-    tokens, scores = model.children(output, frontier.tokens.shape[1], depth)
+    if itself is None:
+        itself = frontier.visible[..., : frontier.tokens.shape[1]]  # every level begins with it
+    tokens, scores = model.children(output, itself.shape[2], depth)
     scores = scores + frontier.scores[..., None]
     if is_last:
         return Growth(tokens, scores, None, None)
-    return Growth(tokens, scores, *_next(frontier, _paired(model, output, carried), tokens, scores))
+    return Growth(tokens, scores, *_next(frontier, _paired(model, output, carried), tokens, scores, itself))
 
 
 def _paired(model: StepModel, output: Tensor, carried: Tensor | None) -> Tensor | None:
@@ -128,7 +136,9 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
 
 
-def _next(frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
+def _next(
+    frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Tensor, itself: Tensor
+) -> tuple[Tensor, Frontier]:
     """The best children `[b, w, k]` of a frontier, wherever they hang: which they are, and the next frontier."""
     top_k = tokens.shape[-1]
     scores, best = scores.flatten(1).topk(top_k, dim=-1)
@@ -137,5 +147,4 @@ def _next(frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Ten
     if hidden is not None:
         hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
     seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
-    itself = frontier.visible[..., :top_k]  # every level begins with it
     return best, Frontier(tokens, scores, hidden, torch.cat([itself, seen], dim=-1))

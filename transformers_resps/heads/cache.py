@@ -87,9 +87,11 @@ class DraftCache:
         """
         return _EntriesFrom(self, start, end, mask, is_causal=is_causal)
 
-    def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Entries:
-        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and slots before `end` seen."""
-        return _EntriesAt(self, slots, end, mask)
+    def attend_at(self, slots: Tensor, end: int, mask: Tensor, *, first: int = 0) -> Entries:
+        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and the slots from `first` to
+        before `end` are seen.
+        """
+        return _EntriesAt(self, slots, first, end, mask)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's buffers, which hold entries such as these: slot i is at `tree_room + i`."""
@@ -138,13 +140,13 @@ class _EntriesFrom(Entries):
 class _EntriesAt(Entries):
     """See `DraftCache.attend_at`."""
 
-    def __init__(self, cache: DraftCache, slots: Tensor, end: int, mask: Tensor) -> None:
-        self._cache, self._slots, self._end, self.mask = cache, slots, end, mask
+    def __init__(self, cache: DraftCache, slots: Tensor, first: int, end: int, mask: Tensor) -> None:
+        self._cache, self._slots, self.first_slot, self._end, self.mask = cache, slots, first, end, mask
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         room = self._cache.tree_room
         here, found = (room + self._slots)[:, None, :, None], []
         for kept, part in zip(self._cache.of_layer(layer_idx, keys, values), (keys, values), strict=True):
             kept.scatter_(2, here.expand_as(part), part)
-            found.append(kept[:, :, room : room + self._end])
+            found.append(kept[:, :, room + self.first_slot : room + self._end])
         return found[0], found[1]

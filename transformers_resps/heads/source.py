@@ -163,9 +163,10 @@ class StepModel(ABC):
         """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
-        """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, q, k]`."""
-        log_probs = self.logits(output, depth).log_softmax(dim=-1)
-        scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+        """The `top_k` likeliest tokens after each output, at most `proposable_tokens`: target ids and fp32 log
+        probabilities, `[b, q, k]`.
+        """
+        scores, draft_ids = self.logits(output, depth).log_softmax(dim=-1).topk(top_k, dim=-1)
         return self.target_ids(draft_ids), scores
 
     def feedback(self, output: Tensor) -> Tensor:

@@ -536,13 +536,16 @@ def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:
     return f"{kind}, {rows}, " + (f"features of layers {layers}" if layers else "no features")
 
 
-def padded_count(device: torch.device, count: int) -> int:
-    """Nodes of a forward over a tree of `count`, padding included: few sizes where each is captured by itself.
+LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two than for four (measured)
 
-    On a CPU one code serves all sizes from two nodes on, and a second node costs nothing.
+
+def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
+    """Nodes of a forward over `rows` trees of `count`, padding included: few sizes where each is captured by itself.
+
+    On a CPU one code serves all sizes from two nodes on.
     """
     if device.type != "cuda":
-        return max(count, 2)
+        return max(count, 2, -(-LEAST_ROWS // rows))
     return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
 
 

@@ -40,6 +40,7 @@ from .returned import EndedRow
 from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
+    LEAST_ROWS,
     InvariantForward,
     InvariantInputs,
     PartForward,
@@ -587,7 +588,7 @@ class SlotVerifier(Verifier):
 
     def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, int]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
-        count = _apart(padded_count(self.device, tree.node_count), self._rows)
+        count = _apart(padded_count(self.device, tree.node_count, self._rows), self._rows)
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
         return SlotInputs(*nodes, self._visible(size), torch.arange(count, device=self.device)), size
 
@@ -611,7 +612,6 @@ class SlotVerifier(Verifier):
         return tokens, depths, ancestors, roots
 
 
-_FEWEST = 4  # nodes of a step: oneDNN takes longer for one or two rows than for four (measured)
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
 _TRIED = (2, 3, 4, 5, 8, 16, 32, 48)  # nodes of chains with which compiled code is tried
 
@@ -738,7 +738,7 @@ class InvariantVerifier(SlotVerifier):
         elif self._engine is not None:
             logits, caught = self._compiled(tree, self._compiled_step(self._engine))
         else:
-            count = max(tree.node_count, -(-_FEWEST // self._rows))
+            count = max(tree.node_count, -(-LEAST_ROWS // self._rows))
             count = _rounded_up(count, self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
@@ -769,7 +769,7 @@ class InvariantVerifier(SlotVerifier):
 
     def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the compiled forward over a multiple of `step` nodes."""
-        count = _rounded_up(padded_count(self.device, tree.node_count), step)
+        count = _rounded_up(padded_count(self.device, tree.node_count, self._rows), step)
         count += step * (count == self._rows)  # what is equal at first is compiled as always equal
         return self._run(*self._inputs_of(tree, count))
 
