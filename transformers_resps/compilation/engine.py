@@ -129,9 +129,12 @@ class CompileEngine(ABC, Generic[Owner]):
             self._packages = ModulePackages(lambda: self.module, self.name)
         return self._packages
 
-    def run(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
-        """Run code, which is prepared first where sizes are new; `None` where that fails."""
-        if not self.is_broken and not code.fast.is_ready(inputs, buffers):
+    def run(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False) -> Any:
+        """Run code, which is prepared first where sizes are new; `None` where that fails.
+
+        `is_ready` says that the caller has asked whether they are.
+        """
+        if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             self.prepare(code, inputs, buffers)
         if self.is_broken:
             return None

@@ -108,11 +108,12 @@ class DraftEngine(CompileEngine[StepModel]):
             return None
         is_batch, tensors = len(inputs.tokens) > 1, inputs.laid_out(places)
         code = self._pass_code(cache, is_batch, len(places))
-        if not code.fast.is_ready(tensors, cache.buffers):
+        is_ready = code.fast.is_ready(tensors, cache.buffers)
+        if not is_ready:
             if is_batch is not self._in_batch:  # what is left of a batch is not worth a compilation
                 return None
             self.prepare(code, *_example(tensors, cache.buffers))
-        grown: tuple[Tensor, Growth] | None = self.run(code, tensors, cache.buffers)
+        grown: tuple[Tensor, Growth] | None = self.run(code, tensors, cache.buffers, is_ready=is_ready)
         return grown
 
     def _pass_code(self, cache: DraftCache, is_batch: bool, place_count: int) -> Code:

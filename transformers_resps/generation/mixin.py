@@ -83,8 +83,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
           sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
           rows advance each on its own: faster, with the distribution of plain decoding and other draws.
-        - `compile`: whether the target's steps run compiled, on a CPU prompts too and with the weights inside the code,
-          on a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; "auto" does when eager steps
+        - `compile`: whether the target's steps run compiled, on a CPU prompts too and the weights inside the code, on
+          a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; "auto" does when eager steps
           have taken as long. What cannot be compiled runs as it is, with a warning. A `compile_config` means `True`.
         - `invariant`: whether the text is to be the same in any dtype, whatever drafts, whatever the policy decides,
           however the prompt is cut and whichever greedy rows stand beside it. Without head and policy this is plain
