@@ -148,20 +148,20 @@ class CountingBackend:
         return graph.forward if change is None else lambda *args: change(graph.forward(*args))
 
 
-def is_level(function: Callable[..., Any]) -> bool:
-    """Whether it is a level of a draft: tests/drafting/test_engine_levels.py compiles these."""
-    return function.__name__ == "level"
+def is_draft_pass(function: Callable[..., Any]) -> bool:
+    """Whether it is a pass of a draft: tests/drafting/test_engine_levels.py compiles it."""
+    return function.__name__ == "draft_pass"
 
 
 @pytest.fixture
 def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
-    """What `compile=True` compiles the target with; levels of drafts run as they are."""
+    """What `compile=True` compiles the target with; drafts run as they are."""
     for timed in (TreeDecoding, SlotEngine, DraftEngine):
         monkeypatch.setitem(timed.__init__.__kwdefaults__, "clock", fake_clock)
     found, stock = CountingBackend(fake_clock), torch.compile
 
     def compile_target(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        if is_level(function):
+        if is_draft_pass(function):
             return function
         return stock(function, backend=found, **options)
 
@@ -176,7 +176,7 @@ def untraced(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Count
     """The same, but each function goes to the backend as it is: tracing takes seconds."""
 
     def compile_untraced(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        if is_level(function):
+        if is_draft_pass(function):
             return function
         compiled: list[Callable[..., Any]] = []
 

@@ -144,7 +144,7 @@ class _Queries(StepModel):
         if self._embedder is None:
             return super().children(output, top_k, depth)
         tokens = self._nearest(output)
-        scores, best = self._scores(output, tokens).log_softmax(dim=-1).topk(top_k, dim=-1)
+        scores, best = self._scores(output, tokens).log_softmax(dim=-1).topk(min(top_k, tokens.shape[-1]), dim=-1)
         return tokens.gather(-1, best), scores
 
     def _nearest(self, output: Tensor) -> Tensor:

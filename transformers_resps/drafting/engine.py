@@ -119,7 +119,7 @@ class DraftEngine(CompileEngine[StepModel]):
     def _pass_code(self, cache: DraftCache, is_batch: bool, place_count: int) -> Code:
         tree_room = cache.tree_room
 
-        def run(*tensors: Tensor) -> tuple[Tensor, Growth]:
+        def draft_pass(*tensors: Tensor) -> tuple[Tensor, Growth]:
             return PassFunction(self.owner, tree_room, place_count)(*tensors)
 
         def make() -> Code:
@@ -127,8 +127,8 @@ class DraftEngine(CompileEngine[StepModel]):
             *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
             dynamic.insert(len(_PASS_SIZES), (0, 1))  # `itself` has no rows
             name = f"{type(self.owner).__name__}, {place_count} places, {tree_room} slots, {is_batch=}"
-            fast = CompiledFunction(run, dynamic, of_buffers, packages=self.packages, name=name)
-            return Code(run, fast, PassFunction.scores, "log probabilities", cache.buffers[0].dtype)
+            fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name)
+            return Code(draft_pass, fast, PassFunction.scores, "log probabilities", cache.buffers[0].dtype)
 
         return self.code((tree_room, is_batch), make)
 

@@ -94,7 +94,7 @@ class DraftAttention(nn.Module):
         queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        if isinstance(wanted, slice) and wanted.start is None:  # all: turned in one go
+        if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # turned in one go
             turned = rope.turn(torch.cat([queries, keys], dim=1))
             queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
         else:
@@ -559,8 +559,13 @@ class BoundHead(TrainableModel):
         return self.head.feedback(output)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        # By the offsets, a buffer: compiled code outlives the process only if its constants are the module's
-        return draft_ids if self.draft_token_ids is None else draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
+        if self.draft_token_ids is None:
+            return draft_ids
+        if (
+            torch.compiler.is_compiling()
+        ):  # from a buffer of the head: no other constant can be kept for later processes
+            return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
+        return self.draft_token_ids[draft_ids]
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:

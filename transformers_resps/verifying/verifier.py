@@ -422,6 +422,7 @@ class SlotVerifier(Verifier):
         self._buffers = SlotBuffers() if engine is None else engine.buffers
         self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before there are any
         self._seen: dict[int, Tensor] = {}  # size of a window -> where it holds no padding
+        self._numbers = torch.empty(0, dtype=torch.long, device=self.device)
 
     @property
     def _places(self) -> list[int]:
@@ -590,7 +591,13 @@ class SlotVerifier(Verifier):
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
         count = _apart(padded_count(self.device, tree.node_count, self._rows), self._rows)
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
-        return SlotInputs(*nodes, self._visible(size), torch.arange(count, device=self.device)), size
+        return SlotInputs(*nodes, self._visible(size), self._first(count)), size
+
+    def _first(self, count: int) -> Tensor:
+        """0 to before `count`, without a kernel in each step."""
+        if len(self._numbers) < count:
+            self._numbers = torch.arange(_rounded_up(count, _WINDOW), device=self.device)
+        return self._numbers[:count]
 
     def _reserve(self, count: int) -> int:
         """Have so many slots; returns how many the forward sees."""
