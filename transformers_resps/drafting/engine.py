@@ -65,6 +65,11 @@ class DraftEngine(CompileEngine[StepModel]):
         return not self.is_broken and self._makes_captures
 
     @property
+    def compiles(self) -> bool:
+        """Whether passes run compiled, one by one."""
+        return not self.is_broken and not self._makes_captures
+
+    @property
     def _makes_captures(self) -> bool:
         return self._capture is not None or self.owner.device.type == "cuda"
 
@@ -104,7 +109,7 @@ class DraftEngine(CompileEngine[StepModel]):
 
         Returns `None` where that fails, or is not worth a compilation, or where whole drafts are captured.
         """
-        if self.is_broken or self._makes_captures or not cache.buffers:
+        if not self.compiles or not cache.buffers:
             return None
         is_batch, tensors = len(inputs.tokens) > 1, inputs.laid_out(places)
         code = self._pass_code(cache, is_batch, len(places))

@@ -215,7 +215,7 @@ class LevelDrafter(Drafter):
         if width:
             (tokens, features), here = self._joined(), at_positions(places, slice(width))
             self._unread.clear()
-            if top_k and self._engine is not None and features is not None:
+            if top_k and self._engine is not None and self._engine.compiles and features is not None:
                 children = self._run_compiled(self._engine, tokens, features, here, start, slots, top_k)
             if children is None:
                 self._run(tokens, features, here, start, slots)
