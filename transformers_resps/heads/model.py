@@ -561,9 +561,7 @@ class BoundHead(TrainableModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         if self.draft_token_ids is None:
             return draft_ids
-        if (
-            torch.compiler.is_compiling()
-        ):  # from a buffer of the head: no other constant can be kept for later processes
+        if torch.compiler.is_compiling():  # later processes can make constants of the head's own buffers alone
             return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
         return self.draft_token_ids[draft_ids]
 
