@@ -86,7 +86,7 @@ class Policy(ABC):
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
         grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
             go, which accelerators are fast at. Read after each `choose`.
-        probes_head: true if it learns from draft-only probes, of which nothing is verified. `BaselineGuard` reads it.
+        probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
         head_identity: likewise the head. Its weights are hashed only for a policy with an identity.
