@@ -21,11 +21,11 @@ class Forks:
 
     Args:
         path_seconds: of a node on a path, beyond the first, where a plain step takes 1.
-        reads_paths: what the policy is told.
+        paths_cost: what the policy is told.
     """
 
-    def __init__(self, path_seconds: float, *, reads_paths: bool = True) -> None:
-        self.path_seconds, self.reads_paths = path_seconds, reads_paths
+    def __init__(self, path_seconds: float, *, paths_cost: bool = True) -> None:
+        self.path_seconds, self.paths_cost = path_seconds, paths_cost
         self.random = random.Random(0)
         self.tokens, self.seconds = 0, 0.0
         self.leaves: list[int] = []  # of each step that asked the head
@@ -33,7 +33,7 @@ class Forks:
     def run(self, policy: Policy, steps: int) -> None:
         for step in range(steps):
             shape = policy.choose(
-                Observation(torch.zeros(1, 4), 100 + step, step, 50, lambda: [], reads_paths=self.reads_paths)
+                Observation(torch.zeros(1, 4), 100 + step, step, 50, lambda: [], paths_cost=self.paths_cost)
             )
             policy.observe(self._step(policy, shape))
 
@@ -98,10 +98,10 @@ def test_paths_that_cost_nothing_make_forks() -> None:
 
 
 def test_without_recurrent_layers_trees_are_as_wide_as_the_policy_allows() -> None:
-    machine = Forks(path_seconds=0.2, reads_paths=False)
+    machine = Forks(path_seconds=0.2, paths_cost=False)
     policy = ThroughputPolicy()
     policy.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 1.0, 1.0))
-    shape = policy.choose(Observation(torch.zeros(1, 4), 100, 1, 50, lambda: [], reads_paths=machine.reads_paths))
+    shape = policy.choose(Observation(torch.zeros(1, 4), 100, 1, 50, lambda: [], paths_cost=machine.paths_cost))
     assert shape.top_k == 4
 
 

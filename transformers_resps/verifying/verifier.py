@@ -91,10 +91,12 @@ class Verifier(ABC):
         device: of the trees.
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, which read each path of a tree.
+        paths_cost: see `Observation`.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
+    paths_cost: bool = False
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
@@ -300,7 +302,7 @@ class TreeVerifier(Verifier):
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         super().__init__(forward, position_ids, attention_mask)
         self._mixers = RecurrentMixers(forward.target, self._cache)
-        self.reads_paths = bool(self._mixers)
+        self.reads_paths = self.paths_cost = bool(self._mixers)
         self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
     @classmethod
@@ -637,6 +639,8 @@ class InvariantVerifier(SlotVerifier):
         attention_mask: as in `Verifier`.
         compiles: whether steps run compiled. The prompt never does.
     """
+
+    paths_cost = True
 
     def __init__(
         self,
