@@ -255,8 +255,8 @@ class _OwnReads(NamedTuple):
 
     Attributes:
         rows: of groups, over their own blocks.
-        places: `[levels * b * kv heads * rows]` of rows over shared blocks among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, b * kv heads, rows]` which of them stand nowhere.
+        places: `[levels * rows * b * kv heads]` of rows over shared blocks among `[g, rows, b * kv heads]`.
+        is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere.
     """
 
     rows: _Rows
@@ -269,7 +269,7 @@ class _LayerReads(NamedTuple):
 
     Attributes:
         shared: rows over shared blocks.
-        order: `[b * n * heads]` of `[b * kv heads * rows]`, by nodes.
+        order: `[b * n * heads]` of `[rows * b * kv heads]`, by nodes.
         own: of groups, if there are any.
     """
 
@@ -329,24 +329,25 @@ class BlockReads:
             seen = of_groups.unflatten(1, (groups, _ROWS))
             rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
             own = _OwnReads(rows, *self._asked(sharing, kv_heads))
-        found = _LayerReads(shared, self._order(shared.mask.shape[2], sharing, kv_heads), own)
+        found = _LayerReads(shared, self._order(sharing, kv_heads), own)
         self._known.append((mask, heads, kv_heads, found))
         return found
 
-    def _order(self, count: int, sharing: int, kv_heads: int) -> Tensor:
+    def _order(self, sharing: int, kv_heads: int) -> Tensor:
         rows, nodes = self._places.shape
         device = self._places.device
-        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1)
         asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
-        return (key_heads + asking + torch.arange(sharing, device=device)).flatten()
+        return ((asking + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-        asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]
-        rows, device = asked.shape[1], asked.device
-        asked = asked.expand(-1, -1, kv_heads, -1, sharing)
-        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads, 1, 1)
-        index = (asked.clamp(min=0) * sharing + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads
-        index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 2) for part in (index, asked < 0))
+        asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
+        rows, device = asked.shape[3], asked.device
+        asked = asked.expand(-1, -1, sharing, -1, kv_heads)
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads)
+        head = torch.arange(sharing, device=device)[:, None, None]
+        index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
+        index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
         return index.flatten(), is_missing
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
@@ -416,19 +417,24 @@ def invariant_attention(
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
     sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     weights = _weights(sums, s_aux, heads // kv_heads)
-    joined = (weights[..., None] * found).sum(dim=0).to(query.dtype)
+    joined = found.double().mul_(weights[..., None]).sum(dim=0).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
+    if not torch.compiler.is_compiling():  # one operator, not four
+        (rows, kv_heads, _, size), (_, of_head, of_slot, step) = states.shape, states.stride()
+        sizes = blocks, rows * kv_heads, BLOCK, size
+        return states.as_strided(sizes, (BLOCK * of_slot, of_head, of_slot, step))
     states = states.flatten(0, 1)
     return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of the scores of each block, and what the rows get of it.
+    """The log-sum-exp of the scores of each block, and what the rows get of it, in the order in which a CPU's kernel
+    writes them: `[blocks, rows, b * kv heads]` and `[blocks, rows, b * kv heads, hd]`.
 
     `entries` are keys and values of the blocks, `[blocks, b * kv heads, BLOCK, hd]` each; values may be narrower.
     """
@@ -441,30 +447,30 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
         )
-        return sums, found
+        return sums.transpose(1, 2), found.transpose(1, 2)
     # Of the kernels with a mask, the one chosen by the size of heads, not by the number of rows (`cutlassF.h`).
     mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
     found, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         asking, keys, values, mask, True, scale=scaling
     )
-    return sums[..., :count], found  # it fills up the sums
+    return sums[..., :count].transpose(1, 2), found.transpose(1, 2)  # it fills up the sums
 
 
 def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
     shape, size = read.is_missing.shape, found.shape[-1]
-    found = found.transpose(1, 2).reshape(-1, size).index_select(0, read.places).view(*shape, size)
-    sums = sums.transpose(1, 2).reshape(-1).index_select(0, read.places).view(shape)
+    found = found.reshape(-1, size).index_select(0, read.places).view(*shape, size)
+    sums = sums.reshape(-1).index_select(0, read.places).view(shape)
     return sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
-    """Of each block, given the log-sum-exp of its scores `[blocks, b * kv heads, rows]`, in float64."""
+    """Of each block, given the log-sum-exp of its scores `[blocks, rows, b * kv heads]`, in float64."""
     if sinks is None:
         return sums.softmax(dim=0, dtype=torch.float64)
-    _, key_heads, count = sums.shape
-    own = sinks.double().view(-1, sharing)[:, torch.arange(count, device=sums.device) % sharing]  # [kv heads, rows]
-    own = own.repeat(key_heads // own.shape[0], 1)
+    _, count, key_heads = sums.shape
+    own = sinks.double().view(-1, sharing).t()[torch.arange(count, device=sums.device) % sharing]  # [rows, kv heads]
+    own = own.repeat(1, key_heads // own.shape[1])
     return torch.cat([sums.double(), own[None]]).softmax(dim=0)[:-1]
 
 
