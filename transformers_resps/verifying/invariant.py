@@ -11,7 +11,7 @@ after that border is put together for each path, from the text and from the path
 path only. So a node gets the bits that it would get as text, and one that is read alone those of a long prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
@@ -244,10 +244,20 @@ class _Rows(NamedTuple):
     Attributes:
         heads: `[any * b * kv heads * rows]` of `[b * n * heads, hd]` queries.
         mask: `[blocks, 1 or b * kv heads, rows, BLOCK]`, additive.
+        step: heads from one key head's first row to the next one's, where the rows need not be copied; else 0.
     """
 
     heads: Tensor
     mask: Tensor
+    step: int = 0
+
+    def of(self, queries: Tensor, key_heads: int) -> Tensor:
+        """`[blocks, b * kv heads, rows, hd]` of `[b * n * heads, hd]`."""
+        blocks, _, count, _ = self.mask.shape
+        size, distance = queries.shape[1], queries.stride(0)
+        if self.step:
+            return queries.as_strided((blocks, key_heads, count, size), (0, self.step * distance, distance, 1))
+        return queries.index_select(0, self.heads).view(-1, key_heads, count, size).expand(blocks, -1, -1, -1)
 
 
 class _OwnReads(NamedTuple):
@@ -256,12 +266,12 @@ class _OwnReads(NamedTuple):
     Attributes:
         rows: of groups, over their own blocks.
         places: `[levels * rows * b * kv heads]` of rows over shared blocks among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere.
+        is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere; `None` where each node asks each level.
     """
 
     rows: _Rows
     places: Tensor
-    is_missing: Tensor
+    is_missing: Tensor | None
 
 
 class _LayerReads(NamedTuple):
@@ -300,6 +310,8 @@ class BlockReads:
         """
         layout = self._layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, window)
+        if not layout.groups.shape[1]:
+            return shared.flatten(1, 2)[:, None]
         starts, places = layout.starts[..., None, None], layout.places[..., None]
         own = self._shown(starts + torch.arange(BLOCK, device=starts.device), places, places, window)
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
@@ -315,8 +327,8 @@ class BlockReads:
 
     def of(self, mask: Tensor, heads: int, kv_heads: int) -> _LayerReads:
         """Of layers with so many heads and a mask of `mask`."""
-        for known, *kind, found in self._known:
-            if known is mask and kind == [heads, kv_heads]:
+        for known, its_heads, its_kv_heads, found in self._known:
+            if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
         layout, sharing = self._layout, heads // kv_heads
         order = layout.order.expand(mask.shape[0], -1)[None]
@@ -324,6 +336,8 @@ class BlockReads:
         of_shared, of_groups = mask[:, 0].split([layout.ends.shape[1] * blocks, groups * _ROWS], dim=1)
         seen = of_shared.unflatten(1, (layout.ends.shape[1], blocks)).index_select(1, layout.order)
         shared = self._rows(order, seen.permute(2, 0, 1, 3), heads, kv_heads)
+        if order.numel() == 1 and shared.mask.shape[2] - sharing <= (self._places.shape[1] - 1) * heads:
+            shared = shared._replace(step=sharing)  # of a lone root; what fills up its rows are heads after them
         own = None
         if groups:
             seen = of_groups.unflatten(1, (groups, _ROWS))
@@ -340,7 +354,7 @@ class BlockReads:
         asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
         return ((asking + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads).flatten()
 
-    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
         asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
         rows, device = asked.shape[3], asked.device
         asked = asked.expand(-1, -1, sharing, -1, kv_heads)
@@ -348,7 +362,7 @@ class BlockReads:
         head = torch.arange(sharing, device=device)[:, None, None]
         index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
-        return index.flatten(), is_missing
+        return index.flatten(), is_missing if len(asked) > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
@@ -415,9 +429,9 @@ def invariant_attention(
     if read.own is not None:
         entries = [resps_reads.own_entries(part) for part in (key, value)]
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
-    sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
-    weights = _weights(sums, s_aux, heads // kv_heads)
-    joined = found.double().mul_(weights[..., None]).sum(dim=0).to(query.dtype)
+    sums, found = zip(*parts, strict=True)
+    weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)
+    joined = _widened(found).mul_(weights[..., None]).sum(dim=0).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
@@ -438,10 +452,9 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
 
     `entries` are keys and values of the blocks, `[blocks, b * kv heads, BLOCK, hd]` each; values may be narrower.
     """
-    blocks, _, count, _ = rows.mask.shape
     keys, values = entries
-    size, narrow = keys.shape[-1], values.shape[-1]
-    asking = queries.index_select(0, rows.heads).view(-1, keys.shape[1], count, size).expand(blocks, -1, -1, -1)
+    size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
+    asking = rows.of(queries, keys.shape[1])
     values = pad(values, (0, size - narrow)) if narrow < size else values
     if keys.device.type == "cpu":
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -458,10 +471,22 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
 
 def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
-    shape, size = read.is_missing.shape, found.shape[-1]
-    found = found.reshape(-1, size).index_select(0, read.places).view(*shape, size)
-    sums = sums.reshape(-1).index_select(0, read.places).view(shape)
-    return sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+    levels, (key_heads, size) = 1 if read.is_missing is None else len(read.is_missing), found.shape[-2:]
+    found = found.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
+    sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
+    return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+
+
+def _widened(parts: Sequence[Tensor]) -> Tensor:
+    """These `[blocks, ...]`, one after another, in float64."""
+    if len(parts) == 1:
+        return parts[0].double()
+    joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.float64)
+    start = 0
+    for part in parts:
+        joined[start : start + len(part)] = part
+        start += len(part)
+    return joined
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:

@@ -36,6 +36,7 @@ from .cache import (
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import Layout, levels_below
+from .prepacking import is_prepacked
 from .returned import EndedRow
 from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
@@ -658,6 +659,7 @@ class InvariantVerifier(SlotVerifier):
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         kind, layers = PartForward if needs.is_exact else InvariantForward, forward.layers if compiles else []
         self._over_slots = kind(*given, layers)
+        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
 
     @property
@@ -749,8 +751,7 @@ class InvariantVerifier(SlotVerifier):
         elif self._engine is not None:
             logits, caught = self._compiled(tree, self._compiled_step(self._engine))
         else:
-            count = max(tree.node_count, -(-LEAST_ROWS // self._rows))
-            count = _rounded_up(count, self._step(self._rows))
+            count = _rounded_up(max(tree.node_count, -(-self._fewest // self._rows)), self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
