@@ -242,6 +242,7 @@ class TreeDecoding:
             drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=sum(seconds.values()),
             proposed=proposal.proposed(acceptance.paths, acceptance.gained),
+            least_nodes=self._verifier.least_nodes,
         )
         self.report.steps.append(record)
         return record

@@ -137,7 +137,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._follow_rows(record)
         if record.verified == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
-        expected = OUTDATED * self._known.verify_seconds(record.verified)
+        expected = OUTDATED * self._known.verify_seconds(record.computed)
         is_outdated = record.verified > 1 and record.verify_seconds < expected
         if record.shape.is_plain:
             self._plain.count_plain()
@@ -149,7 +149,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._own_costs.add(record.verified, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.computed, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
@@ -200,7 +200,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             self._plain.count_plain()
             self._budget.settle(-max(record.draft_seconds, 0.0))
         else:
-            interrupted = record.verify_seconds - self._known.uninterrupted(record.verified, record.verify_seconds)
+            interrupted = record.verify_seconds - self._known.uninterrupted(record.computed, record.verify_seconds)
             self._budget.settle(gained * self._plain.seconds - (seconds - interrupted))
             self._plain.count_tree(gained)
 
@@ -233,7 +233,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
         drafting = self._drafting(shape.top_k, depth)
-        while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._limits.tree:
+        free = self._verifying(1 + lookup)  # nodes that cost nothing are verified: they may earn their draft
+        while nodes > 1 and drafting + (verifying := self._verifying(nodes + lookup)) > self._limits.tree:
+            if verifying <= free:
+                break
             nodes -= 1
         if depth == 0 or (nodes == 1 and not probes_head):
             return looked_up

@@ -104,6 +104,7 @@ class StepRecord:
             or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number for all, the minimum
             over rows that gained tokens. One 0 if the policy does not read it.
         proposed: the accepted tokens of all rows, by who proposed them.
+        least_nodes: that the target forward computes for each row at least; `verified` nodes are filled up to them.
     """
 
     shape: TreeShape
@@ -116,6 +117,12 @@ class StepRecord:
     step_seconds: float
     drafted_match: RowCounts = RowCounts((0,))
     proposed: Proposed = Proposed()
+    least_nodes: int = 1
+
+    @property
+    def computed(self) -> int:
+        """Nodes that the target forward computed for each row, padding included."""
+        return max(self.verified, self.least_nodes)
 
     @property
     def accepted_total(self) -> int:

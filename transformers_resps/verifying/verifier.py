@@ -93,11 +93,13 @@ class Verifier(ABC):
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, which read each path of a tree.
         paths_cost: see `Observation`.
+        least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
     paths_cost: bool = False
+    least_nodes: int = 1
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
@@ -592,7 +594,9 @@ class SlotVerifier(Verifier):
 
     def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, int]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
-        count = _apart(padded_count(self.device, tree.node_count, self._rows), self._rows)
+        count, self.least_nodes = (
+            _apart(padded_count(self.device, nodes, self._rows), self._rows) for nodes in (tree.node_count, 1)
+        )
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
         return SlotInputs(*nodes, self._visible(size), self._first(count)), size
 
@@ -747,11 +751,15 @@ class InvariantVerifier(SlotVerifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         if self._needs.is_exact:
+            self.least_nodes = self._needs.forward
             logits, caught = self._in_parts(tree, self._needs.forward)
         elif self._engine is not None:
-            logits, caught = self._compiled(tree, self._compiled_step(self._engine))
+            step = self._compiled_step(self._engine)
+            self.least_nodes = self._multiple(1, step)
+            logits, caught = self._compiled(tree, step)
         else:
-            count = _rounded_up(max(tree.node_count, -(-self._fewest // self._rows)), self._step(self._rows))
+            self.least_nodes = _rounded_up(-(-self._fewest // self._rows), self._step(self._rows))
+            count = _rounded_up(max(tree.node_count, self.least_nodes), self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
@@ -781,9 +789,11 @@ class InvariantVerifier(SlotVerifier):
 
     def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the compiled forward over a multiple of `step` nodes."""
-        count = _rounded_up(padded_count(self.device, tree.node_count, self._rows), step)
-        count += step * (count == self._rows)  # what is equal at first is compiled as always equal
-        return self._run(*self._inputs_of(tree, count))
+        return self._run(*self._inputs_of(tree, self._multiple(tree.node_count, step)))
+
+    def _multiple(self, nodes: int, step: int) -> int:
+        count = _rounded_up(padded_count(self.device, nodes, self._rows), step)
+        return count + step * (count == self._rows)  # what is equal at first is compiled as always equal
 
     def _run(
         self, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
