@@ -299,9 +299,10 @@ class BlockReads:
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._places, self._dtype = layout, places, dtype
-        rows, slots = places.shape[0], layout.slots
-        row = torch.arange(rows, device=slots.device)[:, None, None]
-        self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
+        self._entries = layout.slots  # of `[slots * b]`
+        if layout.groups.shape[1]:
+            rows = torch.arange(len(places), device=places.device)[:, None, None]
+            self._entries = (layout.slots * len(places) + rows).permute(1, 2, 0).flatten()
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, window: int | None) -> Tensor:
@@ -336,8 +337,6 @@ class BlockReads:
         of_shared, of_groups = mask[:, 0].split([layout.ends.shape[1] * blocks, groups * _ROWS], dim=1)
         seen = of_shared.unflatten(1, (layout.ends.shape[1], blocks)).index_select(1, layout.order)
         shared = self._rows(order, seen.permute(2, 0, 1, 3), heads, kv_heads)
-        if order.numel() == 1 and shared.mask.shape[2] - sharing <= (self._places.shape[1] - 1) * heads:
-            shared = shared._replace(step=sharing)  # of a lone root; what fills up its rows are heads after them
         own = None
         if groups:
             seen = of_groups.unflatten(1, (groups, _ROWS))
@@ -349,10 +348,10 @@ class BlockReads:
 
     def _order(self, sharing: int, kv_heads: int) -> Tensor:
         rows, nodes = self._places.shape
-        device = self._places.device
-        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1)
-        asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
-        return ((asking + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads).flatten()
+        device, asking = self._places.device, self._layout.order.shape[0]
+        order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
+        given = torch.arange(nodes, device=device).clamp(max=asking - 1)
+        return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
         asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
@@ -368,6 +367,8 @@ class BlockReads:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
+        if nodes.numel() == 1 and -sharing % _ROWS <= (count - 1) * heads:  # what fills up its rows are later heads
+            return _Rows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
         head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
         first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads
         mask = mask[:, :, :, None].expand(-1, -1, -1, sharing, -1).flatten(2, 3)
