@@ -107,7 +107,7 @@ class ThroughputPolicy(SavedPolicy):
         return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
-        step = self._step = _Step(observation.row_weights, observation.reads_paths)
+        step = self._step = _Step(observation.row_weights, observation.paths_cost)
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
@@ -120,7 +120,7 @@ class ThroughputPolicy(SavedPolicy):
             return TreeShape(1, 0, 1, step.lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
         step.width = max(self._largest.top_k // observation.row_count, 1)
-        if step.reads_paths:
+        if step.paths_cost:
             step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
         self.grows = observation.device_type == "cpu"
@@ -183,7 +183,7 @@ class ThroughputPolicy(SavedPolicy):
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.costs.add(record.computed, levels, *times, rows=record.decoded_rows)
         self._memory.add(record)
-        if self._step.reads_paths and levels and record.verified > 1:
+        if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
         if levels:
             self._learn(record, level_probs)
@@ -238,8 +238,8 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 class _Step:
     """What lives for one step."""
 
-    row_weights: Sequence[float] = ()  # see `Observation`, as `reads_paths`
-    reads_paths: bool = False
+    row_weights: Sequence[float] = ()  # see `Observation`, as `paths_cost`
+    paths_cost: bool = False
     rate: float = 0.0  # tokens that a second is worth (lambda)
     lookup: int = 0  # nodes that come from the lookup
     lookup_hit: float = 0.0  # probability that the first of them is right
