@@ -36,7 +36,14 @@ class Cycle(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         assert observation.features is not None
         self.features.append(observation.features.clone())
+        self.least_lookup_prob = len(self.features) % 2 / 2
         return self.shapes[len(self.features) % len(self.shapes)]
+
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int | list[int]:
+        """Rows differ in every other cycle."""
+        if len(self.features) // len(self.shapes) % 2:
+            return super().size(scores, levels)
+        return [1 + scores.shape[1] // (1 + row) for row in range(len(scores))]
 
 
 WIDE = Cycle(TreeShape.plain(), TreeShape(40, 3, VOCABULARY), TreeShape(7, 2, 4), TreeShape(20, 4, 3, lookup=3))

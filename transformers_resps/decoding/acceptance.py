@@ -241,7 +241,7 @@ class Picks:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
         parents, drafted = (part.to(tokens.device) for part in (tree.parents, tree.tokens))
         parents, drafted, rows = torch.stack([parents, drafted, tokens]).tolist()
-        return cls(first_children(parents, drafted), rows, logits, tokens, processed)
+        return cls(first_children(tree.row_sizes, parents, drafted), rows, logits, tokens, processed)
 
     def at(self, rows: list[int], nodes: list[int]) -> list[int]:
         """The pick at one node in each of these rows."""
