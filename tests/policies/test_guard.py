@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.policies.machine import JUMPING, MACHINES, Machine
+from tests.policies.machine import COMPILED, JUMPING, MACHINES, Machine
 from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import Observation, Policy, count_nodes
@@ -101,6 +101,29 @@ def test_a_draft_only_probe_costs_one_level_and_no_tree() -> None:
     asked = [nodes for shape, nodes in zip(machine.shapes, machine.verified, strict=True) if shape.asks_head]
     assert asked[:4] == [1] * 4, "it probes first"
     assert sum(nodes > 1 for nodes in asked) <= 2, "one tree tells what trees cost here; the probabilities the rest"
+
+
+def compiled(hit: float, claimed: float, seed: int, least_nodes: int = 4) -> Machine:
+    """A step computes four nodes at least, and a draft of one level takes a quarter of it."""
+    return Machine(COMPILED, 0.002, hit, claimed=claimed, seed=seed, start_seconds=0.0013, least_nodes=least_nodes)
+
+
+@pytest.mark.parametrize(("hit", "least"), [(0.5, 1.05), (0.6, 1.15), (0.7, 1.3)])
+def test_nodes_that_a_step_computes_anyway_pay_for_finding_out_about_an_expensive_head(
+    hit: float, least: float
+) -> None:
+    speeds = {
+        nodes: [compiled(hit, hit, seed, nodes).write(default_policy(), 96) for seed in range(20)] for nodes in (1, 4)
+    }
+    assert sum(speeds[4]) / 20 > least and min(speeds[4]) > 0.98
+    assert max(speeds[1]) < 1.0, "the machine does not tell that nodes are free, and the budget is spent on drafts"
+
+
+@pytest.mark.parametrize(("hit", "claimed"), [(0.001, 0.02), (0.001, 0.6), (0.12, 0.5), (0.3, 0.4)])
+@pytest.mark.parametrize("tokens", [16, 48, 96, 256])
+def test_free_nodes_of_a_bad_head_cost_no_more_than_its_drafts(hit: float, claimed: float, tokens: int) -> None:
+    for seed in range(10):
+        assert compiled(hit, claimed, seed).write(default_policy(), tokens) >= 0.97
 
 
 def slowed(factor: float) -> Callable[[int], float]:

@@ -115,6 +115,20 @@ def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_lone_root_is_filled_up_to_as_many_nodes_as_the_verifier_says(
+    target: PreTrainedModel, rows: int, opened: Any
+) -> None:
+    counts = list[int]()
+    with opened(target, 5) as verifier:
+        verifier.prefill(PROMPTS[:rows])
+        target.get_input_embeddings().register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
+        verifier.verify(DraftTree.root_only(PROMPTS[:rows, 0]))
+        assert counts == [verifier.least_nodes] * len(counts) and counts
+        assert verifier.least_nodes == 1 or isinstance(verifier, SlotVerifier)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("parents", [[0, 0, 1], [0, 0, 0, 1]], ids=["chain", "branch"])
 def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_does_not_see_it(
     parents: list[int],

@@ -244,6 +244,7 @@ class TreeDecoding:
             step_seconds=sum(seconds.values()),
             proposed=proposal.proposed(acceptance.paths, acceptance.gained),
             sizes=RowCounts(proposal.tree.row_sizes if self._verifier.packs_rows else ()),
+            least_nodes=self._verifier.least_nodes,
         )
         self.report.steps.append(record)
         return record

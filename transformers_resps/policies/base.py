@@ -46,7 +46,7 @@ class Observation:
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
         packs_rows: whether the target computes only nodes that count, so that rows may have trees of their own sizes.
-            A step is then priced by all its nodes beside the roots: see `StepRecord.priced_nodes`.
+            A step is then priced by all its nodes beside the roots: see `StepRecord.computed`.
         row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
     """
 

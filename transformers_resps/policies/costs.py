@@ -331,11 +331,11 @@ class RunningCosts(CostModel):
 
     @property
     def knows_plain(self) -> bool:
-        return 1 in self._verify
+        return bool(self._verify)
 
     @property
     def knows_trees(self) -> bool:
-        return len(self._verify) > 1
+        return self.largest_tree > 1
 
     @property
     def knows_head(self) -> bool:

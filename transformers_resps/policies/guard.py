@@ -146,7 +146,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._follow_rows(record)
         if record.verified == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
-        expected = OUTDATED * self._known.verify_seconds(record.priced_nodes)
+        expected = OUTDATED * self._known.verify_seconds(record.computed)
         is_outdated = record.verified > 1 and record.verify_seconds < expected
         if record.shape.is_plain:
             self._plain.count_plain()
@@ -158,7 +158,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._own_costs.add(record.priced_nodes, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.computed, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
@@ -209,7 +209,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             self._plain.count_plain()
             self._budget.settle(-max(record.draft_seconds, 0.0))
         else:
-            interrupted = record.verify_seconds - self._known.uninterrupted(record.priced_nodes, record.verify_seconds)
+            interrupted = record.verify_seconds - self._known.uninterrupted(record.computed, record.verify_seconds)
             self._budget.settle(gained * self._plain.seconds - (seconds - interrupted))
             self._plain.count_tree(gained)
 
@@ -245,7 +245,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             depth -= 1
         nodes = min(1 + (shape.total_tokens - 1) * price, most - added) if depth else 1
         drafting = self._drafting(shape.top_k, depth)
-        while nodes > 1 and self._verifying(nodes + added) + drafting > self._limits.tree:
+        free = self._verifying(1 + added)  # nodes that cost nothing are verified: they may earn their draft
+        while nodes > 1 and drafting + (verifying := self._verifying(nodes + added)) > self._limits.tree:
+            if verifying <= free:
+                break
             nodes -= 1
         if observation.row_accept_probs is None:
             nodes -= (nodes - 1) % price

@@ -106,6 +106,7 @@ class StepRecord:
             over rows that gained tokens. One 0 if the policy does not read it.
         proposed: the accepted tokens of all rows, by who proposed them.
         sizes: nodes of each decoded row, where the forward computed no more than these; else empty.
+        least_nodes: that the target forward computes for each row at least; `verified` nodes are filled up to them.
     """
 
     shape: TreeShape
@@ -119,11 +120,15 @@ class StepRecord:
     drafted_match: RowCounts = RowCounts((0,))
     proposed: Proposed = Proposed()
     sizes: RowCounts = RowCounts(())
+    least_nodes: int = 1
 
     @property
-    def priced_nodes(self) -> int:
-        """Nodes by which a policy prices the forward: `verified`, or 1 and each that was computed beside the roots."""
-        return 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
+    def computed(self) -> int:
+        """Nodes by which the forward is priced: those of a row, padding included; with `sizes` one root and whatever
+        was computed beside the roots.
+        """
+        nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
+        return max(nodes, self.least_nodes)
 
     @property
     def accepted_total(self) -> int:

@@ -96,11 +96,13 @@ class Verifier(ABC):
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, which read each path of a tree.
         packs_rows: whether nodes that do not count are not computed.
+        least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
     packs_rows: bool = False
+    least_nodes: int = 1
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
@@ -613,14 +615,15 @@ class SlotVerifier(Verifier):
 
     def _inputs(self, tree: DraftTree) -> tuple[SlotInputs | PackedInputs, int]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
-        count = _apart(
-            padded_count(self.device, tree.node_count, LEAST_ROWS if self.packs_rows else self._rows), self._rows
+        beside = LEAST_ROWS if self.packs_rows else self._rows
+        count, self.least_nodes = (
+            _apart(padded_count(self.device, nodes, beside), self._rows) for nodes in (tree.node_count, 1)
         )
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
         if not self.packs_rows:
             return SlotInputs(*nodes, self._visible(size), self._first(count)), size
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
-        total = max(len(packed), LEAST_ROWS)
+        total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
         packed = _filled_up(packed, total if self._reads_prompt else _apart(total, self._rows, count))
         return PackedInputs(*nodes, self._visible(size), torch.tensor(packed), self._first(len(packed))), size
 
@@ -772,12 +775,15 @@ class InvariantVerifier(SlotVerifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         if self._needs.is_exact:
+            self.least_nodes = self._needs.forward
             logits, caught = self._in_parts(tree, self._needs.forward)
         elif self._engine is not None:
-            logits, caught = self._compiled(tree, self._compiled_step(self._engine))
+            step = self._compiled_step(self._engine)
+            self.least_nodes = self._multiple(1, step)
+            logits, caught = self._compiled(tree, step)
         else:
-            count = max(tree.node_count, -(-LEAST_ROWS // self._rows))
-            count = _rounded_up(count, self._step(self._rows))
+            self.least_nodes = _rounded_up(-(-LEAST_ROWS // self._rows), self._step(self._rows))
+            count = _rounded_up(max(tree.node_count, self.least_nodes), self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
         features.caught = caught
@@ -807,9 +813,11 @@ class InvariantVerifier(SlotVerifier):
 
     def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the compiled forward over a multiple of `step` nodes."""
-        count = _rounded_up(padded_count(self.device, tree.node_count, self._rows), step)
-        count += step * (count == self._rows)  # what is equal at first is compiled as always equal
-        return self._run(*self._inputs_of(tree, count))
+        return self._run(*self._inputs_of(tree, self._multiple(tree.node_count, step)))
+
+    def _multiple(self, nodes: int, step: int) -> int:
+        count = _rounded_up(padded_count(self.device, nodes, self._rows), step)
+        return count + step * (count == self._rows)  # what is equal at first is compiled as always equal
 
     def _run(
         self, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
