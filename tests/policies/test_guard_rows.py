@@ -74,7 +74,7 @@ def test_the_budget_pays_for_the_nodes_of_all_rows_together() -> None:
     guard = BaselineGuard(Greedy(TreeShape(9, 1, 8)))
     guard._own_costs = RunningCosts.starting_from({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
     guard._plain.seconds = 1.0
-    guard._budget.seconds = 0.1
+    guard._budget.seconds = -0.3
     seen = replace(observation(4, 3), packs_rows=True, row_accept_probs=lambda: [[]] * 4)
     guard.choose(seen)
     (most, *others) = count_nodes(guard, torch.zeros(4, 8), torch.ones(8))

@@ -115,8 +115,10 @@ class ThroughputPolicy(SavedPolicy):
         lookup = self._look_up(observation)
         if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, has_lookup=lookup > 0):
             return TreeShape(1, 0, 1, lookup)
-        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
-        step.width = max(self._largest.top_k // observation.row_count, 1)
+        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
+        # nodes of each row at least, and one row may verify what others do not
+        least = 2 if step.is_ragged else 1
+        step.width = min(max(self._largest.top_k // observation.row_count, least), self._largest.top_k)
         if step.reads_paths:
             step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
