@@ -405,7 +405,7 @@ def test_auto_compiles_at_once_where_another_process_has_left_code_for_such_step
     assert untraced.count == 0
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
-    assert asked == ["steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
+    assert asked == ["packed steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
 
 
 def test_attach_and_compile_config_ask_for_it_too(

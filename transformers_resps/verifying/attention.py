@@ -47,7 +47,7 @@ class PackedNodes:
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
         self._places, self._size = places, (rows, count)
-        order = torch.arange(len(places), device=places.device)
+        order = torch.arange(places.shape[0], device=places.device)  # `len` would fix the size of what is compiled
         self._orders = places.new_zeros(rows * count).scatter(0, places, order)
 
     def together(self, states: Tensor) -> Tensor:
