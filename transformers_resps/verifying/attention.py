@@ -56,7 +56,7 @@ class PackedNodes:
 
     def apart(self, states: Tensor) -> Tensor:
         """`[1, r, ...]` -> `[b, n, ...]`; in the place of other nodes stands any of these."""
-        return states[0].index_select(0, self._orders).unflatten(0, self._size)
+        return states[0].index_select(0, self._orders).view(*self._size, *states.shape[2:])
 
 
 def grouped_attention(

@@ -305,7 +305,7 @@ class SlotForward:
     is_invariant = False
     is_captured = False  # whatever the device and the options are
     kind = "steps"
-    sizes = _SIZES
+    sizes: Sequence[str] = _SIZES
     _layer = SlotLayer
 
     def __init__(

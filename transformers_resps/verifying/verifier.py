@@ -964,12 +964,12 @@ def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
     """Of the nodes that count `[r or more, v]`, one row after the other, as `[b, n, v]`; the others have any."""
     rows, count = tree.tokens.shape
     if not tree.sizes:
-        return logits[: rows * count].unflatten(0, (rows, count))
+        return logits[: rows * count].view(rows, count, -1)
     ends = list(accumulate(tree.sizes))
     places = [
         min(end - size + node, end - 1) for end, size in zip(ends, tree.sizes, strict=True) for node in range(count)
     ]
-    return logits.index_select(0, torch.tensor(places)).unflatten(0, (rows, count))
+    return logits.index_select(0, torch.tensor(places)).view(rows, count, -1)
 
 
 def _windowed(count: int) -> int:
