@@ -36,7 +36,14 @@ class Cycle(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         assert observation.features is not None
         self.features.append(observation.features.clone())
+        self.least_lookup_prob = len(self.features) % 2 / 2
         return self.shapes[len(self.features) % len(self.shapes)]
+
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int | list[int]:
+        """Rows differ in every other cycle."""
+        if len(self.features) // len(self.shapes) % 2:
+            return super().size(scores, levels)
+        return [1 + scores.shape[1] // (1 + row) for row in range(len(scores))]
 
 
 WIDE = Cycle(TreeShape.plain(), TreeShape(40, 3, VOCABULARY), TreeShape(7, 2, 4), TreeShape(20, 4, 3, lookup=3))
@@ -398,7 +405,7 @@ def test_auto_compiles_at_once_where_another_process_has_left_code_for_such_step
     assert untraced.count == 0
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
-    assert asked == ["steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
+    assert asked == ["packed steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
 
 
 def test_attach_and_compile_config_ask_for_it_too(

@@ -91,7 +91,7 @@ class Recorder(PolicyWrapper):
         self.steps[-1].levels = level.depth + bool(grows)
         return grows
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         self.steps[-1].levels = int(levels[-1])
         return self.policy.size(scores, levels)
 
