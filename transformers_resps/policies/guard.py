@@ -158,7 +158,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._own_costs.add(record.computed, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
         self.policy.observe(record)
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:

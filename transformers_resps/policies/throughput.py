@@ -202,7 +202,7 @@ class ThroughputPolicy(SavedPolicy):
         level_probs = self._step.level_probs
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-        self.costs.add(record.computed, levels, *times, rows=record.decoded_rows)
+        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
         self._memory.add(record)
         if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)

@@ -131,6 +131,11 @@ class StepRecord:
         return max(nodes, self.least_nodes)
 
     @property
+    def rows_of_a_node(self) -> int:
+        """Decoded rows that have one more node each where `computed` is one higher."""
+        return 1 if self.sizes else self.decoded_rows
+
+    @property
     def accepted_total(self) -> int:
         return sum(self.accepted)
 
