@@ -23,9 +23,9 @@ Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 # Inputs and buffers -> such ones as code is compiled for
 Example = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
-# The dimensions of a pass's inputs (`PassInputs`, then places) and of its buffers that change, with several rows.
+# The dimensions of a pass's inputs (`PassInputs`, then places, as of features) and of its buffers that change, with
+# several rows.
 _PASS_SIZES, _PLACE_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1)), (0, 1), (0, 2)
-_FEATURE_SIZES = (0, 1)
 
 
 class DraftEngine(CompileEngine[StepModel]):
@@ -139,14 +139,14 @@ class DraftEngine(CompileEngine[StepModel]):
         return self.run(code, inputs, buffers, is_ready=is_ready)
 
     def _fuse_code(self, is_batch: bool) -> Code:
-        def fuse(features: Tensor) -> Tensor:
+        def draft_features(features: Tensor) -> Tensor:
             return self.owner.fuse(features)
 
         def make() -> Code:
             name = f"features of {type(self.owner).__name__}, {is_batch=}"
-            sizes = _FEATURE_SIZES if is_batch else _FEATURE_SIZES[1:]
-            fast = CompiledFunction(fuse, [sizes], packages=self.packages, name=name)
-            return Code(fuse, fast, lambda fused: fused, "fused features", self.owner.dtype)
+            sizes = _PLACE_SIZES if is_batch else _PLACE_SIZES[1:]
+            fast = CompiledFunction(draft_features, [sizes], packages=self.packages, name=name)
+            return Code(draft_features, fast, lambda fused: fused, "fused features", self.owner.dtype)
 
         return self.code(("features", is_batch), make)
 
