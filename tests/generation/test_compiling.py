@@ -155,9 +155,9 @@ class CountingBackend:
         return graph.forward if change is None else lambda *args: change(graph.forward(*args))
 
 
-def is_draft_pass(function: Callable[..., Any]) -> bool:
-    """Whether it is a pass of a draft: tests/drafting/test_engine_levels.py compiles it."""
-    return function.__name__ == "draft_pass"
+def is_of_draft(function: Callable[..., Any]) -> bool:
+    """Whether it is a part of a draft: tests/drafting/test_engine_levels.py compiles it."""
+    return function.__name__ in ("draft_features", "draft_pass")
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     found, stock = CountingBackend(fake_clock), torch.compile
 
     def compile_target(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        if is_draft_pass(function):
+        if is_of_draft(function):
             return function
         return stock(function, backend=found, **options)
 
@@ -183,7 +183,7 @@ def untraced(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Count
     """The same, but each function goes to the backend as it is: tracing takes seconds."""
 
     def compile_untraced(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        if is_draft_pass(function):
+        if is_of_draft(function):
             return function
         compiled: list[Callable[..., Any]] = []
 

@@ -33,7 +33,7 @@ from tests.image_processors import image_target
 from tests.kernels import deterministic_algorithms, products_in_bfloat16, without_onednn
 from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
-from transformers_resps import FixedPolicy, TreeShape, attach, prepack, unprepack
+from transformers_resps import FixedPolicy, Observation, TreeShape, attach, prepack, unprepack
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
@@ -42,6 +42,18 @@ from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier
+
+
+class Told(FixedPolicy):
+    """Keeps what it is told of paths."""
+
+    def __init__(self) -> None:
+        super().__init__(TreeShape(1, 0, 1, lookup=4))
+        self.paths_cost = set[bool]()
+
+    def choose(self, observation: Observation) -> TreeShape:
+        self.paths_cost.add(observation.paths_cost)
+        return super().choose(observation)
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
@@ -492,3 +504,10 @@ def test_calls_in_the_normal_mode_need_to_agree_in_nothing(
     for dtype in (torch.float32, torch.bfloat16):
         target.to(dtype).generate(PROMPT, policy=LOOKUP, max_new_tokens=2)
     assert not warned()
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_policy_is_told_that_paths_cost_in_the_mode_alone(target: PreTrainedModel, invariant: bool) -> None:
+    policy = Told()
+    target.generate(PROMPT, **INVARIANT | {"invariant": invariant}, policy=policy)
+    assert policy.paths_cost == {invariant}

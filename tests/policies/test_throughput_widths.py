@@ -17,15 +17,16 @@ CHILDREN = (0.5, 0.3, 0.1, 0.05)  # probability that each child of a right node 
 
 
 class Forks:
-    """A target with recurrent layers and a calibrated head, both planted.
+    """A target whose paths cost and a calibrated head, both planted.
 
     Args:
-        path_seconds: of a node on a path, beyond the first, where a plain step takes 1.
-        reads_paths: what the policy is told.
+        path_seconds: of a node on a path, beyond the first, where a plain step takes 1, as with recurrent layers.
+        leaf_seconds: of a path beyond the first, as in the invariant mode.
+        paths_cost: what the policy is told.
     """
 
-    def __init__(self, path_seconds: float, *, reads_paths: bool = True) -> None:
-        self.path_seconds, self.reads_paths = path_seconds, reads_paths
+    def __init__(self, path_seconds: float, leaf_seconds: float = 0.0, *, paths_cost: bool = True) -> None:
+        self.path_seconds, self.leaf_seconds, self.paths_cost = path_seconds, leaf_seconds, paths_cost
         self.random = random.Random(0)
         self.tokens, self.seconds = 0, 0.0
         self.leaves: list[int] = []  # of each step that asked the head
@@ -33,7 +34,7 @@ class Forks:
     def run(self, policy: Policy, steps: int) -> None:
         for step in range(steps):
             shape = policy.choose(
-                Observation(torch.zeros(1, 4), 100 + step, step, 50, lambda: [], reads_paths=self.reads_paths)
+                Observation(torch.zeros(1, 4), 100 + step, step, 50, lambda: [], paths_cost=self.paths_cost)
             )
             policy.observe(self._step(policy, shape))
 
@@ -48,7 +49,8 @@ class Forks:
         kept = sorted(pool, key=path_score, reverse=True)[: count - 1]
         leaves = [path for path in kept if not any(other[:-1] == path for other in kept)]
         depth = 1 + max(map(len, kept), default=0)
-        verify = 1.0 + 0.02 * (count - 1) + self.path_seconds * (max(len(leaves), 1) * depth - 1)
+        paths = max(len(leaves), 1)
+        verify = 1.0 + 0.02 * (count - 1) + self.path_seconds * (paths * depth - 1) + self.leaf_seconds * (paths - 1)
         draft = 0.05 * (depth - 1)
         if shape.asks_head:
             self.leaves.append(len(leaves))
@@ -91,6 +93,14 @@ def test_expensive_paths_make_chains() -> None:
     assert machine.tokens / machine.seconds > 0.99  # plain decoding writes one token a second
 
 
+def test_trees_that_cost_by_their_leaves_end_as_chains_which_are_deeper() -> None:
+    machine = Forks(path_seconds=0.0, leaf_seconds=0.25)
+    machine.run(BaselineGuard(ThroughputPolicy()), 600)
+    late = machine.leaves[len(machine.leaves) // 2 :]
+    assert late.count(1) > 0.9 * len(late), late
+    assert machine.tokens / machine.seconds > 1.3
+
+
 def test_paths_that_cost_nothing_make_forks() -> None:
     machine = Forks(path_seconds=0.0)
     machine.run(BaselineGuard(ThroughputPolicy()), 600)
@@ -99,11 +109,11 @@ def test_paths_that_cost_nothing_make_forks() -> None:
     assert machine.tokens / machine.seconds > 1.3
 
 
-def test_without_recurrent_layers_trees_are_as_wide_as_the_policy_allows() -> None:
-    machine = Forks(path_seconds=0.2, reads_paths=False)
+def test_where_paths_cost_nothing_trees_are_as_wide_as_the_policy_allows() -> None:
+    machine = Forks(path_seconds=0.2, paths_cost=False)
     policy = ThroughputPolicy()
     policy.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 1.0, 1.0))
-    shape = policy.choose(Observation(torch.zeros(1, 4), 100, 1, 50, lambda: [], reads_paths=machine.reads_paths))
+    shape = policy.choose(Observation(torch.zeros(1, 4), 100, 1, 50, lambda: [], paths_cost=machine.paths_cost))
     assert shape.top_k == 4
 
 

@@ -19,6 +19,7 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying import slots
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.prepacking import prepack
 from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
@@ -124,8 +125,8 @@ def test_a_lone_root_is_filled_up_to_as_many_nodes_as_the_verifier_says(
         verifier.prefill(PROMPTS[:rows])
         target.get_input_embeddings().register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
         verifier.verify(DraftTree.root_only(PROMPTS[:rows, 0]))
-        others = rows - 1 if verifier.packs_rows else 0  # roots, which count once where nodes of all rows are one row
-        assert counts == [verifier.least_nodes + others] * len(counts) and counts
+        more = rows - 1 if verifier.packs_rows else 0  # their other roots
+        assert counts == [verifier.least_nodes + more] * len(counts) and counts
         assert verifier.least_nodes == 1 or isinstance(verifier, SlotVerifier)
 
 
@@ -347,17 +348,20 @@ def test_every_layer_multiplies_as_many_rows_as_the_machine_needs(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "nodes", "multiplied"), [(1, 1, 4), (1, 3, 4), (1, 5, 5), (2, 1, 4), (2, 3, 6)])
-def test_a_step_of_the_invariant_mode_has_four_nodes_at_least(
+def test_a_step_of_the_invariant_mode_has_four_nodes_at_least_where_layers_are_packed(
     target: PreTrainedModel, row_counts: list[int], rows: int, nodes: int, multiplied: int
 ) -> None:
-    """oneDNN takes longer for fewer; a machine that asks for no number of rows still gets four."""
+    """oneDNN takes longer for fewer; a machine that asks for no number of rows still gets four. Stock layers take
+    longer for more."""
     tokens = torch.arange(11, 11 + nodes).expand(rows, -1)
     tree = DraftTree.from_parents(tokens, torch.tensor([[0, *range(nodes - 1)]] * rows))
-    with InvariantVerifier(TargetForward.of(target), SlotEngine(), RowNeeds(1), torch.arange(5)[None]) as verifier:
-        verifier.prefill(PROMPTS[:rows])
-        row_counts.clear()
-        verifier.verify(tree)
-    assert row_counts == [multiplied, multiplied]
+    for expected in (rows * nodes, multiplied):
+        with InvariantVerifier(TargetForward.of(target), SlotEngine(), RowNeeds(1), torch.arange(5)[None]) as verifier:
+            verifier.prefill(PROMPTS[:rows])
+            row_counts.clear()
+            verifier.verify(tree)
+        assert row_counts == [expected, expected]
+        prepack(target.float())
 
 
 @torch.no_grad()

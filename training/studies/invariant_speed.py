@@ -1,9 +1,9 @@
 """Time a forward over a tree in the invariant mode and in the normal one.
 
 Question: how much longer does a step take that writes one text in any dtype?
-Answer (SmolLM2, bfloat16, two threads, after 100 and 450 tokens): a plain step takes 1.15 to 1.20 times as long,
-compiled 1.11 to 1.18; a chain of 8 nodes 1.10 to 1.12, compiled 1.09 to 1.20; 8 nodes on 3 paths 1.25 to 1.26,
-compiled 1.16 to 1.26; 16 nodes on 6 paths 1.26 to 1.27, compiled 1.21 to 1.27.
+Answer (SmolLM2, bfloat16, two threads, after 100 and 450 tokens): a plain step takes 1.07 to 1.12 times as long,
+a chain of 8 nodes 1.07 to 1.13; 8 nodes on 3 paths 1.24 to 1.26; 16 nodes on 6 paths 1.24 to 1.28. Compiled, measured
+earlier, against normal steps that were slower than today's: 1.11 to 1.18; 1.09 to 1.20; 1.16 to 1.26; 1.21 to 1.27.
 
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --pack
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --compile

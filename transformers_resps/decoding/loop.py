@@ -97,7 +97,7 @@ class TreeDecoding:
         paired = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
         drafter = drafter_of(parts, verifier, len(batch), paired_mask=paired, text_mask=known)
         lookup = LookupDrafter(pads, sources=sources, never_drafted=never_drafted)
-        self._proposer = Proposer(policy, drafter, batch, lookup, reads_paths=verifier.reads_paths)
+        self._proposer = Proposer(policy, drafter, batch, lookup, paths_cost=verifier.paths_cost)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()

@@ -72,7 +72,7 @@ class Proposer:
         drafter: `None` to draft by lookup alone.
         rows: those that are decoded.
         lookup: drafts beside it.
-        reads_paths: see `Observation`.
+        paths_cost: see `Observation`.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Proposer:
         rows: Rows,
         lookup: LookupDrafter,
         *,
-        reads_paths: bool = False,
+        paths_cost: bool = False,
     ) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
-        self._reads_paths = reads_paths
+        self._paths_cost = paths_cost
         self._newest_features: Tensor | None = None  # [b, F]
 
     def observe(
@@ -139,7 +139,7 @@ class Proposer:
             self._prefix_accept_probs,
             prompt_seconds,
             self._rows.row_weights,
-            self._reads_paths,
+            self._paths_cost,
             can_draft=self._drafter is not None,
             row_count=len(root),
             device_type=root.device.type,

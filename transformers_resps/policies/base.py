@@ -40,8 +40,8 @@ class Observation:
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
             weigh more, because a batch ends with its slowest row.
-        reads_paths: whether the target has recurrent layers, whose work grows with leaves times depth: they read every
-            path from the root to a leaf.
+        paths_cost: whether each further path of a tree takes time, as where recurrent layers read every path from the
+            root to a leaf, and in the invariant mode, where each path has keys of its own.
         can_draft: whether there is a head, or another source of levels.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
@@ -57,7 +57,7 @@ class Observation:
     prefix_accept_probs: Callable[[], list[float]]
     prompt_seconds: float = 0.0
     row_weights: Sequence[float] = ()
-    reads_paths: bool = False
+    paths_cost: bool = False
     can_draft: bool = True
     row_count: int = 1
     device_type: str = "cpu"
@@ -102,7 +102,7 @@ class Policy(ABC):
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
         grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
             go, which accelerators are fast at. Read after each `choose`.
-        probes_head: true if it learns from draft-only probes, of which nothing is verified. `BaselineGuard` reads it.
+        probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
         least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.

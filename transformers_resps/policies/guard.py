@@ -49,8 +49,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays its duration;
     0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the budget is
-    made smaller, down to a plain step. So a new head is asked for one level at first, of which nothing is verified,
-    then for small trees, each of at most twice the nodes of any before.
+    made smaller, down to a plain step. So a new head is asked for one level at first, and only nodes that the step
+    computes anyway are verified; then for small trees, each of at most twice the nodes of any before.
 
     Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head of which nothing was ever
     accepted. In addition it may lose:

@@ -119,7 +119,7 @@ class ThroughputPolicy(SavedPolicy):
         # nodes of each row at least, and one row may verify what others do not
         least = 2 if step.is_ragged else 1
         step.width = min(max(self._largest.top_k // observation.row_count, least), self._largest.top_k)
-        if step.reads_paths:
+        if step.paths_cost:
             step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
         self.grows = observation.device_type == "cpu"
@@ -204,7 +204,7 @@ class ThroughputPolicy(SavedPolicy):
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
         self._memory.add(record)
-        if self._step.reads_paths and levels and record.verified > 1:
+        if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
         if levels:
             self._learn(record, level_probs)
@@ -259,8 +259,8 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 class _Step:
     """What lives for one step."""
 
-    row_weights: Sequence[float] = ()  # see `Observation`, as `reads_paths`
-    reads_paths: bool = False
+    row_weights: Sequence[float] = ()  # see `Observation`, as `paths_cost`
+    paths_cost: bool = False
     row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
     is_ragged: bool = False  # whether each row gets as many as pay
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
@@ -275,7 +275,7 @@ class _Step:
     @classmethod
     def of(cls, observation: Observation) -> "_Step":
         """At its beginning."""
-        step = cls(observation.row_weights, observation.reads_paths, observation.node_price)
+        step = cls(observation.row_weights, observation.paths_cost, observation.node_price)
         if observation.row_accept_probs is not None:
             step.is_ragged = True
             rows = observation.row_count

@@ -11,7 +11,7 @@ after that border is put together for each path, from the text and from the path
 path only. So a node gets the bits that it would get as text, and one that is read alone those of a long prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
@@ -244,10 +244,20 @@ class _Rows(NamedTuple):
     Attributes:
         heads: `[any * b * kv heads * rows]` of `[b * n * heads, hd]` queries.
         mask: `[blocks, 1 or b * kv heads, rows, BLOCK]`, additive.
+        step: heads from one key head's first row to the next one's, where the rows need not be copied; else 0.
     """
 
     heads: Tensor
     mask: Tensor
+    step: int = 0
+
+    def of(self, queries: Tensor, key_heads: int) -> Tensor:
+        """`[blocks, b * kv heads, rows, hd]` of `[b * n * heads, hd]`."""
+        blocks, _, count, _ = self.mask.shape
+        size, distance = queries.shape[1], queries.stride(0)
+        if self.step:
+            return queries.as_strided((blocks, key_heads, count, size), (0, self.step * distance, distance, 1))
+        return queries.index_select(0, self.heads).view(-1, key_heads, count, size).expand(blocks, -1, -1, -1)
 
 
 class _OwnReads(NamedTuple):
@@ -255,13 +265,13 @@ class _OwnReads(NamedTuple):
 
     Attributes:
         rows: of groups, over their own blocks.
-        places: `[levels * b * kv heads * rows]` of rows over shared blocks among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, b * kv heads, rows]` which of them stand nowhere.
+        places: `[levels * rows * b * kv heads]` of rows over shared blocks among `[g, rows, b * kv heads]`.
+        is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere; `None` where each node asks each level.
     """
 
     rows: _Rows
     places: Tensor
-    is_missing: Tensor
+    is_missing: Tensor | None
 
 
 class _LayerReads(NamedTuple):
@@ -269,7 +279,7 @@ class _LayerReads(NamedTuple):
 
     Attributes:
         shared: rows over shared blocks.
-        order: `[b * n * heads]` of `[b * kv heads * rows]`, by nodes.
+        order: `[b * n * heads]` of `[rows * b * kv heads]`, by nodes.
         own: of groups, if there are any.
     """
 
@@ -289,9 +299,10 @@ class BlockReads:
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._places, self._dtype = layout, places, dtype
-        rows, slots = places.shape[0], layout.slots
-        row = torch.arange(rows, device=slots.device)[:, None, None]
-        self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
+        self._entries = layout.slots  # of `[slots * b]`
+        if layout.groups.shape[1]:
+            rows = torch.arange(len(places), device=places.device)[:, None, None]
+            self._entries = (layout.slots * len(places) + rows).permute(1, 2, 0).flatten()
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, window: int | None) -> Tensor:
@@ -300,6 +311,8 @@ class BlockReads:
         """
         layout = self._layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, window)
+        if not layout.groups.shape[1]:
+            return shared.flatten(1, 2)[:, None]
         starts, places = layout.starts[..., None, None], layout.places[..., None]
         own = self._shown(starts + torch.arange(BLOCK, device=starts.device), places, places, window)
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
@@ -315,8 +328,8 @@ class BlockReads:
 
     def of(self, mask: Tensor, heads: int, kv_heads: int) -> _LayerReads:
         """Of layers with so many heads and a mask of `mask`."""
-        for known, *kind, found in self._known:
-            if known is mask and kind == [heads, kv_heads]:
+        for known, its_heads, its_kv_heads, found in self._known:
+            if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
         layout, sharing = self._layout, heads // kv_heads
         order = layout.order.expand(mask.shape[0], -1)[None]
@@ -329,30 +342,33 @@ class BlockReads:
             seen = of_groups.unflatten(1, (groups, _ROWS))
             rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
             own = _OwnReads(rows, *self._asked(sharing, kv_heads))
-        found = _LayerReads(shared, self._order(shared.mask.shape[2], sharing, kv_heads), own)
+        found = _LayerReads(shared, self._order(sharing, kv_heads), own)
         self._known.append((mask, heads, kv_heads, found))
         return found
 
-    def _order(self, count: int, sharing: int, kv_heads: int) -> Tensor:
+    def _order(self, sharing: int, kv_heads: int) -> Tensor:
         rows, nodes = self._places.shape
-        device = self._places.device
-        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
-        asking = torch.arange(nodes, device=device).clamp(max=self._layout.order.shape[0] - 1)[:, None, None] * sharing
-        return (key_heads + asking + torch.arange(sharing, device=device)).flatten()
+        device, asking = self._places.device, self._layout.order.shape[0]
+        order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
+        given = torch.arange(nodes, device=device).clamp(max=asking - 1)
+        return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
 
-    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-        asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]
-        rows, device = asked.shape[1], asked.device
-        asked = asked.expand(-1, -1, kv_heads, -1, sharing)
-        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads, 1, 1)
-        index = (asked.clamp(min=0) * sharing + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads
-        index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 2) for part in (index, asked < 0))
-        return index.flatten(), is_missing
+    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
+        asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
+        rows, device = asked.shape[3], asked.device
+        asked = asked.expand(-1, -1, sharing, -1, kv_heads)
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads)
+        head = torch.arange(sharing, device=device)[:, None, None]
+        index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
+        index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
+        return index.flatten(), is_missing if len(asked) > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
+        if nodes.numel() == 1 and -sharing % _ROWS <= (count - 1) * heads:  # what fills up its rows are later heads
+            return _Rows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
         head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
         first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads
         mask = mask[:, :, :, None].expand(-1, -1, -1, sharing, -1).flatten(2, 3)
@@ -414,57 +430,73 @@ def invariant_attention(
     if read.own is not None:
         entries = [resps_reads.own_entries(part) for part in (key, value)]
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
-    sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
-    weights = _weights(sums, s_aux, heads // kv_heads)
-    joined = (weights[..., None] * found).sum(dim=0).to(query.dtype)
+    sums, found = zip(*parts, strict=True)
+    weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)
+    joined = _widened(found).mul_(weights[..., None]).sum(dim=0).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
+    if not torch.compiler.is_compiling():  # one operator, not four
+        (rows, kv_heads, _, size), (_, of_head, of_slot, step) = states.shape, states.stride()
+        sizes = blocks, rows * kv_heads, BLOCK, size
+        return states.as_strided(sizes, (BLOCK * of_slot, of_head, of_slot, step))
     states = states.flatten(0, 1)
     return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of the scores of each block, and what the rows get of it.
+    """The log-sum-exp of the scores of each block, and what the rows get of it, in the order in which a CPU's kernel
+    writes them: `[blocks, rows, b * kv heads]` and `[blocks, rows, b * kv heads, hd]`.
 
     `entries` are keys and values of the blocks, `[blocks, b * kv heads, BLOCK, hd]` each; values may be narrower.
     """
-    blocks, _, count, _ = rows.mask.shape
     keys, values = entries
-    size, narrow = keys.shape[-1], values.shape[-1]
-    asking = queries.index_select(0, rows.heads).view(-1, keys.shape[1], count, size).expand(blocks, -1, -1, -1)
+    size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
+    asking = rows.of(queries, keys.shape[1])
     values = pad(values, (0, size - narrow)) if narrow < size else values
     if keys.device.type == "cpu":
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
         )
-        return sums, found
+        return sums.transpose(1, 2), found.transpose(1, 2)
     # Of the kernels with a mask, the one chosen by the size of heads, not by the number of rows (`cutlassF.h`).
     mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
     found, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         asking, keys, values, mask, True, scale=scaling
     )
-    return sums[..., :count], found  # it fills up the sums
+    return sums[..., :count].transpose(1, 2), found.transpose(1, 2)  # it fills up the sums
 
 
 def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
-    shape, size = read.is_missing.shape, found.shape[-1]
-    found = found.transpose(1, 2).reshape(-1, size).index_select(0, read.places).view(*shape, size)
-    sums = sums.transpose(1, 2).reshape(-1).index_select(0, read.places).view(shape)
-    return sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+    levels, (key_heads, size) = 1 if read.is_missing is None else len(read.is_missing), found.shape[-2:]
+    found = found.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
+    sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
+    return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+
+
+def _widened(parts: Sequence[Tensor]) -> Tensor:
+    """These `[blocks, ...]`, one after another, in float64."""
+    if len(parts) == 1:
+        return parts[0].double()
+    joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.float64)
+    start = 0
+    for part in parts:
+        joined[start : start + len(part)] = part
+        start += len(part)
+    return joined
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
-    """Of each block, given the log-sum-exp of its scores `[blocks, b * kv heads, rows]`, in float64."""
+    """Of each block, given the log-sum-exp of its scores `[blocks, rows, b * kv heads]`, in float64."""
     if sinks is None:
         return sums.softmax(dim=0, dtype=torch.float64)
-    _, key_heads, count = sums.shape
-    own = sinks.double().view(-1, sharing)[:, torch.arange(count, device=sums.device) % sharing]  # [kv heads, rows]
-    own = own.repeat(key_heads // own.shape[0], 1)
+    _, count, key_heads = sums.shape
+    own = sinks.double().view(-1, sharing).t()[torch.arange(count, device=sums.device) % sharing]  # [rows, kv heads]
+    own = own.repeat(1, key_heads // own.shape[1])
     return torch.cat([sums.double(), own[None]]).softmax(dim=0)[:-1]
 
 

@@ -37,6 +37,7 @@ from .cache import (
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import Layout, levels_below
+from .prepacking import is_prepacked
 from .returned import EndedRow
 from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
@@ -95,12 +96,14 @@ class Verifier(ABC):
         device: of the trees.
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, which read each path of a tree.
+        paths_cost: see `Observation`.
         packs_rows: whether nodes that do not count are not computed.
         least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
+    paths_cost: bool = False
     packs_rows: bool = False
     least_nodes: int = 1
 
@@ -308,7 +311,7 @@ class TreeVerifier(Verifier):
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         super().__init__(forward, position_ids, attention_mask)
         self._mixers = RecurrentMixers(forward.target, self._cache)
-        self.reads_paths = bool(self._mixers)
+        self.reads_paths = self.paths_cost = bool(self._mixers)
         self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
     @classmethod
@@ -672,6 +675,8 @@ class InvariantVerifier(SlotVerifier):
         compiles: whether steps run compiled. The prompt never does.
     """
 
+    paths_cost = True
+
     def __init__(
         self,
         forward: TargetForward,
@@ -688,6 +693,7 @@ class InvariantVerifier(SlotVerifier):
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         kind, layers = PartForward if needs.is_exact else InvariantForward, forward.layers if compiles else []
         self._over_slots = kind(*given, layers)
+        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
 
     @property
@@ -782,7 +788,7 @@ class InvariantVerifier(SlotVerifier):
             self.least_nodes = self._multiple(1, step)
             logits, caught = self._compiled(tree, step)
         else:
-            self.least_nodes = _rounded_up(-(-LEAST_ROWS // self._rows), self._step(self._rows))
+            self.least_nodes = _rounded_up(-(-self._fewest // self._rows), self._step(self._rows))
             count = _rounded_up(max(tree.node_count, self.least_nodes), self._step(self._rows))
             logits, caught = self._run(*self._inputs_of(tree, count))
         features = Features(self._forward.layers)
