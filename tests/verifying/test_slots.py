@@ -82,6 +82,13 @@ def test_rows_that_are_kept_keep_their_entries(buffers: SlotBuffers, rows: list[
         assert torch.equal(found, expected[rows])
 
 
+def test_rows_that_are_kept_bring_no_more_than_their_texts(buffers: SlotBuffers) -> None:
+    before = buffers.entries(torch.arange(LENGTH).expand(3, -1))
+    buffers.keep_rows([2, 0], length=3)
+    for found, expected in zip(buffers.entries(torch.arange(3).expand(2, -1)), before, strict=True):
+        assert torch.equal(found, expected[[2, 0], :, :3])
+
+
 def test_a_window_is_the_same_tensors_at_every_call_and_writes_to_the_buffers(buffers: SlotBuffers) -> None:
     window = buffers.window(8)
     assert all(part is again for part, again in zip(window, buffers.window(8), strict=True))
@@ -170,5 +177,5 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
             return forward.function(*given)
 
     with forward.running(), torch.no_grad():
-        program = torch.export.export(Program(), tuple(tensors), dynamic_shapes=(changing,), strict=False)
+        program = torch.export.export(Program(), tuple(tensors), dynamic_shapes=(tuple(changing),), strict=False)
     assert all(limits.lower <= 2 and limits.upper > 2**31 for limits in program.range_constraints.values())

@@ -157,17 +157,19 @@ class SlotBuffers:
         for store in self._stores:
             store[:, to, rows] = store[:, slots, rows]
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Forget all rows but these; as many rows as there are stay where they are."""
+    def keep_rows(self, rows: list[int], length: int | None = None) -> None:
+        """Forget all rows but these, and all but their first `length` slots; as many rows as there are stay where they
+        are.
+        """
         before, order = self._parts, torch.tensor(rows)
         kept = list[Tensor]()
         for part in before:
             order = order.to(part.device)  # once, unless layers lie on several devices
-            kept.append(part.index_select(1, order))
+            kept.append(part[:length].index_select(1, order))
         if len(rows) != before[0].shape[1]:
             self.reserve([part.permute(1, 2, 0, 3) for part in kept], len(rows), self.size)
         for part, chosen in zip(self._parts, kept, strict=True):
-            part.copy_(chosen)
+            part[:length].copy_(chosen)
 
     def window(self, size: int, row: int | None = None) -> list[Tensor]:
         """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ...

@@ -570,7 +570,7 @@ class SlotVerifier(Verifier):
         self._shift_by([self._shifts[row] for row in rows])
         kept = _filled_up(rows, min(self._rows, 2) if self.device.type == "cpu" else self._rows)
         self._rows, self._seen = len(kept), {}
-        self._buffers.keep_rows(kept)
+        self._buffers.keep_rows(kept, self.length)
 
     def _row_cache(self, row: int, length: int) -> Cache:
         if not self._rows:
