@@ -82,17 +82,33 @@ def test_a_merged_chain_adds_its_texts_and_nothing_else(tree: DraftTree, chain: 
 
 @settings(max_examples=300)
 @given(batches(), st.data())
-def test_chains_of_different_lengths_never_change_what_another_row_can_read(
+def test_rows_that_gain_chains_of_different_lengths_keep_nodes_of_their_own(
     tree: DraftTree, data: st.DataObject
 ) -> None:
-    count = tree.node_count
     chains = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=5)) for _ in tree.tokens]
     merged = tree.with_pool(chains_of(chains))
+    sizes = merged.row_sizes
     for row, chain in enumerate(chains):
         expected = texts_of(tree, row) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
-        filled = texts_of(merged, row) - expected
-        assert all(len(text) == 1 for text in filled), "a row is filled up with children of the root"
-        assert not filled or len(merged.tokens[row]) > count and not texts_of(tree, row) - {()}
+        assert texts_of(merged.row(row)) == expected
+        assert all(node < sizes[row] for node in merged.children()[row].values()), "the others are never accepted"
+    assert max(sizes) == merged.node_count
+
+
+@settings(max_examples=300)
+@given(pools(), st.data())
+def test_each_row_of_a_pool_has_as_many_of_its_best_nodes_as_it_is_given(
+    pool: CandidatePool, data: st.DataObject
+) -> None:
+    most = pool.tokens.shape[1] + 1
+    sizes = [data.draw(st.integers(1, most)) for _ in pool.tokens]
+    root = torch.tensor([1, 2])
+    whole = DraftTree.from_pool(root, pool, max(sizes), sizes=sizes)
+    assert whole.row_sizes == sizes
+    for row, size in enumerate(sizes):
+        alone = DraftTree.from_pool(root, pool, size)
+        assert texts_of(whole.row(row)) == texts_of(alone, row)
+        assert torch.equal(whole.row(row).scores[0], alone.scores[row])
 
 
 def test_parents_must_come_first() -> None:

@@ -142,6 +142,14 @@ class CandidatePool:
         tokens, parents, scores = (torch.tensor(part)[:, order] for part in zip(*rows, strict=True))
         return cls(tokens, parents, scores, levels[order])
 
+    def with_an_end(self) -> "CandidatePool":
+        """The pool with one node more, a child of the root that nothing speaks for: it stands for none."""
+        tokens, parents, scores = (
+            pad(part, (0, 1), value=value)
+            for part, value in ((self.tokens, 0), (self.parents, -1), (self.scores, -inf))
+        )
+        return CandidatePool(tokens, parents, scores, pad(self.levels, (0, 1), value=1))
+
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
@@ -193,6 +201,7 @@ class DraftTree:
         scores: `[b, n]` fp32 cumulative log probability, by the source that is surer; 0 for the root.
         level_count: levels below the root, at most: an upper bound that is known without reading a tensor.
         proposers: of each row, flags of who proposed each node, `FIRST`, `SECOND` or both; empty where the first did.
+        sizes: of each row, the nodes that count; the others, at its end, are never accepted. Empty where all count.
     """
 
     tokens: Tensor
@@ -202,10 +211,16 @@ class DraftTree:
     scores: Tensor
     level_count: int
     proposers: Sequence[Sequence[int]] = ()
+    sizes: Sequence[int] = ()
 
     @property
     def node_count(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """The nodes of each row that count."""
+        return self.sizes or [self.node_count] * len(self.tokens)
 
     @classmethod
     def root_only(cls, root: Tensor) -> "DraftTree":
@@ -234,7 +249,12 @@ class DraftTree:
 
     @classmethod
     def from_pool(
-        cls, root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
+        cls,
+        root: Tensor,
+        pool: CandidatePool,
+        total_tokens: int,
+        level_count: int | None = None,
+        sizes: Sequence[int] = (),
     ) -> "DraftTree":
         """Build the tree of the root `[b]` and the best `total_tokens - 1` nodes of the pool.
 
@@ -246,21 +266,28 @@ class DraftTree:
             pool: on the root's device.
             total_tokens: nodes of the tree, root included; fewer where the pool has fewer.
             level_count: levels of the pool; `None` reads them from it, which code that is traced cannot.
+            sizes: nodes of each row, root included, where some have fewer than `total_tokens`.
 
         Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
         kept = min(total_tokens - 1, pool.tokens.shape[1])
         if kept and level_count is None:
             level_count = int(pool.levels[-1])
-        best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values  # [b, n-1]
+        best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept]  # [b, n-1]
+        if sizes:
+            pool = pool.with_an_end()
+            others = torch.arange(1, kept + 1) >= torch.tensor(sizes)[:, None]
+            best = best.masked_fill(others, pool.tokens.shape[1] - 1)
+        best = best.sort(dim=-1).values
         # A parent's node is its place among the kept ones, from 1 on; -1 comes before them all and finds the root.
         parents = torch.searchsorted(best, pool.parents.gather(1, best), right=True)
-        return cls._derive(
+        tree = cls._derive(
             torch.cat([root[:, None], pool.tokens.gather(1, best)], dim=1),
             pad(parents, (1, 0)),
             pad(pool.scores.gather(1, best), (1, 0)),
             min(level_count or 0, kept),
         )
+        return replace(tree, sizes=sizes) if sizes else tree
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
@@ -275,23 +302,27 @@ class DraftTree:
     def with_pool(self, pool: CandidatePool) -> "DraftTree":
         """Add the nodes of another source's pool, which is on the host as the tree is; a node that both have is one.
 
-        Rows that gain fewer nodes are filled up with copies of the root's first child. Acceptance never reaches them,
-        because it takes the first child that carries a token.
+        Rows that gain fewer nodes are filled up with nodes that do not count.
         """
-        own = zip(self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), strict=True)
+        own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), strict=True)
         more = zip(pool.tokens.tolist(), pool.parents.tolist(), pool.scores.tolist(), strict=True)
-        rows = [_Nodes(*mine).with_nodes(*theirs) for mine, theirs in zip(own, more, strict=True)]
-        node_count = max(len(row.tokens) for row in rows)
+        rows = [
+            _Nodes(*(part[:size] for part in mine)).with_nodes(*theirs)
+            for (size, *mine), theirs in zip(own, more, strict=True)
+        ]
+        sizes = [len(row.tokens) for row in rows]
+        node_count = max(sizes)
         for row in rows:
             row.fill_up(node_count)
         scores, proposers = torch.tensor([row.scores for row in rows]), [row.proposers for row in rows]
-        if node_count == self.node_count:
+        sizes = [] if min(sizes) == node_count else sizes
+        if node_count == self.node_count and list(self.sizes) == sizes:
             return replace(self, scores=scores, proposers=proposers)
         tokens, parents = (
             torch.tensor(part) for part in zip(*((row.tokens, row.parents) for row in rows), strict=True)
         )
         tree = self._derive(tokens, parents, scores, max(self.level_count, int(pool.levels[-1])))
-        return replace(tree, proposers=proposers)
+        return replace(tree, proposers=proposers, sizes=sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
         """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
@@ -316,28 +347,35 @@ class DraftTree:
         return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)), self.level_count)
 
     def row(self, index: int) -> "DraftTree":
-        """The tree of one row, as a batch of one."""
-        own = slice(index, index + 1)
-        tokens, parents, depths = (part[own] for part in (self.tokens, self.parents, self.depths))
-        return DraftTree(tokens, parents, depths, self.ancestors[own], self.scores[own], self.level_count)
+        """The tree of one row, as a batch of one: of its nodes that count."""
+        own, nodes = slice(index, index + 1), slice(self.row_sizes[index])
+        tokens, parents, depths, scores = (
+            part[own, nodes] for part in (self.tokens, self.parents, self.depths, self.scores)
+        )
+        levels = min(self.level_count, self.row_sizes[index] - 1)
+        return DraftTree(tokens, parents, depths, self.ancestors[own, nodes, nodes], scores, levels)
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
-        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
-        return [len(followed(*row, 0)) for row in rows]
+        rows = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
+        return [len(followed(own[:size], parents, path, 0)) for size, own, parents, path in rows]
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Map, for each row, (node, token) to the node's first child with that token."""
-        return first_children(self.parents.tolist(), self.tokens.tolist())
+        return first_children(self.row_sizes, self.parents.tolist(), self.tokens.tolist())
 
 
-def first_children(parents: list[list[int]], tokens: list[list[int]]) -> list[dict[tuple[int, int], int]]:
-    """See `DraftTree.children`; from `[b, n]` parents and tokens.
+def first_children(
+    sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
+) -> list[dict[tuple[int, int], int]]:
+    """See `DraftTree.children`; from `[b, n]` parents and tokens, of which `sizes` count in each row.
 
     Dicts, because acceptance looks up a few entries, one after the other.
     """
-    nodes = range(len(tokens[0]) - 1, 0, -1)  # the first child last
-    return [{(above[node], own[node]): node for node in nodes} for above, own in zip(parents, tokens, strict=True)]
+    return [  # the first child last
+        {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
+        for size, above, own in zip(sizes, parents, tokens, strict=True)
+    ]
 
 
 FIRST, SECOND = 1, 2  # flags of `DraftTree.proposers`
@@ -371,7 +409,7 @@ class _Nodes:
 
     def fill_up(self, node_count: int) -> None:
         for _ in range(node_count - len(self.tokens)):
-            self._append(self.tokens[1] if len(self.tokens) > 1 else 0, 0, -inf, 0)
+            self._append(0, 0, -inf, 0)
 
     def _append(self, token: int, parent: int, score: float, proposers: int) -> None:
         self.tokens.append(token)

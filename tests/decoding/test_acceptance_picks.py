@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, trees
-from transformers_resps.decoding.acceptance import Picks, ProcessedPicks, accept, accept_picks
-from transformers_resps.decoding.text import Text
+from transformers_resps.decoding.acceptance import Picks, ProcessedPicks, accept, accept_batch, accept_picks
+from transformers_resps.decoding.text import Batch, Text
 from transformers_resps.tree import DraftTree
 
 
@@ -96,3 +96,53 @@ def test_no_token_is_committed_where_none_can_be_drawn() -> None:
     logits[0, 1] = torch.nan
     with pytest.raises(RuntimeError, match="No token can be drawn"):
         accept_at_once(tree, logits, text)
+
+
+def silent_text(processors: LogitsProcessorList, *, do_sample: bool) -> Text:
+    criteria = StoppingCriteriaList([MaxLengthCriteria(9), EosTokenCriteria([1])])
+    start = torch.zeros(1, 2, dtype=torch.long)
+    return Text(start, processors, criteria, do_sample=do_sample, pad_token=torch.tensor(0))
+
+
+@settings(max_examples=200)
+@given(trees(), st.sampled_from(["none", "warpers"]), st.booleans(), st.integers(0, 10**6))
+def test_a_row_that_scores_alone_decide_on_draws_as_in_commit_order(
+    tree: DraftTree, processors: str, do_sample: bool, seed: int
+) -> None:
+    shape = (1, tree.node_count, VOCABULARY)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    alone, fast = (silent_text(PROCESSORS[processors], do_sample=do_sample) for _ in range(2))
+    set_seed(seed)
+    expected = accept(tree, logits, alone)
+    state = torch.get_rng_state()
+    set_seed(seed)
+    batch = Batch([fast], drops_finished=False)
+    assert batch.picks_by_scores(tree.node_count)
+    found = accept_batch(batch, tree, logits, None)
+    assert (found.paths, found.picks, found.emitted) == (expected.paths, expected.picks, expected.emitted)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fast.input_ids.tolist() == alone.input_ids.tolist() and fast.finished == alone.finished
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_that_advance_apart_are_processed_together_level_by_level(
+    do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores leave one token each, so that a draw is known; one of two chains is right to its end."""
+    stock, asked = TemperatureLogitsWarper.__call__, list[int]()
+
+    def noted(warper: TemperatureLogitsWarper, input_ids: Any, scores: Any) -> Any:
+        asked.append(len(scores))
+        return stock(warper, input_ids, scores)
+
+    monkeypatch.setattr(TemperatureLogitsWarper, "__call__", noted)
+    tree = DraftTree.from_parents(torch.tensor([[0, 2, 3, 2], [0, 2, 2, 2]]), torch.tensor([[0, 0, 1, 2]] * 2))
+    logits = torch.full((2, 4, VOCABULARY), -torch.inf)
+    for row, tokens in enumerate(([2, 3, 2, 3], [2, 3, 3, 3])):
+        logits[row, range(4), tokens] = 0.0
+    processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
+    texts = [silent_text(processors, do_sample=do_sample) for _ in range(2)]
+    found = accept_batch(Batch(texts, drops_finished=True), tree, logits, None)
+    assert found.picks == [[2, 3, 2, 3], [2, 3]] and found.paths == [[0, 1, 2, 3], [0, 1]]
+    assert [text.input_ids[0, 2:].tolist() for text in texts] == found.picks
+    assert asked == [2, 2, 1, 1]

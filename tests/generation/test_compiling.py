@@ -36,7 +36,14 @@ class Cycle(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         assert observation.features is not None
         self.features.append(observation.features.clone())
+        self.least_lookup_prob = len(self.features) % 2 / 2
         return self.shapes[len(self.features) % len(self.shapes)]
+
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int | list[int]:
+        """Rows differ in every other cycle."""
+        if len(self.features) // len(self.shapes) % 2:
+            return super().size(scores, levels)
+        return [1 + scores.shape[1] // (1 + row) for row in range(len(scores))]
 
 
 WIDE = Cycle(TreeShape.plain(), TreeShape(40, 3, VOCABULARY), TreeShape(7, 2, 4), TreeShape(20, 4, 3, lookup=3))
@@ -148,9 +155,9 @@ class CountingBackend:
         return graph.forward if change is None else lambda *args: change(graph.forward(*args))
 
 
-def is_draft_pass(function: Callable[..., Any]) -> bool:
-    """Whether it is a pass of a draft: tests/drafting/test_engine_levels.py compiles it."""
-    return function.__name__ == "draft_pass"
+def is_of_draft(function: Callable[..., Any]) -> bool:
+    """Whether it is a part of a draft: tests/drafting/test_engine_levels.py compiles it."""
+    return function.__name__ in ("draft_features", "draft_pass")
 
 
 @pytest.fixture
@@ -161,7 +168,7 @@ def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     found, stock = CountingBackend(fake_clock), torch.compile
 
     def compile_target(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        if is_draft_pass(function):
+        if is_of_draft(function):
             return function
         return stock(function, backend=found, **options)
 
@@ -176,7 +183,7 @@ def untraced(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Count
     """The same, but each function goes to the backend as it is: tracing takes seconds."""
 
     def compile_untraced(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        if is_draft_pass(function):
+        if is_of_draft(function):
             return function
         compiled: list[Callable[..., Any]] = []
 
@@ -398,7 +405,7 @@ def test_auto_compiles_at_once_where_another_process_has_left_code_for_such_step
     assert untraced.count == 0
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
-    assert asked == ["steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
+    assert asked == ["packed steps, a batch, features of layers 0", "steps, one row, features of layers 0"]
 
 
 def test_attach_and_compile_config_ask_for_it_too(

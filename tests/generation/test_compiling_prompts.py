@@ -73,7 +73,7 @@ def test_text_and_cache_are_those_of_plain_decoding(architecture: Architecture, 
         forwards.clear()
         found = answer(target, text, head, prefill_chunk_size=chunk, **options)
         assert found.sequences.tolist() == plain.sequences.tolist()
-        assert sum(logits[1] < 4 for read, logits in forwards if read[1] > logits[1]) >= 13 // (chunk or 13)
+        assert sum(logits[1] <= 4 for read, logits in forwards if read[1] > logits[1]) >= 13 // (chunk or 13)
         if rows == 1:
             check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
 
@@ -135,4 +135,4 @@ def test_what_compiled_code_cannot_read_is_read_as_it_is(
     mask[1, 3:5] = 0
     plain = answer(target, text, attention_mask=mask)
     assert answer(target, text, head, attention_mask=mask).sequences.tolist() == plain.sequences.tolist()
-    assert forwards and all(read[1] == logits[1] for read, logits in forwards)
+    assert forwards and all(read[1] <= logits[1] for read, logits in forwards)

@@ -43,8 +43,9 @@ class Restless(Policy):
     def grow(self, level: Any) -> bool:
         return self._next(self.grows)
 
-    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
-        return self._next(self.sizes)
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int | list[int]:
+        each = [self._next(self.sizes) for _ in scores]
+        return each if self.asked % 3 else each[0]
 
 
 class StopAt(StoppingCriteria):

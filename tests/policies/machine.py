@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from transformers_resps.policies.base import Level, Observation, Policy
+from transformers_resps.policies.base import Level, Observation, Policy, count_nodes
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
@@ -82,7 +82,9 @@ class Machine:
             ):
                 levels += 1
             scores = torch.tensor([[claim * (i + 1) for i in range(levels)]])
-            nodes = max(min(policy.size(scores, torch.arange(1, levels + 1)), shape.total_tokens, levels + 1), 1)
+            nodes = max(
+                min(*count_nodes(policy, scores, torch.arange(1, levels + 1)), shape.total_tokens, levels + 1), 1
+            )
         drafted_match = self._run_length(self.hit, levels)
         accepted = max(min(drafted_match, nodes - 1), self._run_length(self.lookup_hit, shape.lookup))
         verify = self.verify(max(nodes + shape.lookup, self.least_nodes))

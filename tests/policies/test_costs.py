@@ -139,6 +139,18 @@ def test_a_price_of_drafting_is_never_negative_and_an_interruption_moves_it_by_l
         assert min(costs.draft_seconds(1, levels) for levels in (1, 3, 9)) >= 0.0
 
 
+@pytest.mark.parametrize("levels", [1, 3])
+def test_a_cold_first_draft_is_outweighed_by_the_next_ones(levels: int) -> None:
+    costs = RunningCosts()
+    drafted(costs, levels, 1.4)
+    for _ in range(4):
+        drafted(costs, levels, 0.3)
+    assert costs.draft_seconds(1, levels) == pytest.approx((1.4 + 4 * 0.3) / 5)
+    for _ in range(20):
+        drafted(costs, levels, 0.3)
+    assert costs.draft_seconds(1, levels) < 0.33
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_curve_is_what_each_size_costs_alone(seed: int) -> None:
     """Whatever was measured in whatever order, and however far the curve was drawn before."""

@@ -10,7 +10,7 @@ import torch
 from tests.policies.machine import COMPILED, JUMPING, MACHINES, Machine
 from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
 from transformers_resps.policies.auto import default_policy
-from transformers_resps.policies.base import Observation, Policy
+from transformers_resps.policies.base import Observation, Policy, count_nodes
 from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
@@ -173,7 +173,11 @@ def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() ->
     guard, seconds, written, step = BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
     while written < 96:
         shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list, row_count=3))
-        nodes = 1 if shape.is_plain else min(guard.size(torch.zeros(3, 3), torch.arange(1, 4)), shape.total_tokens)
+        nodes = (
+            1
+            if shape.is_plain
+            else min(*count_nodes(guard, torch.zeros(3, 3), torch.arange(1, 4)), shape.total_tokens)
+        )
         cost = 1.0 + 0.5 * (nodes > 1)
         emitted = (min(nodes, 4), 1, 0)
         accepted = tuple(max(count - 1, 0) for count in emitted)

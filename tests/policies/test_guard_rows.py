@@ -1,8 +1,12 @@
 """What the guard makes of a batch, whose rows have outcomes and prices of their own."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from tests.policies.rows import observation, record
+from transformers_resps.policies.base import count_nodes
 from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
@@ -58,3 +62,23 @@ def test_what_was_too_expensive_for_eight_rows_is_tried_again_for_half_of_them(r
     assert not any(next_step((1,) * 8) for _ in range(3))
     fewer = (1,) * rows + (0,) * (8 - rows)
     assert any(next_step(fewer) for _ in range(3)) is drafts
+
+
+def test_the_budget_pays_for_the_nodes_of_all_rows_together() -> None:
+    """Two nodes for each of four rows are too expensive, eight for one of them are not more so."""
+
+    class Greedy(FixedPolicy):
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> list[int]:
+            return [9, 1, 1, 1]
+
+    guard = BaselineGuard(Greedy(TreeShape(9, 1, 8)))
+    guard._own_costs = RunningCosts.starting_from({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
+    guard._plain.seconds = 1.0
+    guard._budget.seconds = -0.3
+    seen = replace(observation(4, 3), packs_rows=True, row_accept_probs=lambda: [[]] * 4)
+    guard.choose(seen)
+    (most, *others) = count_nodes(guard, torch.zeros(4, 8), torch.ones(8))
+    assert others == [1, 1, 1] and 1 < most < 9
+    guard._budget.seconds = 8.0
+    guard.choose(seen)
+    assert count_nodes(guard, torch.zeros(4, 8), torch.ones(8)) == [9, 1, 1, 1]

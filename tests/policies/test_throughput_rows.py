@@ -11,6 +11,7 @@ from tests.decoding.rows import prompts, speculate
 from tests.policies.rows import observation, record
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
+from transformers_resps.policies.base import Observation, count_nodes
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
@@ -76,11 +77,11 @@ def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> N
     policy.observe(record(1, (1,), 1.0))
     policy.choose(observation(1))
     scores = torch.log(torch.tensor([[0.9, 0.3, 0.3, 0.3]]))
-    cheap = policy.size(scores, ONE.expand(4))
+    (cheap,) = count_nodes(policy, scores, ONE.expand(4))
     policy.costs.add(2, 0, 1.3, 0.0, 1.3)
     policy.costs.add(4, 0, 2.5, 0.0, 2.5)
     policy.choose(observation(1))
-    assert policy.size(scores, ONE.expand(4)) < cheap
+    assert count_nodes(policy, scores, ONE.expand(4))[0] < cheap
 
 
 def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
@@ -91,7 +92,44 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
         policy.observe(record(1, (1,) * 8, 1.0))
         policy.costs.add(2, 1, 1.2, 0.05, 1.25)
         policy.choose(replace(observation(8), row_weights=row_weights))
-        return policy.size(torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)), ONE)
+        return count_nodes(policy, torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)), ONE)[0]
 
     assert nodes([4.5] + [0.5] * 7) == 2
     assert nodes([1.0] * 8) == nodes([0.1] + [7.9 / 7] * 7) == nodes([]) == 1
+
+
+def ragged(rows: int, chains: list[list[float]] | None = None) -> Observation:
+    """Of rows whose trees may differ in size."""
+    found = chains or [[]] * rows
+    return replace(observation(rows), packs_rows=True, row_accept_probs=lambda: found, row_weights=[1.0] * rows)
+
+
+def timed(rows: int, seconds: dict[int, float]) -> ThroughputPolicy:
+    """A policy that knows what forwards over so many nodes beside the roots cost."""
+    policy = ThroughputPolicy()
+    policy.observe(record(1, (1,) * rows, seconds[0]))
+    for nodes, verify in seconds.items():
+        policy.costs.add(1 + nodes, 1, verify, 0.05, verify + 0.05)
+    return policy
+
+
+def test_nodes_go_to_the_rows_that_are_sure_of_them() -> None:
+    """Each costs a fifth of what a token is worth in one of four rows; shared alike they would pay for none."""
+    policy = timed(4, {0: 1.0, 8: 1.0 + 8 * 0.2 * 0.25 * 2.5})
+    policy.choose(ragged(4))
+    scores = torch.log(torch.tensor([[0.9, 0.8], [0.2, 0.1], [0.9, 0.1], [0.1, 0.1]]))
+    assert policy.size(scores, torch.tensor([1, 2])) == [3, 1, 2, 1]
+
+
+def test_rows_look_up_what_pays_in_each() -> None:
+    policy = timed(4, {0: 1.0, 8: 2.0})
+    shape = policy.choose(replace(ragged(4, [[0.9, 0.8, 0.7], [], [0.2, 0.1], [0.95, 0.1]]), can_draft=False))
+    assert shape == TreeShape(1, 0, 1, lookup=3)
+    assert 0.2 < policy.least_lookup_prob <= 0.7
+
+
+def test_a_forward_over_rows_of_different_sizes_is_priced_by_all_its_nodes() -> None:
+    policy = timed(4, {0: 1.0})
+    policy.choose(ragged(4))
+    policy.observe(record(3, (3, 1, 2, 1), 1.5, sizes=RowCounts((3, 1, 2, 1))))
+    assert policy.costs.verify_seconds(4) == pytest.approx(1.5, rel=0.01)

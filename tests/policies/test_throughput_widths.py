@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from transformers_resps.policies.base import Level, Observation, Policy
+from transformers_resps.policies.base import Level, Observation, Policy, count_nodes
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy, WidthMemory
 from transformers_resps.telemetry import RowCounts, StepRecord
@@ -43,7 +43,9 @@ class Forks:
         count = 1
         if pool:
             scores, levels = [path_score(path) for path in pool], [len(path) for path in pool]
-            count = min(policy.size(torch.tensor([scores]), torch.tensor(levels)), shape.total_tokens, len(pool) + 1)
+            count = min(
+                *count_nodes(policy, torch.tensor([scores]), torch.tensor(levels)), shape.total_tokens, len(pool) + 1
+            )
         kept = sorted(pool, key=path_score, reverse=True)[: count - 1]
         leaves = [path for path in kept if not any(other[:-1] == path for other in kept)]
         depth = 1 + max(map(len, kept), default=0)

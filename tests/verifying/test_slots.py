@@ -1,11 +1,23 @@
 """Buffers of slots: entries keep their places while buffers grow, rows go and windows are handed out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from tests.targets import ARCHITECTURES, Architecture
 from tests.verifying.filled_cache import filled_cache
-from transformers_resps.verifying.slots import SlotBuffers, padded_count
+from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.slots import (
+    PackedForward,
+    SlotBuffers,
+    SlotEngine,
+    SlotForward,
+    forward_over_slots,
+    padded_count,
+)
 
 
 LENGTH = 5
@@ -97,3 +109,66 @@ def test_a_forward_on_a_cpu_has_four_rows_or_more_and_two_nodes_of_each_text() -
     cpu = torch.device("cpu")
     assert [padded_count(cpu, count) for count in (1, 2, 4, 9)] == [4, 4, 4, 9]
     assert [padded_count(cpu, 1, rows) for rows in (1, 2, 3, 4, 8)] == [4, 2, 2, 2, 2]
+
+
+# Nodes of several rows as one
+
+TREES = (torch.tensor([[3, 4, 5, 6, 7]] * 3), torch.tensor([[0, 0, 1, 1, 3], [0, 0, 0, 2, 3], [0, 0, 1, 2, 3]]))
+SIZES = [3, 5, 1]
+PACKED = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 10, 10, 10])  # of rows of five, and padding
+
+
+def packed_inputs(slots: int = 16) -> list[Tensor]:
+    """A tree of each of three rows, which stand at different places, one after padding."""
+    tree = DraftTree.from_parents(*TREES)
+    roots, seen = torch.tensor([[4, 4], [6, 5], [3, 3]]), torch.ones(3, slots, dtype=torch.bool)
+    seen[1, 0] = False
+    return [tree.tokens, tree.depths, tree.ancestors, roots, seen]
+
+
+def buffers_of(target: PreTrainedModel, pattern: Any, slots: int = 16) -> list[Tensor]:
+    torch.manual_seed(2)
+    parts = [part for layer in pattern.layers for part in (layer.keys, layer.values) if part is not None]
+    return [torch.randn(slots, 3, part.shape[1], part.shape[3], dtype=target.dtype) for part in parts]
+
+
+_NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "gemma3_text", "gpt2", "olmo2", "qwen3_moe")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if str(one) in _NAMES], ids=str)
+def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architecture: Architecture) -> None:
+    target = architecture.build("sdpa")
+    assert forward_over_slots(target, is_batch=True) is PackedForward
+    pattern, inputs = SlotEngine().pattern(target), packed_inputs()
+    kept, buffers = torch.arange(5), buffers_of(target, pattern)
+    packed_buffers = [part.clone() for part in buffers]
+    logits, *features = SlotForward(target, pattern, [1])([*inputs, kept], buffers)
+    found, *caught = PackedForward(target, pattern, [1])([*inputs, PACKED, torch.arange(11)], packed_buffers)
+    start = 0
+    for row, size in enumerate(SIZES):
+        torch.testing.assert_close(found[0, start : start + size], logits[row, :size])
+        torch.testing.assert_close(caught[0][row, :size], features[0][row, :size])
+        written = slice(int(inputs[3][row, 0]), int(inputs[3][row, 0]) + size)
+        for mine, whole in zip(packed_buffers, buffers, strict=True):
+            torch.testing.assert_close(mine[written, row], whole[written, row])
+        start += size
+    assert torch.equal(packed_buffers[0][5:, 0][2:], buffers_of(target, pattern)[0][7:, 0]), "no other slot is written"
+
+
+def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
+    """A size that a trace fixes would make each process compile anew, and each size."""
+    target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
+    pattern, inputs = SlotEngine().pattern(target), packed_inputs()
+    forward = PackedForward(target, pattern, [])
+    tensors = [*inputs, PACKED, torch.tensor([2, 7, 8, 8]), *buffers_of(target, pattern)]
+    sizes = [*forward.sizes, "sb..", "sb.."]
+    changing = [{at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size != "."} for part in sizes]
+
+    class Program(torch.nn.Module):
+        def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+            return forward.function(*given)
+
+    with forward.running(), torch.no_grad():
+        program = torch.export.export(Program(), tuple(tensors), dynamic_shapes=(changing,), strict=False)
+    assert all(limits.lower <= 2 and limits.upper > 2**31 for limits in program.range_constraints.values())

@@ -168,10 +168,12 @@ def _openvino(target: Any) -> dict[str, AnswerFn]:
 
 def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> AnswerFn:
     import openvino
-    from openvino_genai import GenerationConfig, LLMPipeline
+    from openvino_genai import GenerationConfig, LLMPipeline, SchedulerConfig
 
     precision = _PRECISIONS[dtype]
-    options |= {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+    scheduler = SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # no other method keeps what an earlier call has read
+    options |= {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision, "scheduler_config": scheduler}
     pipeline = LLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads(), **options)
 
     def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:

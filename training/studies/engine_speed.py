@@ -24,7 +24,7 @@ we compile nothing.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,16 +189,27 @@ class EngineBench:
         return EngineRun(self.model, way.tau, run.timing, same)
 
 
+def _after_prompt(timing: AnswerTiming) -> AnswerTiming:
+    return replace(timing, tokens=timing.tokens - 1, seconds=timing.seconds - timing.prefill_seconds)
+
+
 def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
-    """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts."""
+    """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts.
+
+    `after_prompt` is the ratio to plain decoding, or to compiled plain decoding where there is one, of what follows
+    the first token: a long prompt takes longer than its answer.
+    """
     timed = [run for run in runs if run.timing.repeat >= 0]
     rows = []
     for model, way in dict.fromkeys((run.model, run.timing.method) for run in timed):
         own = [run for run in timed if (run.model, run.timing.method) == (model, way)]
-        found = asdict(summarise([run.timing for run in timed if run.model == model], way))
+        timings = [run.timing for run in timed if run.model == model]
+        found = asdict(summarise(timings, way))
+        late = summarise([_after_prompt(timing) for timing in timings], way)
         rows.append(
             {"model": model, "way": found.pop("method"), "planted": own[0].planted}
             | {name: value for name, value in found.items() if name != "temperature"}
+            | {"after_prompt": late.ratio if late.compiled_ratio is None else late.compiled_ratio}
             | {"same_text": sum(run.same for run in own) / len(own)}
         )
     return rows

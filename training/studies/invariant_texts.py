@@ -42,7 +42,7 @@ from transformers_resps.tools.bench import BenchConfig, BenchModels
 from transformers_resps.tools.loading import default_device, load_source, short_name
 from transformers_resps.tools.methods import Prompt
 from transformers_resps.tools.results import machine
-from transformers_resps.tools.session import read_dialogues
+from transformers_resps.tools.session import Dialogue, read_dialogues
 
 from .experiment import execute, print_table
 
@@ -240,11 +240,14 @@ def answer_all(
 
 
 def choose_prompts(args: argparse.Namespace, models: BenchModels) -> Iterator[Prompt]:
-    """The first turns of all files, shuffled; those that leave no room for the answer are left out."""
+    """The first turns of all files, shuffled and joined; those that leave no room for the answer are left out."""
     dialogues = [one for source in args.dataset for one in read_dialogues(source)]
     random.Random(0).shuffle(dialogues)
     context = models.target.config.get_text_config().max_position_embeddings
-    for dialogue in dialogues:
+    for first in range(0, len(dialogues) - args.join + 1, args.join):
+        group = dialogues[first : first + args.join]
+        turn = "\n\n".join(one.turns[0] for one in group)
+        dialogue = Dialogue("+".join(one.name for one in group), group[0].opening, (turn,))
         prompt = dialogue.prompt(models.tokenizer)
         if len(prompt.input_ids) + args.tokens <= context:
             yield prompt
@@ -260,7 +263,7 @@ def study(args: argparse.Namespace) -> int:
     heads |= {short_name(name): load_source(name, models.target) for name in args.also}
     arms = arms_of(heads)
     facts = {
-        **{name: getattr(args, name) for name in ("target", "head", "also", "dataset", "tokens", "pack")},
+        **{name: getattr(args, name) for name in ("target", "head", "also", "dataset", "join", "tokens", "pack")},
         **machine(models.target),
         "code_sha256": code()["code_sha256"],
     }
@@ -286,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--also", nargs="+", default=[], metavar="HEAD", help="heads, MTP layers or small models that draft, too")
     add("--dataset", nargs="+", required=True, help=".jsonl or .json with turns, messages or prompt")
     add("--prompts", type=positive, default=1000)
+    add("--join", type=positive, default=1, help="first turns that make up one prompt, where it shall be long")
     add("--tokens", type=positive, default=256, help="of each text")
     add("--every", type=positive, default=4, help="batches of which one prompt is answered alone by every arm")
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")

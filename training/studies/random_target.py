@@ -113,7 +113,7 @@ def random_target(
     """
     config = AutoConfig.for_model(
         **SHAPES[shape],
-        max_position_embeddings=4096,
+        max_position_embeddings=65536,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

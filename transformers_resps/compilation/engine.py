@@ -209,7 +209,8 @@ class CompileEngine(ABC, Generic[Owner]):
                 f"Compiling {self.name} again, because inference mode, autocast or the number of threads has changed. "
                 "Call `generate` in the same way every time."
             )
-        else:
+        elif self.name not in self._warned:  # of several functions only once
+            self._warned.add(self.name)
             logger.warning(f"Compiling {self.name}, once. {self.duration}")
 
 

@@ -6,10 +6,12 @@ then descends if a child carries the pick, and stops otherwise. So every token i
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
 looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
 
-`accept` is the rule. `accept_picks` is the same rule without these calls: for greedy decoding that nothing observes,
-and where the calls keep no state, so that they could be made for all nodes before the path is known.
+`accept` is the rule. `accept_picks` is the same rule without most of these calls: where nothing observes a token and
+processors read scores alone, rows of a ragged batch pick together, level by level; where the calls keep no state, they
+could be made for all nodes before the path is known.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -106,6 +108,8 @@ def accept_batch(
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
+    elif picks is None and batch.picks_by_scores(tree.node_count):
+        picks = Picks.asked(tree, logits, texts[0].pick)
     if picks is not None:
         acceptance = accept_picks(picks, texts)
     elif batch.in_lockstep:
@@ -215,6 +219,7 @@ class Picks:
         logits: `[b, n, v]`.
         tokens: `[b, n]` the picks where they were made; `None` on a CPU.
         processed: where scores were processed before, what a text needs to commit the picks.
+        pick: the tokens `[r]` of logits `[r, v]`, which is asked in commit order; `None` takes the largest.
     """
 
     def __init__(
@@ -224,14 +229,16 @@ class Picks:
         logits: Tensor,
         tokens: Tensor | None = None,
         processed: "ProcessedPicks | None" = None,
+        pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._pick = pick
         self.children, self.tokens, self.processed, self.device = children, tokens, processed, logits.device
         self._rows, self._logits = rows, logits
 
     @classmethod
-    def asked(cls, tree: DraftTree, logits: Tensor) -> "Picks":
-        """Of the largest logits, each when it is asked for."""
-        return cls(tree.children(), None, logits)
+    def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
+        """Each when it is asked for."""
+        return cls(tree.children(), None, logits, pick=pick)
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
@@ -241,13 +248,14 @@ class Picks:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
         parents, drafted = (part.to(tokens.device) for part in (tree.parents, tree.tokens))
         parents, drafted, rows = torch.stack([parents, drafted, tokens]).tolist()
-        return cls(first_children(parents, drafted), rows, logits, tokens, processed)
+        return cls(first_children(tree.row_sizes, parents, drafted), rows, logits, tokens, processed)
 
     def at(self, rows: list[int], nodes: list[int]) -> list[int]:
         """The pick at one node in each of these rows."""
         if self._rows is not None:
             return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
-        found: list[int] = logits_at(rows, nodes, self._logits).argmax(-1).tolist()
+        logits = logits_at(rows, nodes, self._logits)
+        found: list[int] = (logits.argmax(-1) if self._pick is None else self._pick(logits)).tolist()
         return found
 
 

@@ -161,7 +161,8 @@ class TreeDecoding:
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
         # levels below the root that the limit of the shortest text and the target's positions allow
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
-        return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds)
+        packs = self._verifier.packs_rows
+        return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds, packs_rows=packs)
 
     def _leave_out_compiling(self) -> None:
         """Book compiling to the call. Charged to a step, no policy would try that size again."""
@@ -242,6 +243,7 @@ class TreeDecoding:
             drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=sum(seconds.values()),
             proposed=proposal.proposed(acceptance.paths, acceptance.gained),
+            sizes=RowCounts(proposal.tree.row_sizes if self._verifier.packs_rows else ()),
             least_nodes=self._verifier.least_nodes,
         )
         self.report.steps.append(record)

@@ -109,7 +109,14 @@ class Proposer:
             self._drafter.read()
 
     def propose(
-        self, root: Tensor, step: int, context_length: int, room: int, prompt_seconds: float = 0.0
+        self,
+        root: Tensor,
+        step: int,
+        context_length: int,
+        room: int,
+        prompt_seconds: float = 0.0,
+        *,
+        packs_rows: bool = False,
     ) -> Proposal:
         """The tree below the newest tokens.
 
@@ -119,6 +126,7 @@ class Proposer:
             context_length: positions so far, the root and padding included.
             room: tokens that the text may still gain.
             prompt_seconds: see `Observation`.
+            packs_rows: see `Observation`.
 
         Raises:
             ValueError: no step can follow a decision of the policy.
@@ -135,34 +143,40 @@ class Proposer:
             can_draft=self._drafter is not None,
             row_count=len(root),
             device_type=root.device.type,
+            packs_rows=packs_rows,
+            row_accept_probs=self._row_accept_probs if packs_rows and not self._rows.in_lockstep else None,
         )
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
         )
+        is_ragged = observation.row_accept_probs is not None
         pool, looked_up = self._draft(shape), 0
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
-        tree = self._tree(root, pool, shape.total_tokens)
+        tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:
             chains = self._lookup.draft(shape, self._policy)
             looked_up = chains.tokens.shape[1]
             tree = tree.with_pool(chains) if looked_up else tree
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
-    def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int) -> DraftTree:
+    def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
         """The best nodes of a pool, where the pool is; without one the root, on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # the host need not know the root that the device has: `below` puts it there
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)
         if pool is not None:
-            total_tokens = min(total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
+            most = min(total_tokens, 1 + pool.tokens.shape[1])
+            sizes = [min(max(count, 1), most) for count in count_nodes(self._policy, pool.scores, pool.levels)]
+            total_tokens = max(sizes)
             built = None if self._drafter is None else self._drafter.built_tree
             if built is not None and built.node_count == total_tokens and built.tokens.device == device:
                 return built
             if total_tokens > 1:
-                return DraftTree.from_pool(known, pool, total_tokens)
+                own = sizes if is_ragged and min(sizes) < total_tokens else ()
+                return DraftTree.from_pool(known, pool, total_tokens, sizes=own)
         return DraftTree.root_only(known)
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -180,6 +194,9 @@ class Proposer:
             return self._drafter.draft(shape, self._policy)
         self._drafter.read(at_least=MAX_UNREAD)
         return None
+
+    def _row_accept_probs(self) -> list[list[float]]:
+        return [match.prefix_accept_probs for match in self._lookup.matches]
 
     def _prefix_accept_probs(self) -> list[float]:
         matches = self._lookup.matches

@@ -95,7 +95,7 @@ class Text:
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
         self._keep_padding, self.stops_at_ends = keep_padding, stops_at_ends
-        self._has_hooks = bool(logits_processor) or streamer is not None or keep_scores or keep_logits
+        self._is_watched = streamer is not None or keep_scores or keep_logits
         self.stop_conditions = StopConditions.of(stopping_criteria) if len(input_ids) == 1 else None
         is_supported = TreeLogitsProcessor.supports(logits_processor)
         self._tree_processor = TreeLogitsProcessor(logits_processor) if is_supported else None
@@ -159,7 +159,15 @@ class Text:
         """Whether the next `count` tokens are those of the largest logits until `ends_with` says so: one row, no
         sampling, no hook that sees a token, no warning on the way.
         """
-        return self._ends_silently(count) and not self.do_sample and not self._has_hooks
+        return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
+
+    def picks_by_scores(self, count: int) -> bool:
+        """Whether the next `count` tokens are those that `pick` finds until `ends_with` says so: of one row, without
+        looking at its tokens.
+        """
+        processor = self._tree_processor
+        reads_scores = processor is not None and not processor.reads_texts
+        return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
         """Whether every node of a tree can be processed before the path is known: one row, with processors and
@@ -202,6 +210,16 @@ class Text:
             for token in tokens:
                 self._streamer.put(torch.tensor([token]))
 
+    def pick(self, logits: Tensor) -> Tensor:
+        """The tokens `[any]` that texts like this one pick by logits `[any, v]`, where they do so `by_scores`."""
+        scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
+        return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
+
+    def _picked(self, scores: Tensor) -> Tensor:
+        if self.do_sample:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
+
     def commit(self, logits: Tensor) -> Tensor:
         """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
 
@@ -217,10 +235,7 @@ class Text:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
-        if self.do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
+        tokens = self._picked(scores)
         if self._pads:
             assert self.pad_token is not None
             tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
@@ -299,6 +314,10 @@ class Batch:
     def is_plain_greedy(self, count: int) -> bool:
         """Whether this holds of every decoded text: see `Text.is_plain_greedy`."""
         return all(text.is_plain_greedy(count) for text in self.decoded_texts)
+
+    def picks_by_scores(self, count: int) -> bool:
+        """Whether this holds of every decoded text: see `Text.picks_by_scores`."""
+        return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
         """Counts of the decoded rows as those of all rows of the call, 0 where a row is decoded no more."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,13 +20,17 @@ from .pool_growth import Frontier, Growth, RunLevel
 
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
+# Inputs and buffers -> such ones as code is compiled for
+Example = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
-# The dimensions of a pass's inputs (`PassInputs`, then places) and of its buffers that change, with several rows.
+# The dimensions of a pass's inputs (`PassInputs`, then places, as of features) and of its buffers that change, with
+# several rows.
 _PASS_SIZES, _PLACE_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1)), (0, 1), (0, 2)
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, each shape once; or compiles a pass, once for all sizes.
+    """Captures whole drafts of one source, each shape once; or compiles a pass, and what fuses the features that
+    passes read, once for all sizes.
 
     Args:
         capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
@@ -113,13 +118,37 @@ class DraftEngine(CompileEngine[StepModel]):
             return None
         is_batch, tensors = len(inputs.tokens) > 1, inputs.laid_out(places)
         code = self._pass_code(cache, is_batch, len(places))
-        is_ready = code.fast.is_ready(tensors, cache.buffers)
-        if not is_ready:
-            if is_batch is not self._in_batch:  # what is left of a batch is not worth a compilation
-                return None
-            self.prepare(code, *_example(tensors, cache.buffers))
-        grown: tuple[Tensor, Growth] | None = self.run(code, tensors, cache.buffers, is_ready=is_ready)
+        grown: tuple[Tensor, Growth] | None = self._ran(code, tensors, cache.buffers, _example)
         return grown
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """As the model fuses features `[b, t, F]`: compiled where that is worth it."""
+        model, count = self.owner, features.shape[1]
+        if not self.compiles or not model.fuses_by_weights:
+            return model.fuse(features)
+        enough = features.expand(-1, LEAST_TOKENS, -1) if count < LEAST_TOKENS else features
+        fused: Tensor | None = self._ran(self._fuse_code(len(features) > 1), [enough], (), _example_features)
+        return model.fuse(features) if fused is None else fused[:, :count]
+
+    def _ran(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], example: Example) -> Any:
+        is_ready = code.fast.is_ready(inputs, buffers)
+        if not is_ready:
+            if (len(inputs[0]) > 1) is not self._in_batch:  # what is left of a batch is not worth a compilation
+                return None
+            self.prepare(code, *example(inputs, buffers))
+        return self.run(code, inputs, buffers, is_ready=is_ready)
+
+    def _fuse_code(self, is_batch: bool) -> Code:
+        def draft_features(features: Tensor) -> Tensor:
+            return self.owner.fuse(features)
+
+        def make() -> Code:
+            name = f"features of {type(self.owner).__name__}, {is_batch=}"
+            sizes = _PLACE_SIZES if is_batch else _PLACE_SIZES[1:]
+            fast = CompiledFunction(draft_features, [sizes], packages=self.packages, name=name)
+            return Code(draft_features, fast, lambda fused: fused, "fused features", self.owner.dtype)
+
+        return self.code(("features", is_batch), make)
 
     def _pass_code(self, cache: DraftCache, is_batch: bool, place_count: int) -> Code:
         tree_room = cache.tree_room
@@ -170,6 +199,12 @@ def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[
     return [part.clone(memory_format=torch.contiguous_format) for part in made], [
         part[:rows].clone(memory_format=torch.contiguous_format) for part in buffers
     ]
+
+
+def _example_features(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Likewise of features."""
+    rows, count = min(len(inputs[0]), 2), 3
+    return [inputs[0][:rows, :1].expand(rows, count, -1).clone(memory_format=torch.contiguous_format)], buffers
 
 
 class DraftEngines:

@@ -296,7 +296,7 @@ class LevelDrafter(Drafter):
             text = text & seen[:, None] | (order == looking)  # padding sees itself: never NaN
         inputs = PassInputs(
             tokens,
-            self._model.fuse(features),
+            engine.fuse(features),
             slots,
             torch.zeros(rows, count, max(count, LEAST_TOKENS) + 1, dtype=torch.bool, device=device),
             text,

@@ -69,7 +69,7 @@ class LevelForward:
             torch.arange(start, start + width, device=tokens.device).expand(rows, -1),
             visible,
             text[:, None].expand(rows, width, -1),
-            F.pad(scores, (0, count - width), value=-torch.inf),
+            scores if width == count else F.pad(scores, (0, count - width), value=-torch.inf),
             torch.eye(count, dtype=torch.bool, device=tokens.device),
         )
         places = at_positions(self._places, slice(level - 1, level))
@@ -124,8 +124,7 @@ class PassInputs(NamedTuple):
         of_tokens, others = [*self[:5], *places], self[5:]
         if count < LEAST_TOKENS:
             of_tokens = [part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in of_tokens]
-        parts = [*of_tokens[:5], *others, *of_tokens[5:]]
-        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        return [*of_tokens[:5], *others, *of_tokens[5:]]
 
 
 class PassFunction:

@@ -186,8 +186,10 @@ class LookupDrafter(Drafter):
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """A chain of at most `shape.lookup` nodes of each row, on the host; see `CandidatePool.from_chains`."""
-        chains = [match.tokens[: shape.lookup] for match in self.matches]
-        return CandidatePool.from_chains(chains, [match.prefix_accept_probs[: shape.lookup] for match in self.matches])
+        found, least = self.matches, policy.least_lookup_prob
+        probs = [[prob for prob in one.prefix_accept_probs[: shape.lookup] if prob >= least] for one in found]
+        chains = [one.tokens[: len(kept)] for one, kept in zip(found, probs, strict=True)]
+        return CandidatePool.from_chains(chains, probs)
 
     def keep_rows(self, rows: list[int]) -> None:
         self.read()

@@ -494,6 +494,7 @@ class BoundHead(TrainableModel):
     """
 
     is_compilable = True
+    fuses_by_weights = True
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.check_target(target)

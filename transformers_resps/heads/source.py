@@ -82,6 +82,7 @@ class StepModel(ABC):
         reads_features: whether it pairs tokens with hidden states.
         reads_target: whether it has no keys of its own, and attends to the target's committed ones.
         rereads_target: whether deeper depths or levels, too, read the target's hidden state in place of an output.
+        fuses_by_weights: whether `fuse` multiplies by a matrix.
         needs_all_queries: whether a pass computes every output, wanted or not.
         is_compilable: whether a level may run as compiled or captured code.
         mask_copies: heads that share keys, where `run` wants a mask for each of them.
@@ -98,6 +99,7 @@ class StepModel(ABC):
     reads_features: bool = True
     reads_target: bool = False
     rereads_target: bool = False
+    fuses_by_weights: bool = False
     needs_all_queries: bool = True
     has_fixed_places: bool = True
     counts_padding: bool = True

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -45,6 +45,9 @@ class Observation:
         can_draft: whether there is a head, or another source of levels.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
+        packs_rows: whether the target computes only nodes that count, so that rows may have trees of their own sizes.
+            A step is then priced by all its nodes beside the roots: see `StepRecord.computed`.
+        row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
     """
 
     features: Tensor | None
@@ -58,6 +61,19 @@ class Observation:
     can_draft: bool = True
     row_count: int = 1
     device_type: str = "cpu"
+    packs_rows: bool = False
+    row_accept_probs: Callable[[], list[list[float]]] | None = None
+
+    @property
+    def node_price(self) -> int:
+        """By how many nodes a step is priced higher, if each row gets one node more."""
+        return self.row_count if self.packs_rows else 1
+
+    def looked_up(self, most: int, least_prob: float) -> int:
+        """By how many nodes a step with chains of at most `most` is priced higher, none below a probability."""
+        if self.row_accept_probs is None:
+            return most * self.node_price
+        return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +102,8 @@ class Policy(ABC):
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
         grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
             go, which accelerators are fast at. Read after each `choose`.
-        probes_head: true if it learns from draft-only probes, of which nothing is verified. `BaselineGuard` reads it.
+        probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
+        least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
         head_identity: likewise the head. Its weights are hashed only for a policy with an identity.
@@ -97,6 +114,7 @@ class Policy(ABC):
     needs_drafted_match: bool = True
     grows: bool = True
     probes_head: bool = False
+    least_lookup_prob: float = 0.0
     costs: RunningCosts | None = None
     target_identity: Identity | None = None
     head_identity: Identity | None = None
@@ -130,8 +148,9 @@ class Policy(ABC):
         """Return whether to draft another level, up to the chosen depth. Not asked if `grows` is false."""
         return True
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
-        """Return how many nodes to verify, root included; at most `total_tokens` are.
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
+        """Return how many nodes to verify, root included; at most `total_tokens` are. A number for each row is right
+        where there are `row_accept_probs`; elsewhere the largest holds for all.
 
         Args:
             scores: `[b, p]` fp32 cumulative log probabilities of the pool's nodes, every parent before its children.
@@ -181,6 +200,7 @@ class PolicyWrapper(Policy):
     needs_drafted_match: bool = _of_wrapped("needs_drafted_match")
     grows: bool = _of_wrapped("grows")
     probes_head: bool = _of_wrapped("probes_head")
+    least_lookup_prob: float = _of_wrapped("least_lookup_prob")
     costs: RunningCosts | None = _of_wrapped("costs")
     target_identity: Identity | None = _of_wrapped("target_identity")
     head_identity: Identity | None = _of_wrapped("head_identity")
@@ -201,7 +221,7 @@ class PolicyWrapper(Policy):
     def grow(self, level: Level) -> bool:
         return self.policy.grow(level)
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         return self.policy.size(scores, levels)
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
@@ -263,19 +283,24 @@ def wants_level(policy: Policy, level: Level) -> bool:
         raise ValueError(f"{policy!r} returned {answer!r} from `grow`. Return True or False.") from error
 
 
-def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> int:
-    """How many nodes `policy` verifies of a pool; below 1 counts as the root alone.
+def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
+    """How many nodes of each row `policy` verifies of a pool; below 1 counts as the root alone.
 
     Raises:
-        ValueError: its answer is no number.
+        ValueError: its answer is no number, and no number for each row.
     """
-    answer = policy.size(scores, levels)
+    answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
-        return int(answer)
+        counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(
             f"{policy!r} returned {answer!r} from `size`. Return an integer; 1 verifies the root alone."
         ) from error
+    if len(counts) != rows:
+        raise ValueError(
+            f"{policy!r} returned {len(counts)} numbers from `size` for {rows} rows. Return one for each."
+        )
+    return counts
 
 
 def check_identity_values(what: str, value: Any) -> None:

@@ -228,7 +228,7 @@ _OUTDATED_PLAIN = 0.6  # times a plain step: a tree faster than this shows that 
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
 _RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
 _ROUNDING = 1e-9  # seconds
-_NEWEST = 0.1  # weight of a new draft in the price of drafting
+_LEARNED = 10  # drafts: the price of drafting is their mean at first, and moves by a tenth for each later
 _INERTIA = 0.1  # the known price of a level counts as much as drafts whose levels have this variance
 # Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
 # place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
@@ -268,7 +268,7 @@ class RunningCosts(CostModel):
         for nodes, seconds in verify.items():
             costs.add(nodes, 0, seconds, 0.0, seconds)
         if start_seconds + level_seconds > 0:
-            costs._draft = _DraftPrice(1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
+            costs._draft = _DraftPrice(_LEARNED, 1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
         costs.overhead = overhead
         return costs
 
@@ -395,9 +395,13 @@ class RunningCosts(CostModel):
 class _DraftPrice:
     """Seconds of a draft as `start + slope * levels`, neither below 0: least squares, in which the past fades.
 
+    The first drafts count alike: one of them may be slow, as the first after loading is, and a price that is too high
+    keeps a policy from asking for another.
+
     Drafts of one depth do not tell the slope. It is that of drafts without a start at first, and stays later.
     """
 
+    drafts: int = 0
     levels: float = 0.0  # mean; 0 before a draft
     seconds: float = 0.0  # mean
     slope: float = 0.0
@@ -408,16 +412,18 @@ class _DraftPrice:
         return self.seconds + self.slope * (levels - self.levels)
 
     def add(self, levels: int, seconds: float) -> None:
-        if not self.levels:
+        self.drafts += 1
+        if self.drafts == 1:
             self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
             return
+        newest = 1.0 / min(self.drafts, _LEARNED)
         known = self.at(levels)
         deeper = levels - self.levels
         longer = (min(seconds, INTERRUPTED * known) if known > 0.0 else seconds) - self.seconds
-        self.levels += _NEWEST * deeper
-        self.seconds += _NEWEST * longer
-        self.variance = (1.0 - _NEWEST) * (self.variance + _NEWEST * deeper * deeper)
-        self.covariance = (1.0 - _NEWEST) * (self.covariance + _NEWEST * deeper * longer)
+        self.levels += newest * deeper
+        self.seconds += newest * longer
+        self.variance = (1.0 - newest) * (self.variance + newest * deeper * deeper)
+        self.covariance = (1.0 - newest) * (self.covariance + newest * deeper * longer)
         slope = (self.covariance + _INERTIA * self.slope) / (self.variance + _INERTIA)
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 

@@ -49,8 +49,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays its duration;
     0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the budget is
-    made smaller, down to a plain step. So a new head is asked for one level at first, of which nothing is verified,
-    then for small trees, each of at most twice the nodes of any before.
+    made smaller, down to a plain step. So a new head is asked for one level at first, and only nodes that the step
+    computes anyway are verified; then for small trees, each of at most twice the nodes of any before.
 
     Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head of which nothing was ever
     accepted. In addition it may lose:
@@ -88,7 +88,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget = ExplorationBudget()
         self._progress = RowProgress()
         self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
-        self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it
+        self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it, as they are priced
+        self._node_price = 1  # see `Observation`
         self._rows = 0  # that were decoded when losses were forgiven last
         # Costs and a plain step's seconds before the first row of this batch ended; the next batch starts with them
         self._of_all_rows: tuple[RunningCosts, float] | None = None
@@ -114,13 +115,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._levels = 0
         if not self._known.knows_plain or self._plain.is_due:
             return TreeShape.plain()
-        shape = ask_shape(self.policy, observation)
+        shape, self._node_price = ask_shape(self.policy, observation), observation.node_price
         if shape.is_plain:
             return shape
         self._limits = self._budget.limits(
             observation.room, self._plain.seconds, is_confident=self.is_confident, probes_head=self.probes_head
         )
-        return self._affordable(shape)
+        return self._affordable(shape, observation)
 
     def grow(self, level: Level) -> bool:
         is_probe = self._nodes == 1  # draft-only, of one level
@@ -129,8 +130,16 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._levels = level.depth + 1
         return wants_level(self.policy, level)
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
-        return min(count_nodes(self.policy, scores, levels), self._nodes)
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
+        counts, most = count_nodes(self.policy, scores, levels), max(self._nodes, 1)
+        while self._priced(counts, most) > self._nodes and most > 1:
+            most -= 1
+        counts = [min(count, most) for count in counts]
+        return counts if len(set(counts)) > 1 else counts[0]
+
+    def _priced(self, counts: Sequence[int], most: int) -> int:
+        """The nodes by which a step over rows of so many, each at most `most`, is priced."""
+        return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
         seconds, gained = max(record.step_seconds, 0.0), self._progress.add(record)
@@ -149,7 +158,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._own_costs.add(record.computed, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
         self.policy.observe(record)
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
@@ -217,12 +226,15 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             case PlainChange.USUAL:
                 self._budget.excuse(timing.excess)
 
-    def _affordable(self, shape: TreeShape) -> TreeShape:
+    def _affordable(self, shape: TreeShape, observation: Observation) -> TreeShape:
         """The largest part of `shape` that the budget can pay for if nothing is accepted."""
-        most = 2 * self._known.largest_tree  # costs are extrapolated to twice the largest tree, not further
-        lookup = min(shape.lookup, most - 1)
-        while lookup and self._verifying(1 + lookup) > self._limits.lookup:
+        price, least_prob = observation.node_price, self.least_lookup_prob
+        # Costs are extrapolated to twice the largest tree, not further
+        most = max(2 * self._known.largest_tree, 1 + price)
+        lookup, added = shape.lookup, observation.looked_up(shape.lookup, least_prob)
+        while lookup and (added >= most or self._verifying(1 + added) > self._limits.lookup):
             lookup -= 1
+            added = observation.looked_up(lookup, least_prob)
         looked_up = TreeShape(1, 0, 1, lookup)
         if not shape.asks_head:
             return looked_up
@@ -231,20 +243,22 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
         while depth and self._drafting(shape.top_k, depth) > self._limits.total:
             depth -= 1
-        nodes = min(shape.total_tokens, most - lookup) if depth else 1
+        nodes = min(1 + (shape.total_tokens - 1) * price, most - added) if depth else 1
         drafting = self._drafting(shape.top_k, depth)
-        free = self._verifying(1 + lookup)  # nodes that cost nothing are verified: they may earn their draft
-        while nodes > 1 and drafting + (verifying := self._verifying(nodes + lookup)) > self._limits.tree:
+        free = self._verifying(1 + added)  # nodes that cost nothing are verified: they may earn their draft
+        while nodes > 1 and drafting + (verifying := self._verifying(nodes + added)) > self._limits.tree:
             if verifying <= free:
                 break
             nodes -= 1
+        if observation.row_accept_probs is None:
+            nodes -= (nodes - 1) % price
         if depth == 0 or (nodes == 1 and not probes_head):
             return looked_up
         deepest = shape.depth if by_level else depth if nodes > 1 else 1
         self._levels, self._nodes = 1 if self.grows else deepest, nodes  # `grow` counts further levels, where asked
         if probes_head:
             return TreeShape(shape.total_tokens, deepest, shape.top_k, lookup)
-        return TreeShape(nodes, depth, shape.top_k, lookup)
+        return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:
         """Seconds that verifying `nodes` takes beyond a plain step; a cautious guess before any tree was measured."""

@@ -8,9 +8,10 @@ start that may be fitted or measured beforehand.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from operator import mul
 from typing import Any, Self
 
@@ -107,36 +108,52 @@ class ThroughputPolicy(SavedPolicy):
         return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
-        step = self._step = _Step(observation.row_weights, observation.paths_cost)
+        step = self._step = _Step.of(observation)
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
-        lookup_probs = observation.prefix_accept_probs()[: observation.room - 1]
-        step.lookup, _ = self._best_prefix(lookup_probs)
-        if step.lookup:
-            step.lookup_hit = lookup_probs[0]
-        has_lookup = step.lookup > 0
-        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, has_lookup=has_lookup):
-            return TreeShape(1, 0, 1, step.lookup)
-        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
-        step.width = max(self._largest.top_k // observation.row_count, 1)
+        lookup = self._look_up(observation)
+        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, has_lookup=lookup > 0):
+            return TreeShape(1, 0, 1, lookup)
+        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
+        # nodes of each row at least, and one row may verify what others do not
+        least = 2 if step.is_ragged else 1
+        step.width = min(max(self._largest.top_k // observation.row_count, least), self._largest.top_k)
         if step.paths_cost:
             step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
         self.grows = observation.device_type == "cpu"
         depth = self._largest.depth if self.grows else self._planned_depth()
-        return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
+        return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
+
+    def _look_up(self, observation: Observation) -> int:
+        """Choose the looked-up nodes; returns those of the row that has most."""
+        step, most = self._step, observation.room - 1
+        if observation.row_accept_probs is None:
+            rows = [observation.prefix_accept_probs()[:most]]
+        else:
+            rows = [row[:most] for row in observation.row_accept_probs()]
+        likely = sorted(((prob, row) for row, own in enumerate(rows) for prob in own), reverse=True)
+        count, _ = self._best_prefix([step.factors[row] * prob for prob, row in likely])
+        self.least_lookup_prob = likely[count - 1][0] if count and step.is_ragged else 0.0
+        if not count:
+            return 0
+        chains = [[prob for prob in own if prob >= self.least_lookup_prob] for own in rows]
+        chains = chains if step.is_ragged else [rows[0][:count]]
+        step.skip_looked_up(sum(map(len, chains)) * step.price, [sum(own[:1]) for own in chains])
+        return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float]) -> tuple[int, float]:
         """How many nodes of these expected tokens to verify beside the looked-up ones, and what they gain."""
-        most = self._largest.total_tokens + _MAX_LOOKED_UP
-        seconds = self.costs.verify_curve(most)[self._step.lookup : most]
-        return best_prefix(seconds, worth, self._step.rate)
+        step = self._step
+        most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
+        seconds = self.costs.verify_curve(most)[step.lookup : most : step.price]
+        return best_prefix(seconds, worth, step.rate)
 
     def _planned_depth(self) -> int:
         """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
         step, gains = self._step, list[float]()
-        worth = [(1.0 - step.lookup_hit) * prob for prob in self.acceptance.reach(self._largest.depth)]
+        worth = [step.factors[0] * prob for prob in self.acceptance.reach(self._largest.depth)]
         for depth in range(1, self._largest.depth + 1):
             _, gain = self._best_prefix(worth[:depth])
             gains.append(gain - step.rate * self.costs.draft_seconds(step.width, depth))
@@ -147,15 +164,14 @@ class ThroughputPolicy(SavedPolicy):
         step = self._step
         if level.depth == 1:
             step.width = level.scores.shape[-1]
-        left = 1.0 - step.lookup_hit
-        probs = step.mean([self.acceptance.of(row, level.depth) for row in level.scores.tolist()])
-        children = self.acceptance.children_of(probs, level.depth, step.width)
-        step.node_probs = sorted(step.node_probs + [left * prob for prob in probs], reverse=True)
-        with_children = sorted(step.node_probs + [left * prob for prob in children], reverse=True)
-        more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_probs)[1]
+        probs = step.apart([self.acceptance.of(row, level.depth) for row in level.scores.tolist()])
+        children = [self.acceptance.children_of(row, level.depth, step.width) for row in probs]
+        step.node_worth = sorted(step.node_worth + [worth for worth, _ in step.worth(probs)], reverse=True)
+        with_children = sorted(step.node_worth + [worth for worth, _ in step.worth(children)], reverse=True)
+        more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_worth)[1]
         return more - gain > step.rate * self.costs.level_seconds
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         step, level_of = self._step, levels.tolist()
         bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
         best: list[list[float]] = []  # of each row
@@ -168,20 +184,25 @@ class ThroughputPolicy(SavedPolicy):
                 level_probs.append(min(sum(probs), 1.0))
                 nodes += [node for node in zip(row[start:stop], probs, strict=True) if node[1]]
             nodes.sort(reverse=True)
-            best.append([prob for _, prob in nodes[: self._largest.total_tokens - 1]])
+            probs = [prob for _, prob in nodes[: self._largest.total_tokens - 1]]
+            best.append(list(accumulate(probs, min)) if step.is_ragged else probs)  # a parent before its children
             step.level_probs.append(level_probs)
-        left = 1.0 - step.lookup_hit
-        worth = [left * prob for prob in step.mean(best)]
-        count, gain = self._best_prefix(worth)
-        step.expected = sum(worth[:count])
+        ranked = step.worth(step.apart(best))
+        if step.is_ragged:
+            ranked.sort(reverse=True)
+        count, gain = self._best_prefix([worth for worth, _ in ranked])
+        step.expected = sum(worth for worth, _ in ranked[:count])
         self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1))
-        return count + 1
+        if not step.is_ragged:
+            return count + 1
+        chosen = Counter(row for _, row in ranked[:count])
+        return [1 + chosen[row] for row in range(len(best))]
 
     def observe(self, record: StepRecord) -> None:
         level_probs = self._step.level_probs
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-        self.costs.add(record.computed, levels, *times, rows=record.decoded_rows)
+        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
         self._memory.add(record)
         if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
@@ -240,13 +261,44 @@ class _Step:
 
     row_weights: Sequence[float] = ()  # see `Observation`, as `paths_cost`
     paths_cost: bool = False
+    row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
+    is_ragged: bool = False  # whether each row gets as many as pay
+    factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
     rate: float = 0.0  # tokens that a second is worth (lambda)
-    lookup: int = 0  # nodes that come from the lookup
-    lookup_hit: float = 0.0  # probability that the first of them is right
+    lookup: int = 0  # nodes that come from the lookup, as they are priced
+    lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
     width: int = 0  # nodes of the head's first level
-    node_probs: list[float] = field(default_factory=list)  # of nodes with children, where the lookup fails; best first
+    node_worth: list[float] = field(default_factory=list)  # of nodes with children, where the lookup fails; best first
     level_probs: list[list[float]] = field(default_factory=list)  # that each level holds the right path, of each row
     expected: float = 0.0  # tokens that the head's nodes add to the step
+
+    @classmethod
+    def of(cls, observation: Observation) -> "_Step":
+        """At its beginning."""
+        step = cls(observation.row_weights, observation.paths_cost, observation.node_price)
+        if observation.row_accept_probs is not None:
+            step.is_ragged = True
+            rows = observation.row_count
+            step.factors = [weight / rows for weight in observation.row_weights or [1.0] * rows]
+        return step
+
+    @property
+    def price(self) -> int:
+        """Of a node of `worth`."""
+        return 1 if self.is_ragged else self.row_price
+
+    def skip_looked_up(self, nodes: int, hits: list[float]) -> None:
+        """Count looked-up nodes, which the head gains nothing from where they are right: with `hits` of each row."""
+        self.lookup, self.lookup_hit = nodes, sum(hits) / len(hits)
+        self.factors = [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
+
+    def apart(self, rows: list[list[float]]) -> list[list[float]]:
+        """Probabilities of each row's nodes, or those of a node in all rows."""
+        return rows if self.is_ragged else [self.mean(rows)]
+
+    def worth(self, rows: list[list[float]]) -> list[tuple[float, int]]:
+        """The expected tokens of these nodes, and whose they are."""
+        return [(factor * prob, row) for row, factor in enumerate(self.factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
         """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""

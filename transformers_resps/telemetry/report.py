@@ -94,7 +94,8 @@ class StepRecord:
     Attributes:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
-        verified: nodes of the target forward, root included.
+        verified: nodes of the target forward, root included; of the largest tree, where rows have trees of their own
+            sizes.
         accepted: drafted tokens that each row kept; `int(accepted)` with one row.
         emitted: tokens that each row added to the output, the accepted ones and the bonus token; 0 for finished rows.
         draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
@@ -104,6 +105,7 @@ class StepRecord:
             or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number for all, the minimum
             over rows that gained tokens. One 0 if the policy does not read it.
         proposed: the accepted tokens of all rows, by who proposed them.
+        sizes: nodes of each decoded row, where the forward computed no more than these; else empty.
         least_nodes: that the target forward computes for each row at least; `verified` nodes are filled up to them.
     """
 
@@ -117,12 +119,21 @@ class StepRecord:
     step_seconds: float
     drafted_match: RowCounts = RowCounts((0,))
     proposed: Proposed = Proposed()
+    sizes: RowCounts = RowCounts(())
     least_nodes: int = 1
 
     @property
     def computed(self) -> int:
-        """Nodes that the target forward computed for each row, padding included."""
-        return max(self.verified, self.least_nodes)
+        """Nodes by which the forward is priced: those of a row, padding included; with `sizes` one root and whatever
+        was computed beside the roots.
+        """
+        nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
+        return max(nodes, self.least_nodes)
+
+    @property
+    def rows_of_a_node(self) -> int:
+        """Decoded rows that have one more node each where `computed` is one higher."""
+        return 1 if self.sizes else self.decoded_rows
 
     @property
     def accepted_total(self) -> int:
@@ -149,7 +160,8 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values; counts of a single row are integers."""
-        counts = {"accepted": self.accepted, "emitted": self.emitted, "drafted_match": self.drafted_match}
+        names = ("accepted", "emitted", "drafted_match", "sizes")
+        counts: dict[str, RowCounts] = {name: getattr(self, name) for name in names}
         found = {name: count.to_json() for name, count in counts.items()}
         return asdict(self) | found | {"proposed": self.proposed._asdict()}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import version
@@ -91,7 +92,7 @@ class Recorder(PolicyWrapper):
         self.steps[-1].levels = level.depth + bool(grows)
         return grows
 
-    def size(self, scores: Tensor, levels: Tensor) -> int:
+    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         self.steps[-1].levels = int(levels[-1])
         return self.policy.size(scores, levels)
 

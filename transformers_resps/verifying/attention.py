@@ -36,6 +36,29 @@ _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_
 _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change its result
 
 
+class PackedNodes:
+    """Some nodes of the trees of several rows, as one row of a forward.
+
+    Args:
+        places: `[r]` of them among all nodes of all rows, one row after the other.
+        rows: b.
+        count: nodes of each row, n.
+    """
+
+    def __init__(self, places: Tensor, rows: int, count: int) -> None:
+        self._places, self._size = places, (rows, count)
+        order = torch.arange(places.shape[0], device=places.device)  # `len` would fix the size of what is compiled
+        self._orders = places.new_zeros(rows * count).scatter(0, places, order)
+
+    def together(self, states: Tensor) -> Tensor:
+        """`[b, n, ...]` -> `[1, r, ...]`."""
+        return states.flatten(0, 1).index_select(0, self._places)[None]
+
+    def apart(self, states: Tensor) -> Tensor:
+        """`[1, r, ...]` -> `[b, n, ...]`; in the place of other nodes stands any of these."""
+        return states[0].index_select(0, self._orders).view(*self._size, *states.shape[2:])
+
+
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -44,12 +67,18 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    resps_packed: "PackedNodes | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' `sdpa`, by `attend` where it would copy keys; see there for shapes.
 
-    An `attention_mask` of `None` is causal. Returns `[b, q, heads, hd]`, and nothing for the weights.
+    An `attention_mask` of `None` is causal. With `resps_packed` the query holds the nodes of several rows, `[1, heads,
+    r, hd]`, and keys and the mask are those of all rows. Returns `[b, q, heads, hd]`, and nothing for the weights.
     """
+    if resps_packed is not None:
+        whole = resps_packed.apart(query.transpose(1, 2)).transpose(1, 2)
+        attended, _ = grouped_attention(module, whole, key, value, attention_mask, dropout, scaling, **options)
+        return resps_packed.together(attended), None
     shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
     causal = attention_mask is None and query.shape[2] > 1  # by an argument of `sdpa`, which would count heads as rows

@@ -21,7 +21,7 @@ from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from ..compilation.pages import zeros
-from .attention import use_gqa_attention
+from .attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
@@ -64,6 +64,17 @@ class SlotLayer(CacheLayerMixin):
         return self._buffers[0].shape[0]
 
     get_max_cache_shape = get_max_length
+
+
+class _PackedSlotLayer(SlotLayer):
+    """Of `PackedInputs`: `written` are the slots and the rows of the nodes, `[2, r]`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        slots, rows = self._written
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer.index_put_((slots, rows), states[0].transpose(0, 1))
+        keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
+        return keys, values
 
 
 class _FiniteSlotLayer(SlotLayer):
@@ -228,6 +239,23 @@ class SlotInputs(NamedTuple):
     kept: Tensor
 
 
+class PackedInputs(NamedTuple):
+    """As `SlotInputs`, where rows have trees of different sizes, and no more than these is computed.
+
+    Attributes:
+        packed: `[r]` the computed nodes, as places in the `b * n` of all rows.
+        kept: `[k]` which of those get logits.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    roots: Tensor
+    seen: Tensor
+    packed: Tensor
+    kept: Tensor
+
+
 class InvariantInputs(NamedTuple):
     """A tree, and where it stands, before its `Layout`; see `SlotInputs`."""
 
@@ -254,6 +282,13 @@ class PartInputs(NamedTuple):
     levels: Tensor
 
 
+# Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
+_SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
+_PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
+_INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
+_BUFFER_SIZES = "sb.."
+
+
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
@@ -270,6 +305,7 @@ class SlotForward:
     is_invariant = False
     is_captured = False  # whatever the device and the options are
     kind = "steps"
+    sizes: Sequence[str] = _SIZES
     _layer = SlotLayer
 
     def __init__(
@@ -297,17 +333,7 @@ class SlotForward:
             kept: Tensor,
             *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
-            root = roots[:, :1].long()  # some targets count positions in floats
-            node_places = root + depths
-            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
-            places = torch.arange(seen.shape[1], device=tokens.device).expand_as(seen)
-            index = slots[:, None].expand_as(ancestors)
-            visible = (seen & (places < root))[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
-            distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
-            masks: dict[str | None, Tensor] = {}
-            for kind, window in windows.items():
-                shown = visible if window is None else visible & (distance < window)
-                masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
             options = {"logits_to_keep": kept} if computes_some else {}
             logits, *features = run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, **options)
             return logits if computes_some else logits[:, kept], *features
@@ -330,6 +356,58 @@ class SlotForward:
             return self.function(*inputs, *buffers, **options)
 
 
+class PackedForward(SlotForward):
+    """Computes only nodes that count, of rows whose trees may differ in size: all matrices multiply one row of nodes,
+    and attention alone has the rows apart.
+    """
+
+    kind = "packed steps"
+    sizes = _PACKED_SIZES
+    _layer = _PackedSlotLayer
+
+    def _function(
+        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[b, n, h]`."""
+        dtype, computes_some = self.target.dtype, cast(Any, self.target)._supports_logits_to_keep()
+
+        def forward(
+            tokens: Tensor,
+            depths: Tensor,
+            ancestors: Tensor,
+            roots: Tensor,
+            seen: Tensor,
+            packed: Tensor,
+            kept: Tensor,
+            *buffers: Tensor,
+        ) -> tuple[Tensor, ...]:
+            nodes = PackedNodes(packed, *tokens.shape)
+            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
+            written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
+            positions = roots[:, None, 1:] + depths[..., None]  # [b, n, planes]
+            stands = nodes.together(positions).permute(2, 0, 1)
+            options = {"logits_to_keep": kept} if computes_some else {}
+            own = stands[0] if stands.shape[0] == 1 else stands
+            logits, *features = run(
+                nodes.together(tokens), written, own, masks, buffers, resps_packed=nodes, **options
+            )
+            return logits if computes_some else logits[:, kept], *map(nodes.apart, features)
+
+        return forward
+
+    @staticmethod
+    def serves(target: PreTrainedModel) -> bool:
+        """Whether attention gets what a forward is told, in every layer."""
+        attention = target.config.get_text_config()._attn_implementation
+        return bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
+
+
+def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotForward]:
+    """What runs steps of one row, or of several. A graph of an accelerator has a fixed number of nodes."""
+    packs = is_batch and target.device.type == "cpu" and PackedForward.serves(target)
+    return PackedForward if packs else SlotForward
+
+
 class InvariantForward(SlotForward):
     """Computes a node so that its result depends on its own text alone. One thread at a time runs a target, by `lock`.
 
@@ -337,6 +415,7 @@ class InvariantForward(SlotForward):
     """
 
     is_invariant = True
+    sizes = _INVARIANT_SIZES
     _layer = _FiniteSlotLayer
 
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
@@ -396,6 +475,29 @@ class PartForward(InvariantForward):
         return forward
 
 
+def _laid_out(
+    depths: Tensor,
+    ancestors: Tensor,
+    roots: Tensor,
+    seen: Tensor,
+    windows: dict[str | None, int | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str | None, Tensor]]:
+    """The slots `[b, n]` of the nodes of `SlotInputs`, and the mask `[b, 1, n, slots]` of each kind of layers."""
+    root = roots[:, :1].long()  # some targets count positions in floats
+    node_places = root + depths
+    slots = root + torch.arange(depths.shape[1], device=depths.device)
+    places = torch.arange(seen.shape[1], device=depths.device).expand_as(seen)
+    index = slots[:, None].expand_as(ancestors)
+    visible = (seen & (places < root))[:, None].expand(-1, depths.shape[1], -1).scatter(2, index, ancestors)
+    distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
+    masks: dict[str | None, Tensor] = {}
+    for kind, window in windows.items():
+        shown = visible if window is None else visible & (distance < window)
+        masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+    return slots, masks
+
+
 def _positions(roots: Tensor, depths: Tensor) -> Tensor:
     """Of nodes `[b, n]` below roots `[b, planes]`: `[b, n]`, or `[planes, b, n]` of several planes."""
     return roots + depths if roots.shape[1] == 1 else roots.t()[..., None] + depths
@@ -442,10 +544,6 @@ def _run(
     return run
 
 
-# Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
-_SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
-_INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
-_BUFFER_SIZES = "sb.."
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 
 
@@ -488,7 +586,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
     def is_stored(self, target: PreTrainedModel, feature_layers: list[int], *, is_batch: bool) -> bool:
         """Whether code for such steps lies ready, which another process has made."""
-        name = _code_name(SlotForward.kind, is_batch, feature_layers)
+        name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch, feature_layers)
         with self.borrow(target) as lent:
             return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
 
@@ -513,13 +611,13 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
         def make() -> Code:
             fast: CompiledFunction | CapturedFunction
-            sizes = _INVARIANT_SIZES if forward.is_invariant else _SIZES
             if forward.is_captured or (inputs[0].device.type == "cuda" and forward.options is None):
                 fast = CapturedFunction(forward.function)
             else:
                 fixed = "." if is_batch else ".b"
                 *dynamic, of_buffers = [
-                    [place for place, size in enumerate(part) if size not in fixed] for part in (*sizes, _BUFFER_SIZES)
+                    [place for place, size in enumerate(part) if size not in fixed]
+                    for part in (*forward.sizes, _BUFFER_SIZES)
                 ]
                 name = _code_name(forward.kind, is_batch, forward.feature_layers)
                 fast = CompiledFunction(
@@ -527,7 +625,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                 )
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 
-        return self.code((forward.is_invariant, is_batch, row, *forward.feature_layers, str(forward.options)), make)
+        return self.code((forward.kind, is_batch, row, *forward.feature_layers, str(forward.options)), make)
 
 
 def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:

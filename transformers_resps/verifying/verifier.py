@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import gcd
 from typing import Any, Self, TypeVar
 
@@ -44,6 +45,8 @@ from .slots import (
     LEAST_ROWS,
     InvariantForward,
     InvariantInputs,
+    PackedForward,
+    PackedInputs,
     PartForward,
     PartInputs,
     SlotBuffers,
@@ -51,6 +54,7 @@ from .slots import (
     SlotForward,
     SlotInputs,
     filled,
+    forward_over_slots,
     give_back,
     padded_count,
 )
@@ -93,12 +97,14 @@ class Verifier(ABC):
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, which read each path of a tree.
         paths_cost: see `Observation`.
+        packs_rows: whether nodes that do not count are not computed.
         least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
     paths_cost: bool = False
+    packs_rows: bool = False
     least_nodes: int = 1
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -404,6 +410,7 @@ class TreeVerifier(Verifier):
 _WINDOW = 128  # slots: the forward sees multiples of it
 _PART = 256  # tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees
 _PART_STEP, _PART_WINDOW = 4, 32  # of its tokens and slots: a product is prepared once for each of few sizes
+_PACKED_STEP = 16  # of the tokens of several rows
 
 
 class SlotVerifier(Verifier):
@@ -426,6 +433,7 @@ class SlotVerifier(Verifier):
         self.is_compiled = engine is not None and not engine.is_broken
         self._buffers = SlotBuffers() if engine is None else engine.buffers
         self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before there are any
+        self._reads_prompt = False  # whether compiled code does
         self._seen: dict[int, Tensor] = {}  # size of a window -> where it holds no padding
         self._numbers = torch.empty(0, dtype=torch.long, device=self.device)
 
@@ -442,6 +450,7 @@ class SlotVerifier(Verifier):
         """As `Verifier.prefill`. Compiled code gives the last logits alone."""
         if self._engine is not None and self._compiles_prompt():
             self._pattern = self._engine.pattern(self._forward.target)
+            self._reads_prompt = True
             self._start(len(tokens))
         return super().prefill(tokens, chunk_size, **options)
 
@@ -466,12 +475,13 @@ class SlotVerifier(Verifier):
         features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
         for place in range(0, tokens.shape[1], size):
             logits, part = self._outputs(*self._part_inputs(tokens[:, place : place + size], start + place))
+            logits = logits[0, : self._rows, None] if self.packs_rows else logits
             caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
         joined = {layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}
         features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in joined.items()}
         return logits, features
 
-    def _part_inputs(self, tokens: Tensor, start: int) -> tuple[SlotInputs, int]:
+    def _part_inputs(self, tokens: Tensor, start: int) -> tuple[SlotInputs | PackedInputs, int]:
         """As `_inputs`, of a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
         rows, width = tokens.shape
         count = _apart(_rounded_up(width, _PART_STEP), rows)
@@ -483,13 +493,24 @@ class SlotVerifier(Verifier):
         is_own = torch.eye(count, dtype=torch.bool)
         ancestors = seen[:, None, start : start + count] & torch.ones_like(is_own).tril() | is_own
         roots = torch.cat([torch.full((rows, 1), start), torch.tensor(self._shifts) + start], dim=1)
-        kept = torch.full((_apart(2, rows),), width - 1)
-        return SlotInputs(pad(tokens, (0, count - width)), depths, ancestors, roots, seen, kept), size
+        given = pad(tokens, (0, count - width)), depths, ancestors, roots, seen
+        if not self.packs_rows:
+            return SlotInputs(*given, torch.full((_apart(2, rows),), width - 1)), size
+        read = seen[:, start : start + count].clone()
+        read[:, width - 1 :] = torch.arange(count - width + 1) == 0
+        packed = read.flatten().nonzero().flatten().tolist()
+        ends = [end - 1 for end in read.sum(dim=1).cumsum(dim=0).tolist()]
+        packed = _filled_up(packed, _apart(_rounded_up(len(packed), _PACKED_STEP), rows, count))
+        kept = _filled_up(ends, _apart(rows + 1, count, len(packed)))
+        return PackedInputs(*given, torch.tensor(packed), torch.tensor(kept)), size
 
     def _begin_steps(self) -> None:
         """Have the prompt's entries in the buffers, or those that it goes on from."""
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
-        self._over_slots = SlotForward(self._forward.target, self._pattern, self._forward.layers, self._options)
+        target = self._forward.target
+        kind = forward_over_slots(target, is_batch=len(self._shifts) > 1)
+        self._over_slots: SlotForward = kind(target, self._pattern, self._forward.layers, self._options)
+        self.packs_rows = kind is PackedForward
         self._fill(self._positions.shape[-1])
 
     def _fill(self, length: int) -> None:
@@ -500,9 +521,12 @@ class SlotVerifier(Verifier):
             self._buffers.fill(_parts(self._cache), self.length, self._orders(self.length))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        return self._without_padding(tree, *self._outputs(*self._inputs(tree)))
+        logits, features = self._outputs(*self._inputs(tree))
+        if self.packs_rows:
+            logits = _unpacked(logits[0], tree)
+        return self._without_padding(tree, logits, features)
 
-    def _outputs(self, inputs: SlotInputs, size: int) -> tuple[Tensor, Features]:
+    def _outputs(self, inputs: SlotInputs | PackedInputs, size: int) -> tuple[Tensor, Features]:
         """Run the forward over so many slots."""
         given, engine = (inputs, self._buffers.window(size)), self._engine
         outputs = self._over_slots(*given) if engine is None else engine.forward(self._over_slots, *given)
@@ -592,13 +616,19 @@ class SlotVerifier(Verifier):
             self._seen[size] = self._slots.unpadded(size, self._rows, self.device)
         return self._seen[size]
 
-    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, int]:
+    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs | PackedInputs, int]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
+        beside = LEAST_ROWS if self.packs_rows else self._rows
         count, self.least_nodes = (
-            _apart(padded_count(self.device, nodes, self._rows), self._rows) for nodes in (tree.node_count, 1)
+            _apart(padded_count(self.device, nodes, beside), self._rows) for nodes in (tree.node_count, 1)
         )
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
-        return SlotInputs(*nodes, self._visible(size), self._first(count)), size
+        if not self.packs_rows:
+            return SlotInputs(*nodes, self._visible(size), self._first(count)), size
+        packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
+        total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
+        packed = _filled_up(packed, total if self._reads_prompt else _apart(total, self._rows, count))
+        return PackedInputs(*nodes, self._visible(size), torch.tensor(packed), self._first(len(packed))), size
 
     def _first(self, count: int) -> Tensor:
         """0 to before `count`, without a kernel in each step."""
@@ -931,9 +961,21 @@ def _with_rows(part: Tensor, count: int) -> Tensor:
     return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
 
 
-def _apart(count: int, rows: int) -> int:
-    """One more if it is `rows`: what is equal at first is compiled as always equal."""
-    return count + (count == rows)
+def _apart(count: int, *others: int) -> int:
+    """The first number from `count` on that is no other: what is equal at first is compiled as always equal."""
+    return next(number for number in range(count, count + len(others) + 1) if number not in others)
+
+
+def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
+    """Of the nodes that count `[r or more, v]`, one row after the other, as `[b, n, v]`; the others have any."""
+    rows, count = tree.tokens.shape
+    if not tree.sizes:
+        return logits[: rows * count].view(rows, count, -1)
+    ends = list(accumulate(tree.sizes))
+    places = [
+        min(end - size + node, end - 1) for end, size in zip(ends, tree.sizes, strict=True) for node in range(count)
+    ]
+    return logits.index_select(0, torch.tensor(places)).view(rows, count, -1)
 
 
 def _windowed(count: int) -> int:

@@ -106,7 +106,7 @@ class Pipeline:
 
 @pytest.fixture
 def openvino(monkeypatch: pytest.MonkeyPatch) -> type[Pipeline]:
-    library = SimpleNamespace(LLMPipeline=Pipeline, GenerationConfig=SimpleNamespace)
+    library = SimpleNamespace(LLMPipeline=Pipeline, GenerationConfig=SimpleNamespace, SchedulerConfig=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "openvino_genai", library)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))  # type: ignore[arg-type]
     Pipeline.made, Pipeline.asked = [], []
@@ -121,8 +121,9 @@ def test_openvino_decodes_the_converted_target_in_its_precision_plainly_and_with
     model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
     one, lookup = load_peers(["openvino"], model, None)
     assert (one.name, lookup.name) == ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
-    same = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+    same: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
     same["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    same["scheduler_config"] = SimpleNamespace(enable_prefix_caching=False)
     folder = str(tmp_path / "tiny-openvino")
     assert openvino.made == [(folder, "CPU", same), (folder, "CPU", {**same, "prompt_lookup": True})]
     bench = Bench(model, 12, Ticking())

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from tests.compilation.as_it_is import compiled_as_it_is
 from tests.targets import Architecture
 from training.studies.batches import WAYS, BatchBench, GroupTiming, main, table
 from training.studies.experiment import Experiment
@@ -19,10 +20,21 @@ def test_every_way_writes_the_same_tokens_and_is_timed() -> None:
     prompts = [torch.arange(3, 3 + length) for length in (4, 7, 5, 4)]
     runs = list(bench.run(prompts, [1, 2], repeats=1))
     assert [m.way for m in runs].count("plain") == 4 + 2
-    assert {m.way for m in runs if m.batch_size == 2} == set(WAYS)
+    assert {m.way for m in runs if m.batch_size == 2} == set(WAYS) - {"stock"}
+    assert all(bool(m.steps) == ("plain" not in m.way) for m in runs)
     assert all(m.same == m.batch_size and m.seconds == 1.0 for m in runs)
     for group in range(2):
         assert len({m.tokens for m in runs if m.batch_size == 2 and m.group == group}) == 1
+
+
+def test_compiled_ways_write_the_tokens_of_stock_decoding() -> None:
+    target = attach(Architecture("llama", {"eos_token_id": 2}).build("sdpa"))
+    head = DraftHead.from_target(target)
+    bench = BatchBench(target, head, lambda: FixedPolicy(TreeShape(6, 2, 3)), 8, compiles=True)
+    with compiled_as_it_is() as forwards:
+        runs = list(bench.run([torch.arange(3, 3 + length) for length in (4, 7)], [2], repeats=1))
+    assert forwards and {m.way for m in runs} == set(WAYS)
+    assert all(m.same == 2 for m in runs)
 
 
 def test_rates_are_total_tokens_over_total_seconds() -> None:

@@ -64,12 +64,13 @@ def test_every_way_of_ours_is_also_compiled() -> None:
 def test_efficiency_is_the_share_of_tau_that_became_speed_against_each_plain() -> None:
     runs = [
         EngineRun("tiny", None, AnswerTiming("plain", "r/0", 0, 12, 12, 12.0), True),
-        EngineRun("tiny", None, AnswerTiming("plain, compiled", "r/0", 0, 12, 12, 8.0), True),
+        EngineRun("tiny", None, AnswerTiming("plain, compiled", "r/0", 0, 12, 12, 8.0, prefill_seconds=1.0), True),
         EngineRun("tiny", 3.0, AnswerTiming("tree 4/3/1, compiled", "r/0", -1, 12, 4, 90.0), False),
-        EngineRun("tiny", 3.0, AnswerTiming("tree 4/3/1, compiled", "r/0", 0, 12, 4, 4.0), True),
+        EngineRun("tiny", 3.0, AnswerTiming("tree 4/3/1, compiled", "r/0", 0, 12, 4, 4.0, prefill_seconds=2.0), True),
     ]
     rows = {row["way"]: row for row in table(runs)}
     tree = rows["tree 4/3/1, compiled"]
     assert (tree["tau"], tree["ratio"], tree["compiled_ratio"]) == (3.0, 3.0, 2.0)
     assert tree["efficiency"] == 1.0 and tree["compiled_efficiency"] == pytest.approx(2 / 3)
+    assert tree["after_prompt"] == pytest.approx((8.0 - 1.0) / (4.0 - 2.0))
     assert tree["same_text"] == 1.0 and rows["plain, compiled"]["ratio"] == 1.5

@@ -97,3 +97,10 @@ def test_a_prompt_with_two_texts_is_named_with_the_arm_and_the_token(
 )
 def test_the_interval_is_wilsons(equal: int, total: int, low: float, high: float) -> None:
     assert wilson(equal, total) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_first_turns_are_joined_for_long_prompts(command: list[str], tmp_path: Path) -> None:
+    assert main([*command, "--join", "2"]) == 0
+    names = found_in(tmp_path)["hashes"]
+    assert sorted(name for joined in names for name in joined.split("+")) == sorted(set("+".join(names).split("+")))
+    assert len(names) == 2 and all(name.count("+") == 1 for name in names), "of five turns one is left over"
