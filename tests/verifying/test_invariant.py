@@ -348,3 +348,12 @@ def test_a_chain_is_read_where_it_lies() -> None:
     layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
     assert layout.shared.flatten().tolist() == list(range(128)) and layout.ends.tolist() == [[71, 72, 73]]
     assert not layout.groups.numel()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_lone_root_is_read_where_it_lies_beside_its_padding(heads: Heads) -> None:
+    """Its heads lie one after another, so its rows are not copied; heads of the padding fill them up."""
+    case = Case(heads, [130], [0] * 4, torch.bfloat16, 3)
+    layout = Layout.of_chain(torch.tensor([[130]]), torch.zeros(1, 4, dtype=torch.long)).of_nodes(1)
+    found = case.tree(layout=layout)[0]
+    assert torch.equal(found, case.alone(0, 0).expand_as(found))
