@@ -118,7 +118,8 @@ FOLLOWED: list[dict[str, Any]] = [
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"choose": chosen}, "from `choose`. Return a `TreeShape`") for chosen in (None, 3, (40, 3, 2), "auto")),
-    *(({"size": size}, "from `size`. Return an integer") for size in (NAN, INFINITE, None, "a", [3])),
+    *(({"size": size}, "from `size`. Return an integer") for size in (NAN, INFINITE, None, "a", ["a"])),
+    ({"size": [3, 3]}, "from `size` for 1 rows. Return one for each"),
     ({"size": torch.tensor([1, 2])}, "from `size`. Return an integer"),
     ({"grow": torch.tensor([1, 2])}, "from `grow`. Return True or False"),
 ]

@@ -235,8 +235,9 @@ def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text, *r
 
 
 def plant_rule(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the acceptance rule wherever the package uses it."""
+    """Replace the acceptance rule wherever the package uses it, and pick in no other way."""
     plant("decoding.acceptance:accept", lambda accept: lossy, monkeypatch.setattr)
+    plant("decoding.text:Batch.picks_by_scores", lambda asked: lambda self, count: False, monkeypatch.setattr)
 
 
 @few_draws
