@@ -2,8 +2,8 @@
 
 Question: in bfloat16, to how many prompts is the text the same, whatever drafts, decides, cuts the prompt or batches?
 Answer so far, for SmolLM2 with 256 tokens: in the mode to all of 320 prompts in batches of 8, each decoded plainly and
-in one other way, and to three of them alone in 17 ways; to one prompt of 4,340 tokens as well. In the normal mode `auto`
-and stock's prompt lookup wrote stock's text for none of the three, and the head's default tree for one.
+in one other way, and to three of them alone in 17 ways; to one prompt of 4,340 tokens as well. In the normal mode
+`auto` and stock's prompt lookup wrote stock's text for none of the three, and the head's default tree for one.
 
     python -m training.studies.invariant_texts work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --prompts 1000 --tokens 256 --dtype bfloat16 \
