@@ -324,7 +324,7 @@ class SlotForward:
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `SlotInputs` and buffers."""
-        dtype, computes_some = self.target.dtype, cast(Any, self.target)._supports_logits_to_keep()
+        dtype = self.target.dtype
 
         def forward(
             tokens: Tensor,
@@ -336,9 +336,7 @@ class SlotForward:
             *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
             slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
-            options = {"logits_to_keep": kept} if computes_some else {}
-            logits, *features = run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, **options)
-            return logits if computes_some else logits[:, kept], *features
+            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, kept)
 
         return forward
 
@@ -371,7 +369,7 @@ class PackedForward(SlotForward):
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[b, n, h]`."""
-        dtype, computes_some = self.target.dtype, cast(Any, self.target)._supports_logits_to_keep()
+        dtype = self.target.dtype
 
         def forward(
             tokens: Tensor,
@@ -388,12 +386,9 @@ class PackedForward(SlotForward):
             written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
             positions = roots[:, None, 1:] + depths[..., None]  # [b, n, planes]
             stands = nodes.together(positions).permute(2, 0, 1)
-            options = {"logits_to_keep": kept} if computes_some else {}
             own = stands[0] if stands.shape[0] == 1 else stands
-            logits, *features = run(
-                nodes.together(tokens), written, own, masks, buffers, resps_packed=nodes, **options
-            )
-            return logits if computes_some else logits[:, kept], *map(nodes.apart, features)
+            logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, resps_packed=nodes)
+            return logits, *map(nodes.apart, features)
 
         return forward
 
@@ -514,12 +509,13 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
 def _run(
     target: PreTrainedModel, cache: Cache, feature_layers: list[int], kind: type[SlotLayer]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """What runs the target over buffers, given masks for each kind of layers."""
+    """What runs the target over buffers, given masks for each kind of layers. Nodes that are `kept` get logits."""
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
     placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
     read = output_places(target, feature_layers)
     asked = hidden_states_asked(read)
+    computes_some = cast(Any, target)._supports_logits_to_keep()
 
     def run(
         tokens: Tensor,
@@ -527,8 +523,11 @@ def _run(
         positions: Tensor,
         masks: dict[str | None, Tensor],
         buffers: tuple[Tensor, ...],
+        kept: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
+        if kept is not None and computes_some:
+            options["logits_to_keep"] = kept
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
         held = Cache(layers=[kind(*next(pairs), slots) if other is None else other for other in placeholders])
         outputs: Any = target(
@@ -541,7 +540,8 @@ def _run(
             **asked,
             **options,
         )
-        return (outputs.logits, *(outputs.hidden_states[place] for place in read))
+        logits = outputs.logits if kept is None or computes_some else outputs.logits[:, kept]
+        return (logits, *(outputs.hidden_states[place] for place in read))
 
     return run
 

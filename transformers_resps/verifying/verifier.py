@@ -619,11 +619,10 @@ class SlotVerifier(Verifier):
     def _inputs(self, tree: DraftTree) -> tuple[SlotInputs | PackedInputs, int]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
         beside = LEAST_ROWS if self.packs_rows else self._rows
-        count, self.least_nodes = (
-            _apart(padded_count(self.device, nodes, beside), self._rows) for nodes in (tree.node_count, 1)
-        )
+        count = _apart(padded_count(self.device, tree.node_count, beside), self._rows)
         nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
         if not self.packs_rows:
+            self.least_nodes = _apart(padded_count(self.device, 1, self._rows), self._rows)
             return SlotInputs(*nodes, self._visible(size), self._first(count)), size
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
         total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
