@@ -119,6 +119,11 @@ def test_nodes_that_a_step_computes_anyway_pay_for_finding_out_about_an_expensiv
     assert max(speeds[1]) < 1.0, "the machine does not tell that nodes are free, and the budget is spent on drafts"
 
 
+def test_free_nodes_are_verified_after_bad_luck_as_well() -> None:
+    """Else the budget of an unlucky text pays for drafts alone, which earn nothing."""
+    assert min(compiled(0.6, 0.6, seed).write(default_policy(), 256) for seed in range(40)) > 1.05
+
+
 @pytest.mark.parametrize(("hit", "claimed"), [(0.001, 0.02), (0.001, 0.6), (0.12, 0.5), (0.3, 0.4)])
 @pytest.mark.parametrize("tokens", [16, 48, 96, 256])
 def test_free_nodes_of_a_bad_head_cost_no_more_than_its_drafts(hit: float, claimed: float, tokens: int) -> None:
