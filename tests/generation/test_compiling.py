@@ -555,6 +555,6 @@ def test_what_an_earlier_text_left_in_the_buffers_reaches_no_text_of_the_invaria
     policy = FixedPolicy(TreeShape(1, 0, 1, lookup=6))
     first = speculate(target, None, policy, **INVARIANT)
     buffers = target.speculation_state.slot_engine.buffers
-    for part in buffers.window(buffers.size):
+    for part in buffers.parts():
         part.fill_(torch.nan)
     assert speculate(target, None, policy, **INVARIANT).sequences.tolist() == first.sequences.tolist()

@@ -86,8 +86,8 @@ class Case:
         buffers = buffers_of(self.heads, max(self.roots) + len(self.parents), rows, self.dtype, stale)
         for row, root in enumerate(self.roots):
             for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
-                buffer[:root, row] = text[row, :root]
-                buffer[root : root + len(self.parents), row] = nodes[row]
+                put(buffer, row, 0, text[row, :root])
+                put(buffer, row, root, nodes[row])
         return attend(layout, roots + tree.depths, self.queries, buffers, **self.options(**options))
 
     def in_parts(self, step: int) -> Tensor:
@@ -97,11 +97,11 @@ class Case:
         blocks = 1 << ((root + len(self.parents)) // BLOCK).bit_length()
         buffers, found = buffers_of(self.heads, blocks * BLOCK, 1, self.dtype, STALE), []
         for buffer, text in zip(buffers, self.text, strict=True):
-            buffer[:root, 0] = text[0, :root]
+            put(buffer, 0, 0, text[0, :root])
         for stop in range(step, len(self.parents) + 1, step):
             own, sizes = slice(stop - step, stop), Sizes(step, blocks, levels_below(root, tree.level_count))
             for buffer, nodes in zip(buffers, self.nodes, strict=True):
-                buffer[root + own.start : root + stop, 0] = nodes[0, own]
+                put(buffer, 0, root + own.start, nodes[0, own])
             layout = Layout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
             asking = (places + tree.depths)[:, own], self.queries[:1, own]
             found.append(attend(layout, *asking, buffers, window=None, sinks=None)[0])
@@ -114,7 +114,7 @@ class Case:
         layout = Layout.of_chain(place, torch.zeros_like(place))
         buffers = buffers_of(self.heads, layout.shared.numel(), 1, self.dtype, STALE)
         for buffer, text in zip(buffers, entries, strict=True):
-            buffer[: len(text), 0] = text
+            put(buffer, 0, 0, text)
         query = self.queries[row, node][None, None]
         return attend(layout, place, query, buffers, **self.options(**options))[0, 0]
 
@@ -135,19 +135,24 @@ class Case:
 
 
 def buffers_of(heads: Heads, size: int, rows: int, dtype: torch.dtype, stale: float) -> list[Tensor]:
-    """Keys and values `[slots, b, kv heads, hd]`: so many slots, and two blocks after them."""
-    found = [torch.full((size + 2 * BLOCK, rows, heads.kv, width), stale) for width in (heads.size, heads.value_size)]
+    """Keys and values `[b, kv heads, slots, hd]`: so many slots, and two blocks after them."""
+    found = [torch.full((rows, heads.kv, size + 2 * BLOCK, width), stale) for width in (heads.size, heads.value_size)]
     if not torch.isfinite(torch.tensor(stale)):
         for buffer in found:
-            buffer[:size] = 0
+            buffer[:, :, :size] = 0
     return [buffer.to(dtype) for buffer in found]
+
+
+def put(buffer: Tensor, row: int, first: int, entries: Tensor) -> None:
+    """Write entries `[s, kv heads, hd]` to a row's slots from the `first` on."""
+    buffer[row, :, first : first + len(entries)] = entries.transpose(0, 1)
 
 
 def attend(
     layout: Layout, places: Tensor, queries: Tensor, buffers: list[Tensor], *, window: int | None, sinks: Tensor | None
 ) -> Tensor:
     reads = BlockReads(layout, places, queries.dtype)
-    keys, values = (buffer.permute(1, 2, 0, 3) for buffer in buffers)
+    keys, values = buffers
     module, mask = Module(), reads.mask(window)
     return invariant_attention(module, queries.transpose(1, 2), keys, values, mask, resps_reads=reads, s_aux=sinks)[0]
 

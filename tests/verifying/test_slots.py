@@ -1,4 +1,4 @@
-"""Buffers of slots: entries keep their places while buffers grow, rows go and windows are handed out."""
+"""Buffers of slots: entries keep their places while buffers grow and rows go."""
 
 from typing import Any
 
@@ -89,20 +89,33 @@ def test_rows_that_are_kept_bring_no_more_than_their_texts(buffers: SlotBuffers)
         assert torch.equal(found, expected[[2, 0], :, :3])
 
 
-def test_a_window_is_the_same_tensors_at_every_call_and_writes_to_the_buffers(buffers: SlotBuffers) -> None:
-    window = buffers.window(8)
-    assert all(part is again for part, again in zip(window, buffers.window(8), strict=True))
-    assert {part.shape[0] for part in window} == {8} and not any(part._is_view() for part in window)
-    window[0][2] = -1.0
-    assert (buffers.entries(torch.full((3, 1), 2))[0] == -1.0).all()
+@pytest.mark.parametrize("row", [None, 1])
+def test_parts_are_the_same_tensors_at_every_call_and_lie_in_the_buffers(
+    buffers: SlotBuffers, row: int | None
+) -> None:
+    parts = buffers.parts(row)
+    assert all(part is again for part, again in zip(parts, buffers.parts(row), strict=True))
+    assert all(part.is_contiguous() and not part._is_view() for part in parts), "as compiled code wants it"
+    parts[0][:, :, 2] = -1.0
+    written = buffers.entries(torch.full((3, 1), 2))[0] == -1.0
+    assert written[1].all() and bool(written.all()) == (row is None)
 
 
-def test_the_next_text_finds_the_same_buffers_unless_it_needs_others(buffers: SlotBuffers) -> None:
-    first = buffers.window(8)[0]
-    filled(buffers, 3, 3, 3)
-    assert buffers.window(8)[0] is first
-    filled(buffers, 3, 2, 2)
-    assert buffers.window(8)[0].shape[:2] == (8, 2)
+def test_the_next_text_finds_the_same_buffers_unless_it_needs_more(buffers: SlotBuffers) -> None:
+    place = buffers.parts()[0].data_ptr()
+    for rows in (3, 2, 1, 3):
+        filled(buffers, 3, rows, rows)
+        assert buffers.parts()[0].data_ptr() == place and len(buffers.parts()[0]) == rows
+    filled(buffers, 3, 4, 4)
+    assert buffers.parts()[0].data_ptr() != place and len(buffers.parts()[0]) == 4
+
+
+def test_the_first_rows_stay_where_they_are(buffers: SlotBuffers) -> None:
+    place, before = buffers.parts()[0].data_ptr(), buffers.entries(SLOTS[:1].expand(3, -1))
+    buffers.keep_rows([0, 1])
+    assert buffers.parts()[0].data_ptr() == place
+    for found, expected in zip(buffers.entries(SLOTS[:1].expand(2, -1)), before, strict=True):
+        assert torch.equal(found, expected[:2])
 
 
 def test_a_graph_serves_many_sizes_of_trees() -> None:
@@ -136,7 +149,7 @@ def packed_inputs(slots: int = 16) -> list[Tensor]:
 def buffers_of(target: PreTrainedModel, pattern: Any, slots: int = 16) -> list[Tensor]:
     torch.manual_seed(2)
     parts = [part for layer in pattern.layers for part in (layer.keys, layer.values) if part is not None]
-    return [torch.randn(slots, 3, part.shape[1], part.shape[3], dtype=target.dtype) for part in parts]
+    return [torch.randn(3, part.shape[1], slots + 2, part.shape[3], dtype=target.dtype) for part in parts]
 
 
 _NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "gemma3_text", "gpt2", "olmo2", "qwen3_moe")
@@ -158,9 +171,10 @@ def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architect
         torch.testing.assert_close(caught[0][row, :size], features[0][row, :size])
         written = slice(int(inputs[3][row, 0]), int(inputs[3][row, 0]) + size)
         for mine, whole in zip(packed_buffers, buffers, strict=True):
-            torch.testing.assert_close(mine[written, row], whole[written, row])
+            torch.testing.assert_close(mine[row, :, written], whole[row, :, written])
         start += size
-    assert torch.equal(packed_buffers[0][5:, 0][2:], buffers_of(target, pattern)[0][7:, 0]), "no other slot is written"
+    untouched = buffers_of(target, pattern)[0]
+    assert torch.equal(packed_buffers[0][0, :, 7:], untouched[0, :, 7:]), "no other slot is written"
 
 
 def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
@@ -169,7 +183,7 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
     pattern, inputs = SlotEngine().pattern(target), packed_inputs()
     forward = PackedForward(target, pattern, [])
     tensors = [*inputs, PACKED, torch.tensor([2, 7, 8, 8]), *buffers_of(target, pattern)]
-    sizes = [*forward.sizes, "sb..", "sb.."]
+    sizes = [*forward.sizes, "b.s.", "b.s."]
     changing = [{at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size != "."} for part in sizes]
 
     class Program(torch.nn.Module):

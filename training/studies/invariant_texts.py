@@ -262,9 +262,11 @@ def study(args: argparse.Namespace) -> int:
     heads: dict[str, Any] = {"head": models.head}
     heads |= {short_name(name): load_source(name, models.target) for name in args.also}
     arms = arms_of(heads)
+    told = machine(models.target)
+    del told["huge_page_mib"]  # differs from start to start, and changes no text
     facts = {
         **{name: getattr(args, name) for name in ("target", "head", "also", "dataset", "join", "tokens", "pack")},
-        **machine(models.target),
+        **told,
         "code_sha256": code()["code_sha256"],
     }
     record = Record(args.output, facts, arms)

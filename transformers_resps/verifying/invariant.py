@@ -265,13 +265,20 @@ class _OwnReads(NamedTuple):
 
     Attributes:
         rows: of groups, over their own blocks.
+        entries: `[g * b * kv heads * BLOCK]` of these blocks among `[b * kv heads * slots]`.
         places: `[levels * rows * b * kv heads]` of rows over shared blocks among `[g, rows, b * kv heads]`.
         is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere; `None` where each node asks each level.
     """
 
     rows: _Rows
+    entries: Tensor
     places: Tensor
     is_missing: Tensor | None
+
+    def of(self, states: Tensor) -> Tensor:
+        """Of `[b, kv heads, slots, hd]`: `[g, b * kv heads, BLOCK, hd]`."""
+        found = states.flatten(0, 2).index_select(0, self.entries)
+        return found.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
 
 
 class _LayerReads(NamedTuple):
@@ -299,10 +306,6 @@ class BlockReads:
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._places, self._dtype = layout, places, dtype
-        self._entries = layout.slots  # of `[slots * b]`
-        if layout.groups.shape[1]:
-            rows = torch.arange(len(places), device=places.device)[:, None, None]
-            self._entries = (layout.slots * len(places) + rows).permute(1, 2, 0).flatten()
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, window: int | None) -> Tensor:
@@ -326,8 +329,8 @@ class BlockReads:
         # block without any key the log-sum-exp 0.
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min / 2)
 
-    def of(self, mask: Tensor, heads: int, kv_heads: int) -> _LayerReads:
-        """Of layers with so many heads and a mask of `mask`."""
+    def of(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
+        """Of layers with so many heads, a mask of `mask` and buffers of so many slots, which is the same for all."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -341,7 +344,7 @@ class BlockReads:
         if groups:
             seen = of_groups.unflatten(1, (groups, _ROWS))
             rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
-            own = _OwnReads(rows, *self._asked(sharing, kv_heads))
+            own = _OwnReads(rows, self._entries(kv_heads, slots), *self._asked(sharing, kv_heads))
         found = _LayerReads(shared, self._order(sharing, kv_heads), own)
         self._known.append((mask, heads, kv_heads, found))
         return found
@@ -352,6 +355,11 @@ class BlockReads:
         order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
         given = torch.arange(nodes, device=device).clamp(max=asking - 1)
         return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
+
+    def _entries(self, kv_heads: int, slots: int) -> Tensor:
+        rows = len(self._places)
+        first = torch.arange(rows * kv_heads, device=self._places.device).view(rows, kv_heads, 1, 1) * slots
+        return (self._layout.slots[:, None] + first).permute(2, 0, 1, 3).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
         asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
@@ -376,12 +384,6 @@ class BlockReads:
             mask = mask[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
         index = (first[:, :, None, :, None] + head).flatten(3)
         return _Rows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
-
-    def own_entries(self, states: Tensor) -> Tensor:
-        """Entries `[b, kv heads, slots, hd]` of the blocks of all groups: `[g, b * kv heads, BLOCK, hd]`."""
-        rows, kv_heads, _, size = states.shape
-        found = states.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, self._entries)
-        return found.view(self._layout.slots.shape[1], BLOCK, rows * kv_heads, size).transpose(1, 2)
 
 
 def invariant_attention(
@@ -421,14 +423,14 @@ def invariant_attention(
         return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     rows, heads, count, size = query.shape
     kv_heads, narrow = key.shape[1], value.shape[-1]
-    read = resps_reads.of(attention_mask, heads, kv_heads)
+    read = resps_reads.of(attention_mask, heads, kv_heads, key.shape[2])
     queries = query.transpose(1, 2).reshape(-1, size)
     parts = []
     if read.shared.mask.shape[0]:
         entries = [_shared_entries(part, read.shared.mask.shape[0]) for part in (key, value)]
         parts.append(_attended(queries, read.shared, entries, scaling))
     if read.own is not None:
-        entries = [resps_reads.own_entries(part) for part in (key, value)]
+        entries = [read.own.of(part) for part in (key, value)]
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
     sums, found = zip(*parts, strict=True)
     weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)

@@ -25,28 +25,34 @@ from .attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .invariant import BLOCK, BlockReads, Layout, Sizes, use_invariant_attention
+from .invariant import BlockReads, Layout, Sizes, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`."""
+    """One layer's buffers, `[b, kv heads, capacity, hd]`, in a forward that writes the slots `written` `[b, n]`.
+
+    It sees the first slots, so many as `size` says.
+    """
 
     is_compileable = True
 
-    def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, written: Tensor, size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffers, self._written = (keys, values), written[0] if written.shape[0] == 1 else written
+        self._buffers, self._written, self._size = (keys, values), written, size
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write `[b, kv heads, n, hd]` entries; returns all slots, `[b, kv heads, slots, hd]`."""
+        """Write `[b, kv heads, n, hd]` entries; returns what is seen, `[b, kv heads, slots, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            if self._written.dim() == 1:
-                buffer.index_copy_(0, self._written, states.permute(2, 0, 1, 3))
-            else:
-                buffer.index_put_((self._written, _rows(self._written)), states.transpose(1, 2))
-        keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
+            self._write(buffer, states)
+        keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
         return keys, values
+
+    def _write(self, buffer: Tensor, states: Tensor) -> None:
+        if self._written.shape[0] == 1:
+            buffer.index_copy_(2, self._written[0], states)
+        else:
+            buffer[_rows(self._written), :, self._written] = states.transpose(1, 2)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """The buffers are there."""
@@ -57,11 +63,11 @@ class SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """The slots, from 0 on."""
-        return self._buffers[0].shape[0], 0
+        return self._size, 0
 
     def get_max_length(self) -> int:
         """The slots."""
-        return self._buffers[0].shape[0]
+        return self._size
 
     get_max_cache_shape = get_max_length
 
@@ -69,12 +75,9 @@ class SlotLayer(CacheLayerMixin):
 class _PackedSlotLayer(SlotLayer):
     """Of `PackedInputs`: `written` are the slots and the rows of the nodes, `[2, r]`."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer.index_put_((slots, rows), states[0].transpose(0, 1))
-        keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
-        return keys, values
+        buffer[rows, :, slots] = states[0].transpose(0, 1)
 
 
 class _FiniteSlotLayer(SlotLayer):
@@ -91,36 +94,46 @@ def _rows(slots: Tensor) -> Tensor:
 
 
 class SlotBuffers:
-    """The buffers of all layers of a target, as large as any text needed so far; kept from call to call.
-
-    Windows of them are kept: compiled code meets the same tensors again.
-    """
+    """The buffers of all layers of a target, as large as any call needed so far; kept from call to call."""
 
     def __init__(self) -> None:
-        self._stores: list[Tensor] = []  # `[parts, slots, b, kv heads, hd]`: parts that are alike move at once
-        self._parts: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
-        self._windows: dict[tuple[int, int | None], list[Tensor]] = {}
+        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts that are alike move at once
+        self._rooms: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
+        self._rows = 0  # the first ones, which are in use
+        self._parts: dict[int | None, list[Tensor]] = {}
 
     @property
     def size(self) -> int:
         """Slots."""
-        return self._parts[0].shape[0] if self._parts else 0
+        return self._rooms[0].shape[2] if self._rooms else 0
+
+    def parts(self, row: int | None = None) -> list[Tensor]:
+        """Keys and values `[b, kv heads, slots, hd]` of the first layer, the second, ..., the same tensors each time.
+
+        Of one row alone where `row` names it.
+        """
+        if row not in self._parts:
+            rows = slice(self._rows) if row is None else slice(row, row + 1)
+            self._parts[row] = [_no_view(room[rows]) for room in self._rooms]
+        return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
         """Have at least `size` slots for so many rows, and zeros in those that are new.
 
         `kinds` are entries `[any, kv heads, any, hd]` of each part.
         """
-        shapes = [(rows, part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
-        known = [(*part.shape[1:], part.dtype, part.device) for part in self._parts]
-        if self.size >= size and known == shapes and is_of_this_mode(self._parts[0]):
-            return
-        alike = Counter(shapes)
-        stores = {
-            shape: zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4]) for shape, count in alike.items()
-        }
-        free = {shape: iter(store) for shape, store in stores.items()}
-        self._own(list(stores.values()), [next(free[shape]) for shape in shapes])
+        shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
+        known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
+        is_large = self.size >= size and known == shapes and len(self._rooms[0]) >= rows
+        if not is_large or not is_of_this_mode(self._rooms[0]):
+            self._stores, free = [], {}
+            for shape, count in Counter(shapes).items():
+                heads, width, dtype, device = shape
+                store = zeros(count, rows, heads, size, width, dtype=dtype, device=device)
+                self._stores.append(store)
+                free[shape] = iter(store)
+            self._rooms = [next(free[shape]) for shape in shapes]
+        self._use(rows)
 
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
         """Take over entries of dynamic layers.
@@ -131,13 +144,12 @@ class SlotBuffers:
             orders: of each row of the buffers, which of these go to its first slots, ascending; copies of the last row
                 fill those that are too many.
         """
-        for buffer, part in zip(self._parts, parts, strict=True):
-            entries = part.permute(2, 0, 1, 3)
-            first = length - len(entries)
+        for buffer, part in zip(self.parts(), parts, strict=True):
+            first = length - part.shape[2]
             for row, order in enumerate(orders):
                 kept = order[order >= first].to(part.device)
                 stop = len(order)
-                buffer[stop - len(kept) : stop, row] = entries[kept - first, min(row, entries.shape[1] - 1)]
+                buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
 
     def clear(self) -> None:
         """Forget all entries: what an overflow left would reach a text from a slot that no node sees."""
@@ -146,40 +158,25 @@ class SlotBuffers:
 
     def grow(self, size: int) -> None:
         """Move to buffers of `size` slots."""
-        before = self._parts
-        self.reserve([part.permute(1, 2, 0, 3) for part in before], before[0].shape[1], size)
-        for buffer, part in zip(self._parts, before, strict=True):
-            buffer[: len(part)] = part
+        before = self.parts()
+        self.reserve(before, self._rows, size)
+        for buffer, part in zip(self.parts(), before, strict=True):
+            buffer[:, :, : part.shape[2]] = part
 
     def move(self, slots: Tensor, to: Tensor) -> None:
         """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all parts."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         for store in self._stores:
-            store[:, to, rows] = store[:, slots, rows]
+            store[:, rows, :, to] = store[:, rows, :, slots]
 
     def keep_rows(self, rows: list[int], length: int | None = None) -> None:
-        """Forget all rows but these, and all but their first `length` slots; as many rows as there are stay where they
-        are.
-        """
-        before, order = self._parts, torch.tensor(rows)
-        kept = list[Tensor]()
-        for part in before:
-            order = order.to(part.device)  # once, unless layers lie on several devices
-            kept.append(part[:length].index_select(1, order))
-        if len(rows) != before[0].shape[1]:
-            self.reserve([part.permute(1, 2, 0, 3) for part in kept], len(rows), self.size)
-        for part, chosen in zip(self._parts, kept, strict=True):
-            part[:length].copy_(chosen)
-
-    def window(self, size: int, row: int | None = None) -> list[Tensor]:
-        """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ...
-
-        Of one row alone where `row` names it.
-        """
-        if (size, row) not in self._windows:
-            parts = self._parts if row is None else [part[:, row : row + 1] for part in self._parts]
-            self._windows[size, row] = [_front(part, size) for part in parts]
-        return self._windows[size, row]
+        """Forget all rows but these, and all but their first `length` slots."""
+        if rows != list(range(len(rows))):
+            order = torch.tensor(rows)
+            for part in self.parts():
+                order = order.to(part.device)  # once, unless layers lie on several devices
+                part[: len(rows), :, :length] = part[:, :, :length].index_select(0, order)
+        self._use(len(rows))
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
         """What lies in each row's `slots` `[b, s]`, in their order: `[b, kv heads, s, hd]`, keys and values in turn.
@@ -187,19 +184,18 @@ class SlotBuffers:
         `slots` are those of the row `first` and the next ones.
         """
         rows = torch.arange(first, first + len(slots), device=slots.device)[:, None]
-        return [part[slots, rows].transpose(1, 2) for part in self._parts]
+        return [part[rows, :, slots].transpose(1, 2) for part in self.parts()]
 
-    def _own(self, stores: list[Tensor], parts: list[Tensor]) -> None:
-        self._stores, self._parts, self._windows = stores, parts, {}
+    def _use(self, rows: int) -> None:
+        self._rows, self._parts = rows, {}
 
 
-def _front(part: Tensor, size: int) -> Tensor:
-    """The first `size` slots of a buffer; where code is compiled, as a tensor that is no view."""
+def _no_view(part: Tensor) -> Tensor:
+    """The same memory where code is compiled, which would look for what a view is of."""
     if part.device.type != "cpu":
-        return part[:size]
-    storage, shape = part.untyped_storage(), (size, *part.shape[1:])
-    start, strides = part.storage_offset(), part.stride()
-    return part.new_empty(0).set_(storage, start, shape, strides)  # type: ignore[call-overload, no-any-return]
+        return part
+    storage, start = part.untyped_storage(), part.storage_offset()
+    return part.new_empty(0).set_(storage, start, part.shape, part.stride())  # type: ignore[call-overload, no-any-return]
 
 
 def filled(cache: Cache) -> list[int]:
@@ -274,13 +270,15 @@ class PartInputs(NamedTuple):
         depths: `[1, t]` of all.
         ancestors: `[1, t, t]` of all, see `DraftTree`.
         roots: as in `SlotInputs`.
-        levels: `[levels]` of `Sizes`; what it holds is not read.
+        blocks: `[blocks]` of `Sizes`; what it holds is not read.
+        levels: `[levels]` likewise.
     """
 
     tokens: Tensor
     depths: Tensor
     ancestors: Tensor
     roots: Tensor
+    blocks: Tensor
     levels: Tensor
 
 
@@ -288,7 +286,7 @@ class PartInputs(NamedTuple):
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 _INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
-_BUFFER_SIZES = "sb.."
+_BUFFER_SIZES = "b.s."
 
 
 class SlotForward:
@@ -336,7 +334,7 @@ class SlotForward:
             *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
             slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
-            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, kept)
+            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, kept, size=seen.shape[1])
 
         return forward
 
@@ -349,7 +347,7 @@ class SlotForward:
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each feature layer.
 
-        `buffers` are keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written. `options` are
+        `buffers` are keys and values of each layer, `[b, kv heads, slots, hd]`; the tree's are written. `options` are
         of the target's forward.
         """
         with self.running():
@@ -387,7 +385,8 @@ class PackedForward(SlotForward):
             positions = roots[:, None, 1:] + depths[..., None]  # [b, n, planes]
             stands = nodes.together(positions).permute(2, 0, 1)
             own = stands[0] if stands.shape[0] == 1 else stands
-            logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, resps_packed=nodes)
+            options = {"size": seen.shape[1], "resps_packed": nodes}
+            logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, **options)
             return logits, *map(nodes.apart, features)
 
         return forward
@@ -462,9 +461,15 @@ class PartForward(InvariantForward):
         read = super()._function(run, windows)
 
         def forward(
-            tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, levels: Tensor, *buffers: Tensor
+            tokens: Tensor,
+            depths: Tensor,
+            ancestors: Tensor,
+            roots: Tensor,
+            blocks: Tensor,
+            levels: Tensor,
+            *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
-            sizes = Sizes(tokens.shape[1], buffers[0].shape[0] // BLOCK, len(levels))
+            sizes = Sizes(tokens.shape[1], len(blocks), len(levels))
             layout = Layout.of_sizes(roots[:, :1].long(), depths, ancestors, sizes)
             first = depths.shape[1] - tokens.shape[1]
             return read(tokens, depths[:, first:] - first, roots + first, *layout, *buffers)
@@ -509,7 +514,10 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
 def _run(
     target: PreTrainedModel, cache: Cache, feature_layers: list[int], kind: type[SlotLayer]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """What runs the target over buffers, given masks for each kind of layers. Nodes that are `kept` get logits."""
+    """What runs the target over the first slots of buffers, all without a `size`, given masks for each kind of layers.
+
+    Nodes that are `kept` get logits.
+    """
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
     placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
@@ -524,12 +532,14 @@ def _run(
         masks: dict[str | None, Tensor],
         buffers: tuple[Tensor, ...],
         kept: Tensor | None = None,
+        size: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
         if kept is not None and computes_some:
             options["logits_to_keep"] = kept
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
-        held = Cache(layers=[kind(*next(pairs), slots) if other is None else other for other in placeholders])
+        seen = buffers[0].shape[2] if size is None else size
+        held = Cache(layers=[kind(*next(pairs), slots, seen) if other is None else other for other in placeholders])
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),

@@ -36,7 +36,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .invariant import Layout, levels_below
+from .invariant import BLOCK, Layout, levels_below
 from .prepacking import is_prepacked
 from .returned import EndedRow
 from .row_classes import RowNeeds, kernel_settings, least_rows
@@ -408,6 +408,9 @@ class TreeVerifier(Verifier):
 
 
 _WINDOW = 128  # slots: the forward sees multiples of it
+_MORE = (
+    16  # slots of the buffers, so that they never are what a forward sees: equal sizes are compiled as always equal
+)
 _PART = 256  # tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees
 _PART_STEP, _PART_WINDOW = 4, 32  # of its tokens and slots: a product is prepared once for each of few sizes
 _PACKED_STEP = 16  # of the tokens of several rows
@@ -474,14 +477,14 @@ class SlotVerifier(Verifier):
         size = -(-tokens.shape[1] // -(-tokens.shape[1] // _PART))  # parts of about the same size
         features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
         for place in range(0, tokens.shape[1], size):
-            logits, part = self._outputs(*self._part_inputs(tokens[:, place : place + size], start + place))
+            logits, part = self._outputs(self._part_inputs(tokens[:, place : place + size], start + place))
             logits = logits[0, : self._rows, None] if self.packs_rows else logits
             caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
         joined = {layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}
         features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in joined.items()}
         return logits, features
 
-    def _part_inputs(self, tokens: Tensor, start: int) -> tuple[SlotInputs | PackedInputs, int]:
+    def _part_inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
         """As `_inputs`, of a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
         rows, width = tokens.shape
         count = _apart(_rounded_up(width, _PART_STEP), rows)
@@ -495,14 +498,14 @@ class SlotVerifier(Verifier):
         roots = torch.cat([torch.full((rows, 1), start), torch.tensor(self._shifts) + start], dim=1)
         given = pad(tokens, (0, count - width)), depths, ancestors, roots, seen
         if not self.packs_rows:
-            return SlotInputs(*given, torch.full((_apart(2, rows),), width - 1)), size
+            return SlotInputs(*given, torch.full((_apart(2, rows),), width - 1))
         read = seen[:, start : start + count].clone()
         read[:, width - 1 :] = torch.arange(count - width + 1) == 0
         packed = read.flatten().nonzero().flatten().tolist()
         ends = [end - 1 for end in read.sum(dim=1).cumsum(dim=0).tolist()]
         packed = _filled_up(packed, _apart(_rounded_up(len(packed), _PACKED_STEP), rows, count))
         kept = _filled_up(ends, _apart(rows + 1, count, len(packed)))
-        return PackedInputs(*given, torch.tensor(packed), torch.tensor(kept)), size
+        return PackedInputs(*given, torch.tensor(packed), torch.tensor(kept))
 
     def _begin_steps(self) -> None:
         """Have the prompt's entries in the buffers, or those that it goes on from."""
@@ -516,19 +519,19 @@ class SlotVerifier(Verifier):
     def _fill(self, length: int) -> None:
         """Have buffers for so many positions and more, with what the cache holds in their first slots."""
         self._rows = len(self._shifts)
-        self._buffers.reserve(_parts(self._pattern), self._rows, _windowed(length + _WINDOW))
+        self._buffers.reserve(_parts(self._pattern), self._rows, _windowed(length + _WINDOW) + _MORE)
         if self.length:
             self._buffers.fill(_parts(self._cache), self.length, self._orders(self.length))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        logits, features = self._outputs(*self._inputs(tree))
+        logits, features = self._outputs(self._inputs(tree))
         if self.packs_rows:
             logits = _unpacked(logits[0], tree)
         return self._without_padding(tree, logits, features)
 
-    def _outputs(self, inputs: SlotInputs | PackedInputs, size: int) -> tuple[Tensor, Features]:
-        """Run the forward over so many slots."""
-        given, engine = (inputs, self._buffers.window(size)), self._engine
+    def _outputs(self, inputs: SlotInputs | PackedInputs) -> tuple[Tensor, Features]:
+        """Run the forward."""
+        given, engine = (inputs, self._buffers.parts()), self._engine
         outputs = self._over_slots(*given) if engine is None else engine.forward(self._over_slots, *given)
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
@@ -599,11 +602,11 @@ class SlotVerifier(Verifier):
         ends, planes = host if self.device.type == "cpu" else moved(host, self.device)
         distance = ends - torch.arange(size, device=self.device)
         seen = self._visible(size)[:rows] & (distance > 0)
-        parts, indices = self._buffers.window(size), filled(self._pattern)
+        parts, indices = self._buffers.parts(), filled(self._pattern)
         states, masks = {}, {}
         for kind, index in self._owners().items():
             place, window = 2 * indices.index(index), window_of(self._pattern, index)
-            keys, values = (part[:, :rows].permute(1, 2, 0, 3) for part in parts[place : place + 2])
+            keys, values = (part[:rows, :, :size] for part in parts[place : place + 2])
             states[kind] = keys, values
             shown = seen if window is None else seen & (distance < window)
             minimum = torch.finfo(keys.dtype).min
@@ -616,18 +619,18 @@ class SlotVerifier(Verifier):
             self._seen[size] = self._slots.unpadded(size, self._rows, self.device)
         return self._seen[size]
 
-    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs | PackedInputs, int]:
-        """The inputs of a forward over `tree`, padded to rows and nodes, and how many slots it sees."""
+    def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
+        """The inputs of a forward over `tree`, padded to rows and nodes."""
         beside = LEAST_ROWS if self.packs_rows else self._rows
         count = _apart(padded_count(self.device, tree.node_count, beside), self._rows)
-        nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
+        nodes, seen = self._nodes(tree, count), self._visible(self._reserve(max(self._places) + count))
         if not self.packs_rows:
             self.least_nodes = _apart(padded_count(self.device, 1, self._rows), self._rows)
-            return SlotInputs(*nodes, self._visible(size), self._first(count)), size
+            return SlotInputs(*nodes, seen, self._first(count))
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
         total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
         packed = _filled_up(packed, total if self._reads_prompt else _apart(total, self._rows, count))
-        return PackedInputs(*nodes, self._visible(size), torch.tensor(packed), self._first(len(packed))), size
+        return PackedInputs(*nodes, seen, torch.tensor(packed), self._first(len(packed)))
 
     def _first(self, count: int) -> Tensor:
         """0 to before `count`, without a kernel in each step."""
@@ -639,7 +642,7 @@ class SlotVerifier(Verifier):
         """Have so many slots; returns how many the forward sees."""
         size = _windowed(count)
         if size > self._buffers.size:
-            self._buffers.grow(2 * size)
+            self._buffers.grow(2 * size + _MORE)
         return size
 
     def _nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -798,14 +801,14 @@ class InvariantVerifier(SlotVerifier):
         """Run forwards over `step` nodes of a row each; of a larger tree, those before them lie in their slots."""
         count = _rounded_up(tree.node_count, step)
         tokens, depths, ancestors, roots = self._nodes(tree, count)
-        size, rows = self._reserve(max(self._places) + count), len(tree.tokens)
+        rows, blocks = len(tree.tokens), self._first(self._reserve(max(self._places) + count) // BLOCK)
         read = list[tuple[Tensor, dict[int, Tensor]]]()
         for row, place in enumerate(self._places):
-            own, levels = slice(row, row + 1), torch.arange(levels_below(place, tree.level_count), device=self.device)
+            own, levels = slice(row, row + 1), self._first(levels_below(place, tree.level_count))
             for stop in range(step, count + 1, step):
                 nodes = tokens[own, stop - step : stop], depths[own, :stop], ancestors[own, :stop, :stop]
-                inputs = PartInputs(*nodes, roots[own], levels)
-                logits, caught = self._run(inputs, self._buffers.window(size, row), row)
+                inputs = PartInputs(*nodes, roots[own], blocks, levels)
+                logits, caught = self._run(inputs, self._buffers.parts(row), row)
                 if self._engine is not None and rows * count > step:  # a graph writes to the same place again
                     logits, caught = logits.clone(), {layer: part.clone() for layer, part in caught.items()}
                 read.append((logits, caught))
@@ -887,8 +890,8 @@ class InvariantVerifier(SlotVerifier):
         self, inputs: InvariantInputs, layout: Layout, end: int, row: int | None = None
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward that writes slots up to `end`, and the buffers that it sees, of one row or all."""
-        size = self._reserve(max(end, layout.shared.numel()))
-        return (*inputs, *layout), self._buffers.window(size, row)
+        self._reserve(max(end, layout.shared.numel()))
+        return (*inputs, *layout), self._buffers.parts(row)
 
     def _reserve(self, count: int) -> int:
         if not self._needs.is_exact:
