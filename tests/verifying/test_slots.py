@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from tests.targets import ARCHITECTURES, Architecture
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.invariant import BLOCK, Layout
 from transformers_resps.verifying.slots import (
+    InvariantForward,
     PackedForward,
     SlotBuffers,
     SlotEngine,
@@ -178,13 +180,29 @@ def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architect
 
 
 def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
-    """A size that a trace fixes would make each process compile anew, and each size."""
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     pattern, inputs = SlotEngine().pattern(target), packed_inputs()
     forward = PackedForward(target, pattern, [])
     tensors = [*inputs, PACKED, torch.tensor([2, 7, 8, 8]), *buffers_of(target, pattern)]
+    check_limits(forward, tensors, fixed=".")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(rows: int) -> None:
+    target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
+    engine, tree, roots = SlotEngine(), DraftTree.from_parents(*TREES), torch.tensor([[200], [170], [230]])
+    forward = InvariantForward(engine.lock, 1, target, engine.pattern(target), [])
+    own = [part[:rows] for part in (tree.tokens, tree.depths, tree.ancestors, roots)]
+    layout = Layout.of_tree(own[3], own[1], own[2], least=2)
+    tensors = [*own[:2], own[3].expand(-1, 2), *layout, *buffers_of(target, engine.pattern(target), 270)]
+    tensors[-2:] = [part[:rows] for part in tensors[-2:]]
+    check_limits(forward, tensors, fixed=".b" if rows == 1 else ".")
+
+
+def check_limits(forward: SlotForward, tensors: list[Tensor], fixed: str) -> None:
+    """A size that a trace fixes would make each process compile anew, and each size."""
     sizes = [*forward.sizes, "b.s.", "b.s."]
-    changing = [{at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size != "."} for part in sizes]
+    changing = [{at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size not in fixed} for part in sizes]
 
     class Program(torch.nn.Module):
         def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -192,4 +210,6 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
 
     with forward.running(), torch.no_grad():
         program = torch.export.export(Program(), tuple(tensors), dynamic_shapes=(tuple(changing),), strict=False)
-    assert all(limits.lower <= 2 and limits.upper > 2**31 for limits in program.range_constraints.values())
+    *lowest, slots = sorted(int(limits.lower) for limits in program.range_constraints.values())
+    assert max(lowest) <= 2 and slots <= 2 * BLOCK, "the invariant mode has two blocks or more"
+    assert all(limits.upper > 2**31 for limits in program.range_constraints.values())

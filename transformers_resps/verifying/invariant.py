@@ -357,7 +357,7 @@ class BlockReads:
         return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
 
     def _entries(self, kv_heads: int, slots: int) -> Tensor:
-        rows = len(self._places)
+        rows = self._places.shape[0]  # `len` would fix the size of what is compiled
         first = torch.arange(rows * kv_heads, device=self._places.device).view(rows, kv_heads, 1, 1) * slots
         return (self._layout.slots[:, None] + first).permute(2, 0, 1, 3).flatten()
 
@@ -369,7 +369,7 @@ class BlockReads:
         head = torch.arange(sharing, device=device)[:, None, None]
         index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
-        return index.flatten(), is_missing if len(asked) > 1 else None
+        return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
@@ -474,7 +474,7 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
 
 def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
-    levels, (key_heads, size) = 1 if read.is_missing is None else len(read.is_missing), found.shape[-2:]
+    levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], found.shape[-2:]
     found = found.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
     return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
@@ -484,11 +484,11 @@ def _widened(parts: Sequence[Tensor]) -> Tensor:
     """These `[blocks, ...]`, one after another, in float64."""
     if len(parts) == 1:
         return parts[0].double()
-    joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.float64)
+    joined = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:], dtype=torch.float64)
     start = 0
     for part in parts:
-        joined[start : start + len(part)] = part
-        start += len(part)
+        joined[start : start + part.shape[0]] = part
+        start += part.shape[0]
     return joined
 
 
