@@ -314,7 +314,8 @@ class _Steps(NamedTuple):
     def _corrected(self, rates: Tensor, known: Tensor, overlap: Tensor) -> Tensor:
         """The values without what the state, and the nodes that each one sees, hold for its key."""
         wanted = rates * (self.values - known)
-        return torch.linalg.solve_triangular(rates * overlap, wanted, upper=False, unitriangular=True)
+        found: Tensor = torch.linalg.solve_triangular(rates * overlap, wanted, upper=False, unitriangular=True)
+        return found
 
 
 class _Updates(NamedTuple):
@@ -336,9 +337,7 @@ class _Updates(NamedTuple):
     def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
         """Of the nodes on the path `[b, m]`, where those that are not kept change nothing; layers come first here."""
         places = path[None, :, None, :, None]
-        keys, values, decays = (
-            part.gather(-2, places.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self
-        )
+        keys, values, decays = (part.gather(-2, places.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
 
     def write(self, states: Iterable[Tensor]) -> None:
@@ -425,7 +424,7 @@ class _Mamba2(NamedTuple):
         key: Tensor,
         query: Tensor,
         *,
-        D: Tensor | None = None,
+        D: Tensor | None = None,  # noqa: N803  # Transformers' name
         return_final_states: bool = False,
         **keywords: Any,
     ) -> Any:
@@ -694,6 +693,12 @@ def _advance(group: list[_PathStates], chosen: Tensor | None, is_kept: Tensor) -
 _current: ContextVar[_Reading | None] = ContextVar("resps_mixers", default=None)
 
 
+_REPLACED = (
+    ", so its forward was replaced. Load the target without kernels for whole layers, or leave out the head and the "
+    "policy."
+)
+
+
 class WholeTree:
     """A tree as mixers read it all at once, in one forward of the target: no node is read twice, and no state changes.
 
@@ -773,8 +778,7 @@ class WholeTree:
         """
         if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
             raise ValueError(
-                f"The recurrent layer {layer} read a tree without the functions of its modelling file, so its forward "
-                "was replaced. Load the target without kernels for whole layers, or leave out `compile`."
+                f"The recurrent layer {layer} read a tree without the functions of its modelling file{_REPLACED}"
             )
         return [self._inputs[layer], *self._updates.get(layer, ())]
 
@@ -823,12 +827,17 @@ class StateKinds:
     Args:
         target: whose mixers are known.
         cache: that has read a token or more.
+
+    Raises:
+        ValueError: a mixer has left no state there.
     """
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         alike = defaultdict(list)
         for layer in sorted(known_mixers(target)):
             states = _states_in(cache, layer)
+            if states.convolution is None:
+                raise ValueError(f"The recurrent layer {layer} has kept no state of the prompt{_REPLACED}")
             alike[tuple(None if part is None else (part.shape[1:], part.dtype) for part in states)].append(layer)
         self._kinds = [(layers, kind[1] is not None) for kind, layers in alike.items()]
 
@@ -861,9 +870,7 @@ class StateKinds:
         for layers, is_scanned in self._kinds:
             convolutions, recurrences = next(parts), next(parts) if is_scanned else None
             for place, layer in enumerate(layers):
-                found[layer] = LayerStates(
-                    convolutions[place], None if recurrences is None else recurrences[place]
-                )
+                found[layer] = LayerStates(convolutions[place], None if recurrences is None else recurrences[place])
         return found
 
     def noted(self, tree: WholeTree) -> list[Tensor]:

@@ -400,8 +400,8 @@ class PackedForward(SlotForward):
 
 
 class HybridForward(SlotForward):
-    """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and are only
-    read; what advances them follows the hidden states.
+    """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and do not
+    change; what advances them follows the hidden states.
     """
 
     kind = "hybrid steps"

@@ -96,7 +96,7 @@ class Verifier(ABC):
     Attributes:
         device: of the trees.
         is_compiled: whether steps run compiled.
-        reads_paths: whether the target has recurrent layers, which read each path of a tree.
+        reads_paths: whether the target has recurrent layers, whose states advance along the path that is kept.
         paths_cost: see `Observation`.
         packs_rows: whether nodes that do not count are not computed.
         least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
@@ -673,15 +673,16 @@ class HybridVerifier(SlotVerifier):
 
     reads_paths = True
     _over_slots: HybridForward
+    _states: Sequence[Tensor] = ()  # of the rows of the buffers, see `StateKinds`
+    _noted: tuple[Tensor, ...] = ()  # of the newest tree: what advances them
 
     def _compiles_prompt(self) -> bool:
         """No: stock's scans read it."""
         return False
 
     def _fill(self, length: int) -> None:
-        super()._fill(length)
         self._states = self._over_slots.states.of(self._cache)
-        self._noted: tuple[Tensor, ...] = ()  # of the newest tree
+        super()._fill(length)
 
     def _outputs_of(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
         outputs = super()._outputs_of([*inputs, *self._states], buffers)
