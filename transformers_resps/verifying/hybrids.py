@@ -321,8 +321,8 @@ class _Steps(NamedTuple):
 class _Updates(NamedTuple):
     """What nodes add to states `[..., k, v]`, `[..., n, any]` each, in float32.
 
-    After a path to the node i they are e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the nodes j of the
-    path. Related: STree (arXiv 2505.14969), section 4.
+    After a path to the node i they are e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the nodes j of
+    the path. Related: STree (arXiv 2505.14969), section 4.
     """
 
     keys: Tensor
@@ -866,7 +866,8 @@ class StateKinds:
 
     def by_layer(self, tensors: Sequence[Tensor]) -> dict[int, LayerStates]:
         """The states of each layer, as views."""
-        parts, found = iter(tensors), dict[int, LayerStates]()
+        found: dict[int, LayerStates] = {}  # dynamo knows no `dict[int, LayerStates]()`
+        parts = iter(tensors)
         for layers, is_scanned in self._kinds:
             convolutions, recurrences = next(parts), next(parts) if is_scanned else None
             for place, layer in enumerate(layers):
@@ -875,9 +876,9 @@ class StateKinds:
 
     def noted(self, tree: WholeTree) -> list[Tensor]:
         """What a tree has noted, of all layers of each kind together: `[layers, b, ...]`."""
-        found = list[Tensor]()
+        found: list[Tensor] = []
         for layers, _ in self._kinds:
-            found += map(torch.stack, zip(*map(tree.noted, layers), strict=True))
+            found += [torch.stack(part) for part in zip(*[tree.noted(layer) for layer in layers], strict=True)]
         return found
 
     def advance(self, tensors: Sequence[Tensor], noted: Sequence[Tensor], path: Tensor) -> None:
