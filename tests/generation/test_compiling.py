@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
+from tests.compilation.as_it_is import AsItIs
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
 from tests.kernels import deterministic_algorithms
@@ -20,6 +21,7 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.compilation.packages import ModulePackages
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying.slots import SlotEngine
 
@@ -504,9 +506,10 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
 
 @NEEDS_STATES
 def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_sizes(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real compiler, and calls that go on from the states of the last."""
+    """The real compiler; drafts run as they are."""
+    monkeypatch.setattr(draft_engine, "CompiledFunction", AsItIs)
     (architecture,) = recurrent("qwen3_5_text")
     sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     target = attach(replace(architecture, config=architecture.config | sizes).build())
