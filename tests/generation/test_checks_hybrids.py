@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from tests.lossless.hybrids import answer, tokens
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.verifying import hybrids as known_mixers
 
 
@@ -71,15 +71,6 @@ def test_a_compiled_target_is_refused(target: PreTrainedModel) -> None:
     target.forward = torch.compile(target.forward, backend="eager")
     with pytest.raises(ValueError, match="Qwen3NextForCausalLM has recurrent layers.*before it was compiled"):
         answer(target, tokens(5), policy="auto", disable_compile=True)
-
-
-def test_steps_that_shall_run_compiled_run_as_they_are_with_a_warning(
-    target: PreTrainedModel, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = answer(target, tokens(5))
-    found = answer(target, tokens(5), assistant_model=DraftHead.from_target(target), policy=TREES, compile=True)
-    assert found.sequences.tolist() == plain.sequences.tolist()
-    assert "has recurrent layers, which read a tree path by path" in caplog.text
 
 
 def test_an_older_release_is_refused_with_the_one_to_install(

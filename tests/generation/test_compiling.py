@@ -3,22 +3,25 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
+from tests.compilation.as_it_is import AsItIs
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
 from tests.kernels import deterministic_algorithms
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.compilation.packages import ModulePackages
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying.slots import SlotEngine
 
@@ -499,6 +502,24 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     told = [record.getMessage() for record in caplog.records if "transformers_resps" in record.name]
     assert sum("Compiling" in line for line in told) == len(told) == 2
     assert SlotEngine().is_compiled is False
+
+
+@NEEDS_STATES
+def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_sizes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real compiler; drafts run as they are."""
+    monkeypatch.setattr(draft_engine, "CompiledFunction", AsItIs)
+    (architecture,) = recurrent("qwen3_5_text")
+    sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    target = attach(replace(architecture, config=architecture.config | sizes).build())
+    torch.manual_seed(1)
+    head = DraftHead.from_target(target, feature_layers=[0])
+    for policy in (FixedPolicy(TreeShape.plain()), FixedPolicy(TreeShape(6, 5, 1)), Cycle(*SHAPES)):
+        out = speculate(target, head, policy, compile=True, max_new_tokens=60)
+        assert out.sequences.tolist() == plainly(target, 60)
+    assert target.speculation_state.slot_engine.is_compiled
+    assert sum("Compiling the target" in record.getMessage() for record in caplog.records) == 1
 
 
 INVARIANT = {"invariant": True, "compile": True}

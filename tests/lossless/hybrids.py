@@ -60,9 +60,9 @@ def compare(target: Any, head: Any, inputs: Any, seed: int = 0, **options: Any) 
         head: of the call with trees.
         inputs: a prompt, or keywords.
         seed: of both calls.
-        options: of both calls; `lockstep`, `policy` and `use_mtp` of the one with trees.
+        options: of both calls; `lockstep`, `policy`, `use_mtp` and `compile` of the one with trees.
     """
-    ours = {name: options.pop(name) for name in ("lockstep", "policy", "use_mtp") if name in options}
+    ours = {name: options.pop(name) for name in ("lockstep", "policy", "use_mtp", "compile") if name in options}
     plain = answer(target, inputs, seed, **options)
     drawn = torch.get_rng_state()
     found = answer(target, inputs, seed, **options, **{"assistant_model": head, "policy": AnyShape(seed)} | ours)

@@ -58,8 +58,10 @@ def test_a_padded_batch_gives_the_texts_of_plain_generate(name: str, target: Pre
     check_counts(compare(target, head, padded(3), **BATCHES[name]), in_a_row=1)
 
 
-def check_three_turns(target: PreTrainedModel, head: DraftHead, rows: int) -> None:
-    """The second turn is plain, so that each goes on from the other's states; turns cross the windows."""
+def check_three_turns(target: PreTrainedModel, head: DraftHead, rows: int, **options: Any) -> None:
+    """The second turn is plain, so that each goes on from the other's states; turns cross the windows. `options` are
+    of the others.
+    """
     turns: list[Any] = [padded(rows, length=8)["input_ids"]] * 2
     caches = [DynamicCache(config=target.config.get_text_config(decoder=True)) for _ in turns]
     mask, reports = padded(rows, length=8)["attention_mask"], []
@@ -67,7 +69,7 @@ def check_three_turns(target: PreTrainedModel, head: DraftHead, rows: int) -> No
         outs = []
         for is_ours, (text, cache) in enumerate(zip(turns, caches, strict=True)):
             inputs = {"input_ids": text, "attention_mask": mask, CACHE_KEYWORD: cache}
-            trees = {"assistant_model": head, "policy": AnyShape(turn)} if is_ours and turn != 1 else {}
+            trees = {"assistant_model": head, "policy": AnyShape(turn)} | options if is_ours and turn != 1 else {}
             outs.append(answer(target, inputs, max_new_tokens=9, **trees))
         plain, found = outs
         assert found.sequences.tolist() == plain.sequences.tolist()

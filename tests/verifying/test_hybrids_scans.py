@@ -13,8 +13,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tests.recurrent_targets import NEEDS_STATES
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.hybrids import NotedScans, ScanSettings, known_mixers
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.verifier import HybridVerifier, TreeVerifier
 
 
 pytestmark = NEEDS_STATES
@@ -94,6 +95,19 @@ def test_a_mixer_whose_forward_was_replaced_is_refused_by_name() -> None:
         mixer.forward = lambda hidden_states, **_: hidden_states
         with pytest.raises(ValueError, match="A `Qwen3_5GatedDeltaNet` read a tree without the scan"):
             verifier.verify(tree)
+
+
+def test_a_mixer_whose_forward_was_replaced_is_refused_by_its_layer_where_trees_are_read_whole() -> None:
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_5_text", **SIZES | SCANS["qwen3_5_text"][0]))
+    tree, forward = DraftTree.from_parents(torch.tensor(NODES), torch.tensor(PARENTS)), TargetForward.of(target.eval())
+    (mixer,) = known_mixers(target).values()
+    with torch.no_grad(), HybridVerifier(forward, None, torch.arange(PROMPT.shape[1])[None]) as verifier:
+        verifier.prefill(PROMPT)
+        mixer.forward = lambda hidden_states, **_: hidden_states
+        with pytest.raises(ValueError, match="layer 0 read a tree without the functions of its modelling file"):
+            verifier.verify(tree)
+    with torch.no_grad(), pytest.raises(ValueError, match="layer 0 has kept no state of the prompt, so its forward"):
+        HybridVerifier(TargetForward.of(target), None, torch.arange(PROMPT.shape[1])[None]).prefill(PROMPT)
 
 
 class Mixer:

@@ -17,8 +17,7 @@ trained one of EAGLE-3's sizes does, or with `--drafter mtp` a layer as checkpoi
 often as tau needs. Greedy, one prompt at a time, every way in turn, total tokens over total seconds. Chains draft
 `2 tau - 1` tokens; trees are as deep, yield what their first chain yields, and show what width costs. Prompt lookup
 never finds a match in these texts: its row shows what looking costs. `auto` meets the same heads, and is not held to
-a tau. A first pass, which compiles, is thrown away. Where layers are recurrent, Transformers has no prompt lookup, and
-we compile nothing.
+a tau. A first pass, which compiles, is thrown away. Where layers are recurrent, Transformers has no prompt lookup.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from ..verifying.forward import (
 )
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
-from ..verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
+from ..verifying.verifier import HybridVerifier, InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 from .checks import (
     NEVER_READ,
     check_forward_arguments,
@@ -455,11 +455,12 @@ def _verifier(
         with TreeVerifier(forward, *given) as verifier:
             yield verifier
         return
+    kind = HybridVerifier if is_recurrent(target) else SlotVerifier
     config = inputs.config.compile_config
     options = None if config is None or config == CompileConfig() else config.to_dict()
     with (
         engine.borrow(target) if compiles else nullcontext() as lent,
-        SlotVerifier(forward, lent, *given, options=options) as verifier,
+        kind(forward, lent, *given, options=options) as verifier,
     ):
         yield verifier
 
@@ -502,8 +503,8 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     devices = {parameter.device for parameter in parameters}
     if target.training:
         return "the model is in training mode"
-    if is_recurrent(target):
-        return "the model has recurrent layers, which read a tree path by path"
+    if is_recurrent(target) and target.device.type != "cpu":
+        return "the model has recurrent layers, and its states would have to stay where they are in a graph"
     if not are_outputs(target, layers):
         return "the head reads the last layer's output, which a compiled forward gives only after the final norm"
     if target.config.is_encoder_decoder:

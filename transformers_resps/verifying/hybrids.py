@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import Cache, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ..compat import HAS_RECURRENT_STATES
 from ..tree import DraftTree
@@ -295,15 +297,68 @@ class _Steps(NamedTuple):
         if self.rates is not None:
             seen = self.keys * decays.exp()
             known = torch.stack([key @ state.float() for key, state in zip(seen, states, strict=True)])
-            # From node to later node; what is above the diagonal may overflow, and is not read
-            between = (decays.unsqueeze(-2) - decays.unsqueeze(-3)).exp()
-            overlap = (self.keys.unsqueeze(-2) * between * self.keys.unsqueeze(-3)).sum(-1)
-            wanted = self.rates * (values - known)
-            values = torch.linalg.solve_triangular(self.rates * overlap, wanted, upper=False, unitriangular=True)
-        whole = decays[..., -1:, :]
-        keys, fading = (self.keys * (whole - decays).exp()).mT, whole.exp().mT
-        for key, value, fade, state in zip(keys, values, fading, states, strict=True):
+            values = self._corrected(self.rates, known, _overlap(self.keys, self.keys, decays))
+        _Updates(self.keys, values, decays).write(states)
+
+    def of_tree(self, state: Tensor, ancestors: Tensor) -> "_Updates":
+        """What each node of a tree adds to the state `[b, heads, k, v]` of the text before it.
+
+        Nodes see `ancestors` `[b, 1, n, n]`, see `DraftTree`, which come before them.
+        """
+        decays, values = ancestors.to(self.decays.dtype) @ self.decays, self.values
+        if self.rates is not None:
+            known = (self.keys * decays.exp()) @ state.float()
+            values = self._corrected(self.rates, known, _overlap(self.keys, self.keys, decays, ancestors))
+        return _Updates(self.keys, values, decays)
+
+    def _corrected(self, rates: Tensor, known: Tensor, overlap: Tensor) -> Tensor:
+        """The values without what the state, and the nodes that each one sees, hold for its key."""
+        wanted = rates * (self.values - known)
+        found: Tensor = torch.linalg.solve_triangular(rates * overlap, wanted, upper=False, unitriangular=True)
+        return found
+
+
+class _Updates(NamedTuple):
+    """What nodes add to states `[..., k, v]`, `[..., n, any]` each, in float32.
+
+    After a path to the node i they are e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the nodes j of
+    the path. Related: STree (arXiv 2505.14969), section 4.
+    """
+
+    keys: Tensor
+    values: Tensor
+    decays: Tensor
+
+    def read(self, queries: Tensor, state: Tensor, ancestors: Tensor) -> Tensor:
+        """What each node reads of the state `[b, heads, k, v]` after its path, by its query: `[b, heads, n, v]`."""
+        of_state = (queries * self.decays.exp()) @ state.float()
+        return of_state + _overlap(queries, self.keys, self.decays, ancestors) @ self.values
+
+    def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
+        """Of the nodes on the path `[b, m]`, where those that are not kept change nothing; layers come first here."""
+        places = path[None, :, None, :, None]
+        keys, values, decays = (part.gather(-2, places.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
+        return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
+
+    def write(self, states: Iterable[Tensor]) -> None:
+        """Advance the states of several layers in place, where all nodes are one path; layers come first here."""
+        whole = self.decays[..., -1:, :]
+        keys, fading = (self.keys * (whole - self.decays).exp()).mT, whole.exp().mT
+        for key, value, fade, state in zip(keys, self.values, fading, states, strict=True):
             torch.addcmul(key @ value, state, fade, out=state)
+
+
+def _overlap(left: Tensor, right: Tensor, decays: Tensor, ancestors: Tensor | None = None) -> Tensor:
+    """Products of nodes `[..., n, k]` with earlier ones, faded: `[..., n, n]`.
+
+    Without `ancestors` what is above the diagonal may overflow; with them, others' are 0.
+    """
+    between = decays.unsqueeze(-2) - decays.unsqueeze(-3)  # from node to later node
+    if ancestors is not None:
+        between = between.masked_fill(~ancestors.unsqueeze(-1), float("-inf"))
+    if decays.shape[-1] == 1:
+        return (left @ right.mT) * between.squeeze(-1).exp()
+    return (left.unsqueeze(-2) * between.exp() * right.unsqueeze(-3)).sum(-1)
 
 
 class _DeltaRule(NamedTuple):
@@ -319,12 +374,28 @@ class _DeltaRule(NamedTuple):
         """From the arguments of the scan."""
         return cls(key, value, g, beta)
 
+    @classmethod
+    def read_tree(cls, tree: "WholeTree", query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
+        """Stand for the scan: its output `[b, n, heads, v]`, and the state, which stays."""
+        state = tree.recurrence
+        updates = cls.of(query, key, value, **keywords).steps().of_tree(state, tree.ancestors)
+        tree.note(updates)
+        queries = _unit(query, value.shape[-2]).transpose(1, 2) * query.shape[-1] ** -0.5
+        output = updates.read(queries, state, tree.ancestors).transpose(1, 2)
+        return output.to(query.dtype, memory_format=torch.contiguous_format), state
+
     def steps(self) -> _Steps:
-        keys, values = self.key.float(), self.value.float()
-        keys = keys * torch.rsqrt((keys * keys).sum(-1, keepdim=True) + 1e-6)
-        keys = keys.repeat_interleave(values.shape[-2] // keys.shape[-2], dim=-2)
+        values = self.value.float()
+        keys = _unit(self.key, values.shape[-2])
         decays = self.gate.float() if self.gate.dim() == keys.dim() else self.gate.float()[..., None]
         return _Steps(*(part.transpose(-3, -2) for part in (keys, values, decays, self.rate.float()[..., None])))
+
+
+def _unit(parts: Tensor, heads: int) -> Tensor:
+    """Of length 1, `[..., m, any heads, k]` for so many heads."""
+    found = parts.float()
+    found = found * torch.rsqrt((found * found).sum(-1, keepdim=True) + 1e-6)
+    return found.repeat_interleave(heads // found.shape[-2], dim=-2)
 
 
 class _Mamba2(NamedTuple):
@@ -343,6 +414,30 @@ class _Mamba2(NamedTuple):
         """From the arguments of the scan."""
         return cls(value, key, dt, dt_bias.to(dt.dtype).expand_as(dt), rate.expand_as(dt))
 
+    @classmethod
+    def read_tree(
+        cls,
+        tree: "WholeTree",
+        value: Tensor,
+        dt: Tensor,
+        rate: Tensor,
+        key: Tensor,
+        query: Tensor,
+        *,
+        D: Tensor | None = None,  # noqa: N803  # Transformers' name
+        return_final_states: bool = False,
+        **keywords: Any,
+    ) -> Any:
+        """Stand for the scan, which cuts no time step: its output `[b, n, heads, v]`, and the state, which stays."""
+        state, heads = tree.recurrence, value.shape[-2]
+        updates = cls.of(value, dt, rate, key, query, **keywords).steps().of_tree(state, tree.ancestors)
+        tree.note(updates)
+        queries = query.float().repeat_interleave(heads // query.shape[-2], dim=-2).transpose(1, 2)
+        inputs, keys, decays = updates
+        output = _Updates(keys, inputs, decays).read(queries, state.mT, tree.ancestors).transpose(1, 2)
+        output = output if D is None else output + value.float() * D[:, None]
+        return (output.contiguous(), state) if return_final_states else output.contiguous()
+
     def steps(self) -> _Steps:
         """Its states have the values first."""
         time_step = softplus(self.time_step + self.bias).float()[..., None]
@@ -352,29 +447,34 @@ class _Mamba2(NamedTuple):
         return _Steps(*(part.transpose(-3, -2) for part in parts))
 
 
-# Name in a modelling file -> what notes its arguments.
-_SCANS: dict[str, Callable[..., _DeltaRule | _Mamba2]] = {
-    "torch_chunk_gated_delta_rule": _DeltaRule.of,
-    "chunk_kimi_delta_attention": _DeltaRule.of,
-    "mamba2_chunk_scan": _Mamba2.of,
+# Name in a modelling file -> what notes its arguments, or reads a whole tree in its place.
+_SCANS: dict[str, type[_DeltaRule] | type[_Mamba2]] = {
+    "torch_chunk_gated_delta_rule": _DeltaRule,
+    "chunk_kimi_delta_attention": _DeltaRule,
+    "mamba2_chunk_scan": _Mamba2,
 }
+_CONVOLUTION = "causal_conv1d_fn"
 
 
 class _NotedScan:
-    """Stands for a scan while calls decode: notes its arguments for the thread that reads a tree.
+    """Stands for a scan, or for a convolution, while calls decode: notes a scan's arguments for the thread that reads
+    the paths of a tree, and lets others read a whole tree.
 
     Attributes:
-        own: the scan of the modelling file, or what stood there.
+        own: the function of the modelling file, or what stood there.
         users: calls that decode with it.
     """
 
-    def __init__(self, own: Callable[..., Any], note: Callable[..., _DeltaRule | _Mamba2]) -> None:
-        self.own, self.users, self._note = own, 0, note
+    def __init__(self, own: Callable[..., Any], kind: type[_DeltaRule] | type[_Mamba2] | None) -> None:
+        self.own, self.users, self._kind = own, 0, kind
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        reading = _current.get()
-        if reading is not None:
-            reading.note(self._note(*arguments, **keywords))
+    def __call__(self, *arguments: Any, resps_tree: "WholeTree | None" = None, **keywords: Any) -> Any:
+        if resps_tree is not None:
+            read = resps_tree.convolved if self._kind is None else partial(self._kind.read_tree, resps_tree)
+            return read(*arguments, **keywords)
+        reading = None if self._kind is None else _current.get()
+        if reading is not None and self._kind is not None:
+            reading.note(self._kind.of(*arguments, **keywords))
         return self.own(*arguments, **keywords)
 
 
@@ -389,14 +489,14 @@ class NotedScans:
 
     def __init__(self, mixers: Iterable[Any]) -> None:
         files = {type(mixer).__module__ for mixer in mixers}
-        self._places = [(vars(sys.modules[file]), name) for file in files for name in _SCANS]
+        self._places = [(vars(sys.modules[file]), name) for file in files for name in (*_SCANS, _CONVOLUTION)]
 
     def __enter__(self) -> "NotedScans":
         with _lock:
             for names, name in self._places:
                 if name in names:
                     if not isinstance(names[name], _NotedScan):
-                        names[name] = _NotedScan(names[name], _SCANS[name])
+                        names[name] = _NotedScan(names[name], _SCANS.get(name))
                     names[name].users += 1
         return self
 
@@ -591,3 +691,214 @@ def _advance(group: list[_PathStates], chosen: Tensor | None, is_kept: Tensor) -
 
 # What the forward in this thread reads: two threads may share a target.
 _current: ContextVar[_Reading | None] = ContextVar("resps_mixers", default=None)
+
+
+_REPLACED = (
+    ", so its forward was replaced. Load the target without kernels for whole layers, or leave out the head and the "
+    "policy."
+)
+
+
+class WholeTree:
+    """A tree as mixers read it all at once, in one forward of the target: no node is read twice, and no state changes.
+
+    The forward hands it on to what stands for scans and convolutions, see `NotedScans`, as the keyword `resps_tree`.
+
+    Args:
+        depths: `[b, n]`, see `DraftTree`.
+        ancestors: `[b, n, n]`, likewise.
+        states: layer -> the states of the text before the tree.
+
+    Attributes:
+        ancestors: `[b, 1, n, n]` for all heads.
+    """
+
+    def __init__(self, depths: Tensor, ancestors: Tensor, states: "dict[int, LayerStates]") -> None:
+        self.ancestors, self._depths, self._states = ancestors[:, None], depths, states
+        self._inside = -1  # the layer that runs
+        self._places: dict[tuple[int, int], Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._updates: dict[int, _Updates] = {}
+
+    def enter(self, layer: int) -> Tensor:
+        """A layer begins to read: its state before the convolution."""
+        self._inside = layer
+        return self._states[layer].convolution
+
+    @property
+    def recurrence(self) -> Tensor:
+        """The state `[b, heads, k, v]` of the layer that runs."""
+        state = self.state(self._inside)
+        assert state is not None
+        return state
+
+    def state(self, layer: int) -> Tensor | None:
+        """The same of any layer; `None` of a short convolution."""
+        return self._states[layer].recurrence
+
+    def convolve(self, inputs: Tensor) -> Tensor:
+        """Note what is convolved next, `[b, c, n]`."""
+        self._inputs[self._inside] = inputs
+        return inputs
+
+    def convolved(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+    ) -> Tensor:
+        """Stand for the convolution: `[b, c, n]`, of each node with those before it on its path and the state."""
+        state = self._states[self._inside].convolution
+        places = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
+        before = torch.cat([state.to(inputs.dtype), inputs], dim=-1)
+        windows = before.gather(-1, places.flatten(1)[:, None].expand(-1, before.shape[1], -1))
+        products = windows.view(*before.shape[:2], *places.shape[1:]).float() * weight[:, None].float()
+        found = products.sum(-1) if bias is None else products.sum(-1) + bias[:, None].float()
+        found = found.to(weight.dtype)
+        return (found if activation is None else ACT2FN[activation](found)).to(inputs.dtype)
+
+    def _windows(self, kernel: int, size: int) -> Tensor:
+        """`[b, n, kernel]` where each node, after the `kernel` - 1 entries before it on its path, lies in a state of
+        so many entries and the nodes after it.
+        """
+        if (kernel, size) not in self._places:
+            order = torch.arange(self._depths.shape[1], device=self._depths.device)
+            levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
+            is_there = self.ancestors[:, 0, :, None] & (self._depths[:, None, None] == levels[..., None])
+            nodes = (is_there * order).sum(-1)
+            self._places[kernel, size] = size + torch.where(levels < 0, levels, nodes)
+        return self._places[kernel, size]
+
+    def note(self, updates: _Updates) -> None:
+        """Keep what the nodes add to the state of the layer that runs."""
+        self._updates[self._inside] = updates
+
+    def noted(self, layer: int) -> list[Tensor]:
+        """What advances the states of a layer: `[b, any, n]` that were convolved, and of a scan the `_Updates`.
+
+        Raises:
+            ValueError: the mixer computes in another way than its class does.
+        """
+        if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
+            raise ValueError(
+                f"The recurrent layer {layer} read a tree without the functions of its modelling file{_REPLACED}"
+            )
+        return [self._inputs[layer], *self._updates.get(layer, ())]
+
+
+class WholeTreeCache(Cache):
+    """The cache in a forward over a whole tree: layers with keys as they are, and the states of `tree`."""
+
+    def __init__(self, layers: list[Any], tree: WholeTree) -> None:
+        super().__init__(layers=layers)
+        self._tree = tree
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        return self._tree.enter(layer_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._tree.state(layer_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        return self._tree.convolve(conv_states)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+
+class LayerStates(NamedTuple):
+    """The states of a recurrent layer, for b rows.
+
+    Attributes:
+        convolution: `[b, c, kernel]`.
+        recurrence: `[b, heads, k, v]`; `None` of a short convolution.
+    """
+
+    convolution: Tensor
+    recurrence: Tensor | None
+
+
+class StateKinds:
+    """Which recurrent layers of a target have states of the same sizes: these lie in one tensor.
+
+    The tensors are, of each kind of layers in turn, `[layers, b, c, kernel]` and, unless it is a short convolution,
+    `[layers, b, heads, k, v]`.
+
+    Args:
+        target: whose mixers are known.
+        cache: that has read a token or more.
+
+    Raises:
+        ValueError: a mixer has left no state there.
+    """
+
+    def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
+        alike = defaultdict(list)
+        for layer in sorted(known_mixers(target)):
+            states = _states_in(cache, layer)
+            if states.convolution is None:
+                raise ValueError(f"The recurrent layer {layer} has kept no state of the prompt{_REPLACED}")
+            alike[tuple(None if part is None else (part.shape[1:], part.dtype) for part in states)].append(layer)
+        self._kinds = [(layers, kind[1] is not None) for kind, layers in alike.items()]
+
+    @property
+    def sizes(self) -> list[str]:
+        """Of the tensors: each dimension, where b is that of the rows."""
+        return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
+
+    def of(self, cache: Cache) -> list[Tensor]:
+        """Copies of the states in a cache."""
+        found = list[Tensor]()
+        for layers, is_scanned in self._kinds:
+            states = [_states_in(cache, layer) for layer in layers]
+            found.append(torch.stack([part.convolution for part in states]))
+            if is_scanned:
+                found.append(torch.stack([part.recurrence for part in states if part.recurrence is not None]))
+        return found
+
+    def give_back(self, tensors: Sequence[Tensor], cache: Cache, rows: slice) -> None:
+        """Let a cache hold copies of the states of some rows."""
+        for layer, states in self.by_layer(tensors).items():
+            held: Any = cache.layers[layer]
+            held.conv_states[0] = states.convolution[rows].clone()
+            if states.recurrence is not None:
+                held.recurrent_states[0] = states.recurrence[rows].clone()
+
+    def by_layer(self, tensors: Sequence[Tensor]) -> dict[int, LayerStates]:
+        """The states of each layer, as views."""
+        found: dict[int, LayerStates] = {}  # dynamo knows no `dict[int, LayerStates]()`
+        parts = iter(tensors)
+        for layers, is_scanned in self._kinds:
+            convolutions, recurrences = next(parts), next(parts) if is_scanned else None
+            for place, layer in enumerate(layers):
+                found[layer] = LayerStates(convolutions[place], None if recurrences is None else recurrences[place])
+        return found
+
+    def noted(self, tree: WholeTree) -> list[Tensor]:
+        """What a tree has noted, of all layers of each kind together: `[layers, b, ...]`."""
+        found: list[Tensor] = []
+        for layers, _ in self._kinds:
+            found += [torch.stack(part) for part in zip(*[tree.noted(layer) for layer in layers], strict=True)]
+        return found
+
+    def advance(self, tensors: Sequence[Tensor], noted: Sequence[Tensor], path: Tensor) -> None:
+        """Advance the states in place, along the kept path `[b, m]` of the tree that has noted this.
+
+        A row that keeps fewer nodes repeats its last.
+        """
+        is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
+        parts, notes = iter(tensors), iter(noted)
+        for _, is_scanned in self._kinds:
+            convolution, inputs = next(parts), next(notes)
+            kept = inputs.gather(-1, path[None, :, None].expand(*inputs.shape[:-1], -1))
+            window = is_kept.sum(1, keepdim=True) + torch.arange(convolution.shape[-1], device=path.device)
+            before = torch.cat([convolution, kept.to(convolution.dtype)], dim=-1)
+            convolution.copy_(before.gather(-1, window[:, None].expand_as(convolution)))
+            if is_scanned:
+                updates = _Updates(*(next(notes) for _ in _Updates._fields))
+                updates.along(path, is_kept).write(next(parts))
+
+
+def _states_in(cache: Cache, layer: int) -> LayerStates:
+    held: Any = cache.layers[layer]
+    return LayerStates(held.conv_states[0], held.recurrent_states[0])

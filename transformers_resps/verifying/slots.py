@@ -4,9 +4,10 @@ A tree's nodes lie in the slots after the text, and the accepted ones move to th
 so that it can be compiled or captured.
 """
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple, cast
@@ -22,9 +23,10 @@ from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from ..compilation.pages import zeros
 from .attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
-from .cache import replace_entries, window_of
+from .cache import holds_state, replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
+from .hybrids import RECURRENT_KINDS, NotedScans, StateKinds, WholeTree, WholeTreeCache, known_mixers
 from .invariant import BlockReads, Layout, Sizes, use_invariant_attention
 
 
@@ -398,8 +400,69 @@ class PackedForward(SlotForward):
         return bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
 
 
+_OF_COMPILER = logging.getLogger("torch._inductor.ir")
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """Whether it tells more than that `solve_triangular` is called in a slower way from C++."""
+    return "c-shim" not in str(record.msg)
+
+
+class HybridForward(SlotForward):
+    """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and do not
+    change; what advances them follows the hidden states.
+    """
+
+    kind = "hybrid steps"
+
+    def __init__(self, target: PreTrainedModel, cache: Cache, *args: Any) -> None:
+        self.states = StateKinds(target, cache)
+        self.sizes = (*_SIZES, *self.states.sizes)
+        super().__init__(target, cache, *args)
+
+    def _function(
+        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Of `SlotInputs`, states and buffers."""
+        dtype, states = self.target.dtype, self.states
+        count = len(states.sizes)
+        attending = {kind: window for kind, window in windows.items() if kind not in RECURRENT_KINDS}
+
+        def forward(
+            tokens: Tensor,
+            depths: Tensor,
+            ancestors: Tensor,
+            roots: Tensor,
+            seen: Tensor,
+            kept: Tensor,
+            *parts: Tensor,
+        ) -> tuple[Tensor, ...]:
+            slots, laid_out = _laid_out(depths, ancestors, roots, seen, attending, dtype)
+            masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
+            masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
+            tree = WholeTree(depths, ancestors, states.by_layer(parts[:count]))
+            positions = _positions(roots[:, 1:], depths)
+            options = {"size": seen.shape[1], "resps_tree": tree}
+            outputs = run(tokens, slots, positions, masks, parts[count:], kept, **options)
+            return *outputs, *states.noted(tree)
+
+        return forward
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """As `SlotForward.running`, and read trees whole."""
+        with super().running(), NotedScans(known_mixers(self.target).values()):
+            _OF_COMPILER.addFilter(_is_no_advice)  # of each layer, and at nothing that a user could change
+            try:
+                yield
+            finally:
+                _OF_COMPILER.removeFilter(_is_no_advice)
+
+
 def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotForward]:
     """What runs steps of one row, or of several. A graph of an accelerator has a fixed number of nodes."""
+    if known_mixers(target):
+        return HybridForward
     packs = is_batch and target.device.type == "cpu" and PackedForward.serves(target)
     return PackedForward if packs else SlotForward
 
@@ -520,7 +583,7 @@ def _run(
     """
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
-    placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
+    placeholders = [_without_entries(layer) if getattr(layer, "keys", None) is None else None for layer in layers]
     read = output_places(target, feature_layers)
     asked = hidden_states_asked(read)
     computes_some = cast(Any, target)._supports_logits_to_keep()
@@ -529,7 +592,7 @@ def _run(
         tokens: Tensor,
         slots: Tensor,
         positions: Tensor,
-        masks: dict[str | None, Tensor],
+        masks: Mapping[str | None, Tensor | None],
         buffers: tuple[Tensor, ...],
         kept: Tensor | None = None,
         size: int | None = None,
@@ -537,9 +600,10 @@ def _run(
     ) -> tuple[Tensor, ...]:
         if kept is not None and computes_some:
             options["logits_to_keep"] = kept
-        pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
+        pairs, tree = iter(zip(buffers[::2], buffers[1::2], strict=True)), options.get("resps_tree")
         seen = buffers[0].shape[2] if size is None else size
-        held = Cache(layers=[kind(*next(pairs), slots, seen) if other is None else other for other in placeholders])
+        own: list[Any] = [kind(*next(pairs), slots, seen) if other is None else other for other in placeholders]
+        held = Cache(layers=own) if tree is None else WholeTreeCache(own, tree)
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
@@ -554,6 +618,16 @@ def _run(
         return (logits, *(outputs.hidden_states[place] for place in read))
 
     return run
+
+
+class _StatesAlone:
+    """Stands for a layer of a cache that has states and no keys."""
+
+    is_compileable = supports_early_init = False
+
+
+def _without_entries(layer: Any) -> Any:
+    return _StatesAlone() if holds_state(layer) else layer
 
 
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)

@@ -5,7 +5,7 @@ Over a cache that grows, or over slots.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd
@@ -43,6 +43,7 @@ from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
     LEAST_ROWS,
+    HybridForward,
     InvariantForward,
     InvariantInputs,
     PackedForward,
@@ -95,7 +96,7 @@ class Verifier(ABC):
     Attributes:
         device: of the trees.
         is_compiled: whether steps run compiled.
-        reads_paths: whether the target has recurrent layers, which read each path of a tree.
+        reads_paths: whether the target has recurrent layers, whose states advance along the path that is kept.
         paths_cost: see `Observation`.
         packs_rows: whether nodes that do not count are not computed.
         least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
@@ -423,6 +424,8 @@ class SlotVerifier(Verifier):
     is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
     """
 
+    _over_slots: SlotForward
+
     def __init__(
         self,
         forward: TargetForward,
@@ -512,7 +515,7 @@ class SlotVerifier(Verifier):
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
         target = self._forward.target
         kind = forward_over_slots(target, is_batch=len(self._shifts) > 1)
-        self._over_slots: SlotForward = kind(target, self._pattern, self._forward.layers, self._options)
+        self._over_slots = kind(target, self._pattern, self._forward.layers, self._options)
         self.packs_rows = kind is PackedForward
         self._fill(self._positions.shape[-1])
 
@@ -531,11 +534,16 @@ class SlotVerifier(Verifier):
 
     def _outputs(self, inputs: SlotInputs | PackedInputs) -> tuple[Tensor, Features]:
         """Run the forward."""
-        given, engine = (inputs, self._buffers.parts()), self._engine
-        outputs = self._over_slots(*given) if engine is None else engine.forward(self._over_slots, *given)
+        outputs = self._outputs_of(inputs, self._buffers.parts())
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
         return outputs[0], features
+
+    def _outputs_of(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        """The logits, and the hidden states of each feature layer."""
+        if self._engine is None:
+            return self._over_slots(inputs, buffers)
+        return self._engine.forward(self._over_slots, inputs, buffers)
 
     def _without_padding(self, tree: DraftTree, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
         rows, count = tree.tokens.shape
@@ -656,6 +664,44 @@ class SlotVerifier(Verifier):
         tokens, depths, ancestors = nodes
         self._newest_roots = roots[:, :1].long()
         return tokens, depths, ancestors, roots
+
+
+class HybridVerifier(SlotVerifier):
+    """Verifies trees of a target with recurrent layers, which read a tree all at once and whose states advance along
+    what is kept. The prompt is read as it is.
+    """
+
+    reads_paths = True
+    _over_slots: HybridForward
+    _states: Sequence[Tensor] = ()  # of the rows of the buffers, see `StateKinds`
+    _noted: tuple[Tensor, ...] = ()  # of the newest tree: what advances them
+
+    def _compiles_prompt(self) -> bool:
+        """No: stock's scans read it."""
+        return False
+
+    def _fill(self, length: int) -> None:
+        self._states = self._over_slots.states.of(self._cache)
+        super()._fill(length)
+
+    def _outputs_of(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        outputs = super()._outputs_of([*inputs, *self._states], buffers)
+        count = 1 + len(self._forward.layers)
+        self._noted = outputs[count:]
+        return outputs[:count]
+
+    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
+        self._over_slots.states.advance(self._states, self._noted, _with_rows(path, self._rows))
+        super().keep(path, paths)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+        kept = torch.tensor(_filled_up(rows, self._rows), device=self.device)
+        self._states = [part.index_select(1, kept) for part in self._states]
+
+    def _give_back(self, orders: list[Tensor], first: int, cache: Cache, length: int) -> None:
+        super()._give_back(orders, first, cache, length)
+        self._over_slots.states.give_back(self._states, cache, slice(first, first + len(orders)))
 
 
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it

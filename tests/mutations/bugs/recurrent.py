@@ -57,6 +57,20 @@ def keep_the_limit(of_tree: Function) -> Function:
     return wrong
 
 
+def forget_the_last_kept(advance: Function) -> Function:
+    def wrong(self: Any, tensors: Any, noted: Any, path: Tensor) -> None:
+        advance(self, tensors, noted, path[:, : max(path.shape[1] - 1, 1)])
+
+    return wrong
+
+
+def see_all_before(of_tree: Function) -> Function:
+    def wrong(self: Any, state: Tensor, ancestors: Tensor) -> Any:
+        return of_tree(self, state, ancestors.new_ones(ancestors.shape).tril())
+
+    return wrong
+
+
 PATHS = "tests/verifying/test_hybrids.py::test_each_path_of_a_tree_is_read_as_if_it_were_the_text"
 STATES = "tests/verifying/test_hybrids.py::test_the_states_go_on_from_the_kept_path_alone"
 ROWS = "tests/verifying/test_hybrids.py::test_rows_of_a_padded_batch_have_trees_of_their_own"
@@ -70,5 +84,7 @@ MUTATIONS = (
     Mutation(
         "paths start from the first row", "verifying.hybrids:TreePaths.from_rows", start_from_the_first_row, ROWS
     ),
+    Mutation("a whole tree's last node is lost", "verifying.hybrids:StateKinds.advance", forget_the_last_kept, STATES),
+    Mutation("a whole tree is read as a chain", "verifying.hybrids:_Steps.of_tree", see_all_before, PATHS),
     Mutation("time steps of trees are cut", "verifying.hybrids:ScanSettings.of_tree", keep_the_limit, PATHS),
 )
