@@ -3,8 +3,8 @@
 Question: in bfloat16, to how many prompts is the text the same, whatever drafts, decides, cuts the prompt or batches?
 Answer so far, for SmolLM2 with 256 tokens: in the mode to all of 536 prompts in batches of 8, each decoded plainly and
 in one other way, and to five of them alone in 17 ways; to one prompt of 4,340 tokens as well, and to 32 prompts with
-Qwen2.5-Coder-0.5B. In the normal mode `auto` and stock's prompt lookup wrote stock's text for none of the five, and the
-head's default tree for one.
+Qwen2.5-Coder-0.5B. In the normal mode `auto` and stock's prompt lookup wrote stock's text for none of the five, and
+the head's default tree for one.
 
     python -m training.studies.invariant_texts work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --prompts 1000 --tokens 256 --dtype bfloat16 \
