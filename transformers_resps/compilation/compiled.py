@@ -93,7 +93,7 @@ class CompiledFunction:
             options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
         settings = _INDUCTOR | {"cpp_wrapper": tensors[0].device.type == "cpu"}
-        with torch._inductor.config.patch(settings), _constants_in_huge_pages():
+        with torch._inductor.config.patch(settings), _constants_in_huge_pages(), _without_advice():
             return compiled, compiled(*tensors)
 
     def _compile_package(self, tensors: Sequence[Tensor], sizes: DynamicSizes, setting: str) -> "_Packaged":
@@ -105,7 +105,8 @@ class CompiledFunction:
             outputs[:] = [self._function(*tensors)]
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
-        code = self._packages.compile(self._name, setting, function, tensors, sizes, _INDUCTOR)
+        with _without_advice():
+            code = self._packages.compile(self._name, setting, function, tensors, sizes, _INDUCTOR)
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:
@@ -196,6 +197,21 @@ def _constants_in_huge_pages() -> Iterator[None]:
     yield
     constants = (value for module in modules[known:] for value in vars(module).values())
     collapse(value for value in constants if isinstance(value, Tensor))
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, inductor does not tell of each operator that it calls in a slower way from C++; no user can help it."""
+    compiler = logging.getLogger("torch._inductor.ir")
+    compiler.addFilter(_is_no_advice)
+    try:
+        yield
+    finally:
+        compiler.removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "c-shim" not in str(record.msg)
 
 
 def _dense(part: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A tree's nodes lie in the slots after the text, and the accepted ones move to th
 so that it can be compiled or captured.
 """
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -400,14 +399,6 @@ class PackedForward(SlotForward):
         return bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
 
 
-_OF_COMPILER = logging.getLogger("torch._inductor.ir")
-
-
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    """Whether it tells more than that `solve_triangular` is called in a slower way from C++."""
-    return "c-shim" not in str(record.msg)
-
-
 class HybridForward(SlotForward):
     """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and do not
     change; what advances them follows the hidden states.
@@ -452,11 +443,7 @@ class HybridForward(SlotForward):
     def running(self) -> Iterator[None]:
         """As `SlotForward.running`, and read trees whole."""
         with super().running(), NotedScans(known_mixers(self.target).values()):
-            _OF_COMPILER.addFilter(_is_no_advice)  # of each layer, and at nothing that a user could change
-            try:
-                yield
-            finally:
-                _OF_COMPILER.removeFilter(_is_no_advice)
+            yield
 
 
 def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotForward]:
