@@ -1,9 +1,11 @@
 """Steps over slots, compiled or not: the same tokens, one compilation for all sizes, and eager after a fault."""
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
-from transformers_resps.compilation.packages import ModulePackages
+from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
+from transformers_resps.verifying import slots
 from transformers_resps.verifying.slots import SlotEngine
 
 
@@ -523,6 +526,29 @@ def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_
 
 
 INVARIANT = {"invariant": True, "compile": True}
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, INVARIANT], ids=["normal", "invariant"])
+def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
+    target: PreTrainedModel, head: DraftHead, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled functions run as they are here, and each call inside them tells its file."""
+    seen = set[str]()
+
+    class Watched(AsItIs):
+        def __call__(self, *args: Any) -> Any:
+            sys.setprofile(lambda frame, *_: seen.add(frame.f_code.co_filename))
+            try:
+                return super().__call__(*args)
+            finally:
+                sys.setprofile(None)
+
+    for engine in (slots, draft_engine):
+        monkeypatch.setattr(engine, "CompiledFunction", Watched)
+    speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **options)
+    own = {Path(file) for file in seen if Path(file).is_relative_to(Path(slots.__file__).parent.parent)}
+    assert {"slots.py", "levels.py", "model.py"} <= {file.name for file in own}
+    assert own <= set(traced_files())
 
 
 def test_the_invariant_mode_is_compiled_once_for_all_sizes_and_writes_one_text(

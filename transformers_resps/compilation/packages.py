@@ -40,6 +40,8 @@ FOLDER_VARIABLE = "RESPS_COMPILED_CODE"  # another folder, or 0 for none
 KEPT = 20  # packages; the one that was used least recently goes first
 
 _FORMAT = 1
+# Of this library: all that compiled functions run. Another policy or another tool compiles nothing again.
+_TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
 _NAME_LENGTH = 24  # hexadecimal digits
 _compiling = Lock()  # inductor's settings and its folding are the process's
@@ -482,10 +484,16 @@ def _inductor_settings() -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "aot_inductor.metadata"}
 
 
+def traced_files() -> list[Path]:
+    """The files of this library whose code may be in a package."""
+    places = (Path(__file__).parent.parent / name for name in _TRACED)
+    return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
+
+
 @cache
 def _about_here() -> dict[str, str]:
     library = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
+    for file in traced_files():
         library.update(file.read_bytes())
     return {
         "format": str(_FORMAT),
