@@ -238,6 +238,14 @@ def _filled_up(part: Tensor, dim: int) -> Tensor:
     return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
 
 
+def _flat(index: Tensor) -> Tensor:
+    """The same in one dimension, in memory: compiled code would compute it again in each layer, from sizes whose
+    expressions take the compiler minutes.
+    """
+    flat = index.flatten()
+    return flat.as_strided(flat.shape, (1,)) if torch.compiler.is_compiling() else flat
+
+
 class _Rows(NamedTuple):
     """Query rows of one kind of layers: the heads of some nodes that share keys, one after another.
 
@@ -354,12 +362,12 @@ class BlockReads:
         device, asking = self._places.device, self._layout.order.shape[0]
         order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
         given = torch.arange(nodes, device=device).clamp(max=asking - 1)
-        return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
+        return _flat(order.index_select(0, given).permute(2, 0, 3, 1))
 
     def _entries(self, kv_heads: int, slots: int) -> Tensor:
         rows = self._places.shape[0]  # `len` would fix the size of what is compiled
         first = torch.arange(rows * kv_heads, device=self._places.device).view(rows, kv_heads, 1, 1) * slots
-        return (self._layout.slots[:, None] + first).permute(2, 0, 1, 3).flatten()
+        return _flat((self._layout.slots[:, None] + first).permute(2, 0, 1, 3))
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
         asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
@@ -369,7 +377,7 @@ class BlockReads:
         head = torch.arange(sharing, device=device)[:, None, None]
         index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
-        return index.flatten(), is_missing if asked.shape[0] > 1 else None
+        return _flat(index), _flat(is_missing).view(is_missing.shape) if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
@@ -383,7 +391,7 @@ class BlockReads:
         if rows > 1:
             mask = mask[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
         index = (first[:, :, None, :, None] + head).flatten(3)
-        return _Rows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
+        return _Rows(_flat(_filled_up(index, 3)), _filled_up(mask, 2))
 
 
 def invariant_attention(
