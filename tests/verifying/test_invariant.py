@@ -327,13 +327,15 @@ def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtyp
 
 @pytest.mark.parametrize("root", [0, 1, 100, 130, 179])
 @pytest.mark.parametrize("asking", [1, 2, 5, 8])
-def test_nodes_of_padding_ask_nothing_and_change_no_bit(root: int, asking: int) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nodes_of_padding_ask_nothing_and_change_no_bit(root: int, asking: int, compiled: bool) -> None:
     """The first nodes get what they get beside the others, which get the last one's."""
     parents = any_tree(Random(asking), 8, "any")
     case = Case(HEADS[1], [root, root // 2], parents, torch.bfloat16, asking)
     tree = DraftTree.from_parents(torch.zeros(1, 8, dtype=torch.long), torch.tensor([parents]))
     nodes = (part.expand(2, *part.shape[1:]) for part in (tree.depths, tree.ancestors))
-    layout = Layout.of_tree(torch.tensor(case.roots)[:, None], *nodes).of_nodes(asking)
+    layout = Layout.of_tree(torch.tensor(case.roots)[:, None], *nodes).of_nodes(asking, compiled=compiled)
+    assert not compiled or len(layout.order) % 4 == 0, "compiled code fills up nothing"
     found = case.tree(layout=layout)
     assert torch.equal(found[:, :asking], case.tree()[:, :asking])
     assert all(torch.equal(found[:, node], found[:, asking - 1]) for node in range(asking, 8))

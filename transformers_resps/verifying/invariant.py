@@ -148,9 +148,14 @@ class Layout(NamedTuple):
         ends, order, asked = self.ends[:, first:], self.order[: self.order.shape[0] - first], self.asked[..., first:]
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
-    def of_nodes(self, count: int) -> "Layout":
-        """The same where those after so many nodes are padding."""
-        return self._replace(order=self.order[:count])
+    def of_nodes(self, count: int, *, compiled: bool = False) -> "Layout":
+        """The same where those after so many nodes are padding. For compiled code the last of these asks again, until
+        the rows of all heads are as many as PyTorch's kernel takes: such code serves any number, and cannot ask.
+        """
+        if not compiled:
+            return self._replace(order=self.order[:count])
+        asking = torch.arange(_rounded_up(count, _ROWS), device=self.order.device)
+        return self._replace(order=asking.clamp(max=count - 1))
 
 
 class _RowLayout:
@@ -231,9 +236,9 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """With as many rows as PyTorch's kernel takes: the last one repeated."""
+    """With as many rows as PyTorch's kernel takes: the last one repeated. Compiled code is given so many."""
     count = part.shape[dim]
-    if not torch.compiler.is_compiling() and count % _ROWS == 0:  # compiled code, which serves any count, cannot ask
+    if torch.compiler.is_compiling() or count % _ROWS == 0:
         return part
     return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
 
@@ -442,7 +447,7 @@ def invariant_attention(
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
     sums, found = zip(*parts, strict=True)
     weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)
-    joined = _widened(found).mul_(weights[..., None]).sum(dim=0).to(query.dtype)
+    joined = _joined(found, weights).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
@@ -486,6 +491,16 @@ def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Ten
     found = found.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
     return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+
+
+def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum of these `[blocks, ...]`, one after another, in float64."""
+    if torch.compiler.is_compiling() and len(parts) > 1:  # the same additions, without a branch for each block
+        shared, own = parts
+        of_shared, of_own = weights.split([shared.shape[0], own.shape[0]])
+        first = (shared.double() * of_shared[..., None]).sum(dim=0, keepdim=True)
+        return torch.cat([first, own.double() * of_own[..., None]]).sum(dim=0)
+    return _widened(parts).mul_(weights[..., None]).sum(dim=0)
 
 
 def _widened(parts: Sequence[Tensor]) -> Tensor:

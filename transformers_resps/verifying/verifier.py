@@ -929,7 +929,7 @@ class InvariantVerifier(SlotVerifier):
             layout = Layout.of_chain(self._newest_roots, depths)
         else:  # one code serves all trees
             layout = Layout.of_tree(self._newest_roots, depths, ancestors, least)
-        layout = layout.of_nodes(max(tree.node_count, least))
+        layout = layout.of_nodes(tree.node_count, compiled=least > 0)
         return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
 
     def _laid_out(
