@@ -624,7 +624,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
 
     name = "the target's forward"
-    duration = "A small model takes up to two minutes on two cores."
+    duration = "A small model takes minutes on two cores."
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
