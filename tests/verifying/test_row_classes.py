@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -246,6 +247,24 @@ def test_a_new_adapter_is_tried_again_once_its_weights_are_not_zero() -> None:
     layer.wrong = alone
     nn.init.ones_(layer.weight)
     assert classes.needs(target_of(layer=layer)).forward == 2
+
+
+def test_a_later_call_runs_no_operator(tiny_target: PreTrainedModel) -> None:
+    """Each call of `generate` asks, and all weights take as long to read as several steps."""
+    ran = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(str(operation))
+            return operation(*args, **kwargs or {})
+
+    classes = RowClasses()
+    with Noted():
+        known = classes.needs(tiny_target)
+        count = len(ran)
+        assert classes.needs(tiny_target) == known
+    reads = [name for name in ran[count:] if name != "aten.detach.default"]
+    assert count and not reads
 
 
 def test_the_probe_leaves_the_random_state_runs_no_hook_and_keeps_no_graph(tiny_target: PreTrainedModel) -> None:

@@ -116,7 +116,7 @@ class RowClasses:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, int | None] = {}
+        self._known: dict[Hashable, int] = {}
 
     def needs(self, target: PreTrainedModel, exactly: int | None = None) -> RowNeeds:
         """Find how many rows a forward of the target must have, or a multiple of them.
@@ -141,23 +141,22 @@ class RowClasses:
             exactly = any_machine.forward
         if target.dtype is torch.float64 and exactly is None:
             return RowNeeds(1)
-        needed = [self._least_rows(part, exactly) for part in _parts(target, exactly or _CANDIDATES[0])]
+        settings = *kernel_settings().values(), exactly
+        needed = [self._least_rows(part, settings, exactly) for part in _parts(target, exactly or _CANDIDATES[0])]
         return RowNeeds(max(needed), is_exact=exactly is not None)
 
     @torch.no_grad()
-    def _least_rows(self, part: "_Part", exactly: int | None) -> int:
-        kind = *kernel_settings().values(), exactly, part.kind
-        if kind in self._known:
-            found = self._known[kind]
-        elif exactly is None:
-            found = part.least_rows()
-        else:
-            found = exactly if part.keeps_rows(exactly) else None
-        if found is None and exactly is not None:
+    def _least_rows(self, part: "_Part", settings: tuple[Hashable, ...], exactly: int | None) -> int:
+        kind = *settings, part.kind
+        known = self._known.get(kind)
+        if known is not None:
+            return known
+        if exactly is not None and not part.keeps_rows(exactly):
             raise ValueError(
                 f"{part} rounds a row by its place among {exactly} rows, or by the others. Use another dtype, decode "
                 "on a CPU, or leave out `invariant=True`."
             )
+        found = exactly or part.least_rows()
         if found is None:
             raise ValueError(
                 f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
