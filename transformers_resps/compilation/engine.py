@@ -222,8 +222,7 @@ def described(fault: Exception) -> str:
 
 # Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
 # layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
-# In float64 Transformers computes norms in float32: three layers of a random Llama differ by 3e-6.
-_NORM_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+_NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
