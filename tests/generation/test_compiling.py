@@ -551,18 +551,67 @@ def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
     assert own <= set(traced_files())
 
 
-def test_the_invariant_mode_is_compiled_once_for_all_sizes_and_writes_one_text(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+def test_the_invariant_mode_is_compiled_once_for_chains_and_once_for_trees(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A size that may be none or one would be compiled apart, and rounds otherwise."""
+    """A size that may be none or one would be compiled apart."""
     policies = [FixedPolicy(TreeShape.plain()), FixedPolicy(TreeShape(1, 0, 1, lookup=6)), "auto"]
     texts = [
         speculate(target, None, policy, **INVARIANT, max_new_tokens=150).sequences.tolist() for policy in policies
     ]
     assert backend.count == 1
-    texts.append(speculate(target, head, WIDE, **INVARIANT, max_new_tokens=150).sequences.tolist())
-    assert backend.count == 2, "the features are other outputs"
-    assert texts == texts[:1] * 4
+    for shape, count in ((TreeShape(4, 3, 1), 2), (TreeShape(6, 3, 2), 3), (TreeShape(40, 3, 5), 3)):
+        texts.append(speculate(target, head, FixedPolicy(shape), **INVARIANT, max_new_tokens=150).sequences.tolist())
+        assert backend.count == count, "the features are other outputs"
+    assert texts == texts[:1] * 6
+    assert sum("Compiling the target" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_compiled_code_of_the_invariant_mode_reads_the_prompts_of_a_batch(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, chunk_size: int | None
+) -> None:
+    """Planted code adds 1 to all logits, which changes no token: those of the first one tell what has read."""
+    prompts, mask = torch.tensor([[0, 0, 6, 7, 8], PROMPT[0].tolist()]), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    options = {"assistant_model": head, "policy": WIDE, "do_sample": False, "max_new_tokens": 12}
+    options |= {"return_dict_in_generate": True, "output_logits": True, "prefill_chunk_size": chunk_size}
+    rows = zip(prompts, mask.bool(), strict=True)
+    alone = [target.generate(row[None, seen], **options, invariant=True) for row, seen in rows]
+    untraced.change = lambda outputs: (outputs[0] + 1, *outputs[1:])
+    found = target.generate(prompts, attention_mask=mask, **options, **INVARIANT)
+    for row, expected in enumerate(alone):
+        assert found.sequences[row, 5:].tolist() == expected.sequences[0, -12:].tolist()
+        torch.testing.assert_close(found.logits[0][row], expected.logits[0][0] + 1)
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, INVARIANT], ids=["normal", "invariant"])
+def test_code_of_the_invariant_mode_alone_rounds_after_each_operator(
+    target: PreTrainedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[bool]()
+
+    class Asked(AsItIs):
+        def __init__(self, *args: Any, rounds_each: bool, **options: Any) -> None:
+            super().__init__(*args, **options)
+            asked.append(rounds_each)
+
+    monkeypatch.setattr(slots, "CompiledFunction", Asked)
+    speculate(target, None, "auto", **options)
+    assert set(asked) == {"invariant" in options}
+
+
+def test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_refused(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
+) -> None:
+    """Until weights change: other code is made then."""
+    speculate(target, head, FixedPolicy(TreeShape(4, 3, 1)), **INVARIANT)
+    untraced.change = lambda outputs: (outputs[0] * (1 + 1e-9), *outputs[1:])
+    with pytest.raises(ValueError, match=r"rounds chains, trees and batches in several ways when it runs compiled\."):
+        speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **INVARIANT)
+    with torch.no_grad():
+        target.lm_head.weight.mul_(2)
+    speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **INVARIANT)
 
 
 def test_the_invariant_mode_never_runs_steps_as_they_are_where_compiled_ones_are_asked_for(

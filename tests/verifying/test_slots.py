@@ -188,21 +188,26 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(rows: int) -> None:
+@pytest.mark.parametrize("is_chain", [False, True])
+def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(rows: int, is_chain: bool) -> None:
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     engine, tree, roots = SlotEngine(), DraftTree.from_parents(*TREES), torch.tensor([[200], [170], [230]])
     forward = InvariantForward(engine.lock, 1, target, engine.pattern(target), [])
     own = [part[:rows] for part in (tree.tokens, tree.depths, tree.ancestors, roots)]
-    layout = Layout.of_tree(own[3], own[1], own[2], least=2)
-    tensors = [*own[:2], own[3].expand(-1, 2), *layout, *buffers_of(target, engine.pattern(target), 270)]
-    tensors[-2:] = [part[:rows] for part in tensors[-2:]]
+    layout = Layout.of_chain(own[3], own[1]) if is_chain else Layout.of_tree(own[3], own[1], own[2], least=2)
+    positions = (own[3] + own[1])[..., None]
+    tensors = [*own[:2], own[3], positions, torch.arange(2), *layout]
+    tensors += [part[:rows] for part in buffers_of(target, engine.pattern(target), 270)]
     check_limits(forward, tensors, fixed=".b" if rows == 1 else ".")
 
 
 def check_limits(forward: SlotForward, tensors: list[Tensor], fixed: str) -> None:
     """A size that a trace fixes would make each process compile anew, and each size."""
     sizes = [*forward.sizes, "b.s.", "b.s."]
-    changing = [{at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size not in fixed} for part in sizes]
+    changing = [
+        {at: torch.export.Dim.DYNAMIC for at, size in enumerate(part) if size not in fixed and tensor.shape[at]}
+        for part, tensor in zip(sizes, tensors, strict=True)
+    ]
 
     class Program(torch.nn.Module):
         def forward(self, *given: Tensor) -> tuple[Tensor, ...]:

@@ -26,11 +26,16 @@ logger = logging.getLogger(f"transformers.{__name__}")
 # positions: by default every head of every layer computes them anew.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
+# Fused operators would hand on what they have not rounded yet, and what is fused depends on what else the code gives:
+# Gemma 3 rounded otherwise where its hidden states were outputs.
+_AS_EAGER = {"emulate_precision_casts": True}
+
 # What `torch.export` and AOTInductor raise. They trace less than `torch.compile`, which is then tried.
 _UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 # Of each tensor, the dimensions whose sizes change from call to call.
 DynamicSizes = Sequence[Sequence[int]]
+_Kind = tuple[Hashable, Hashable]
 
 
 class CompiledFunction:
@@ -41,6 +46,7 @@ class CompiledFunction:
         dynamic: of its inputs. A size of 1 is compiled apart from all others.
         dynamic_buffers: of every buffer.
         options: of `torch.compile`, in place of inductor with freezing.
+        rounds_each: whether every operator rounds its result in low precision, as eager code does.
         packages: keep the code for later processes, under `name`.
 
     The caller must drop the object when what the function reads besides its inputs has changed, as weights do:
@@ -55,11 +61,14 @@ class CompiledFunction:
         options: dict[str, Any] | None = None,
         packages: ModulePackages | None = None,
         name: str = "",
+        *,
+        rounds_each: bool = False,
     ) -> None:
         self._function, self._options = function, options
+        self._inductor = _INDUCTOR | (_AS_EAGER if rounds_each else {})
         self._packages, self._name = packages, name
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._compiled: dict[_Kind, Callable[..., Any]] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
@@ -92,7 +101,7 @@ class CompiledFunction:
         if options is None:
             options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
-        settings = _INDUCTOR | {"cpp_wrapper": tensors[0].device.type == "cpu"}
+        settings = self._inductor | {"cpp_wrapper": tensors[0].device.type == "cpu"}
         with torch._inductor.config.patch(settings), _constants_in_huge_pages(), _without_advice():
             return compiled, compiled(*tensors)
 
@@ -106,7 +115,7 @@ class CompiledFunction:
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
         with _without_advice():
-            code = self._packages.compile(self._name, setting, function, tensors, sizes, _INDUCTOR)
+            code = self._packages.compile(self._name, setting, function, tensors, sizes, self._inductor)
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:
@@ -131,17 +140,17 @@ class CompiledFunction:
         self._compiled.pop(self._kind(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether there is code for some sizes and settings."""
-        return bool(self._compiled)
+    def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether there is code for inputs of these sizes under some settings."""
+        sizes = self._sizes(inputs)
+        return any(kind[0] == sizes for kind in self._compiled)
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         """Whether inputs of these sizes run without compilation."""
         code = self._compiled.get(self._kind(inputs))
         return code is not None and _serves(code, [*inputs, *buffers])
 
-    def _kind(self, inputs: Sequence[Tensor]) -> Hashable:
+    def _kind(self, inputs: Sequence[Tensor]) -> _Kind:
         """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
         the caller's settings.
         """

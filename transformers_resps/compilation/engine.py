@@ -102,7 +102,7 @@ class CompileEngine(ABC, Generic[Owner]):
         try:
             self.owner = owner
             if self._fingerprint is not None and self._fingerprint != self.fingerprint():
-                self._codes.clear()
+                self.forget()
                 self._fingerprint, self._packages, self.is_broken = None, None, False
             yield self
         finally:
@@ -120,6 +120,10 @@ class CompileEngine(ABC, Generic[Owner]):
             self._fingerprint = self._fingerprint or self.fingerprint()
             self._codes[key] = make()
         return self._codes[key]
+
+    def forget(self) -> None:
+        """Drop all code, and what is known of it."""
+        self._codes.clear()
 
     @property
     def packages(self) -> ModulePackages:
@@ -158,7 +162,7 @@ class CompileEngine(ABC, Generic[Owner]):
                     if reason is None:
                         return
                     code.fast.discard(inputs, buffers, reason)
-                self._announce(is_again=code.fast.is_compiled)
+                self._announce(is_again=code.fast.is_compiled_for(inputs))
             begun = self._clock()
             reason = self._difference(code, inputs, buffers, expected)
             self.expected_seconds = self._clock() - begun
@@ -200,7 +204,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     def _give_up(self, reason: str) -> None:
         self.is_broken = True
-        self._codes.clear()
+        self.forget()
         self.warn(reason)
 
     def _announce(self, *, is_again: bool) -> None:

@@ -77,15 +77,15 @@ class Layout(NamedTuple):
     asked: Tensor
 
     @classmethod
-    def of_chain(cls, roots: Tensor, depths: Tensor) -> "Layout":
+    def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "Layout":
         """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, which lie as text: all blocks are shared.
 
-        All is on the host.
+        All is on the host. It has `least` blocks at least, see `of_tree`.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, 0, dtype=torch.long)
         groups, slots = (none[..., None].expand(-1, -1, size) for size in (_ROWS, BLOCK))
-        shared = _blocks(_rounded_up(int(roots.max()) + count, BLOCK), roots.device)
+        shared = _blocks(max(_rounded_up(int(roots.max()) + count, BLOCK), least * BLOCK), roots.device)
         asked = none.new_empty(0, rows, count)
         return cls(shared, roots + depths + 1, torch.arange(count), groups, groups, slots, none, asked)
 

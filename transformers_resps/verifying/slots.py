@@ -256,11 +256,21 @@ class PackedInputs(NamedTuple):
 
 
 class InvariantInputs(NamedTuple):
-    """A tree, and where it stands, before its `Layout`; see `SlotInputs`."""
+    """A tree or a part of a prompt, and where it stands, before its `Layout`.
+
+    Attributes:
+        tokens: `[b, n]`.
+        depths: `[b, n]` below the root.
+        roots: `[b, 1]` the root's place in the text.
+        positions: `[b, n, planes]`.
+        kept: `[k]` the nodes whose logits are computed, in their order.
+    """
 
     tokens: Tensor
     depths: Tensor
     roots: Tensor
+    positions: Tensor
+    kept: Tensor
 
 
 class PartInputs(NamedTuple):
@@ -286,7 +296,7 @@ class PartInputs(NamedTuple):
 # Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
-_INVARIANT_SIZES = ("bn", "bn", "b.", "k.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
+_INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
 _BUFFER_SIZES = "b.s."
 
 
@@ -383,9 +393,7 @@ class PackedForward(SlotForward):
             nodes = PackedNodes(packed, *tokens.shape)
             slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
             written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
-            positions = roots[:, None, 1:] + depths[..., None]  # [b, n, planes]
-            stands = nodes.together(positions).permute(2, 0, 1)
-            own = stands[0] if stands.shape[0] == 1 else stands
+            own = _by_planes(nodes.together(roots[:, None, 1:] + depths[..., None]))
             options = {"size": seen.shape[1], "resps_packed": nodes}
             logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, **options)
             return logits, *map(nodes.apart, features)
@@ -476,20 +484,12 @@ class InvariantForward(SlotForward):
         dtype, size = self.target.dtype, len(Layout._fields)
 
         def forward(
-            tokens: Tensor,
-            depths: Tensor,
-            roots: Tensor,
-            *parts: Tensor,
-            positions: Tensor | None = None,
-            **options: Any,
+            tokens: Tensor, depths: Tensor, roots: Tensor, positions: Tensor, kept: Tensor | None, *parts: Tensor
         ) -> tuple[Tensor, ...]:
-            root = roots[:, :1].long()
-            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
-            reads = BlockReads(Layout(*parts[:size]), root + depths, dtype)
+            slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
+            reads = BlockReads(Layout(*parts[:size]), roots + depths, dtype)
             masks = {kind: reads.mask(window) for kind, window in windows.items()}
-            if positions is None:
-                positions = _positions(roots[:, 1:], depths)
-            return run(tokens, slots, positions, masks, parts[size:], resps_reads=reads, **options)
+            return run(tokens, slots, _by_planes(positions), masks, parts[size:], kept, resps_reads=reads)
 
         return forward
 
@@ -522,7 +522,8 @@ class PartForward(InvariantForward):
             sizes = Sizes(tokens.shape[1], len(blocks), len(levels))
             layout = Layout.of_sizes(roots[:, :1].long(), depths, ancestors, sizes)
             first = depths.shape[1] - tokens.shape[1]
-            return read(tokens, depths[:, first:] - first, roots + first, *layout, *buffers)
+            own, place = depths[:, first:], roots[:, :1].long() + first
+            return read(tokens, own - first, place, roots[:, None, 1:] + own[..., None], None, *layout, *buffers)
 
         return forward
 
@@ -551,8 +552,14 @@ def _laid_out(
 
 
 def _positions(roots: Tensor, depths: Tensor) -> Tensor:
-    """Of nodes `[b, n]` below roots `[b, planes]`: `[b, n]`, or `[planes, b, n]` of several planes."""
-    return roots + depths if roots.shape[1] == 1 else roots.t()[..., None] + depths
+    """Of nodes `[b, n]` below roots `[b, planes]`, as targets take them."""
+    return _by_planes(roots[:, None] + depths[..., None])
+
+
+def _by_planes(positions: Tensor) -> Tensor:
+    """`[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
+    planes = positions.permute(2, 0, 1)
+    return planes[0] if planes.shape[0] == 1 else planes
 
 
 def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | None]:
@@ -630,7 +637,10 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
         self.lock = Lock()  # of the name of the target's attention
-        self.steps: dict[Hashable, int] = {}  # rows, `kernel_settings` -> nodes that invariant compiled code needs
+        # Of compiled code of the invariant mode: how many nodes it needs, and how it rounds a sample.
+        self.steps: dict[Hashable, int] = {}
+        self.bits: dict[Hashable, bytes] = {}
+        self.sample: list[int] = []  # tokens of a prompt: compiled and eager code differ more where they are no text
         self._pattern: tuple[Hashable, Cache] | None = None
         self._decoded_seconds = 0.0
 
@@ -644,6 +654,11 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             cast(Any, target)(input_ids=token, use_cache=True, **{CACHE_KEYWORD: cache})
             self._pattern = kind, cache
         return self._pattern[1]
+
+    def forget(self) -> None:
+        super().forget()
+        self.steps.clear()
+        self.bits.clear()
 
     @property
     def module(self) -> PreTrainedModel:
@@ -694,7 +709,13 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                 ]
                 name = _code_name(forward.kind, is_batch, forward.feature_layers)
                 fast = CompiledFunction(
-                    forward.function, dynamic, of_buffers, forward.options, packages=self.packages, name=name
+                    forward.function,
+                    dynamic,
+                    of_buffers,
+                    forward.options,
+                    packages=self.packages,
+                    name=name,
+                    rounds_each=forward.is_invariant,
                 )
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 

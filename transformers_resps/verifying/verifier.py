@@ -7,9 +7,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
 from math import gcd
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -706,6 +707,7 @@ class HybridVerifier(SlotVerifier):
 
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
 _TRIED = (2, 3, 4, 5, 8, 16, 32, 48)  # nodes of chains with which compiled code is tried
+_PLACE = 100  # of the text after which they stand
 
 
 class InvariantVerifier(SlotVerifier):
@@ -720,10 +722,11 @@ class InvariantVerifier(SlotVerifier):
         needs: rows that are computed together, as `RowClasses` finds them.
         position_ids: as in `Verifier`.
         attention_mask: as in `Verifier`.
-        compiles: whether steps run compiled. The prompt never does.
+        compiles: whether steps run compiled, and on a CPU the prompt.
     """
 
     paths_cost = True
+    _over_slots: InvariantForward
 
     def __init__(
         self,
@@ -738,9 +741,12 @@ class InvariantVerifier(SlotVerifier):
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
         self._needs, self._pattern = needs, engine.pattern(forward.target)
         given = engine.lock, needs.forward, forward.target, self._pattern
-        self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
-        kind, layers = PartForward if needs.is_exact else InvariantForward, forward.layers if compiles else []
-        self._over_slots = kind(*given, layers)
+        self._compiles_all = compiles and not needs.is_exact
+        self._eagerly = InvariantForward(*given, [])
+        self._over_chunks = InvariantForward(*given, forward.layers if self._compiles_all else [])
+        self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
+        if needs.is_exact:
+            self._over_slots = PartForward(*given, forward.layers if compiles else [])
         self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
 
@@ -771,74 +777,72 @@ class InvariantVerifier(SlotVerifier):
         )
         largest, together = _CHUNK, [slice(None)]
         if self._needs.is_exact:
-            options.pop("logits_to_keep", None)
             largest, together = self._needs.forward, [slice(row, row + 1) for row in range(len(tokens))]
+        elif self._compiles_all:
+            self._forward.stop_catching()  # see `SlotVerifier`
+            largest = _tried(len(tokens), is_chain=True)[-1]
         logits, caught = list[Tensor](), list[dict[int, Tensor]]()
         for rows in together:
             prompt = _PromptTexts(tokens[rows], positions[..., rows, :], orders[rows], self.length, rows.start)
-            found, states = self._read_all(prompt, min(chunk_size or largest, largest), options)
+            found, states = self._read_all(prompt, min(chunk_size or largest, largest))
             logits += found
             caught.append(states)
         self._slots.extend([positions.shape[-1] - self.length] * len(tokens))
         if self._engine is not None:
-            self._forward.stop_catching()  # see `SlotVerifier`
+            self._forward.stop_catching()
         features = Features(self._forward.layers)
         features.caught = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
         return torch.stack(logits), [features]
 
-    def _read_all(
-        self, prompt: "_PromptTexts", size: int, options: dict[str, Any]
-    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+    def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Read rows in chunks: the last logits `[1, v]` of each, and the features `[b, length, h]`."""
         logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
-        read = [self._read(prompt, start, size, logits, options) for start in range(0, max(prompt.counts), size)]
-        joined = {layer: torch.cat([chunk.caught[layer] for chunk in read], dim=1) for layer in read[0].caught}
+        read = [self._read(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
+        joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
-    def _read(
-        self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor], options: dict[str, Any]
-    ) -> Features:
-        """Read each row's next tokens. Rows that end with them get their `logits` `[1, v]`."""
+    def _read(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
+        """Read each row's next tokens. Rows that end with them get their `logits` `[1, v]`. Returns the features."""
         width = min(size, prompt.tokens.shape[1] - start)
-        step = self._step(len(prompt.counts))
-        count = _rounded_up(width, step)
+        if self._engine is not None and not self._engine.sample:
+            self._engine.sample = prompt.tokens[0, : 2 * _PLACE].tolist()
+        step = self._step(len(prompt.counts), is_chain=True)
+        count = self._count(width, step) if self._compiles_all else _rounded_up(width, step)
         read = torch.arange(count)
         chosen = start + read.clamp(max=width - 1)
         left = torch.tensor(prompt.counts)[:, None] - start
         roots = torch.tensor(prompt.starts)[:, None] + start + left.clamp(max=0)
         depths = torch.minimum(read, (left - 1).clamp(min=0))
-        end, layout = int(roots.max()) + count, Layout.of_chain(roots, depths)
-        if self.device.type != "cpu":
-            chosen, depths, roots, *parts = moved([chosen, depths, roots, *layout], self.device)
-            layout = Layout(*parts)
-        given = prompt.tokens[:, chosen], depths, roots
-        inputs, window = self._laid_out(InvariantInputs(*given), layout, end, prompt.row)
         ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
-        kept = list(range(count))
-        if "logits_to_keep" in options:
-            asked = sorted(set(ends.values()))
-            others = [node for node in range(count) if node not in asked]
-            kept = asked + others[: _rounded_up(max(len(asked), 1), step) - len(asked)]
-            options = options | {"logits_to_keep": torch.tensor(kept, device=self.device)}
-        positions = prompt.positions[..., chosen]
-        outputs, features = self._forward.catch(lambda: self._eagerly(inputs, window, positions=positions, **options))
+        asked = sorted(set(ends.values()))
+        others = [node for node in range(count) if node not in asked]
+        kept = asked + others[: _rounded_up(max(len(asked), 2), step) - len(asked)]
+        end, layout = int(roots.max()) + count, self._layout(roots, depths, count)
+        of_nodes = [depths, roots, torch.tensor(kept), *layout]
+        if self.device.type != "cpu":
+            chosen, *of_nodes = moved([chosen, *of_nodes], self.device)
+        depths, roots, chosen_logits, *parts = of_nodes
+        positions = prompt.positions[..., chosen].view(-1, *depths.shape).permute(1, 2, 0)
+        inputs = InvariantInputs(prompt.tokens[:, chosen], depths, roots, positions, chosen_logits)
+        self._reserve(max(end, layout.shared.numel()))
+        found, caught = self._run(self._over_chunks, (*inputs, *parts), self._buffers.parts(prompt.row))
         for row, end in ends.items():
-            logits[row] = outputs[0][row, kept.index(end)][None]
-        features.caught = {layer: part[:, :width] for layer, part in features.caught.items()}
-        return features
+            logits[row] = found[row, kept.index(end)][None]
+        return {layer: part[:, :width] for layer, part in caught.items()}
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         if self._needs.is_exact:
             self.least_nodes = self._needs.forward
             logits, caught = self._in_parts(tree, self._needs.forward)
-        elif self._engine is not None:
-            step = self._compiled_step(self._engine)
-            self.least_nodes = self._multiple(1, step)
-            logits, caught = self._compiled(tree, step)
         else:
-            self.least_nodes = _rounded_up(-(-self._fewest // self._rows), self._step(self._rows))
-            count = _rounded_up(max(tree.node_count, self.least_nodes), self._step(self._rows))
-            logits, caught = self._run(*self._inputs_of(tree, count))
+            is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
+            step = self._step(self._rows, is_chain=is_chain)
+            self.least_nodes, count = (self._count(nodes, step) for nodes in (1, tree.node_count))
+            nodes, depths, ancestors, roots = self._nodes(tree, count)
+            layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
+            given = nodes, depths, self._newest_roots, roots[:, None, 1:] + depths[..., None], self._first(count)
+            self._reserve(max(max(self._places) + count, layout.shared.numel()))
+            logits, caught = self._run(self._over_slots, (*given, *layout), self._buffers.parts())
         features = Features(self._forward.layers)
         features.caught = caught
         return self._without_padding(tree, logits, features)
@@ -854,7 +858,7 @@ class InvariantVerifier(SlotVerifier):
             for stop in range(step, count + 1, step):
                 nodes = tokens[own, stop - step : stop], depths[own, :stop], ancestors[own, :stop, :stop]
                 inputs = PartInputs(*nodes, roots[own], blocks, levels)
-                logits, caught = self._run(inputs, self._buffers.parts(row), row)
+                logits, caught = self._run(self._over_slots, inputs, self._buffers.parts(row), row)
                 if self._engine is not None and rows * count > step:  # a graph writes to the same place again
                     logits, caught = logits.clone(), {layer: part.clone() for layer, part in caught.items()}
                 read.append((logits, caught))
@@ -865,26 +869,34 @@ class InvariantVerifier(SlotVerifier):
         found = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
         return joined([logits for logits, _ in read]), found
 
-    def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the compiled forward over a multiple of `step` nodes."""
-        return self._run(*self._inputs_of(tree, self._multiple(tree.node_count, step)))
-
-    def _multiple(self, nodes: int, step: int) -> int:
+    def _count(self, nodes: int, step: int) -> int:
+        """Of a step of so many nodes, with padding: a multiple."""
+        if not self._compiles_all:
+            return _rounded_up(max(nodes, -(-self._fewest // self._rows)), step)
         count = _rounded_up(padded_count(self.device, nodes, self._rows), step)
         return count + step * (count == self._rows)  # what is equal at first is compiled as always equal
 
+    def _layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> Layout:
+        """Of a chain, or of a tree with these `ancestors`; nodes after the first `count` are padding."""
+        least = 2 if self._compiles_all else 0
+        if ancestors is None:
+            layout = Layout.of_chain(roots, depths, least)
+        else:
+            layout = Layout.of_tree(roots, depths, ancestors, least)
+        return layout.of_nodes(count, compiled=self._compiles_all)
+
     def _run(
-        self, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
+        self, forward: InvariantForward, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the forward over slots: logits, and the features of each layer. `row` as in `SlotEngine.forward`.
+        """Run a forward: logits, and the features of each layer. `row` as in `SlotEngine.forward`.
 
         Raises:
             RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
         """
-        if self._engine is None:
-            outputs, features = self._forward.catch(lambda: self._over_slots(inputs, buffers))
+        if self._engine is None or forward is not self._over_slots:
+            outputs, features = self._forward.catch(lambda: forward(inputs, buffers))
             return outputs[0], features.caught
-        outputs = self._engine.forward(self._over_slots, inputs, buffers, row)
+        outputs = self._engine.forward(forward, inputs, buffers, row)
         if self._engine.is_broken:
             raise RuntimeError(
                 f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
@@ -892,52 +904,68 @@ class InvariantVerifier(SlotVerifier):
             )
         return outputs[0], dict(zip(self._forward.layers, outputs[1:], strict=True))
 
-    def _compiled_step(self, engine: SlotEngine) -> int:
-        """As `_step`, of compiled code, whose kernels are others: tried once for so many rows.
+    def _step(self, rows: int, *, is_chain: bool) -> int:
+        """What the nodes of so many rows must be a multiple of. Kernels of compiled code are others: each code is
+        tried once for so many rows.
 
         Raises:
-            ValueError: there is none.
+            ValueError: compiled code has no such number, or rounds otherwise than what was compiled before.
         """
-        kind = self._rows, *kernel_settings().values()
-        if kind not in engine.steps:
-            vocabulary = self._forward.target.config.get_text_config().vocab_size
-
-            def answer(nodes: range) -> Tensor:
-                tokens = (torch.arange(len(nodes), device=self.device) % vocabulary).expand(len(self._shifts), -1)
-                parents = (torch.arange(len(nodes), device=self.device) - 1).clamp(min=0).expand_as(tokens)
-                return self._compiled(DraftTree.from_parents(tokens, parents), 1)[0][0, : len(nodes)]
-
+        if self._engine is None or not self._compiles_all:
+            return self._needs.forward // gcd(self._needs.forward, rows)
+        engine, settings = self._engine, tuple(kernel_settings().values())
+        code = is_chain, rows, *self._forward.layers, *settings
+        if code not in engine.steps:
             with engine.preparing():
-                found = least_rows(answer, _TRIED)
+                counts = _tried(rows, is_chain=is_chain)
+                buffers = self._trial_buffers(engine.sample, rows, counts[-1])
+                found = least_rows(lambda nodes: self._answer(engine.sample, len(nodes), buffers, is_chain), counts)
+                known = self._answer(engine.sample, _TRIED[-1], buffers, is_chain)
+                bits = sha256(known.view(torch.uint8).numpy().tobytes()).digest()
             if found is None:
-                raise ValueError(
-                    f"{type(self._forward.target).__name__} rounds a row by the number of rows beside it when it runs "
-                    "compiled. Call `generate` with `compile=False`, or leave out `invariant=True`."
-                )
-            engine.steps[kind] = found
-        return engine.steps[kind]
+                self._refuse("a row by the number of rows beside it")
+            if engine.bits.setdefault(settings, bits) != bits:
+                self._refuse("chains, trees and batches in several ways")
+            engine.steps[code] = found
+        return engine.steps[code]
+
+    def _trial_buffers(self, sample: Sequence[int], rows: int, count: int) -> list[Tensor]:
+        """Buffers that hold the first tokens of a sample of text in each row, and take `count` more."""
+        buffers = SlotBuffers()
+        buffers.reserve(_parts(self._pattern), rows, _windowed(_PLACE + self._count(count, 1)) + _MORE)
+        nodes = torch.arange(_PLACE).expand(rows, -1)
+        inputs = self._trial_inputs(sample, nodes, 0)
+        self._eagerly((*inputs, *Layout.of_chain(inputs.roots, nodes)), buffers.parts())
+        return buffers.parts()
+
+    def _answer(self, sample: Sequence[int], count: int, buffers: list[Tensor], is_chain: bool) -> Tensor:
+        """The logits of compiled code to a chain of so many nodes, `[count, v]`, the same in each row."""
+        rows = len(buffers[0])
+        parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
+        tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self._count(count, 1))
+        inputs = self._trial_inputs(sample, tree.depths, _PLACE)
+        layout = self._layout(inputs.roots, tree.depths, count, None if is_chain else tree.ancestors)
+        return self._run(self._over_slots, (*inputs, *layout), buffers)[0][0, :count]
+
+    def _trial_inputs(self, sample: Sequence[int], depths: Tensor, place: int) -> InvariantInputs:
+        """Of tokens of a sample, which goes on as it began, at `depths` `[b, n]` below a place."""
+        places = place + depths
+        tokens = torch.tensor(sample)[places % len(sample)]
+        last = sys.maxsize if self._last_position is None else self._last_position
+        positions = (places[..., None] + 0 * torch.tensor(self._shifts[:1])).clamp(max=last)
+        return InvariantInputs(
+            tokens, depths, torch.full((len(depths), 1), place), positions, self._first(depths.shape[1])
+        )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{type(self._forward.target).__name__} rounds {what} when it runs compiled. Call `generate` with "
+            "`compile=False`, or leave out `invariant=True`."
+        )
 
     def keep_rows(self, rows: list[int]) -> None:
         self._hidden = [self._hidden[row] for row in rows]
         super().keep_rows(rows)
-
-    def _inputs_of(self, tree: DraftTree, count: int) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
-        tokens, depths, ancestors, roots = self._nodes(tree, count)
-        chain, least = [0, *range(tree.node_count - 1)], 0 if self._engine is None else 2
-        if not least and all(parents == chain for parents in tree.parents.tolist()):
-            layout = Layout.of_chain(self._newest_roots, depths)
-        else:  # one code serves all trees
-            layout = Layout.of_tree(self._newest_roots, depths, ancestors, least)
-        layout = layout.of_nodes(tree.node_count, compiled=least > 0)
-        return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
-
-    def _laid_out(
-        self, inputs: InvariantInputs, layout: Layout, end: int, row: int | None = None
-    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The inputs of a forward that writes slots up to `end`, and the buffers that it sees, of one row or all."""
-        self._reserve(max(end, layout.shared.numel()))
-        return (*inputs, *layout), self._buffers.parts(row)
 
     def _reserve(self, count: int) -> int:
         if not self._needs.is_exact:
@@ -947,9 +975,11 @@ class InvariantVerifier(SlotVerifier):
             self._buffers.grow(size)
         return size
 
-    def _step(self, rows: int) -> int:
-        """What the nodes of so many rows must be a multiple of."""
-        return self._needs.forward // gcd(self._needs.forward, rows)
+
+def _tried(rows: int, *, is_chain: bool) -> tuple[int, ...]:
+    """Nodes of chains with which compiled code is tried. That for chains reads the prompt as well."""
+    largest = _CHUNK // rows // 16 * 16
+    return (*_TRIED, *((largest - 28, largest) if is_chain and largest > _TRIED[-1] else ()))
 
 
 class _PromptTexts:
