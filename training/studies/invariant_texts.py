@@ -1,10 +1,10 @@
 """Count the prompts to which every way of decoding writes one text, in the invariant mode and in the normal one.
 
 Question: in bfloat16, to how many prompts is the text the same, whatever drafts, decides, cuts the prompt or batches?
-Answer so far, for SmolLM2 with 256 tokens: in the mode to all of 824 prompts in batches of 8, each decoded plainly and
-in one other way, and to seven of them alone in 17 ways; to one prompt of 4,340 tokens as well, and to 64 prompts with
-Qwen2.5-Coder-0.5B. In the normal mode `auto` and stock's prompt lookup wrote stock's text for none of the seven, and
-the head's default tree for one.
+Answer, for SmolLM2 with 256 tokens: in the mode to all of 1,000 prompts in batches of 8, each decoded plainly and
+in one other way, and to eight of them alone in 17 ways; to one prompt of 4,340 tokens as well, and to 200 prompts with
+Qwen2.5-Coder-0.5B. In the normal mode `auto` and stock's prompt lookup wrote stock's text for none of the eight, and
+the head's default tree for two.
 
     python -m training.studies.invariant_texts work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --prompts 1000 --tokens 256 --dtype bfloat16 \
