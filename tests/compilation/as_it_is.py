@@ -22,6 +22,9 @@ class AsItIs(CompiledFunction):
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         return True
 
+    def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+        return None
+
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         return self.function(*inputs, *buffers)
 

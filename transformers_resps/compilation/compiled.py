@@ -91,6 +91,11 @@ class CompiledFunction:
         self._compiled[kind] = compiled  # not before: compiling may be interrupted
         return outputs
 
+    def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+        """As a call, by packaged code alone, which is never traced again; `None` where none serves these sizes."""
+        code, tensors = self._compiled.get(self._kind(inputs)), [*(_dense(part) for part in inputs), *buffers]
+        return code(*tensors) if isinstance(code, _Packaged) and code.fits(tensors) else None
+
     def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[Callable[..., Any], Any]:
         """Compile for this process; returns code and its first outputs."""
         for part, dimensions in zip(tensors, sizes, strict=True):

@@ -148,6 +148,16 @@ class CompileEngine(ABC, Generic[Owner]):
             self._give_up(described(fault))
             return None
 
+    def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+        """Run code that is never traced again; `None` where there is none yet, or it fails."""
+        if self.is_broken or not isinstance(code.fast, CompiledFunction):
+            return None
+        try:
+            return code.fast.run_packaged(inputs, buffers)
+        except FAULTS as fault:
+            self._give_up(described(fault))
+            return None
+
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         """Compile or capture for inputs of these sizes, and give up if the values are not those of eager code."""
         started = self._clock()

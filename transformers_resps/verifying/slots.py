@@ -345,7 +345,15 @@ class SlotForward:
             *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
             slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
-            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers, kept, size=seen.shape[1])
+            return run(
+                tokens,
+                slots,
+                _by_planes(node_positions(roots[:, 1:], depths)),
+                masks,
+                buffers,
+                kept,
+                size=seen.shape[1],
+            )
 
         return forward
 
@@ -393,7 +401,7 @@ class PackedForward(SlotForward):
             nodes = PackedNodes(packed, *tokens.shape)
             slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
             written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
-            own = _by_planes(nodes.together(roots[:, None, 1:] + depths[..., None]))
+            own = _by_planes(nodes.together(node_positions(roots[:, 1:], depths)))
             options = {"size": seen.shape[1], "resps_packed": nodes}
             logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, **options)
             return logits, *map(nodes.apart, features)
@@ -440,7 +448,7 @@ class HybridForward(SlotForward):
             masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
             masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
             tree = WholeTree(depths, ancestors, states.by_layer(parts[:count]))
-            positions = _positions(roots[:, 1:], depths)
+            positions = _by_planes(node_positions(roots[:, 1:], depths))
             options = {"size": seen.shape[1], "resps_tree": tree}
             outputs = run(tokens, slots, positions, masks, parts[count:], kept, **options)
             return *outputs, *states.noted(tree)
@@ -523,7 +531,7 @@ class PartForward(InvariantForward):
             layout = Layout.of_sizes(roots[:, :1].long(), depths, ancestors, sizes)
             first = depths.shape[1] - tokens.shape[1]
             own, place = depths[:, first:], roots[:, :1].long() + first
-            return read(tokens, own - first, place, roots[:, None, 1:] + own[..., None], None, *layout, *buffers)
+            return read(tokens, own - first, place, node_positions(roots[:, 1:], own), None, *layout, *buffers)
 
         return forward
 
@@ -551,13 +559,13 @@ def _laid_out(
     return slots, masks
 
 
-def _positions(roots: Tensor, depths: Tensor) -> Tensor:
-    """Of nodes `[b, n]` below roots `[b, planes]`, as targets take them."""
-    return _by_planes(roots[:, None] + depths[..., None])
+def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
+    """Of nodes `[b, n]` below roots at positions `[b, planes]`: `[b, n, planes]`."""
+    return roots[:, None] + depths[..., None]
 
 
 def _by_planes(positions: Tensor) -> Tensor:
-    """`[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
+    """As targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -689,8 +697,10 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
-            with forward.running():
-                outputs = self.run(code, inputs, buffers)
+            outputs = self.run_packaged(code, inputs, buffers)  # asks for no attention by its name
+            if outputs is None:
+                with forward.running():
+                    outputs = self.run(code, inputs, buffers)
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:

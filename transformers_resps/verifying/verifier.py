@@ -58,6 +58,7 @@ from .slots import (
     filled,
     forward_over_slots,
     give_back,
+    node_positions,
     padded_count,
 )
 
@@ -840,7 +841,8 @@ class InvariantVerifier(SlotVerifier):
             self.least_nodes, count = (self._count(nodes, step) for nodes in (1, tree.node_count))
             nodes, depths, ancestors, roots = self._nodes(tree, count)
             layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
-            given = nodes, depths, self._newest_roots, roots[:, None, 1:] + depths[..., None], self._first(count)
+            positions = node_positions(roots[:, 1:], depths)
+            given = nodes, depths, self._newest_roots, positions, self._first(count)
             self._reserve(max(max(self._places) + count, layout.shared.numel()))
             logits, caught = self._run(self._over_slots, (*given, *layout), self._buffers.parts())
         features = Features(self._forward.layers)

@@ -13,7 +13,7 @@ from ..planting import Function, Mutation
 
 
 def multiply_as_many_rows_as_there_are(step: Function) -> Function:
-    def wrong(self: Any, rows: int) -> int:
+    def wrong(self: Any, rows: int, *, is_chain: bool) -> int:
         return 1
 
     return wrong
@@ -110,6 +110,13 @@ def end_one_token_early(read: Function) -> Function:
     return wrong
 
 
+def take_any_code(refuse: Function) -> Function:
+    def wrong(self: Any, what: str) -> None:
+        """Nothing is refused."""
+
+    return wrong
+
+
 def leave_features_at_the_front(padded: Function) -> Function:
     def wrong(self: Any, states: Tensor) -> Tensor:
         return states[:, : self.length]
@@ -154,7 +161,7 @@ MUTATIONS = (
     Mutation("a node sees the next one", "verifying.invariant:BlockReads._shown", see_the_next_token, PATHS),
     Mutation("a path is read as nodes come", "verifying.invariant:_slots", read_nodes_by_their_number, PATHS),
     Mutation("all paths read the first one", "verifying.invariant:_slots", read_the_first_path, PATHS),
-    Mutation("a node's position is its number", "verifying.slots:_positions", count_nodes_as_levels, ONE_TEXT),
+    Mutation("a node's position is its number", "verifying.verifier:node_positions", count_nodes_as_levels, ONE_TEXT),
     Mutation(
         "a window counts from the block",
         "verifying.invariant:BlockReads._shown",
@@ -176,6 +183,13 @@ MUTATIONS = (
         "verifying.verifier:InvariantVerifier._read",
         end_one_token_early,
         f"{SLOTS}::test_each_node_is_verified_as_the_end_of_its_own_path",
+    ),
+    Mutation(
+        "code that rounds otherwise is taken",
+        "verifying.verifier:InvariantVerifier._refuse",
+        take_any_code,
+        "tests/generation/test_compiling.py"
+        "::test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_refused",
     ),
     Mutation(
         "features of padded rows stay at the front",
