@@ -1,5 +1,6 @@
 """Buffers of slots: entries keep their places while buffers grow and rows go."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.compilation.as_it_is import AsItIs
 from tests.targets import ARCHITECTURES, Architecture
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying import slots as slots_module
 from transformers_resps.verifying.invariant import BLOCK, Layout
 from transformers_resps.verifying.slots import (
     InvariantForward,
@@ -218,3 +221,19 @@ def check_limits(forward: SlotForward, tensors: list[Tensor], fixed: str) -> Non
     *lowest, slots = sorted(int(limits.lower) for limits in program.range_constraints.values())
     assert max(lowest) <= 2 and slots <= 2 * BLOCK, "the invariant mode has two blocks or more"
     assert all(limits.upper > 2**31 for limits in program.range_constraints.values())
+
+
+def test_packaged_code_runs_without_the_names_that_tracing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Packaged(AsItIs):
+        def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+            return self(inputs, buffers)
+
+    target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
+    engine = SlotEngine()
+    pattern, inputs = engine.pattern(target), [*packed_inputs(), torch.arange(5)]
+    forward, buffers = SlotForward(target, pattern, []), buffers_of(target, pattern)
+    expected = forward(inputs, buffers)[0]
+    monkeypatch.setattr(slots_module, "CompiledFunction", Packaged)
+    monkeypatch.setattr(SlotForward, "running", lambda self: pytest.fail("attention is named"))
+    with engine.borrow(target):
+        torch.testing.assert_close(engine.forward(forward, inputs, buffers)[0], expected)
