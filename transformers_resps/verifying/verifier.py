@@ -808,7 +808,7 @@ class InvariantVerifier(SlotVerifier):
         if self._engine is not None and not self._engine.sample:
             self._engine.sample = prompt.tokens[0, : 2 * _PLACE].tolist()
         step = self._step(len(prompt.counts), is_chain=True)
-        count = self._count(width, step) if self._compiles_all else _rounded_up(width, step)
+        count = self._count(width, step)
         read = torch.arange(count)
         chosen = start + read.clamp(max=width - 1)
         left = torch.tensor(prompt.counts)[:, None] - start
@@ -954,7 +954,8 @@ class InvariantVerifier(SlotVerifier):
         places = place + depths
         tokens = torch.tensor(sample)[places % len(sample)]
         last = sys.maxsize if self._last_position is None else self._last_position
-        positions = (places[..., None] + 0 * torch.tensor(self._shifts[:1])).clamp(max=last)
+        planes = torch.zeros_like(torch.tensor(self._shifts[0]))  # some targets count in floats
+        positions = (places[..., None] + planes).clamp(max=last)
         return InvariantInputs(
             tokens, depths, torch.full((len(depths), 1), place), positions, self._first(depths.shape[1])
         )
