@@ -1,10 +1,11 @@
-"""What differs between installations: releases and Auto classes of Hugging Face, a PEFT wrapper, the extras.
+"""What differs between installations: releases and Auto classes of Hugging Face, the CPU, a PEFT wrapper, the extras.
 
 Each line about a release says when it can go.
 """
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -54,6 +55,21 @@ def load_model(name: str, **options: Any) -> Any:
     kind = type(AutoConfig.from_pretrained(name, **kept))
     sees = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
+
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this machine, by Linux's names; empty where the system does not list them."""
+    import torch  # only here: seconds
+
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
+        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    try:
+        return set(_CPU_INFO.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return set()
 
 
 def unwrapped(model: Any) -> Any:

@@ -4,8 +4,8 @@ from safetensors.torch import load_file
 
 from tests.trainers.heads import bits, config, fresh, texts
 from tests.trainers.test_head_trainer_resuming import Stop
-from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
-from transformers_resps.trainers import head_config as precision
+from transformers_resps import compat
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, head_config
 from transformers_resps.trainers.head_config import prefers_bf16
 
 
@@ -29,7 +29,7 @@ def test_a_cpu_prefers_bf16_if_it_multiplies_it(monkeypatch, capabilities, prefe
 )
 def test_before_torch_2_10_the_system_tells_what_the_cpu_can(monkeypatch, tmp_path, flags, preferred):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(precision, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(compat, "_CPU_INFO", tmp_path / "cpuinfo")
     if flags is not None:  # on macOS and Windows there is no such file
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\nbugs : caf\xe9\n", encoding="latin-1")
     assert prefers_bf16(use_cpu=True) is preferred
@@ -58,7 +58,7 @@ def test_another_accelerator_is_asked_through_transformers(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(precision, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(head_config, "is_torch_bf16_gpu_available", lambda: True)
     assert prefers_bf16() is True
 
 

@@ -13,10 +13,12 @@ from transformers.integrations import sdpa_attention
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying import attention
 from transformers_resps.verifying.attention import (
     GROUPED,
     attend,
     grouped_attention,
+    multiplied,
     stacked,
     tree_attention_mask,
     tree_positions,
@@ -179,3 +181,46 @@ def test_the_device_decides_how_rows_are_laid_out(device: str, monkeypatch: pyte
     query, key = torch.ones(1, 6, 5, 8, device=device), torch.ones(1, 2, 21, 8, device=device)
     assert attend(query, key, key, mask).shape == query.shape
     assert laid_out[0][2] == {"cpu": 21, "meta": 32}[device]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_two_products_attend_as_pytorchs_kernel_does(rows: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    query, key = (torch.randn(rows, 2, n, 8, generator=generator) for n in (7, 9))
+    value = torch.randn(rows, 2, 9, 5, generator=generator)
+    hidden = torch.rand(rows, 1, 7, 9, generator=generator) < 0.5
+    hidden[..., 0] = False
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(multiplied(query, key, value, mask, 0.3), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (2, 2)])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_code_for_all_sizes_attends_to_long_prompts_by_products(
+    monkeypatch: pytest.MonkeyPatch, heads: int, shared: int, has_units: bool
+) -> None:
+    """Of a CPU that multiplies bfloat16 and has no AMX; the choice is in the code, by the number of tokens."""
+    monkeypatch.setattr(attention, "_has_bf16_alone", lambda: has_units)
+
+    class Attention(torch.nn.Module):
+        def forward(self, *states: Tensor) -> Tensor:
+            return grouped_attention(self, *states)[0]
+
+    def example(count: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(count)
+        query = torch.randn(1, heads, count, 8, generator=generator)
+        key, value = torch.randn(2, 1, shared, 90, 8, generator=generator)
+        mask = torch.zeros(1, 1, count, 90).masked_fill(torch.rand(count, 90, generator=generator) < 0.5, -1e9)
+        return tuple(part.bfloat16() for part in (query, key, value, mask))
+
+    changes = {2: torch.export.Dim.DYNAMIC}
+    sizes = ((changes, None, None, changes),)
+    program = torch.export.export(Attention(), example(40), dynamic_shapes=sizes, strict=False)
+    chosen = [node for node in program.graph.nodes if node.target is torch.ops.higher_order.cond]
+    assert len(chosen) == int(has_units)
+    for count in (3, 70):
+        query, key, value, mask = example(count)
+        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        found = program.module()(query, key, value, mask)
+        torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0.03, atol=0.03)

@@ -1,7 +1,6 @@
 """The settings of `DraftHeadTrainer`, and whether bf16 autocast pays on this machine."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from ..compat import cpu_flags
 from .base import check_count, check_mapping, check_setting
 
 
@@ -138,7 +138,6 @@ class DraftHeadTrainingConfig(TrainingArguments):
 
 
 _UNITS = {"avx512_bf16", "amx_bf16"}  # of a CPU that multiplies bf16 itself; others convert to fp32 and back
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def prefers_bf16(*, use_cpu: bool = False) -> bool:
@@ -151,19 +150,9 @@ def prefers_bf16(*, use_cpu: bool = False) -> bool:
         True on an accelerator that multiplies bf16 in hardware, and on a CPU with AVX512-BF16 or AMX.
     """
     if use_cpu or not torch.accelerator.is_available():
-        return bool(_UNITS & _cpu_flags())
+        return bool(_UNITS & cpu_flags())
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.backends.mps.is_available():
         return False  # emulated before M3, and no faster than fp32 after
     return bool(is_torch_bf16_gpu_available())
-
-
-def _cpu_flags() -> set[str]:
-    """Instruction sets, by Linux's names; empty where the system does not list them."""
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
-        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    try:
-        return set(_CPU_INFO.read_text(encoding="ascii", errors="replace").split())
-    except OSError:
-        return set()
