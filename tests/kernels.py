@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,27 @@ def without_onednn() -> Iterator[None]:
 @contextmanager
 def products_in_bfloat16() -> Iterator[None]:
     """As `torch.set_float32_matmul_precision("medium")` sets it, whose getter now raises."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with _kept_precision():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        yield
+
+
+@contextmanager
+def products_in_full_precision() -> Iterator[None]:
+    with _kept_precision():
+        torch.set_float32_matmul_precision("highest")
+        yield
+
+
+@contextmanager
+def _kept_precision() -> Iterator[None]:
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    before = [backend.matmul.fp32_precision for backend in backends]
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        for backend, precision in zip(backends, before, strict=True):
+            backend.matmul.fp32_precision = precision
 
 
 @contextmanager

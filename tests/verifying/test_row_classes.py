@@ -10,7 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.kernels import deterministic_algorithms, one_more_thread, products_in_bfloat16, without_onednn
+from tests.kernels import (
+    deterministic_algorithms,
+    one_more_thread,
+    products_in_bfloat16,
+    products_in_full_precision,
+    without_onednn,
+)
 from transformers_resps import prepack
 from transformers_resps.verifying import row_classes
 from transformers_resps.verifying.invariant import invariant_attention
@@ -223,8 +229,8 @@ def test_what_was_found_is_kept_for_each_kind_of_layer_and_what_may_change_kerne
 
 def test_the_least_precision_of_float32_products_is_told_by_its_default_name() -> None:
     known = row_classes.kernel_settings()
-    torch.set_float32_matmul_precision("highest")
-    assert row_classes.kernel_settings() == known and "ieee" in known.values()
+    with products_in_full_precision():
+        assert row_classes.kernel_settings() == known and "ieee" in known.values()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
