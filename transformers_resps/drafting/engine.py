@@ -131,6 +131,9 @@ class DraftEngine(CompileEngine[StepModel]):
         return model.fuse(features) if fused is None else fused[:, :count]
 
     def _ran(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], example: Example) -> Any:
+        outputs = self.run_packaged(code, inputs, buffers)
+        if outputs is not None:
+            return outputs
         is_ready = code.fast.is_ready(inputs, buffers)
         if not is_ready:
             if (len(inputs[0]) > 1) is not self._in_batch:  # what is left of a batch is not worth a compilation
