@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import CompileConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, set_seed
 
 from tests.compilation.as_it_is import AsItIs
 from tests.conftest import FakeClock
@@ -27,6 +27,7 @@ from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying import slots
 from transformers_resps.verifying.slots import SlotEngine
+from transformers_resps.verifying.verifier import SlotVerifier
 
 
 STATIC = {"cache_implementation": "static"}
@@ -135,6 +136,19 @@ def test_a_call_goes_on_from_the_cache_of_one_over_slots() -> None:
     }
     again = target.generate(first.sequences, **options)
     assert again.tolist() == plainly(target, 30)
+
+
+def test_a_cache_that_no_one_reads_is_not_filled(
+    target: PreTrainedModel, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    monkeypatch.setattr(SlotVerifier, "_give_back", lambda *given: filled.append(given[-1]))
+    out = speculate(target, head, WIDE, **STATIC, return_dict_in_generate=False)
+    assert out.tolist() == plainly(target) and not filled
+    speculate(target, head, WIDE, **STATIC)
+    cache = DynamicCache(config=target.config)
+    speculate(target, head, WIDE, compile=True, return_dict_in_generate=False, **{CACHE_KEYWORD: cache})
+    assert filled == [24, 24]
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def _decode(
             never_drafted=inputs.never_drafted(target),
             keeps_ended=inputs.makes_cache,
         )
+        verifier.gives_back = inputs.cache_is_read
         decoding.prefill(_reader(target, verifier, request, inputs))
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
@@ -270,6 +271,11 @@ class GenerateInputs:
         """Whether the cache is the caller's, who may reuse it."""
         given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
         return bool(getattr(given, "_is_user_defined", False))
+
+    @property
+    def cache_is_read(self) -> bool:
+        """Whether anyone can look at the cache when the call has ended."""
+        return bool(self.is_cache_given or self.config.return_dict_in_generate)
 
     @property
     def makes_cache(self) -> bool:

@@ -102,6 +102,7 @@ class Verifier(ABC):
         paths_cost: see `Observation`.
         packs_rows: whether nodes that do not count are not computed.
         least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
+        gives_back: whether the cache has to hold what was kept at the end. To be unset where no one will read it.
     """
 
     is_compiled: bool = False
@@ -109,6 +110,7 @@ class Verifier(ABC):
     paths_cost: bool = False
     packs_rows: bool = False
     least_nodes: int = 1
+    gives_back: bool = True
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
@@ -594,7 +596,7 @@ class SlotVerifier(Verifier):
 
     def close(self) -> None:
         """Give the cache what was kept, in its own order; rows that differ in length have no further use."""
-        if self._rows and self.length and self.is_even:
+        if self.gives_back and self._rows and self.length and self.is_even:
             self._give_back(self._orders(self.length), 0, self._cache, self.length)
         super().close()
 
@@ -602,7 +604,7 @@ class SlotVerifier(Verifier):
         """Let a cache hold `length` positions of the row `first` and the next ones."""
         positions = torch.arange(length)
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
-        parts = self._buffers.entries(slots.clamp(min=0).to(self.device), first)
+        parts = self._buffers.entries(slots.clamp(min=0), first)
         give_back(parts, cache, filled(self._pattern), length)
 
     def target_entries(self) -> TargetEntries:
