@@ -78,6 +78,18 @@ def test_a_copy_learns_on_its_own() -> None:
     assert earlier.draft_seconds(1, 3) == pytest.approx(0.15) and earlier.overhead == pytest.approx(0.1)
 
 
+def test_what_looking_up_takes_beside_the_forward_is_learned_and_fades_where_nothing_is_looked_up() -> None:
+    costs = RunningCosts()
+    costs.add(4, 0, 1.1, 0.3, 1.6, looks_up=True)
+    assert costs.lookup_seconds == 0.0, "more than a plain step, of which nothing is known yet"
+    costs.add(1, 0, 1.0, 0.1, 1.2)
+    costs.add(4, 0, 1.1, 0.3, 1.6, looks_up=True)
+    assert costs.lookup_seconds == pytest.approx(0.3) == costs.copy().lookup_seconds
+    for _ in range(100):
+        costs.add(1, 0, 1.0, 0.1, 1.2)
+    assert 0.0 < costs.lookup_seconds < 0.15
+
+
 def test_a_rescaled_copy_takes_longer_and_leaves_the_original_alone() -> None:
     costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, level_seconds=0.1, overhead=0.05)
     longer = costs.rescaled(2.0)

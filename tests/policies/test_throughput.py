@@ -47,8 +47,8 @@ class Proportional(RunningCosts):
         super().__init__()
         self.seen: dict[int, float] = {}
 
-    def add(self, nodes: int, levels: int, verify: float, draft: float, step: float, *, rows: int = 1) -> None:
-        super().add(nodes, levels, verify, draft, step, rows=rows)
+    def add(self, nodes: int, levels: int, verify: float, draft: float, step: float, **more: Any) -> None:
+        super().add(nodes, levels, verify, draft, step, **more)
         self.seen |= {levels: draft} if levels else {}
 
     def draft_seconds(self, width: int, levels: int) -> float:

@@ -128,6 +128,19 @@ def test_rows_look_up_what_pays_in_each() -> None:
     assert 0.2 < policy.least_lookup_prob <= 0.7
 
 
+@pytest.mark.parametrize(("chances", "beside", "nodes"), [([0.5], 0.3, 0), ([0.5], 0.0, 1), ([0.9, 0.8], 0.3, 2)])
+def test_what_gains_less_than_looking_it_up_takes_is_not_looked_up(
+    chances: list[float], beside: float, nodes: int
+) -> None:
+    """A step of a second writes a token. Nodes cost a tenth, and what looks them up takes time of its own."""
+    policy = timed(1, {0: 1.0, 8: 1.8})
+    looking = record(3, (3,), 1.2)
+    shape = TreeShape(1, 0, 1, lookup=2)
+    policy.observe(replace(looking, shape=shape, step_seconds=looking.verify_seconds + beside))
+    given = replace(observation(1), can_draft=False, prefix_accept_probs=lambda: chances)
+    assert policy.choose(given).lookup == nodes
+
+
 def test_a_forward_over_rows_of_different_sizes_is_priced_by_all_its_nodes() -> None:
     policy = timed(4, {0: 1.0})
     policy.choose(ragged(4))

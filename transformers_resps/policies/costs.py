@@ -233,6 +233,7 @@ _INERTIA = 0.1  # the known price of a level counts as much as drafts whose leve
 # Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
 # place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
 _UNTRIED = 0.5
+_FORGETTING = 0.99  # times the price of looking up after a step without: what is not tried becomes cheap in the end
 
 
 class RunningCosts(CostModel):
@@ -252,6 +253,10 @@ class RunningCosts(CostModel):
 
     def __init__(self) -> None:
         self.overhead = 0.0
+        self.lookup_seconds = (
+            0.0  # beside its forward, by which a step with looked-up nodes takes longer than a plain one
+        )
+        self._plain_rest: float | None = None  # of a plain step, what it takes beside its forward
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
@@ -277,6 +282,7 @@ class RunningCosts(CostModel):
         copied = RunningCosts()
         copied._verify, copied._draft = dict(self._verify), replace(self._draft)
         copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
+        copied.lookup_seconds, copied._plain_rest = self.lookup_seconds, self._plain_rest
         return copied
 
     def rescaled(self, factor: float) -> "RunningCosts":
@@ -294,8 +300,12 @@ class RunningCosts(CostModel):
         step_seconds: float,
         *,
         rows: int = 1,
+        looks_up: bool = False,
     ) -> None:
-        """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored."""
+        """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored.
+
+        `looks_up` says that it verified looked-up nodes alone.
+        """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
             return
@@ -303,7 +313,17 @@ class RunningCosts(CostModel):
         self._time(nodes, verify_seconds)
         if levels:
             self._draft.add(levels, draft_seconds)
+        else:
+            self._add_rest(step_seconds - verify_seconds, looks_up=looks_up)
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
+
+    def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
+        """Learn what a step without the head took beside its forward."""
+        if not looks_up:
+            self._plain_rest = _mean(self._plain_rest, seconds)
+            self.lookup_seconds *= _FORGETTING
+        elif self._plain_rest is not None:
+            self.lookup_seconds = _mean(self.lookup_seconds or None, max(seconds - self._plain_rest, 0.0))
 
     def _time(self, nodes: int, seconds: float) -> None:
         known = self._verify.get(nodes, 0.0)

@@ -134,7 +134,8 @@ class ThroughputPolicy(SavedPolicy):
         else:
             rows = [row[:most] for row in observation.row_accept_probs()]
         likely = sorted(((prob, row) for row, own in enumerate(rows) for prob in own), reverse=True)
-        count, _ = self._best_prefix([step.factors[row] * prob for prob, row in likely])
+        count, gain = self._best_prefix([step.factors[row] * prob for prob, row in likely])
+        count = count if gain > step.rate * self.costs.lookup_seconds else 0
         self.least_lookup_prob = likely[count - 1][0] if count and step.is_ragged else 0.0
         if not count:
             return 0
@@ -202,7 +203,8 @@ class ThroughputPolicy(SavedPolicy):
         level_probs = self._step.level_probs
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
+        looks_up = record.verified > 1 and not record.shape.asks_head
+        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node, looks_up=looks_up)
         self._memory.add(record)
         if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
