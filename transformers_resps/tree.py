@@ -292,7 +292,7 @@ class DraftTree:
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
         """Follow the parents: each squaring of the relation reaches twice as far."""
-        seen = torch.eye(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1, 1)
+        seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for _ in range((level_count - 1).bit_length() if level_count else 0):
             seen = (seen @ seen).clamp_(max=1.0)
@@ -342,7 +342,7 @@ class DraftTree:
         if missing == 0:
             return self
         tokens, parents, depths = (pad(part, (0, missing)) for part in (self.tokens, self.parents, self.depths))
-        ancestors = torch.eye(node_count, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
+        ancestors = _itself(self.tokens, node_count, torch.bool)
         ancestors[:, : self.node_count, : self.node_count] = self.ancestors
         return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)), self.level_count)
 
@@ -363,6 +363,12 @@ class DraftTree:
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Map, for each row, (node, token) to the node's first child with that token."""
         return first_children(self.row_sizes, self.parents.tolist(), self.tokens.tolist())
+
+
+def _itself(tokens: Tensor, node_count: int, dtype: torch.dtype) -> Tensor:
+    """For each row of `tokens` a relation `[b, n, n]` of each node to itself alone."""
+    itself = torch.eye(node_count, dtype=dtype, device=tokens.device)
+    return itself.expand(len(tokens), -1, -1).contiguous()  # no copy of one row's
 
 
 def first_children(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from .packages import ModulePackages, PackagedCode
 from .pages import collapse
@@ -93,8 +93,11 @@ class CompiledFunction:
 
     def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
         """As a call, by packaged code alone, which is never traced again; `None` where none serves these sizes."""
-        code, tensors = self._compiled.get(self._kind(inputs)), [*(_dense(part) for part in inputs), *buffers]
-        return code(*tensors) if isinstance(code, _Packaged) and code.fits(tensors) else None
+        code = self._compiled.get(self._kind(inputs))
+        if not isinstance(code, _Packaged):
+            return None
+        tensors = [*(part.contiguous() for part in inputs), *buffers]  # no guard asks for strides
+        return code(*tensors) if code.fits(tensors) else None
 
     def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[Callable[..., Any], Any]:
         """Compile for this process; returns code and its first outputs."""
@@ -162,10 +165,13 @@ class CompiledFunction:
         return self._sizes(inputs), _callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(min(size, 2) if index in dimensions else size for index, size in enumerate(part.shape))
-            for part, dimensions in zip(inputs, self._dynamic, strict=True)
-        )
+        found = []
+        for part, dimensions in zip(inputs, self._dynamic, strict=True):
+            sizes = list(part.shape)
+            for dimension in dimensions:
+                sizes[dimension] = min(sizes[dimension], 2)
+            found.append(tuple(sizes))
+        return tuple(found)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
         """The same in words, for other processes. Packaged code serves in inference mode and outside."""
@@ -184,16 +190,26 @@ class _Packaged:
     """
 
     def __init__(self, code: PackagedCode, outputs: Any) -> None:
-        leaves, self._spec = tree_flatten(outputs)
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._code, self.fits = code, code.fits
+        self._code, self._nested, self.fits = code, _nesting(outputs), code.fits
 
     def __call__(self, *tensors: Tensor) -> Any:
-        leaves = self._leaves.copy()
-        for place, tensor in zip(self._places, self._code(*tensors), strict=True):
-            leaves[place] = tensor
-        return tree_unflatten(leaves, self._spec)
+        return self._nested(iter(self._code(*tensors)))
+
+
+def _nesting(outputs: Any) -> Callable[[Iterator[Tensor]], Any]:
+    """What takes tensors from an iterator and nests them as these outputs are.
+
+    PyTorch's `tree_unflatten` takes several times as long, at each step.
+    """
+    if isinstance(outputs, Tensor):
+        return next
+    if isinstance(outputs, dict):
+        named = {name: _nesting(part) for name, part in outputs.items()}
+        return lambda tensors: {name: part(tensors) for name, part in named.items()}
+    if not isinstance(outputs, list | tuple):
+        return lambda _: outputs
+    parts, make = [_nesting(part) for part in outputs], getattr(outputs, "_make", type(outputs))
+    return lambda tensors: make(part(tensors) for part in parts)
 
 
 def _serves(code: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
