@@ -99,21 +99,30 @@ def tell_no_positions(inputs: Function) -> Function:
 
 def see_the_padding(part_inputs: Function) -> Function:
     def wrong(self: Any, tokens: Tensor, start: int) -> Any:
-        inputs, size = part_inputs(self, tokens, start)
-        return inputs._replace(ancestors=torch.ones_like(inputs.ancestors).tril()), size
+        inputs = part_inputs(self, tokens, start)
+        return inputs._replace(ancestors=torch.ones_like(inputs.ancestors).tril())
 
     return wrong
 
 
 def stand_at_the_beginning(part_inputs: Function) -> Function:
     def wrong(self: Any, tokens: Tensor, start: int) -> Any:
-        inputs, size = part_inputs(self, tokens, start)
-        return inputs._replace(roots=inputs.roots - start), size
+        inputs = part_inputs(self, tokens, start)
+        return inputs._replace(roots=inputs.roots - start)
+
+    return wrong
+
+
+def see_all(multiplied: Function) -> Function:
+    def wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        seen: Tensor = multiplied(query, key, value, mask.clamp(min=0.0), scaling)
+        return seen
 
     return wrong
 
 
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+PRODUCTS = "tests/verifying/test_attention_grouped.py::test_two_products_attend_as_pytorchs_kernel_does"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
@@ -135,6 +144,7 @@ MUTATIONS = (
         see_the_text_as_padding,
         SIGHT,
     ),
+    Mutation("products see all", "verifying.attention:multiplied", see_all, PRODUCTS),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
     Mutation(
         "rows go on with the sources of the first",
