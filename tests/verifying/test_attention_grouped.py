@@ -1,6 +1,7 @@
 """Heads that share keys attend without copies of them, and nothing else changes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers.integrations import sdpa_attention
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.compilation.compiled import CompiledFunction
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying import attention
 from transformers_resps.verifying.attention import (
@@ -195,32 +198,59 @@ def test_two_products_attend_as_pytorchs_kernel_does(rows: int) -> None:
     torch.testing.assert_close(multiplied(query, key, value, mask, 0.3), expected, rtol=1e-5, atol=1e-5)
 
 
+def states(heads: int, shared: int, count: int) -> list[Tensor]:
+    """Query, key, value and mask of so many tokens that look at ninety."""
+    generator = torch.Generator().manual_seed(count)
+    query = torch.randn(1, heads, count, 8, generator=generator)
+    key, value = torch.randn(2, 1, shared, 90, 8, generator=generator)
+    mask = torch.zeros(1, 1, count, 90).masked_fill(torch.rand(count, 90, generator=generator) < 0.5, -1e9)
+    return [part.bfloat16() for part in (query, key, value, mask)]
+
+
+class Attention(torch.nn.Module):
+    def forward(self, *states: Tensor) -> Tensor:
+        return grouped_attention(self, *states)[0]
+
+
+SEVEN = 7.0
+
+
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (2, 2)])
-@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize(("has_units", "most", "chosen"), [(True, 2**26, True), (True, 900, False), (False, 0, False)])
 def test_code_for_all_sizes_attends_to_long_prompts_by_products(
-    monkeypatch: pytest.MonkeyPatch, heads: int, shared: int, has_units: bool
+    monkeypatch: pytest.MonkeyPatch, heads: int, shared: int, has_units: bool, most: int, chosen: bool
 ) -> None:
-    """Of a CPU that multiplies bfloat16 and has no AMX; the choice is in the code, by the number of tokens."""
+    """On a CPU that multiplies bfloat16 and has no AMX, while the scores are few; the choice is in the code."""
     monkeypatch.setattr(attention, "_has_bf16_alone", lambda: has_units)
-
-    class Attention(torch.nn.Module):
-        def forward(self, *states: Tensor) -> Tensor:
-            return grouped_attention(self, *states)[0]
-
-    def example(count: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(count)
-        query = torch.randn(1, heads, count, 8, generator=generator)
-        key, value = torch.randn(2, 1, shared, 90, 8, generator=generator)
-        mask = torch.zeros(1, 1, count, 90).masked_fill(torch.rand(count, 90, generator=generator) < 0.5, -1e9)
-        return tuple(part.bfloat16() for part in (query, key, value, mask))
-
+    monkeypatch.setattr(attention, "_MOST_SCORES", most)
+    monkeypatch.setattr(attention, "multiplied", lambda query, *_: torch.full_like(query, SEVEN))
     changes = {2: torch.export.Dim.DYNAMIC}
     sizes = ((changes, None, None, changes),)
-    program = torch.export.export(Attention(), example(40), dynamic_shapes=sizes, strict=False)
-    chosen = [node for node in program.graph.nodes if node.target is torch.ops.higher_order.cond]
-    assert len(chosen) == int(has_units)
+    program = torch.export.export(Attention(), (*states(heads, shared, 40),), dynamic_shapes=sizes, strict=False)
     for count in (3, 70):
-        query, key, value, mask = example(count)
+        query, key, value, mask = states(heads, shared, count)
         expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        expected = torch.full_like(expected, SEVEN) if chosen and count == 70 else expected
         found = program.module()(query, key, value, mask)
         torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0.03, atol=0.03)
+
+
+def test_the_choice_is_kept_for_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Inductor packages code with both ways in it, which is right at all sizes."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(attention, "_has_bf16_alone", lambda: True)
+    layer = torch.nn.Linear(1, 1).requires_grad_(False)
+    packages = ModulePackages(lambda: layer, "the attention")
+
+    def attending(*given: Tensor) -> Tensor:
+        return grouped_attention(layer, *given)[0]
+
+    fast = CompiledFunction(attending, [(2,), (), (), (2,)], packages=packages, name="attention")
+    with torch.inference_mode():
+        for count in (40, 3, 70):
+            query, key, value, mask = given = states(6, 2, count)
+            found = fast(given)
+            assert torch.equal(fast.run_packaged(given, []), found)
+            expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0.03, atol=0.03)
+    assert len(stored_packages(tmp_path)) == 1

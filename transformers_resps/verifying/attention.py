@@ -35,6 +35,7 @@ _ALIGNMENT = 16
 # Positions that a decoder's table has: Whisper's, LED's, all others'.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 _MOST_QUERIES = 64  # of one head of keys, for which PyTorch's kernel is as fast as two products (measured on Zen 4)
+_MOST_SCORES = 2**26  # that two products write to memory, and weights as large; the kernel writes none
 _COLUMNS = 16  # that a CPU multiplies at once
 _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change its result
 
@@ -120,8 +121,9 @@ def attend(
         attended = by_kernel(query, key, value, attn_mask=mask)
     else:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = batch_size * heads * count * key.shape[2]
         (attended,) = torch.ops.higher_order.cond(  # and not `torch.cond`, which compiles both ways by themselves
-            sharing * count > _MOST_QUERIES,
+            torch.sym_min(sharing * count - _MOST_QUERIES, _MOST_SCORES - scores) > 0,
             lambda query, key, value, mask: (multiplied(query, key, value, mask, scale),),
             lambda query, key, value, mask: (by_kernel(query, key, value, attn_mask=mask).contiguous(),),
             (query, key, value, mask),
