@@ -253,10 +253,8 @@ class RunningCosts(CostModel):
 
     def __init__(self) -> None:
         self.overhead = 0.0
-        self.lookup_seconds = (
-            0.0  # beside its forward, by which a step with looked-up nodes takes longer than a plain one
-        )
-        self._plain_rest: float | None = None  # of a plain step, what it takes beside its forward
+        self.lookup_seconds = 0.0  # by which a step with looked-up nodes takes longer than a plain one, forwards aside
+        self._plain_rest: float | None = None  # seconds of a plain step, its forward aside
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
