@@ -449,8 +449,9 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
             f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without a head and a "
             "policy, or with `prompt_lookup_num_tokens` if the model supports it."
         )
-    _check_layers(model, name)
-    check_draws(model)
+    modules = list(model.modules())  # without their names, which take three times as long
+    _check_layers(model, modules, name)
+    _check_draws(model, modules)
     attention = config._attn_implementation
     if attention not in (*LENT, "eager") and not is_flash(attention):
         raise ValueError(
@@ -503,7 +504,11 @@ def check_draws(model: Module) -> None:
     Raises:
         ValueError: names the layer.
     """
-    for module in model.modules():
+    _check_draws(model, model.modules())
+
+
+def _check_draws(model: Module, modules: Iterable[Module]) -> None:
+    for module in modules:
         if module.training and _draws(module):
             raise ValueError(
                 f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
@@ -533,9 +538,9 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _check_layers(model: Module, name: str) -> None:
+def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
     """Refuse weights that are not there, and layers whose output for a node depends on the other nodes."""
-    for module in model.modules():  # without their names, which take three times as long
+    for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
             raise ValueError(

@@ -505,8 +505,8 @@ def _stock_would_compile(target: PreTrainedModel, inputs: GenerateInputs) -> boo
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     """Say why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
-    parameters = list(target.parameters())
-    devices = {parameter.device for parameter in parameters}
+    parameters = {(type(parameter), parameter.device) for parameter in target.parameters()}
+    devices = {device for _, device in parameters}
     if target.training:
         return "the model is in training mode"
     if is_recurrent(target) and target.device.type != "cpu":
@@ -515,18 +515,19 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         return "the head reads the last layer's output, which a compiled forward gives only after the final norm"
     if target.config.is_encoder_decoder:
         return "the model is an encoder-decoder"
-    if any(_is_active_adapter(module) for module in target.modules()):
+    if _has_active_adapter(target):
         return "an adapter is active; merge it first"
     if len(devices) != 1 or devices.pop().type not in ("cpu", "cuda"):
         return "the model is not on one CPU or CUDA device"
-    if any(type(parameter) is not nn.Parameter for parameter in parameters):
+    if any(kind is not nn.Parameter for kind, _ in parameters):
         return "its weights are quantized or sharded"
     if torch.is_grad_enabled():
         return "gradients are enabled"
     return None
 
 
-def _is_active_adapter(module: Any) -> bool:
-    """Whether it is a layer of PEFT that adds to the layer inside it."""
-    is_tuner = any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
-    return is_tuner and not (module.merged or module.disable_adapters)
+def _has_active_adapter(target: nn.Module) -> bool:
+    """Whether a layer of PEFT adds to the layer inside it."""
+    layers: list[Any] = list(target.modules())
+    tuners = {kind for kind in set(map(type, layers)) if any(own.__name__ == "BaseTunerLayer" for own in kind.__mro__)}
+    return any(type(layer) in tuners and not (layer.merged or layer.disable_adapters) for layer in layers)

@@ -25,7 +25,7 @@ from .attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from .cache import holds_state, replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .hybrids import RECURRENT_KINDS, NotedScans, StateKinds, WholeTree, WholeTreeCache, known_mixers
+from .hybrids import RECURRENT_KINDS, NotedScans, StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers
 from .invariant import BlockReads, Layout, Sizes, use_invariant_attention
 
 
@@ -472,7 +472,7 @@ class HybridForward(SlotForward):
 
 def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotForward]:
     """What runs steps of one row, or of several. A graph of an accelerator has a fixed number of nodes."""
-    if known_mixers(target):
+    if is_recurrent(target):
         return HybridForward
     packs = is_batch and target.device.type == "cpu" and PackedForward.serves(target)
     return PackedForward if packs else SlotForward
