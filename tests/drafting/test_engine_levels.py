@@ -28,7 +28,7 @@ from transformers_resps.verifying.verifier import SlotVerifier
 
 TREES = (TreeShape(9, 2, 3), TreeShape(40, 4, 2), TreeShape(60, 3, VOCABULARY))
 CHAIN = TreeShape(5, 4, 1)
-CODES = 2  # of a head: one fuses features, one passes over pairs and levels
+CODES = 2  # of a head: one passes over pairs and fuses their features, one over levels
 
 
 class Compiler:
@@ -161,7 +161,7 @@ def test_newest_pairs_are_read_by_the_code_that_drafts_levels(
             runs = compiler.runs
             both.observe(waiting)
             both.agree(TreeShape(9, depth, 3))
-            assert compiler.runs - runs == depth + 1  # and once to fuse features
+            assert compiler.runs - runs == depth
         assert compiler.count == CODES
 
 
@@ -253,9 +253,6 @@ def test_a_later_call_compiles_again_only_if_weights_of_head_or_target_changed(
 
 
 def with_other_scores(outputs: Any) -> Any:
-    """Of a pass; fused features as they are."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs
     return outputs[0], outputs[1]._replace(scores=outputs[1].scores * 1.01)
 
 
@@ -277,7 +274,7 @@ def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_wa
         for _ in range(2):
             both.observe(5)
             both.agree(TREES[1])
-    assert compiler.count == (CODES if fault is None else 1)
+    assert compiler.count == 1
     reason = "its log probabilities differ from the eager ones" if fault is None else str(fault)
     assert [reason in line for line in caplog.messages if "The draft head runs without compilation" in line] == [True]
 

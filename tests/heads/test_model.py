@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_resps import attach, prepack
-from transformers_resps.drafting.level_drafter import PlaceWindow
+from transformers_resps.drafting.level_drafter import PlaceWindow, Spots
 from transformers_resps.heads import BoundHead, DraftCache, DraftHead
 from transformers_resps.verifying.prepacking import PackedWeight, PrepackedLinear
 
@@ -45,7 +45,9 @@ def test_angles_are_those_of_the_head_wherever_a_text_goes_on(
     head = DraftHead(tiny_head.config)
     window = PlaceWindow(head.bind(tiny_target))
     for start, end in [(0, 3), (3, 9), (9, 300), (250, 260), (299, 700), (2, 4)]:
-        for part, own in zip(window.at(start, end), head.rope(torch.arange(start, end)[None]), strict=True):
+        for part, own in zip(
+            window.at(Spots(range(start, end), slice(None))), head.rope(torch.arange(start, end)[None]), strict=True
+        ):
             assert torch.equal(part, own)
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,24 +12,21 @@ from torch import Tensor, nn
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
-from ..heads import DraftCache, DraftSource, Places, StepModel
+from ..heads import DraftCache, DraftSource, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .levels import LEAST_TOKENS, DraftFunction, LevelForward, PassFunction, PassInputs
 from .pool_growth import Frontier, Growth, RunLevel
 
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
-# Inputs and buffers -> such ones as code is compiled for
-Example = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
-# The dimensions of a pass's inputs (`PassInputs`, then places, as of features) and of its buffers that change, with
-# several rows.
-_PASS_SIZES, _PLACE_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1)), (0, 1), (0, 2)
+# The dimensions of a pass's inputs and of its buffers that change, with several rows. `itself` has none.
+_PASS_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1)), (0, 2)
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, each shape once; or compiles a pass, and what fuses the features that
-    passes read, once for all sizes.
+    """Captures whole drafts of one source, each shape once; or compiles a pass, once for all sizes, and once more for
+    newest pairs whose features it fuses by weights.
 
     Args:
         capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
@@ -104,70 +100,47 @@ class DraftEngine(CompileEngine[StepModel]):
             return forward
 
         def run(frontier: Frontier, level: int, is_last: bool) -> Growth:
-            found = self.grow(forward.cache, *forward.tensors(frontier, level))
+            found = self.grow(forward.cache, forward.tensors(frontier, level)) if self.compiles else None
             return forward(frontier, level, is_last) if found is None else _narrowed(found[1], frontier)
 
         return run
 
-    def grow(self, cache: DraftCache, inputs: PassInputs, places: Places) -> tuple[Tensor, Growth] | None:
+    def grow(self, cache: DraftCache, inputs: PassInputs, *, fuses: bool = False) -> tuple[Tensor, Growth] | None:
         """Run a pass over the cache of this engine, compiled; see `PassFunction`.
 
         Returns `None` where that fails, or is not worth a compilation, or where whole drafts are captured.
         """
         if not self.compiles or not cache.buffers:
             return None
-        is_batch, tensors = len(inputs.tokens) > 1, inputs.laid_out(places)
-        code = self._pass_code(cache, is_batch, len(places))
-        grown: tuple[Tensor, Growth] | None = self._ran(code, tensors, cache.buffers, _example)
-        return grown
-
-    def fuse(self, features: Tensor) -> Tensor:
-        """As the model fuses features `[b, t, F]`: compiled where that is worth it."""
-        model, count = self.owner, features.shape[1]
-        if not self.compiles or not model.fuses_by_weights:
-            return model.fuse(features)
-        enough = features.expand(-1, LEAST_TOKENS, -1) if count < LEAST_TOKENS else features
-        fused: Tensor | None = self._ran(self._fuse_code(len(features) > 1), [enough], (), _example_features)
-        return model.fuse(features) if fused is None else fused[:, :count]
-
-    def _ran(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], example: Example) -> Any:
-        outputs = self.run_packaged(code, inputs, buffers)
+        is_batch, tensors = len(inputs.tokens) > 1, inputs.filled_up()
+        code = self._pass_code(cache, is_batch, fuses)
+        outputs: tuple[Tensor, Growth] | None = self.run_packaged(code, tensors, cache.buffers)
         if outputs is not None:
             return outputs
-        is_ready = code.fast.is_ready(inputs, buffers)
+        is_ready = code.fast.is_ready(tensors, cache.buffers)
         if not is_ready:
-            if (len(inputs[0]) > 1) is not self._in_batch:  # what is left of a batch is not worth a compilation
+            if is_batch is not self._in_batch:  # what is left of a batch is not worth a compilation
                 return None
-            self.prepare(code, *example(inputs, buffers))
-        return self.run(code, inputs, buffers, is_ready=is_ready)
+            self.prepare(code, *_example(tensors, cache.buffers))
+        outputs = self.run(code, tensors, cache.buffers, is_ready=is_ready)
+        return outputs
 
-    def _fuse_code(self, is_batch: bool) -> Code:
-        def draft_features(features: Tensor) -> Tensor:
-            return self.owner.fuse(features)
-
-        def make() -> Code:
-            name = f"features of {type(self.owner).__name__}, {is_batch=}"
-            sizes = _PLACE_SIZES if is_batch else _PLACE_SIZES[1:]
-            fast = CompiledFunction(draft_features, [sizes], packages=self.packages, name=name)
-            return Code(draft_features, fast, lambda fused: fused, "fused features", self.owner.dtype)
-
-        return self.code(("features", is_batch), make)
-
-    def _pass_code(self, cache: DraftCache, is_batch: bool, place_count: int) -> Code:
+    def _pass_code(self, cache: DraftCache, is_batch: bool, fuses: bool) -> Code:
         tree_room = cache.tree_room
 
         def draft_pass(*tensors: Tensor) -> tuple[Tensor, Growth]:
-            return PassFunction(self.owner, tree_room, place_count)(*tensors)
+            return PassFunction(self.owner, tree_room, fuses=fuses)(*tensors)
 
         def make() -> Code:
-            sizes = (*_PASS_SIZES, *[_PLACE_SIZES] * place_count, _BUFFER_SIZES)
+            sizes = (*_PASS_SIZES, _BUFFER_SIZES)
             *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
-            dynamic.insert(len(_PASS_SIZES), (0, 1))  # `itself` has no rows
-            name = f"{type(self.owner).__name__}, {place_count} places, {tree_room} slots, {is_batch=}"
+            dynamic.append((0, 1))  # `itself` has no rows
+            reads = "features" if fuses else "levels"
+            name = f"{reads} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
             fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name)
             return Code(draft_pass, fast, PassFunction.scores, "log probabilities", cache.buffers[0].dtype)
 
-        return self.code((tree_room, is_batch), make)
+        return self.code((tree_room, is_batch, fuses), make)
 
 
 def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
@@ -185,29 +158,23 @@ def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
     return Growth(growth.tokens[:, :1, :1], growth.scores[:, :1, :1], growth.best[:, :1], narrow)
 
 
-def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _example(inputs: PassInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
-    tokens, hidden, slots, drafted, text, scores, itself, *places = inputs
+    tokens, hidden, slots, positions, drafted, seen, scores, itself = inputs
     rows, asking, children, count, entries, length = min(len(tokens), 2), 3, 4, 5, 7, 11
     made = [
         tokens[:1, :1].expand(rows, count),
         hidden[:1, :1].expand(rows, count, -1),
         torch.arange(-entries, count - entries, device=slots.device).expand(rows, -1),
+        positions[:1, :1].expand(rows, count),
         drafted.new_ones(rows, count, entries),
-        text.new_ones(rows, count, length),
+        seen.new_ones(rows, length),
         scores.new_zeros(rows, asking),
         torch.eye(children, dtype=torch.bool, device=itself.device),
-        *(part[:1, :1].expand(rows, count, -1) for part in places),
     ]
     return [part.clone(memory_format=torch.contiguous_format) for part in made], [
         part[:rows].clone(memory_format=torch.contiguous_format) for part in buffers
     ]
-
-
-def _example_features(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Likewise of features."""
-    rows, count = min(len(inputs[0]), 2), 3
-    return [inputs[0][:rows, :1].expand(rows, count, -1).clone(memory_format=torch.contiguous_format)], buffers
 
 
 class DraftEngines:

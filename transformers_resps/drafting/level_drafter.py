@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,16 +124,23 @@ class LevelDrafter(Drafter):
         def goes_on(depth: int, scores: Tensor) -> bool:
             return not policy.grows or wants_level(policy, Level(depth, scores))
 
-        places, children = self._read(ahead=max(depth - 1, 1), top_k=top_k)
+        ahead, children = self._read(ahead=max(depth - 1, 1), top_k=top_k)
         if children is None:
             first = sprout(self._model, self._newest, top_k, depth == 1, *self._carried[:1])
         else:
             first = first_level(*children, self._model.feedback(self._newest), depth == 1)
-        return grow_pool(first, depth, self._levels(places, depth, top_k), goes_on)
+        return grow_pool(first, depth, self._levels(ahead, depth, top_k), goes_on)
 
-    def _levels(self, places: Places, depth: int, top_k: int) -> RunLevel:
+    def _levels(self, ahead: "Spots", depth: int, top_k: int) -> RunLevel:
         """What drafts the levels after the first."""
         model, length = self._model, self._slots.length
+        if self._compiles and model.depths == 1:
+            assert self._engine is not None
+            self._cache.reserve(length, tree=(depth - 1) * top_k + 1)
+            text = self._slots.visible(length, self._device)
+            positions = self._places.numbers(ahead)
+            return self._engine.levels(LevelForward(model, self._cache, positions, length, text))
+        places = self._places.at(ahead)
         if self._target_entries is not None:
             return LevelForward(model, self._cache, places, length, None, self._of_target())
         text = self._slots.visible(length, self._device)
@@ -143,8 +151,7 @@ class LevelDrafter(Drafter):
             texts = [text, *(text & self._from_depth(at, text) for at in levels)]
             return DepthForward(model, self._cache, places, length, texts, self._carried)
         self._cache.reserve(length, tree=(depth - 1) * top_k + 1)
-        forward = LevelForward(model, self._cache, places, length, text)
-        return forward if self._engine is None else self._engine.levels(forward)
+        return LevelForward(model, self._cache, places, length, text)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
         """Read the tokens that wait and draft below them, in one launch. Each number of them is another function.
@@ -191,9 +198,14 @@ class LevelDrafter(Drafter):
         joined = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (tokens, features) if parts]
         return joined[0], joined[1] if features else None
 
-    def _read(self, ahead: int = 0, top_k: int = 0) -> tuple[Places, tuple[Tensor, Tensor] | None]:
-        """Read all tokens that wait. Returns the places of the `ahead` positions after them, and `top_k` children of
-        the newest, tokens and scores `[b, 1, k]`, where compiled code gave them.
+    @property
+    def _compiles(self) -> bool:
+        """Whether passes run compiled, over keys of the model's own."""
+        return self._engine is not None and self._engine.compiles and self._target_entries is None
+
+    def _read(self, ahead: int = 0, top_k: int = 0) -> tuple["Spots", tuple[Tensor, Tensor] | None]:
+        """Read all tokens that wait. Returns the `ahead` positions after them, and `top_k` children of the newest,
+        tokens and scores `[b, 1, k]`, where compiled code gave them.
         """
         self._forget()
         blocks, width = [part.counts for part in self._unread], self._waiting
@@ -201,25 +213,26 @@ class LevelDrafter(Drafter):
         # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
         pads = None if self._model.counts_padding else self._slots.pads
         taken = self._slots.take(blocks, self._device, ahead) if pads is not None or not is_even else None
+        every: range | Tensor
         if taken is None:
             for counts in blocks:
                 self._slots.extend(counts)
-            places = self._places.at(forgotten + start, forgotten + self._slots.length + ahead)
+            every = range(forgotten + start, forgotten + self._slots.length + ahead)
         elif pads is not None:
-            places = self._model.places(taken - pads)
+            every = taken - pads
         else:
-            places = self._model.places(taken + forgotten if forgotten else taken)
+            every = taken + forgotten if forgotten else taken
         slots = None if taken is None or is_even else taken[:, :width]
         self._cache.reserve(self._slots.length)
         children = None
         if width:
-            (tokens, features), here = self._joined(), at_positions(places, slice(width))
+            (tokens, features), here = self._joined(), Spots(every, slice(width))
             self._unread.clear()
-            if top_k and self._engine is not None and self._engine.compiles and features is not None:
-                children = self._run_compiled(self._engine, tokens, features, here, start, slots, top_k)
+            if top_k and self._compiles and features is not None:
+                children = self._run_compiled(tokens, features, here, start, slots, top_k)
             if children is None:
-                self._run(tokens, features, here, start, slots)
-        return at_positions(places, slice(width, None)), children
+                self._run(tokens, features, self._places.at(here), start, slots)
+        return Spots(every, slice(width, None)), children
 
     def _forget(self) -> None:
         """Drop what no row sees after the tokens that wait."""
@@ -274,36 +287,26 @@ class LevelDrafter(Drafter):
         self._carried = carried
 
     def _run_compiled(
-        self,
-        engine: DraftEngine,
-        tokens: Tensor,
-        features: Tensor,
-        places: Places,
-        start: int,
-        slots: Tensor | None,
-        top_k: int,
+        self, tokens: Tensor, features: Tensor, here: "Spots", start: int, slots: Tensor | None, top_k: int
     ) -> tuple[Tensor, Tensor] | None:
         """As `_run`, compiled; returns the newest token's children, or `None` where it must run as it is."""
         (rows, count), device = tokens.shape, self._device
-        if self._model.depths > 1 or self._target_entries is not None or count > MAX_UNREAD:
+        if self._model.depths > 1 or count > MAX_UNREAD:
             return None
-        if slots is None:
-            slots = torch.arange(start, start + count, device=device).expand(rows, -1)
-        end = max(self._slots.length, LEAST_TOKENS)
-        order, seen, looking = torch.arange(end, device=device), self._seen(end, 0), slots[..., None]
-        text = order <= looking
-        if seen is not None:
-            text = text & seen[:, None] | (order == looking)  # padding sees itself: never NaN
+        end, fuses = max(self._slots.length, LEAST_TOKENS), self._model.fuses_by_weights
+        seen = self._seen(end, 0)
         inputs = PassInputs(
             tokens,
-            engine.fuse(features),
-            slots,
+            features if fuses else self._model.fuse(features),
+            (torch.arange(start, start + count, device=device)[None] if slots is None else slots).expand(rows, -1),
+            self._places.numbers(here).expand(rows, -1),
             torch.zeros(rows, count, max(count, LEAST_TOKENS) + 1, dtype=torch.bool, device=device),
-            text,
+            (self._all_shown.expand(1, end) if seen is None else seen).expand(rows, -1),
             self._of_newest.expand(rows, -1),
             torch.eye(max(top_k, LEAST_TOKENS), dtype=torch.bool, device=device),
         )
-        grown = engine.grow(self._cache, inputs, tuple(part.expand(rows, -1, -1) for part in places))
+        assert self._engine is not None
+        grown = self._engine.grow(self._cache, inputs, fuses=fuses)
         if grown is None:
             return None
         output, growth = grown
@@ -382,21 +385,49 @@ class LevelDrafter(Drafter):
 _POSITIONS = 256
 
 
+class Spots(NamedTuple):
+    """Positions of a draft: those that are `wanted` of some in a row, or of `[b or 1, t]`."""
+
+    every: range | Tensor
+    wanted: slice
+
+
 class PlaceWindow:
-    """The places of many positions in a row, computed once for the many steps that read them."""
+    """The places of many positions in a row, and their numbers, computed once for the many steps that read them."""
 
     def __init__(self, model: StepModel) -> None:
-        self._model, self._start, self._end = model, 0, 0
-        self._places: Places = ()
+        self._model = model
+        self._known, self._numbers, self._places = range(0), torch.empty(0), Places()
+        self._newest: range | Tensor = self._known  # of which others were computed
+        self._own = Places()
 
-    def at(self, start: int, end: int) -> Places:
-        """Those of the positions from `start` to before `end`: `[1, end - start]`."""
-        if not self._model.has_fixed_places:  # the last position decides about all of them
-            return self._of(start, end)
-        if not self._end or start < self._start or end > self._end:
-            self._start, self._end = start, max(end, start + _POSITIONS)
-            self._places = self._of(self._start, self._end)
-        return at_positions(self._places, slice(start - self._start, end - self._start))
+    def at(self, spots: Spots) -> Places:
+        """Those of the spots, `[b or 1, t]`."""
+        every, wanted = spots
+        if not isinstance(every, Tensor) and self._model.has_fixed_places:
+            within = self._within(every, wanted)
+            return at_positions(self._places, within)
+        if every is not self._newest:  # the last position may decide about all of them
+            positions = every if isinstance(every, Tensor) else self._count(every)
+            self._newest, self._own = every, self._model.places(positions)
+        return at_positions(self._own, wanted)
 
-    def _of(self, start: int, end: int) -> Places:
-        return self._model.places(torch.arange(start, end, device=self._model.device)[None])
+    def numbers(self, spots: Spots) -> Tensor:
+        """The spots' positions, `[b or 1, t]`."""
+        every, wanted = spots
+        if isinstance(every, Tensor):
+            return every[:, wanted]
+        within = self._within(every, wanted)
+        return self._numbers[:, within]
+
+    def _within(self, every: range, wanted: slice) -> slice:
+        """Where positions in a row are among the known ones."""
+        if not self._known or every.start < self._known.start or every.stop > self._known.stop:
+            self._known = range(every.start, max(every.stop, every.start + _POSITIONS))
+            self._numbers = self._count(self._known)
+            self._places = self._model.places(self._numbers)
+        part = every[wanted]
+        return slice(part.start - self._known.start, part.stop - self._known.start)
+
+    def _count(self, every: range) -> Tensor:
+        return torch.arange(every.start, every.stop, device=self._model.device)[None]

@@ -25,7 +25,7 @@ class LevelForward:
     Args:
         model: drafts for a target.
         cache: holds the text's entries, and room for those of the tree.
-        places: of the levels' positions, `[b or 1, depth - 1]`.
+        places: of the levels' positions, `[b or 1, depth - 1]`, or these alone: compiled code needs no more.
         length: slots of the text.
         text: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
         target: what all nodes attend to instead, of a model that has no entries.
@@ -35,45 +35,46 @@ class LevelForward:
         self,
         model: StepModel,
         cache: DraftCache,
-        places: Places,
+        places: Places | Tensor,
         length: int,
         text: Tensor | None,
         target: Entries | None = None,
     ) -> None:
         self.model, self.cache, self._target = model, cache, target
-        self._places, self._length, self._text = places, length, text
+        self._positions = places if isinstance(places, Tensor) else None
+        self._places = None if isinstance(places, Tensor) else places
+        self._length, self._text = length, text
 
     def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
         """The children of the nodes of `level` that get some; see `branch`."""
+        if self._places is None:
+            assert self._positions is not None
+            self._places = self.model.places(self._positions)
         places = at_positions(self._places, slice(level - 1, level))
         entries = self._target or self._entries(frontier)
         output = self.model.run(0, frontier.tokens, frontier.hidden, places, entries)
         carried = frontier.hidden if self.model.rereads_target else None
         return branch(self.model, frontier, output, is_last, carried=carried)
 
-    def tensors(self, frontier: Frontier, level: int) -> tuple["PassInputs", Places]:
-        """What a `PassFunction` gets of a level."""
+    def tensors(self, frontier: Frontier, level: int) -> "PassInputs":
+        """What a `PassFunction` gets of a level, whose positions are known."""
         tokens, scores, hidden, visible = frontier
-        assert hidden is not None
+        assert hidden is not None and self._positions is not None
         rows, width = tokens.shape
         count = max(width, LEAST_TOKENS)
         if level == 1:  # as many entries as tokens would be compiled apart: some are added that no node sees
             visible = F.pad(visible, (0, count + 1 - width))
-        start = -visible.shape[2]
-        text = self._seen(frontier)
-        if text.shape[1] == 1:
-            text = F.pad(text, (0, 1))
-        inputs = PassInputs(
+        start, seen = -visible.shape[2], self._seen(frontier)
+        return PassInputs(
             tokens,
             hidden,
             torch.arange(start, start + width, device=tokens.device).expand(rows, -1),
+            self._positions[:, level - 1 : level].expand(rows, width),
             visible,
-            text[:, None].expand(rows, width, -1),
+            (seen if seen.shape[1] > 1 else F.pad(seen, (0, 1))).expand(rows, -1),
             scores if width == count else F.pad(scores, (0, count - width), value=-torch.inf),
             torch.eye(count, dtype=torch.bool, device=tokens.device),
         )
-        places = at_positions(self._places, slice(level - 1, level))
-        return inputs, tuple(part.expand(rows, width, -1) for part in places)
 
     def _entries(self, frontier: Frontier) -> Entries:
         return self.cache.attend_from(-frontier.visible.shape[-1], self._mask(frontier), end=self._length)
@@ -102,10 +103,11 @@ class PassInputs(NamedTuple):
 
     Attributes:
         tokens: `[b, t]`.
-        hidden: `[b, t, h]` what they are paired with.
-        slots: `[b, t]` where their entries go; those of a tree are negative.
+        hidden: `[b, t, h]` what they are paired with; or `[b, t, F]` the target's features, which the pass fuses.
+        slots: `[b, t]` where their entries go; those of a tree are negative, and see the whole text.
+        positions: `[b, t]`.
         drafted: `[b, t, e]` bool: which of the e newest entries of the tree a token sees, the own ones included.
-        text: `[b, t, s]` bool, likewise of the text's.
+        seen: `[b, s]` bool, false where a slot of the text is hidden from all tokens but its own.
         scores: `[b, q]` as the pool has them.
         itself: `[k, k]` bool: what each of the k children sees of them.
     """
@@ -113,18 +115,18 @@ class PassInputs(NamedTuple):
     tokens: Tensor
     hidden: Tensor
     slots: Tensor
+    positions: Tensor
     drafted: Tensor
-    text: Tensor
+    seen: Tensor
     scores: Tensor
     itself: Tensor
 
-    def laid_out(self, places: Places) -> list[Tensor]:
-        """All inputs of a `PassFunction` but its buffers. The last token is repeated where there are too few."""
-        count = self.tokens.shape[1]
-        of_tokens, others = [*self[:5], *places], self[5:]
-        if count < LEAST_TOKENS:
-            of_tokens = [part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in of_tokens]
-        return [*of_tokens[:5], *others, *of_tokens[5:]]
+    def filled_up(self) -> "PassInputs":
+        """With the last token repeated where there are too few."""
+        if self.tokens.shape[1] >= LEAST_TOKENS:
+            return self
+        filled = [part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in self[:5]]
+        return PassInputs._make((*filled, *self[5:]))
 
 
 class PassFunction:
@@ -133,38 +135,41 @@ class PassFunction:
     Args:
         model: drafts for a target.
         tree_room: of the cache.
-        place_count: parts of `Places`.
+        fuses: whether it gets features, as those of newest pairs.
     """
 
-    def __init__(self, model: StepModel, tree_room: int, place_count: int) -> None:
-        self._model, self._tree_room, self._place_count = model, tree_room, place_count
+    def __init__(self, model: StepModel, tree_room: int, *, fuses: bool) -> None:
+        self._model, self._tree_room, self._fuses = model, tree_room, fuses
 
     def __call__(
         self,
         tokens: Tensor,
         hidden: Tensor,
         slots: Tensor,
+        positions: Tensor,
         drafted: Tensor,
-        text: Tensor,
+        seen: Tensor,
         scores: Tensor,
         itself: Tensor,
-        *others: Tensor,
+        *buffers: Tensor,
     ) -> tuple[Tensor, Growth]:
-        """Run it over `PassInputs`, places, and the buffers of a cache, which are written.
+        """Run it over `PassInputs` and the buffers of a cache, which are written.
 
         Returns:
             The model's outputs `[b, q, h]`, and the growth of the tokens that get children.
         """
-        model, places = self._model, others[: self._place_count]
-        cache = DraftCache(others[self._place_count :], self._tree_room)
+        model, cache = self._model, DraftCache(buffers, self._tree_room)
         (rows, count), asking = tokens.shape, scores.shape[1]
         first, looking = count - asking, count if model.needs_all_queries else asking
-        mask = torch.cat([part.narrow(1, count - looking, looking) for part in (drafted, text)], dim=-1)
+        # Slices in place of these numbers would be compiled for their sizes alone
+        looks, wanted = (torch.arange(start, count, device=tokens.device) for start in (count - looking, first))
+        own, order = slots.index_select(1, looks)[..., None], torch.arange(seen.shape[1], device=tokens.device)
+        text = seen[:, None] & ((own < 0) | (order <= own)) | (order == own)  # padding sees itself: never NaN
+        mask = torch.cat([drafted.narrow(1, count - looking, looking), text], dim=-1)
         mask = mask[:, None].expand(-1, model.mask_copies, -1, -1)
-        entries = cache.attend_at(slots, text.shape[2], mask, first=-drafted.shape[2])
-        # A slice in place of these numbers would be compiled for this size alone
-        wanted = torch.arange(first, count, device=tokens.device).expand(rows, -1)
-        output = model.run(0, tokens, hidden, places, entries, wanted=wanted)
+        entries = cache.attend_at(slots, seen.shape[1], mask, first=-drafted.shape[2])
+        fused = model.fuse(hidden) if self._fuses else hidden
+        output = model.run(0, tokens, fused, model.places(positions), entries, wanted=wanted.expand(rows, -1))
         frontier = Frontier(tokens.narrow(1, first, asking), scores, None, drafted.narrow(1, first, asking))
         return output, branch(model, frontier, output, False, itself=itself.expand(rows, -1, -1))
 
