@@ -294,8 +294,10 @@ class DraftTree:
         """Follow the parents: each squaring of the relation reaches twice as far."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
-        for _ in range((level_count - 1).bit_length() if level_count else 0):
-            seen = (seen @ seen).clamp_(max=1.0)
+        for squaring in range((level_count - 1).bit_length() if level_count else 0):
+            seen = seen @ seen  # counts ways, which are none or at least one
+            if squaring > 3:
+                seen = seen.clamp_(max=1.0)  # before they overflow
         ancestors = seen > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 

@@ -225,7 +225,7 @@ def check_limits(forward: SlotForward, tensors: list[Tensor], fixed: str) -> Non
 
 def test_packaged_code_runs_without_the_names_that_tracing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     class Packaged(AsItIs):
-        def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+        def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Any = None) -> Any:
             return self(inputs, buffers)
 
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")

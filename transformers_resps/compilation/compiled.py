@@ -91,9 +91,14 @@ class CompiledFunction:
         self._compiled[kind] = compiled  # not before: compiling may be interrupted
         return outputs
 
-    def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
-        """As a call, by packaged code alone, which is never traced again; `None` where none serves these sizes."""
-        code = self._compiled.get(self._kind(inputs))
+    def run_packaged(
+        self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Hashable | None = None
+    ) -> Any:
+        """As a call, by packaged code alone, which is never traced again; `None` where none serves these sizes.
+
+        `settings` are the `callers_settings` of now, where the caller knows them.
+        """
+        code = self._compiled.get(self._kind(inputs, settings))
         if not isinstance(code, _Packaged):
             return None
         tensors = [*(part.contiguous() for part in inputs), *buffers]  # no guard asks for strides
@@ -158,11 +163,11 @@ class CompiledFunction:
         code = self._compiled.get(self._kind(inputs))
         return code is not None and _serves(code, [*inputs, *buffers])
 
-    def _kind(self, inputs: Sequence[Tensor]) -> _Kind:
+    def _kind(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> _Kind:
         """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
         the caller's settings.
         """
-        return self._sizes(inputs), _callers_settings(inputs[0].device.type)
+        return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         found = []
@@ -177,7 +182,7 @@ class CompiledFunction:
         """The same in words, for other processes. Packaged code serves in inference mode and outside."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
-        _, *settings = _callers_settings(inputs[0].device.type)
+        _, *settings = callers_settings(inputs[0].device.type)
         return f"{self._sizes(inputs)}, {fixed}, {dtypes}, {settings}"
 
 
@@ -253,8 +258,8 @@ def _dense(part: Tensor) -> Tensor:
     return part if list(part.stride()) == expected else part.clone(memory_format=torch.contiguous_format)
 
 
-def _callers_settings(device_type: str) -> tuple[Any, ...]:
-    """Of a caller, what is compiled in: no guard asks for it."""
+def callers_settings(device_type: str) -> tuple[Any, ...]:
+    """Of a caller, what is compiled in: no guard asks for it. To look takes as long as some operators of a step."""
     backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     return (
         torch.is_inference_mode_enabled(),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .captured import CapturedFunction
-from .compiled import CompiledFunction
+from .compiled import CompiledFunction, callers_settings
 from .packages import ModulePackages
 
 
@@ -74,6 +74,7 @@ class CompileEngine(ABC, Generic[Owner]):
         self._codes: dict[Hashable, Code] = {}
         self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
         self._packages: ModulePackages | None = None
+        self._settings: Hashable | None = None  # of the caller that has the engine; `None` before they are asked for
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
         self.expected_seconds = 90.0
@@ -100,7 +101,7 @@ class CompileEngine(ABC, Generic[Owner]):
             yield None
             return
         try:
-            self.owner = owner
+            self.owner, self._settings = owner, None
             if self._fingerprint is not None and self._fingerprint != self.fingerprint():
                 self.forget()
                 self._fingerprint, self._packages, self.is_broken = None, None, False
@@ -152,8 +153,9 @@ class CompileEngine(ABC, Generic[Owner]):
         """Run code that is never traced again; `None` where there is none yet, or it fails."""
         if self.is_broken or not isinstance(code.fast, CompiledFunction):
             return None
+        self._settings = self._settings or callers_settings(inputs[0].device.type)
         try:
-            return code.fast.run_packaged(inputs, buffers)
+            return code.fast.run_packaged(inputs, buffers, self._settings)
         except FAULTS as fault:
             self._give_up(described(fault))
             return None

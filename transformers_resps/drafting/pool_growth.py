@@ -132,8 +132,8 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     hung = [own.expand_as(level.tokens) for own, level in zip(parents, levels, strict=False)]
     tokens = torch.cat([level.tokens for level in levels], dim=1).flatten(1)
     scores = torch.cat([level.scores for level in levels], dim=1).flatten(1)
-    level_of = [torch.full((size,), number) for number, size in enumerate(sizes, start=1)]
-    return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
+    level_of = [number for number, size in enumerate(sizes, start=1) for _ in range(size)]
+    return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.tensor(level_of))
 
 
 def _next(

@@ -487,8 +487,9 @@ class SlotVerifier(Verifier):
             logits, part = self._outputs(self._part_inputs(tokens[:, place : place + size], start + place))
             logits = logits[0, : self._rows, None] if self.packs_rows else logits
             caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
-        joined = {layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}
-        features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in joined.items()}
+        if len(caught) > 1:
+            caught = [{layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}]
+        features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in caught[0].items()}
         return logits, features
 
     def _part_inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
@@ -551,8 +552,11 @@ class SlotVerifier(Verifier):
 
     def _without_padding(self, tree: DraftTree, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
         rows, count = tree.tokens.shape
-        features.caught = {layer: part[:rows, :count] for layer, part in features.caught.items()}
-        return logits[:rows, :count], features
+        parts = [logits, *features.caught.values()]
+        if any(part.shape[:2] != (rows, count) for part in parts):
+            logits, *states = [part[:rows, :count] for part in parts]
+            features.caught = dict(zip(features.caught, states, strict=True))
+        return logits, features
 
     def take_compile_seconds(self) -> float:
         return 0.0 if self._engine is None else self._engine.take_compile_seconds()
