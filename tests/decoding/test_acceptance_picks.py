@@ -146,3 +146,26 @@ def test_rows_that_advance_apart_are_processed_together_level_by_level(
     assert found.picks == [[2, 3, 2, 3], [2, 3]] and found.paths == [[0, 1, 2, 3], [0, 1]]
     assert [text.input_ids[0, 2:].tolist() for text in texts] == found.picks
     assert asked == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [7, 64, 1000, 2048])
+def test_a_pick_is_the_first_of_the_largest_logits_in_a_vocabulary_of_any_size(
+    vocabulary: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    for kind in ("values", "ties", "infinite", "missing", "without"):
+        logits = torch.randn(2, 3, vocabulary, generator=generator).to(dtype)
+        match kind:
+            case "ties":
+                logits = logits.round()
+            case "infinite":
+                logits[:, :, vocabulary // 3 :: 2] = torch.inf
+            case "missing":
+                logits[:, :, vocabulary // 2] = torch.nan
+            case "without":
+                logits.fill_(-torch.inf)
+        picks = Picks([{}, {}], None, logits)
+        for rows, nodes in (([0, 1], [2, 2]), ([0, 1], [0, 1]), ([1], [2])):
+            expected = torch.stack([logits[row, node].argmax() for row, node in zip(rows, nodes, strict=True)])
+            assert picks.at(rows, nodes) == expected.tolist(), kind
