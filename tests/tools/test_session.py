@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,23 @@ def session(
     return Session(bench, letter_tokenizer(), DIALOGUES, methods, temperatures, repeats)
 
 
-def test_methods_take_turns_and_each_begins_as_often(bench: Bench, tiny_head: DraftHead) -> None:
-    plan = session(bench, [plain(), prompt_lookup(), fixed_tree(tiny_head, SHAPE)], repeats=3)
+def test_methods_are_asked_in_an_order_of_each_conversation_that_every_session_draws_alike(
+    bench: Noting, tiny_head: DraftHead
+) -> None:
+    methods = [plain(), prompt_lookup(), fixed_tree(tiny_head, SHAPE)]
+    plan = session(bench, methods, repeats=3)
     cells = list(plan.run())
-    order = bench.asked
-    assert order[:9] == ["plain", "prompt lookup", "tree 4/2/2"] * 2 + ["prompt lookup", "tree 4/2/2", "plain"]
+    turns = [tuple(bench.asked[at : at + 3]) for at in range(0, 27, 3)]
+    names = [method.name for method in methods]
+    assert all(sorted(turn) == sorted(names) for turn in turns)
+    assert turns[0] == turns[1]  # of one conversation
+    followed = {pair for turn in turns for pair in pairwise(turn)}
+    assert len({turn[0] for turn in turns}) > 1 and len(followed) > 3  # a cycle of three has three pairs
     assert [len(runs) for _, runs in cells] == [3] * 9 and plan.total == 27
-    assert all([run.timing.method for run in runs] == order[:3] for _, runs in cells)
+    assert all([run.timing.method for run in runs] == names for _, runs in cells)
+    asked, bench.asked = bench.asked, []
+    list(session(bench, methods, repeats=3).run())
+    assert bench.asked == asked
 
 
 def test_to_make_a_session_decodes_nothing(bench: Noting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Answers every conversation with every method, in turn, and compares each text with the plain one."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -201,12 +202,12 @@ class Session:
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
         """Yield each prompt and its judged runs, in the order of `methods`; `done` is called after each answer.
 
-        Each repeat and conversation begins with the next method, so that none always comes first.
+        Each repeat and conversation has an order of its own, drawn alike in every session: none always follows the
+        same method, which may leave it fast or slow.
         """
         for repeat in range(self._repeats):
-            for number, dialogue in enumerate(self.dialogues):
-                first = (number + repeat) % len(self.methods)
-                order = [*self.methods[first:], *self.methods[:first]]
+            for dialogue in self.dialogues:
+                order = random.Random(f"{repeat} {dialogue.name}").sample(self.methods, len(self.methods))
                 for temperature in self._temperatures:
                     for prompt, runs in self._converse(dialogue, temperature, repeat, order, done):
                         self.runs += runs
