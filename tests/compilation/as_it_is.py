@@ -22,7 +22,7 @@ class AsItIs(CompiledFunction):
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         return True
 
-    def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+    def run_packaged(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Any = None) -> Any:
         return None
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:

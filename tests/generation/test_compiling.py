@@ -26,6 +26,7 @@ from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying import slots
+from transformers_resps.verifying.returned import UnreadDynamicCache
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import SlotVerifier
 
@@ -149,6 +150,54 @@ def test_a_cache_that_no_one_reads_is_not_filled(
     cache = DynamicCache(config=target.config)
     speculate(target, head, WIDE, compile=True, return_dict_in_generate=False, **{CACHE_KEYWORD: cache})
     assert filled == [24, 24]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_cache_is_filled_when_someone_looks_at_it_or_another_call_begins(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "CompiledFunction", AsItIs)
+    target, filled, give_back = attach(Architecture(architecture).build("sdpa")), list[int](), SlotVerifier._give_back
+
+    def counted(self: SlotVerifier, *given: Any) -> None:
+        filled.append(given[-1])
+        give_back(self, *given)
+
+    monkeypatch.setattr(SlotVerifier, "_give_back", counted)
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 20}
+    plain = target.generate(PROMPT, **options)
+    looked_at, overtaken = (speculate(target, None, "auto", compile=True) for _ in range(2))
+    assert filled == [24]  # the second call needed the place of the first one's entries
+    other = torch.randint(1, VOCABULARY, (1, 30))
+    target.generate(other, policy="auto", compile=True, max_new_tokens=8, return_dict_in_generate=True)
+    assert filled == [24, 24]
+    target.generate(other, policy="auto", compile=True, max_new_tokens=8, return_dict_in_generate=True)
+    assert filled == [24, 24]  # that of the call before was dropped
+    for out in (looked_at, overtaken):
+        for ours, theirs in zip(out[CACHE_KEYWORD].layers, plain[CACHE_KEYWORD].layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+    assert filled == [24, 24]
+
+
+def test_a_look_at_a_cache_of_another_thread_waits_until_it_is_filled(target: PreTrainedModel) -> None:
+    begun, may_end, looked = threading.Event(), threading.Event(), list[int]()
+
+    def make() -> DynamicCache:
+        begun.set()
+        may_end.wait(10)
+        looked.append(0)
+        return DynamicCache(config=target.config)
+
+    cache = UnreadDynamicCache(make)
+    threads = [threading.Thread(target=lambda: len(cache.layers)) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    may_end.set()
+    for thread in threads:
+        thread.join(10)
+    assert looked == [0]
 
 
 @dataclass(frozen=True)

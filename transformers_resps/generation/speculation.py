@@ -111,7 +111,7 @@ def speculate(
         stack.callback(state.invariant_calls.note, inputs.cache, request.invariant)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
-        decoding = _decode(target, state, request, batch, inputs)
+        decoding, unread = _decode(target, state, request, batch, inputs)
     if streamer is not None:
         streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
     report = decoding.report
@@ -119,15 +119,17 @@ def speculate(
     if not generation_config.return_dict_in_generate:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs)
+    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs) if unread is None else unread
     made = SpeculativeSeq2SeqOutput if target.config.is_encoder_decoder else SpeculativeOutput
     return made(**kept, speculation=report)
 
 
 def _decode(
     target: PreTrainedModel, state: SpeculationState, request: Request, batch: Batch, inputs: "GenerateInputs"
-) -> TreeDecoding:
-    """Prefill, then one step after another until all texts are finished."""
+) -> tuple[TreeDecoding, Cache | None]:
+    """Prefill, then one step after another until all texts are finished. Returns also the cache to hand back where it
+    is filled when someone looks at it.
+    """
     assert request.policy is not None
     with (
         _verifier(target, state, request, inputs) as verifier,
@@ -154,9 +156,11 @@ def _decode(
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
+        waits = inputs.cache_can_wait and not request.invariant and not decoding.ended
+        unread = verifier.unread_cache() if waits else None
     decoding.report.reason = request.policy.explain(decoding.report.steps)
     state.slot_engine.note(decoding.report.seconds)
-    return decoding
+    return decoding, unread
 
 
 def _returned_cache(
@@ -276,6 +280,11 @@ class GenerateInputs:
     def cache_is_read(self) -> bool:
         """Whether anyone can look at the cache when the call has ended."""
         return bool(self.is_cache_given or self.config.return_dict_in_generate)
+
+    @property
+    def cache_can_wait(self) -> bool:
+        """Whether only a look at what the call returns can show it."""
+        return bool(self.config.return_dict_in_generate and not self.is_cache_given and self.static is None)
 
     @property
     def makes_cache(self) -> bool:

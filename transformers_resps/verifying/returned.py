@@ -1,12 +1,13 @@
-"""The cache that a batch hands back, as plain decoding leaves it: all rows as long as the longest.
+"""The cache that a call hands back, as plain decoding leaves it: all rows as long as the longest.
 
-Plain decoding goes on reading the padding of a row that has ended. Here the row's entries are copied where it ends,
-and its padding is read when the cache is first looked at, which most callers never do.
+Most callers never look at it, so it is made when someone does. Plain decoding goes on reading the padding of a row
+that has ended. Here the row's entries are copied where it ends, and its padding is read then.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -106,14 +107,17 @@ class _Unread:
     """A cache whose layers are those of the cache that `make` gives, when they are first looked at."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
-        self._make = make
+        self._make, self._lock = make, Lock()  # a call in another thread may need the place of the entries
         self.offloading, self.layer_class_to_replicate = False, None
 
     @cached_property
     def layers(self) -> list[Any]:
-        made: list[Any] = self._make().layers
-        del self._make  # it holds the rows that are joined now
-        return made
+        with self._lock:
+            if "layers" not in vars(self):
+                vars(self)["layers"] = self._make().layers
+                del self._make  # it holds the rows that are joined now
+            made: list[Any] = vars(self)["layers"]
+            return made
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled."""
@@ -121,7 +125,7 @@ class _Unread:
 
 
 class UnreadDynamicCache(_Unread, DynamicCache):  # type: ignore[misc,override]  # `layers` are an attribute there
-    """A `DynamicCache` whose padding is read when it is first looked at."""
+    """A `DynamicCache` that is filled when it is first looked at."""
 
 
 class UnreadStaticCache(_Unread, StaticCache):  # type: ignore[misc,override]

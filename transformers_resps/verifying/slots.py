@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -102,6 +103,16 @@ class SlotBuffers:
         self._rooms: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
         self._rows = 0  # the first ones, which are in use
         self._parts: dict[int | None, list[Tensor]] = {}
+        self._unread: ref[Cache] | None = None
+
+    def lend(self, cache: Cache) -> None:
+        """Have a cache copy what it holds of these buffers before it is overwritten, if it lives until then."""
+        self._unread = ref(cache)
+
+    def _settle(self) -> None:
+        cache, self._unread = None if self._unread is None else self._unread(), None
+        if cache is not None:
+            len(cache.layers)  # a look fills it
 
     @property
     def size(self) -> int:
@@ -123,6 +134,7 @@ class SlotBuffers:
 
         `kinds` are entries `[any, kv heads, any, hd]` of each part.
         """
+        self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
         is_large = self.size >= size and known == shapes and len(self._rooms[0]) >= rows
@@ -154,6 +166,7 @@ class SlotBuffers:
 
     def clear(self) -> None:
         """Forget all entries: what an overflow left would reach a text from a slot that no node sees."""
+        self._settle()
         for store in self._stores:
             store.zero_()
 

@@ -39,7 +39,7 @@ from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import BLOCK, Layout, levels_below
 from .prepacking import is_prepacked
-from .returned import EndedRow
+from .returned import EndedRow, UnreadDynamicCache
 from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
@@ -300,6 +300,12 @@ class Verifier(ABC):
     def _row_cache(self, row: int, length: int) -> Cache:
         """A copy of one row's cache."""
         return copied_row(self._cache, row, length)
+
+    def unread_cache(self) -> Cache | None:
+        """What `close` would leave in the cache, as one that is filled when it is looked at; `None` where the cache
+        holds it already. The verifier has no further use then.
+        """
+        return None
 
     def close(self) -> None:
         """Leave only what was kept in the cache, in stock layers: the caller may reuse it. Of a prompt that stock
@@ -597,6 +603,21 @@ class SlotVerifier(Verifier):
         cache = copied_row(self._cache, 0, 0)
         self._give_back(self._orders(length)[row : row + 1], row, cache, length)
         return cache
+
+    def unread_cache(self) -> Cache | None:
+        """As `Verifier.unread_cache`: from the buffers, until the next call writes to them."""
+        if not self._rows or not self.length or not self.is_even:
+            return None
+        cache, orders, length = self._cache, self._orders(self.length), self.length
+
+        def make() -> Cache:
+            self._give_back(orders, 0, cache, length)
+            return cache
+
+        unread = UnreadDynamicCache(make)
+        self._buffers.lend(unread)
+        self.gives_back = False
+        return unread
 
     def close(self) -> None:
         """Give the cache what was kept, in its own order; rows that differ in length have no further use."""
