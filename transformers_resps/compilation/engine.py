@@ -296,14 +296,17 @@ def _mark(tensor: Tensor) -> Any:
     return id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.dtype, tensor.device
 
 
+@torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
     """The first values of every tensor in the CPU's memory; of others they would have to be waited for."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # each call of `generate` waits for this
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
-            rows[tensor.dtype].append(_first_row(tensor.detach())[:_SAMPLED])
+            rows[tensor.dtype].append(_first_values(tensor))
     return torch.cat([torch.empty(0), *(torch.cat(kind).to(torch.float64) for kind in rows.values())]).nan_to_num()
 
 
-def _first_row(tensor: Tensor) -> Tensor:
-    return tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None]
+def _first_values(tensor: Tensor) -> Tensor:
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # of an own class, who knows its memory?
+        return tensor.as_strided((min(tensor.shape[-1], _SAMPLED),), (tensor.stride(-1),))
+    return (tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None])[:_SAMPLED]
