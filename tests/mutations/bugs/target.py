@@ -121,6 +121,10 @@ def see_all(multiplied: Function) -> Function:
     return wrong
 
 
+def overwrite_what_was_lent(settle: Function) -> Function:
+    return lambda self: None
+
+
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 PRODUCTS = "tests/verifying/test_attention_grouped.py::test_two_products_attend_as_pytorchs_kernel_does"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
@@ -128,6 +132,7 @@ WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 ENCODED = "tests/lossless/test_encoder_decoders.py::test_chains_write_what_plain_decoding_writes"
 BEGUN = "tests/lossless/test_encoder_decoders.py::test_a_decoder_may_begin_with_a_prompt"
+LENT = "tests/generation/test_compiling.py::test_a_cache_is_filled_when_someone_looks_at_it_or_another_call_begins"
 RAGGED = "tests/verifying/test_cache.py::test_accepted_nodes_are_placed_after_each_rows_own_entries"
 
 MUTATIONS = (
@@ -161,6 +166,12 @@ MUTATIONS = (
     Mutation("a prompt sees its padding", "verifying.verifier:SlotVerifier._part_inputs", see_the_padding, PROMPTS),
     Mutation(
         "every part begins at slot 0", "verifying.verifier:SlotVerifier._part_inputs", stand_at_the_beginning, PROMPTS
+    ),
+    Mutation(
+        "a call writes where a returned cache has its entries",
+        "verifying.slots:SlotBuffers._settle",
+        overwrite_what_was_lent,
+        LENT,
     ),
     Mutation("a window is one too wide", "verifying.cache:window_of", one_position_more, WINDOW),
     Mutation("a window is noticed too late", "verifying.cache:window_of", none_before_the_prefix_fills_it, WINDOW),
