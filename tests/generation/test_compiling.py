@@ -169,8 +169,9 @@ def test_a_cache_is_filled_when_someone_looks_at_it_or_another_call_begins(
     looked_at, overtaken = (speculate(target, None, "auto", compile=True) for _ in range(2))
     assert filled == [24]  # the second call needed the place of the first one's entries
     other = torch.randint(1, VOCABULARY, (1, 30))
-    target.generate(other, policy="auto", compile=True, max_new_tokens=8, return_dict_in_generate=True)
-    assert filled == [24, 24]
+    with torch.inference_mode():
+        target.generate(other, policy="auto", compile=True, max_new_tokens=8, return_dict_in_generate=True)
+    assert filled == [24, 24] and not overtaken[CACHE_KEYWORD].layers[0].keys.is_inference()
     target.generate(other, policy="auto", compile=True, max_new_tokens=8, return_dict_in_generate=True)
     assert filled == [24, 24]  # that of the call before was dropped
     for out in (looked_at, overtaken):

@@ -307,6 +307,6 @@ def _sampled(tensors: list[Tensor]) -> Tensor:
 
 
 def _first_values(tensor: Tensor) -> Tensor:
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # of an own class, who knows its memory?
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # other classes may keep values elsewhere
         return tensor.as_strided((min(tensor.shape[-1], _SAMPLED),), (tensor.stride(-1),))
     return (tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None])[:_SAMPLED]

@@ -609,9 +609,11 @@ class SlotVerifier(Verifier):
         if not self._rows or not self.length or not self.is_even:
             return None
         cache, orders, length = self._cache, self._orders(self.length), self.length
+        mode = torch.is_inference_mode_enabled()  # of this call, and not of who looks
 
         def make() -> Cache:
-            self._give_back(orders, 0, cache, length)
+            with torch.inference_mode(mode):
+                self._give_back(orders, 0, cache, length)
             return cache
 
         unread = UnreadDynamicCache(make)
