@@ -31,6 +31,7 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
+from .linear import native_operators, use_native_linear
 from .pages import collapse
 
 
@@ -293,6 +294,7 @@ def _compile(
     with _compiling, torch.inference_mode(False), torch.no_grad():
         example = tuple(part.clone() for part in tensors)
         program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
+        use_native_linear(program)
         recipes = _Recipes(module)
         with recipes.noted():
             torch._inductor.aoti_compile_and_package(
@@ -301,6 +303,7 @@ def _compile(
                 inductor_configs={
                     **config,
                     "aot_inductor.package_constants_in_so": False,
+                    "aot_inductor.custom_ops_to_c_shims": native_operators(),
                     # a function: inductor copies its settings, and a method with its object
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
@@ -487,7 +490,8 @@ def _inductor_settings() -> dict[str, Any]:
 def traced_files() -> list[Path]:
     """The files of this library whose code may be in a package."""
     places = (Path(__file__).parent.parent / name for name in _TRACED)
-    return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
+    files = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
+    return sorted(file for file in files if file.suffix in {".py", ".cpp"})
 
 
 @cache

@@ -1,0 +1,122 @@
+"""Linear layers of packaged code: which are replaced, and that their C++ multiplies as PyTorch does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformers_resps.compilation import linear
+from transformers_resps.compilation.compiled import CompiledFunction
+from transformers_resps.compilation.linear import bf16_linear, pack_linear, use_native_linear
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
+
+
+OPERATOR = torch.ops.resps.bf16_linear.default
+
+
+class Layers(nn.Module):
+    """Layers that share an input, with biases and without, of widths that fill no block, and two that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key = nn.Linear(48, 96, bias=False), nn.Linear(48, 40, bias=False)
+        self.gate, self.up = nn.Linear(48, 71), nn.Linear(48, 71)
+        self.down = nn.Linear(71, 48)  # an odd number of inputs
+        self.output = nn.Linear(136, 130)
+        self.to(torch.bfloat16).requires_grad_(False).eval()
+        self.router = nn.Linear(48, 5, bias=False).requires_grad_(False)  # float32
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        heads = torch.cat([self.query(rows), self.key(rows)], dim=-1)
+        mixed = rows + self.down(self.gate(rows).sigmoid() * self.up(rows))
+        return self.output(heads), self.router(mixed.float())
+
+
+def rows_of(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, 48, generator=torch.Generator().manual_seed(sum(sizes))).to(torch.bfloat16)
+
+
+def exported(layers: nn.Module, rows: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(layers, (rows,), strict=False)
+
+
+@pytest.fixture
+def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_is_native_faster", lambda: True)
+
+
+@pytest.mark.parametrize(("widths", "inputs"), [((64,), 32), ((1,), 2), ((40, 96, 7), 48), ((130, 126), 576)])
+def test_packed_weights_give_what_the_layers_give(widths: tuple[int, ...], inputs: int) -> None:
+    weights = [torch.randn(width, inputs, dtype=torch.bfloat16) for width in widths]
+    rows, bias = torch.randn(2, 3, inputs).to(torch.bfloat16), torch.randn(sum(widths)).to(torch.bfloat16)
+    packed = pack_linear(weights)
+    assert packed.shape == (-(-sum(widths) // 64), inputs // 2, 64, 2)
+    torch.testing.assert_close(
+        bf16_linear(rows, packed, bias, sum(widths)), nn.functional.linear(rows, torch.cat(weights), bias)
+    )
+    first = torch.stack([weights[0][0, 0], weights[0][0, 1]])  # of the first output, two neighbouring inputs
+    assert torch.equal(packed[0, 0, 0], first)
+
+
+@torch.no_grad()
+def test_layers_of_one_input_become_one_product_and_others_stay(on_any_processor: None) -> None:
+    layers, rows = Layers(), rows_of(2, 3)
+    program = exported(layers, rows)
+    use_native_linear(program)
+    replaced = program.graph.find_nodes(op="call_function", target=OPERATOR)
+    assert [node.args[3] for node in replaced] == [96 + 40, 71 + 71, 130]
+    left = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert {node.args[1].name for node in left} == {"p_down_weight", "p_router_weight"}
+    for given, wanted in zip(program.module()(rows), layers(rows), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("flags", [set(), {"avx2", "avx512f"}, {"avx512_bf16", "amx_bf16"}])
+def test_without_the_instructions_or_with_better_ones_all_layers_stay(
+    flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(linear, "_is_native_faster", linear._is_native_faster.__wrapped__)
+    program = exported(Layers(), rows_of(2, 3))
+    use_native_linear(program)
+    assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
+
+
+@pytest.mark.parametrize("weight", [lambda layer: layer.weight * 2, lambda layer: layer.weight.float()])
+@torch.no_grad()
+def test_a_weight_that_is_computed_is_not_packed(
+    weight: Callable[[nn.Linear], Tensor], on_any_processor: None
+) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, rows: Tensor) -> Tensor:
+            return nn.functional.linear(rows.to(weight(self).dtype), weight(self))
+
+    layer = Scaled(48, 64, bias=False).to(torch.bfloat16)
+    program = exported(layer, rows_of(4))
+    use_native_linear(program)
+    assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
+
+
+@pytest.mark.skipif(not linear._is_native_faster(), reason="asks for AVX512-BF16 without AMX")
+@torch.no_grad()
+def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    layers = Layers()
+    packages = ModulePackages(lambda: layers, "layers")
+    compiled = CompiledFunction(lambda rows: layers(rows), [(0, 1)], packages=packages, name="layers")
+    whole = rows_of(2, 67)
+    wanted = compiled([whole])
+    for given, eager in zip(wanted, layers(whole), strict=True):
+        torch.testing.assert_close(given.bfloat16(), eager.bfloat16(), rtol=0.02, atol=0.02)
+    for count in (2, 3, 4, 5, 6, 7, 8, 12, 13, 25):  # rows in all are twice as many
+        assert torch.equal(compiled([whole[:, :count].contiguous()])[0], wanted[0][:, :count])
+
+    (package,) = stored_packages(tmp_path)
+    recipes = json.loads((package.path / "package.json").read_text())["recipes"].values()
+    assert sum("resps.pack_linear" in json.dumps(recipe) for recipe in recipes) == 3
