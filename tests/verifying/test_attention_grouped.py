@@ -1,7 +1,6 @@
 """Heads that share keys attend without copies of them, and nothing else changes."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +12,13 @@ from transformers.integrations import sdpa_attention
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
+from transformers_resps.compilation import native as native_module
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying import attention
 from transformers_resps.verifying.attention import (
     GROUPED,
     attend,
     grouped_attention,
-    multiplied,
     stacked,
     tree_attention_mask,
     tree_positions,
@@ -186,71 +183,68 @@ def test_the_device_decides_how_rows_are_laid_out(device: str, monkeypatch: pyte
     assert laid_out[0][2] == {"cpu": 21, "meta": 32}[device]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_two_products_attend_as_pytorchs_kernel_does(rows: int) -> None:
-    generator = torch.Generator().manual_seed(6)
-    query, key = (torch.randn(rows, 2, n, 8, generator=generator) for n in (7, 9))
-    value = torch.randn(rows, 2, 9, 5, generator=generator)
-    hidden = torch.rand(rows, 1, 7, 9, generator=generator) < 0.5
-    hidden[..., 0] = False
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
-    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(multiplied(query, key, value, mask, 0.3), expected, rtol=1e-5, atol=1e-5)
-
-
-def states(heads: int, shared: int, count: int) -> list[Tensor]:
-    """Query, key, value and mask of so many tokens that look at ninety."""
-    generator = torch.Generator().manual_seed(count)
-    query = torch.randn(1, heads, count, 8, generator=generator)
-    key, value = torch.randn(2, 1, shared, 90, 8, generator=generator)
-    mask = torch.zeros(1, 1, count, 90).masked_fill(torch.rand(count, 90, generator=generator) < 0.5, -1e9)
-    return [part.bfloat16() for part in (query, key, value, mask)]
-
-
 class Attention(torch.nn.Module):
-    def forward(self, *states: Tensor) -> Tensor:
-        return grouped_attention(self, *states)[0]
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout_p = dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return grouped_attention(self, query, key, value, mask, self.dropout_p)[0]
 
 
-SEVEN = 7.0
+def states(heads: int, shared: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Query, key, value and mask of seven tokens that look at ninety."""
+    generator = torch.Generator().manual_seed(heads)
+    query = torch.randn(1, heads, 7, width, generator=generator)
+    key, value = torch.randn(2, 1, shared, 90, width, generator=generator)
+    mask = torch.zeros(1, 1, 7, 90).masked_fill(torch.rand(7, 90, generator=generator) < 0.5, -1e9)
+    return [part.to(dtype) for part in (query, key, value, mask)]
+
+
+def calls_native(program: torch.export.ExportedProgram) -> bool:
+    return bool(program.graph.find_nodes(op="call_function", target=torch.ops.resps.bf16_attention.default))
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (2, 2)])
-@pytest.mark.parametrize(("has_units", "most", "chosen"), [(True, 2**26, True), (True, 900, False), (False, 0, False)])
-def test_code_for_all_sizes_attends_to_long_prompts_by_products(
-    monkeypatch: pytest.MonkeyPatch, heads: int, shared: int, has_units: bool, most: int, chosen: bool
+@pytest.mark.parametrize(
+    ("has_units", "width", "dtype", "dropout", "native"),
+    [
+        (True, 32, torch.bfloat16, 0.0, True),
+        (False, 32, torch.bfloat16, 0.0, False),
+        (True, 24, torch.bfloat16, 0.0, False),
+        (True, 32, torch.float32, 0.0, False),
+        (True, 32, torch.bfloat16, 0.5, False),
+    ],
+)
+def test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    shared: int,
+    has_units: bool,
+    width: int,
+    dtype: torch.dtype,
+    dropout: float,
+    native: bool,
 ) -> None:
-    """On a CPU that multiplies bfloat16 and has no AMX, while the scores are few; the choice is in the code."""
-    monkeypatch.setattr(attention, "_has_bf16_alone", lambda: has_units)
-    monkeypatch.setattr(attention, "_MOST_SCORES", most)
-    monkeypatch.setattr(attention, "multiplied", lambda query, *_: torch.full_like(query, SEVEN))
+    monkeypatch.setattr(native_module, "is_native_faster", lambda: has_units)
     changes = {2: torch.export.Dim.DYNAMIC}
-    sizes = ((changes, None, None, changes),)
-    program = torch.export.export(Attention(), (*states(heads, shared, 40),), dynamic_shapes=sizes, strict=False)
-    for count in (3, 70):
-        query, key, value, mask = states(heads, shared, count)
-        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-        expected = torch.full_like(expected, SEVEN) if chosen and count == 70 else expected
-        found = program.module()(query, key, value, mask)
-        torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0.03, atol=0.03)
+    given = states(heads, shared, width, dtype)
+    module = Attention(dropout).eval()
+    program = torch.export.export(module, (*given,), dynamic_shapes=(changes, None, None, changes), strict=False)
+    assert calls_native(program) == native
+    if not dropout:
+        expected = functional.scaled_dot_product_attention(*given, enable_gqa=True)
+        torch.testing.assert_close(program.module()(*given).transpose(1, 2), expected, rtol=0.03, atol=0.03)
 
 
-def test_the_choice_is_kept_for_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Inductor packages code with both ways in it, which is right at all sizes."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(attention, "_has_bf16_alone", lambda: True)
-    layer = torch.nn.Linear(1, 1).requires_grad_(False)
-    packages = ModulePackages(lambda: layer, "the attention")
+def test_a_lone_token_that_sees_everything_and_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_module, "is_native_faster", lambda: True)
+    query, key, value, mask = states(6, 2, 32)
+    lone = query[:, :, :1]
+    program = torch.export.export(Attention(), (lone, key, value, None), strict=False)
+    assert calls_native(program)
+    expected = functional.scaled_dot_product_attention(lone, key, value, enable_gqa=True)
+    torch.testing.assert_close(program.module()(lone, key, value, None).transpose(1, 2), expected)
 
-    def attending(*given: Tensor) -> Tensor:
-        return grouped_attention(layer, *given)[0]
-
-    fast = CompiledFunction(attending, [(2,), (), (), (2,)], packages=packages, name="attention")
-    with torch.inference_mode():
-        for count in (40, 3, 70):
-            query, key, value, mask = given = states(6, 2, count)
-            found = fast(given)
-            assert torch.equal(fast.run_packaged(given, []), found)
-            expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            torch.testing.assert_close(found.transpose(1, 2), expected, rtol=0.03, atol=0.03)
-    assert len(stored_packages(tmp_path)) == 1
+    monkeypatch.setattr(attention, "bf16_attention", None)  # eager code never calls it
+    assert grouped_attention(torch.nn.Identity(), query, key, value, mask)[0].shape == (1, 7, 6, 32)

@@ -31,7 +31,7 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
-from .linear import native_operators, use_native_linear
+from .native import native_operators, use_native_linear
 from .pages import collapse
 
 

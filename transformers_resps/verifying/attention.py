@@ -9,7 +9,7 @@ positions 0.36 ms instead of 0.55 (the study `attention_speed`). On accelerators
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import cpu_flags
+from ..compilation.native import attends_natively, bf16_attention
 from ..tree import DraftTree
 from .cache import cached_length, visible_length, window_of
 from .hybrids import RECURRENT_KINDS
@@ -34,9 +34,6 @@ naming_attention = Lock()  # held from the look at a target's name to its change
 _ALIGNMENT = 16
 # Positions that a decoder's table has: Whisper's, LED's, all others'.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
-_MOST_QUERIES = 64  # of one head of keys, for which PyTorch's kernel is as fast as two products (measured on Zen 4)
-_MOST_SCORES = 2**26  # that two products write to memory, and weights as large; the kernel writes none
-_COLUMNS = 16  # that a CPU multiplies at once
 _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change its result
 
 
@@ -86,7 +83,7 @@ def grouped_attention(
     shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
     causal = attention_mask is None and query.shape[2] > 1  # by an argument of `sdpa`, which would count heads as rows
-    is_ours = shares or (attention_mask is not None and _gains_by_products(query))
+    is_ours = shares or attends_natively(query, key, value, attention_mask)
     if not is_ours or odd or causal or (attention_mask is not None and attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     return attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
@@ -111,58 +108,18 @@ def attend(
         dropout: share of the weights.
         scaling: of the scores; `hd ** -0.5` when `None`.
     """
+    if not dropout and attends_natively(query, key, value, mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended: Tensor = bf16_attention(query, key, value, mask, scale)
+        return attended.transpose(1, 2)
     batch_size, heads, count = query.shape[:3]
     sharing = heads // key.shape[1]
     if mask is not None and sharing > 1 and max(count, mask.shape[1]) > 1:
         mask = stacked(mask, sharing, 1 if mask.device.type == "cpu" else _ALIGNMENT)
     query = query.reshape(batch_size, key.shape[1], sharing * count, -1)
-    by_kernel = partial(functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
-    if mask is None or mask.dtype != query.dtype or dropout or count == 1 or not _gains_by_products(query):
-        attended = by_kernel(query, key, value, attn_mask=mask)
-    else:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = batch_size * heads * count * key.shape[2]
-        (attended,) = torch.ops.higher_order.cond(  # and not `torch.cond`, which compiles both ways by themselves
-            torch.sym_min(sharing * count - _MOST_QUERIES, _MOST_SCORES - scores) > 0,
-            lambda query, key, value, mask: (multiplied(query, key, value, mask, scale),),
-            lambda query, key, value, mask: (by_kernel(query, key, value, attn_mask=mask).contiguous(),),
-            (query, key, value, mask),
-        )
+    by_kernel = functional.scaled_dot_product_attention
+    attended = by_kernel(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return attended.reshape(batch_size, heads, count, -1)
-
-
-def _gains_by_products(query: Tensor) -> bool:
-    """Whether `multiplied` attends faster than PyTorch's kernel, which multiplies bfloat16 by AMX or as float32."""
-    is_chosen_by_size = torch.compiler.is_exporting()  # prompts that eager code reads are stock attention's
-    return is_chosen_by_size and query.dtype is torch.bfloat16 and query.device.type == "cpu" and _has_bf16_alone()
-
-
-@cache
-def _has_bf16_alone() -> bool:
-    return {"avx512_bf16", "amx_bf16"} & cpu_flags() == {"avx512_bf16"}
-
-
-def multiplied(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention by two products of matrices, which round scores to the dtype, as Transformers' `eager` does.
-
-    Args:
-        query: `[b, kv heads, q, hd]`.
-        key: `[b, kv heads, t, hd]`.
-        value: `[b, kv heads, t, vd]`.
-        mask: `[b or 1, 1, q, t]`, added to the scores.
-        scaling: of the scores.
-
-    Returns:
-        `[b, kv heads, q, vd]`.
-    """
-    shape = query.shape[:2]
-    queries, keys, values = (part.flatten(0, 1) for part in (query, key, value))
-    scores = torch.bmm(queries, keys.transpose(1, 2)).unflatten(0, shape).float() * scaling + mask
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True)).to(value.dtype)
-    # The product sums the weights, too, by columns of ones: a sum of its own would read them once more.
-    summed = torch.bmm(weights.flatten(0, 1), functional.pad(values, (0, _COLUMNS), value=1.0)).float()
-    attended: Tensor = summed[..., :-_COLUMNS] / summed[..., -1:]
-    return attended.to(query.dtype).view(*shape, query.shape[2], value.shape[3])
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:

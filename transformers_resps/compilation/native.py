@@ -1,8 +1,9 @@
-"""Linear layers of bfloat16 in packaged code, for CPUs that multiply it by AVX512-BF16 and have no AMX.
+"""Linear layers and attention of bfloat16 in packaged code, for CPUs that have AVX512-BF16 and no AMX.
 
 oneDNN's products read weights as fast as memory gives them, too, but to call one takes about 20 us, between other work
-and with cold caches: a sixth of SmolLM2's step. `linear.cpp` is called without a dispatcher. It was no slower for
-any number of rows from 1 to 512 (Zen 4), and computes a row in the same way whatever others stand beside it.
+and with cold caches: a sixth of SmolLM2's step. PyTorch's attention multiplies as float32, and takes five times as
+long for a few queries. `native.cpp` is compiled into the code that calls it. Its products were no slower than oneDNN's
+for any number of rows from 1 to 512 (Zen 4), and compute a row in the same way whatever others stand beside it.
 """
 
 import sys
@@ -22,7 +23,8 @@ from ..compat import cpu_flags
 
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_COLUMNS = 64  # of a block, as in `linear.cpp`
+_COLUMNS = 64  # of a block, as in `native.cpp`
+_STEP = 32  # of a head's width
 
 
 @torch.library.custom_op("resps::pack_linear", mutates_args=())
@@ -68,14 +70,53 @@ def _(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], width)
 
 
+@torch.library.custom_op("resps::bf16_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
+def bf16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What `torch.nn.functional.scaled_dot_product_attention` gives, up to rounding.
+
+    Args:
+        query: `[b, heads, q, hd]`.
+        key: `[b, kv heads, t, hd]`.
+        value: `[b, kv heads, t, vd]`.
+        mask: `[b or 1, 1 or heads that share keys, q, t]`, added to the scores; `None` sees everything. A query that
+            sees nothing gets zeros.
+        scale: of the scores.
+
+    Returns:
+        `[b, q, heads, vd]`
+    """
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat(1, key.shape[1], 1, 1)
+    attended = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2).contiguous()
+
+
+@bf16_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
 def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
     """The operators that C++ calls without PyTorch's dispatcher, and their source."""
-    return {torch.ops.resps.bf16_linear.default: [_SOURCE.read_text(encoding="utf-8")]}
+    source = _SOURCE.read_text(encoding="utf-8")
+    return {torch.ops.resps.bf16_linear.default: [source], torch.ops.resps.bf16_attention.default: []}
+
+
+def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether to call `bf16_attention`, which is faster in packaged code alone."""
+    states = query, key, value
+    return (
+        torch.compiler.is_exporting()
+        and is_native_faster()
+        and all(part.dtype is torch.bfloat16 and part.device.type == "cpu" for part in states)
+        and all(part.shape[-1] % _STEP == 0 and part.stride(-1) == 1 for part in states)
+        and (mask is None or (mask.dtype is torch.bfloat16 and mask.stride(-1) == 1))
+    )
 
 
 def use_native_linear(program: ExportedProgram) -> None:
     """Put `bf16_linear` in place of linear layers that it can serve, one for all layers that read the same input."""
-    if not _is_native_faster():
+    if not is_native_faster():
         return
     signature = program.graph_signature
     weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
@@ -90,7 +131,8 @@ def use_native_linear(program: ExportedProgram) -> None:
 
 
 @cache
-def _is_native_faster() -> bool:
+def is_native_faster() -> bool:
+    """Whether this machine has the instructions of `native.cpp`, and none that are better."""
     return sys.platform == "linux" and {"avx512_bf16", "amx_bf16"} & cpu_flags() == {"avx512_bf16"}
 
 

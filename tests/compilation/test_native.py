@@ -1,4 +1,4 @@
-"""Linear layers of packaged code: which are replaced, and that their C++ multiplies as PyTorch does."""
+"""Linear layers and attention of packaged code: what is replaced, and that its C++ computes what PyTorch does."""
 
 import json
 from collections.abc import Callable
@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformers_resps.compilation import linear
+from transformers_resps.compilation import native
 from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.linear import bf16_linear, pack_linear, use_native_linear
+from transformers_resps.compilation.native import bf16_attention, bf16_linear, pack_linear, use_native_linear
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 
 
+needs_instructions = pytest.mark.skipif(not native.is_native_faster(), reason="asks for AVX512-BF16 without AMX")
 OPERATOR = torch.ops.resps.bf16_linear.default
 
 
@@ -46,7 +47,7 @@ def exported(layers: nn.Module, rows: Tensor) -> torch.export.ExportedProgram:
 
 @pytest.fixture
 def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_is_native_faster", lambda: True)
+    monkeypatch.setattr(native, "is_native_faster", lambda: True)
 
 
 @pytest.mark.parametrize(("widths", "inputs"), [((64,), 32), ((1,), 2), ((40, 96, 7), 48), ((130, 126), 576)])
@@ -79,8 +80,8 @@ def test_layers_of_one_input_become_one_product_and_others_stay(on_any_processor
 def test_without_the_instructions_or_with_better_ones_all_layers_stay(
     flags: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(linear, "_is_native_faster", linear._is_native_faster.__wrapped__)
+    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(native, "is_native_faster", native.is_native_faster.__wrapped__)
     program = exported(Layers(), rows_of(2, 3))
     use_native_linear(program)
     assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
@@ -101,7 +102,7 @@ def test_a_weight_that_is_computed_is_not_packed(
     assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
 
 
-@pytest.mark.skipif(not linear._is_native_faster(), reason="asks for AVX512-BF16 without AMX")
+@needs_instructions
 @torch.no_grad()
 def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,3 +121,72 @@ def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
     (package,) = stored_packages(tmp_path)
     recipes = json.loads((package.path / "package.json").read_text())["recipes"].values()
     assert sum("resps.pack_linear" in json.dumps(recipe) for recipe in recipes) == 3
+
+
+def attention_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """By the formula, in float32; of a query that sees nothing, zeros."""
+    key, value = (part.float().repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    mask = mask.float().masked_fill(mask == torch.finfo(mask.dtype).min, float("-inf"))
+    weights = (query.float() @ key.mT * scale + mask).softmax(-1).nan_to_num(0)
+    return (weights @ value).transpose(1, 2)
+
+
+def asking(rows: int, heads: tuple[int, int], widths: tuple[int, int], count: int, length: int) -> list[Tensor]:
+    """Query, key, value and mask of `count` tokens at the end of `length`, with padding and some that sees nothing."""
+    generator = torch.Generator().manual_seed(count + length)
+    query = torch.randn(rows, count, heads[0], widths[0], generator=generator)
+    key, value = (torch.randn(rows, heads[1], length, width, generator=generator) for width in widths)
+    seen = torch.rand(rows, 1, count, length, generator=generator) < 0.7
+    seen &= torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    seen[:, :, :, : length // 3] &= torch.arange(rows)[:, None, None, None] != 0  # more than a tile, where it is long
+    seen[-1, :, 0] = False
+    mask = torch.rand(seen.shape, generator=generator)  # as a bias of positions
+    hidden = torch.where(torch.arange(count)[:, None] % 2 == 0, torch.finfo(torch.bfloat16).min, float("-inf"))
+    return [part.bfloat16() for part in (query, key, value, torch.where(seen, mask, hidden))]
+
+
+@pytest.mark.parametrize("shown", [1, 3])
+def test_the_operator_of_attention_is_the_formula(shown: int) -> None:
+    query, key, value, mask = asking(2, (6, 2), (32, 64), 3, 20)
+    query, mask = query.transpose(1, 2), mask.repeat(1, shown, 1, 1).contiguous()
+    mask[:, -1, :, 4] += 1
+    given = mask.repeat(1, 6 // shown, 1, 1) if shown == 1 else mask.repeat(1, 2, 1, 1)
+    expected = attention_of(query, key, value, given, 0.2)
+    torch.testing.assert_close(
+        bf16_attention(query, key, value, mask, 0.2)[0].float(), expected[0], rtol=0.03, atol=0.03
+    )
+
+
+@needs_instructions
+@pytest.mark.parametrize(
+    ("heads", "widths", "threads"), [((9, 3), (64, 64), 2), ((4, 4), (96, 32), 1), ((8, 1), (128, 128), 5)]
+)
+@torch.no_grad()
+def test_packaged_code_attends_by_it(
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    threads: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With lengths that end inside a tile of keys, and more threads than heads, which then share them."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    layer = nn.Linear(1, 1)
+
+    def attending(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        return bf16_attention(query.transpose(1, 2), keys[:, :, 1:], values[:, :, 1:], mask, widths[0] ** -0.5)
+
+    dynamic = [(0, 1), (0, 2), (0, 2), (0, 2, 3)]
+    fast = CompiledFunction(attending, dynamic, packages=ModulePackages(lambda: layer, "it"), name="attention")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, count, length in ((2, 5, 100), (2, 2, 64), (3, 3, 65), (2, 7, 1000), (2, 90, 500), (8, 3, 30)):
+            query, key, value, mask = asking(rows, heads, widths, count, length)
+            longer = [nn.functional.pad(part, (0, 0, 1, 0)) for part in (key, value)]
+            found = fast([query, *longer, mask])
+            expected = attention_of(query.transpose(1, 2), key, value, mask, widths[0] ** -0.5)
+            torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.01)
+    finally:
+        torch.set_num_threads(before)
+    assert len(stored_packages(tmp_path)) == 1

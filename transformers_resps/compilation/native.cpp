@@ -1,0 +1,454 @@
+// Operators of bfloat16 for AVX512-BF16, put into the C++ of packaged code by native.py, which says what they compute.
+// Inductor declares what it finds here with "extern", inside extern "C": so a declaration comes first, and no template.
+AOTITorchError aoti_torch_cpu_bf16_linear(
+    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, AtenTensorHandle* result);
+
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
+
+#include <immintrin.h>
+#include <omp.h>
+
+#define RESPS_INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = 16,  // floats of a vector
+    VECTORS = 4,
+    COLUMNS = LANES * VECTORS,  // of a block of weights, and keys of a tile
+    ROWS = 6,  // at once: 24 sums, 4 weights and an input fill the registers
+};
+
+typedef uint16_t Bf16;
+typedef __m512 Sums[ROWS][VECTORS];
+
+RESPS_INLINE int64_t resps_least(int64_t one, int64_t other) { return one < other ? one : other; }
+
+RESPS_INLINE __mmask16 resps_lanes(int64_t left) { return left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
+
+RESPS_INLINE __m512 resps_wide(__m256i read) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
+}
+
+// Adds the products of `count` rows, a constant where this is inlined, with a block [pairs, COLUMNS, 2]. Each sum is
+// taken in the order of its pairs, so it is the same whatever other rows there are.
+RESPS_INLINE void resps_multiply(
+    Sums sums, const int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t pairs) {
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        __m512bh read[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) read[v] = (__m512bh)_mm512_loadu_si512(block + (pair * VECTORS + v) * LANES * 2);
+        for (int i = 0; i < count; ++i) {
+            int32_t two;
+            __builtin_memcpy(&two, rows + i * stride + 2 * pair, sizeof two);
+            const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+            for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], inputs, read[v]);
+        }
+    }
+}
+
+// Calls `function` with a constant number of rows.
+#define RESPS_BY_COUNT(function, count, ...)             \
+    switch (count) {                                     \
+        case 1: function(1, __VA_ARGS__); break;         \
+        case 2: function(2, __VA_ARGS__); break;         \
+        case 3: function(3, __VA_ARGS__); break;         \
+        case 4: function(4, __VA_ARGS__); break;         \
+        case 5: function(5, __VA_ARGS__); break;         \
+        default: function(ROWS, __VA_ARGS__);            \
+    }
+
+// ---- linear layers
+
+typedef struct {
+    const Bf16 *rows, *packed, *bias;
+    Bf16* result;
+    int64_t count, depth, width;
+} RespsLinear;
+
+RESPS_INLINE void resps_linear_rows(const int count, const RespsLinear* of, int64_t row, int64_t block) {
+    const int64_t first = block * COLUMNS;
+    __mmask16 written[VECTORS];
+    Sums sums;
+    for (int v = 0; v < VECTORS; ++v) {
+        written[v] = resps_lanes(of->width - first - v * LANES);
+        __m512 start = _mm512_setzero_ps();
+        if (of->bias) start = resps_wide(_mm256_maskz_loadu_epi16(written[v], of->bias + first + v * LANES));
+        for (int i = 0; i < count; ++i) sums[i][v] = start;
+    }
+    resps_multiply(sums, count, of->rows + row * of->depth, of->depth, of->packed + first * of->depth, of->depth / 2);
+    for (int i = 0; i < count; ++i) {
+        Bf16* result = of->result + (row + i) * of->width + first;
+        for (int v = 0; v < VECTORS; ++v) {
+            _mm256_mask_storeu_epi16(result + v * LANES, written[v], (__m256i)_mm512_cvtneps_pbh(sums[i][v]));
+        }
+    }
+}
+
+static void resps_linear(const RespsLinear* of) {
+    const int64_t blocks = (of->width + COLUMNS - 1) / COLUMNS, groups = (of->count + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each; the block stays in the cache
+            const int64_t row = of->count * group / groups;
+            const int count = (int)(of->count * (group + 1) / groups - row);
+            RESPS_BY_COUNT(resps_linear_rows, count, of, row, block)
+        }
+    }
+}
+
+// ---- attention
+
+enum { MOST_QUERIES = 60 };  // that read a tile of keys while it is in the nearest cache
+
+typedef struct {
+    const Bf16* start;
+    int64_t batch, head, place;  // strides
+} RespsStates;
+
+typedef struct {
+    RespsStates query, key, value, mask;  // no mask: everything is seen
+    Bf16* result;
+    float scale;
+    int64_t batch, heads, key_heads, count, length, width, value_width;
+    int64_t sharing, blocks, tiles, padded;  // heads of one head of keys, blocks of queries, tiles of keys, columns
+} RespsAttention;
+
+// What one thread works with: queries of heads that share keys, and what they have seen of some tiles.
+typedef struct {
+    Bf16 *queries, *keys, *values, *weights;
+    float *outputs, *most, *total;
+    int64_t batch, key_head, first;
+    int count;
+} RespsQueries;
+
+// e to the power of what is at most 0, by a polynomial of degree 5 (relative error below 3e-6).
+RESPS_INLINE __m512 resps_exp(__m512 power) {
+    const __m512 two = _mm512_mul_ps(_mm512_max_ps(power, _mm512_set1_ps(-200)), _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(two, 0), rest = _mm512_sub_ps(two, whole);
+    __m512 sum = _mm512_set1_ps(1.33335581e-3f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.61812911e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+RESPS_INLINE float resps_exp_of(float power) { return _mm512_cvtss_f32(resps_exp(_mm512_set1_ps(power))); }
+
+// [16 keys, 16 pairs] -> [16 pairs, 16 keys].
+RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
+    __m512i twos[LANES], fours[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        for (int half = 0; half < 2; ++half) {
+            fours[i + 2 * half] = _mm512_unpacklo_epi64(twos[i + half], twos[i + half + 2]);
+            fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(twos[i + half], twos[i + half + 2]);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512i even = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0xdd);
+        const __m512i later_even = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0x88);
+        const __m512i later_odd = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0xdd);
+        columns[i] = _mm512_shuffle_i32x4(even, later_even, 0x88);
+        columns[4 + i] = _mm512_shuffle_i32x4(odd, later_odd, 0x88);
+        columns[8 + i] = _mm512_shuffle_i32x4(even, later_even, 0xdd);
+        columns[12 + i] = _mm512_shuffle_i32x4(odd, later_odd, 0xdd);
+    }
+}
+
+// Keys as a block [width / 2, COLUMNS, 2].
+static void resps_pack_keys(Bf16* packed, const Bf16* keys, int64_t stride, int64_t width, int64_t count) {
+    for (int v = 0; v < VECTORS; ++v) {
+        for (int64_t column = 0; column < width; column += 2 * LANES) {
+            __m512i rows[LANES], columns[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                const int64_t key = v * LANES + i;
+                rows[i] = key < count ? _mm512_loadu_si512(keys + key * stride + column) : _mm512_setzero_si512();
+            }
+            resps_transpose(rows, columns);
+            for (int i = 0; i < LANES; ++i) {
+                _mm512_storeu_si512(packed + ((column / 2 + i) * VECTORS + v) * LANES * 2, columns[i]);
+            }
+        }
+    }
+}
+
+// Values as blocks [COLUMNS / 2, COLUMNS, 2], each of COLUMNS of their `width`; the last one may end earlier.
+static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, int64_t width, int64_t count) {
+    static const Bf16 nothing[2 * LANES] = {0};
+    __m512i order[2];
+    for (int half = 0; half < 2; ++half) {
+        Bf16 places[2 * LANES];
+        for (int i = 0; i < LANES; ++i) places[2 * i] = half * LANES + i, places[2 * i + 1] = half * LANES + i + 2 * LANES;
+        order[half] = _mm512_loadu_si512(places);
+    }
+    for (int pair = 0; pair < COLUMNS / 2; ++pair) {
+        for (int64_t column = 0; column < width; column += 2 * LANES) {
+            const Bf16* one = 2 * pair < count ? values + 2 * pair * stride + column : nothing;
+            const Bf16* other = 2 * pair + 1 < count ? values + (2 * pair + 1) * stride + column : nothing;
+            const __m512i left = _mm512_loadu_si512(one), right = _mm512_loadu_si512(other);
+            Bf16* block = packed + column / COLUMNS * COLUMNS * COLUMNS + (pair * COLUMNS + column % COLUMNS) * 2;
+            for (int half = 0; half < 2; ++half) {
+                _mm512_storeu_si512(block + half * LANES * 2, _mm512_permutex2var_epi16(left, order[half], right));
+            }
+        }
+    }
+}
+
+RESPS_INLINE const Bf16* resps_mask_of(const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
+    const int64_t head = (at->first + row) / of->count, place = (at->first + row) % of->count;
+    return of->mask.start + at->batch * of->mask.batch + head * of->mask.head + place * of->mask.place + key;
+}
+
+// Whether some query may look at some key of a tile: a mask hides by the dtype's minimum or by infinity.
+static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64_t key) {
+    if (!of->mask.start) return 1;
+    for (int row = 0; row < at->count; ++row) {
+        const Bf16* mask = resps_mask_of(of, at, row, key);
+        for (int v = 0; v < VECTORS; ++v) {
+            const __mmask16 read = resps_lanes(of->length - key - v * LANES);
+            const __m256i values = _mm256_maskz_loadu_epi16(read, mask + v * LANES);
+            const __mmask16 finite = _mm256_mask_cmpneq_epi16_mask(read, values, _mm256_set1_epi16((short)0xff80));
+            if (_mm256_mask_cmpneq_epi16_mask(finite, values, _mm256_set1_epi16((short)0xff7f))) return 1;
+        }
+    }
+    return 0;
+}
+
+// Some queries look at a tile of keys: softmax in one pass over keys (Milakov and Gimelshein 2018, section 3).
+RESPS_INLINE void resps_look(
+    const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
+    float shrunk[ROWS];
+    Sums sums;
+    for (int i = 0; i < count; ++i) {
+        for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_setzero_ps();
+    }
+    resps_multiply(sums, count, at->queries + row * of->width, of->width, at->keys, of->width / 2);
+    for (int i = 0; i < count; ++i) {
+        const Bf16* mask = of->mask.start ? resps_mask_of(of, at, row + i, key) : 0;
+        __m512 scores[VECTORS];
+        __m512 most = _mm512_set1_ps(at->most[row + i]);
+        for (int v = 0; v < VECTORS; ++v) {
+            const __mmask16 read = resps_lanes(of->length - key - v * LANES);
+            __m512 added = _mm512_setzero_ps();
+            if (mask) added = resps_wide(_mm256_maskz_loadu_epi16(read, mask + v * LANES));
+            scores[v] = _mm512_fmadd_ps(sums[i][v], _mm512_set1_ps(of->scale), added);
+            scores[v] = _mm512_mask_blend_ps(read, _mm512_set1_ps(-__builtin_inff()), scores[v]);
+            most = _mm512_max_ps(most, scores[v]);
+        }
+        const float largest = _mm512_reduce_max_ps(most);
+        __m512 total = _mm512_setzero_ps();
+        for (int v = 0; v < VECTORS; ++v) {
+            const __m512 weights = resps_exp(_mm512_sub_ps(scores[v], _mm512_set1_ps(largest)));
+            total = _mm512_add_ps(total, weights);
+            _mm256_storeu_si256((__m256i*)(at->weights + i * COLUMNS + v * LANES), (__m256i)_mm512_cvtneps_pbh(weights));
+        }
+        shrunk[i] = resps_exp_of(at->most[row + i] - largest);
+        at->most[row + i] = largest;
+        at->total[row + i] = at->total[row + i] * shrunk[i] + _mm512_reduce_add_ps(total);
+    }
+    for (int64_t column = 0; column < of->padded; column += COLUMNS) {
+        float* outputs = at->outputs + row * of->padded + column;
+        for (int i = 0; i < count; ++i) {
+            for (int v = 0; v < VECTORS; ++v) {
+                const __m512 before = _mm512_loadu_ps(outputs + i * of->padded + v * LANES);
+                sums[i][v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
+            }
+        }
+        resps_multiply(sums, count, at->weights, COLUMNS, at->values + column * COLUMNS, COLUMNS / 2);
+        for (int i = 0; i < count; ++i) {
+            for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i][v]);
+        }
+    }
+}
+
+// What is hidden has a score of the dtype's minimum or less, and no weight beside this one.
+#define RESPS_LEAST (-3e38f)
+
+static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item) {
+    const int64_t block = item % of->blocks, every = of->sharing * of->count;
+    at->key_head = item / of->blocks % of->key_heads;
+    at->batch = item / of->blocks / of->key_heads;
+    at->first = every * block / of->blocks;
+    at->count = (int)(every * (block + 1) / of->blocks - at->first);
+    for (int row = 0; row < at->count; ++row) {
+        const int64_t head = (at->first + row) / of->count + at->key_head * of->sharing;
+        const int64_t place = (at->first + row) % of->count;
+        const Bf16* query =
+            of->query.start + at->batch * of->query.batch + head * of->query.head + place * of->query.place;
+        __builtin_memcpy(at->queries + row * of->width, query, of->width * sizeof *query);
+        at->most[row] = RESPS_LEAST;
+        at->total[row] = 0;
+    }
+    __builtin_memset(at->outputs, 0, at->count * of->padded * sizeof *at->outputs);
+}
+
+static void resps_tile(const RespsAttention* of, const RespsQueries* at, int64_t tile) {
+    const int64_t key = tile * COLUMNS, count = resps_least(of->length - key, COLUMNS);
+    if (!resps_is_seen(of, at, key)) return;
+    const Bf16* keys = of->key.start + at->batch * of->key.batch + at->key_head * of->key.head + key * of->key.place;
+    const Bf16* values =
+        of->value.start + at->batch * of->value.batch + at->key_head * of->value.head + key * of->value.place;
+    resps_pack_keys(at->keys, keys, of->key.place, of->width, count);
+    resps_pack_values(at->values, values, of->value.place, of->value_width, count);
+    const int groups = (at->count + ROWS - 1) / ROWS;
+    for (int group = 0; group < groups; ++group) {
+        const int row = at->count * group / groups, rows = at->count * (group + 1) / groups - row;
+        RESPS_BY_COUNT(resps_look, rows, of, at, row, key)
+    }
+}
+
+// Writes the results of queries that have seen all that they may; of those that saw nothing, zeros.
+static void resps_end(const RespsAttention* of, const RespsQueries* at) {
+    for (int row = 0; row < at->count; ++row) {
+        const int64_t head = (at->first + row) / of->count + at->key_head * of->sharing;
+        const int64_t place = (at->first + row) % of->count;
+        Bf16* result = of->result + ((at->batch * of->count + place) * of->heads + head) * of->value_width;
+        const __m512 share = _mm512_set1_ps(at->total[row] > 0 ? 1 / at->total[row] : 0);
+        for (int64_t column = 0; column < of->value_width; column += LANES) {
+            const __m512 output = _mm512_mul_ps(_mm512_loadu_ps(at->outputs + row * of->padded + column), share);
+            _mm256_storeu_si256((__m256i*)(result + column), (__m256i)_mm512_cvtneps_pbh(output));
+        }
+    }
+}
+
+// Adds what another thread's queries, the same ones, have seen.
+static void resps_merge(const RespsAttention* of, RespsQueries* at, const RespsQueries* other) {
+    for (int row = 0; row < at->count; ++row) {
+        const float largest = at->most[row] > other->most[row] ? at->most[row] : other->most[row];
+        const float own = resps_exp_of(at->most[row] - largest), others = resps_exp_of(other->most[row] - largest);
+        at->most[row] = largest;
+        at->total[row] = at->total[row] * own + other->total[row] * others;
+        for (int64_t column = 0; column < of->padded; ++column) {
+            float* output = at->outputs + row * of->padded + column;
+            *output = *output * own + other->outputs[row * of->padded + column] * others;
+        }
+    }
+}
+
+// Every thread takes as many tiles as the others, one after the other over all rows, heads and blocks of queries. So
+// queries that it begins or ends with may be another's, too: it keeps these, and the first one of theirs merges them.
+static int resps_attention(const RespsAttention* of) {
+    const int threads = omp_get_max_threads();
+    const int64_t rows = resps_least(of->sharing * of->count, MOST_QUERIES);
+    const int64_t kept = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // floats of queries that two share
+    const int64_t halves = (rows * of->width + COLUMNS * (of->width + of->padded) + ROWS * COLUMNS) / 2;
+    const int64_t own = 2 * kept + (halves + LANES - 1) / LANES * LANES;
+    const int64_t items = of->batch * of->key_heads * of->blocks, tiles = items * of->tiles;
+    float* memory = (float*)_mm_malloc(threads * own * sizeof(float), 64);
+    if (!memory) return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+        const int64_t first = tiles * thread / count, last = tiles * (thread + 1) / count;
+        float* place = memory + thread * own;
+        RespsQueries at;
+        at.queries = (Bf16*)(place + 2 * kept);
+        at.keys = at.queries + rows * of->width;
+        at.values = at.keys + COLUMNS * of->width;
+        at.weights = at.values + COLUMNS * of->padded;
+        if (of->value_width < of->padded) __builtin_memset(at.values, 0, COLUMNS * of->padded * sizeof *at.values);
+        for (int64_t tile = first; tile < last;) {
+            const int64_t item = tile / of->tiles, end = resps_least((item + 1) * of->tiles, last);
+            at.outputs = place + (tile == first ? 0 : kept);
+            at.most = at.outputs + rows * of->padded;
+            at.total = at.most + rows;
+            resps_begin(of, &at, item);
+            const int is_whole = tile == item * of->tiles && end == (item + 1) * of->tiles;
+            for (; tile < end; ++tile) resps_tile(of, &at, tile % of->tiles);
+            if (is_whole) resps_end(of, &at);
+        }
+#pragma omp barrier
+        const int64_t item = last > first ? (last - 1) / of->tiles : 0, end = (item + 1) * of->tiles;
+        if (last > first && last < end && first <= item * of->tiles) {  // the first one of those that share it
+            for (int64_t next = thread + 1; next < count && tiles * next / count < end; ++next) {
+                RespsQueries other = at;
+                other.outputs = memory + next * own;
+                other.most = other.outputs + rows * of->padded;
+                other.total = other.most + rows;
+                if (tiles * (next + 1) / count > tiles * next / count) resps_merge(of, &at, &other);
+            }
+            resps_end(of, &at);
+        }
+    }
+    _mm_free(memory);
+    return 1;
+}
+
+// ---- what inductor calls
+
+enum { MOST_DIMENSIONS = 8 };
+
+static AOTITorchError resps_made(int64_t dimensions, const int64_t* sizes, AtenTensorHandle* result, Bf16** start) {
+    int64_t strides[MOST_DIMENSIONS], stride = 1;
+    void* output;
+    for (int64_t i = dimensions - 1; i >= 0; --i) strides[i] = stride, stride *= sizes[i];
+    if (aoti_torch_empty_strided(dimensions, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(),
+                                 0, result) ||
+        aoti_torch_get_data_ptr(*result, &output)) {
+        return AOTI_TORCH_FAILURE;
+    }
+    *start = (Bf16*)output;
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_bf16_linear(
+    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, AtenTensorHandle* result) {
+    int64_t dimensions, *sizes, shape[MOST_DIMENSIONS], count = 1;
+    void *input, *weights, *start = 0;
+    Bf16* output;
+    if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
+        aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
+        aoti_torch_get_data_ptr(packed, &weights) || (bias && aoti_torch_get_data_ptr(*bias, &start))) {
+        return AOTI_TORCH_FAILURE;
+    }
+    for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
+    shape[dimensions - 1] = width;
+    if (resps_made(dimensions, shape, result, &output)) return AOTI_TORCH_FAILURE;
+    const RespsLinear of = {
+        (const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, output, count, sizes[dimensions - 1], width};
+    resps_linear(&of);
+    return AOTI_TORCH_SUCCESS;
+}
+
+static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** sizes) {
+    void* start;
+    int64_t *strides, dimensions;
+    if (aoti_torch_get_dim(tensor, &dimensions) || dimensions != 4 || aoti_torch_get_sizes(tensor, sizes) ||
+        aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_data_ptr(tensor, &start)) {
+        return 0;
+    }
+    const RespsStates read = {
+        (const Bf16*)start, (*sizes)[0] > 1 ? strides[0] : 0, (*sizes)[1] > 1 ? strides[1] : 0, strides[2]};
+    *states = read;
+    return strides[3] == 1 || (*sizes)[3] == 1;
+}
+
+AOTITorchError aoti_torch_cpu_bf16_attention(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
+    AtenTensorHandle* result) {
+    RespsAttention of;
+    int64_t *queries, *keys, *values, *masks;
+    of.mask.start = 0;
+    if (!resps_read(query, &of.query, &queries) || !resps_read(key, &of.key, &keys) ||
+        !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks))) {
+        return AOTI_TORCH_FAILURE;
+    }
+    const int64_t shape[] = {queries[0], queries[2], queries[1], values[3]};
+    if (resps_made(4, shape, result, &of.result)) return AOTI_TORCH_FAILURE;
+    of.scale = (float)scale;
+    of.batch = queries[0], of.heads = queries[1], of.count = queries[2], of.width = queries[3];
+    of.key_heads = keys[1], of.length = keys[2], of.value_width = values[3];
+    of.sharing = of.heads / of.key_heads;
+    of.blocks = (of.sharing * of.count + MOST_QUERIES - 1) / MOST_QUERIES;
+    of.tiles = (of.length + COLUMNS - 1) / COLUMNS;
+    of.padded = (of.value_width + COLUMNS - 1) / COLUMNS * COLUMNS;
+    return resps_attention(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+}
+
+#pragma GCC pop_options
