@@ -205,6 +205,7 @@ def calls_native(program: torch.export.ExportedProgram) -> bool:
     return bool(program.graph.find_nodes(op="call_function", target=torch.ops.resps.bf16_attention.default))
 
 
+@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (2, 2)])
 @pytest.mark.parametrize(
     ("has_units", "width", "dtype", "dropout", "native"),
@@ -220,6 +221,7 @@ def test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves(
     monkeypatch: pytest.MonkeyPatch,
     heads: int,
     shared: int,
+    adds: bool,
     has_units: bool,
     width: int,
     dtype: torch.dtype,
@@ -229,6 +231,7 @@ def test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves(
     monkeypatch.setattr(native_module, "is_native_faster", lambda: has_units)
     changes = {2: torch.export.Dim.DYNAMIC}
     given = states(heads, shared, width, dtype)
+    given[3] = given[3] if adds else given[3] == 0  # else it tells what is seen
     module = Attention(dropout).eval()
     program = torch.export.export(module, (*given,), dynamic_shapes=(changes, None, None, changes), strict=False)
     assert calls_native(program) == native

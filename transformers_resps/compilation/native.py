@@ -103,14 +103,14 @@ def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether to call `bf16_attention`, which is faster in packaged code alone."""
+    """Whether to call `bf16_attention`, which is faster in packaged code alone; masks may also be true where seen."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()
         and is_native_faster()
         and all(part.dtype is torch.bfloat16 and part.device.type == "cpu" for part in states)
         and all(part.shape[-1] % _STEP == 0 and part.stride(-1) == 1 for part in states)
-        and (mask is None or (mask.dtype is torch.bfloat16 and mask.stride(-1) == 1))
+        and (mask is None or (mask.dtype in (torch.bfloat16, torch.bool) and mask.stride(-1) == 1))
     )
 
 

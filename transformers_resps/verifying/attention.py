@@ -110,6 +110,8 @@ def attend(
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         attended: Tensor = bf16_attention(query, key, value, mask, scale)
         return attended.transpose(1, 2)
     batch_size, heads, count = query.shape[:3]

@@ -113,10 +113,20 @@ def stand_at_the_beginning(part_inputs: Function) -> Function:
     return wrong
 
 
-def see_all(multiplied: Function) -> Function:
-    def wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-        seen: Tensor = multiplied(query, key, value, mask.clamp(min=0.0), scaling)
+def see_all(attention: Function) -> Function:
+    def wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        seen: Tensor = attention(query, key, value, mask.clamp(min=0.0), scale)
         return seen
+
+    return wrong
+
+
+def lose_what_other_threads_saw(operators: Function) -> Function:
+    def wrong() -> Any:
+        merges = "resps_merge(of, &at, &other);"
+        sources = {operator: list(source) for operator, source in operators().items()}
+        assert any(merges in part for source in sources.values() for part in source)
+        return {operator: [part.replace(merges, ";") for part in source] for operator, source in sources.items()}
 
     return wrong
 
@@ -126,7 +136,10 @@ def overwrite_what_was_lent(settle: Function) -> Function:
 
 
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
-PRODUCTS = "tests/verifying/test_attention_grouped.py::test_two_products_attend_as_pytorchs_kernel_does"
+NATIVE = (
+    "tests/verifying/test_attention_grouped.py::test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves"
+)
+THREADS = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
@@ -149,7 +162,13 @@ MUTATIONS = (
         see_the_text_as_padding,
         SIGHT,
     ),
-    Mutation("products see all", "verifying.attention:multiplied", see_all, PRODUCTS),
+    Mutation("native attention sees all", "verifying.attention:bf16_attention", see_all, NATIVE),
+    Mutation(
+        "native attention forgets what other threads saw",
+        "compilation.packages:native_operators",
+        lose_what_other_threads_saw,
+        THREADS,
+    ),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
     Mutation(
         "rows go on with the sources of the first",
