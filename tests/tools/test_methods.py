@@ -1,5 +1,6 @@
 """One answer on a tiny model, with a clock that ticks."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.tools import methods
 from transformers_resps.tools.methods import Bench, Prompt, fixed_tree, plain, policies
 from transformers_resps.verifying.verifier import TreeVerifier
 
@@ -34,6 +36,14 @@ def test_prefill_ends_where_the_second_forward_begins(bench: Bench) -> None:
     m = bench.decode(PROMPT, plain()).timing
     assert m.target_forwards == 6
     assert m.seconds == 7.0 and m.prefill_seconds == 2.0  # a tick at the start, at each forward, and at the end
+
+
+def test_prefill_of_our_methods_ends_where_the_first_token_is_given(
+    bench: Bench, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "time", SimpleNamespace(perf_counter=Ticking()))
+    m = bench.decode(PROMPT, fixed_tree(tiny_head, SHAPE)).timing
+    assert m.prefill_seconds == 2.0  # a tick at the start, for the prompt, and for each token
 
 
 def test_each_repeat_is_another_seed_and_nothing_else_changes(bench: Bench) -> None:

@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     token_ids: list[int]
     report: SpeculationReport | None = None  # of `generate` with a policy
     target_forwards: int | None = None  # of a library that runs layers of its own
-    prefill_seconds: float = 0.0  # likewise
+    prefill_seconds: float = 0.0  # of such a library, and of `generate` with a policy: until it gave the first token
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ class Generate(Method):
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
         keywords = {**self.keywords, **sampling(temperature)}
-        if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on
-            keywords["policy"] = copy.deepcopy(keywords["policy"])
+        watch = _FirstToken()
+        if self.reports_steps:  # each answer meets the policy as it was loaded; "auto" learns on
+            keywords |= {"policy": copy.deepcopy(keywords["policy"]), "streamer": watch}
 
         def answer() -> Answer:
+            started = time.perf_counter()
             with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
                 output = target.generate(
                     input_ids,
@@ -91,9 +93,23 @@ class Generate(Method):
                     **keywords,
                 )
             token_ids = output.sequences[0, input_ids.shape[1] :].tolist()
-            return Answer(token_ids, getattr(output, "speculation", None))
+            report = getattr(output, "speculation", None)
+            return Answer(token_ids, report, prefill_seconds=watch.times[1] - started if self.reports_steps else 0.0)
 
         return answer
+
+
+class _FirstToken:
+    """A streamer that notes when it gets the prompt, the first token, and so on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to give."""
 
 
 def plain() -> Generate:
@@ -219,8 +235,7 @@ class Bench:
             answer = write()
             seconds = self._clock() - started
         if answer.report is not None:
-            forwards = answer.report.target_forwards
-            prefill = seconds - sum(step.step_seconds for step in answer.report.steps[1:])
+            forwards, prefill = answer.report.target_forwards, answer.prefill_seconds
         elif answer.target_forwards is not None:
             forwards, prefill = answer.target_forwards, answer.prefill_seconds
         else:

@@ -69,7 +69,7 @@ class AnswerTiming:
         tokens: written, the end token included, nothing after it.
         target_forwards: prefill included.
         turn: of the conversation, from 1.
-        prefill_seconds: from the call to the target's second forward.
+        prefill_seconds: from the call to the first token, or to the target's second forward where no one tells it.
     """
 
     method: str
