@@ -399,12 +399,14 @@ static AOTITorchError resps_made(int64_t dimensions, const int64_t* sizes, AtenT
 
 AOTITorchError aoti_torch_cpu_bf16_linear(
     AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, AtenTensorHandle* result) {
-    int64_t dimensions, *sizes, shape[MOST_DIMENSIONS], count = 1;
+    int64_t dimensions, *sizes, *blocks, shape[MOST_DIMENSIONS], count = 1;
     void *input, *weights, *start = 0;
     Bf16* output;
     if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
         aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
-        aoti_torch_get_data_ptr(packed, &weights) || (bias && aoti_torch_get_data_ptr(*bias, &start))) {
+        aoti_torch_get_sizes(packed, &blocks) || aoti_torch_get_data_ptr(packed, &weights) ||
+        (bias && aoti_torch_get_data_ptr(*bias, &start)) || blocks[0] * COLUMNS < width ||
+        blocks[1] * 2 != sizes[dimensions - 1]) {
         return AOTI_TORCH_FAILURE;
     }
     for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
@@ -423,8 +425,9 @@ static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** si
         aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_data_ptr(tensor, &start)) {
         return 0;
     }
-    const RespsStates read = {
-        (const Bf16*)start, (*sizes)[0] > 1 ? strides[0] : 0, (*sizes)[1] > 1 ? strides[1] : 0, strides[2]};
+    int64_t steps[3];  // a size of 1 is shown again and again
+    for (int i = 0; i < 3; ++i) steps[i] = (*sizes)[i] > 1 ? strides[i] : 0;
+    const RespsStates read = {(const Bf16*)start, steps[0], steps[1], steps[2]};
     *states = read;
     return strides[3] == 1 || (*sizes)[3] == 1;
 }
@@ -436,7 +439,9 @@ AOTITorchError aoti_torch_cpu_bf16_attention(
     int64_t *queries, *keys, *values, *masks;
     of.mask.start = 0;
     if (!resps_read(query, &of.query, &queries) || !resps_read(key, &of.key, &keys) ||
-        !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks))) {
+        !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks)) ||
+        queries[3] != keys[3] || values[2] != keys[2] || (mask && masks[3] != keys[2]) ||
+        queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
         return AOTI_TORCH_FAILURE;
     }
     const int64_t shape[] = {queries[0], queries[2], queries[1], values[3]};
