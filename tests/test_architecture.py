@@ -14,7 +14,7 @@ ROOMS = {
     "compat": "",
     "hub": "compat",
     "tree": "",
-    "compilation": "",
+    "compilation": "compat",
     "verifying": "compat tree compilation",
     "heads": "hub tree verifying",
     "assistants": "compat hub tree verifying heads",

@@ -1,5 +1,6 @@
 """Bugs in the target's cache and attention."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -113,22 +114,18 @@ def stand_at_the_beginning(part_inputs: Function) -> Function:
     return wrong
 
 
-def see_all(attention: Function) -> Function:
-    def wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        seen: Tensor = attention(query, key, value, mask.clamp(min=0.0), scale)
-        return seen
+def with_another_line(before: str, after: str) -> Callable[[Function], Function]:
+    """Of the C++ of native operators."""
 
-    return wrong
+    def bug(operators: Function) -> Function:
+        def wrong() -> Any:
+            sources = operators()
+            assert sum(part.count(before) for source in sources.values() for part in source) == 1
+            return {operator: [part.replace(before, after) for part in source] for operator, source in sources.items()}
 
+        return wrong
 
-def lose_what_other_threads_saw(operators: Function) -> Function:
-    def wrong() -> Any:
-        merges = "resps_merge(of, &at, &other);"
-        sources = {operator: list(source) for operator, source in operators().items()}
-        assert any(merges in part for source in sources.values() for part in source)
-        return {operator: [part.replace(merges, ";") for part in source] for operator, source in sources.items()}
-
-    return wrong
+    return bug
 
 
 def overwrite_what_was_lent(settle: Function) -> Function:
@@ -136,10 +133,8 @@ def overwrite_what_was_lent(settle: Function) -> Function:
 
 
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
-NATIVE = (
-    "tests/verifying/test_attention_grouped.py::test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves"
-)
-THREADS = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
+ATTENDING = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
+MULTIPLYING = "tests/compilation/test_native.py::test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
@@ -162,12 +157,23 @@ MUTATIONS = (
         see_the_text_as_padding,
         SIGHT,
     ),
-    Mutation("native attention sees all", "verifying.attention:bf16_attention", see_all, NATIVE),
+    Mutation(
+        "native attention sees all",
+        "compilation.native:native_operators",
+        with_another_line("if (mask) added = ", "if (0) added = "),
+        ATTENDING,
+    ),
     Mutation(
         "native attention forgets what other threads saw",
-        "compilation.packages:native_operators",
-        lose_what_other_threads_saw,
-        THREADS,
+        "compilation.native:native_operators",
+        with_another_line("resps_merge(of, &at, &other);", ";"),
+        ATTENDING,
+    ),
+    Mutation(
+        "native layers forget the bias",
+        "compilation.native:native_operators",
+        with_another_line("if (of->bias) start", "if (0) start"),
+        MULTIPLYING,
     ),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
     Mutation(
