@@ -2,7 +2,8 @@
 
 Question: is our attention faster than that of Transformers where heads share keys (GQA)?
 Answer: yes, on a CPU. A lone token takes a quarter to a tenth of the time, several tokens with a mask a half to three
-quarters. The operator of packaged code, on a CPU with AVX512-BF16 and no AMX, takes ANSWER of our time.
+quarters. The operator of packaged code, on a CPU with AVX512-BF16 and no AMX, takes about half of that; here every
+layer is a call of packaged code, of which 0.04 ms are the call.
 
     python -m training.studies.attention_speed
 

@@ -1,9 +1,9 @@
 """Linear layers and attention of bfloat16 in packaged code, for CPUs that have AVX512-BF16 and no AMX.
 
 oneDNN's products read weights as fast as memory gives them, too, but to call one takes about 20 us, between other work
-and with cold caches: a sixth of SmolLM2's step. PyTorch's attention multiplies as float32, and takes five times as
-long for a few queries. `native.cpp` is compiled into the code that calls it. Its products were no slower than oneDNN's
-for any number of rows from 1 to 512 (Zen 4), and compute a row in the same way whatever others stand beside it.
+and with cold caches: a sixth of SmolLM2's step. PyTorch's attention multiplies as float32, and takes two to four times
+as long. `native.cpp` is compiled into the code that calls it. Its products were no slower than oneDNN's for any number
+of rows from 1 to 512 (Zen 4), and compute a row in the same way whatever others stand beside it.
 """
 
 import sys
