@@ -158,9 +158,7 @@ def test_the_operator_of_attention_is_the_formula(shown: int) -> None:
 
 
 @needs_instructions
-@pytest.mark.parametrize(
-    ("heads", "widths", "threads"), [((9, 3), (64, 64), 2), ((4, 4), (96, 32), 1), ((8, 1), (128, 128), 5)]
-)
+@pytest.mark.parametrize(("heads", "widths", "threads"), [((9, 3), (64, 128), 5), ((4, 4), (96, 32), 2)])
 @torch.no_grad()
 def test_packaged_code_attends_by_it(
     heads: tuple[int, int],
