@@ -185,6 +185,8 @@ def test_packaged_code_attends_by_it(
             found = fast([query, *longer, mask])
             expected = attention_of(query.transpose(1, 2), key, value, mask, widths[0] ** -0.5)
             torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.01)
+        with pytest.raises(RuntimeError):  # and reads nothing that is not there
+            fast([query, *longer, mask[..., :-1].contiguous()])
     finally:
         torch.set_num_threads(before)
     assert len(stored_packages(tmp_path)) == 1

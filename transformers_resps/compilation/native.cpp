@@ -440,8 +440,12 @@ AOTITorchError aoti_torch_cpu_bf16_attention(
     of.mask.start = 0;
     if (!resps_read(query, &of.query, &queries) || !resps_read(key, &of.key, &keys) ||
         !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks)) ||
-        queries[3] != keys[3] || values[2] != keys[2] || (mask && masks[3] != keys[2]) ||
-        queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
+        keys[0] != queries[0] || values[0] != keys[0] || queries[1] % keys[1] || values[1] != keys[1] ||
+        queries[3] != keys[3] || values[2] != keys[2] || queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
+        return AOTI_TORCH_FAILURE;
+    }
+    if (mask && ((masks[0] != 1 && masks[0] != queries[0]) || (masks[1] != 1 && masks[1] != queries[1] / keys[1]) ||
+                 (masks[2] != 1 && masks[2] != queries[2]) || masks[3] != keys[2])) {
         return AOTI_TORCH_FAILURE;
     }
     const int64_t shape[] = {queries[0], queries[2], queries[1], values[3]};
