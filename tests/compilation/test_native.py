@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from transformers_resps.compilation import native
 from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.native import bf16_attention, bf16_linear, pack_linear, use_native_linear
+from transformers_resps.compilation.native import (
+    bf16_attention,
+    bf16_gated,
+    bf16_linear,
+    pack_gated,
+    pack_linear,
+    use_native_linear,
+)
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 
 
@@ -121,6 +128,76 @@ def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
     (package,) = stored_packages(tmp_path)
     recipes = json.loads((package.path / "package.json").read_text())["recipes"].values()
     assert sum("resps.pack_linear" in json.dumps(recipe) for recipe in recipes) == 3
+
+
+class Mlp(nn.Module):
+    """That of Llama and its kin."""
+
+    def __init__(self, width: int, *, has_bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.gate, self.up = (nn.Linear(48, width, bias=has_bias) for _ in range(2))
+        self.down = nn.Linear(width, 48, bias=False)
+        self.to(torch.bfloat16).requires_grad_(False).eval()
+
+    def gated(self, rows: Tensor) -> Tensor:
+        return self.up(rows) * nn.functional.silu(self.gate(rows))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.down(self.gated(rows))
+
+
+class _ReadTwice(Mlp):
+    def gated(self, rows: Tensor) -> Tensor:
+        gate = self.gate(rows)
+        return nn.functional.silu(gate) * self.up(rows) + gate
+
+
+GATED = torch.ops.resps.bf16_gated.default
+
+
+def test_the_gated_operator_gives_what_both_layers_give() -> None:
+    mlp, rows = Mlp(96), rows_of(2, 3)
+    packed = pack_gated(mlp.gate.weight, mlp.up.weight)
+    assert packed.shape == (3, 24, 64, 2)
+    torch.testing.assert_close(bf16_gated(rows, packed, 96), mlp.gated(rows))
+
+
+@torch.no_grad()
+def test_a_gate_and_what_it_gates_become_one_operator(on_any_processor: None) -> None:
+    mlp, rows = Mlp(96), rows_of(2, 3)
+    program = exported(mlp, rows)
+    use_native_linear(program)
+    operators = torch.ops.resps
+    found = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    made = operators.pack_gated, operators.bf16_gated, operators.pack_linear, operators.bf16_linear
+    assert found == [operator.default for operator in made]
+    program.graph.lint()
+    torch.testing.assert_close(program.module()(rows), mlp(rows))
+
+
+@pytest.mark.parametrize("mlp", [Mlp(80), Mlp(96, has_bias=True), _ReadTwice(96)])
+@torch.no_grad()
+def test_of_another_width_with_a_bias_or_read_twice_both_layers_stay(mlp: Mlp, on_any_processor: None) -> None:
+    program = exported(mlp, rows_of(2, 3))
+    use_native_linear(program)
+    assert not program.graph.find_nodes(op="call_function", target=GATED)
+    torch.testing.assert_close(program.module()(rows_of(2, 3)), mlp(rows_of(2, 3)))
+
+
+@needs_instructions
+@torch.no_grad()
+def test_packaged_code_rounds_what_is_gated_as_pytorch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    mlp, rows = Mlp(96), rows_of(3, 41) * torch.logspace(-3, 2, 41)[:, None].bfloat16()
+    packages = ModulePackages(lambda: mlp, "an MLP")
+    compiled = CompiledFunction(lambda rows: mlp.gated(rows), [(0, 1)], packages=packages, name="mlp")
+    given, wanted = compiled([rows]), mlp.gated(rows)
+    assert (given == wanted).float().mean() > 0.99  # sums are taken in another order
+    torch.testing.assert_close(given, wanted, rtol=0.01, atol=1e-5)
+    assert torch.equal(compiled([rows[:2, :5].contiguous()]), given[:2, :5])
+    (package,) = stored_packages(tmp_path)
+    assert "resps.pack_gated" in (package.path / "package.json").read_text()
 
 
 def attention_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -30,12 +30,30 @@ RESPS_INLINE __m512 resps_wide(__m256i read) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
 }
 
-// Adds the products of `count` rows, a constant where this is inlined, with a block [pairs, COLUMNS, 2]. Each sum is
-// taken in the order of its pairs, so it is the same whatever other rows there are.
+RESPS_INLINE __m512 resps_rounded(__m512 values) { return resps_wide((__m256i)_mm512_cvtneps_pbh(values)); }
+
+// e to the power of what is at most 0, by a polynomial of degree 5 (relative error below 3e-6).
+RESPS_INLINE __m512 resps_exp(__m512 power) {
+    const __m512 two = _mm512_mul_ps(_mm512_max_ps(power, _mm512_set1_ps(-200)), _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(two, 0), rest = _mm512_sub_ps(two, whole);
+    __m512 sum = _mm512_set1_ps(1.33335581e-3f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.61812911e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+// Adds the products of `count` rows with a block [pairs, COLUMNS, 2]. For each pair it has some `lines` of 64 bytes
+// fetched from `next` on. Both numbers are constants where this is inlined. Each sum is taken in the order of its pairs,
+// so it is the same whatever other rows there are.
 RESPS_INLINE void resps_multiply(
-    Sums sums, const int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t pairs) {
+    Sums sums, const int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t pairs, const int lines,
+    const Bf16* next) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
         __m512bh read[VECTORS];
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(next + (pair * lines + i) * LANES * 2, 0, 2);
         for (int v = 0; v < VECTORS; ++v) read[v] = (__m512bh)_mm512_loadu_si512(block + (pair * VECTORS + v) * LANES * 2);
         for (int i = 0; i < count; ++i) {
             int32_t two;
@@ -63,9 +81,20 @@ typedef struct {
     const Bf16 *rows, *packed, *bias;
     Bf16* result;
     int64_t count, depth, width;
+    int is_gated;  // whether the first half of a block is the gate's, and the other what it gates
 } RespsLinear;
 
-RESPS_INLINE void resps_linear_rows(const int count, const RespsLinear* of, int64_t row, int64_t block) {
+// silu(gate) * up, rounded as PyTorch does after each operator.
+RESPS_INLINE __m512 resps_gated(__m512 gate, __m512 up) {
+    const __m512 one = _mm512_set1_ps(1), input = resps_rounded(gate);
+    const __m512 small = resps_exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(input)));
+    const __mmask16 is_negative = _mm512_cmp_ps_mask(input, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 share = _mm512_div_ps(_mm512_mask_blend_ps(is_negative, one, small), _mm512_add_ps(one, small));
+    return _mm512_mul_ps(resps_rounded(_mm512_mul_ps(input, share)), resps_rounded(up));
+}
+
+RESPS_INLINE void resps_linear_rows(
+    const int count, const int lines, const RespsLinear* of, int64_t row, int64_t block, const Bf16* next) {
     const int64_t first = block * COLUMNS;
     __mmask16 written[VECTORS];
     Sums sums;
@@ -75,7 +104,18 @@ RESPS_INLINE void resps_linear_rows(const int count, const RespsLinear* of, int6
         if (of->bias) start = resps_wide(_mm256_maskz_loadu_epi16(written[v], of->bias + first + v * LANES));
         for (int i = 0; i < count; ++i) sums[i][v] = start;
     }
-    resps_multiply(sums, count, of->rows + row * of->depth, of->depth, of->packed + first * of->depth, of->depth / 2);
+    resps_multiply(sums, count, of->rows + row * of->depth, of->depth, of->packed + first * of->depth, of->depth / 2,
+                   lines, next);
+    if (of->is_gated) {
+        for (int i = 0; i < count; ++i) {
+            Bf16* result = of->result + (row + i) * of->width + first / 2;
+            for (int v = 0; v < VECTORS / 2; ++v) {
+                const __m512 gated = resps_gated(sums[i][v], sums[i][v + VECTORS / 2]);
+                _mm256_storeu_si256((__m256i*)(result + v * LANES), (__m256i)_mm512_cvtneps_pbh(gated));
+            }
+        }
+        return;
+    }
     for (int i = 0; i < count; ++i) {
         Bf16* result = of->result + (row + i) * of->width + first;
         for (int v = 0; v < VECTORS; ++v) {
@@ -84,14 +124,23 @@ RESPS_INLINE void resps_linear_rows(const int count, const RespsLinear* of, int6
     }
 }
 
+// A block stays in a near cache while groups of rows go over it, from the second group on at the speed of products.
+// Memory would rest meanwhile: of three groups or more, two fetch half of the next block each, as much as it can give.
 static void resps_linear(const RespsLinear* of) {
-    const int64_t blocks = (of->width + COLUMNS - 1) / COLUMNS, groups = (of->count + ROWS - 1) / ROWS;
+    const int64_t columns = of->is_gated ? 2 * of->width : of->width;
+    const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS, groups = (of->count + ROWS - 1) / ROWS;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each; the block stays in the cache
+        const Bf16* next = of->packed + (block + 1 < blocks ? block + 1 : block) * COLUMNS * of->depth;
+        for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each
             const int64_t row = of->count * group / groups;
             const int count = (int)(of->count * (group + 1) / groups - row);
-            RESPS_BY_COUNT(resps_linear_rows, count, of, row, block)
+            if (groups > 2 && (group == 1 || group == 2)) {
+                const Bf16* half = next + (group - 1) * COLUMNS / 2 * of->depth;
+                RESPS_BY_COUNT(resps_linear_rows, count, VECTORS / 2, of, row, block, half)
+            } else {
+                RESPS_BY_COUNT(resps_linear_rows, count, 0, of, row, block, 0)
+            }
         }
     }
 }
@@ -120,19 +169,6 @@ typedef struct {
     int64_t batch, key_head, first;
     int count;
 } RespsQueries;
-
-// e to the power of what is at most 0, by a polynomial of degree 5 (relative error below 3e-6).
-RESPS_INLINE __m512 resps_exp(__m512 power) {
-    const __m512 two = _mm512_mul_ps(_mm512_max_ps(power, _mm512_set1_ps(-200)), _mm512_set1_ps(1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(two, 0), rest = _mm512_sub_ps(two, whole);
-    __m512 sum = _mm512_set1_ps(1.33335581e-3f);
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.61812911e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(sum, whole);
-}
 
 RESPS_INLINE float resps_exp_of(float power) { return _mm512_cvtss_f32(resps_exp(_mm512_set1_ps(power))); }
 
@@ -228,7 +264,7 @@ RESPS_INLINE void resps_look(
     for (int i = 0; i < count; ++i) {
         for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_setzero_ps();
     }
-    resps_multiply(sums, count, at->queries + row * of->width, of->width, at->keys, of->width / 2);
+    resps_multiply(sums, count, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0, 0);
     for (int i = 0; i < count; ++i) {
         const Bf16* mask = of->mask.start ? resps_mask_of(of, at, row + i, key) : 0;
         __m512 scores[VECTORS];
@@ -260,7 +296,7 @@ RESPS_INLINE void resps_look(
                 sums[i][v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
             }
         }
-        resps_multiply(sums, count, at->weights, COLUMNS, at->values + column * COLUMNS, COLUMNS / 2);
+        resps_multiply(sums, count, at->weights, COLUMNS, at->values + column * COLUMNS, COLUMNS / 2, 0, 0);
         for (int i = 0; i < count; ++i) {
             for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i][v]);
         }
@@ -397,25 +433,36 @@ static AOTITorchError resps_made(int64_t dimensions, const int64_t* sizes, AtenT
     return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_bf16_linear(
-    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, AtenTensorHandle* result) {
+static AOTITorchError resps_run_linear(
+    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, int is_gated,
+    AtenTensorHandle* result) {
     int64_t dimensions, *sizes, *blocks, shape[MOST_DIMENSIONS], count = 1;
     void *input, *weights, *start = 0;
     Bf16* output;
     if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
         aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
         aoti_torch_get_sizes(packed, &blocks) || aoti_torch_get_data_ptr(packed, &weights) ||
-        (bias && aoti_torch_get_data_ptr(*bias, &start)) || blocks[0] * COLUMNS < width ||
+        (bias && aoti_torch_get_data_ptr(*bias, &start)) || blocks[0] * COLUMNS < (1 + is_gated) * width ||
         blocks[1] * 2 != sizes[dimensions - 1]) {
         return AOTI_TORCH_FAILURE;
     }
     for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
     shape[dimensions - 1] = width;
     if (resps_made(dimensions, shape, result, &output)) return AOTI_TORCH_FAILURE;
-    const RespsLinear of = {
-        (const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, output, count, sizes[dimensions - 1], width};
+    const RespsLinear of = {(const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, output, count,
+                            sizes[dimensions - 1], width, is_gated};
     resps_linear(&of);
     return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_bf16_linear(
+    AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, AtenTensorHandle* result) {
+    return resps_run_linear(rows, packed, bias, width, 0, result);
+}
+
+AOTITorchError aoti_torch_cpu_bf16_gated(
+    AtenTensorHandle rows, AtenTensorHandle packed, int64_t width, AtenTensorHandle* result) {
+    return resps_run_linear(rows, packed, 0, width, 1, result);
 }
 
 static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** sizes) {

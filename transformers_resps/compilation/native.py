@@ -10,8 +10,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +38,7 @@ def pack_linear(weights: Sequence[Tensor]) -> Tensor:
     Returns:
         `[blocks, i / 2, 64, 2]`: of 64 outputs, the last ones padded by zeros, pairs of neighbouring inputs.
     """
-    joined = torch.cat(list(weights))
-    padded = functional.pad(joined, (0, 0, 0, -len(joined) % _COLUMNS))
-    return padded.view(-1, _COLUMNS, joined.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    return _packed(torch.cat(list(weights)))
 
 
 @pack_linear.register_fake
@@ -67,6 +66,39 @@ def bf16_linear(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -
 
 @bf16_linear.register_fake
 def _(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], width)
+
+
+@torch.library.custom_op("resps::pack_gated", mutates_args=())
+def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """As `pack_linear`, of two weights `[o, i]`, whose o is a multiple of 32: half of each block is the gate's."""
+    halves = [part.unflatten(0, (-1, _COLUMNS // 2)) for part in (gate, up)]
+    return _packed(torch.stack(halves, dim=1).flatten(0, 2))
+
+
+@pack_gated.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(2 * gate.shape[0] // _COLUMNS, gate.shape[1] // 2, _COLUMNS, 2)
+
+
+@torch.library.custom_op("resps::bf16_gated", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
+def bf16_gated(rows: Tensor, packed: Tensor, width: int) -> Tensor:
+    """What `silu(gate) * up` gives, up to rounding.
+
+    Args:
+        rows: `[..., i]` the input of both.
+        packed: see `pack_gated`.
+        width: outputs of each.
+
+    Returns:
+        `[..., width]`
+    """
+    both = bf16_linear(rows, packed, None, 2 * width).unflatten(-1, (-1, 2, _COLUMNS // 2))
+    return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
+
+
+@bf16_gated.register_fake
+def _(rows: Tensor, packed: Tensor, width: int) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], width)
 
 
@@ -99,7 +131,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
 def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
     """The operators that C++ calls without PyTorch's dispatcher, and their source."""
     source = _SOURCE.read_text(encoding="utf-8")
-    return {torch.ops.resps.bf16_linear.default: [source], torch.ops.resps.bf16_attention.default: []}
+    operators = torch.ops.resps
+    calls = operators.bf16_linear, operators.bf16_gated, operators.bf16_attention
+    return {call.default: [] if place else [source] for place, call in enumerate(calls)}
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -125,8 +159,12 @@ def use_native_linear(program: ExportedProgram) -> None:
         rows, *read = node.all_input_nodes
         if all(part.name in weights for part in read) and _is_served(*(part.meta["val"] for part in (rows, *read))):
             readers[rows, len(read) == 2].append(node)
-    for (rows, _), layers in readers.items():
-        _join(program.graph, rows, layers)
+    for layers in readers.values():
+        product = _gated(*layers) if len(layers) == 2 else None
+        if product is None:
+            _join(program.graph, layers)
+        else:
+            _replace_gated(program.graph, product)
     program.graph_module.recompile()
 
 
@@ -136,12 +174,50 @@ def is_native_faster() -> bool:
     return sys.platform == "linux" and {"avx512_bf16", "amx_bf16"} & cpu_flags() == {"avx512_bf16"}
 
 
+def _packed(weight: Tensor) -> Tensor:
+    padded = functional.pad(weight, (0, 0, 0, -len(weight) % _COLUMNS))
+    return padded.view(-1, _COLUMNS, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
 def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     dtypes = {part.dtype for part in (rows, weight, bias) if part is not None}
     return dtypes == {torch.bfloat16} and weight.device.type == "cpu" and weight.shape[1] % 2 == 0
 
 
-def _join(graph: torch.fx.Graph, rows: Node, layers: list[Node]) -> None:
+class _Gated(NamedTuple):
+    """`product` is `silu(gate) * up`, and nothing else reads these."""
+
+    product: Node
+    silu: Node
+    gate: Node
+    up: Node
+
+
+def _gated(*layers: Node) -> _Gated | None:
+    """What two layers of the same input make, if it is that."""
+    for gate, up in permutations(layers):
+        silu, product = next(iter(gate.users)), next(iter(up.users))
+        targets = silu.target, product.target
+        is_alone = all(len(part.users) == 1 for part in (gate, silu, up)) and set(product.args) == {silu, up}
+        has_bias, width = len(gate.all_input_nodes) > 2, gate.meta["val"].shape[-1]
+        fits = not has_bias and width == up.meta["val"].shape[-1] and width % (_COLUMNS // 2) == 0
+        if is_alone and fits and targets == (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor):
+            return _Gated(product, silu, gate, up)
+    return None
+
+
+def _replace_gated(graph: torch.fx.Graph, of: _Gated) -> None:
+    """Compute it by one operator."""
+    call: Any = graph.call_function
+    with graph.inserting_before(of.product):
+        packed = call(torch.ops.resps.pack_gated.default, (of.gate.args[1], of.up.args[1]))
+        width = of.product.meta["val"].shape[-1]
+        of.product.replace_all_uses_with(call(torch.ops.resps.bf16_gated.default, (of.gate.args[0], packed, width)))
+    for node in of:
+        graph.erase_node(node)
+
+
+def _join(graph: torch.fx.Graph, layers: list[Node]) -> None:
     """Compute layers of the same input by one operator, where the first one stands."""
     weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
     widths = [layer.args[1].meta["val"].shape[0] for layer in layers]  # type: ignore[union-attr]
@@ -149,7 +225,7 @@ def _join(graph: torch.fx.Graph, rows: Node, layers: list[Node]) -> None:
     with graph.inserting_before(layers[0]):
         bias = call(torch.ops.aten.cat.default, (biases,)) if biases else None
         packed = call(torch.ops.resps.pack_linear.default, (weights,))
-        joined = call(torch.ops.resps.bf16_linear.default, (rows, packed, bias, sum(widths)))
+        joined = call(torch.ops.resps.bf16_linear.default, (layers[0].args[0], packed, bias, sum(widths)))
         start = 0
         for layer, width in zip(layers, widths, strict=True):
             whole = len(layers) == 1

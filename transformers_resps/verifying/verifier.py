@@ -661,15 +661,19 @@ class SlotVerifier(Verifier):
     def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
         """The inputs of a forward over `tree`, padded to rows and nodes."""
         beside = LEAST_ROWS if self.packs_rows else self._rows
-        count = _apart(padded_count(self.device, tree.node_count, beside), self._rows)
+        count = self._apart(padded_count(self.device, tree.node_count, beside))
         nodes, seen = self._nodes(tree, count), self._visible(self._reserve(max(self._places) + count))
         if not self.packs_rows:
-            self.least_nodes = _apart(padded_count(self.device, 1, self._rows), self._rows)
+            self.least_nodes = self._apart(padded_count(self.device, 1, self._rows))
             return SlotInputs(*nodes, seen, self._first(count))
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
         total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
-        packed = _filled_up(packed, total if self._reads_prompt else _apart(total, self._rows, count))
+        packed = _filled_up(packed, self._apart(total, count))
         return PackedInputs(*nodes, seen, torch.tensor(packed), self._first(len(packed)))
+
+    def _apart(self, count: int, *others: int) -> int:
+        """A number from `count` on, which is none of rows or `others` where a step may be what is compiled first."""
+        return count if self._reads_prompt else _apart(count, self._rows, *others)
 
     def _first(self, count: int) -> Tensor:
         """0 to before `count`, without a kernel in each step."""
