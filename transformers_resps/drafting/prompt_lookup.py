@@ -3,9 +3,10 @@
 The index grows with the text and is never rebuilt; a query costs microseconds.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile, zip_longest
+from itertools import accumulate, takewhile, zip_longest
 from operator import mul
 
 from torch import Tensor
@@ -19,6 +20,8 @@ LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
 LONGEST_MATCH = 16
 LONGEST_DRAFT = 16
 _CLASSES = (1, 2, 3, 4, 6, 9)  # shortest match of each class of the track record
+# Of each length of a match, as far as a draft makes it longer
+_CLASS_OF = [bisect_right(_CLASSES, length) - 1 for length in range(LONGEST_MATCH + LONGEST_DRAFT)]
 _PRIOR = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85)  # acceptance of a token in each class before anything is known
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 0.98  # weight of the record when an outcome is added
@@ -81,13 +84,13 @@ class TrackRecord:
         self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR]
         self._tried = [_PRIOR_WEIGHT] * len(_PRIOR)
 
-    def rate(self, length: int) -> float:
-        """Probability that the token after a match of `length` is right."""
-        index = _class_of(length)
-        return self._right[index] / self._tried[index]
+    def rates(self, length: int) -> list[float]:
+        """Probabilities that the token after a match of `length` is right, or one of one more, and so on."""
+        rates = [right / tried for right, tried in zip(self._right, self._tried, strict=True)]
+        return [rates[index] for index in _CLASS_OF[length:]]
 
     def add(self, length: int, right: bool) -> None:
-        index = _class_of(length)
+        index = _CLASS_OF[length]
         self._right[index] = self._right[index] * _MEMORY + right
         self._tried[index] = self._tried[index] * _MEMORY + 1.0
 
@@ -129,11 +132,8 @@ class Lookup:
         period = len(seen) - place  # a match that runs into the text's end goes on by repeating itself
         follow = (seen[place + offset % period] for offset in range(most_tokens))
         tokens = list(takewhile(lambda token: token not in self._never_drafted, follow))
-        prefix_accept_probs, alive = [], 1.0
-        for offset in range(len(tokens)):
-            alive *= self._record.rate(min(length + offset, LONGEST_MATCH))
-            prefix_accept_probs.append(alive)
-        return Match(length, tokens, prefix_accept_probs)
+        rates = self._record.rates(length)[: len(tokens)]
+        return Match(length, tokens, list(accumulate(rates, mul)))
 
 
 class LookupDrafter(Drafter):
@@ -203,7 +203,3 @@ def mean_accept_probs(matches: Sequence[Match], row_weights: Sequence[float]) ->
     """Means of `prefix_accept_probs` over rows that advance on their own, weighted by `row_weights`."""
     columns = zip_longest(*(match.prefix_accept_probs for match in matches), fillvalue=0.0)
     return [sum(map(mul, row_weights, chances)) / len(matches) for chances in columns]
-
-
-def _class_of(length: int) -> int:
-    return sum(least <= length for least in _CLASSES) - 1
