@@ -11,6 +11,7 @@ chains gain a little and trees nothing. With an MTP layer of the 0.1B shape that
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
     python -m training.studies.engine_speed --shape 0.1b --drafter mtp --tau 2 2.5 3 --draft-vocabulary 8192
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
+    python -m training.studies.engine_speed --tau 2.5 --prompt-tokens 16384 --compiled --limit 1 --repeats 1
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
 Method: targets of random weights (`random_target`) and, rigged to each tau (`rigged_head`), a head that drafts as a
@@ -58,6 +59,7 @@ from .rigged_head import hit_rate_for, rigged_head, rigged_mtp
 
 
 DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
+_WARM_UP = 64  # tokens of a prompt: one code serves longer ones
 DRAFTERS = {"head": rigged_head, "mtp": rigged_mtp}
 
 
@@ -84,6 +86,7 @@ def ways_of(
     shapes: dict[float, Sequence[TreeShape]],
     *,
     compiles: bool,
+    is_eager: bool = True,
     looks_up: bool = True,
 ) -> list[Way]:
     """Every way, in the order of the table.
@@ -92,6 +95,7 @@ def ways_of(
         heads: tau -> the head that is rigged to it.
         shapes: tau -> what that head drafts.
         compiles: whether ours are also decoded with, compiled.
+        is_eager: whether they are decoded with as they are.
         looks_up: whether Transformers' prompt lookup takes the target.
     """
     found = [
@@ -104,7 +108,8 @@ def ways_of(
         own += [(auto, None) for auto in policies(head, {"auto": "auto"})]
         for method, planted in own:
             named = Generate(f"{method.name}, tau {tau:g}", method.keywords)
-            found += [Way(one, planted) for one in ((named, compiled(named)) if compiles else (named,))]
+            eager, fast = [named] if is_eager else [], [compiled(named)] if compiles else []
+            found += [Way(one, planted) for one in (*eager, *fast)]
     return found
 
 
@@ -171,20 +176,25 @@ class EngineBench:
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompt)
         heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
-        ways = ways_of(heads, shapes, compiles=reason is None, looks_up=not is_recurrent(target))
+        is_eager = reason is not None or not args.compiled
+        looks_up = is_eager and not is_recurrent(target)
+        ways = ways_of(heads, shapes, compiles=reason is None, is_eager=is_eager, looks_up=looks_up)
         return cls(model, bench, ways, texts, args.prompt_tokens, reason)
 
     def run(self, repeats: int) -> Iterator[EngineRun]:
         """Yield the runs, beginning each prompt with another way; those of repeat -1 warm up and compile."""
-        for repeat in range(-1, repeats):
+        for way in self.ways:
+            yield self._decode(way, 0, -1, most=_WARM_UP)
+        for repeat in range(repeats):
             for number in range(len(self.texts)):
                 first = (number + repeat) % len(self.ways)
                 for way in [*self.ways[first:], *self.ways[:first]]:
                     yield self._decode(way, number, repeat)
 
-    def _decode(self, way: Way, number: int, repeat: int) -> EngineRun:
+    def _decode(self, way: Way, number: int, repeat: int, most: int | None = None) -> EngineRun:
+        """Decode a text in some way after its prompt, of which `most` tokens are read."""
         prompt, answer = self.texts[number].tensor_split([self.prompt_tokens])
-        run = self.bench.decode(Prompt(f"random/{number}", prompt), way.method, repeat)
+        run = self.bench.decode(Prompt(f"random/{number}", prompt[:most]), way.method, repeat)
         same = run.token_ids.tolist() == answer.tolist()
         return EngineRun(self.model, way.tau, run.timing, same)
 
@@ -227,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
     refusals: dict[str, str | None] = {}
     for model in args.shape:
         engine = EngineBench.prepare(args, model)
-        total = (args.repeats + 1) * len(engine.texts) * len(engine.ways)
+        total = (1 + args.repeats * len(engine.texts)) * len(engine.ways)
         found = list(tqdm(engine.run(args.repeats), desc=f"Decoding with {model}", total=total))
         spreads[model] = plain_spread(run.timing for run in found if run.timing.repeat >= 0)
         refusals[model] = engine.not_compiled
@@ -259,7 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--trees", nargs="+", type=shape, help="besides chains: total_tokens,depth,top_k; default: as deep and wide")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")
-    add("--eager", action="store_true", help="compile nothing")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--eager", action="store_true", help="compile nothing")
+    ways.add_argument("--compiled", action="store_true", help="leave out what is not compiled")
     add("--pack", action="store_true", help="prepack the target's weights, for every way")
     add("--limit", type=positive, default=4, help="prompts; default: 4")
     add("--prompt-tokens", type=positive, default=64, help="of a prompt; default: 64")

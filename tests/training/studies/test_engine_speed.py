@@ -25,7 +25,7 @@ def test_a_benchmark_of_a_tiny_engine_writes_everything(tmp_path: Path, capsys: 
     assert [row["planted"] for row in found["rows"]] == [None, None, 2.0, 2.0, None, 3.0, 3.0, None]
     assert found["noise"]["accepted"] and found["not_compiled"] == {"tiny": "Left out by --eager."}
     assert {"commit", "device", "threads", "dtype", "plain_spread"} <= found.keys()
-    assert len(found["runs"]) == 8 * 2 * 2 and "| tiny | tree 16/5/4, tau 3 |" in capsys.readouterr().out
+    assert len(found["runs"]) == 8 * (1 + 2) and "| tiny | tree 16/5/4, tau 3 |" in capsys.readouterr().out
 
 
 def test_hybrids_write_the_plain_text_without_what_they_lack(tmp_path: Path) -> None:
@@ -58,6 +58,14 @@ def test_every_way_of_ours_is_also_compiled() -> None:
     ]  # fmt: skip
     for way in ways:
         assert way.method.keywords.get("compile", False) == way.method.name.endswith(", compiled")
+
+
+def test_long_prompts_leave_out_what_is_not_compiled() -> None:
+    target = random_target("tiny")
+    heads, shapes = {2.0: DraftHead.from_target(target)}, {2.0: [TreeShape(4, 3, 1)]}
+    ways = ways_of(heads, shapes, compiles=True, is_eager=False, looks_up=False)
+    names = ["plain", "plain, compiled", "tree 4/3/1, tau 2, compiled", "auto, tau 2, compiled"]
+    assert [way.method.name for way in ways] == names
 
 
 def test_efficiency_is_the_share_of_tau_that_became_speed_against_each_plain() -> None:
