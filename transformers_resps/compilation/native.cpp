@@ -16,6 +16,7 @@ enum {
     LANES = 16,  // floats of a vector
     VECTORS = 4,
     COLUMNS = LANES * VECTORS,  // of a block of weights, and keys of a tile
+    QUARTERS = VECTORS,  // of a block: of each pair of inputs, one of its lines of 64 bytes
     ROWS = 6,  // at once: 24 sums, 4 weights and an input fill the registers
 };
 
@@ -125,7 +126,8 @@ RESPS_INLINE void resps_linear_rows(
 }
 
 // A block stays in a near cache while groups of rows go over it, from the second group on at the speed of products.
-// Memory would rest meanwhile: of three groups or more, two fetch half of the next block each, as much as it can give.
+// Memory would rest meanwhile: where there are three groups or more, each fetches a quarter of the next block, and the
+// last of three two. Of two groups, products are done before memory is.
 static void resps_linear(const RespsLinear* of) {
     const int64_t columns = of->is_gated ? 2 * of->width : of->width;
     const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS, groups = (of->count + ROWS - 1) / ROWS;
@@ -135,9 +137,11 @@ static void resps_linear(const RespsLinear* of) {
         for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each
             const int64_t row = of->count * group / groups;
             const int count = (int)(of->count * (group + 1) / groups - row);
-            if (groups > 2 && (group == 1 || group == 2)) {
-                const Bf16* half = next + (group - 1) * COLUMNS / 2 * of->depth;
-                RESPS_BY_COUNT(resps_linear_rows, count, VECTORS / 2, of, row, block, half)
+            const Bf16* quarter = next + group * COLUMNS / QUARTERS * of->depth;
+            if (groups == QUARTERS - 1 && group == groups - 1) {
+                RESPS_BY_COUNT(resps_linear_rows, count, 2, of, row, block, quarter)
+            } else if (groups >= QUARTERS - 1 && group < QUARTERS) {
+                RESPS_BY_COUNT(resps_linear_rows, count, 1, of, row, block, quarter)
             } else {
                 RESPS_BY_COUNT(resps_linear_rows, count, 0, of, row, block, 0)
             }
