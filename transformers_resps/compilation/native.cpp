@@ -161,7 +161,9 @@ typedef struct {
 typedef struct {
     RespsStates query, key, value, mask;  // no mask: everything is seen
     Bf16* result;
+    float* sums;  // the log-sum-exp of each query's scores, where it is asked for
     float scale;
+    int64_t mask_heads;  // of the mask that are one key head's; 0 where all key heads have the same
     int64_t batch, heads, key_heads, count, length, width, value_width;
     int64_t sharing, blocks, tiles, padded;  // heads of one head of keys, blocks of queries, tiles of keys, columns
 } RespsAttention;
@@ -241,7 +243,8 @@ static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, 
 }
 
 RESPS_INLINE const Bf16* resps_mask_of(const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
-    const int64_t head = (at->first + row) / of->count, place = (at->first + row) % of->count;
+    const int64_t head = (at->first + row) / of->count + at->key_head * of->mask_heads;
+    const int64_t place = (at->first + row) % of->count;
     return of->mask.start + at->batch * of->mask.batch + head * of->mask.head + place * of->mask.place + key;
 }
 
@@ -348,7 +351,11 @@ static void resps_end(const RespsAttention* of, const RespsQueries* at) {
     for (int row = 0; row < at->count; ++row) {
         const int64_t head = (at->first + row) / of->count + at->key_head * of->sharing;
         const int64_t place = (at->first + row) % of->count;
-        Bf16* result = of->result + ((at->batch * of->count + place) * of->heads + head) * of->value_width;
+        const int64_t written = (at->batch * of->count + place) * of->heads + head;
+        if (of->sums) {
+            of->sums[written] = at->total[row] > 0 ? at->most[row] + __builtin_logf(at->total[row]) : RESPS_LEAST;
+        }
+        Bf16* result = of->result + written * of->value_width;
         const __m512 share = _mm512_set1_ps(at->total[row] > 0 ? 1 / at->total[row] : 0);
         for (int64_t column = 0; column < of->value_width; column += LANES) {
             const __m512 output = _mm512_mul_ps(_mm512_loadu_ps(at->outputs + row * of->padded + column), share);
@@ -424,25 +431,21 @@ static int resps_attention(const RespsAttention* of) {
 
 enum { MOST_DIMENSIONS = 8 };
 
-static AOTITorchError resps_made(int64_t dimensions, const int64_t* sizes, AtenTensorHandle* result, Bf16** start) {
+static AOTITorchError resps_made(
+    int64_t dimensions, const int64_t* sizes, int32_t dtype, AtenTensorHandle* result, void** start) {
     int64_t strides[MOST_DIMENSIONS], stride = 1;
-    void* output;
     for (int64_t i = dimensions - 1; i >= 0; --i) strides[i] = stride, stride *= sizes[i];
-    if (aoti_torch_empty_strided(dimensions, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(),
-                                 0, result) ||
-        aoti_torch_get_data_ptr(*result, &output)) {
+    if (aoti_torch_empty_strided(dimensions, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result)) {
         return AOTI_TORCH_FAILURE;
     }
-    *start = (Bf16*)output;
-    return AOTI_TORCH_SUCCESS;
+    return aoti_torch_get_data_ptr(*result, start);
 }
 
 static AOTITorchError resps_run_linear(
     AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, int64_t width, int is_gated,
     AtenTensorHandle* result) {
     int64_t dimensions, *sizes, *blocks, shape[MOST_DIMENSIONS], count = 1;
-    void *input, *weights, *start = 0;
-    Bf16* output;
+    void *input, *weights, *output, *start = 0;
     if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
         aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
         aoti_torch_get_sizes(packed, &blocks) || aoti_torch_get_data_ptr(packed, &weights) ||
@@ -452,8 +455,8 @@ static AOTITorchError resps_run_linear(
     }
     for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
     shape[dimensions - 1] = width;
-    if (resps_made(dimensions, shape, result, &output)) return AOTI_TORCH_FAILURE;
-    const RespsLinear of = {(const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, output, count,
+    if (resps_made(dimensions, shape, aoti_torch_dtype_bfloat16(), result, &output)) return AOTI_TORCH_FAILURE;
+    const RespsLinear of = {(const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, (Bf16*)output, count,
                             sizes[dimensions - 1], width, is_gated};
     resps_linear(&of);
     return AOTI_TORCH_SUCCESS;
@@ -483,32 +486,52 @@ static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** si
     return strides[3] == 1 || (*sizes)[3] == 1;
 }
 
-AOTITorchError aoti_torch_cpu_bf16_attention(
+static AOTITorchError resps_run_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
-    AtenTensorHandle* result) {
+    AtenTensorHandle* result, AtenTensorHandle* sums) {
     RespsAttention of;
     int64_t *queries, *keys, *values, *masks;
+    void *attended, *summed = 0;
     of.mask.start = 0;
+    of.mask_heads = 0;
     if (!resps_read(query, &of.query, &queries) || !resps_read(key, &of.key, &keys) ||
         !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks)) ||
-        keys[0] != queries[0] || values[0] != keys[0] || queries[1] % keys[1] || values[1] != keys[1] ||
+        (queries[0] != 1 && queries[0] != keys[0]) || values[0] != keys[0] || queries[1] % keys[1] ||
+        values[1] != keys[1] ||
         queries[3] != keys[3] || values[2] != keys[2] || queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
         return AOTI_TORCH_FAILURE;
     }
-    if (mask && ((masks[0] != 1 && masks[0] != queries[0]) || (masks[1] != 1 && masks[1] != queries[1] / keys[1]) ||
+    of.sharing = queries[1] / keys[1];
+    if (mask && ((masks[0] != 1 && masks[0] != keys[0]) ||
+                 (masks[1] != 1 && masks[1] != of.sharing && masks[1] != queries[1]) ||
                  (masks[2] != 1 && masks[2] != queries[2]) || masks[3] != keys[2])) {
         return AOTI_TORCH_FAILURE;
     }
-    const int64_t shape[] = {queries[0], queries[2], queries[1], values[3]};
-    if (resps_made(4, shape, result, &of.result)) return AOTI_TORCH_FAILURE;
-    of.scale = (float)scale;
-    of.batch = queries[0], of.heads = queries[1], of.count = queries[2], of.width = queries[3];
+    if (mask && masks[1] == queries[1]) of.mask_heads = of.sharing;
+    const int64_t shape[] = {keys[0], queries[2], queries[1], values[3]};
+    if (resps_made(4, shape, aoti_torch_dtype_bfloat16(), result, &attended) ||
+        (sums && resps_made(3, shape, aoti_torch_dtype_float32(), sums, &summed))) {
+        return AOTI_TORCH_FAILURE;
+    }
+    of.result = (Bf16*)attended, of.sums = (float*)summed, of.scale = (float)scale;
+    of.batch = keys[0], of.heads = queries[1], of.count = queries[2], of.width = queries[3];
     of.key_heads = keys[1], of.length = keys[2], of.value_width = values[3];
-    of.sharing = of.heads / of.key_heads;
     of.blocks = (of.sharing * of.count + MOST_QUERIES - 1) / MOST_QUERIES;
     of.tiles = (of.length + COLUMNS - 1) / COLUMNS;
     of.padded = (of.value_width + COLUMNS - 1) / COLUMNS * COLUMNS;
     return resps_attention(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+}
+
+AOTITorchError aoti_torch_cpu_bf16_attention(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
+    AtenTensorHandle* result) {
+    return resps_run_attention(query, key, value, mask, scale, result, 0);
+}
+
+AOTITorchError aoti_torch_cpu_bf16_block_attention(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scale,
+    AtenTensorHandle* result, AtenTensorHandle* sums) {
+    return resps_run_attention(query, key, value, &mask, scale, result, sums);
 }
 
 #pragma GCC pop_options

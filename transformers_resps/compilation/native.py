@@ -128,16 +128,49 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
+@torch.library.custom_op("resps::bf16_block_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
+def bf16_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `bf16_attention`, with the log-sum-exp of each query's scores. Over at most 64 keys the result of a query
+    depends neither on the others nor on the number of threads.
+
+    Args:
+        query: `[b or 1, heads, q, hd]`.
+        key: `[b, heads, t, hd]`.
+        value: `[b, heads, t, vd]`.
+        mask: `[b or 1, 1 or heads, q, t]`, added to the scores.
+        scale: of the scores.
+
+    Returns:
+        `[b, q, heads, vd]`, and fp32 `[b, q, heads]`.
+    """
+    scores = query.float() @ key.float().mT * scale + mask
+    attended = scores.softmax(dim=-1) @ value.float()
+    return attended.transpose(1, 2).to(value.dtype).contiguous(), scores.logsumexp(dim=-1).transpose(1, 2).contiguous()
+
+
+@bf16_block_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    shape = key.shape[0], query.shape[2], query.shape[1]
+    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
+
+
 def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
     """The operators that C++ calls without PyTorch's dispatcher, and their source."""
     source = _SOURCE.read_text(encoding="utf-8")
     operators = torch.ops.resps
-    calls = operators.bf16_linear, operators.bf16_gated, operators.bf16_attention
+    calls = (
+        operators.bf16_linear,
+        operators.bf16_gated,
+        operators.bf16_attention,
+        operators.bf16_block_attention,
+    )
     return {call.default: [] if place else [source] for place, call in enumerate(calls)}
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether to call `bf16_attention`, which is faster in packaged code alone; masks may also be true where seen."""
+    """Whether to call operators of attention, faster in packaged code alone; masks may also be true where seen."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()

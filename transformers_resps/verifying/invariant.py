@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from ..compilation.native import attends_natively, bf16_block_attention
 from .attention import GROUPED, STOCK, grouped_attention, naming_attention
 
 
@@ -265,12 +266,11 @@ class _Rows(NamedTuple):
     step: int = 0
 
     def of(self, queries: Tensor, key_heads: int) -> Tensor:
-        """`[blocks, b * kv heads, rows, hd]` of `[b * n * heads, hd]`."""
-        blocks, _, count, _ = self.mask.shape
-        size, distance = queries.shape[1], queries.stride(0)
+        """`[blocks or 1, b * kv heads, rows, hd]` of `[b * n * heads, hd]`: one where all blocks are asked alike."""
+        count, size, distance = self.mask.shape[2], queries.shape[1], queries.stride(0)
         if self.step:
-            return queries.as_strided((blocks, key_heads, count, size), (0, self.step * distance, distance, 1))
-        return queries.index_select(0, self.heads).view(-1, key_heads, count, size).expand(blocks, -1, -1, -1)
+            return queries.as_strided((1, key_heads, count, size), (0, self.step * distance, distance, 1))
+        return queries.index_select(0, self.heads).view(-1, key_heads, count, size)
 
 
 class _OwnReads(NamedTuple):
@@ -472,6 +472,11 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
     size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
     asking = rows.of(queries, keys.shape[1])
     values = pad(values, (0, size - narrow)) if narrow < size else values
+    if attends_natively(asking, keys, values, rows.mask):
+        scale = size**-0.5 if scaling is None else scaling
+        found, sums = bf16_block_attention(asking, keys, values, rows.mask, scale)
+        return sums, found
+    asking = asking.expand(keys.shape[0], -1, -1, -1)
     if keys.device.type == "cpu":
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
