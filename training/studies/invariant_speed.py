@@ -2,8 +2,8 @@
 
 Question: how much longer does a step take that writes one text in any dtype?
 Answer (SmolLM2, bfloat16, two threads, after 100 and 450 tokens): a plain step takes 1.07 to 1.12 times as long,
-a chain of 8 nodes 1.07 to 1.13; 8 nodes on 3 paths 1.24 to 1.26; 16 nodes on 6 paths 1.24 to 1.28. Compiled: 1.02;
-1.01 to 1.08; 1.15 to 1.16; 1.22 to 1.25.
+a chain of 8 nodes 1.07 to 1.13; 8 nodes on 3 paths 1.24 to 1.26; 16 nodes on 6 paths 1.24 to 1.28. Compiled:
+1.06 to 1.11; 1.06 to 1.07; 1.10 to 1.15; 1.19 to 1.20.
 
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --pack
     python -m training.studies.invariant_speed work/smollm2 --dtype bfloat16 --compile

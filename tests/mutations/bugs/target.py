@@ -135,6 +135,7 @@ def overwrite_what_was_lent(settle: Function) -> Function:
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 ATTENDING = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
 MULTIPLYING = "tests/compilation/test_native.py::test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside"
+BLOCKS = "tests/compilation/test_native.py::test_packaged_code_attends_to_a_block_alike_whatever_rows_stand_beside"
 GATING = "tests/compilation/test_native.py::test_packaged_code_rounds_what_is_gated_as_pytorch_does"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
@@ -181,6 +182,12 @@ MUTATIONS = (
         "compilation.native:native_operators",
         with_another_line("(is_negative, one, small)", "(is_negative, one, one)"),
         GATING,
+    ),
+    Mutation(
+        "native blocks weigh by their largest score alone",
+        "compilation.native:native_operators",
+        with_another_line("at->most[row] + __builtin_logf(at->total[row])", "at->most[row]"),
+        BLOCKS,
     ),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
     Mutation(
