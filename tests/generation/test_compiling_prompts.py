@@ -84,6 +84,18 @@ def test_logits_are_computed_for_the_last_token_alone(target: PreTrainedModel, h
     assert forwards == [((1, 4), (1, 2, VOCABULARY))] * 3
 
 
+def test_a_step_of_as_many_nodes_as_rows_is_not_filled_up(
+    target: PreTrainedModel, head: DraftHead, forwards: Any
+) -> None:
+    """The prompt was read by the same code, whose sizes differed when it was compiled."""
+    chain = FixedPolicy(TreeShape(4, 3, 1))
+    text = tokens(7, rows=4)
+    options = {"attention_mask": torch.ones_like(text), "max_new_tokens": 12, "assistant_model": head, "policy": chain}
+    target.generate(text, compile=True, lockstep=False, **options)
+    steps = [given for given, _ in forwards if given[1] < 7]
+    assert (4, 4) in steps and (4, 5) not in steps[2:]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_conversation_goes_on_by_reading_its_new_tokens(name: str, forwards: Any) -> None:
     target = attach(next(found for found in ARCHITECTURES if str(found) == name).build("sdpa"))
