@@ -178,9 +178,8 @@ def batches(found: list[Results], *sizes: str) -> str:
         start = [DATASETS[Path(one.asked["dataset"]).stem], one.link]
         for (tree, way), own in cells.items():
             if "plain" not in (tree, way) and "one by one" not in way:
-                rows.append(
-                    [*start, "" if way == "stock" else named(tree), way, *(two(own.get(size)) for size in sizes)]
-                )
+                drafted = "" if way == "stock" else named(tree)
+                rows.append([*start, drafted, named(way), *(two(own.get(size)) for size in sizes)])
     return table(["prompts", "results file", "tree", "rows"], [f"batch of {size}" for size in sizes], rows)
 
 

@@ -42,7 +42,7 @@ def ready(way: str, args: argparse.Namespace) -> tuple[Any, Method]:
     """Load a target and what decodes it in some way; OpenVINO needs to know the target alone."""
     if way in OPENVINO:
         named = SimpleNamespace(
-            name_or_path=args.target, device=torch.device("cpu"), dtype=getattr(torch, args.dtype or "float32")
+            name_or_path=args.target, device=torch.device("cpu"), dtype=getattr(torch, args.dtype or "float32", None)
         )
         return named, next(peer for peer in load_peers(["openvino"], named, None) if peer.name == way)
     target = attach(load_target(args.target, args.dtype, "cpu"))

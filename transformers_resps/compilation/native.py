@@ -228,13 +228,15 @@ class _Gated(NamedTuple):
 
 def _gated(*layers: Node) -> _Gated | None:
     """What two layers of the same input make, if it is that."""
+    if any(len(layer.users) != 1 or len(layer.all_input_nodes) > 2 for layer in layers):  # read otherwise, or biased
+        return None
     for gate, up in permutations(layers):
-        silu, product = next(iter(gate.users)), next(iter(up.users))
-        targets = silu.target, product.target
-        is_alone = all(len(part.users) == 1 for part in (gate, silu, up)) and set(product.args) == {silu, up}
-        has_bias, width = len(gate.all_input_nodes) > 2, gate.meta["val"].shape[-1]
-        fits = not has_bias and width == up.meta["val"].shape[-1] and width % (_COLUMNS // 2) == 0
-        if is_alone and fits and targets == (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor):
+        (silu,), (product,) = gate.users, up.users
+        if (silu.target, product.target) != (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor):
+            continue
+        width = gate.meta["val"].shape[-1]
+        fits = width == up.meta["val"].shape[-1] and width % (_COLUMNS // 2) == 0
+        if fits and len(silu.users) == 1 and set(product.args) == {silu, up}:
             return _Gated(product, silu, gate, up)
     return None
 
