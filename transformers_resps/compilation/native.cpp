@@ -13,15 +13,18 @@ AOTITorchError aoti_torch_cpu_bf16_linear(
 #define RESPS_INLINE static inline __attribute__((always_inline))
 
 enum {
-    LANES = 16,  // floats of a vector
-    VECTORS = 4,
-    COLUMNS = LANES * VECTORS,  // of a block of weights, and keys of a tile
-    QUARTERS = VECTORS,  // of a block: of each pair of inputs, one of its lines of 64 bytes
-    ROWS = 6,  // at once: 24 sums, 4 weights and an input fill the registers
+    LANES = 16,  // floats of a vector, and pairs of weights of a line of 64 bytes
+    SUMS = 24,  // vectors at once: with what is multiplied they fill the registers
+    NARROW = 2,
+    BLOCK = NARROW * LANES,  // outputs whose weights lie together
+    BLOCK_ROWS = SUMS / NARROW,  // read a block at once
+    WIDE = 4,
+    TILE = WIDE * LANES,  // keys that are read together
+    TILE_ROWS = SUMS / WIDE,  // queries look at a tile at once
+    AHEAD = 96 * LANES * 2,  // of the weights that are multiplied, those to fetch: 6 KiB later
 };
 
 typedef uint16_t Bf16;
-typedef __m512 Sums[ROWS][VECTORS];
 
 RESPS_INLINE int64_t resps_least(int64_t one, int64_t other) { return one < other ? one : other; }
 
@@ -46,34 +49,49 @@ RESPS_INLINE __m512 resps_exp(__m512 power) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-// Adds the products of `count` rows with a block [pairs, COLUMNS, 2]. For each pair it has some `lines` of 64 bytes
-// fetched from `next` on. Both numbers are constants where this is inlined. Each sum is taken in the order of its pairs,
-// so it is the same whatever other rows there are.
+// Adds the products of `count` rows with a block [pairs, vectors * LANES, 2] to sums [count, vectors]. Where `next` is
+// not null, as much is fetched from there on. The numbers are constants where this is inlined. Each sum is taken
+// in the order of its pairs, so it is the same whatever other rows there are.
 RESPS_INLINE void resps_multiply(
-    Sums sums, const int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t pairs, const int lines,
-    const Bf16* next) {
+    __m512* sums, const int count, const int vectors, const Bf16* rows, int64_t stride, const Bf16* block,
+    int64_t pairs, const Bf16* next) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh read[VECTORS];
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(next + (pair * lines + i) * LANES * 2, 0, 2);
-        for (int v = 0; v < VECTORS; ++v) read[v] = (__m512bh)_mm512_loadu_si512(block + (pair * VECTORS + v) * LANES * 2);
+        __m512bh read[WIDE];
+        for (int v = 0; v < vectors; ++v) {
+            const int64_t line = (pair * vectors + v) * LANES * 2;
+            if (next) __builtin_prefetch(next + line, 0, 2);  // to the second cache: the nearest is too small
+            read[v] = (__m512bh)_mm512_loadu_si512(block + line);
+        }
         for (int i = 0; i < count; ++i) {
             int32_t two;
             __builtin_memcpy(&two, rows + i * stride + 2 * pair, sizeof two);
             const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
-            for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], inputs, read[v]);
+            for (int v = 0; v < vectors; ++v) {
+                sums[i * vectors + v] = _mm512_dpbf16_ps(sums[i * vectors + v], inputs, read[v]);
+            }
         }
     }
 }
 
-// Calls `function` with a constant number of rows.
-#define RESPS_BY_COUNT(function, count, ...)             \
-    switch (count) {                                     \
-        case 1: function(1, __VA_ARGS__); break;         \
-        case 2: function(2, __VA_ARGS__); break;         \
-        case 3: function(3, __VA_ARGS__); break;         \
-        case 4: function(4, __VA_ARGS__); break;         \
-        case 5: function(5, __VA_ARGS__); break;         \
-        default: function(ROWS, __VA_ARGS__);            \
+// Call `function` with a constant number of rows.
+#define RESPS_BY_SIX(function, count, ...)                   \
+    switch (count) {                                         \
+        case 1: function(1, __VA_ARGS__); break;             \
+        case 2: function(2, __VA_ARGS__); break;             \
+        case 3: function(3, __VA_ARGS__); break;             \
+        case 4: function(4, __VA_ARGS__); break;             \
+        case 5: function(5, __VA_ARGS__); break;             \
+        default: function(6, __VA_ARGS__);                   \
+    }
+#define RESPS_BY_TWELVE(function, count, ...)                \
+    switch (count) {                                         \
+        case 7: function(7, __VA_ARGS__); break;             \
+        case 8: function(8, __VA_ARGS__); break;             \
+        case 9: function(9, __VA_ARGS__); break;             \
+        case 10: function(10, __VA_ARGS__); break;           \
+        case 11: function(11, __VA_ARGS__); break;           \
+        case 12: function(12, __VA_ARGS__); break;           \
+        default: RESPS_BY_SIX(function, count, __VA_ARGS__)  \
     }
 
 // ---- linear layers
@@ -95,55 +113,50 @@ RESPS_INLINE __m512 resps_gated(__m512 gate, __m512 up) {
 }
 
 RESPS_INLINE void resps_linear_rows(
-    const int count, const int lines, const RespsLinear* of, int64_t row, int64_t block, const Bf16* next) {
-    const int64_t first = block * COLUMNS;
-    __mmask16 written[VECTORS];
-    Sums sums;
-    for (int v = 0; v < VECTORS; ++v) {
+    const int count, const RespsLinear* of, int64_t row, int64_t block, const Bf16* next) {
+    const int64_t first = block * BLOCK;
+    __mmask16 written[NARROW];
+    __m512 sums[SUMS];
+    for (int v = 0; v < NARROW; ++v) {
         written[v] = resps_lanes(of->width - first - v * LANES);
         __m512 start = _mm512_setzero_ps();
         if (of->bias) start = resps_wide(_mm256_maskz_loadu_epi16(written[v], of->bias + first + v * LANES));
-        for (int i = 0; i < count; ++i) sums[i][v] = start;
+        for (int i = 0; i < count; ++i) sums[i * NARROW + v] = start;
     }
-    resps_multiply(sums, count, of->rows + row * of->depth, of->depth, of->packed + first * of->depth, of->depth / 2,
-                   lines, next);
+    const Bf16* weights = of->packed + first * of->depth;
+    resps_multiply(sums, count, NARROW, of->rows + row * of->depth, of->depth, weights, of->depth / 2, next);
     if (of->is_gated) {
+        Bf16* result = of->result + row * of->width + block * LANES;
         for (int i = 0; i < count; ++i) {
-            Bf16* result = of->result + (row + i) * of->width + first / 2;
-            for (int v = 0; v < VECTORS / 2; ++v) {
-                const __m512 gated = resps_gated(sums[i][v], sums[i][v + VECTORS / 2]);
-                _mm256_storeu_si256((__m256i*)(result + v * LANES), (__m256i)_mm512_cvtneps_pbh(gated));
-            }
+            const __m512 gated = resps_gated(sums[i * NARROW], sums[i * NARROW + 1]);
+            _mm256_storeu_si256((__m256i*)(result + i * of->width), (__m256i)_mm512_cvtneps_pbh(gated));
         }
         return;
     }
     for (int i = 0; i < count; ++i) {
         Bf16* result = of->result + (row + i) * of->width + first;
-        for (int v = 0; v < VECTORS; ++v) {
-            _mm256_mask_storeu_epi16(result + v * LANES, written[v], (__m256i)_mm512_cvtneps_pbh(sums[i][v]));
+        for (int v = 0; v < NARROW; ++v) {
+            const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums[i * NARROW + v]);
+            _mm256_mask_storeu_epi16(result + v * LANES, written[v], rounded);
         }
     }
 }
 
-// A block stays in a near cache while groups of rows go over it, from the second group on at the speed of products.
-// Memory would rest meanwhile: where there are three groups or more, each fetches a quarter of the next block, and the
-// last of three two. Of two groups, products are done before memory is.
+// A block stays in a near cache while groups of rows go over it. Memory would rest from the second group on, so the
+// last one fetches the next block; a lone one, which multiplies about as fast as memory reads, what comes soon.
 static void resps_linear(const RespsLinear* of) {
     const int64_t columns = of->is_gated ? 2 * of->width : of->width;
-    const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS, groups = (of->count + ROWS - 1) / ROWS;
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-        const Bf16* next = of->packed + (block + 1 < blocks ? block + 1 : block) * COLUMNS * of->depth;
+        const Bf16* next = of->packed + block * BLOCK * of->depth + (groups > 1 ? BLOCK * of->depth : AHEAD);
         for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each
             const int64_t row = of->count * group / groups;
             const int count = (int)(of->count * (group + 1) / groups - row);
-            const Bf16* quarter = next + group * COLUMNS / QUARTERS * of->depth;
-            if (groups == QUARTERS - 1 && group == groups - 1) {
-                RESPS_BY_COUNT(resps_linear_rows, count, 2, of, row, block, quarter)
-            } else if (groups >= QUARTERS - 1 && group < QUARTERS) {
-                RESPS_BY_COUNT(resps_linear_rows, count, 1, of, row, block, quarter)
+            if (group == groups - 1) {
+                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, next)
             } else {
-                RESPS_BY_COUNT(resps_linear_rows, count, 0, of, row, block, 0)
+                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, 0)
             }
         }
     }
@@ -203,9 +216,9 @@ RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
     }
 }
 
-// Keys as a block [width / 2, COLUMNS, 2].
+// Keys as a block [width / 2, TILE, 2].
 static void resps_pack_keys(Bf16* packed, const Bf16* keys, int64_t stride, int64_t width, int64_t count) {
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < WIDE; ++v) {
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             __m512i rows[LANES], columns[LANES];
             for (int i = 0; i < LANES; ++i) {
@@ -214,13 +227,13 @@ static void resps_pack_keys(Bf16* packed, const Bf16* keys, int64_t stride, int6
             }
             resps_transpose(rows, columns);
             for (int i = 0; i < LANES; ++i) {
-                _mm512_storeu_si512(packed + ((column / 2 + i) * VECTORS + v) * LANES * 2, columns[i]);
+                _mm512_storeu_si512(packed + ((column / 2 + i) * WIDE + v) * LANES * 2, columns[i]);
             }
         }
     }
 }
 
-// Values as blocks [COLUMNS / 2, COLUMNS, 2], each of COLUMNS of their `width`; the last one may end earlier.
+// Values as blocks [TILE / 2, TILE, 2], each of TILE of their `width`; the last one may end earlier.
 static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, int64_t width, int64_t count) {
     static const Bf16 nothing[2 * LANES] = {0};
     __m512i order[2];
@@ -229,12 +242,12 @@ static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, 
         for (int i = 0; i < LANES; ++i) places[2 * i] = half * LANES + i, places[2 * i + 1] = half * LANES + i + 2 * LANES;
         order[half] = _mm512_loadu_si512(places);
     }
-    for (int pair = 0; pair < COLUMNS / 2; ++pair) {
+    for (int pair = 0; pair < TILE / 2; ++pair) {
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             const Bf16* one = 2 * pair < count ? values + 2 * pair * stride + column : nothing;
             const Bf16* other = 2 * pair + 1 < count ? values + (2 * pair + 1) * stride + column : nothing;
             const __m512i left = _mm512_loadu_si512(one), right = _mm512_loadu_si512(other);
-            Bf16* block = packed + column / COLUMNS * COLUMNS * COLUMNS + (pair * COLUMNS + column % COLUMNS) * 2;
+            Bf16* block = packed + column / TILE * TILE * TILE + (pair * TILE + column % TILE) * 2;
             for (int half = 0; half < 2; ++half) {
                 _mm512_storeu_si512(block + half * LANES * 2, _mm512_permutex2var_epi16(left, order[half], right));
             }
@@ -253,7 +266,7 @@ static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64
     if (!of->mask.start) return 1;
     for (int row = 0; row < at->count; ++row) {
         const Bf16* mask = resps_mask_of(of, at, row, key);
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < WIDE; ++v) {
             const __mmask16 read = resps_lanes(of->length - key - v * LANES);
             const __m256i values = _mm256_maskz_loadu_epi16(read, mask + v * LANES);
             const __mmask16 finite = _mm256_mask_cmpneq_epi16_mask(read, values, _mm256_set1_epi16((short)0xff80));
@@ -266,46 +279,46 @@ static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64
 // Some queries look at a tile of keys: softmax in one pass over keys (Milakov and Gimelshein 2018, section 3).
 RESPS_INLINE void resps_look(
     const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
-    float shrunk[ROWS];
-    Sums sums;
+    float shrunk[TILE_ROWS];
+    __m512 sums[SUMS];
     for (int i = 0; i < count; ++i) {
-        for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_setzero_ps();
+        for (int v = 0; v < WIDE; ++v) sums[i * WIDE + v] = _mm512_setzero_ps();
     }
-    resps_multiply(sums, count, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0, 0);
+    resps_multiply(sums, count, WIDE, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0);
     for (int i = 0; i < count; ++i) {
         const Bf16* mask = of->mask.start ? resps_mask_of(of, at, row + i, key) : 0;
-        __m512 scores[VECTORS];
+        __m512 scores[WIDE];
         __m512 most = _mm512_set1_ps(at->most[row + i]);
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < WIDE; ++v) {
             const __mmask16 read = resps_lanes(of->length - key - v * LANES);
             __m512 added = _mm512_setzero_ps();
             if (mask) added = resps_wide(_mm256_maskz_loadu_epi16(read, mask + v * LANES));
-            scores[v] = _mm512_fmadd_ps(sums[i][v], _mm512_set1_ps(of->scale), added);
+            scores[v] = _mm512_fmadd_ps(sums[i * WIDE + v], _mm512_set1_ps(of->scale), added);
             scores[v] = _mm512_mask_blend_ps(read, _mm512_set1_ps(-__builtin_inff()), scores[v]);
             most = _mm512_max_ps(most, scores[v]);
         }
         const float largest = _mm512_reduce_max_ps(most);
         __m512 total = _mm512_setzero_ps();
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < WIDE; ++v) {
             const __m512 weights = resps_exp(_mm512_sub_ps(scores[v], _mm512_set1_ps(largest)));
             total = _mm512_add_ps(total, weights);
-            _mm256_storeu_si256((__m256i*)(at->weights + i * COLUMNS + v * LANES), (__m256i)_mm512_cvtneps_pbh(weights));
+            _mm256_storeu_si256((__m256i*)(at->weights + i * TILE + v * LANES), (__m256i)_mm512_cvtneps_pbh(weights));
         }
         shrunk[i] = resps_exp_of(at->most[row + i] - largest);
         at->most[row + i] = largest;
         at->total[row + i] = at->total[row + i] * shrunk[i] + _mm512_reduce_add_ps(total);
     }
-    for (int64_t column = 0; column < of->padded; column += COLUMNS) {
+    for (int64_t column = 0; column < of->padded; column += TILE) {
         float* outputs = at->outputs + row * of->padded + column;
         for (int i = 0; i < count; ++i) {
-            for (int v = 0; v < VECTORS; ++v) {
+            for (int v = 0; v < WIDE; ++v) {
                 const __m512 before = _mm512_loadu_ps(outputs + i * of->padded + v * LANES);
-                sums[i][v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
+                sums[i * WIDE + v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
             }
         }
-        resps_multiply(sums, count, at->weights, COLUMNS, at->values + column * COLUMNS, COLUMNS / 2, 0, 0);
+        resps_multiply(sums, count, WIDE, at->weights, TILE, at->values + column * TILE, TILE / 2, 0);
         for (int i = 0; i < count; ++i) {
-            for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i][v]);
+            for (int v = 0; v < WIDE; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i * WIDE + v]);
         }
     }
 }
@@ -332,17 +345,17 @@ static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item
 }
 
 static void resps_tile(const RespsAttention* of, const RespsQueries* at, int64_t tile) {
-    const int64_t key = tile * COLUMNS, count = resps_least(of->length - key, COLUMNS);
+    const int64_t key = tile * TILE, count = resps_least(of->length - key, TILE);
     if (!resps_is_seen(of, at, key)) return;
     const Bf16* keys = of->key.start + at->batch * of->key.batch + at->key_head * of->key.head + key * of->key.place;
     const Bf16* values =
         of->value.start + at->batch * of->value.batch + at->key_head * of->value.head + key * of->value.place;
     resps_pack_keys(at->keys, keys, of->key.place, of->width, count);
     resps_pack_values(at->values, values, of->value.place, of->value_width, count);
-    const int groups = (at->count + ROWS - 1) / ROWS;
+    const int groups = (at->count + TILE_ROWS - 1) / TILE_ROWS;
     for (int group = 0; group < groups; ++group) {
         const int row = at->count * group / groups, rows = at->count * (group + 1) / groups - row;
-        RESPS_BY_COUNT(resps_look, rows, of, at, row, key)
+        RESPS_BY_SIX(resps_look, rows, of, at, row, key)
     }
 }
 
@@ -384,7 +397,7 @@ static int resps_attention(const RespsAttention* of) {
     const int threads = omp_get_max_threads();
     const int64_t rows = resps_least(of->sharing * of->count, MOST_QUERIES);
     const int64_t kept = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // floats of queries that two share
-    const int64_t halves = (rows * of->width + COLUMNS * (of->width + of->padded) + ROWS * COLUMNS) / 2;
+    const int64_t halves = (rows * of->width + TILE * (of->width + of->padded) + TILE_ROWS * TILE) / 2;
     const int64_t own = 2 * kept + (halves + LANES - 1) / LANES * LANES;
     const int64_t items = of->batch * of->key_heads * of->blocks, tiles = items * of->tiles;
     float* memory = (float*)_mm_malloc(threads * own * sizeof(float), 64);
@@ -397,9 +410,9 @@ static int resps_attention(const RespsAttention* of) {
         RespsQueries at;
         at.queries = (Bf16*)(place + 2 * kept);
         at.keys = at.queries + rows * of->width;
-        at.values = at.keys + COLUMNS * of->width;
-        at.weights = at.values + COLUMNS * of->padded;
-        if (of->value_width < of->padded) __builtin_memset(at.values, 0, COLUMNS * of->padded * sizeof *at.values);
+        at.values = at.keys + TILE * of->width;
+        at.weights = at.values + TILE * of->padded;
+        if (of->value_width < of->padded) __builtin_memset(at.values, 0, TILE * of->padded * sizeof *at.values);
         for (int64_t tile = first; tile < last;) {
             const int64_t item = tile / of->tiles, end = resps_least((item + 1) * of->tiles, last);
             at.outputs = place + (tile == first ? 0 : kept);
@@ -449,8 +462,8 @@ static AOTITorchError resps_run_linear(
     if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
         aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
         aoti_torch_get_sizes(packed, &blocks) || aoti_torch_get_data_ptr(packed, &weights) ||
-        (bias && aoti_torch_get_data_ptr(*bias, &start)) || blocks[0] * COLUMNS < (1 + is_gated) * width ||
-        blocks[1] * 2 != sizes[dimensions - 1]) {
+        (bias && aoti_torch_get_data_ptr(*bias, &start)) || blocks[0] * BLOCK < (1 + is_gated) * width ||
+        blocks[2] != BLOCK || blocks[1] * 2 != sizes[dimensions - 1]) {
         return AOTI_TORCH_FAILURE;
     }
     for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
@@ -517,8 +530,8 @@ static AOTITorchError resps_run_attention(
     of.batch = keys[0], of.heads = queries[1], of.count = queries[2], of.width = queries[3];
     of.key_heads = keys[1], of.length = keys[2], of.value_width = values[3];
     of.blocks = (of.sharing * of.count + MOST_QUERIES - 1) / MOST_QUERIES;
-    of.tiles = (of.length + COLUMNS - 1) / COLUMNS;
-    of.padded = (of.value_width + COLUMNS - 1) / COLUMNS * COLUMNS;
+    of.tiles = (of.length + TILE - 1) / TILE;
+    of.padded = (of.value_width + TILE - 1) / TILE * TILE;
     return resps_attention(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 

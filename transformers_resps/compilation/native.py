@@ -24,7 +24,7 @@ from ..compat import cpu_flags
 
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_COLUMNS = 64  # of a block, as in `native.cpp`
+_BLOCK = 32  # outputs whose weights lie together, as in `native.cpp`
 _STEP = 32  # of a head's width
 
 
@@ -36,15 +36,15 @@ def pack_linear(weights: Sequence[Tensor]) -> Tensor:
         weights: each `[o, i]`, of an even `i`.
 
     Returns:
-        `[blocks, i / 2, 64, 2]`: of 64 outputs, the last ones padded by zeros, pairs of neighbouring inputs.
+        `[blocks, i / 2, 32, 2]`: of 32 outputs, the last ones padded by zeros, pairs of neighbouring inputs.
     """
     return _packed(torch.cat(list(weights)))
 
 
 @pack_linear.register_fake
 def _(weights: Sequence[Tensor]) -> Tensor:
-    blocks = -(-sum(weight.shape[0] for weight in weights) // _COLUMNS)
-    return weights[0].new_empty(blocks, weights[0].shape[1] // 2, _COLUMNS, 2)
+    blocks = -(-sum(weight.shape[0] for weight in weights) // _BLOCK)
+    return weights[0].new_empty(blocks, weights[0].shape[1] // 2, _BLOCK, 2)
 
 
 @torch.library.custom_op("resps::bf16_linear", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
@@ -71,14 +71,14 @@ def _(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
 
 @torch.library.custom_op("resps::pack_gated", mutates_args=())
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """As `pack_linear`, of two weights `[o, i]`, whose o is a multiple of 32: half of each block is the gate's."""
-    halves = [part.unflatten(0, (-1, _COLUMNS // 2)) for part in (gate, up)]
+    """As `pack_linear`, of two weights `[o, i]`, whose o is a multiple of 16: half of each block is the gate's."""
+    halves = [part.unflatten(0, (-1, _BLOCK // 2)) for part in (gate, up)]
     return _packed(torch.stack(halves, dim=1).flatten(0, 2))
 
 
 @pack_gated.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(2 * gate.shape[0] // _COLUMNS, gate.shape[1] // 2, _COLUMNS, 2)
+    return gate.new_empty(2 * gate.shape[0] // _BLOCK, gate.shape[1] // 2, _BLOCK, 2)
 
 
 @torch.library.custom_op("resps::bf16_gated", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
@@ -93,7 +93,7 @@ def bf16_gated(rows: Tensor, packed: Tensor, width: int) -> Tensor:
     Returns:
         `[..., width]`
     """
-    both = bf16_linear(rows, packed, None, 2 * width).unflatten(-1, (-1, 2, _COLUMNS // 2))
+    both = bf16_linear(rows, packed, None, 2 * width).unflatten(-1, (-1, 2, _BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
 
 
@@ -208,8 +208,8 @@ def is_native_faster() -> bool:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    padded = functional.pad(weight, (0, 0, 0, -len(weight) % _COLUMNS))
-    return padded.view(-1, _COLUMNS, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    padded = functional.pad(weight, (0, 0, 0, -len(weight) % _BLOCK))
+    return padded.view(-1, _BLOCK, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -235,7 +235,7 @@ def _gated(*layers: Node) -> _Gated | None:
         if (silu.target, product.target) != (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor):
             continue
         width = gate.meta["val"].shape[-1]
-        fits = width == up.meta["val"].shape[-1] and width % (_COLUMNS // 2) == 0
+        fits = width == up.meta["val"].shape[-1] and width % (_BLOCK // 2) == 0
         if fits and len(silu.users) == 1 and set(product.args) == {silu, up}:
             return _Gated(product, silu, gate, up)
     return None
