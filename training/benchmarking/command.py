@@ -3,7 +3,9 @@
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,7 +27,7 @@ from transformers_resps.tools.bench import (
     start,
 )
 from transformers_resps.tools.cli import add_bench_options
-from transformers_resps.tools.methods import Prompt, fixed_tree
+from transformers_resps.tools.methods import Method, Prompt, fixed_tree
 from transformers_resps.tools.quiet import BusyMachineError, checked_load
 from transformers_resps.tools.results import (
     PLAIN,
@@ -40,7 +42,7 @@ from transformers_resps.tools.session import Dialogue, Session, check_apart, rea
 from .details import same_texts, shapes_chosen
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
 from .journal import Journal, JournaledBench
-from .peers import PEERS, check_installed, load_peers, peer_versions
+from .peers import PEERS, check_installed, load_peers, peer_versions, vllm_peers
 from .plots import draw_plots
 from .provenance import code, config_sha256, weights_sha256
 
@@ -55,6 +57,7 @@ class FullConfig(BenchConfig):
 
     Attributes:
         peers: other libraries, of `PEERS`.
+        vllm: the Python of an environment with vLLM, which is then measured, too.
         search_dataset: prompts to find the best fixed tree on; `None` for those of `datasets` beyond the limit.
     """
 
@@ -65,6 +68,7 @@ class FullConfig(BenchConfig):
     }
 
     peers: Sequence[str] = ()
+    vllm: str | None = None
     search_dataset: str | None = None
 
 
@@ -82,6 +86,7 @@ def main(arguments: list[str] | None, description: str) -> int:
     add = parser.add_argument_group("beyond `resps bench`").add_argument
     libraries = "also these installed libraries; they draft with --draft-model, otherwise by lookup"
     add("--peers", nargs="+", choices=PEERS, help=libraries)
+    add("--vllm", metavar="PYTHON", help="also vLLM, by the Python of its environment (see `make vllm`)")
     searched = "prompts to find the best fixed tree on; default: those of the datasets that are not evaluated"
     add("--search-dataset", metavar="FILE_OR_ID", help=searched)
     try:
@@ -113,13 +118,30 @@ def benchmark(config: FullConfig) -> int:
     start(config)
     models = BenchModels.load(config)
     head = replayable(models)
+    others, versions = load_peers(config.peers, models.target, models.draft_model), peer_versions(config.peers)
+    with ExitStack() as running:
+        if config.vllm is not None:
+            methods, versions["vllm"] = running.enter_context(vllm_peers(Path(config.vllm), models.target, head))
+            others += methods
+        return measure(config, models, head, others, versions, load)
+
+
+def measure(
+    config: FullConfig,
+    models: BenchModels,
+    head: DraftHead,
+    others: Sequence[Method],
+    versions: Mapping[str, str],
+    load: float | None,
+) -> int:
+    """As `benchmark`, with methods of other libraries, their versions, and the load before anything was started."""
     evaluated, searched = choose_dialogues(config)
     models.check_unseen(evaluated)
     if not searched:
         config = replace(config, methods=[name for name in config.chosen if name != BEST_FIXED])
     fingerprints = {dialogue.name: dialogue.fingerprint for dialogue in searched}
     settings = settings_of(config, evaluated) | {"searched": fingerprints}
-    facts = identity_of(config, models) | {"peers": peer_versions(config.peers)}
+    facts = identity_of(config, models) | {"peers": dict(versions)}
     journal = Journal(config.output, facts | settings)
     if config.accept_noise:  # what was measured so stays so when the command goes on
         journal.note("accepted_noise", True)
@@ -134,7 +156,7 @@ def benchmark(config: FullConfig) -> int:
             config,
             models,
             compiles=config.compile and refusal is None,
-            others=load_peers(config.peers, models.target, models.draft_model),
+            others=others,
             trees=[] if best is None else [fixed_tree(head, best.shape, f"best fixed {best.shape}")],
         )
         session = Session(bench, models.tokenizer, evaluated, methods, config.temperatures, config.repeats)

@@ -2,21 +2,28 @@
 
 flashspec and economize draft with the draft model where there is one, and otherwise with what followed earlier in the
 text. OpenVINO GenAI decodes plainly and with its prompt lookup; it reads a copy of the target that another package
-converts. None of them takes processors or streamers.
+converts. vLLM decodes plainly, with its prompt lookup and with our head, in a process of its own. None of them takes
+processors or streamers.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from transformers_resps.heads import DraftHead
 from transformers_resps.tools.methods import Answer, Method
 
 
@@ -24,7 +31,8 @@ MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "open
 PEERS = tuple(MODULES)  # what `--peers` takes
 CONVERTED = "-openvino"  # after the name of the target's folder
 _DRAFTED_TOKENS = 4  # of a step, the default of flashspec and economize
-_OPENVINO_TOKENS, _OPENVINO_MATCH = 10, 3  # as in its documentation; Transformers' prompt lookup drafts ten, too
+_LOOKED_UP, _LONGEST_MATCH = 10, 3  # as in OpenVINO's documentation; Transformers' prompt lookup drafts ten, too
+_VLLM_DRAFTED = 3  # tokens of a step from a head, as in most of vLLM's examples
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _MICROSECOND = 1e-6
 
@@ -183,10 +191,107 @@ def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Answ
         if temperature:
             settings.temperature, settings.rng_seed = temperature, int(torch.randint(2**31, ()))  # of the bench's seed
         if "prompt_lookup" in options:
-            settings.num_assistant_tokens, settings.max_ngram_size = _OPENVINO_TOKENS, _OPENVINO_MATCH
+            settings.num_assistant_tokens, settings.max_ngram_size = _LOOKED_UP, _LONGEST_MATCH
         found = pipeline.generate(openvino.Tensor(input_ids.numpy()), settings)
         told = found.perf_metrics.raw_metrics
         prefill = _MICROSECOND * told.m_times_to_first_token[0]
         return Answer(found.tokens[0], target_forwards=len(told.token_infer_durations), prefill_seconds=prefill)
 
     return answer
+
+
+class Vllm:
+    """vLLM in a process of its own; a context that ends it. It needs another Transformers than we do.
+
+    Args:
+        python: of an environment that has it, as `make vllm` makes one.
+        options: of `vllm.LLM`.
+        threads: that it computes with.
+
+    Attributes:
+        version: of vLLM.
+
+    Raises:
+        OSError: it cannot be started, or later: it ended; its own lines say why.
+    """
+
+    def __init__(self, python: Path, options: dict[str, Any], threads: int) -> None:
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        settings = {
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        not_ours = ("PYTHONPATH", "OMP_NUM_THREADS")
+        alone = {name: value for name, value in os.environ.items() if name not in not_ours}
+        command = [python, Path(__file__).with_name("vllm_side.py")]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone | settings
+        )
+        self.version = str(self.ask(options)["version"])
+
+    def ask(self, told: dict[str, Any]) -> dict[str, Any]:
+        """Send one line of `vllm_side`, and return its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps(told), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.end()
+            raise OSError("vLLM ended before it had answered; its own lines above say why.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def answer(self, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:
+        seed = int(torch.randint(2**31, ())) if temperature else None  # of the seed that the bench has set
+        sampling = {
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "seed": seed,
+            "stop_token_ids": list(ends),
+        }
+        told = self.ask({"prompt": input_ids[0].tolist(), "sampling": sampling})
+        return Answer(told["tokens"], target_forwards=told["forwards"], prefill_seconds=told["first_seconds"])
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+@contextmanager
+def vllm_peers(python: Path, target: Any, head: DraftHead) -> Iterator[tuple[list[Peer], str]]:
+    """Yield vLLM's ways as methods, each with a process of its own, and its version.
+
+    Args:
+        python: see `Vllm`.
+        target: loaded from a folder, on a CPU.
+        head: that one of them drafts with.
+
+    Raises:
+        OSError: vLLM cannot be started.
+    """
+    shared = {"model": str(target.name_or_path), "dtype": str(target.dtype).removeprefix("torch.")}
+    shared |= {"max_model_len": target.config.max_position_embeddings}
+    lookup = {"method": "ngram", "num_speculative_tokens": _LOOKED_UP, "prompt_lookup_max": _LONGEST_MATCH}
+    with TemporaryDirectory() as folder, ExitStack() as running:
+        head.save_pretrained(folder, format="speculators")
+        drafts = {"method": "eagle3", "num_speculative_tokens": _VLLM_DRAFTED, "model": folder}
+        ways = {"plain": None, "prompt lookup": lookup, "head": drafts}
+        engines = {
+            f"vLLM ({name})": running.enter_context(
+                Vllm(python, shared | {"speculative_config": way}, torch.get_num_threads())
+            )
+            for name, way in ways.items()
+        }
+        peers = [Peer(name, engine.answer, effort=6, seed_exact=False) for name, engine in engines.items()]
+        yield peers, next(iter(engines.values())).version

@@ -14,9 +14,6 @@ needs another Transformers than we do, so it has an environment of its own (`mak
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 
+from training.benchmarking.peers import Vllm
 from transformers_resps import DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.generation.output import sampling
 from transformers_resps.tools.arguments import model, positive
@@ -84,22 +82,16 @@ def here(experiment: Experiment, head: DraftHead, most: int) -> list[Decoded]:
     return found
 
 
-def there(python: Path, job: dict[str, Any]) -> tuple[str, list[Decoded]]:
-    """Run `vllm_side` with vLLM's Python; its version, and what it decoded.
+def there(python: Path, options: dict[str, Any], prompts: list[list[int]], most: int) -> tuple[str, list[Decoded]]:
+    """VLLM's version, and what it decodes with these options of `vllm.LLM`.
 
     Raises:
-        OSError: vLLM failed; its own lines stand above.
+        OSError: it failed; its own lines stand above.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("job.json", "answer.json")]
-        files[0].write_text(json.dumps(job), encoding="utf-8")
-        command = [python, Path(__file__).with_name("vllm_side.py"), *files]
-        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-        if subprocess.run(command, env=alone | settings, stdout=sys.stderr, check=False).returncode:
-            raise OSError("vLLM could not decode with this head; its own lines above say why.")
-        answer = json.loads(files[1].read_text(encoding="utf-8"))
-    return answer["version"], [Decoded(**row) for row in answer["rows"]]
+    with Vllm(python, options, threads=1) as vllm:
+        sampling = {"temperature": 0, "max_tokens": most}
+        told = [vllm.ask({"prompt": prompt, "sampling": sampling}) for prompt in prompts]
+        return vllm.version, [Decoded(one["tokens"], one["drafts"]) for one in told]
 
 
 def row(head: str, layout: str, plain: list[list[int]], ours: list[Decoded], theirs: list[Decoded]) -> dict[str, Any]:
@@ -128,15 +120,17 @@ def compare(args: argparse.Namespace) -> int:
     most = args.max_new_tokens
     settings = {"max_new_tokens": most, "policy": "plain", **sampling(0.0)}
     plain = [experiment.target.generate(ids[None], **settings)[0, len(ids) :].tolist() for ids in experiment.prompts]
-    job = {"target": str(args.target), "dtype": args.dtype, "drafted": DRAFTED, "max_new_tokens": most}
-    job["prompts"] = [ids.tolist() for ids in experiment.prompts]
+    options = {"model": str(args.target), "dtype": args.dtype, "max_model_len": 1024, "enforce_eager": True}
+    drafts = {"method": "eagle3", "num_speculative_tokens": DRAFTED}
+    prompts = [ids.tolist() for ids in experiment.prompts]
     rows, version = [], ""
     for name, head in variants(experiment.head):
         ours = here(experiment, head, most)
         for layout in ("speculators", "specforge"):
             with tempfile.TemporaryDirectory() as folder:
                 head.save_pretrained(folder, format=layout)
-                version, theirs = there(args.vllm, job | {"head": folder})
+                chosen = options | {"speculative_config": drafts | {"model": folder}}
+                version, theirs = there(args.vllm, chosen, prompts, most)
             rows.append(row(name, layout, plain, ours, theirs))
     experiment.report(args, rows, [], vllm=version)
     same = ("same texts as plain", "same numbers of drafts")

@@ -1,5 +1,7 @@
 """Other libraries beside ours: counted alike, refused where they are missing, and the real ones where they are not."""
 
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarking import vllm_side
 from benchmarking.command import main
-from benchmarking.peers import MODULES, PEERS, Peer, load_peers, peer_versions
+from benchmarking.peers import MODULES, PEERS, Peer, load_peers, peer_versions, vllm_peers
 from tests.tools.conversations import Ticking
-from transformers_resps import attach
+from transformers_resps import DraftHead, attach
 from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
 from transformers_resps.tools.session import Judge
 
@@ -150,3 +153,86 @@ def test_openvino_without_a_converted_target_says_how_to_convert_it(
     with pytest.raises(ValueError, match="in torch.float64. Pass `--device cpu`"):
         load_peers(["openvino"], tiny_target.double(), None)
     assert not openvino.made
+
+
+class Engine:
+    """Stands for `vllm.LLM`: writes sevens, drafts once for each token of a prompt."""
+
+    drafts = 0
+
+    def __init__(self, model: str, **options: Any) -> None:
+        assert (model, options["dtype"]) == ("target", "float32") and not options["enable_prefix_caching"]
+
+    def get_metrics(self) -> list[SimpleNamespace]:
+        made = {"vllm:spec_decode_num_drafts": {"value": self.drafts}}
+        made["vllm:iteration_tokens_total"] = {"count": 2 * self.drafts}
+        return [SimpleNamespace(name=name, **counted) for name, counted in made.items()]
+
+    def generate(self, prompts: list[dict[str, Any]], sampling: SimpleNamespace, **_: Any) -> list[SimpleNamespace]:
+        (prompt,) = prompts
+        self.drafts += len(prompt["prompt_token_ids"])
+        written = SimpleNamespace(token_ids=(7,) * sampling.max_tokens)
+        return [SimpleNamespace(outputs=[written], metrics=SimpleNamespace(first_token_latency=0.5))]
+
+
+def test_the_side_of_vllm_answers_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace, __version__="0.0")
+    monkeypatch.setitem(sys.modules, "vllm", library)  # type: ignore[arg-type]
+    asked = [{"model": "target", "dtype": "float32"}]
+    asked += [{"prompt": prompt, "sampling": {"temperature": 0, "max_tokens": 2}} for prompt in ([1], [1, 2])]
+    version, *answers = vllm_side.answered(map(json.dumps, asked))
+    assert version == {"version": "0.0"}
+    assert answers == [
+        {"tokens": [7, 7], "drafts": count, "forwards": 2 * count, "first_seconds": 0.5} for count in (1, 2)
+    ]
+
+
+VLLM = """
+import json, sys
+print("a line of vLLM's own", file=sys.stderr)
+options = json.loads(input())
+print(json.dumps({"version": "0.0"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["sampling"]["temperature"]:
+        sys.exit(1)
+    told = options.get("speculative_config") or {}
+    tokens = [told.get("num_speculative_tokens", 0), *asked["sampling"]["stop_token_ids"]]
+    print(json.dumps({"tokens": tokens, "drafts": 1, "forwards": 2, "first_seconds": 0.5}), flush=True)
+"""
+
+
+@pytest.fixture
+def other_python(tmp_path: Path) -> Path:
+    """An interpreter that runs what stands for vLLM, whatever file it is given."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'vllm.py'}\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_vllm_decodes_plainly_with_its_lookup_and_with_our_head_in_processes_that_end(
+    other_python: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            begun.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    model: Any = attach(tiny_target)
+    model.generation_config.eos_token_id = [2]
+    with vllm_peers(other_python, model, tiny_head) as (peers, version):
+        assert version == "0.0"
+        bench, drafted = Bench(model, 12, Ticking()), {}
+        for peer in peers:
+            run = bench.decode(PROMPT, peer)
+            assert (run.timing.target_forwards, run.timing.prefill_seconds) == (2, 0.5)
+            drafted[peer.name] = run.token_ids.tolist()
+        with pytest.raises(OSError, match="its own lines above"):
+            bench.decode(PROMPT, peers[0], temperature=1.0)
+    assert drafted == {"vLLM (plain)": [0, 2], "vLLM (prompt lookup)": [10, 2], "vLLM (head)": [3, 2]}
+    assert len(begun) == 3 and all(process.poll() is not None for process in begun)

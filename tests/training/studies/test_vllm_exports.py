@@ -2,9 +2,7 @@
 
 import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_target
 from tests.tools.conversations import save_models, save_rows
-from training.studies import vllm_exports, vllm_side
+from training.studies import vllm_exports
 from training.studies.experiment import Experiment
 from training.studies.vllm_exports import Decoded
 from transformers_resps import DraftHead, attach
@@ -41,11 +39,12 @@ def test_each_variant_is_compared_in_both_layouts_as_its_files_say(
 ) -> None:
     read = []
 
-    def there(python: Path, job: dict[str, Any]) -> tuple[str, list[Decoded]]:
-        target: Any = attach(AutoModelForCausalLM.from_pretrained(job["target"], dtype=torch.float32))
-        read.append(DraftHead.from_pretrained(job["head"], target=target))
-        prompts = [torch.tensor(ids) for ids in job["prompts"]]
-        found = vllm_exports.here(Experiment(target, read[-1], prompts), read[-1], job["max_new_tokens"])
+    def there(python: Path, options: dict[str, Any], prompts: Any, most: int) -> tuple[str, list[Decoded]]:
+        assert options["dtype"] == "float32" and options["speculative_config"]["num_speculative_tokens"] == 3
+        target: Any = attach(AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32))
+        read.append(DraftHead.from_pretrained(options["speculative_config"]["model"], target=target))
+        texts = [torch.tensor(ids) for ids in prompts]
+        found = vllm_exports.here(Experiment(target, read[-1], texts), read[-1], most)
         return "0.0", [Decoded(one.tokens, one.drafts + misread) for one in found]
 
     monkeypatch.setattr(vllm_exports, "there", there)
@@ -79,27 +78,3 @@ def test_an_engine_that_fails_ends_the_study(command: list[str]) -> None:
     command[command.index("python")] = "false"
     with pytest.raises(SystemExit, match="2"):
         vllm_exports.main(command)
-
-
-def test_vllm_is_asked_for_greedy_chains_one_prompt_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        drafts = 0
-
-        def __init__(self, model: str, **options: Any) -> None:
-            told = options["speculative_config"]
-            assert (model, told["model"], told["num_speculative_tokens"]) == ("target", "head", 3)
-
-        def get_metrics(self) -> list[SimpleNamespace]:
-            return [SimpleNamespace(name="vllm:spec_decode_num_drafts", value=float(Engine.drafts))]
-
-        def generate(self, prompts: list[dict[str, Any]], sampling: SimpleNamespace, **_: Any) -> list[Any]:
-            (prompt,) = prompts
-            assert sampling.temperature == 0
-            Engine.drafts += len(prompt["prompt_token_ids"])
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(7,) * sampling.max_tokens)])]
-
-    fake = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace, __version__="0.0")
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    job = {"target": "target", "head": "head", "dtype": "float32", "drafted": 3, "max_new_tokens": 2}
-    answer = vllm_side.decoded(job | {"prompts": [[1], [1, 2]]})
-    assert answer == {"version": "0.0", "rows": [{"tokens": [7, 7], "drafts": 1}, {"tokens": [7, 7], "drafts": 2}]}
