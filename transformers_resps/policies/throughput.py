@@ -30,7 +30,8 @@ _MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
 _SAVED_AS = "odds"  # the tensor's name in files
 _MEMORY = 0.95  # weight of the past when a step is added: about the last twenty count
 _MAX_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
-_FIRST_GAIN = 0.5  # assumed gain of asking a head that was never asked, in tokens per step
+_FIRST_GAIN = 0.5  # of asking a head that was never asked, in tokens per step
+_LIKELY = 0.5  # lookup that is right so often: a head that does not pay is not probed beside it
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes of a head that does not pay
 _MARGIN = 1.03  # a width must be so much faster than the best one to take its place
@@ -113,7 +114,8 @@ class ThroughputPolicy(SavedPolicy):
             return TreeShape.plain()
         step.rate = self.rate
         lookup = self._look_up(observation)
-        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, has_lookup=lookup > 0):
+        price = step.rate * self.costs.draft_seconds(self._largest.top_k, 1)
+        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, price):
             return TreeShape(1, 0, 1, lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
         # nodes of each row at least, and one row may verify what others do not
@@ -193,7 +195,8 @@ class ThroughputPolicy(SavedPolicy):
             ranked.sort(reverse=True)
         count, gain = self._best_prefix([worth for worth, _ in ranked])
         step.expected = sum(worth for worth, _ in ranked[:count])
-        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1))
+        first, every = (self.costs.draft_seconds(step.width, count) for count in (1, len(bounds) - 1))
+        self._memory.note_gain(gain - step.rate * (every - first), step.lookup_hit)
         if not step.is_ragged:
             return count + 1
         chosen = Counter(row for _, row in ranked[:count])
@@ -352,22 +355,28 @@ class ThroughputMemory:
         rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
-    def note_gain(self, gain: float) -> None:
-        """Note the estimated gain of asking the head, in tokens: less noisy than outcomes, which correct it."""
-        self._gains[self.head_was_right] += _NEWEST * (gain - self._gains[self.head_was_right])
+    def note_gain(self, gain: float, lookup_hit: float) -> None:
+        """Note the estimated gain of asking the head, the price of a first level aside, where the lookup is right with
+        this probability: less noisy than outcomes, which correct it.
+        """
+        known = self._gains[self.head_was_right]
+        self._gains[self.head_was_right] += _NEWEST * (gain - (1.0 - lookup_hit) * known)
 
-    def asks_head(self, lookup_hit: float, *, has_lookup: bool) -> bool:
+    def asks_head(self, lookup_hit: float, price: float) -> bool:
         """Whether asking the head pays after a step like the last one, or is due for another probe.
 
         Args:
             lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
-            has_lookup: whether looked-up nodes are verified; the head is then not probed.
+            price: of a first level, in tokens.
         """
-        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > 0:
+        gain = self._gains[self.head_was_right]
+        if gain * (1.0 - lookup_hit) > price:
             self._probe_every = self._probe_in = _FIRST_PROBE
             return True
+        if gain > price:
+            return False
         self._probe_in -= 1
-        if self._probe_in > 0 or has_lookup:
+        if self._probe_in > 0 or lookup_hit >= _LIKELY:
             return False
         self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
         self._probe_in = self._probe_every
