@@ -85,6 +85,8 @@ def test_what_looking_up_takes_beside_the_forward_is_learned_and_fades_where_not
     costs.add(1, 0, 1.0, 0.1, 1.2)
     costs.add(4, 0, 1.1, 0.3, 1.6, looks_up=True)
     assert costs.lookup_seconds == pytest.approx(0.3) == costs.copy().lookup_seconds
+    costs.add(4, 0, 1.1, 20.3, 21.6, looks_up=True)
+    assert 0.3 < costs.lookup_seconds < 0.4, "an interruption is no price"
     for _ in range(100):
         costs.add(1, 0, 1.0, 0.1, 1.2)
     assert 0.0 < costs.lookup_seconds < 0.15
@@ -157,7 +159,7 @@ def test_a_cold_first_draft_is_outweighed_by_the_next_ones(levels: int) -> None:
     drafted(costs, levels, 1.4)
     for _ in range(4):
         drafted(costs, levels, 0.3)
-    assert costs.draft_seconds(1, levels) == pytest.approx((1.4 + 4 * 0.3) / 5)
+    assert 0.3 < costs.draft_seconds(1, levels) < 0.45, "their mean is 0.52"
     for _ in range(20):
         drafted(costs, levels, 0.3)
     assert costs.draft_seconds(1, levels) < 0.33

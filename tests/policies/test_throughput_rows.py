@@ -128,6 +128,22 @@ def test_rows_look_up_what_pays_in_each() -> None:
     assert 0.2 < policy.least_lookup_prob <= 0.7
 
 
+def test_a_head_that_had_failed_is_asked_again_though_some_row_always_looks_up() -> None:
+    policy, asked = timed(4, {0: 1.0, 4: 1.1}), []
+    for step in range(100):
+        shape = policy.choose(ragged(4, [[0.3], [], [], []]))
+        assert shape.lookup == 1
+        asked.append(shape.asks_head)
+        done = replace(record(2, (2, 1, 1, 1), 1.02), shape=shape)
+        if shape.asks_head:
+            is_right = step >= 40
+            policy.size(torch.log(torch.tensor([[0.9 if is_right else 0.01]] * 4)), ONE)
+            found = RowCounts([int(is_right)] * 4)
+            done = replace(done, draft_seconds=0.1, step_seconds=1.12, drafted_match=found)
+        policy.observe(done)
+    assert not all(asked[:40]) and all(asked[80:])
+
+
 @pytest.mark.parametrize(("chances", "beside", "nodes"), [([0.5], 0.3, 0), ([0.5], 0.0, 1), ([0.9, 0.8], 0.3, 2)])
 def test_what_gains_less_than_looking_it_up_takes_is_not_looked_up(
     chances: list[float], beside: float, nodes: int

@@ -321,7 +321,9 @@ class RunningCosts(CostModel):
             self._plain_rest = _mean(self._plain_rest, seconds)
             self.lookup_seconds *= _FORGETTING
         elif self._plain_rest is not None:
-            self.lookup_seconds = _mean(self.lookup_seconds or None, max(seconds - self._plain_rest, 0.0))
+            most = self.lookup_seconds + (INTERRUPTED - 1.0) * self.step_seconds(TreeShape.plain(), 0)
+            longer = min(max(seconds - self._plain_rest, 0.0), most)
+            self.lookup_seconds = _mean(self.lookup_seconds or None, longer)
 
     def _time(self, nodes: int, seconds: float) -> None:
         known = self._verify.get(nodes, 0.0)
@@ -434,8 +436,9 @@ class _DraftPrice:
         if self.drafts == 1:
             self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
             return
-        newest = 1.0 / min(self.drafts, _LEARNED)
         known = self.at(levels)
+        # What is so much faster shows that what was known was interrupted
+        newest = max(1.0 / min(self.drafts, _LEARNED), _LOWER if seconds * INTERRUPTED < known else 0.0)
         deeper = levels - self.levels
         longer = (min(seconds, INTERRUPTED * known) if known > 0.0 else seconds) - self.seconds
         self.levels += newest * deeper

@@ -114,8 +114,7 @@ class ThroughputPolicy(SavedPolicy):
             return TreeShape.plain()
         step.rate = self.rate
         lookup = self._look_up(observation)
-        price = step.rate * self.costs.draft_seconds(self._largest.top_k, 1)
-        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, price):
+        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit):
             return TreeShape(1, 0, 1, lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
         # nodes of each row at least, and one row may verify what others do not
@@ -195,8 +194,8 @@ class ThroughputPolicy(SavedPolicy):
             ranked.sort(reverse=True)
         count, gain = self._best_prefix([worth for worth, _ in ranked])
         step.expected = sum(worth for worth, _ in ranked[:count])
-        first, every = (self.costs.draft_seconds(step.width, count) for count in (1, len(bounds) - 1))
-        self._memory.note_gain(gain - step.rate * (every - first), step.lookup_hit)
+        price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
+        self._memory.note_draft(gain, price, step.lookup_hit)
         if not step.is_ragged:
             return count + 1
         chosen = Counter(row for _, row in ranked[:count])
@@ -342,7 +341,9 @@ class ThroughputMemory:
     def __init__(self) -> None:
         self.head_was_right = True
         self._tokens, self._seconds = 0.0, 0.0  # decayed sums
-        self._gains = [_FIRST_GAIN, _FIRST_GAIN]  # mean gain of asking the head, by `head_was_right`
+        # Means of drafts: what they would gain without lookup, by `head_was_right`; and their price. That of the first
+        # draft may be an interruption's, so it begins at nothing
+        self._gains, self._price = [_FIRST_GAIN, _FIRST_GAIN], 0.0
         self._probe_in, self._probe_every = 0, _FIRST_PROBE  # steps
 
     def add(self, record: StepRecord) -> None:
@@ -355,26 +356,23 @@ class ThroughputMemory:
         rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
-    def note_gain(self, gain: float, lookup_hit: float) -> None:
-        """Note the estimated gain of asking the head, the price of a first level aside, where the lookup is right with
-        this probability: less noisy than outcomes, which correct it.
+    def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
+        """Note what a draft is estimated to gain and its price, in tokens, where the lookup is right with this
+        probability: less noisy than outcomes, which correct it.
         """
         known = self._gains[self.head_was_right]
         self._gains[self.head_was_right] += _NEWEST * (gain - (1.0 - lookup_hit) * known)
+        self._price += _NEWEST * (price - self._price)
 
-    def asks_head(self, lookup_hit: float, price: float) -> bool:
+    def asks_head(self, lookup_hit: float) -> bool:
         """Whether asking the head pays after a step like the last one, or is due for another probe.
 
         Args:
             lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
-            price: of a first level, in tokens.
         """
-        gain = self._gains[self.head_was_right]
-        if gain * (1.0 - lookup_hit) > price:
+        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price:
             self._probe_every = self._probe_in = _FIRST_PROBE
             return True
-        if gain > price:
-            return False
         self._probe_in -= 1
         if self._probe_in > 0 or lookup_hit >= _LIKELY:
             return False
