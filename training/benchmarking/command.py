@@ -114,6 +114,11 @@ def benchmark(config: FullConfig) -> int:
         raise ValueError("HEAD is missing, whose trees are searched. Name it after TARGET, or run `resps bench`.")
     check_extra("bench")
     check_installed(config.peers)
+    if config.vllm is not None and not Path(config.vllm).is_file():
+        raise ValueError(
+            f"--vllm got {config.vllm}, which is no file. Pass the Python of an environment with vLLM, for instance "
+            "`.venv/vllm/bin/python` after `make .venv/vllm/.filled`."
+        )
     load = checked_load(config.accept_noise)
     start(config)
     models = BenchModels.load(config)

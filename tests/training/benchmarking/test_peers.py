@@ -67,6 +67,11 @@ def test_a_library_that_is_not_there_is_named_before_any_work(
     assert f"--peers needs {MODULES[name]}" in error and "pip install '.[peers]'" in error
 
 
+def test_a_python_that_is_not_there_is_named_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere", "nothing", "--dataset", "x.jsonl", "--vllm", "/nowhere/python"], "") == 2
+    assert "--vllm got /nowhere/python, which is no file. Pass the Python" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("with_model", [False, True], ids=["lookup", "draft-model"])
 @pytest.mark.parametrize("name", ["flashspec", "economize"])
