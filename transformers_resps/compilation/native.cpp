@@ -49,18 +49,18 @@ RESPS_INLINE __m512 resps_exp(__m512 power) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-// Adds the products of `count` rows with a block [pairs, vectors * LANES, 2] to sums [count, vectors]. Where `next` is
-// not null, as much is fetched from there on. The numbers are constants where this is inlined. Each sum is taken
-// in the order of its pairs, so it is the same whatever other rows there are.
+// Adds the products of `count` rows with a block [pairs, vectors * LANES, 2] to sums [count, vectors]. For each pair so
+// many lines are fetched, from `next` on. The numbers are constants where this is inlined. Each sum is taken in the
+// order of its pairs, so it is the same whatever other rows there are.
 RESPS_INLINE void resps_multiply(
     __m512* sums, const int count, const int vectors, const Bf16* rows, int64_t stride, const Bf16* block,
-    int64_t pairs, const Bf16* next) {
+    int64_t pairs, const Bf16* next, const int fetched) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
         __m512bh read[WIDE];
         for (int v = 0; v < vectors; ++v) {
-            const int64_t line = (pair * vectors + v) * LANES * 2;
-            if (next) __builtin_prefetch(next + line, 0, 2);  // to the second cache: the nearest is too small
-            read[v] = (__m512bh)_mm512_loadu_si512(block + line);
+            // to the second cache: the nearest is too small
+            if (v < fetched) __builtin_prefetch(next + (pair * fetched + v) * LANES * 2, 0, 2);
+            read[v] = (__m512bh)_mm512_loadu_si512(block + (pair * vectors + v) * LANES * 2);
         }
         for (int i = 0; i < count; ++i) {
             int32_t two;
@@ -113,7 +113,7 @@ RESPS_INLINE __m512 resps_gated(__m512 gate, __m512 up) {
 }
 
 RESPS_INLINE void resps_linear_rows(
-    const int count, const RespsLinear* of, int64_t row, int64_t block, const Bf16* next) {
+    const int count, const RespsLinear* of, int64_t row, int64_t block, const Bf16* next, const int fetched) {
     const int64_t first = block * BLOCK;
     __mmask16 written[NARROW];
     __m512 sums[SUMS];
@@ -124,7 +124,7 @@ RESPS_INLINE void resps_linear_rows(
         for (int i = 0; i < count; ++i) sums[i * NARROW + v] = start;
     }
     const Bf16* weights = of->packed + first * of->depth;
-    resps_multiply(sums, count, NARROW, of->rows + row * of->depth, of->depth, weights, of->depth / 2, next);
+    resps_multiply(sums, count, NARROW, of->rows + row * of->depth, of->depth, weights, of->depth / 2, next, fetched);
     if (of->is_gated) {
         Bf16* result = of->result + row * of->width + block * LANES;
         for (int i = 0; i < count; ++i) {
@@ -142,21 +142,22 @@ RESPS_INLINE void resps_linear_rows(
     }
 }
 
-// A block stays in a near cache while groups of rows go over it. Memory would rest from the second group on, so the
-// last one fetches the next block; a lone one, which multiplies about as fast as memory reads, what comes soon.
+// A block stays in a near cache while groups of rows go over it. Memory takes as long for one as twelve to twenty rows
+// do, so it must not rest: the first two groups fetch a half of the next block each, and a lone one what comes soon.
 static void resps_linear(const RespsLinear* of) {
     const int64_t columns = of->is_gated ? 2 * of->width : of->width;
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-        const Bf16* next = of->packed + block * BLOCK * of->depth + (groups > 1 ? BLOCK * of->depth : AHEAD);
+        const Bf16* weights = of->packed + block * BLOCK * of->depth;
         for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each
             const int64_t row = of->count * group / groups;
             const int count = (int)(of->count * (group + 1) / groups - row);
-            if (group == groups - 1) {
-                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, next)
+            if (groups == 1) {
+                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, weights + AHEAD, NARROW)
             } else {
-                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, 0)
+                const Bf16* next = weights + BLOCK * of->depth + (group % NARROW) * LANES * of->depth;
+                RESPS_BY_TWELVE(resps_linear_rows, count, of, row, block, next, 1)
             }
         }
     }
@@ -185,8 +186,10 @@ typedef struct {
 typedef struct {
     Bf16 *queries, *keys, *values, *weights;
     float *outputs, *most, *total;
-    int64_t batch, key_head, first;
+    int64_t batch, key_head;
     int count;
+    const Bf16* masks[MOST_QUERIES];  // of each query, its own
+    int64_t written[MOST_QUERIES];  // where the result of each goes
 } RespsQueries;
 
 RESPS_INLINE float resps_exp_of(float power) { return _mm512_cvtss_f32(resps_exp(_mm512_set1_ps(power))); }
@@ -217,12 +220,14 @@ RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
 }
 
 // Keys as a block [width / 2, TILE, 2].
-static void resps_pack_keys(Bf16* packed, const Bf16* keys, int64_t stride, int64_t width, int64_t count) {
+static void resps_pack_keys(
+    Bf16* packed, const Bf16* keys, const Bf16* next, int64_t stride, int64_t width, int64_t count) {
     for (int v = 0; v < WIDE; ++v) {
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             __m512i rows[LANES], columns[LANES];
             for (int i = 0; i < LANES; ++i) {
                 const int64_t key = v * LANES + i;
+                __builtin_prefetch(next + key * stride + column, 0, 2);
                 rows[i] = key < count ? _mm512_loadu_si512(keys + key * stride + column) : _mm512_setzero_si512();
             }
             resps_transpose(rows, columns);
@@ -234,7 +239,8 @@ static void resps_pack_keys(Bf16* packed, const Bf16* keys, int64_t stride, int6
 }
 
 // Values as blocks [TILE / 2, TILE, 2], each of TILE of their `width`; the last one may end earlier.
-static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, int64_t width, int64_t count) {
+static void resps_pack_values(
+    Bf16* packed, const Bf16* values, const Bf16* next, int64_t stride, int64_t width, int64_t count) {
     static const Bf16 nothing[2 * LANES] = {0};
     __m512i order[2];
     for (int half = 0; half < 2; ++half) {
@@ -244,6 +250,8 @@ static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, 
     }
     for (int pair = 0; pair < TILE / 2; ++pair) {
         for (int64_t column = 0; column < width; column += 2 * LANES) {
+            __builtin_prefetch(next + 2 * pair * stride + column, 0, 2);
+            __builtin_prefetch(next + (2 * pair + 1) * stride + column, 0, 2);
             const Bf16* one = 2 * pair < count ? values + 2 * pair * stride + column : nothing;
             const Bf16* other = 2 * pair + 1 < count ? values + (2 * pair + 1) * stride + column : nothing;
             const __m512i left = _mm512_loadu_si512(one), right = _mm512_loadu_si512(other);
@@ -255,25 +263,21 @@ static void resps_pack_values(Bf16* packed, const Bf16* values, int64_t stride, 
     }
 }
 
-RESPS_INLINE const Bf16* resps_mask_of(const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
-    const int64_t head = (at->first + row) / of->count + at->key_head * of->mask_heads;
-    const int64_t place = (at->first + row) % of->count;
-    return of->mask.start + at->batch * of->mask.batch + head * of->mask.head + place * of->mask.place + key;
-}
-
-// Whether some query may look at some key of a tile: a mask hides by the dtype's minimum or by infinity.
-static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64_t key) {
-    if (!of->mask.start) return 1;
-    for (int row = 0; row < at->count; ++row) {
-        const Bf16* mask = resps_mask_of(of, at, row, key);
-        for (int v = 0; v < WIDE; ++v) {
-            const __mmask16 read = resps_lanes(of->length - key - v * LANES);
-            const __m256i values = _mm256_maskz_loadu_epi16(read, mask + v * LANES);
-            const __mmask16 finite = _mm256_mask_cmpneq_epi16_mask(read, values, _mm256_set1_epi16((short)0xff80));
-            if (_mm256_mask_cmpneq_epi16_mask(finite, values, _mm256_set1_epi16((short)0xff7f))) return 1;
-        }
+// Whether any of `count` keys is seen: a mask hides by the dtype's minimum or by infinity.
+RESPS_INLINE int resps_sees(const Bf16* mask, int64_t count) {
+    for (int64_t place = 0; place < count; place += LANES) {
+        const __mmask16 read = resps_lanes(count - place);
+        const __m256i values = _mm256_maskz_loadu_epi16(read, mask + place);
+        const __mmask16 finite = _mm256_mask_cmpneq_epi16_mask(read, values, _mm256_set1_epi16((short)0xff80));
+        if (_mm256_mask_cmpneq_epi16_mask(finite, values, _mm256_set1_epi16((short)0xff7f))) return 1;
     }
     return 0;
+}
+
+static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64_t key, int64_t count) {
+    int is_seen = !of->mask.start;
+    for (int row = 0; row < at->count && !is_seen; ++row) is_seen = resps_sees(at->masks[row] + key, count);
+    return is_seen;
 }
 
 // Some queries look at a tile of keys: softmax in one pass over keys (Milakov and Gimelshein 2018, section 3).
@@ -284,9 +288,9 @@ RESPS_INLINE void resps_look(
     for (int i = 0; i < count; ++i) {
         for (int v = 0; v < WIDE; ++v) sums[i * WIDE + v] = _mm512_setzero_ps();
     }
-    resps_multiply(sums, count, WIDE, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0);
+    resps_multiply(sums, count, WIDE, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0, 0);
     for (int i = 0; i < count; ++i) {
-        const Bf16* mask = of->mask.start ? resps_mask_of(of, at, row + i, key) : 0;
+        const Bf16* mask = of->mask.start ? at->masks[row + i] + key : 0;
         __m512 scores[WIDE];
         __m512 most = _mm512_set1_ps(at->most[row + i]);
         for (int v = 0; v < WIDE; ++v) {
@@ -316,7 +320,7 @@ RESPS_INLINE void resps_look(
                 sums[i * WIDE + v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
             }
         }
-        resps_multiply(sums, count, WIDE, at->weights, TILE, at->values + column * TILE, TILE / 2, 0);
+        resps_multiply(sums, count, WIDE, at->weights, TILE, at->values + column * TILE, TILE / 2, 0, 0);
         for (int i = 0; i < count; ++i) {
             for (int v = 0; v < WIDE; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i * WIDE + v]);
         }
@@ -326,32 +330,51 @@ RESPS_INLINE void resps_look(
 // What is hidden has a score of the dtype's minimum or less, and no weight beside this one.
 #define RESPS_LEAST (-3e38f)
 
+// Takes the queries of an item that see anything. The results of others are zeros.
 static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item) {
     const int64_t block = item % of->blocks, every = of->sharing * of->count;
     at->key_head = item / of->blocks % of->key_heads;
     at->batch = item / of->blocks / of->key_heads;
-    at->first = every * block / of->blocks;
-    at->count = (int)(every * (block + 1) / of->blocks - at->first);
-    for (int row = 0; row < at->count; ++row) {
-        const int64_t head = (at->first + row) / of->count + at->key_head * of->sharing;
-        const int64_t place = (at->first + row) % of->count;
-        const Bf16* query =
+    at->count = 0;
+    for (int64_t query = every * block / of->blocks; query < every * (block + 1) / of->blocks; ++query) {
+        const int64_t shared = query / of->count, place = query % of->count;
+        const int64_t head = shared + at->key_head * of->sharing;
+        const int64_t written = (at->batch * of->count + place) * of->heads + head;
+        const Bf16* mask = of->mask.start + at->batch * of->mask.batch + place * of->mask.place +
+                           (shared + at->key_head * of->mask_heads) * of->mask.head;
+        if (of->mask.start && !resps_sees(mask, of->length)) {
+            __builtin_memset(of->result + written * of->value_width, 0, of->value_width * sizeof *of->result);
+            if (of->sums) of->sums[written] = RESPS_LEAST;
+            continue;
+        }
+        const Bf16* read =
             of->query.start + at->batch * of->query.batch + head * of->query.head + place * of->query.place;
-        __builtin_memcpy(at->queries + row * of->width, query, of->width * sizeof *query);
-        at->most[row] = RESPS_LEAST;
-        at->total[row] = 0;
+        __builtin_memcpy(at->queries + at->count * of->width, read, of->width * sizeof *read);
+        at->most[at->count] = RESPS_LEAST;
+        at->total[at->count] = 0;
+        at->masks[at->count] = mask;
+        at->written[at->count++] = written;
     }
     __builtin_memset(at->outputs, 0, at->count * of->padded * sizeof *at->outputs);
 }
 
+// Where keys or values of a tile begin, of all tiles.
+RESPS_INLINE const Bf16* resps_start(const RespsAttention* of, const RespsStates* states, int64_t tile) {
+    const int64_t head = tile / of->tiles / of->blocks;
+    return states->start + head / of->key_heads * states->batch + head % of->key_heads * states->head +
+           tile % of->tiles * TILE * states->place;
+}
+
+// The next tile is fetched while this one is read.
 static void resps_tile(const RespsAttention* of, const RespsQueries* at, int64_t tile) {
-    const int64_t key = tile * TILE, count = resps_least(of->length - key, TILE);
-    if (!resps_is_seen(of, at, key)) return;
-    const Bf16* keys = of->key.start + at->batch * of->key.batch + at->key_head * of->key.head + key * of->key.place;
-    const Bf16* values =
-        of->value.start + at->batch * of->value.batch + at->key_head * of->value.head + key * of->value.place;
-    resps_pack_keys(at->keys, keys, of->key.place, of->width, count);
-    resps_pack_values(at->values, values, of->value.place, of->value_width, count);
+    const int64_t key = tile % of->tiles * TILE, count = resps_least(of->length - key, TILE);
+    if (!resps_is_seen(of, at, key, count)) return;
+    const RespsStates *keys = &of->key, *values = &of->value;
+    resps_pack_keys(
+        at->keys, resps_start(of, keys, tile), resps_start(of, keys, tile + 1), keys->place, of->width, count);
+    resps_pack_values(
+        at->values, resps_start(of, values, tile), resps_start(of, values, tile + 1), values->place, of->value_width,
+        count);
     const int groups = (at->count + TILE_ROWS - 1) / TILE_ROWS;
     for (int group = 0; group < groups; ++group) {
         const int row = at->count * group / groups, rows = at->count * (group + 1) / groups - row;
@@ -362,9 +385,7 @@ static void resps_tile(const RespsAttention* of, const RespsQueries* at, int64_t
 // Writes the results of queries that have seen all that they may; of those that saw nothing, zeros.
 static void resps_end(const RespsAttention* of, const RespsQueries* at) {
     for (int row = 0; row < at->count; ++row) {
-        const int64_t head = (at->first + row) / of->count + at->key_head * of->sharing;
-        const int64_t place = (at->first + row) % of->count;
-        const int64_t written = (at->batch * of->count + place) * of->heads + head;
+        const int64_t written = at->written[row];
         if (of->sums) {
             of->sums[written] = at->total[row] > 0 ? at->most[row] + __builtin_logf(at->total[row]) : RESPS_LEAST;
         }
@@ -420,7 +441,7 @@ static int resps_attention(const RespsAttention* of) {
             at.total = at.most + rows;
             resps_begin(of, &at, item);
             const int is_whole = tile == item * of->tiles && end == (item + 1) * of->tiles;
-            for (; tile < end; ++tile) resps_tile(of, &at, tile % of->tiles);
+            for (; tile < end; ++tile) resps_tile(of, &at, tile);
             if (is_whole) resps_end(of, &at);
         }
 #pragma omp barrier

@@ -44,12 +44,17 @@ class PackedNodes:
         places: `[r]` of them among all nodes of all rows, one row after the other.
         rows: b.
         count: nodes of each row, n.
+
+    Attributes:
+        are_computed: `[b, n]` bool, those among all.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
         self._places, self._size = places, (rows, count)
         order = torch.arange(places.shape[0], device=places.device)  # `len` would fix the size of what is compiled
         self._orders = places.new_zeros(rows * count).scatter(0, places, order)
+        of_all = torch.zeros(rows * count, dtype=torch.bool, device=places.device)
+        self.are_computed = of_all.scatter(0, places, True).view(rows, count)
 
     def together(self, states: Tensor) -> Tensor:
         """`[b, n, ...]` -> `[1, r, ...]`."""

@@ -420,7 +420,7 @@ class PackedForward(SlotForward):
             *buffers: Tensor,
         ) -> tuple[Tensor, ...]:
             nodes = PackedNodes(packed, *tokens.shape)
-            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
+            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype, nodes.are_computed)
             written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
             own = _by_planes(nodes.together(node_positions(roots[:, 1:], depths)))
             options = {"size": seen.shape[1], "resps_packed": nodes}
@@ -564,14 +564,19 @@ def _laid_out(
     seen: Tensor,
     windows: dict[str | None, int | None],
     dtype: torch.dtype,
+    are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor]]:
-    """The slots `[b, n]` of the nodes of `SlotInputs`, and the mask `[b, 1, n, slots]` of each kind of layers."""
+    """The slots `[b, n]` of the nodes of `SlotInputs`, and the mask `[b, 1, n, slots]` of each kind of layers.
+
+    Nodes that are not computed, where `are_computed` `[b, n]` is false, see nothing, which costs least.
+    """
     root = roots[:, :1].long()  # some targets count positions in floats
     node_places = root + depths
     slots = root + torch.arange(depths.shape[1], device=depths.device)
     places = torch.arange(seen.shape[1], device=depths.device).expand_as(seen)
     index = slots[:, None].expand_as(ancestors)
     visible = (seen & (places < root))[:, None].expand(-1, depths.shape[1], -1).scatter(2, index, ancestors)
+    visible = visible if are_computed is None else visible & are_computed[..., None]
     distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
     masks: dict[str | None, Tensor] = {}
     for kind, window in windows.items():
