@@ -12,6 +12,7 @@ from transformers import (
 from tests.conftest import FakeClock
 from tests.lossless.answering import both
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
@@ -42,19 +43,62 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
         clock.advance(3.0)
         read(self, at_least)
 
-    class Told(FixedPolicy):
+    class Told(Policy):
         def choose(self, observation: Observation) -> TreeShape:
             told.append(observation.prompt_seconds)
-            return super().choose(observation)
+            return TreeShape.plain()
 
     monkeypatch.setattr(LevelDrafter, "read", slow_read)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
-    options = {"assistant_model": head, "policy": Told(TreeShape.plain()), "return_dict_in_generate": True}
+    options = {"assistant_model": head, "policy": Told(), "return_dict_in_generate": True}
     target.generate(prompt, max_new_tokens=1, **options)
     assert clock.now == 0.0 and not told, "nothing will be drafted"
     prefill = target.generate(prompt, max_new_tokens=3, **options).speculation.steps[0]
     assert told == [3.0] * 2
     assert (prefill.draft_seconds, prefill.verify_seconds, prefill.step_seconds) == (3.0, 0.0, 3.0)
+
+
+def test_compiling_while_the_prompt_is_read_is_no_time_of_the_prompt(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, read, compiling = FakeClock(), LevelDrafter.read, [40.0]
+
+    def slow_read(self: LevelDrafter, at_least: int = 1) -> None:
+        clock.advance(43.0)
+        read(self, at_least)
+
+    monkeypatch.setattr(LevelDrafter, "read", slow_read)
+    monkeypatch.setattr(
+        LevelDrafter, "take_compile_seconds", lambda self: compiling.pop() if clock.now and compiling else 0.0
+    )
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    options = {"assistant_model": head, "policy": FixedPolicy(TreeShape(4, 3, 1)), "return_dict_in_generate": True}
+    report = target.generate(prompt, max_new_tokens=3, **options).speculation
+    assert (report.steps[0].draft_seconds, report.compile_seconds) == (3.0, 40.0)
+
+
+def test_a_head_that_a_policy_does_not_want_reads_nothing_and_the_policy_is_told_so(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, told = [], []
+
+    class Refuses(Policy):
+        def wants_head(self, rows: int, tokens: int, room: int) -> bool:
+            asked.append((rows, tokens, room))
+            return False
+
+        def choose(self, observation: Observation) -> TreeShape:
+            told.append(observation.can_draft)
+            return TreeShape(4, 3, 1, lookup=2)
+
+    monkeypatch.setattr(LevelDrafter, "observe", MagicMock(side_effect=AssertionError))
+    options = {"max_new_tokens": 6, "assistant_model": head, "return_dict_in_generate": True}
+    out = target.generate(prompt.repeat(2, 1), policy=Refuses(), **options)
+    assert asked == [(2, 2 * prompt.shape[1], 6)] and not any(told)
+    assert torch.equal(out.sequences, target.generate(prompt.repeat(2, 1), max_new_tokens=6))
+    cached = target.generate(prompt, max_new_tokens=2, return_dict_in_generate=True)
+    target.generate(cached.sequences, policy=Refuses(), **{CACHE_KEYWORD: cached[CACHE_KEYWORD]}, **options)
+    assert asked[1] == (1, 1, 6), "what an earlier call has read is not read again"
 
 
 @pytest.mark.parametrize(("lookup", "indexed"), [(4, 8.0), (0, 0.0)])

@@ -21,6 +21,7 @@ class Machine:
         device: of the target.
         start_seconds: of a draft beside its levels.
         least_nodes: that each forward computes.
+        prompt_seconds: of the head's reading of each prompt, of 100 tokens.
     """
 
     def __init__(
@@ -34,8 +35,11 @@ class Machine:
         device: str = "cpu",
         start_seconds: float = 0.0,
         least_nodes: int = 1,
+        prompt_seconds: float = 0.0,
     ) -> None:
-        self.device = device
+        self.device, self.prompt_seconds = device, prompt_seconds
+        self.reads = True  # whether the head has read the prompt of this text
+        self.read: list[bool] = []  # of each text
         self.verify = verify if callable(verify) else lambda nodes: 1.0 + verify * (nodes - 1)
         self.level_seconds, self.hit, self.lookup_hit = level_seconds, hit, lookup_hit
         self.start_seconds, self.least_nodes = start_seconds, least_nodes
@@ -56,6 +60,9 @@ class Machine:
     def write(self, policy: Policy, tokens: int) -> float:
         """One text of so many tokens; its speed in those of plain decoding."""
         written, before, step = 0, self.seconds, 0
+        self.reads = policy.wants_head(1, 100, tokens)
+        self.read.append(self.reads)
+        self.seconds += self.prompt_seconds * self.reads
         while written < tokens:
             record = self._step(policy, step, tokens - written)
             policy.observe(record)
@@ -71,6 +78,8 @@ class Machine:
                 step,
                 room,
                 lambda: prefix_accept_probs,
+                self.prompt_seconds * self.reads,
+                can_draft=self.reads,
                 device_type=torch.device(self.device).type,
             )
         ).within(room - 1)

@@ -13,6 +13,7 @@ from tests.targets import ARCHITECTURES, Architecture
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying import slots as slots_module
+from transformers_resps.verifying.attention import attend
 from transformers_resps.verifying.invariant import BLOCK, Layout
 from transformers_resps.verifying.slots import (
     InvariantForward,
@@ -180,6 +181,23 @@ def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architect
         start += size
     untouched = buffers_of(target, pattern)[0]
     assert torch.equal(packed_buffers[0][0, :, 7:], untouched[0, :, 7:]), "no other slot is written"
+
+
+@torch.no_grad()
+def test_nodes_that_are_not_computed_see_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *options: Any) -> Tensor:
+        masks.append(mask)
+        return attend(query, key, value, mask, *options)
+
+    target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
+    pattern = SlotEngine().pattern(target)
+    monkeypatch.setattr("transformers_resps.verifying.attention.attend", noted)
+    inputs = [*packed_inputs(), PACKED, torch.arange(11)]
+    PackedForward(target, pattern, [])(inputs, buffers_of(target, pattern))
+    sees = (masks[0] == 0).any(-1)[:, 0]
+    assert sees.tolist() == [[node < size for node in range(5)] for size in (3, 5, 1)]
 
 
 def test_code_of_packed_nodes_takes_any_number_of_them() -> None:

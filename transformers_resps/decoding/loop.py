@@ -89,6 +89,9 @@ class TreeDecoding:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._verifier, self.policy, self.batch = verifier, policy, batch
+        unread = len(batch) * max(batch.length - verifier.length, 1)
+        if parts and not policy.wants_head(len(batch), unread, max_length - batch.shortest):
+            parts = ()
         self.report = SpeculationReport(batch_size=len(batch))
         known = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - batch.length :]
         pads = [0] * len(batch) if known is None or not batch.length else leading_pads(known)
@@ -153,6 +156,7 @@ class TreeDecoding:
         if states is not None:
             wait_for(states)
         self._clock.lap("draft")
+        self._leave_out_compiling()
         self._prompt_seconds = self._clock.seconds["draft"]
 
     def _propose(self) -> Proposal:

@@ -140,6 +140,17 @@ class Policy(ABC):
         check_same("target", self.target_identity, target)
         check_same("head", self.head_identity, head)
 
+    def wants_head(self, rows: int, tokens: int, room: int) -> bool:
+        """Return whether a call may ask the head. It then reads the prompt, which costs time even if nothing is
+        drafted; otherwise the lookup drafts alone, and `Observation.can_draft` is false. Asked once, before any step.
+
+        Args:
+            rows: decoded together.
+            tokens: of all rows' prompts, those that were not read in an earlier call.
+            room: tokens that each text may gain.
+        """
+        return True
+
     @abstractmethod
     def choose(self, observation: Observation) -> TreeShape:
         """Return the shape of this step; `TreeShape.plain()` drafts nothing."""
@@ -214,6 +225,9 @@ class PolicyWrapper(Policy):
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
         self.policy.check_identity(target=target, head=head)
+
+    def wants_head(self, rows: int, tokens: int, room: int) -> bool:
+        return self.policy.wants_head(rows, tokens, room)
 
     def choose(self, observation: Observation) -> TreeShape:
         return self.policy.choose(observation)

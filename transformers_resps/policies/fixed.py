@@ -36,6 +36,9 @@ class FixedPolicy(SavedPolicy):
     def __repr__(self) -> str:
         return f"FixedPolicy({self.shape})"
 
+    def wants_head(self, rows: int, tokens: int, room: int) -> bool:
+        return self.needs_head
+
     def choose(self, observation: Observation) -> TreeShape:
         return self.shape
 

@@ -36,6 +36,12 @@ MAX_TREES_BETWEEN = 64  # drafted steps
 OUTDATED = 0.7  # times the expected seconds: less shows that the machine or the batch has changed
 FAR_POSITIONS = 256  # a context that differs by more makes attention take longer or shorter
 
+# Whether the head should read the prompt of a call
+HEAD_MEMORY = 0.995  # weight of what it earned, after each token of a text
+ENOUGH_TOKENS = 128.0  # of texts that it could draft, before it is left out of a call
+MAX_LEFT_OUT = 32  # calls in a row
+PROMPT_WEIGHT = 0.3  # of the newest time in what reading a prompt takes
+
 EXPLAINED_STEPS = 8  # that a call makes at least, for a reason why most were plain
 
 # Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node
@@ -59,9 +65,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     - what drafting has won, up to 16 plain steps from this call and 4 from earlier calls;
     - once, what the first tree of two nodes takes, on a machine where a second node is extremely expensive.
 
-    Not in the budget: time spent on the prompt before the first decision (`Observation.prompt_seconds`), and the
-    excess of a forward that takes far longer than its size ever did, which counts as an interruption. While the budget
-    is negative, nothing is drafted. It recovers if the next plain step is slower too: then the machine was.
+    Not in the budget: the excess of a forward that takes far longer than its size ever did, which counts as an
+    interruption; and what the head's reading of the prompt takes (`Observation.prompt_seconds`). A head that earned
+    too little in earlier calls of as many rows to pay for that does not read the next prompt, see `HeadAccount`. While
+    the budget is negative, nothing is drafted. It recovers if the next plain step is slower too: then the machine was.
 
     Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
     for good. Once half of the rows have ended, losses are forgiven, as at the beginning of a call.
@@ -86,7 +93,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         known = self._known
         self._plain = PlainClock(known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
         self._budget = ExplorationBudget()
-        self._progress = RowProgress()
+        self._progress, self._head = RowProgress(), HeadAccount()
         self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
         self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it, as they are priced
         self._node_price = 1  # see `Observation`
@@ -108,9 +115,14 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         else:
             self.policy.adopt_costs(costs)
 
+    def wants_head(self, rows: int, tokens: int, room: int) -> bool:
+        pays = self._head.pays(rows, tokens, room) or self.needs_head
+        return pays and self.policy.wants_head(rows, tokens, room)
+
     def choose(self, observation: Observation) -> TreeShape:
         if observation.step == 0:
             self._begin_call(observation.context_length)
+            self._head.begin_call(observation.prompt_seconds if observation.can_draft else None)
         self._plain.begin_step(observation.context_length)
         self._levels = 0
         if not self._known.knows_plain or self._plain.is_due:
@@ -155,6 +167,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if is_outdated:
             self._plain.expire()
         self._budget.end_step(seconds, self._plain.seconds)
+        self._head.tokens += gained
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
@@ -178,7 +191,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             right = sum(max(step.drafted_match) > 0 for step in tests)
             untried = "" if self._known.knows_trees else ", no tree was tried yet"
             found.append(f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}")
-        if not any(step.drafted for step in decided):
+        if self._head.is_left_out:
+            found.append("earlier calls of as many rows gained too little by the head for it to read the prompt")
+        elif not any(step.drafted for step in decided):
             found.append("nothing worth verifying was drafted")
         return f"Mostly plain: {', '.join(found)}."
 
@@ -207,11 +222,14 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         """Update the budget after a step that drafted."""
         if record.verified == 1:  # a probe pays for its draft alone, not for the machine's speed at that moment
             self._plain.count_plain()
-            self._budget.settle(-max(record.draft_seconds, 0.0))
+            earned = -max(record.draft_seconds, 0.0)
         else:
             interrupted = record.verify_seconds - self._known.uninterrupted(record.computed, record.verify_seconds)
-            self._budget.settle(gained * self._plain.seconds - (seconds - interrupted))
+            earned = gained * self._plain.seconds - (seconds - interrupted)
             self._plain.count_tree(gained)
+        self._budget.settle(earned)
+        if record.shape.asks_head:
+            self._head.earned += earned
 
     def _time_plain(self, seconds: float) -> None:
         timing = self._plain.time(seconds)
@@ -379,6 +397,78 @@ class ExplorationBudget:
     def reprice(self, plain_seconds: float) -> None:
         """Plain steps take only so long now: gains were earned at another price."""
         self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
+
+
+class HeadAccount:
+    """Knows whether a head earns what reading the prompt takes it, by earlier calls of as many rows.
+
+    One that does not is left out of a call, then of twice as many each time that it was tried again in vain. It may
+    earn in all the room of a text, which few texts fill: where it helps, leaving it out costs far more than a prompt.
+
+    Attributes:
+        earned: seconds by which the steps of this call that asked it were faster than plain decoding.
+        tokens: that each text of this call has gained.
+        is_left_out: whether this call could have had it.
+    """
+
+    def __init__(self) -> None:
+        self.earned, self.tokens = 0.0, 0.0
+        self.is_left_out = self._is_refused = False
+        self._calls: dict[int, _HeadCalls] = {}  # by their rows
+        self._open: _HeadCalls | None = None  # of this call, if it has a head
+        self._asked, self._unread = _HeadCalls(), 1  # of the coming call
+        self._token_seconds = 0.0  # of reading a token of a prompt
+
+    def pays(self, rows: int, unread: int, room: int) -> bool:
+        """Whether the head should read the prompts of a coming call of so many rows, tokens that are to be read in all
+        of them, and tokens that each text may gain.
+        """
+        self._close()
+        self._asked, self._unread = self._calls.setdefault(rows, _HeadCalls()), unread
+        self._is_refused = not self._asked.is_tried(room, self._token_seconds * unread)
+        return not self._is_refused
+
+    def begin_call(self, prompt_seconds: float | None) -> None:
+        """A call begins, in which reading the prompts took so long; `None` where it has no head."""
+        self._close()
+        self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
+        if prompt_seconds is None:
+            return
+        self._open, known = self._asked, self._token_seconds
+        each = max(prompt_seconds, 0.0) / self._unread
+        each = min(each, INTERRUPTED * known) if known > 0.0 else each
+        self._token_seconds += (PROMPT_WEIGHT if known > 0.0 else 1.0) * (each - known)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.add(self.earned, self.tokens)
+        self._open, self.earned, self.tokens = None, 0.0, 0.0
+
+
+@dataclass(slots=True)
+class _HeadCalls:
+    """What the head earned in calls of the same number of rows: decayed sums, and how many it is left out of."""
+
+    earned: float = 0.0  # seconds
+    tokens: float = 0.0
+    left_out: int = 1  # next, unless it pays
+    next_left_out: int = 2  # after another trial
+
+    def add(self, earned: float, tokens: float) -> None:
+        """Take in a call in which it read the prompt."""
+        past = HEAD_MEMORY**tokens
+        self.earned, self.tokens = past * self.earned + earned, past * self.tokens + tokens
+
+    def is_tried(self, room: int, price: float) -> bool:
+        """Whether it should read the next prompt, which takes `price` seconds."""
+        if self.tokens < ENOUGH_TOKENS or self.earned / self.tokens * room > price:
+            self.left_out, self.next_left_out = 1, 2
+            return True
+        self.left_out -= 1
+        if self.left_out >= 0:
+            return False
+        self.left_out, self.next_left_out = self.next_left_out, min(2 * self.next_left_out, MAX_LEFT_OUT)
+        return True
 
 
 class PlainChange(Enum):
