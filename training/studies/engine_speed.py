@@ -150,7 +150,7 @@ class EngineBench:
         model: of `SHAPES`.
         bench: of the target.
         ways: plain decoding first.
-        texts: `[s]` each, the prompts of one length and their plain continuations.
+        texts: `[s]` each, the prompts of one length and their plain continuations, by compiled code with `--compiled`.
         prompt_tokens: of each text.
         not_compiled: why nothing is compiled; `None` where it is.
     """
@@ -168,12 +168,14 @@ class EngineBench:
         target: Any = random_target(model, getattr(torch, args.dtype), args.device)
         bench = Bench(attach(prepack(target) if args.pack else target), args.max_new_tokens)
         random = torch.Generator().manual_seed(0)
-        texts = []
-        for number in range(args.limit):
-            ids = torch.randint(1, target.config.vocab_size, (args.prompt_tokens,), generator=random)
-            prompt = Prompt(f"random/{number}", ids)
-            texts.append(torch.cat([ids, bench.decode(prompt, plain()).token_ids]))
-        reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompt)
+        size = (args.limit, args.prompt_tokens)
+        prompts = [
+            Prompt(f"random/{number}", ids)
+            for number, ids in enumerate(torch.randint(1, target.config.vocab_size, size, generator=random))
+        ]
+        reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompts[0])
+        writes = compiled_plain() if args.compiled and reason is None else plain()
+        texts = [torch.cat([prompt.input_ids, bench.decode(prompt, writes).token_ids]) for prompt in prompts]
         heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
         is_eager = reason is not None or not args.compiled

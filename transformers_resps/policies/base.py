@@ -251,6 +251,31 @@ class PolicyWrapper(Policy):
         self.policy.adopt_costs(costs)
 
 
+class Trials:
+    """When to do again what does not pay: after ever more chances, until it pays.
+
+    Args:
+        first: chances up to the first trial.
+        last: the most between two.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self._first, self._last = first, last
+        self._left = self._every = first
+
+    def is_due(self, *, pays: bool) -> bool:
+        """Whether to take this chance."""
+        if pays:
+            self._left = self._every = self._first
+            return True
+        self._left -= 1
+        if self._left > 0:
+            return False
+        self._every = min(2 * self._every, self._last)
+        self._left = self._every
+        return True
+
+
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
     """The shape that `policy` chooses, no deeper than there is room, for a head that can propose so many tokens.
 

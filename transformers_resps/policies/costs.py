@@ -228,7 +228,7 @@ _OUTDATED_PLAIN = 0.6  # times a plain step: a tree faster than this shows that 
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
 _RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
 _ROUNDING = 1e-9  # seconds
-_LEARNED = 10  # drafts: the price of drafting is their mean at first, and moves by a tenth for each later
+_LEARNED = 10  # drafts: the price of drafting is their mean at first, and moves by a tenth for each later; or looks
 _INERTIA = 0.1  # the known price of a level counts as much as drafts whose levels have this variance
 # Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
 # place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
@@ -254,6 +254,7 @@ class RunningCosts(CostModel):
     def __init__(self) -> None:
         self.overhead = 0.0
         self.lookup_seconds = 0.0  # by which a step with looked-up nodes takes longer than a plain one, forwards aside
+        self._looks, self._look_seconds = 0, 0.0  # plain steps that looked, and what that took
         self._plain_rest: float | None = None  # seconds of a plain step, its forward aside
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
@@ -281,6 +282,7 @@ class RunningCosts(CostModel):
         copied._verify, copied._draft = dict(self._verify), replace(self._draft)
         copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
         copied.lookup_seconds, copied._plain_rest = self.lookup_seconds, self._plain_rest
+        copied._looks, copied._look_seconds = self._looks, self._look_seconds
         return copied
 
     def rescaled(self, factor: float) -> "RunningCosts":
@@ -299,10 +301,11 @@ class RunningCosts(CostModel):
         *,
         rows: int = 1,
         looks_up: bool = False,
+        has_looked: bool = False,
     ) -> None:
         """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored.
 
-        `looks_up` says that it verified looked-up nodes alone.
+        `looks_up` says that it verified looked-up nodes alone, `has_looked` that it asked for some.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -313,6 +316,8 @@ class RunningCosts(CostModel):
             self._draft.add(levels, draft_seconds)
         else:
             self._add_rest(step_seconds - verify_seconds, looks_up=looks_up)
+            if has_looked and not looks_up:
+                self._add_look(draft_seconds)
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
@@ -324,6 +329,16 @@ class RunningCosts(CostModel):
             most = self.lookup_seconds + (INTERRUPTED - 1.0) * self.step_seconds(TreeShape.plain(), 0)
             longer = min(max(seconds - self._plain_rest, 0.0), most)
             self.lookup_seconds = _mean(self.lookup_seconds or None, longer)
+
+    def _add_look(self, seconds: float) -> None:
+        self._looks += 1
+        known = self._look_seconds
+        self._look_seconds = _mean(known or None, min(seconds, INTERRUPTED * known) if known > 0.0 else seconds)
+
+    @property
+    def look_seconds(self) -> float:
+        """Seconds of asking what could be looked up; 0 before a few steps did so in vain."""
+        return self._look_seconds if self._looks >= _LEARNED else 0.0
 
     def _time(self, nodes: int, seconds: float) -> None:
         known = self._verify.get(nodes, 0.0)

@@ -5,7 +5,7 @@ if the budget covers its worst outcome. The baseline is plain decoding, the wors
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
-from .base import Level, Observation, Policy, PolicyWrapper, ask_shape, count_nodes, wants_level
+from .base import Level, Observation, Policy, PolicyWrapper, Trials, ask_shape, count_nodes, wants_level
 from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
@@ -39,7 +39,7 @@ FAR_POSITIONS = 256  # a context that differs by more makes attention take longe
 # Whether the head should read the prompt of a call
 HEAD_MEMORY = 0.995  # weight of what it earned, after each token of a text
 ENOUGH_TOKENS = 128.0  # of texts that it could draft, before it is left out of a call
-MAX_LEFT_OUT = 32  # calls in a row
+MAX_LEFT_OUT = 32  # calls from one trial to the next
 PROMPT_WEIGHT = 0.3  # of the newest time in what reading a prompt takes
 
 EXPLAINED_STEPS = 8  # that a call makes at least, for a reason why most were plain
@@ -447,12 +447,11 @@ class HeadAccount:
 
 @dataclass(slots=True)
 class _HeadCalls:
-    """What the head earned in calls of the same number of rows: decayed sums, and how many it is left out of."""
+    """What the head earned in calls of the same number of rows: decayed sums."""
 
     earned: float = 0.0  # seconds
     tokens: float = 0.0
-    left_out: int = 1  # next, unless it pays
-    next_left_out: int = 2  # after another trial
+    trials: Trials = field(default_factory=lambda: Trials(2, MAX_LEFT_OUT))
 
     def add(self, earned: float, tokens: float) -> None:
         """Take in a call in which it read the prompt."""
@@ -461,14 +460,8 @@ class _HeadCalls:
 
     def is_tried(self, room: int, price: float) -> bool:
         """Whether it should read the next prompt, which takes `price` seconds."""
-        if self.tokens < ENOUGH_TOKENS or self.earned / self.tokens * room > price:
-            self.left_out, self.next_left_out = 1, 2
-            return True
-        self.left_out -= 1
-        if self.left_out >= 0:
-            return False
-        self.left_out, self.next_left_out = self.next_left_out, min(2 * self.next_left_out, MAX_LEFT_OUT)
-        return True
+        is_unknown = self.tokens < ENOUGH_TOKENS
+        return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
 
 class PlainChange(Enum):

@@ -20,7 +20,7 @@ from torch import Tensor, tensor
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .acceptance_model import LEVELS, AcceptanceModel, PlattScaling
-from .base import MAX_NODES, Identity, Level, Observation, check_identity_values
+from .base import MAX_NODES, Identity, Level, Observation, Trials, check_identity_values
 from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
 
@@ -34,6 +34,8 @@ _FIRST_GAIN = 0.5  # of asking a head that was never asked, in tokens per step
 _LIKELY = 0.5  # lookup that is right so often: a head that does not pay is not probed beside it
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes of a head that does not pay
+_NEWEST_LOOK = 0.02  # weight of the newest look in what looking gains: a text may repeat itself late
+_FIRST_LOOK, _LAST_LOOK = 2, 8  # steps between looks that do not pay
 _MARGIN = 1.03  # a width must be so much faster than the best one to take its place
 _FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials of another width
 _PLAIN = TreeShape.plain()
@@ -130,16 +132,21 @@ class ThroughputPolicy(SavedPolicy):
     def _look_up(self, observation: Observation) -> int:
         """Choose the looked-up nodes; returns those of the row that has most."""
         step, most = self._step, observation.room - 1
+        self.least_lookup_prob = 0.0
+        step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
+        if not step.has_looked:
+            return 0
         if observation.row_accept_probs is None:
             rows = [observation.prefix_accept_probs()[:most]]
         else:
             rows = [row[:most] for row in observation.row_accept_probs()]
         likely = sorted(((prob, row) for row, own in enumerate(rows) for prob in own), reverse=True)
         count, gain = self._best_prefix([step.factors[row] * prob for prob, row in likely])
-        count = count if gain > step.rate * self.costs.lookup_seconds else 0
-        self.least_lookup_prob = likely[count - 1][0] if count and step.is_ragged else 0.0
-        if not count:
+        gain -= step.rate * self.costs.lookup_seconds
+        self._memory.note_look(max(gain, 0.0))
+        if gain <= 0.0:
             return 0
+        self.least_lookup_prob = likely[count - 1][0] if step.is_ragged else 0.0
         chains = [[prob for prob in own if prob >= self.least_lookup_prob] for own in rows]
         chains = chains if step.is_ragged else [rows[0][:count]]
         step.skip_looked_up(sum(map(len, chains)) * step.price, [sum(own[:1]) for own in chains])
@@ -206,7 +213,9 @@ class ThroughputPolicy(SavedPolicy):
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         looks_up = record.verified > 1 and not record.shape.asks_head
-        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node, looks_up=looks_up)
+        looks = {"looks_up": looks_up, "has_looked": self._step.has_looked}
+        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node, **looks)
+        self._step.has_looked = False  # a guard may take the next step without asking
         self._memory.add(record)
         if self._step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
@@ -269,6 +278,7 @@ class _Step:
     is_ragged: bool = False  # whether each row gets as many as pay
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
     rate: float = 0.0  # tokens that a second is worth (lambda)
+    has_looked: bool = False  # for nodes to look up
     lookup: int = 0  # nodes that come from the lookup, as they are priced
     lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
     width: int = 0  # nodes of the head's first level
@@ -332,7 +342,7 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 class ThroughputMemory:
-    """The rate of tokens so far, what asking the head gains, and when a head that does not pay is probed again.
+    """The rate of tokens so far, what asking the head and looking up gain, and when what does not pay is tried again.
 
     Attributes:
         head_was_right: whether the head predicted a token of the last step that asked it, in most rows.
@@ -344,7 +354,8 @@ class ThroughputMemory:
         # Means of drafts: what they would gain without lookup, by `head_was_right`; and their price. That of the first
         # draft may be an interruption's, so it begins at nothing
         self._gains, self._price = [_FIRST_GAIN, _FIRST_GAIN], 0.0
-        self._probe_in, self._probe_every = 0, _FIRST_PROBE  # steps
+        self._probes, self._looks = Trials(_FIRST_PROBE, _LAST_PROBE), Trials(_FIRST_LOOK, _LAST_LOOK)
+        self._look_gain = _FIRST_GAIN  # mean of looks, in tokens
 
     def add(self, record: StepRecord) -> None:
         """Take in a finished step."""
@@ -370,15 +381,16 @@ class ThroughputMemory:
         Args:
             lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
         """
-        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price:
-            self._probe_every = self._probe_in = _FIRST_PROBE
-            return True
-        self._probe_in -= 1
-        if self._probe_in > 0 or lookup_hit >= _LIKELY:
-            return False
-        self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
-        self._probe_in = self._probe_every
-        return True
+        pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
+        return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
+
+    def looks_up(self, price: float) -> bool:
+        """Whether looking up pays that costs `price` tokens, or is due for another trial."""
+        return self._looks.is_due(pays=self._look_gain >= price)
+
+    def note_look(self, gain: float) -> None:
+        """Note what the nodes that were found are estimated to gain, in tokens, less what they cost."""
+        self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
 
 
 class WidthMemory:
