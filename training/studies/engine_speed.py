@@ -173,7 +173,8 @@ class EngineBench:
             Prompt(f"random/{number}", ids)
             for number, ids in enumerate(torch.randint(1, target.config.vocab_size, size, generator=random))
         ]
-        reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompts[0])
+        short = replace(prompts[0], input_ids=prompts[0].input_ids[:_WARM_UP])
+        reason = "Left out by --eager." if args.eager else bench.compile_refusal(short)
         writes = compiled_plain() if args.compiled and reason is None else plain()
         texts = [torch.cat([prompt.input_ids, bench.decode(prompt, writes).token_ids]) for prompt in prompts]
         heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
