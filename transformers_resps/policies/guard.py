@@ -402,8 +402,8 @@ class ExplorationBudget:
 class HeadAccount:
     """Knows whether a head earns what reading the prompt takes it, by earlier calls of as many rows.
 
-    One that does not is left out of a call, then of twice as many each time that it was tried again in vain. It may
-    earn in all the room of a text, which few texts fill: where it helps, leaving it out costs far more than a prompt.
+    One that does not is left out of a call, and of more each time that it was tried again in vain. It may earn in all
+    the room of a text, which few texts fill: where it helps, leaving it out costs far more than a prompt.
 
     Attributes:
         earned: seconds by which the steps of this call that asked it were faster than plain decoding.
