@@ -98,6 +98,7 @@ def test_few_pairs_wait_for_a_policy_that_asks_no_head(
         waiting.append(sum(block.tokens.shape[1] for block in self._unread))
 
     monkeypatch.setattr(LevelDrafter, "observe", watched)
+    monkeypatch.setattr(FixedPolicy, "wants_head", lambda *_: True)
     options = {"assistant_model": head_of(target), "policy": FixedPolicy(TreeShape.plain())}
     target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MAX_UNREAD + 6, **options)
     assert max(waiting) == MAX_UNREAD and waiting[-1] < 6

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -311,7 +312,10 @@ def test_weights_elsewhere_are_refused(target: Any) -> None:
         target.generate(PROMPT, **INVARIANT)
 
 
-def test_another_cache_is_refused_as_without_the_mode(target: PreTrainedModel) -> None:
+def test_another_cache_is_refused_as_without_the_mode(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "Stream", MagicMock())  # PyTorch for GPUs makes none without one
     offloaded = DynamicCache(config=target.config, offloading=True)
     with pytest.raises(ValueError, match="offloaded cache"):
         target.generate(PROMPT, cache=offloaded, **INVARIANT)

@@ -55,7 +55,7 @@ def test_an_answer_in_which_something_was_compiled_is_decoded_again(
     bench: Bench, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the second and the third forward over a tree were the first of their sizes."""
-    asked, left = [], iter([0.0, 0.0, 9.0, 9.0])  # the prompt is asked first
+    asked, left = [], iter([0.0, 0.0, 0.0, 9.0, 9.0])  # the prompt is asked first, and after the head has read it
 
     def take_compile_seconds(self: TreeVerifier) -> float:
         asked.append(next(left, 0.0))
@@ -63,7 +63,7 @@ def test_an_answer_in_which_something_was_compiled_is_decoded_again(
 
     monkeypatch.setattr(TreeVerifier, "take_compile_seconds", take_compile_seconds)
     run = bench.decode(PROMPT, fixed_tree(tiny_head, SHAPE))
-    assert len(asked) == 2 * len(run.steps)
+    assert len(asked) == 2 * (1 + len(run.steps))
     assert run.token_ids.tolist() == bench.decode(PROMPT, plain()).token_ids.tolist()
 
 
