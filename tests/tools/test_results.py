@@ -59,7 +59,8 @@ def test_the_table_has_a_row_for_everything_and_marks_what_was_estimated() -> No
     assert len(lines) == 2 + 3 * 5
     assert lines[2] == "| a | plain | 1.0 | 1.00 |  | 1.00 | 1.00 |  |  |"
     assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 1.25 | 9.2 | 6 of 6 |" in lines
-    assert lines[-1].startswith("| all | *oracle (ceiling)* | 3.") and "| 3.75 | 3.75 to 3.75 |" in lines[-1]
+    rate = ("3.7", "3.8")  # sums of floats round otherwise since Python 3.12
+    assert lines[-1].startswith(tuple(f"| all | *oracle (ceiling)* | {one} | 3.75 | 3.75 to 3.75 |" for one in rate))
     assert "| dataset | temperature | method |" in markdown_table(results_of(made_up((0.0, 1.0))))
 
 

@@ -213,8 +213,14 @@ class ThroughputPolicy(SavedPolicy):
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         looks_up = record.verified > 1 and not record.shape.asks_head
-        looks = {"looks_up": looks_up, "has_looked": self._step.has_looked}
-        self.costs.add(record.computed, levels, *times, rows=record.rows_of_a_node, **looks)
+        self.costs.add(
+            record.computed,
+            levels,
+            *times,
+            rows=record.rows_of_a_node,
+            looks_up=looks_up,
+            has_looked=self._step.has_looked,
+        )
         self._step.has_looked = False  # a guard may take the next step without asking
         self._memory.add(record)
         if self._step.paths_cost and levels and record.verified > 1:
