@@ -1,4 +1,6 @@
-"""Linear layers and attention of packaged code: what is replaced, and that its C++ computes what PyTorch does."""
+"""Linear layers and attention of packaged code: what is replaced, and that its C++ computes what PyTorch does, by
+vectors, by tiles and by the library.
+"""
 
 import json
 from collections.abc import Callable
@@ -9,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from transformers_resps.compilation import native
+from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
+from transformers_resps.compilation.kernels import (
+    NEVER,
+    ONEDNN,
+    TILES,
+    VECTORS,
+    Choice,
+    Kernels,
+    Products,
+    our_kernels,
+)
 from transformers_resps.compilation.native import (
     bf16_attention,
     bf16_block_attention,
@@ -17,13 +30,32 @@ from transformers_resps.compilation.native import (
     bf16_linear,
     pack_gated,
     pack_linear,
-    use_native_linear,
+    use_native,
 )
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 
 
-needs_instructions = pytest.mark.skipif(not native.is_native_faster(), reason="asks for AVX512-BF16 without AMX")
+needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
 OPERATOR = torch.ops.resps.bf16_linear.default
+VECTORS_ALONE = Kernels.only(VECTORS)
+# Of few rows by vectors, of more by tiles, of many by the library.
+MIXED = Kernels(Choice(8, 60), Choice(8, NEVER))
+
+
+def _emulating(source: str) -> str:
+    return source.replace("#ifdef RESPS_EMULATES_TILES", "#if 1").replace("#ifndef RESPS_EMULATES_TILES", "#if 0")
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Those that code is compiled with. Without AMX, tiles are emulated."""
+    chosen: Kernels = request.param
+    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: chosen)
+    if TILES not in our_kernels():
+        operators = native.native_operators()
+        emulating = {call: [_emulating(one) for one in source] for call, source in operators.items()}
+        monkeypatch.setattr(packages_module, "native_operators", lambda: emulating)
+    return chosen
 
 
 class Layers(nn.Module):
@@ -32,12 +64,12 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.query, self.key = nn.Linear(48, 96, bias=False), nn.Linear(48, 40, bias=False)
-        self.gate, self.up = nn.Linear(48, 71), nn.Linear(48, 71)
-        self.down = nn.Linear(71, 48)  # an odd number of inputs
-        self.output = nn.Linear(136, 130)
+        self.query, self.key = nn.Linear(64, 96, bias=False), nn.Linear(64, 40, bias=False)
+        self.gate, self.up = nn.Linear(64, 71), nn.Linear(64, 71)
+        self.down = nn.Linear(71, 64)  # an odd number of inputs
+        self.output = nn.Linear(136, 130)  # which fill no tile
         self.to(torch.bfloat16).requires_grad_(False).eval()
-        self.router = nn.Linear(48, 5, bias=False).requires_grad_(False)  # float32
+        self.router = nn.Linear(64, 5, bias=False).requires_grad_(False)  # float32
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         heads = torch.cat([self.query(rows), self.key(rows)], dim=-1)
@@ -45,8 +77,8 @@ class Layers(nn.Module):
         return self.output(heads), self.router(mixed.float())
 
 
-def rows_of(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, 48, generator=torch.Generator().manual_seed(sum(sizes))).to(torch.bfloat16)
+def rows_of(*sizes: int, inputs: int = 64) -> Tensor:
+    return torch.randn(*sizes, inputs, generator=torch.Generator().manual_seed(sum(sizes))).to(torch.bfloat16)
 
 
 def exported(layers: nn.Module, rows: Tensor) -> torch.export.ExportedProgram:
@@ -55,7 +87,8 @@ def exported(layers: nn.Module, rows: Tensor) -> torch.export.ExportedProgram:
 
 @pytest.fixture
 def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "is_native_faster", lambda: True)
+    monkeypatch.setattr(native, "our_kernels", lambda: (VECTORS,))
+    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: VECTORS_ALONE)
 
 
 @pytest.mark.parametrize(("widths", "inputs"), [((64,), 32), ((1,), 2), ((40, 96, 7), 48), ((130, 126), 576)])
@@ -65,7 +98,8 @@ def test_packed_weights_give_what_the_layers_give(widths: tuple[int, ...], input
     packed = pack_linear(weights)
     assert packed.shape == (-(-sum(widths) // 32), inputs // 2, 32, 2)
     torch.testing.assert_close(
-        bf16_linear(rows, packed, bias, sum(widths)), nn.functional.linear(rows, torch.cat(weights), bias)
+        bf16_linear(rows, packed, bias, None, sum(widths), NEVER, NEVER),
+        nn.functional.linear(rows, torch.cat(weights), bias),
     )
     first = torch.stack([weights[0][0, 0], weights[0][0, 1]])  # of the first output, two neighbouring inputs
     assert torch.equal(packed[0, 0, 0], first)
@@ -75,24 +109,38 @@ def test_packed_weights_give_what_the_layers_give(widths: tuple[int, ...], input
 def test_layers_of_one_input_become_one_product_and_others_stay(on_any_processor: None) -> None:
     layers, rows = Layers(), rows_of(2, 3)
     program = exported(layers, rows)
-    use_native_linear(program)
+    use_native(program, alike=False)
     replaced = program.graph.find_nodes(op="call_function", target=OPERATOR)
-    assert [node.args[3] for node in replaced] == [96 + 40, 71 + 71, 130]
+    assert [node.args[4] for node in replaced] == [96 + 40, 71 + 71, 130]
     left = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     assert {node.args[1].name for node in left} == {"p_down_weight", "p_router_weight"}
     for given, wanted in zip(program.module()(rows), layers(rows), strict=True):
         torch.testing.assert_close(given, wanted)
 
 
-@pytest.mark.parametrize("flags", [set(), {"avx2", "avx512f"}, {"avx512_bf16", "amx_bf16"}])
-def test_without_the_instructions_or_with_better_ones_all_layers_stay(
-    flags: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(native, "is_native_faster", native.is_native_faster.__wrapped__)
+def test_without_kernels_of_ours_all_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "our_kernels", lambda: ())
+    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: Kernels.only(ONEDNN))
     program = exported(Layers(), rows_of(2, 3))
-    use_native_linear(program)
+    use_native(program, alike=False)
     assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
+
+
+@torch.no_grad()
+def test_layers_that_the_library_always_multiplies_faster_stay(
+    on_any_processor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def library_alone(products: Products, *, alike: bool) -> Kernels:
+        asked.append(products)
+        return Kernels.only(ONEDNN)
+
+    monkeypatch.setattr(native, "chosen_kernels", library_alone)
+    program = exported(Layers(), rows_of(2, 3))
+    assert use_native(program, alike=False) == Kernels.only(ONEDNN)
+    assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
+    assert asked == [Products(((64, 96), (64, 40), (64, 71), (64, 71), (136, 130)), ())]
 
 
 @pytest.mark.parametrize("weight", [lambda layer: layer.weight * 2, lambda layer: layer.weight.float()])
@@ -105,15 +153,16 @@ def test_a_weight_that_is_computed_is_not_packed(
             return nn.functional.linear(rows.to(weight(self).dtype), weight(self))
 
     layer = Scaled(48, 64, bias=False).to(torch.bfloat16)
-    program = exported(layer, rows_of(4))
-    use_native_linear(program)
+    program = exported(layer, rows_of(4, inputs=48))
+    use_native(program, alike=False)
     assert not program.graph.find_nodes(op="call_function", target=OPERATOR)
 
 
 @needs_instructions
+@pytest.mark.parametrize("kernels", [VECTORS_ALONE, MIXED], indirect=True)
 @torch.no_grad()
 def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     layers = Layers()
@@ -123,22 +172,28 @@ def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
     wanted = compiled([whole])
     for given, eager in zip(wanted, layers(whole), strict=True):
         torch.testing.assert_close(given.bfloat16(), eager.bfloat16(), rtol=0.02, atol=0.02)
-    for count in (2, 3, 4, 5, 6, 7, 8, 12, 13, 25):  # rows in all are twice as many
-        assert torch.equal(compiled([whole[:, :count].contiguous()])[0], wanted[0][:, :count])
+    for count in (2, 3, 4, 5, 6, 7, 8, 12, 13, 25, 33):  # rows in all are twice as many
+        found, expected = compiled([whole[:, :count].contiguous()])[0], wanted[0][:, :count]
+        if kernels == MIXED:
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        else:
+            assert torch.equal(found, expected)
 
     (package,) = stored_packages(tmp_path)
-    recipes = json.loads((package.path / "package.json").read_text())["recipes"].values()
-    assert sum("resps.pack_linear" in json.dumps(recipe) for recipe in recipes) == 3
+    manifest = json.loads((package.path / "package.json").read_text())
+    recipes = [json.dumps(recipe) for recipe in manifest["recipes"].values()]
+    assert sum("resps.pack_linear" in recipe for recipe in recipes) == 3
+    assert Kernels(*(Choice(*choice) for choice in manifest["kernels"])) == kernels
 
 
 class Mlp(nn.Module):
     """That of Llama and its kin."""
 
-    def __init__(self, width: int, *, has_bias: bool = False) -> None:
+    def __init__(self, width: int, inputs: int = 48, *, has_bias: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.gate, self.up = (nn.Linear(48, width, bias=has_bias) for _ in range(2))
-        self.down = nn.Linear(width, 48, bias=False)
+        self.gate, self.up = (nn.Linear(inputs, width, bias=has_bias) for _ in range(2))
+        self.down = nn.Linear(width, inputs, bias=False)
         self.to(torch.bfloat16).requires_grad_(False).eval()
 
     def gated(self, rows: Tensor) -> Tensor:
@@ -158,17 +213,17 @@ GATED = torch.ops.resps.bf16_gated.default
 
 
 def test_the_gated_operator_gives_what_both_layers_give() -> None:
-    mlp, rows = Mlp(96), rows_of(2, 3)
+    mlp, rows = Mlp(96), rows_of(2, 3, inputs=48)
     packed = pack_gated(mlp.gate.weight, mlp.up.weight)
     assert packed.shape == (6, 24, 32, 2)
-    torch.testing.assert_close(bf16_gated(rows, packed, 96), mlp.gated(rows))
+    torch.testing.assert_close(bf16_gated(rows, packed, None, 96, NEVER, NEVER), mlp.gated(rows))
 
 
 @torch.no_grad()
 def test_a_gate_and_what_it_gates_become_one_operator(on_any_processor: None) -> None:
-    mlp, rows = Mlp(96), rows_of(2, 3)
+    mlp, rows = Mlp(96), rows_of(2, 3, inputs=48)
     program = exported(mlp, rows)
-    use_native_linear(program)
+    use_native(program, alike=False)
     operators = torch.ops.resps
     found = [node.target for node in program.graph.nodes if node.op == "call_function"]
     made = operators.pack_gated, operators.bf16_gated, operators.pack_linear, operators.bf16_linear
@@ -180,23 +235,26 @@ def test_a_gate_and_what_it_gates_become_one_operator(on_any_processor: None) ->
 @pytest.mark.parametrize("mlp", [Mlp(72), Mlp(96, has_bias=True), _ReadTwice(96)])
 @torch.no_grad()
 def test_of_another_width_with_a_bias_or_read_twice_both_layers_stay(mlp: Mlp, on_any_processor: None) -> None:
-    program = exported(mlp, rows_of(2, 3))
-    use_native_linear(program)
+    program = exported(mlp, rows_of(2, 3, inputs=48))
+    use_native(program, alike=False)
     assert not program.graph.find_nodes(op="call_function", target=GATED)
-    torch.testing.assert_close(program.module()(rows_of(2, 3)), mlp(rows_of(2, 3)))
+    torch.testing.assert_close(program.module()(rows_of(2, 3, inputs=48)), mlp(rows_of(2, 3, inputs=48)))
 
 
 @needs_instructions
+@pytest.mark.parametrize("kernels", [MIXED], indirect=True)
 @torch.no_grad()
-def test_packaged_code_rounds_what_is_gated_as_pytorch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_code_rounds_what_is_gated_as_pytorch_does(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    mlp, rows = Mlp(96), rows_of(3, 41) * torch.logspace(-3, 2, 41)[:, None].bfloat16()
+    mlp, rows = Mlp(96, 64), rows_of(3, 41, inputs=64) * torch.logspace(-3, 2, 41)[:, None].bfloat16()
     packages = ModulePackages(lambda: mlp, "an MLP")
     compiled = CompiledFunction(lambda rows: mlp.gated(rows), [(0, 1)], packages=packages, name="mlp")
     given, wanted = compiled([rows]), mlp.gated(rows)
     assert (given == wanted).float().mean() > 0.99  # sums are taken in another order
     torch.testing.assert_close(given, wanted, rtol=0.01, atol=1e-5)
-    assert torch.equal(compiled([rows[:2, :5].contiguous()]), given[:2, :5])
+    torch.testing.assert_close(compiled([rows[:2, :5].contiguous()]), given[:2, :5], rtol=0.01, atol=1e-5)
     (package,) = stored_packages(tmp_path)
     assert "resps.pack_gated" in (package.path / "package.json").read_text()
 
@@ -236,9 +294,14 @@ def test_the_operator_of_attention_is_the_formula(shown: int) -> None:
 
 
 @needs_instructions
-@pytest.mark.parametrize(("heads", "widths", "threads"), [((9, 3), (64, 128), 5), ((4, 4), (96, 32), 2)])
+@pytest.mark.parametrize(
+    ("kernels", "heads", "widths", "threads"),
+    [(MIXED, (9, 3), (64, 128), 5), (MIXED, (4, 4), (96, 32), 2), (VECTORS_ALONE, (4, 4), (96, 32), 2)],
+    indirect=["kernels"],
+)
 @torch.no_grad()
 def test_packaged_code_attends_by_it(
+    kernels: Kernels,
     heads: tuple[int, int],
     widths: tuple[int, int],
     threads: int,
@@ -284,10 +347,14 @@ def test_the_operator_of_blocks_is_the_formula() -> None:
 
 
 @needs_instructions
-@pytest.mark.parametrize(("masked_heads", "shared"), [(1, 5), (4, 1)])
+@pytest.mark.parametrize(
+    ("kernels", "masked_heads", "shared"),
+    [(VECTORS_ALONE, 1, 5), (VECTORS_ALONE, 4, 1), (Kernels.only(TILES), 4, 1)],
+    indirect=["kernels"],
+)
 @torch.no_grad()
 def test_packaged_code_attends_to_a_block_alike_whatever_rows_stand_beside(
-    masked_heads: int, shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, masked_heads: int, shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     layer = nn.Linear(1, 1)

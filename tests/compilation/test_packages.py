@@ -90,12 +90,12 @@ def compilations(compiled_once: Path, monkeypatch: pytest.MonkeyPatch) -> list[n
     manifest = json.loads((package.path / "package.json").read_text())
 
     def compile_again(
-        module: nn.Module, function: Any, tensors: Any, dynamic: Any, config: Any, path: Path
-    ) -> tuple[dict[str, Any], list[list[int]]]:
+        module: nn.Module, function: Any, tensors: Any, dynamic: Any, config: Any, path: Path, *, alike: bool
+    ) -> tuple[dict[str, Any], list[list[int]], list[Any]]:
         found.append(module)
         function(*tensors)
         path.write_bytes((package.path / "code.pt2").read_bytes())
-        return manifest["recipes"], manifest["limits"]
+        return manifest["recipes"], manifest["limits"], manifest["kernels"]
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled for this process alone")
@@ -300,10 +300,10 @@ def test_of_two_processes_that_compile_at_the_same_time_one_keeps_its_code(
     for moment in ("compiling", "renaming"):
         shutil.move(path, aside)
 
-        def compile_slowly(*args: Any, moment: str = moment) -> Any:
+        def compile_slowly(*args: Any, moment: str = moment, **options: Any) -> Any:
             if moment == "compiling":
                 shutil.move(aside, path)
-            return stock(*args)
+            return stock(*args, **options)
 
         def rename_late(self: Path, target: Path, moment: str = moment) -> Path:
             if moment == "renaming":
@@ -331,7 +331,7 @@ def test_without_a_folder_code_ends_with_its_process(
 def test_what_cannot_be_packaged_is_compiled_for_this_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]]
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise packages.PackagingError("a constant that is none of the weights")
 
     compiled = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CompileConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, set_seed
 
 from tests.compilation.as_it_is import AsItIs
@@ -592,6 +593,21 @@ def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_
 INVARIANT = {"invariant": True, "compile": True}
 
 
+class _OneByOne(nn.Linear):
+    """In which no row knows another, as in kernels of ours."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return (input[..., None, :] * self.weight).sum(dim=-1)
+
+
+@pytest.fixture
+def with_kernels_of_ours(target: PreTrainedModel) -> None:
+    for part in target.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = _OneByOne
+
+
+@pytest.mark.usefixtures("with_kernels_of_ours")
 @pytest.mark.parametrize("options", [{"compile": True}, INVARIANT], ids=["normal", "invariant"])
 def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
     target: PreTrainedModel, head: DraftHead, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -615,6 +631,7 @@ def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
     assert own <= set(traced_files())
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 def test_the_invariant_mode_is_compiled_once_for_chains_and_once_for_trees(
     target: PreTrainedModel, head: DraftHead, backend: CountingBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -631,6 +648,7 @@ def test_the_invariant_mode_is_compiled_once_for_chains_and_once_for_trees(
     assert sum("Compiling the target" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_compiled_code_of_the_invariant_mode_reads_the_prompts_of_a_batch(
     target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, chunk_size: int | None
@@ -649,6 +667,7 @@ def test_compiled_code_of_the_invariant_mode_reads_the_prompts_of_a_batch(
         torch.testing.assert_close(found.logits[0][row], expected.logits[0][0] + 1)
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 @pytest.mark.parametrize("options", [{"compile": True}, INVARIANT], ids=["normal", "invariant"])
 def test_code_of_the_invariant_mode_alone_rounds_after_each_operator(
     target: PreTrainedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -656,28 +675,30 @@ def test_code_of_the_invariant_mode_alone_rounds_after_each_operator(
     asked = list[bool]()
 
     class Asked(AsItIs):
-        def __init__(self, *args: Any, rounds_each: bool, **options: Any) -> None:
+        def __init__(self, *args: Any, is_invariant: bool, **options: Any) -> None:
             super().__init__(*args, **options)
-            asked.append(rounds_each)
+            asked.append(is_invariant)
 
     monkeypatch.setattr(slots, "CompiledFunction", Asked)
     speculate(target, None, "auto", **options)
     assert set(asked) == {"invariant" in options}
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 def test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_refused(
     target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     """Until weights change: other code is made then."""
     speculate(target, head, FixedPolicy(TreeShape(4, 3, 1)), **INVARIANT)
     untraced.change = lambda outputs: (outputs[0] * (1 + 1e-9), *outputs[1:])
-    with pytest.raises(ValueError, match=r"rounds chains, trees and batches in several ways when it runs compiled\."):
+    with pytest.raises(ValueError, match=r"rounds chains, trees and batches in several ways when it runs compiled:"):
         speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **INVARIANT)
     with torch.no_grad():
         target.lm_head.weight.mul_(2)
     speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **INVARIANT)
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 def test_the_invariant_mode_never_runs_steps_as_they_are_where_compiled_ones_are_asked_for(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:
@@ -691,24 +712,30 @@ def test_the_invariant_mode_never_runs_steps_as_they_are_where_compiled_ones_are
         speculate(target, None, "auto", **INVARIANT)
 
 
-def test_compiled_code_of_the_invariant_mode_gets_the_nodes_that_it_needs(
+@pytest.mark.usefixtures("with_kernels_of_ours")
+def test_code_of_the_invariant_mode_in_which_rows_know_each_other_is_refused(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:
-    """Planted code that rounds a row by the parity of the rows, and code that has no such number."""
     untraced.change = lambda outputs: tuple(part + part.shape[1] % 2 * 1e-3 for part in outputs)
+    with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled: only"):
+        speculate(target, None, "auto", **INVARIANT)
+
+
+@pytest.mark.usefixtures("with_kernels_of_ours")
+def test_code_of_the_invariant_mode_is_compared_once_under_each_setting(
+    target: PreTrainedModel, untraced: CountingBackend
+) -> None:
     speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
-    steps = target.speculation_state.slot_engine.steps
-    assert steps and not any(step % 2 for step in steps.values()), "this machine's kernels may ask for more"
-    tried = len(steps)
+    checked = target.speculation_state.slot_engine.checked
+    compared = len(checked)
+    speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
+    assert compared and len(checked) == compared
     with deterministic_algorithms():
         speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
-    assert len(steps) == 2 * tried, "other settings may mean other kernels"
-    other = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa"))
-    untraced.change = lambda outputs: tuple(part + part.shape[1] * 1e-5 for part in outputs)
-    with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled"):
-        speculate(other, None, "auto", **INVARIANT)
+    assert len(checked) == 2 * compared, "other settings may mean other kernels"
 
 
+@pytest.mark.usefixtures("with_kernels_of_ours")
 def test_what_an_earlier_text_left_in_the_buffers_reaches_no_text_of_the_invariant_mode(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:

@@ -228,7 +228,7 @@ def test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves(
     dropout: float,
     native: bool,
 ) -> None:
-    monkeypatch.setattr(native_module, "is_native_faster", lambda: has_units)
+    monkeypatch.setattr(native_module, "our_kernels", lambda: ("avx512_bf16",) if has_units else ())
     changes = {2: torch.export.Dim.DYNAMIC}
     given = states(heads, shared, width, dtype)
     given[3] = given[3] if adds else given[3] == 0  # else it tells what is seen
@@ -241,7 +241,7 @@ def test_packaged_code_attends_by_an_operator_of_its_own_where_that_serves(
 
 
 def test_a_lone_token_that_sees_everything_and_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_module, "is_native_faster", lambda: True)
+    monkeypatch.setattr(native_module, "our_kernels", lambda: ("avx512_bf16",))
     query, key, value, mask = states(6, 2, 32)
     lone = query[:, :, :1]
     program = torch.export.export(Attention(), (lone, key, value, None), strict=False)

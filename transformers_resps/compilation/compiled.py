@@ -46,7 +46,8 @@ class CompiledFunction:
         dynamic: of its inputs. A size of 1 is compiled apart from all others.
         dynamic_buffers: of every buffer.
         options: of `torch.compile`, in place of inductor with freezing.
-        rounds_each: whether every operator rounds its result in low precision, as eager code does.
+        is_invariant: whether a row gets the same bits whatever others there are. Every operator then rounds its
+            result in low precision, as eager code does.
         packages: keep the code for later processes, under `name`.
 
     The caller must drop the object when what the function reads besides its inputs has changed, as weights do:
@@ -62,11 +63,11 @@ class CompiledFunction:
         packages: ModulePackages | None = None,
         name: str = "",
         *,
-        rounds_each: bool = False,
+        is_invariant: bool = False,
     ) -> None:
         self._function, self._options = function, options
-        self._inductor = _INDUCTOR | (_AS_EAGER if rounds_each else {})
-        self._packages, self._name = packages, name
+        self._inductor = _INDUCTOR | (_AS_EAGER if is_invariant else {})
+        self._is_invariant, self._packages, self._name = is_invariant, packages, name
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
         self._compiled: dict[_Kind, Callable[..., Any]] = {}
 
@@ -128,7 +129,8 @@ class CompiledFunction:
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
         with _without_advice():
-            code = self._packages.compile(self._name, setting, function, tensors, sizes, self._inductor)
+            given = self._name, setting, function, tensors, sizes, self._inductor
+            code = self._packages.compile(*given, alike=self._is_invariant)
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:

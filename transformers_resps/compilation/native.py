@@ -1,17 +1,14 @@
-"""Linear layers and attention of bfloat16 in packaged code, for CPUs that have AVX512-BF16 and no AMX.
+"""Linear layers and attention of bfloat16 in packaged code, for CPUs that have AVX512-BF16, with AMX or without.
 
 oneDNN's products read weights as fast as memory gives them, too, but to call one takes about 20 us, between other work
 and with cold caches: a sixth of SmolLM2's step. PyTorch's attention multiplies as float32, and takes two to four times
-as long. `native.cpp` is compiled into the code that calls it. Its products were no slower than oneDNN's for any number
-of rows from 1 to 512 (Zen 4), and compute a row in the same way whatever others stand beside it.
+as long. `native.cpp` is compiled into the code that calls it, and computes a row in the same way whatever others stand
+beside it. `kernels.py` says for how many rows which kernel runs.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import permutations
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +17,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from ..compat import cpu_flags
+from .kernels import NEVER, SOURCE, Choice, Kernels, Products, chosen_kernels, our_kernels
 
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
 _BLOCK = 32  # outputs whose weights lie together, as in `native.cpp`
 _STEP = 32  # of a head's width
 
@@ -48,24 +44,42 @@ def _(weights: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("resps::bf16_linear", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
-def bf16_linear(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
+def bf16_linear(
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    width: int,
+    tiles_from: int,
+    library_from: int,
+) -> Tensor:
     """What `torch.nn.functional.linear` gives with the weights that were packed, up to rounding.
 
     Args:
         rows: `[..., i]`.
         packed: see `pack_linear`.
         bias: `[width]`.
+        weight: `[width, i]`, for the library; `None` where it never multiplies.
         width: outputs of all layers.
+        tiles_from: rows from which tiles multiply, see `Choice`.
+        library_from: rows from which the library does.
 
     Returns:
         `[..., width]`
     """
-    weight = packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width]
-    return functional.linear(rows, weight, bias)
+    return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 
 
 @bf16_linear.register_fake
-def _(rows: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
+def _(
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    width: int,
+    tiles_from: int,
+    library_from: int,
+) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], width)
 
 
@@ -82,28 +96,35 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("resps::bf16_gated", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
-def bf16_gated(rows: Tensor, packed: Tensor, width: int) -> Tensor:
+def bf16_gated(
+    rows: Tensor, packed: Tensor, weight: Tensor | None, width: int, tiles_from: int, library_from: int
+) -> Tensor:
     """What `silu(gate) * up` gives, up to rounding.
 
     Args:
         rows: `[..., i]` the input of both.
         packed: see `pack_gated`.
+        weight: `[2 * width, i]`, the gate's first; see `bf16_linear`, as the last two.
         width: outputs of each.
+        tiles_from: rows from which tiles multiply.
+        library_from: rows from which the library does.
 
     Returns:
         `[..., width]`
     """
-    both = bf16_linear(rows, packed, None, 2 * width).unflatten(-1, (-1, 2, _BLOCK // 2))
+    both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, _BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
 
 
 @bf16_gated.register_fake
-def _(rows: Tensor, packed: Tensor, width: int) -> Tensor:
+def _(rows: Tensor, packed: Tensor, weight: Tensor | None, width: int, tiles_from: int, library_from: int) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], width)
 
 
 @torch.library.custom_op("resps::bf16_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
-def bf16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def bf16_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, tiles_from: int = NEVER
+) -> Tensor:
     """What `torch.nn.functional.scaled_dot_product_attention` gives, up to rounding.
 
     Args:
@@ -113,6 +134,7 @@ def bf16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         mask: `[b or 1, 1 or heads that share keys, q, t]`, added to the scores; `None` sees everything. A query that
             sees nothing gets zeros.
         scale: of the scores.
+        tiles_from: queries that share keys, from which tiles multiply; set where the code is compiled.
 
     Returns:
         `[b, q, heads, vd]`
@@ -124,13 +146,13 @@ def bf16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 @bf16_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, tiles_from: int = NEVER) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 @torch.library.custom_op("resps::bf16_block_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
 def bf16_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tiles_from: int = NEVER
 ) -> tuple[Tensor, Tensor]:
     """As `bf16_attention`, with the log-sum-exp of each query's scores. Over at most 64 keys the result of a query
     depends neither on the others nor on the number of threads.
@@ -141,6 +163,7 @@ def bf16_block_attention(
         value: `[b, heads, t, vd]`.
         mask: `[b or 1, 1 or heads, q, t]`, added to the scores.
         scale: of the scores.
+        tiles_from: as there.
 
     Returns:
         `[b, q, heads, vd]`, and fp32 `[b, q, heads]`.
@@ -151,14 +174,16 @@ def bf16_block_attention(
 
 
 @bf16_block_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tiles_from: int = NEVER
+) -> tuple[Tensor, Tensor]:
     shape = key.shape[0], query.shape[2], query.shape[1]
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
 def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
     """The operators that C++ calls without PyTorch's dispatcher, and their source."""
-    source = _SOURCE.read_text(encoding="utf-8")
+    source = SOURCE.read_text(encoding="utf-8")
     operators = torch.ops.resps
     calls = (
         operators.bf16_linear,
@@ -174,17 +199,47 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     states = query, key, value
     return (
         torch.compiler.is_exporting()
-        and is_native_faster()
+        and bool(our_kernels())
         and all(part.dtype is torch.bfloat16 and part.device.type == "cpu" for part in states)
         and all(part.shape[-1] % _STEP == 0 and part.stride(-1) == 1 for part in states)
         and (mask is None or (mask.dtype in (torch.bfloat16, torch.bool) and mask.stride(-1) == 1))
     )
 
 
-def use_native_linear(program: ExportedProgram) -> None:
-    """Put `bf16_linear` in place of linear layers that it can serve, one for all layers that read the same input."""
-    if not is_native_faster():
-        return
+def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
+    """Put `bf16_linear` in place of linear layers that it can serve, one for all layers that read the same input, and
+    say for how many rows which kernel runs.
+
+    Args:
+        program: is changed.
+        alike: whether a row must get the same bits whatever others there are.
+    """
+    readers = _layers(program) if our_kernels() else {}
+    layers = [node for of_one in readers.values() for node in of_one]
+    attending = [
+        node
+        for operator in (torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default)
+        for node in program.graph.find_nodes(op="call_function", target=operator)
+    ]
+    linear = tuple((weight.shape[1], weight.shape[0]) for weight in (_value(node.args[1]) for node in layers))
+    states = [[_value(part) for part in node.args[:2]] for node in attending]
+    heads = tuple((query.shape[1], key.shape[1], query.shape[3]) for query, key in states)
+    kernels = chosen_kernels(Products(linear, heads), alike=alike)
+    for node in attending:
+        _attend_by(program.graph, node, kernels.attention)
+    if kernels.linear.library_from > 1:
+        for of_one in readers.values():
+            gated = _gated(*of_one) if len(of_one) == 2 else None
+            if gated is None:
+                _join(program.graph, of_one, kernels.linear)
+            else:
+                _replace_gated(program.graph, gated, kernels.linear)
+    program.graph_module.recompile()
+    return kernels
+
+
+def _layers(program: ExportedProgram) -> dict[tuple[Node, bool], list[Node]]:
+    """The layers that `bf16_linear` can serve, by their input and whether they have a bias."""
     signature = program.graph_signature
     weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
     readers: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
@@ -192,19 +247,30 @@ def use_native_linear(program: ExportedProgram) -> None:
         rows, *read = node.all_input_nodes
         if all(part.name in weights for part in read) and _is_served(*(part.meta["val"] for part in (rows, *read))):
             readers[rows, len(read) == 2].append(node)
-    for layers in readers.values():
-        product = _gated(*layers) if len(layers) == 2 else None
-        if product is None:
-            _join(program.graph, layers)
-        else:
-            _replace_gated(program.graph, product)
-    program.graph_module.recompile()
+    return readers
 
 
-@cache
-def is_native_faster() -> bool:
-    """Whether this machine has the instructions of `native.cpp`, and none that are better."""
-    return sys.platform == "linux" and {"avx512_bf16", "amx_bf16"} & cpu_flags() == {"avx512_bf16"}
+def _value(node: Any) -> Tensor:
+    """An example of what a node gives."""
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _attend_by(graph: torch.fx.Graph, node: Node, choice: Choice) -> None:
+    """Tell an operator of attention which kernel it calls, or put PyTorch's in its place, which tells no sums."""
+    if choice.library_from > 1 or node.target is not torch.ops.resps.bf16_attention.default:
+        node.args = (*node.args[:5], choice.tiles_from)
+        return
+    call: Any = graph.call_function
+    query, key, value, mask, scale = node.args[:5]
+    with graph.inserting_before(node):
+        if mask is not None and _value(mask).shape[1] > 1:
+            mask = call(torch.ops.aten.repeat.default, (mask, [1, _value(key).shape[1], 1, 1]))
+        options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+        attended = call(torch.ops.aten.scaled_dot_product_attention.default, (query, key, value), options)
+        turned = call(torch.ops.aten.transpose.int, (attended, 1, 2))
+        node.replace_all_uses_with(call(torch.ops.aten.contiguous.default, (turned,)))
+    graph.erase_node(node)
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -234,25 +300,35 @@ def _gated(*layers: Node) -> _Gated | None:
         (silu,), (product,) = gate.users, up.users
         if (silu.target, product.target) != (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor):
             continue
-        width = gate.meta["val"].shape[-1]
-        fits = width == up.meta["val"].shape[-1] and width % (_BLOCK // 2) == 0
+        width = _value(gate).shape[-1]
+        fits = width == _value(up).shape[-1] and width % (_BLOCK // 2) == 0
         if fits and len(silu.users) == 1 and set(product.args) == {silu, up}:
             return _Gated(product, silu, gate, up)
     return None
 
 
-def _replace_gated(graph: torch.fx.Graph, of: _Gated) -> None:
+def _replace_gated(graph: torch.fx.Graph, of: _Gated, choice: Choice) -> None:
     """Compute it by one operator."""
     call: Any = graph.call_function
     with graph.inserting_before(of.product):
-        packed = call(torch.ops.resps.pack_gated.default, (of.gate.args[1], of.up.args[1]))
-        width = of.product.meta["val"].shape[-1]
-        of.product.replace_all_uses_with(call(torch.ops.resps.bf16_gated.default, (of.gate.args[0], packed, width)))
+        weights = [of.gate.args[1], of.up.args[1]]
+        packed = call(torch.ops.resps.pack_gated.default, tuple(weights))
+        width = _value(of.product).shape[-1]
+        args = of.gate.args[0], packed, _of_library(graph, weights, choice), width, *choice
+        of.product.replace_all_uses_with(call(torch.ops.resps.bf16_gated.default, args))
     for node in of:
         graph.erase_node(node)
 
 
-def _join(graph: torch.fx.Graph, layers: list[Node]) -> None:
+def _of_library(graph: torch.fx.Graph, weights: list[Any], choice: Choice) -> Any:
+    """The weights as the library reads them, in one; `None` where it never does."""
+    if choice.library_from == NEVER or len(weights) == 1:
+        return None if choice.library_from == NEVER else weights[0]
+    call: Any = graph.call_function
+    return call(torch.ops.aten.cat.default, (weights,))
+
+
+def _join(graph: torch.fx.Graph, layers: list[Node], choice: Choice) -> None:
     """Compute layers of the same input by one operator, where the first one stands."""
     weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
     widths = [layer.args[1].meta["val"].shape[0] for layer in layers]  # type: ignore[union-attr]
@@ -260,7 +336,8 @@ def _join(graph: torch.fx.Graph, layers: list[Node]) -> None:
     with graph.inserting_before(layers[0]):
         bias = call(torch.ops.aten.cat.default, (biases,)) if biases else None
         packed = call(torch.ops.resps.pack_linear.default, (weights,))
-        joined = call(torch.ops.resps.bf16_linear.default, (layers[0].args[0], packed, bias, sum(widths)))
+        args = layers[0].args[0], packed, bias, _of_library(graph, weights, choice), sum(widths), *choice
+        joined = call(torch.ops.resps.bf16_linear.default, args)
         start = 0
         for layer, width in zip(layers, widths, strict=True):
             whole = len(layers) == 1

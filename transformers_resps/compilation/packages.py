@@ -31,7 +31,8 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
-from .native import native_operators, use_native_linear
+from .kernels import Kernels, demanded_kernel, our_kernels
+from .native import native_operators, use_native
 from .pages import collapse
 
 
@@ -168,6 +169,8 @@ class ModulePackages:
         tensors: Sequence[Tensor],
         dynamic: Sequence[Sequence[int]],
         config: Mapping[str, Any],
+        *,
+        alike: bool,
     ) -> "PackagedCode":
         """Compile, keep the package and load it. Where it cannot be kept, it serves this process.
 
@@ -178,18 +181,21 @@ class ModulePackages:
             tensors: an example.
             dynamic: of each tensor, the dimensions that change.
             config: of inductor.
+            alike: whether a row must get the same bits whatever others there are.
 
         Raises:
             PackagingError: the code asks for certain sizes, or has constants that are not made of the weights.
         """
         identity = self._identity(code, setting)
-        with tempfile.TemporaryDirectory(prefix="resps-") as made:
-            path = Path(made)
-            recipes, limits = _compile(self._module(), function, tensors, dynamic, config, path / _CODE)
+        with tempfile.TemporaryDirectory(prefix="resps-") as folder:
+            path = Path(folder)
+            made = _compile(self._module(), function, tensors, dynamic, config, path / _CODE, alike=alike)
+            recipes, limits, kernels = made
             manifest = {
                 "identity": identity,
                 "recipes": recipes,
                 "limits": limits,
+                "kernels": kernels,
                 "digest": _digest_of_file(path / _CODE),
             }
             (path / _MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
@@ -285,8 +291,12 @@ def _compile(
     dynamic: Sequence[Sequence[int]],
     config: Mapping[str, Any],
     path: Path,
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Write the code of a function to `path`; returns the recipe of each of its constants, and its limits."""
+    *,
+    alike: bool,
+) -> tuple[dict[str, Any], list[list[int]], Kernels]:
+    """Write the code of a function to `path`; returns the recipe of each of its constants, its limits, and the kernels
+    that it calls.
+    """
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(tensors, dynamic, strict=True)
@@ -294,7 +304,7 @@ def _compile(
     with _compiling, torch.inference_mode(False), torch.no_grad():
         example = tuple(part.clone() for part in tensors)
         program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
-        use_native_linear(program)
+        kernels = use_native(program, alike=alike)
         recipes = _Recipes(module)
         with recipes.noted():
             torch._inductor.aoti_compile_and_package(
@@ -308,7 +318,7 @@ def _compile(
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
             )
-    return recipes.of(_loader(path).get_constant_fqns()), _limits(program)
+    return recipes.of(_loader(path).get_constant_fqns()), _limits(program), kernels
 
 
 def _limits(program: torch.export.ExportedProgram) -> list[list[int]]:
@@ -505,6 +515,7 @@ def _about_here() -> dict[str, str]:
         "transformers": transformers.__version__,
         "library": library.hexdigest()[:16],
         "machine": f"{platform.machine()}, {_digest_of(_processor())}",
+        "kernels": demanded_kernel() or ", ".join(our_kernels()),
     }
 
 

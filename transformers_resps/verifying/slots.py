@@ -671,8 +671,8 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
         self.lock = Lock()  # of the name of the target's attention
-        # Of compiled code of the invariant mode: how many nodes it needs, and how it rounds a sample.
-        self.steps: dict[Hashable, int] = {}
+        # Of compiled code of the invariant mode: which was compared, and how it rounds a sample.
+        self.checked: set[Hashable] = set()
         self.bits: dict[Hashable, bytes] = {}
         self.sample: list[int] = []  # tokens of a prompt: compiled and eager code differ more where they are no text
         self._pattern: tuple[Hashable, Cache] | None = None
@@ -691,7 +691,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
     def forget(self) -> None:
         super().forget()
-        self.steps.clear()
+        self.checked.clear()
         self.bits.clear()
 
     @property
@@ -751,7 +751,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                     forward.options,
                     packages=self.packages,
                     name=name,
-                    rounds_each=forward.is_invariant,
+                    is_invariant=forward.is_invariant,
                 )
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 

@@ -174,7 +174,13 @@ MUTATIONS = (
     Mutation(
         "native layers forget the bias",
         "compilation.native:native_operators",
-        with_another_line("if (of->bias) start", "if (0) start"),
+        with_another_line("if (of->bias) {", "if (0) {"),
+        MULTIPLYING,
+    ),
+    Mutation(
+        "the second tile of rows repeats the first",
+        "compilation.native:native_operators",
+        with_another_line("rows + LINES * depth + k", "rows + k"),
         MULTIPLYING,
     ),
     Mutation(
