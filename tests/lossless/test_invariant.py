@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from random import Random
 from threading import Thread
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
 
 from tests.lossless.hybrids import AnyShape
@@ -26,6 +27,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants import MtpConfig, MtpHead
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.verifying import experts, invariant
+from transformers_resps.verifying.row_classes import RowClasses, RowNeeds
 
 
 CALLS = 240 if os.environ.get("RESPS_INVARIANT") == "all" else 24
@@ -160,6 +162,40 @@ def test_every_source_and_every_tree_write_one_text(kind: str, length: int) -> N
     for name, other in zip([*ways][1:], others, strict=True):
         assert other == plain, name
     check_accepted(*others)
+
+
+class _LikeAmx(nn.Linear):
+    """Sums in another order for almost every number of rows, even among multiples of 16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        first = 8 * (1 + input.shape[:-1].numel() % 5)
+        inputs, weights = input.double(), self.weight.double()
+        parts = (inputs[..., :first], weights[:, :first]), (inputs[..., first:], weights[:, first:])
+        summed: Tensor = sum(torch.nn.functional.linear(*part).to(input.dtype) for part in parts)
+        return summed
+
+
+def test_where_kernels_go_by_the_number_of_rows_each_forward_has_one() -> None:
+    """Planted, for the processors at hand round otherwise."""
+    built = build()
+    for part in built.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = _LikeAmx
+    target = attach(built)
+    assert RowClasses().needs(target) == RowNeeds(16, is_exact=True)
+    head, small = (source_for(name, target) for name in ("head", "small"))
+    prompts = [prompt_of(length, length) for length in (70, 3, 121)]
+    ways: list[dict[str, Any]] = [
+        {"policy": "auto", "prefill_chunk_size": 32},
+        {"assistant_model": head, "policy": WIDE},
+        {"assistant_model": small, "policy": FixedPolicy(TreeShape(24, 4, 3, lookup=3))},
+    ]
+    plain = [write(target, prompt) for prompt in prompts]
+    others = [[write(target, prompt, **options) for prompt in prompts] for options in ways]
+    batch = write(target, padded(prompts), **ways[-1])
+    for row, expected in enumerate(plain):
+        assert all(found[row] == expected for found in others) and batch.row(row) == expected
+    check_accepted(*chain(*others), batch)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -493,7 +493,9 @@ def _invariant_verifier(
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
-    engine, needs = state.slot_engine, state.row_classes.needs(target)
+    engine, classes = state.slot_engine, state.row_classes
+    by_kernels_of_ours = compiles and target.device.type == "cpu"
+    needs = classes.needs_of_experts(target) if by_kernels_of_ours else classes.needs(target)
     with engine.borrow(target) if compiles else nullcontext() as lent:
         if compiles and lent is None:
             raise ValueError(

@@ -22,10 +22,13 @@ from .prepacking import is_prepacked
 
 
 _CANDIDATES = (16, 8, 4, 2, 1)  # each divides those before it, so the largest of several layers serves them all
-_COUNTS = (*range(1, 13), 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 96, 100, 128, 200, 512)
+_COUNTS = (*range(1, 10), 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 49, 64, 65, 100, 128, 200, 512)
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
 _TRIED = 12  # rows of each count: one shows another order of its sum with a probability of at least 0.5 (measured)
+# Where a forward has a fixed number of rows, how far a row is moved among them: kernels go by halves, fours and pairs.
+_SHIFTS = (1, 2, 4, 8, 15)
+_APART = 13  # rows from where they stand in the whole sample: no multiple of what kernels go by
 _TRIED_VALUES = 2**14  # of an activation: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
@@ -62,17 +65,21 @@ def least_rows(
     return least
 
 
-def keeps_rows(answer: Callable[[range], Tensor], size: int, count: int) -> bool:
-    """Whether `count` rows computed together get the same bits at every place among them, and beside other rows.
+def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
+    """Whether `count` rows computed together get the same bits at other places among them, and beside other rows.
 
     Args:
         answer: as in `least_rows`.
-        size: rows of the sample, a multiple of `count`.
+        starts: multiples of `count`; rows from there on are moved among others.
         count: rows of each call.
     """
-    known = torch.cat([answer(range(start, start + count)) for start in range(0, size, count)])
-    starts = range(size - count + 1)
-    return all(torch.equal(answer(range(start, start + count)), known[start : start + count]) for start in starts)
+    for start in starts:
+        known = torch.cat([answer(range(first, first + count)) for first in (start, start + count)])
+        for shift in _SHIFTS:
+            moved = answer(range(start + shift, start + shift + count))
+            if not torch.equal(moved, known[shift : shift + count]):
+                return False
+    return True
 
 
 def kernel_settings() -> dict[str, Hashable]:
@@ -93,10 +100,10 @@ def kernel_settings() -> dict[str, Hashable]:
 
 @dataclass(frozen=True)
 class RowNeeds:
-    """How many rows of one target must be computed together, or a multiple of them.
+    """How many rows of one target must be computed together.
 
     Attributes:
-        forward: nodes of all rows of a forward.
+        forward: nodes of all rows of a forward, or a multiple of them.
         is_exact: whether each forward has just so many nodes, of one row, and no multiple.
     """
 
@@ -106,7 +113,16 @@ class RowNeeds:
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
         """That a machine finds where it finds any."""
-        return cls(_CANDIDATES[0]) if device.type == "cpu" else cls(_EXACTLY, is_exact=True)
+        return next(_ways(device))
+
+
+def _ways(device: torch.device) -> Iterator[RowNeeds]:
+    """What may hold on a device, from what costs least."""
+    if device.type == "cpu":
+        yield RowNeeds(_CANDIDATES[0])
+        yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
+    else:
+        yield RowNeeds(_EXACTLY, is_exact=True)
 
 
 class RowClasses:
@@ -116,53 +132,54 @@ class RowClasses:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, int] = {}
+        self._known: dict[Hashable, int | None] = {}
 
-    def needs(self, target: PreTrainedModel, exactly: int | None = None) -> RowNeeds:
-        """Find how many rows a forward of the target must have, or a multiple of them.
-
-        On a GPU each forward has one number of rows, and what is tried is whether places and other rows matter.
+    def needs(self, target: PreTrainedModel) -> RowNeeds:
+        """Find how many rows a forward of the target must have, or a multiple of them, or where none is found one
+        number of rows for each forward.
 
         The first call costs about as much as a prompt of 60 tokens, another one a look at each layer. No hook runs,
         and the random state of the process stays.
 
         Args:
             target: on a CPU, or on one GPU.
-            exactly: rows of each forward; `None` lets the device decide.
 
         Returns:
-            1, 2, 4, 8 or 16; 1 in float64, which rounds too far from any choice of a token.
+            1, 2, 4, 8 or 16, or 16 exactly; 32 exactly on a GPU. 1 in float64, which rounds too far from any choice of
+            a token.
 
         Raises:
             ValueError: a layer, or attention, has no such number.
         """
-        any_machine = RowNeeds.of_any_machine(target.device)
-        if exactly is None and any_machine.is_exact:
-            exactly = any_machine.forward
-        if target.dtype is torch.float64 and exactly is None:
+        if target.dtype is torch.float64:
             return RowNeeds(1)
-        settings = *kernel_settings().values(), exactly
-        needed = [self._least_rows(part, settings, exactly) for part in _parts(target, exactly or _CANDIDATES[0])]
-        return RowNeeds(max(needed), is_exact=exactly is not None)
+        return self._needs(target, _parts)
+
+    def needs_of_experts(self, target: PreTrainedModel) -> RowNeeds:
+        """As `needs`, where nothing but the experts is multiplied by PyTorch's kernels."""
+        return self._needs(target, _routed_parts)
+
+    def _needs(self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_Part"]]) -> RowNeeds:
+        for way in _ways(target.device):
+            settings, needed = (*kernel_settings().values(), way), [1]
+            for part in parts(target, way.forward):
+                found = self._rows_of(part, settings, way)
+                if found is None:
+                    break
+                needed.append(found)
+            else:
+                return RowNeeds(max(needed), way.is_exact)
+        raise ValueError(
+            f"{part} rounds a row by its place among {way.forward} rows, or by the others. {part.remedy}, or pass "
+            "`invariant=False`."
+        )
 
     @torch.no_grad()
-    def _least_rows(self, part: "_Part", settings: tuple[Hashable, ...], exactly: int | None) -> int:
+    def _rows_of(self, part: "_Part", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
         kind = *settings, part.kind
-        known = self._known.get(kind)
-        if known is not None:
-            return known
-        if exactly is not None and not part.keeps_rows(exactly):
-            raise ValueError(
-                f"{part} rounds a row by its place among {exactly} rows, or by the others. Use another dtype, decode "
-                "on a CPU, or leave out `invariant=True`."
-            )
-        found = exactly or part.least_rows()
-        if found is None:
-            raise ValueError(
-                f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
-                f"with {torch.get_num_threads()} threads. {part.remedy}, use another dtype or number of threads, or "
-                "leave out `invariant=True`."
-            )
+        if kind in self._known:
+            return self._known[kind]
+        found = part.rows(way)
         if part.shows_order:
             self._known[kind] = found
         return found
@@ -171,13 +188,19 @@ class RowClasses:
 class _Part(ABC):
     """Answers each row of what it is given alone."""
 
-    remedy: ClassVar[str]
+    remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
     shows_order = True  # of a sum, by its bits
 
     @property
     @abstractmethod
     def kind(self) -> Hashable:
         """Equal for those that run the same kernels."""
+
+    def rows(self, way: RowNeeds) -> int | None:
+        """How many rows it needs in one way; `None` where that does not help."""
+        if not way.is_exact:
+            return self.least_rows()
+        return way.forward if self.keeps_rows(way.forward) else None
 
     @abstractmethod
     def least_rows(self) -> int | None:
@@ -199,7 +222,6 @@ class _Layer(_Part):
     dtype: torch.dtype
     device: torch.device
     weight: Tensor | None  # `[outputs, inputs]`
-    remedy = "Call `prepack(model)`"
 
     def __str__(self) -> str:
         return f"`{self.name}` ({type(self.module).__name__}, {self.inputs} -> {self.outputs}, {self.dtype})"
@@ -226,7 +248,7 @@ class _Layer(_Part):
         return least_rows(self._answers(size), [count for count in _COUNTS if count <= size], _spread(size, tried))
 
     def keeps_rows(self, count: int) -> bool:
-        return keeps_rows(self._answers(3 * count), 3 * count, count)
+        return keeps_rows(self._answers(2 * count), (0,), count)
 
     def _answers(self, size: int) -> Callable[[range], Tensor]:
         """What the layer makes of rows of a sample of this size."""
@@ -276,10 +298,10 @@ class _Attention(_Part):
         return self
 
     def least_rows(self) -> int | None:
-        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
+        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 128, _PLACES), _spread(_PLACES, 1))
 
     def keeps_rows(self, count: int) -> bool:
-        return keeps_rows(self._answers(is_exact=True), _PLACES, count)
+        return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
 
     def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
         """What tokens of a sample get, read as a prompt and as a tree; no numbers where these differ."""
@@ -312,13 +334,19 @@ def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
     def starts(count: int) -> list[int]:
         places = size - count + 1
         tries = min(-(-tried // count), places)
-        return [(7 * count + at * places // tries) % places for at in range(tries)]
+        return [(_APART + at * places // tries) % places for at in range(tries)]
 
     return starts
 
 
 def _random(*sizes: int) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
+    """What mixtures of experts compute."""
+    for name, layer in routed_layers(target, enough):
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
 
 
 def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
@@ -337,8 +365,7 @@ def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
                 yield _Layer(name, part, widths[-1], widths[-1], target.dtype, target.device, None)
             elif type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None:
                 yield _Layer(name, part, len(part.weight), len(part.weight), target.dtype, target.device, None)
-    for name, layer in routed_layers(target, enough):
-        yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
+    yield from _routed_parts(target, enough)
     config = target.config.get_text_config(decoder=True)
     config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads

@@ -40,7 +40,7 @@ from .hybrids import RecurrentMixers
 from .invariant import BLOCK, Layout, levels_below
 from .prepacking import is_prepacked
 from .returned import EndedRow, UnreadDynamicCache
-from .row_classes import RowNeeds, kernel_settings, least_rows
+from .row_classes import RowNeeds, kernel_settings
 from .rows import SlotMap
 from .slots import (
     LEAST_ROWS,
@@ -740,7 +740,7 @@ class HybridVerifier(SlotVerifier):
 
 
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
-_TRIED = (2, 3, 4, 5, 8, 16, 32, 48)  # nodes of chains with which compiled code is tried
+_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # nodes of chains with which compiled code is tried
 _PLACE = 100  # of the text after which they stand
 
 
@@ -749,6 +749,7 @@ class InvariantVerifier(SlotVerifier):
 
     The prompt is read over the same buffers, as a chain of tokens. A row's text begins at slot 0, without padding.
     Where kernels go by whole shapes, each forward has one number of nodes, of one row; larger trees take several.
+    Compiled code on a CPU multiplies by kernels of ours, in which no row knows another.
 
     Args:
         forward: as in `Verifier`.
@@ -840,7 +841,8 @@ class InvariantVerifier(SlotVerifier):
         width = min(size, prompt.tokens.shape[1] - start)
         if self._engine is not None and not self._engine.sample:
             self._engine.sample = prompt.tokens[0, : 2 * _PLACE].tolist()
-        step = self._step(len(prompt.counts), is_chain=True)
+        self._check_code(len(prompt.counts), is_chain=True)
+        step = self._step(len(prompt.counts))
         count = self._count(width, step)
         read = torch.arange(count)
         chosen = start + read.clamp(max=width - 1)
@@ -870,7 +872,8 @@ class InvariantVerifier(SlotVerifier):
             logits, caught = self._in_parts(tree, self._needs.forward)
         else:
             is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
-            step = self._step(self._rows, is_chain=is_chain)
+            self._check_code(self._rows, is_chain=is_chain)
+            step = self._step(self._rows)
             self.least_nodes, count = (self._count(nodes, step) for nodes in (1, tree.node_count))
             nodes, depths, ancestors, roots = self._nodes(tree, count)
             layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
@@ -939,30 +942,33 @@ class InvariantVerifier(SlotVerifier):
             )
         return outputs[0], dict(zip(self._forward.layers, outputs[1:], strict=True))
 
-    def _step(self, rows: int, *, is_chain: bool) -> int:
-        """What the nodes of so many rows must be a multiple of. Kernels of compiled code are others: each code is
-        tried once for so many rows.
+    def _step(self, rows: int) -> int:
+        """What the nodes of so many rows must be a multiple of."""
+        return self._needs.forward // gcd(self._needs.forward, rows)
+
+    def _check_code(self, rows: int, *, is_chain: bool) -> None:
+        """Compare, once for each compiled code, nodes beside others, and with those of other code.
 
         Raises:
-            ValueError: compiled code has no such number, or rounds otherwise than what was compiled before.
+            ValueError: it rounds a node by the nodes beside it, or otherwise than what was compiled before.
         """
         if self._engine is None or not self._compiles_all:
-            return self._needs.forward // gcd(self._needs.forward, rows)
+            return
         engine, settings = self._engine, tuple(kernel_settings().values())
         code = is_chain, rows, *self._forward.layers, *settings
-        if code not in engine.steps:
-            with engine.preparing():
-                counts = _tried(rows, is_chain=is_chain)
-                buffers = self._trial_buffers(engine.sample, rows, counts[-1])
-                found = least_rows(lambda nodes: self._answer(engine.sample, len(nodes), buffers, is_chain), counts)
-                known = self._answer(engine.sample, _TRIED[-1], buffers, is_chain)
-                bits = sha256(known.view(torch.uint8).numpy().tobytes()).digest()
-            if found is None:
-                self._refuse("a row by the number of rows beside it")
-            if engine.bits.setdefault(settings, bits) != bits:
-                self._refuse("chains, trees and batches in several ways")
-            engine.steps[code] = found
-        return engine.steps[code]
+        if code in engine.checked:
+            return
+        with engine.preparing():
+            *fewer, most = _tried(rows, is_chain=is_chain)
+            buffers = self._trial_buffers(engine.sample, rows, most)
+            known = self._answer(engine.sample, most, buffers, is_chain)
+            found = {count: self._answer(engine.sample, count, buffers, is_chain) for count in fewer}
+        if not all(torch.equal(logits, known[:count]) for count, logits in found.items()):
+            self._refuse("a row by the number of rows beside it")
+        bits = sha256(known[: _TRIED[-1]].contiguous().view(torch.uint8).numpy().tobytes()).digest()
+        if engine.bits.setdefault(settings, bits) != bits:
+            self._refuse("chains, trees and batches in several ways")
+        engine.checked.add(code)
 
     def _trial_buffers(self, sample: Sequence[int], rows: int, count: int) -> list[Tensor]:
         """Buffers that hold the first tokens of a sample of text in each row, and take `count` more."""
@@ -995,8 +1001,8 @@ class InvariantVerifier(SlotVerifier):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{type(self._forward.target).__name__} rounds {what} when it runs compiled. Call `generate` with "
-            "`compile=False`, or leave out `invariant=True`."
+            f"{type(self._forward.target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, "
+            "in bfloat16, on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
         )
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -1013,7 +1019,7 @@ class InvariantVerifier(SlotVerifier):
 
 
 def _tried(rows: int, *, is_chain: bool) -> tuple[int, ...]:
-    """Nodes of chains with which compiled code is tried. That for chains reads the prompt as well."""
+    """Nodes of chains with which compiled code is tried, the most last. That for chains reads the prompt as well."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if is_chain and largest > _TRIED[-1] else ()))
 

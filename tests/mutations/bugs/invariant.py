@@ -13,7 +13,7 @@ from ..planting import Function, Mutation
 
 
 def multiply_as_many_rows_as_there_are(step: Function) -> Function:
-    def wrong(self: Any, rows: int, *, is_chain: bool) -> int:
+    def wrong(self: Any, rows: int) -> int:
         return 1
 
     return wrong
