@@ -50,7 +50,7 @@ def live(target: Any, head: DraftHead, prompts: list[torch.Tensor]) -> Iterator[
     """What every step decides while answers are written, greedily and sampled."""
     policies: dict[str, Policy] = {
         "tree": FixedPolicy(TreeShape(8, 3, 2, 4)),
-        "auto": PlantedClock(BaselineGuard(ThroughputPolicy())),
+        "auto": PlantedClock(BaselineGuard(ThroughputPolicy(5, 4, 16))),
         "re-sps": PlantedClock(AutoPolicy.from_pretrained(CARDS / "smollm2-135m-instruct-policy")),
     }
     for do_sample in (False, True):
@@ -80,8 +80,8 @@ def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
     """What policies decide on recordings, in the seconds of a cost table, and what every shape would have taken."""
     table = cost_table(card)
     policies: dict[str, Policy] = {
-        "auto": BaselineGuard(ThroughputPolicy()),
-        "fitted": BaselineGuard(fitted_policy(texts[::2])),
+        "auto": BaselineGuard(ThroughputPolicy(5, 4, 16)),
+        "fitted": BaselineGuard(fitted_policy(texts[::2], depth=5, most_nodes=16)),
         "re-sps": AutoPolicy.from_pretrained(CARDS / f"{card}-policy"),
         "guarded tree": BaselineGuard(FixedPolicy(TreeShape(12, 6, 4, 6))),
         "saved": AutoPolicy.from_pretrained(CARDS / f"{card}-throughput"),

@@ -111,19 +111,19 @@ def test_a_draft_costs_its_start_and_its_levels(start: float, level: float) -> N
     costs = RunningCosts()
     for levels in (1, 3, 2, 1, 3, 2, 3, 1, 2, 3, 1, 2):
         drafted(costs, levels, start + level * levels)
-    assert costs.level_seconds == pytest.approx(level, abs=0.01)
+    assert costs.level_seconds(1) == pytest.approx(level, abs=0.01)
     for levels in (1, 2, 3, 8):
-        assert costs.draft_seconds(4, levels) == pytest.approx(start + level * levels, abs=0.05)
-    assert costs.draft_seconds(4, 0) == 0.0
+        assert costs.draft_seconds(1, levels) == pytest.approx(start + level * levels, abs=0.05)
+    assert costs.draft_seconds(1, 0) == 0.0
 
 
 def test_drafts_of_one_depth_are_assumed_to_have_no_start_but_a_further_level_is_worth_a_try() -> None:
     costs = RunningCosts()
-    assert costs.draft_seconds(1, 3) == costs.level_seconds == 0.0
+    assert costs.draft_seconds(1, 3) == costs.level_seconds(1) == 0.0
     for _ in range(9):
         drafted(costs, 2, 0.4)
     assert costs.draft_seconds(1, 3) == pytest.approx(0.6)
-    assert costs.level_seconds == pytest.approx(0.1), "between nothing and all"
+    assert costs.level_seconds(1) == pytest.approx(0.1), "between nothing and all"
 
 
 def test_the_price_of_a_level_outlasts_many_drafts_of_one_depth_and_follows_new_ones() -> None:
@@ -132,11 +132,11 @@ def test_the_price_of_a_level_outlasts_many_drafts_of_one_depth_and_follows_new_
         drafted(costs, 1 + step % 2, 0.3 + 0.02 * (1 + step % 2))
     for _ in range(500):
         drafted(costs, 5, 0.4)
-    assert costs.level_seconds == pytest.approx(0.02, abs=0.005)
+    assert costs.level_seconds(1) == pytest.approx(0.02, abs=0.005)
     assert costs.draft_seconds(1, 1) == pytest.approx(0.32, abs=0.02)
     for step in range(60):
         drafted(costs, 1 + step % 4, 0.1 * (1 + step % 4))
-    assert costs.level_seconds == pytest.approx(0.1, abs=0.005)
+    assert costs.level_seconds(1) == pytest.approx(0.1, abs=0.005)
 
 
 def test_a_price_of_drafting_is_never_negative_and_an_interruption_moves_it_by_little() -> None:
@@ -147,10 +147,32 @@ def test_a_price_of_drafting_is_never_negative_and_an_interruption_moves_it_by_l
     for _ in range(40):
         drafted(costs, 1, 0.5)
         drafted(costs, 5, 0.1)
-    assert costs.level_seconds == 0.0 < costs.draft_seconds(1, 9)
+    assert costs.level_seconds(1) == 0.0 < costs.draft_seconds(1, 9)
     for seconds in (0.0, 1.0, 0.0, 3.0):
         drafted(costs, 6, seconds)
         assert min(costs.draft_seconds(1, levels) for levels in (1, 3, 9)) >= 0.0
+
+
+def test_a_wider_draft_has_a_price_of_its_own_which_outlasts_a_slow_moment() -> None:
+    costs = RunningCosts()
+    for width, seconds in ((4, 0.2), (8, 0.3), (4, 0.2)):
+        costs.add(1, 2, 1.0, seconds, 1.0 + seconds, width=width)
+    assert costs.draft_seconds(4, 2) == pytest.approx(0.2) and costs.draft_seconds(8, 2) == pytest.approx(0.3)
+    assert costs.level_seconds(8) == pytest.approx(1.5 * costs.level_seconds(4))
+    assert costs.draft_seconds(2, 2) == pytest.approx(0.2), "of narrower ones nothing is known"
+    assert costs.draft_seconds(10, 2) == pytest.approx(1.25 * 0.3), "a level takes no longer than by its nodes"
+    kept = costs.copy()
+    for _ in range(40):
+        costs.add(1, 2, 1.0, 0.8, 1.8, width=4)
+    assert costs.draft_seconds(8, 2) == pytest.approx(1.5 * costs.draft_seconds(4, 2))
+    assert kept.draft_seconds(8, 2) == pytest.approx(0.3)
+
+
+def test_a_first_wide_draft_that_was_interrupted_costs_at_most_what_its_nodes_tell() -> None:
+    costs = RunningCosts()
+    for width, seconds in ((4, 0.2), (8, 50.0)):
+        costs.add(1, 2, 1.0, seconds, 1.0 + seconds, width=width)
+    assert costs.draft_seconds(8, 2) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("levels", [1, 3])

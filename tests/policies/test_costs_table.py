@@ -123,5 +123,7 @@ def test_running_costs_start_with_levels_of_the_policys_own_width(top_k: int) ->
     costs = table.running(100, top_k)
     for levels in (1, 3, 6):
         assert costs.draft_seconds(top_k, levels) == pytest.approx(table.draft_seconds(top_k, levels))
-    assert costs.level_seconds == pytest.approx(table.draft_seconds(top_k, 2) - table.draft_seconds(top_k, 1))
+    for width in (1, 4, 16):
+        assert costs.draft_seconds(width, 2) == pytest.approx(table.draft_seconds(width, 2)), "and know the others"
+    assert costs.level_seconds(top_k) == pytest.approx(table.draft_seconds(top_k, 2) - table.draft_seconds(top_k, 1))
     assert costs.verify_seconds(5) == pytest.approx(table.verify_seconds(5, 100)) and costs.overhead == 0.001

@@ -55,9 +55,8 @@ class Proportional(RunningCosts):
         nearest = min(self.seen, key=lambda known: abs(known - levels), default=1)
         return self.seen.get(nearest, 0.0) * levels / nearest
 
-    @property
-    def level_seconds(self) -> float:
-        return self.draft_seconds(1, 1)
+    def level_seconds(self, width: int) -> float:
+        return self.draft_seconds(width, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +167,23 @@ def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
 def test_costs_and_acceptance_of_another_kind_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="needs `RunningCosts` and `AcceptanceModel`.*got costs=.*Pass `table"):
         ThroughputPolicy(**values)
+
+
+def test_a_policy_that_was_saved_with_smaller_limits_keeps_to_them() -> None:
+    """Files of earlier releases name 16 nodes, five levels and four children."""
+    config = {"depth": 5, "top_k": 4, "most_nodes": 16}
+    odds = {"odds": torch.tensor([[0.0, 1.0]] * 4)}
+    policy = ThroughputPolicy.from_saved(config, odds)
+    assert policy.to_config() == config and policy.widths == (4,)
+    machine = Machine(FLAT, 0.001, hit=0.95)
+    machine.write(policy, 256)
+    assert max(machine.verified) == 6 and max(shape.top_k for shape in machine.shapes) == 4
+
+
+def test_eight_levels_are_drafted_where_they_pay() -> None:
+    machine = Machine(FLAT, 0.001, hit=0.95)
+    machine.write(ThroughputPolicy(), 256)
+    assert max(machine.verified) == 9
 
 
 class Unsaved(Policy):

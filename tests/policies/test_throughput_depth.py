@@ -31,7 +31,7 @@ def speed(verify: float, level: float, moods: tuple[float, ...], device: str) ->
     for seed in range(4):
         machine = Moody(verify, level, 0.5, seed=seed, device=device)
         machine.moods = moods
-        policy = default_policy(torch.device(AWAY))
+        policy = default_policy()
         machine.write(policy, 2 * TOKENS)  # finds out
         total += sum(machine.write(policy, TOKENS) for _ in range(4))
     return total
@@ -53,7 +53,7 @@ def test_choosing_the_depth_beforehand_loses_little_against_growing(
 def test_a_head_that_is_never_right_costs_next_to_nothing(hit: float, tokens: int) -> None:
     for verify, level in ((0.02, 0.02), (0.2, 0.1)):
         machine = Machine(verify, level, hit, claimed=0.9, device=AWAY)
-        assert machine.write(default_policy(torch.device(AWAY)), tokens) >= 0.97
+        assert machine.write(default_policy(), tokens) >= 0.97
 
 
 class Asked(ThroughputPolicy):
@@ -66,14 +66,8 @@ class Asked(ThroughputPolicy):
 def test_off_the_cpu_no_policy_is_asked_between_levels() -> None:
     for verify in (FLAT, SLOPING):
         machine = Machine(verify, 0.001, 0.8, device=AWAY)
-        assert machine.write(BaselineGuard(Asked(depth=8, top_k=10, most_nodes=60)), 128) > 1.5
+        assert machine.write(BaselineGuard(Asked()), 128) > 1.5
         assert max(shape.depth for shape in machine.shapes) == 8
-
-
-def test_trees_may_be_larger_beyond_a_cpu() -> None:
-    assert repr(default_policy()) == repr(default_policy(torch.device("cpu")))
-    here, beyond = (default_policy(torch.device(device)).policy.to_config() for device in ("cpu", "cuda"))
-    assert here.keys() == beyond.keys() and all(beyond[name] > here[name] for name in here)
 
 
 def test_policies_that_decide_beforehand_say_so() -> None:

@@ -69,7 +69,7 @@ def test_any_drafter_is_shown(folders: tuple[str, str], tmp_path: Path, name: st
 
 @pytest.mark.parametrize(
     ("given", "policy"),
-    [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "BaselineGuard(ThroughputPolicy(depth=5, top_k=4))")],
+    [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "BaselineGuard(ThroughputPolicy(depth=8, top_k=10))")],
 )
 def test_a_policy_is_named_by_its_numbers_or_as_auto(
     folders: tuple[str, str], tmp_path: Path, given: str, policy: str

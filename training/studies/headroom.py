@@ -35,6 +35,7 @@ from .step_costs import outcome_table, read_tables
 
 
 SOURCES = ("head", "lookup", "both")
+SIZES = 5, 4, 16  # depth, top_k and nodes of the online policy at most: texts were recorded for them
 RESULTS = Path("training/studies/measurements/headroom/results.json")
 COSTS = ["training/studies/measurements/headroom/smollm2-135m-instruct-head/costs.json"]
 COLUMNS = (
@@ -144,13 +145,15 @@ def study(corpus: Corpus, sources: str, table: CostTable) -> list[dict[str, Any]
     columns = {
         "best_fixed": by_text[:, found],
         "per_prompt": by_text.min(-1).values,
-        "auto": online(texts, warm, ThroughputPolicy(), sources, table),
-        "auto_fitted": online(texts, warm, fitted_policy(corpus.fit), sources, table),
+        "auto": online(texts, warm, ThroughputPolicy(*SIZES), sources, table),
+        "auto_fitted": online(
+            texts, warm, fitted_policy(corpus.fit, depth=SIZES[0], most_nodes=SIZES[2]), sources, table
+        ),
         "predictable": corpus.predictable(sources, table),
         "oracle": oracle.best_seconds,
     }
     if sources == "both":
-        first = [online([text], [], ThroughputPolicy(), sources, table) for text in texts]
+        first = [online([text], [], ThroughputPolicy(*SIZES), sources, table) for text in texts]
         columns["auto_first_call"] = torch.cat(first)
     plain, rows = by_text[:, grid.index_of(TreeShape.plain())], []
     for name in [*dict.fromkeys(corpus.benchmarks), "all"]:

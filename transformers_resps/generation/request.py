@@ -463,7 +463,7 @@ class Request:
             policy = FixedPolicy(sources[0].default_shape)
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
-            make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
+            make = default_policy if name == AUTO else partial(AutoPolicy.from_pretrained, name)
             key = PolicyCache.key(model, call.rows, name, keywords.compile, keywords.invariant)
             if len(sources) > 1:
                 key = key, *map(ref, sources[1:])

@@ -12,16 +12,9 @@ from .guard import BaselineGuard
 from .throughput import ThroughputPolicy
 
 
-def default_policy(device: torch.device | None = None) -> Policy:
-    """The policy that "auto" stands for. It needs no training.
-
-    Args:
-        device: of the target. Where a forward over sixty nodes costs about as much as one over eight, trees may be
-            larger than on a CPU, which `None` stands for.
-    """
-    if device is None or device.type == "cpu":
-        return BaselineGuard(ThroughputPolicy())
-    return BaselineGuard(ThroughputPolicy(depth=8, top_k=10, most_nodes=60))
+def default_policy() -> Policy:
+    """The policy that "auto" stands for. It needs no training."""
+    return BaselineGuard(ThroughputPolicy())
 
 
 class PolicyCache:

@@ -107,12 +107,13 @@ class CostTable(CostModel):
 
         Args:
             context: positions of the sequence.
-            top_k: children per node, as the policy has it; "auto" has 10 beyond a CPU.
+            top_k: children per node that the policy begins with; "auto" begins with 10 beyond a CPU.
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
         first, second = (self.draft_seconds(top_k, levels) for levels in (1, 2))
-        return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second)
+        widths = {width: self.draft_seconds(width, 2) / second for width in (top_k, *self.draft)} if second > 0 else {}
+        return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
         """Check that the table was measured where it is used.
@@ -229,6 +230,7 @@ _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
 _RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
 _ROUNDING = 1e-9  # seconds
 _LEARNED = 10  # drafts: the price of drafting is their mean at first, and moves by a tenth for each later; or looks
+_LEARNED_WIDTH = 20  # likewise what a width costs beside the others, which changes less
 _INERTIA = 0.1  # the known price of a level counts as much as drafts whose levels have this variance
 # Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
 # place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
@@ -239,8 +241,7 @@ _FORGETTING = 0.99  # times the price of looking up after a step without: what i
 class RunningCosts(CostModel):
     """Exponential means of measured seconds, interpolated between the node counts that were seen.
 
-    They hold for the context, the level width and the drafter of the steps that were measured, so both arguments are
-    ignored.
+    They hold for the context and the drafter of the steps that were measured, so the context is ignored.
 
     A larger tree is never cheaper than a smaller one, but a plain step may cost more than a small tree: without a
     mask, attention takes another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions:
@@ -263,23 +264,29 @@ class RunningCosts(CostModel):
 
     @classmethod
     def starting_from(
-        cls, verify: dict[int, float], level_seconds: float, overhead: float = 0.0, start_seconds: float = 0.0
+        cls,
+        verify: dict[int, float],
+        level_seconds: float,
+        overhead: float = 0.0,
+        start_seconds: float = 0.0,
+        widths: Mapping[int, float] | None = None,
     ) -> "RunningCosts":
         """Costs that were known before: nodes -> seconds of the target's forward; seconds of each level of a draft, of
-        a step outside its forwards, and of a draft beside its levels.
+        a step outside its forwards, and of a draft beside its levels; width -> how many times as long a draft takes.
         """
         costs = cls()
         for nodes, seconds in verify.items():
             costs.add(nodes, 0, seconds, 0.0, seconds)
         if start_seconds + level_seconds > 0:
             costs._draft = _DraftPrice(_LEARNED, 1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
+            costs._draft.widths = {width: (_LEARNED_WIDTH, factor) for width, factor in (widths or {}).items()}
         costs.overhead = overhead
         return costs
 
     def copy(self) -> "RunningCosts":
         """The same costs, which from now on learn on their own."""
         copied = RunningCosts()
-        copied._verify, copied._draft = dict(self._verify), replace(self._draft)
+        copied._verify, copied._draft = dict(self._verify), replace(self._draft, widths=dict(self._draft.widths))
         copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
         copied.lookup_seconds, copied._plain_rest = self.lookup_seconds, self._plain_rest
         copied._looks, copied._look_seconds = self._looks, self._look_seconds
@@ -299,13 +306,15 @@ class RunningCosts(CostModel):
         draft_seconds: float,
         step_seconds: float,
         *,
+        width: int = 1,
         rows: int = 1,
         looks_up: bool = False,
         has_looked: bool = False,
     ) -> None:
         """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored.
 
-        `looks_up` says that it verified looked-up nodes alone, `has_looked` that it asked for some.
+        `width` is that of the drafted `levels`. `looks_up` says that it verified looked-up nodes alone, `has_looked`
+        that it asked for some.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -313,7 +322,7 @@ class RunningCosts(CostModel):
         self._guessed_slope = _GUESSED_SLOPE + _GUESSED_ROW * (rows - 1)
         self._time(nodes, verify_seconds)
         if levels:
-            self._draft.add(levels, draft_seconds)
+            self._draft.add(levels, draft_seconds, width)
         else:
             self._add_rest(step_seconds - verify_seconds, looks_up=looks_up)
             if has_looked and not looks_up:
@@ -418,12 +427,11 @@ class RunningCosts(CostModel):
 
     def draft_seconds(self, width: int, levels: int) -> float:
         """Seconds of drafting `levels`; 0 before any draft was measured."""
-        return self._draft.at(levels) if levels else 0.0
+        return self._draft.at(levels) * self._draft.of_width(width) if levels else 0.0
 
-    @property
-    def level_seconds(self) -> float:
+    def level_seconds(self, width: int) -> float:
         """Seconds of one more level of a draft; half the highest possible before drafts of two depths were seen."""
-        return self._draft.slope * (1.0 if self._draft.variance else _UNTRIED)
+        return self._draft.slope * self._draft.of_width(width) * (1.0 if self._draft.variance else _UNTRIED)
 
 
 @dataclass(slots=True)
@@ -434,6 +442,9 @@ class _DraftPrice:
     keeps a policy from asking for another.
 
     Drafts of one depth do not tell the slope. It is that of drafts without a start at first, and stays later.
+
+    They are those of the width that was seen first. Another one takes a number of times as long, which outlasts slow
+    moments of the machine.
     """
 
     drafts: int = 0
@@ -442,11 +453,26 @@ class _DraftPrice:
     slope: float = 0.0
     variance: float = 0.0  # of the levels
     covariance: float = 0.0  # of levels and seconds
+    widths: dict[int, tuple[int, float]] = field(default_factory=dict)  # drafts of this width, and its factor
 
     def at(self, levels: int) -> float:
         return self.seconds + self.slope * (levels - self.levels)
 
-    def add(self, levels: int, seconds: float) -> None:
+    def of_width(self, width: int) -> float:
+        """How many times as long a draft of this width takes: before one was seen, as long as it takes at most."""
+        if width in self.widths or not self.widths:
+            return self.widths.get(width, (0, 1.0))[1]
+        narrower = [known for known in self.widths if known < width]
+        nearest = max(narrower) if narrower else min(self.widths)
+        return self.widths[nearest][1] * max(width / nearest, 1.0)
+
+    def add(self, levels: int, seconds: float, width: int) -> None:
+        known = self.at(levels)
+        if not self.widths or known <= 0.0:
+            self.widths.setdefault(width, (_LEARNED_WIDTH, 1.0))
+        elif width != next(iter(self.widths)) and self._learn_width(width, seconds / known) == 1:
+            return  # it tells of its width alone
+        seconds /= self.of_width(width)
         self.drafts += 1
         if self.drafts == 1:
             self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
@@ -462,6 +488,15 @@ class _DraftPrice:
         self.covariance = (1.0 - newest) * (self.covariance + newest * deeper * longer)
         slope = (self.covariance + _INERTIA * self.slope) / (self.variance + _INERTIA)
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
+
+    def _learn_width(self, width: int, times: float) -> int:
+        """Take in that a draft took so many times as long as one of the first width; returns how many are known."""
+        drafts, factor = self.widths.get(width, (0, self.of_width(width)))
+        most = INTERRUPTED * factor if drafts else factor
+        least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED
+        drafts = min(drafts + 1, _LEARNED_WIDTH)
+        self.widths[width] = drafts, factor + (max(min(times, most), least) - factor) / drafts
+        return drafts
 
 
 def _mean(old: float | None, new: float) -> float:

@@ -96,7 +96,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._progress, self._head = RowProgress(), HeadAccount()
         self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
         self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it, as they are priced
-        self._node_price = 1  # see `Observation`
+        self._node_price = self._width = 1  # see `Observation`; of its levels
         self._rows = 0  # that were decoded when losses were forgiven last
         # Costs and a plain step's seconds before the first row of this batch ended; the next batch starts with them
         self._of_all_rows: tuple[RunningCosts, float] | None = None
@@ -137,7 +137,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def grow(self, level: Level) -> bool:
         is_probe = self._nodes == 1  # draft-only, of one level
-        if is_probe or self._drafting(level.scores.shape[-1], level.depth + 1) > self._limits.total:
+        if is_probe or self._drafting(self._width, level.depth + 1) > self._limits.total:
             return False
         self._levels = level.depth + 1
         return wants_level(self.policy, level)
@@ -171,7 +171,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._own_costs.add(record.computed, levels, *times, rows=record.rows_of_a_node)
+            width, rows = record.shape.top_k, record.rows_of_a_node
+            self._own_costs.add(record.computed, levels, *times, width=width, rows=rows)
         self.policy.observe(record)
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
@@ -256,7 +257,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         looked_up = TreeShape(1, 0, 1, lookup)
         if not shape.asks_head:
             return looked_up
-        probes_head = self.probes_head
+        self._width, probes_head = shape.top_k, self.probes_head
         by_level = probes_head and self.grows
         depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
         while depth and self._drafting(shape.top_k, depth) > self._limits.total:

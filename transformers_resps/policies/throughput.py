@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise, zip_longest
 from operator import mul
 from typing import Any, Self
 
-from torch import Tensor, tensor
+from torch import Tensor, cat, tensor
 
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
@@ -38,6 +38,8 @@ _NEWEST_LOOK = 0.02  # weight of the newest look in what looking gains: a text m
 _FIRST_LOOK, _LAST_LOOK = 2, 8  # steps between looks that do not pay
 _MARGIN = 1.03  # a width must be so much faster than the best one to take its place
 _FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials of another width
+_FIRST_WIDTH = 4  # of levels on a CPU, until wider ones have shown what they take and gain
+_NEWEST_WIDER = 0.1  # weight of the newest draft in what a wider one gains
 _PLAIN = TreeShape.plain()
 
 
@@ -48,8 +50,8 @@ class ThroughputPolicy(SavedPolicy):
     instance for one call at a time.
 
     Args:
-        depth: maximum number of drafted levels.
-        top_k: children per node.
+        depth: maximum number of drafted levels. How many pay is found from measured costs, as for the next two.
+        top_k: maximum number of children per node.
         most_nodes: maximum number of nodes from the head, below 4096.
         costs: known costs of this machine in seconds, as from `CostTable.running`; `None` learns them from the first
             steps.
@@ -68,9 +70,9 @@ class ThroughputPolicy(SavedPolicy):
 
     def __init__(
         self,
-        depth: int = 5,
-        top_k: int = 4,
-        most_nodes: int = 16,
+        depth: int = 8,
+        top_k: int = 10,
+        most_nodes: int = 64,
         costs: RunningCosts | None = None,
         acceptance: AcceptanceModel | None = None,
         *,
@@ -80,7 +82,7 @@ class ThroughputPolicy(SavedPolicy):
         if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MAX_NODES:
             raise ValueError(
                 f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
-                f"{MAX_NODES - 1}. Leave it out for 16."
+                f"{MAX_NODES - 1}. Leave it out for 64."
             )
         if not isinstance(costs, RunningCosts | None) or not isinstance(acceptance, AcceptanceModel | None):
             raise ValueError(
@@ -94,7 +96,7 @@ class ThroughputPolicy(SavedPolicy):
         self.costs = costs or RunningCosts()
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
-        self._memory, self._widths = ThroughputMemory(), WidthMemory(top_k)
+        self._memory, self._widths, self._wider = ThroughputMemory(), WidthMemory(top_k), WiderDrafts(top_k)
         self._step = _Step()
         self.grows = True
 
@@ -118,16 +120,29 @@ class ThroughputPolicy(SavedPolicy):
         lookup = self._look_up(observation)
         if not observation.can_draft or not self._memory.asks_head(step.lookup_hit):
             return TreeShape(1, 0, 1, lookup)
+        # An accelerator would have to be waited for after every level, and no level could be launched ahead
+        self.grows = observation.device_type == "cpu"
+        step.width = self._width(observation)
+        depth = self._largest.depth if self.grows else self._planned_depth()
+        return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that it may draft for one row."""
+        return self._wider.widths
+
+    def _width(self, observation: Observation) -> int:
+        rows, most, paths_cost = observation.row_count, self._largest.top_k, observation.paths_cost
+        step = self._step
+        if rows == 1 and self.grows and not paths_cost:
+            width, step.narrower = self._wider.choose()
+            return width
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
         # nodes of each row at least, and one row may verify what others do not
         least = 2 if step.is_ragged else 1
-        step.width = min(max(self._largest.top_k // observation.row_count, least), self._largest.top_k)
-        if step.paths_cost:
-            step.width = self._widths.choose(step.width)
-        # An accelerator would have to be waited for after every level, and no level could be launched ahead
-        self.grows = observation.device_type == "cpu"
-        depth = self._largest.depth if self.grows else self._planned_depth()
-        return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
+        first = min(_FIRST_WIDTH, most) if self.grows and rows > 1 else most
+        width = min(max(first // rows, least), most)
+        return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
         """Choose the looked-up nodes; returns those of the row that has most."""
@@ -170,21 +185,36 @@ class ThroughputPolicy(SavedPolicy):
 
     def grow(self, level: Level) -> bool:
         """Draft another level if the expected gain of its nodes is above the cost of drafting them."""
-        step = self._step
-        if level.depth == 1:
-            step.width = level.scores.shape[-1]
+        step, width = self._step, level.scores.shape[-1]
         probs = step.apart([self.acceptance.of(row, level.depth) for row in level.scores.tolist()])
-        children = [self.acceptance.children_of(row, level.depth, step.width) for row in probs]
+        children = [self.acceptance.children_of(row, level.depth, width) for row in probs]
         step.node_worth = sorted(step.node_worth + [worth for worth, _ in step.worth(probs)], reverse=True)
         with_children = sorted(step.node_worth + [worth for worth, _ in step.worth(children)], reverse=True)
         more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_worth)[1]
-        return more - gain > step.rate * self.costs.level_seconds
+        return more - gain > step.rate * self.costs.level_seconds(step.width)
 
     def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         step, level_of = self._step, levels.tolist()
         bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
+        ranked, step.level_probs = self._rank(scores, bounds)
+        count, gain = self._best_prefix([worth for worth, _ in ranked])
+        step.expected = sum(worth for worth, _ in ranked[:count])
+        price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
+        self._memory.note_draft(gain, price, step.lookup_hit)
+        if step.narrower:
+            step.wider_gain = self._gain_of_width(scores, bounds, gain)
+        if not step.is_ragged:
+            return count + 1
+        chosen = Counter(row for _, row in ranked[:count])
+        return [1 + chosen[row] for row in range(len(scores))]
+
+    def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
+        """The expected tokens of a pool's nodes, best first, and whose they are; and of each row the probability that
+        each level holds the right path.
+        """
+        step = self._step
         best: list[list[float]] = []  # of each row
-        step.level_probs = []
+        held: list[list[float]] = []
         for row in scores.tolist():
             nodes: list[tuple[float, float]] = []
             level_probs = []
@@ -195,18 +225,19 @@ class ThroughputPolicy(SavedPolicy):
             nodes.sort(reverse=True)
             probs = [prob for _, prob in nodes[: self._largest.total_tokens - 1]]
             best.append(list(accumulate(probs, min)) if step.is_ragged else probs)  # a parent before its children
-            step.level_probs.append(level_probs)
+            held.append(level_probs)
         ranked = step.worth(step.apart(best))
         if step.is_ragged:
             ranked.sort(reverse=True)
-        count, gain = self._best_prefix([worth for worth, _ in ranked])
-        step.expected = sum(worth for worth, _ in ranked[:count])
-        price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
-        self._memory.note_draft(gain, price, step.lookup_hit)
-        if not step.is_ragged:
-            return count + 1
-        chosen = Counter(row for _, row in ranked[:count])
-        return [1 + chosen[row] for row in range(len(best))]
+        return ranked, held
+
+    def _gain_of_width(self, scores: Tensor, bounds: Sequence[int], gain: float) -> float | None:
+        """By how many tokens this draft, which gains so many, gains more than the narrower one that it contains."""
+        inner = narrowed(scores, bounds, self._step.width, self._step.narrower)
+        if inner is None:
+            return None
+        ranked, _ = self._rank(*inner)
+        return gain - self._best_prefix([worth for worth, _ in ranked])[1]
 
     def observe(self, record: StepRecord) -> None:
         level_probs = self._step.level_probs
@@ -217,6 +248,7 @@ class ThroughputPolicy(SavedPolicy):
             record.computed,
             levels,
             *times,
+            width=self._step.width,
             rows=record.rows_of_a_node,
             looks_up=looks_up,
             has_looked=self._step.has_looked,
@@ -227,6 +259,14 @@ class ThroughputPolicy(SavedPolicy):
             self._widths.add(1.0 + self._step.expected, record.step_seconds)
         if levels:
             self._learn(record, level_probs)
+            self._compare_widths(levels)
+
+    def _compare_widths(self, levels: int) -> None:
+        """Note what a wider draft has gained for its price, which is known only now."""
+        step = self._step
+        if step.wider_gain is not None:
+            wider, narrower = (self.costs.draft_seconds(width, levels) for width in (step.width, step.narrower))
+            self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
         """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
@@ -287,7 +327,9 @@ class _Step:
     has_looked: bool = False  # for nodes to look up
     lookup: int = 0  # nodes that come from the lookup, as they are priced
     lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
-    width: int = 0  # nodes of the head's first level
+    width: int = 1  # that was asked for
+    narrower: int = 0  # a width that this one is compared with; 0 for none
+    wider_gain: float | None = None  # tokens that it gains over that one, prices of drafting aside
     node_worth: list[float] = field(default_factory=list)  # of nodes with children, where the lookup fails; best first
     level_probs: list[list[float]] = field(default_factory=list)  # that each level holds the right path, of each row
     expected: float = 0.0  # tokens that the head's nodes add to the step
@@ -347,6 +389,20 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
     return best, best_gain
 
 
+def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
+    """What a draft of a smaller width would have held of a pool, and where its levels begin: the first nodes of each
+    level get children, best first. `None` for a pool of another form, as one of several sources has.
+    """
+    parts, ends = [], [0]
+    for level, (start, stop) in enumerate(pairwise(bounds)):
+        parents, kept = (width, narrower) if level else (1, 1)
+        if stop - start != parents * width:
+            return None
+        parts.append(scores[:, start:stop].unflatten(1, (parents, width))[:, :kept, :narrower].flatten(1))
+        ends.append(ends[-1] + parts[-1].shape[1])
+    return cat(parts, dim=1), ends
+
+
 class ThroughputMemory:
     """The rate of tokens so far, what asking the head and looking up gain, and when what does not pay is tried again.
 
@@ -397,6 +453,44 @@ class ThroughputMemory:
     def note_look(self, gain: float) -> None:
         """Note what the nodes that were found are estimated to gain, in tokens, less what they cost."""
         self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
+
+
+class WiderDrafts:
+    """Drafts wider while that gains more tokens than it takes time.
+
+    The next wider width is tried now and then. Its draft contains the narrower one, so that both are compared at the
+    same place of a text, by what their nodes are estimated to gain less their price: tokens of other places, which
+    differ far more, say nothing here.
+
+    Args:
+        most: children per node of the widest tree.
+
+    Attributes:
+        widths: in ascending order.
+    """
+
+    def __init__(self, most: int) -> None:
+        widths = [min(_FIRST_WIDTH, most)]
+        while widths[-1] < most:
+            widths.append(min(2 * widths[-1], most))
+        self.widths, self._place = tuple(widths), 0
+        self._gains = [0.0] * len(widths)  # over the next narrower one, in tokens: means
+        self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
+
+    def choose(self) -> tuple[int, int]:
+        """The width of the coming draft, and the one that it is compared with; 0 for none."""
+        place = 0
+        while place + 1 < len(self.widths) and self._gains[place + 1] > 0.0:
+            place += 1
+        if place + 1 < len(self.widths) and self._trials.is_due(pays=False):
+            place += 1
+        self._place = place
+        return self.widths[place], self.widths[place - 1] if place else 0
+
+    def note(self, gain: float) -> None:
+        """Take in what a draft of the chosen width gained over the narrower one."""
+        known = self._gains[self._place]
+        self._gains[self._place] += _NEWEST_WIDER * (gain - known)
 
 
 class WidthMemory:

@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
     target = attach(load_target(args.target, args.dtype, args.device))
     head = load_source(args.head, target)
     named = load_policy(args.policy, head)
-    policy = default_policy(target.device) if isinstance(named, str) else named
+    policy = default_policy() if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids, invariant=args.invariant)
     both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps

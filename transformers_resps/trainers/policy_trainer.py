@@ -374,7 +374,7 @@ def fit_policy(
         make_unmeasured_repository(args)  # a refusal costs no work
 
     # What the policy and the fixed trees ask for that it is compared with
-    form = pools_of(dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"])))
+    form = pools_of(dict.fromkeys(sorted({*_TOP_KS, *given.widths}), max(_DEPTH, sizes["depth"])))
     texts = data.record("train_dataset", form)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
     policy = BaselineGuard(fitted_policy(texts, **kept, **data.pair.identity))
