@@ -29,6 +29,7 @@ from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
+from ..telemetry.pace import Pace
 from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
@@ -330,6 +331,7 @@ class SpeculationState:
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
         invariant_calls: what calls with `invariant=True` share.
         row_classes: what was found of this machine's kernels for such calls.
+        pace: what steps of this model take at their best.
     """
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
@@ -341,6 +343,7 @@ class SpeculationState:
         self.draft_engines = DraftEngines()
         self.invariant_calls = InvariantCalls()
         self.row_classes = RowClasses()
+        self.pace = Pace()
         self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:

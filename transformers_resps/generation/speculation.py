@@ -153,9 +153,14 @@ def _decode(
         )
         verifier.gives_back = inputs.cache_is_read
         decoding.prefill(_reader(target, verifier, request, inputs))
+        threads = torch.get_num_threads() if target.device.type == "cpu" else 1
+        settings = target.dtype, threads, verifier.is_compiled, request.invariant
+        pace = state.pace.of_call(settings, threads)
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
+                context = verifier.length
                 decoding.step()
+                pace.see(decoding.report.steps[-1], context)
         waits = inputs.cache_can_wait and not request.invariant and not decoding.ended
         unread = verifier.unread_cache() if waits else None
     decoding.report.reason = request.policy.explain(decoding.report.steps)
