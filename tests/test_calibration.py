@@ -83,7 +83,7 @@ def test_planted_costs_are_found(
     costs = table.running(400)
     assert costs.step_seconds(TreeShape.plain(), 400) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
-    assert costs.draft_seconds(4, 5) == pytest.approx(0.1 + 5 * 0.25) and costs.level_seconds == pytest.approx(0.25)
+    assert costs.draft_seconds(4, 5) == pytest.approx(0.1 + 5 * 0.25) and costs.level_seconds(4) == pytest.approx(0.25)
 
 
 def test_steps_of_the_invariant_mode_have_a_table_of_their_own(
@@ -200,6 +200,23 @@ def test_a_spread_above_the_differences_is_told_first() -> None:
     even = {nodes: 1.0 for nodes in (1, 2, 4, 8)}
     free = CostTable({9: even}, {}, {}, 0.0, {}, {9: dict.fromkeys(even, (0.97, 1.04))})
     assert "can pay" in what_must_be_accepted(free), "costs may be equal, and a small spread changes nothing"
+
+
+@pytest.mark.parametrize(("comes", "leaves"), [(3, None), (0, 14), (4, 8), (10, 22), (21, None)])
+def test_a_neighbour_that_comes_or_goes_while_costs_are_measured_is_no_verdict(
+    comes: int, leaves: int | None, target: Any, tmp_path: Path
+) -> None:
+    """It slows every repeat of some sizes tenfold, so that no spread shows it."""
+    clock, forwards = FakeClock(), itertools.count()
+
+    def planted(tokens: int) -> float:
+        size = next(forwards) // 4  # a warm-up and three repeats of each
+        return 10.0 if comes <= size and (leaves is None or size < leaves) else 1.0 + 0.02 * tokens
+
+    hook = plant(target, clock, planted)
+    told = what_must_be_accepted(calibrate(target, folder=tmp_path, clock=clock))
+    hook.remove()
+    assert told.startswith("TOO NOISY TO TELL: one forward took ") and "can pay" not in told
 
 
 def test_the_measurement_shows_how_far_it_is(target: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

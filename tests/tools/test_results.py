@@ -175,6 +175,19 @@ def test_a_wide_spread_of_plain_decoding_stops_the_measurement() -> None:
         check_spread(answers([5, 5, 5, 10, 10, 10, 10, 10]))
 
 
+@pytest.mark.parametrize("hit", ["plain", "tree"])
+def test_one_answer_beside_a_busy_core_stops_the_measurement(hit: str) -> None:
+    """It outweighs all others in total tokens over total seconds, and a spread of quartiles does not show it."""
+    plain = answers([10.0] * 10)
+    every = [*plain, *(replace(m, method="tree", target_forwards=6, seconds=m.seconds / 2) for m in plain)]
+    check_spread(every)
+    place = 3 if hit == "plain" else 13
+    every[place] = replace(every[place], seconds=40 * every[place].seconds)
+    assert plain_spread(every) == 0.0
+    with pytest.raises(BusyMachineError, match=r"took 40 times as long as others of its method.*--accept-noise"):
+        check_spread(every)
+
+
 def test_few_answers_are_not_judged() -> None:
     check_spread(answers([1, 10, 1, 10, 1, 10, 1]))
 

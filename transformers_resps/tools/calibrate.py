@@ -10,6 +10,7 @@ from .loading import load_source, load_target
 
 
 _MIN_SPREAD = 0.1  # plain forwards: a smaller one changes no conclusion
+_IMPOSSIBLE = 3.0  # times what a larger forward took, or stock's over as much: another process came or went
 _NODES = (2, 4, 8)  # of which the verdict of `resps calibrate` speaks
 _PAYS_BELOW = 1.6  # plain forwards that a verification may cost
 
@@ -65,9 +66,27 @@ def what_must_be_accepted(table: CostTable) -> str:
             f"{difference:.1f}. Wait until the machine is idle, then measure again with --refresh.\n"
             f"Cost of verifying, in plain forwards, as measured: {listed}."
         )
+    if (times := _contradiction(table)) > _IMPOSSIBLE:
+        return (
+            f"TOO NOISY TO TELL: one forward took {times:.1f} times as long as another that is as large or larger. "
+            "Wait until no other process uses the cores, then measure again with --refresh.\n"
+            f"Cost of verifying, in plain forwards, as measured: {listed}."
+        )
     least = min(costs.values())
     verdict = "can pay" if least < _PAYS_BELOW else "can hardly pay"
     return (
         f"Cost of verifying, in plain forwards: {listed}. Drafting {verdict} here: a step must accept more than "
         f"{max(least - 1, 0.0):.1f} drafted tokens on average, plus what pays for drafting them."
+    )
+
+
+def _contradiction(table: CostTable) -> float:
+    """How many times as long as a forward over as many nodes and positions, or more, another one took."""
+    cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
+    cells += [(context, 1, taken) for context, taken in table.plain.items()]
+    return max(
+        taken / longer
+        for context, nodes, taken in cells
+        for at, more, longer in cells
+        if at >= context and more >= nodes
     )

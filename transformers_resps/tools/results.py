@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
 _DIGITS = 7  # significant: a second to the microsecond and better
 _MIN_ANSWERS = 8  # before the spread is checked
 _MIN_TOKENS = 8  # of an answer that counts for the spread
+_INTERRUPTED = 5.0  # times the median seconds of a method's forwards: an answer that would outweigh the others
 _MIN_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 _OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
 _SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
@@ -257,10 +258,32 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
     return (high - low) / middle
 
 
+def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
+    """Return how many times as long as their method's median the forwards of one answer took; 1 if none was slower.
+
+    A rate is over all seconds, so that one answer beside a busy core would decide about a method.
+    """
+    told = [m for m in timings if m.tokens >= _MIN_TOKENS and m.target_forwards > 1]
+    slowest = 1.0
+    for part in grouped(told, lambda m: m.method):
+        seconds = [(m.seconds - m.prefill_seconds) / (m.target_forwards - 1) for m in part]
+        slowest = max(slowest, max(seconds) / middle if (middle := median(seconds)) > 0 else 1.0)
+    return slowest
+
+
 def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Raise `BusyMachineError` when plain decoding's rates spread more than `MAX_SPREAD`, after eight answers."""
+    """Raise `BusyMachineError` when plain decoding's rates spread more than `MAX_SPREAD`, after eight answers, or when
+    the forwards of one answer took `_INTERRUPTED` times as long as others of its method.
+    """
     answers = sum(m.method == PLAIN for m in timings)
-    spread = plain_spread(timings) if answers >= _MIN_ANSWERS else None
+    if answers < _MIN_ANSWERS:
+        return
+    spread, slowest = plain_spread(timings), slowest_forward(timings)
+    if slowest > _INTERRUPTED:
+        raise BusyMachineError(
+            f"The machine is noisy: forwards of one answer took {slowest:.0f} times as long as others of its method. "
+            f"Measure again when no other process uses the cores, {NOISE_OPTION}."
+        )
     if spread is not None and spread > MAX_SPREAD:
         raise BusyMachineError(
             f"The machine is noisy: plain decoding's rates spread by {spread:.0%} (interquartile range over median, "
