@@ -22,6 +22,7 @@ from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.compilation import engine as compile_engine
 from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
@@ -244,6 +245,7 @@ def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return stock(function, backend=found, **options)
 
     monkeypatch.setattr(compiled_function.torch, "compile", compile_target)
+    monkeypatch.setattr(compile_engine, "compiler", lambda: "none is called")
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
@@ -496,6 +498,22 @@ def test_a_copy_has_no_compiled_code(target: PreTrainedModel, head: DraftHead, b
     assert target.speculation_state.slot_engine.is_compiled and not copied.speculation_state.slot_engine.is_compiled
     out = speculate(copied, DraftHead.from_target(copied, feature_layers=[0]), Cycle(*SHAPES), compile=True)
     assert out.sequences.tolist() == plainly(target) and backend.count == 2
+
+
+def test_without_a_compiler_nothing_is_traced_and_the_warning_says_what_to_install(
+    target: PreTrainedModel,
+    backend: CountingBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_of: Callable[[], list[str]],
+) -> None:
+    monkeypatch.setattr(compile_engine, "compiler", lambda: None)
+    for _ in range(2):
+        out = speculate(target, None, FixedPolicy(TreeShape.plain()), compile=True)
+        assert out.sequences.tolist() == plainly(target)
+    assert backend.count == 0
+    [warning] = warnings_of()
+    told = "The target's forward runs without compilation: no C++ compiler is installed. Install one to compile (on"
+    assert warning.startswith(told) and "apt install g++" in warning
 
 
 def test_what_stands_against_compiling_is_said_and_the_text_is_right(

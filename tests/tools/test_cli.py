@@ -48,6 +48,31 @@ def test_the_cache_shows_compiled_code_and_clears_it(
     assert cli.main(["cache"]) == 0 and "RESPS_COMPILED_CODE is off" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "said", "typed"),
+    [
+        (
+            "verify target --invariant",
+            "`invariant=True` does not support autocast. Leave its block, or pass `invariant=False`.",
+            "`--invariant` does not support autocast. Leave its block, or leave out `--invariant`.",
+        ),
+        (
+            "bench target --dataset x --invariant --compile",
+            "`compile=True` with `invariant=True` cannot run: no. Leave out `compile`.",
+            "`--compile` with `--invariant` cannot run: no. Leave out `--compile`.",
+        ),
+        (
+            "verify target --invariant",
+            "It rounds. Load the model in float32, or pass `invariant=False`.",
+            "It rounds. Pass `--dtype float32`, or leave out `--invariant`.",
+        ),
+        ("cache", "Pass `invariant=False`.", "Pass `invariant=False`."),
+    ],
+)
+def test_a_refusal_of_the_library_is_said_in_flags(command: str, said: str, typed: str) -> None:
+    assert cli.in_flags(said, cli.make_parser().parse_args(command.split())) == typed
+
+
 def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[BenchConfig] = []
     monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 0.0)

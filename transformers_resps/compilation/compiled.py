@@ -155,6 +155,10 @@ class CompiledFunction:
         self._compiled.pop(self._kind(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
 
+    def needs_compiler(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a C++ compiler is called for such inputs, where no code lies ready."""
+        return self._options is None and inputs[0].device.type == "cpu"
+
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
         """Whether there is code for inputs of these sizes under some settings."""
         sizes = self._sizes(inputs)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .captured import CapturedFunction
 from .compiled import CompiledFunction, callers_settings
+from .kernels import NO_COMPILER, compiler
 from .packages import ModulePackages
 
 
@@ -174,6 +175,9 @@ class CompileEngine(ABC, Generic[Owner]):
                     if reason is None:
                         return
                     code.fast.discard(inputs, buffers, reason)
+                if code.fast.needs_compiler(inputs) and compiler() is None:
+                    self._give_up(NO_COMPILER)
+                    return
                 self._announce(is_again=code.fast.is_compiled_for(inputs))
             begun = self._clock()
             reason = self._difference(code, inputs, buffers, expected)

@@ -326,7 +326,8 @@ NO_COMPILER = (
 
 def compiler() -> str | None:
     """The C++ compiler that PyTorch will call; `None` where there is none."""
-    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    usual = {"darwin": "clang++", "win32": "cl"}
+    return shutil.which(os.environ.get("CXX") or usual.get(sys.platform, "g++"))
 
 
 def machine_line() -> str:

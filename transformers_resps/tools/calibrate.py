@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 from ..calibration import calibrate
+from ..compilation.kernels import machine_line
 from ..policies.costs import CostTable, Range
 from .loading import load_source, load_target
 
@@ -20,8 +21,9 @@ def run(args: argparse.Namespace) -> int:
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
-        print(json.dumps(asdict(table) | {"verdict": what_must_be_accepted(table)}))
+        print(json.dumps(asdict(table) | {"machine": machine_line(), "verdict": what_must_be_accepted(table)}))
         return 0
+    print(f"{'machine':14}{machine_line()}")
     for key, value in table.identity.items():
         print(f"{key:14}{value}")
     contexts = sorted(table.verify)

@@ -42,12 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
         status: int = import_module(f".{args.command}", __package__).run(args)
     except (ValueError, OSError) as error:
-        print(f"resps {args.command}: {error}", file=sys.stderr)
+        print(f"resps {args.command}: {in_flags(str(error), args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"resps {args.command}: {f'stopped {interrupt}'.rstrip()}.", file=sys.stderr)
         return 130
     return status
+
+
+_FLAGS = {  # option of a command -> what the library says of its keyword, and what is typed
+    "invariant": (
+        ("pass `invariant=False`", "leave out `--invariant`"),
+        ("leave out `invariant=True`", "leave out `--invariant`"),
+        ("`invariant=True`", "`--invariant`"),
+    ),
+    "compile": (
+        ("Call `generate` with `compile=False`", "Leave out `--compile`"),
+        ("Leave out `compile`", "Leave out `--compile`"),
+        ("`compile=True`", "`--compile`"),
+    ),
+    "dtype": (("Load the model in float32", "Pass `--dtype float32`"),),
+    "pack": (("Call `prepack(model)`", "Pass `--pack`"),),
+}
+
+
+def in_flags(message: str, args: argparse.Namespace) -> str:
+    """Say a refusal of the library in the words of a command."""
+    for option in _FLAGS.keys() & vars(args).keys():
+        for keyword, flag in _FLAGS[option]:
+            message = message.replace(keyword, flag)
+    return message
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..assistants import MtpHead
+from ..compilation.kernels import machine_line
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
@@ -336,6 +337,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
         "has_evidence": diagnosis.has_evidence,
         "answers": diagnosis.answers,
         "overrides": diagnosis.overrides,
+        "machine": machine_line(),
         "readings": [
             asdict(cell.reading)
             | {
@@ -440,7 +442,7 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
         print(row(cell, diagnosis, widths))
     dropped = tried - len(diagnosis.cells)
     left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
-    print(f"\n  > as configured   * best{left_out}\n\n{diagnosis.verdict}")
+    print(f"\n  > as configured   * best{left_out}\n\nRead on {machine_line()}.\n{diagnosis.verdict}")
 
 
 def row(cell: Cell, diagnosis: Diagnosis, widths: dict[str, int]) -> str:

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 
 from ..calibration import device_name
+from ..compilation.kernels import machine_line
 from ..generation.output import up_to_end
 from ..hub.upload import RESULTS
 from ..telemetry.report import StepRecord, bootstrap_interval, rate
@@ -421,9 +422,10 @@ def table_row(cells: list[str]) -> str:
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Return device, dtype, threads, versions, and what changes how memory is laid out."""
+    """Return device, kernels, dtype, threads, versions, and what changes how memory is laid out."""
     return {
         "device": device_name(model.device),
+        "machine": machine_line(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ[name] for name in _OF_MEMORY if name in os.environ},
