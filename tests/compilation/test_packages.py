@@ -317,6 +317,24 @@ def test_of_two_processes_that_compile_at_the_same_time_one_keeps_its_code(
     assert len(compilations) == 2 and not warned()
 
 
+@pytest.mark.parametrize(("demanded", "ours"), [(None, ("avx512_bf16", "amx_bf16")), ("avx512_bf16", ()), (None, ())])
+def test_code_of_other_kernels_is_not_taken(
+    demanded: str | None,
+    ours: tuple[str, ...],
+    folder: Path,
+    compilations: list[nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of tiles, on a machine or in a process without them."""
+    known = demanded or ", ".join(ours)
+    monkeypatch.setattr(packages, "demanded_kernel", lambda: demanded)
+    monkeypatch.setattr(packages, "our_kernels", lambda: ours)
+    monkeypatch.setattr(packages, "_about_here", packages._about_here.__wrapped__)
+    is_known = json.loads((path_in(folder) / "package.json").read_text())["identity"]["kernels"] == known
+    run(build())
+    assert len(compilations) == (0 if is_known else 1)
+
+
 def test_without_a_folder_code_ends_with_its_process(
     compilations: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
