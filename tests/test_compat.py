@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from benchmarking.command import main as benchmark
@@ -103,3 +104,47 @@ def test_a_model_is_loaded_with_its_tower(model_type: str, sees: bool, tmp_path:
         Architecture(model_type).build("sdpa").save_pretrained(tmp_path)
     target = compat.load_model(str(tmp_path), dtype="float32", local_files_only=True)
     assert ("image" in target.input_modalities) == sees
+
+
+# By the names of torch and of /proc/cpuinfo, weakest first; each instruction set is what those up to it have.
+FLAGS = {
+    "SSE41": {"sse4_1", "popcnt"},
+    "AVX": {"avx"},
+    "AVX2": {"avx2", "fma3"},
+    "AVX512_CORE": {"avx512_f", "avx512f", "avx512_bw", "avx512bw"},
+    "AVX512_CORE_VNNI": {"avx512_vnni"},
+    "AVX512_CORE_BF16": {"avx512_bf16"},
+    "AVX512_CORE_AMX": {"amx_tile", "amx_bf16", "avx512_fp16", "avx_vnni"},
+}
+
+
+@pytest.fixture
+def all_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Of a machine that knows them all."""
+    flags = set[str]().union(*FLAGS.values())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
+    monkeypatch.delenv(compat.ISA_VARIABLE, raising=False)
+    return flags
+
+
+@pytest.mark.parametrize("bound", [*FLAGS, "avx2", None])
+def test_a_machine_stands_in_for_one_with_fewer_instructions(
+    bound: str | None, all_flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bound is None:
+        assert compat.cpu_flags() == all_flags
+        return
+    monkeypatch.setenv(compat.ISA_VARIABLE, bound)
+    names = [*FLAGS]
+    left = [FLAGS[name] for name in names[: names.index(bound.upper()) + 1]]
+    assert compat.cpu_flags() == set().union(*left)
+
+
+def test_an_unknown_instruction_set_bounds_nothing_and_is_named_once(
+    all_flags: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(compat.ISA_VARIABLE, "AVX3")
+    compat._warn_of_isa.cache_clear()
+    assert [compat.cpu_flags() for _ in range(2)] == [all_flags] * 2
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "`RESPS_MAX_CPU_ISA` is 'AVX3'" in warning and all(name in warning for name in FLAGS)
