@@ -237,10 +237,8 @@ def test_a_reward_of_ones_own_is_maximised(pair: tuple[Any, DraftHead], objectiv
     args = config(objective=objective, max_steps=160, save_strategy="no", learning_rate=1e-2)
     trainer = PolicyTrainer(resps(pair), args, TRAIN, target=pair[0], head=pair[1], reward_func=plain_steps)
     trainer.train()
-    comparison = trainer.compared(TRAIN)
-    assert comparison.distinct_actions == 1 and comparison.own == [
-        (one.tokens, pytest.approx(one.tokens * 1.05)) for one in comparison.own
-    ]
+    first, *_, last = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert first < (first - 1.05) / 2 < last <= -1.05 + 1e-6, "it ends nearer to a plain step's than it began"
     assert {tuple(names) for _, names in seen} == {("mean_rates", "persistence", "rate")}
     assert len({len(shape) for shape, _ in seen}) == 2, "of the actions taken, and of every action"
 
