@@ -65,10 +65,22 @@ def opened(request: pytest.FixtureRequest) -> Opens:
     return opens
 
 
-def check_close(found: Tensor, wanted: Tensor, most: float = 2e-6) -> None:
+def check_close(found: Tensor, wanted: Tensor, most: float) -> None:
     """At most so far apart, as a share of the largest logit."""
     error = float((found - wanted).abs().max() / wanted.abs().max())
     assert error <= most, f"{error:.1e} of the largest logit apart"
+
+
+def rounding(target: PreTrainedModel, prompt: Tensor, text: Tensor) -> float:
+    """What rounding may make of a text's logits, as a share of the largest: 16 times what stock steps differ by where
+    each weight moves by its last bit, up or down. Ours differ by three times that at most (measured).
+    """
+    moved, generator = copy.deepcopy(target), torch.Generator().manual_seed(0)
+    for weight in moved.parameters():
+        ends = torch.where(torch.rand(weight.shape, generator=generator) < 0.5, torch.inf, -torch.inf)
+        weight.copy_(weight.nextafter(ends))
+    wanted = stepped(target, prompt, text)[0]
+    return 16 * float((stepped(moved, prompt, text)[0] - wanted).abs().max() / wanted.abs().max())
 
 
 class Operators(TorchDispatchMode):
@@ -101,7 +113,8 @@ def test_each_path_of_a_tree_is_read_as_if_it_were_the_text(target: PreTrainedMo
         verifier.prefill(prompt)
         found, _ = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([PARENTS])))
     for path in LEAVES:
-        check_close(found[0, path], stepped(target, prompt, nodes[:, path])[0])
+        text = nodes[:, path]
+        check_close(found[0, path], stepped(target, prompt, text)[0], rounding(target, prompt, text))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=str)
@@ -120,9 +133,10 @@ def test_the_states_go_on_from_the_kept_path_alone(target: PreTrainedModel, path
         for token in after.unbind(1):
             found.append(verifier.verify(DraftTree.root_only(token))[0][0])
             verifier.keep(root, [[0]])
-    expected, cache = stepped(target, prompt, torch.cat([nodes[:, path], after], dim=1))
-    check_close(torch.cat(found), expected[len(path) :], most=1e-5)
-    check_equal_caches(found_cache, cache, most=1e-5)
+    text = torch.cat([nodes[:, path], after], dim=1)
+    (expected, cache), most = stepped(target, prompt, text), rounding(target, prompt, text)
+    check_close(torch.cat(found), expected[len(path) :], most)
+    check_equal_caches(found_cache, cache, most)
 
 
 @pytest.mark.parametrize("paths", [[[0, 1, 2], [0, 2, 4]], [[0, 1, 2], [0, 2]], [[0], [0, 2, 4]]], ids=str)
