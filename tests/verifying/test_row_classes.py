@@ -53,6 +53,16 @@ def target_of(**layers: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, target)
 
 
+@pytest.fixture
+def attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attends by row: this processor's own attention may need more rows than a planted layer."""
+    monkeypatch.setattr(row_classes, "invariant_attention", lambda module, query, *_, **__: query)
+
+
+planted = pytest.mark.usefixtures("attention_alone")
+
+
+@planted
 @pytest.mark.parametrize(
     ("wrong", "least"),
     [
@@ -71,6 +81,7 @@ def test_a_planted_class_is_found(wrong: Callable[[int], slice | None], least: i
     assert RowClasses().needs(target_of(layer=Planted(wrong))).forward == least
 
 
+@planted
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -86,6 +97,7 @@ def test_where_kernels_go_by_the_shape_one_number_of_rows_serves(wrong: Callable
     assert classes.needs(target_of(layer=layer)) == RowNeeds(16, is_exact=True) and layer.calls == calls
 
 
+@planted
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -106,6 +118,7 @@ def test_a_layer_that_rounds_by_the_place_is_refused_by_name(wrong: Callable[[in
             classes.needs(target)
 
 
+@planted
 def test_a_layer_that_rounds_by_the_other_rows_is_refused_too() -> None:
     """As one that scales its input by the largest value of them all."""
 
@@ -130,6 +143,7 @@ def test_attention_that_rounds_by_the_place_is_refused(monkeypatch: pytest.Monke
         RowClasses().needs(target_of())
 
 
+@planted
 def test_probing_asks_for_few_products_since_each_may_wait_for_a_neighbour() -> None:
     """A product of two threads waits for the slower one: beside a busy core for tens of milliseconds."""
     several, exactly = Planted(EXACT), Planted(lambda count: ALL if count > 16 and count % 32 else None)
@@ -138,6 +152,7 @@ def test_probing_asks_for_few_products_since_each_may_wait_for_a_neighbour() -> 
     assert several.calls <= 60 and exactly.calls <= 20
 
 
+@planted
 @pytest.mark.parametrize("bias", [False, True])
 def test_another_order_of_a_sum_shows_although_bfloat16_rounds_it_away(bias: bool) -> None:
     """One row alone is summed by halves: of random results one in 10,000 differs."""
@@ -172,6 +187,7 @@ def test_the_rows_found_are_enough_for_each_layer_of_a_model(
                     assert torch.equal(found, together[:, start : start + count])
 
 
+@planted
 def test_activations_are_tried_at_the_width_of_the_layer_that_reads_them() -> None:
     """In float32 the last values of a call, which fill no vector, are computed in another way (AVX2 and later)."""
 
@@ -187,6 +203,7 @@ def test_activations_are_tried_at_the_width_of_the_layer_that_reads_them() -> No
     assert RowClasses().needs(target_of(**exact)).forward == 4  # rows of 24 values
 
 
+@planted
 def test_layers_of_other_kinds_are_found() -> None:
     """GPT-2's, and those inside an adapter."""
 
@@ -227,11 +244,11 @@ def test_attention_that_depends_on_its_rows_is_refused_by_name(monkeypatch: pyte
 SETTINGS = [one_more_thread, without_onednn, products_in_bfloat16, deterministic_algorithms]
 
 
+@planted
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_was_found_is_kept_for_each_kind_of_layer_and_what_may_change_kernels(
-    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    setting: Callable[[], Any],
 ) -> None:
-    monkeypatch.setattr(row_classes._Attention, "least_rows", lambda self: 1)
     layers = [Planted(lambda count: ALL if count == 1 else None) for _ in range(3)]
     classes, target = RowClasses(), target_of(first=layers[0], second=layers[1])
     assert classes.needs(target).forward == classes.needs(target).forward == 2
@@ -250,6 +267,7 @@ def test_the_least_precision_of_float32_products_is_told_by_its_default_name() -
         assert row_classes.kernel_settings() == known and "ieee" in known.values()
 
 
+@planted
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_packed_and_stock_layers_of_one_size_are_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     classes, layer, packed = RowClasses(), nn.Linear(24, 40), []
@@ -261,6 +279,7 @@ def test_packed_and_stock_layers_of_one_size_are_tried_apart(monkeypatch: pytest
     assert packed
 
 
+@planted
 def test_a_new_adapter_is_tried_again_once_its_weights_are_not_zero() -> None:
     layer, classes = Planted(lambda count: ALL if count == 1 else None), RowClasses()
     alone = layer.wrong
