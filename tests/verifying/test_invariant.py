@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Module
+from transformers import LlamaConfig, PreTrainedModel
 
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
@@ -21,6 +23,7 @@ from transformers_resps.verifying.invariant import (
     invariant_attention,
     levels_below,
 )
+from transformers_resps.verifying.row_classes import RowClasses
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -163,6 +166,19 @@ def some_nodes(random: Random, parents: list[int]) -> Iterator[int]:
     yield from {0, len(parents) - 1, deepest, random.randrange(len(parents)), random.randrange(len(parents))}
 
 
+@cache
+def rounds_alone(heads: Heads, dtype: torch.dtype) -> bool:
+    """Whether the product lets a lone row attend here: other kernels need rows beside it, or are refused."""
+    target: Any = Module()
+    sizes = {"num_attention_heads": heads.count, "num_key_value_heads": heads.kv, "head_dim": heads.size}
+    target.config = LlamaConfig(hidden_size=heads.count * heads.size, **sizes)
+    target.dtype, target.device = dtype, torch.device("cpu")
+    try:
+        return RowClasses().needs(cast(PreTrainedModel, target)).forward == 1
+    except ValueError:
+        return False
+
+
 def check(case: Case, random: Random, **options: Any) -> None:
     """Right, and to the bit what a node gets alone."""
     found = case.tree(**options)
@@ -172,7 +188,8 @@ def check(case: Case, random: Random, **options: Any) -> None:
             place = f"{case.heads}, {case.dtype}, roots {case.roots}, node {node} of {case.parents}, {options}"
             expected, error = case.expected(row, node, **alone), TOLERANCE[case.dtype]
             torch.testing.assert_close(found[row, node].double(), expected, rtol=error, atol=error, msg=place)
-            assert torch.equal(found[row, node], case.alone(row, node, **alone)), place
+            if rounds_alone(case.heads, case.dtype):
+                assert torch.equal(found[row, node], case.alone(row, node, **alone)), place
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,6 +251,8 @@ def test_a_tree_read_in_parts_of_one_size_gives_each_node_the_same_bits(kind: st
     for seed, root in enumerate([0, 33, 63, 120, 200]):
         case = Case(random.choice(HEADS), [root], any_tree(random, 24, kind), dtype, seed)
         found = case.in_parts(8)
+        if not rounds_alone(case.heads, dtype):
+            continue
         for node in some_nodes(random, case.parents):
             assert torch.equal(found[node], case.alone(0, node)), (case.heads, root, node, case.parents)
 
