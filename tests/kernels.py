@@ -1,11 +1,18 @@
-"""Settings of this process by which PyTorch chooses kernels, each changed inside a `with` block."""
+"""Settings of this process by which PyTorch chooses kernels, each changed inside a `with` block, and its compiler."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
+
+
+HAS_COMPILER = any(name and shutil.which(name) for name in inductor.cpp.cxx)
+NO_COMPILER = "no C++ compiler is on the PATH, nor named by CXX"
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kernels import products_in_bfloat16
+from tests.kernels import needs_compiler, products_in_bfloat16
 from transformers_resps.compilation import compiled as compiled_module
 from transformers_resps.compilation import pages
 from transformers_resps.compilation.compiled import CompiledFunction
@@ -77,6 +77,7 @@ def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_call
     assert (config.freezing, config.cpp_wrapper) == before == (False, False)
 
 
+@needs_compiler
 @torch.no_grad()
 def test_what_the_compiler_lays_out_is_moved_into_huge_pages_and_no_earlier_codes(
     monkeypatch: pytest.MonkeyPatch,
@@ -95,6 +96,7 @@ def test_what_the_compiler_lays_out_is_moved_into_huge_pages_and_no_earlier_code
     assert all(weight <= moved < 2 * weight for moved, weight in zip(calls, weights, strict=True))
 
 
+@needs_compiler
 @torch.no_grad()
 def test_code_that_was_made_for_some_sizes_serves_no_others() -> None:
     """PyTorch's own code asks for sizes, too: its kernels have limits."""
@@ -103,6 +105,7 @@ def test_code_that_was_made_for_some_sizes_serves_no_others() -> None:
         assert function([torch.ones(count)]) == expected
 
 
+@needs_compiler
 @torch.no_grad()
 def test_two_modules_of_the_same_lines_keep_their_own_weights() -> None:
     """Without guards on modules, code that is found by its lines alone would be the first module's."""
@@ -145,6 +148,7 @@ def one_more_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@needs_compiler
 @torch.no_grad()
 @pytest.mark.parametrize("is_invariant", [False, True])
 def test_fused_operators_round_as_eager_ones_where_they_must(is_invariant: bool) -> None:

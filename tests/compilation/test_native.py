@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels import needs_compiler
 from transformers_resps.compilation import native
 from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
@@ -159,6 +160,7 @@ def test_a_weight_that_is_computed_is_not_packed(
 
 
 @needs_instructions
+@needs_compiler
 @pytest.mark.parametrize("kernels", [VECTORS_ALONE, MIXED], indirect=True)
 @torch.no_grad()
 def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
@@ -242,6 +244,7 @@ def test_of_another_width_with_a_bias_or_read_twice_both_layers_stay(mlp: Mlp, o
 
 
 @needs_instructions
+@needs_compiler
 @pytest.mark.parametrize("kernels", [MIXED], indirect=True)
 @torch.no_grad()
 def test_packaged_code_rounds_what_is_gated_as_pytorch_does(
@@ -294,6 +297,7 @@ def test_the_operator_of_attention_is_the_formula(shown: int) -> None:
 
 
 @needs_instructions
+@needs_compiler
 @pytest.mark.parametrize(
     ("kernels", "heads", "widths", "threads"),
     [(MIXED, (9, 3), (64, 128), 5), (MIXED, (4, 4), (96, 32), 2), (VECTORS_ALONE, (4, 4), (96, 32), 2)],
@@ -347,6 +351,7 @@ def test_the_operator_of_blocks_is_the_formula() -> None:
 
 
 @needs_instructions
+@needs_compiler
 @pytest.mark.parametrize(
     ("kernels", "masked_heads", "shared"),
     [(VECTORS_ALONE, 1, 5), (VECTORS_ALONE, 4, 1), (Kernels.only(TILES), 4, 1)],

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels import HAS_COMPILER, NO_COMPILER
 from transformers_resps.compilation import packages
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.engine import Code, CompileEngine, WeightFingerprint
@@ -74,6 +75,8 @@ def run(layer: nn.Linear, count: int = 5) -> None:
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the one package that these tests compile."""
+    if not HAS_COMPILER:
+        pytest.skip(NO_COMPILER)
     folder = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))

@@ -16,7 +16,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedConfig, PreTrain
 from tests.compilation.as_it_is import AsItIs
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
-from tests.kernels import deterministic_algorithms
+from tests.kernels import deterministic_algorithms, needs_compiler
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
@@ -572,6 +572,7 @@ def test_a_wrong_or_useless_compile_is_refused(target: PreTrainedModel, options:
         target.generate(PROMPT, **options)
 
 
+@needs_compiler
 def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -590,6 +591,7 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     assert SlotEngine().is_compiled is False
 
 
+@needs_compiler
 @NEEDS_STATES
 def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_sizes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
