@@ -188,18 +188,18 @@ def test_a_look_at_a_cache_of_another_thread_waits_until_it_is_filled(target: Pr
 
     def make() -> DynamicCache:
         begun.set()
-        may_end.wait(10)
+        may_end.wait(300)
         looked.append(0)
         return DynamicCache(config=target.config)
 
     cache = UnreadDynamicCache(make)
     threads = [threading.Thread(target=lambda: len(cache.layers)) for _ in range(2)]
     threads[0].start()
-    assert begun.wait(10)
+    assert begun.wait(300)
     threads[1].start()
     may_end.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(300)
     assert looked == [0]
 
 

@@ -64,7 +64,7 @@ def test_threads_with_different_heads_get_the_plain_texts(
     together = threading.Barrier(CALLERS)
 
     def run(caller: int) -> list[list[int]]:
-        together.wait(timeout=30)
+        together.wait(timeout=300)
         extra: list[dict[str, Any]] = [
             {},
             {"assistant_model": heads[caller % 2], "policy": common if shared else make_policy()},
@@ -136,7 +136,7 @@ def test_a_threading_http_server_answers_many_at_once(
 
         def ask(caller: int) -> list[int]:
             body = json.dumps(prompt_of(caller)[0].tolist()).encode()
-            with direct.open(address, data=body, timeout=60) as reply:
+            with direct.open(address, data=body, timeout=300) as reply:
                 return list(json.load(reply))
 
         found = list(clients.map(ask, list(range(CALLERS)) * 2))

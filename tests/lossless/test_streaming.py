@@ -42,7 +42,7 @@ def test_a_text_iterator_streamer_in_a_thread_gets_the_whole_text(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:
     tokenizer = letter_tokenizer()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     options = {"max_new_tokens": 20, "assistant_model": head, "policy": FixedPolicy(WIDE), "streamer": streamer}
     thread = threading.Thread(target=target.generate, args=(prompt,), kwargs=options)
     thread.start()

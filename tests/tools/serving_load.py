@@ -45,7 +45,7 @@ def run_load(port: int, target: str, *, requests: int, clients: int, first: int 
             "max_tokens": most,
         }
         streams, leaves = number % 3 == 0, number % 7 == 3
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         headers = {"content-type": "application/json"}
         connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": streams}), headers)
         if leaves:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,7 +53,7 @@ class Client:
         return str(self.folder / "target")
 
     def send(self, path: str, body: Any, method: str = "POST") -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, data, {"content-type": "application/json"})
         return connection
@@ -138,7 +137,7 @@ def serving_from(
         thread.start()
         yield listening.getsockname()[1]
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=300)
         assert not thread.is_alive()
 
 
@@ -334,7 +333,7 @@ class Gate:
         def counted(decoding: TreeDecoding) -> None:
             self.steps += 1
             self.arrived.set()
-            assert self.opened.wait(20)
+            assert self.opened.wait(300)
             step(decoding)
 
         monkeypatch.setattr(TreeDecoding, "step", counted)
@@ -345,16 +344,18 @@ def test_a_client_that_leaves_frees_the_model_within_one_step(
     client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     before = client.metrics().get('resps_requests_total{outcome="left"}', 0)
+    leave, noticed = serving.Exchange.leave, threading.Semaphore(0)
     with monkeypatch.context() as patch:
+        patch.setattr(serving.Exchange, "leave", lambda exchange: (leave(exchange), noticed.release()))
         gate = Gate(patch)
         connection = client.send(
             "/v1/chat/completions", {"model": client.target, "messages": ASKED, "stream": stream, "max_tokens": 40}
         )
-        assert gate.arrived.wait(20)
+        assert gate.arrived.wait(300)
         waiting = client.send("/v1/chat/completions", {"model": client.target, "messages": ASKED, "max_tokens": 40})
         waiting.close()  # leaves before its turn has come
         connection.close()
-        time.sleep(0.3)  # for the event loop to notice
+        assert all(noticed.acquire(timeout=300) for _ in range(2))  # by the event loop
         gate.opened.set()
         answer = client.ask({"model": str(client.folder / "other"), "messages": ASKED, "policy": "plain"})
     assert answer[0] == 200 and gate.steps == 1
