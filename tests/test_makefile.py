@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("sh", "bash", "make", "rm", "touch", "test", "mkdir", "mktemp", "cp", "cat", "env", "id", "dirname")
-RUN_BY_CI = ("examples.demo", "ruff format --check", "ruff check", "mypy", "pytest")
+RUN_BY_CI = ("examples.demo", "ruff format --check", "ruff check", "mypy", "pytest", "tests.processors")
 # Stands for every Python: writes down how it is called, makes environments, fails in pip and mypy where it is told to.
 STUB = """#!/bin/sh
 echo "$@" >> "$CALLS"
