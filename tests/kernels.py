@@ -1,16 +1,16 @@
 """Settings of this process by which PyTorch chooses kernels, each changed inside a `with` block, and its compiler."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch._inductor import config as inductor
+
+from transformers_resps.compilation.kernels import compiler
 
 
-HAS_COMPILER = any(name and shutil.which(name) for name in inductor.cpp.cxx)
+HAS_COMPILER = compiler() is not None
 NO_COMPILER = "no C++ compiler is on the PATH, nor named by CXX"
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 

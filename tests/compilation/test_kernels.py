@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.kernels import needs_compiler
 from transformers_resps.compilation import kernels
 from transformers_resps.compilation.kernels import (
     NEVER,
@@ -32,7 +33,6 @@ from transformers_resps.compilation.native import pack_gated, pack_linear
 
 
 needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
-needs_compiler = pytest.mark.skipif(kernels.compiler() is None, reason="asks for a C++ compiler")
 PRODUCTS = Products(((576, 1536), (1536, 576)), ((9, 3, 64),))
 
 

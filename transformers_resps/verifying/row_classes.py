@@ -29,7 +29,7 @@ _TRIED = 12  # rows of each count: one shows another order of its sum with a pro
 # Where a forward has a fixed number of rows, how far a row is moved among them: kernels go by halves, fours and pairs.
 _SHIFTS = (1, 2, 4, 8, 15)
 _APART = 13  # rows from where they stand in the whole sample: no multiple of what kernels go by
-_TRIED_VALUES = 2**14  # of an activation: one in 1,000 shows another way to compute it (measured)
+_TRIED_VALUES = 2**14  # of an activation or attention: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
 # Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice what "auto" asks for,
@@ -298,7 +298,8 @@ class _Attention(_Part):
         return self
 
     def least_rows(self) -> int | None:
-        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 128, _PLACES), _spread(_PLACES, 1))
+        tried = max(_TRIED_VALUES // (self.heads * self.size), 1)
+        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 128, _PLACES), _spread(_PLACES, tried))
 
     def keeps_rows(self, count: int) -> bool:
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
