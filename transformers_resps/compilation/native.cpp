@@ -163,6 +163,7 @@ static void resps_set_tiles(const uint8_t* lines) {
     __builtin_memset(&set, 0, sizeof set);
     set.palette = 1;
     for (int i = 0; i < 8; ++i) set.bytes[i] = 64, set.lines[i] = lines[i];
+    __asm__ volatile("" : : "r"(&set) : "memory");  // GCC does not know how much of it is read
     _tile_loadconfig(&set);
 }
 
@@ -173,6 +174,9 @@ static void resps_set_tiles(const uint8_t* lines) {
 #define resps_tile_release _tile_release
 
 #endif
+
+// GCC's loads of tiles do not tell what they read: without this it may write later what they shall find.
+#define RESPS_WRITTEN __asm__ volatile("" : : : "memory")
 
 static __thread int resps_set;  // how many lines this thread's tiles have; 0 for none
 
@@ -196,6 +200,7 @@ static void resps_multiply_block(
     float* sums, int count, const Bf16* rows, int64_t depth, const Bf16* weights, int fetches) {
     const int first = count < LINES ? count : LINES, second = count - first;
     resps_prepare_tiles(first, second);
+    RESPS_WRITTEN;
     resps_tile_zero(0);
     resps_tile_zero(1);
     resps_tile_zero(2);
@@ -228,6 +233,7 @@ static void resps_multiply_block(
 static void resps_add_products(
     float* sums, int64_t written, int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t depth) {
     resps_prepare_tiles(count, count);
+    RESPS_WRITTEN;
     resps_tile_load(0, sums, written * sizeof *sums);
     resps_tile_load(1, sums + LANES, written * sizeof *sums);
     resps_tile_load(2, sums + 2 * LANES, written * sizeof *sums);
