@@ -178,9 +178,10 @@ def test_beside_a_busy_neighbour_each_kernel_is_tried_once() -> None:
 @needs_compiler
 def test_a_real_trial_runs_every_kernel_of_this_machine() -> None:
     trial = Trial(our_kernels())
-    for rows in (1, 256):
-        for call in trial.linear([(576, 49152), (64, 96)], rows).values():
-            call()
+    for layers in ([(576, 49152), (64, 96)], [(53_248, 16)], []):  # of which some fit into no try
+        for rows in (1, 256):
+            for call in trial.linear(layers, rows).values():
+                call()
     for call in trial.attention(9, 3, 64, 8).values():
         call()
     assert {*trial.names} == {*our_kernels(), ONEDNN}

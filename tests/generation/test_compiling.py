@@ -756,6 +756,24 @@ def test_code_of_the_invariant_mode_is_compared_once_under_each_setting(
 
 
 @pytest.mark.usefixtures("with_kernels_of_ours")
+def test_to_compiled_code_of_the_invariant_mode_no_path_costs_and_to_eager_code_each_does(
+    target: PreTrainedModel, untraced: CountingBackend
+) -> None:
+    told = list[bool]()
+
+    class Told(Policy):
+        needs_head = False
+
+        def choose(self, observation: Observation) -> TreeShape:
+            told.append(observation.paths_cost)
+            return TreeShape.plain()
+
+    for compiles in (True, False):
+        speculate(target, None, Told(), invariant=True, compile=compiles, max_new_tokens=4)
+    assert set(told[:3]) == {False} and set(told[3:]) == {True}
+
+
+@pytest.mark.usefixtures("with_kernels_of_ours")
 def test_what_an_earlier_text_left_in_the_buffers_reaches_no_text_of_the_invariant_mode(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:

@@ -161,8 +161,10 @@ class Trial:
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
         """Kernel -> multiplies so many rows by as many of the layers' weights as a try takes."""
-        calls, place, left = list[tuple[Tensor, Tensor, Tensor]](), 0, min(_BYTES // 2, _WORK // rows)
-        while left > 0:
+        calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
+        place, left = 0, min(_BYTES // 2, _WORK // rows)
+        while left > 0 and len(calls) > known:
+            known = len(calls)
             for inputs, outputs in layers:
                 width = min(outputs, max(left, 2**20) // inputs, len(self._weights) // inputs) // 32 * 32
                 if inputs % 2 or not width or left <= 0:
@@ -171,8 +173,6 @@ class Trial:
                 weight = self._weights[place : place + inputs * width].view(width, inputs)
                 calls.append((torch.ones(rows, inputs, dtype=torch.bfloat16), weight, weight.new_empty(rows, width)))
                 place, left = place + inputs * width, left - inputs * width
-            if not calls:
-                break
 
         def run(name: str) -> None:
             for given, weight, made in calls:

@@ -760,7 +760,6 @@ class InvariantVerifier(SlotVerifier):
         compiles: whether steps run compiled, and on a CPU the prompt.
     """
 
-    paths_cost = True
     _over_slots: InvariantForward
 
     def __init__(
@@ -777,6 +776,7 @@ class InvariantVerifier(SlotVerifier):
         self._needs, self._pattern = needs, engine.pattern(forward.target)
         given = engine.lock, needs.forward, forward.target, self._pattern
         self._compiles_all = compiles and not needs.is_exact
+        self.paths_cost = not self._compiles_all  # to kernels of ours a further path is some more rows
         self._eagerly = InvariantForward(*given, [])
         self._over_chunks = InvariantForward(*given, forward.layers if self._compiles_all else [])
         self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
