@@ -15,7 +15,7 @@ PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "be
 PAGES.append(ROOT / "training" / "PUBLISHING.md")
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
-MAX_LINES_OF_DOCS = 1400  # but for the reference that `make docs` writes
+MAX_WORDS_OF_DOCS = 13_000  # but for the reference that `make docs` writes; a cell of a table may hold a hundred
 MAX_LINES = {"README.md": 110, "CHANGELOG.md": 60, "CONTRIBUTING.md": 110}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {
@@ -54,7 +54,7 @@ def test_a_page_stays_short(name: str) -> None:
 
 def test_the_docs_stay_short() -> None:
     pages = (page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")
-    assert sum(len(page.read_text(encoding="utf-8").splitlines()) for page in pages) <= MAX_LINES_OF_DOCS
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= MAX_WORDS_OF_DOCS
 
 
 def test_a_picture_stays_light() -> None:

@@ -187,7 +187,7 @@ def to_twelve(nodes: int) -> float:
     return 1.0 if nodes <= 12 else 1.0 + 0.03 * (nodes - 12)
 
 
-@pytest.mark.parametrize("verify", [0.04, 0.2, to_twelve], ids=str)
+@pytest.mark.parametrize("verify", [0.04, 0.2, to_twelve], ids=["0.04", "0.2", "to twelve"])
 @pytest.mark.parametrize("node_seconds", [0.0, 0.004])
 def test_where_nodes_are_dear_nothing_is_lost_by_finding_out(
     verify: float | Callable[[int], float], node_seconds: float
