@@ -145,7 +145,7 @@ def test_where_paths_cost_nothing_trees_begin_with_four_children(most: int, firs
     assert policy.choose(Observation(torch.zeros(1, 4), 100, 1, 50, lambda: [])).top_k == first
 
 
-SMALL = {"depth": 5, "top_k": 4, "most_nodes": 16}  # right where nodes are dear
+SMALL = {"depth": 5, "top_k": 4, "most_nodes": 16}  # right where nodes are expensive
 
 
 def run(policy: ThroughputPolicy, steps: int = 400, **machine: Any) -> Forks:
@@ -189,7 +189,7 @@ def to_twelve(nodes: int) -> float:
 
 @pytest.mark.parametrize("verify", [0.04, 0.2, to_twelve], ids=["0.04", "0.2", "to twelve"])
 @pytest.mark.parametrize("node_seconds", [0.0, 0.004])
-def test_where_nodes_are_dear_nothing_is_lost_by_finding_out(
+def test_where_nodes_are_expensive_nothing_is_lost_by_finding_out(
     verify: float | Callable[[int], float], node_seconds: float
 ) -> None:
     def planted(nodes: int) -> float:
