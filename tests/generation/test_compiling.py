@@ -29,6 +29,7 @@ from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
 from transformers_resps.verifying import slots
 from transformers_resps.verifying.returned import UnreadDynamicCache
+from transformers_resps.verifying.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import SlotVerifier
 
@@ -753,6 +754,15 @@ def test_code_of_the_invariant_mode_is_compared_once_under_each_setting(
     with deterministic_algorithms():
         speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
     assert len(checked) == 2 * compared, "other settings may mean other kernels"
+
+
+def test_experts_that_go_by_the_number_of_rows_are_refused_with_compiled_code(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with AMX, where nothing but our kernels serves forwards of several sizes."""
+    monkeypatch.setattr(RowClasses, "needs_of_experts", lambda self, target: RowNeeds(16, is_exact=True))
+    with pytest.raises(ValueError, match=r"the experts of this model .* Leave out `compile`\."):
+        speculate(target, None, "auto", **INVARIANT)
 
 
 @pytest.mark.usefixtures("with_kernels_of_ours")

@@ -501,6 +501,11 @@ def _invariant_verifier(
     engine, classes = state.slot_engine, state.row_classes
     by_kernels_of_ours = compiles and target.device.type == "cpu"
     needs = classes.needs_of_experts(target) if by_kernels_of_ours else classes.needs(target)
+    if by_kernels_of_ours and needs.is_exact:
+        raise ValueError(
+            "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of rows "
+            "here. Leave out `compile`."
+        )
     with engine.borrow(target) if compiles else nullcontext() as lent:
         if compiles and lent is None:
             raise ValueError(
