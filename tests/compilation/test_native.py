@@ -26,7 +26,6 @@ from transformers_resps.compilation.kernels import (
 )
 from transformers_resps.compilation.native import (
     bf16_attention,
-    bf16_block_attention,
     bf16_gated,
     bf16_linear,
     pack_gated,
@@ -335,51 +334,3 @@ def test_packaged_code_attends_by_it(
     finally:
         torch.set_num_threads(before)
     assert len(stored_packages(tmp_path)) == 1
-
-
-def test_the_operator_of_blocks_is_the_formula() -> None:
-    query, key, value, mask = asking(2, (3, 3), (32, 64), 4, 9)
-    attended, sums = bf16_block_attention(query.transpose(1, 2), key, value, mask, 0.2)
-    scores = query.transpose(1, 2).float() @ key.float().mT * 0.2 + mask.float()
-    seen = scores.amax(-1) > -1e30
-    assert sums.dtype == torch.float32 and not seen.all()
-    torch.testing.assert_close(sums.transpose(1, 2)[seen], scores.logsumexp(-1)[seen])
-    expected = attention_of(query.transpose(1, 2), key, value, mask, 0.2)
-    torch.testing.assert_close(
-        attended.float()[seen.transpose(1, 2)], expected[seen.transpose(1, 2)], rtol=0.03, atol=0.03
-    )
-
-
-@needs_instructions
-@needs_compiler
-@pytest.mark.parametrize(
-    ("kernels", "masked_heads", "shared"),
-    [(VECTORS_ALONE, 1, 5), (VECTORS_ALONE, 4, 1), (Kernels.only(TILES), 4, 1)],
-    indirect=["kernels"],
-)
-@torch.no_grad()
-def test_packaged_code_attends_to_a_block_alike_whatever_rows_stand_beside(
-    kernels: Kernels, masked_heads: int, shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    layer = nn.Linear(1, 1)
-
-    def attending(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return bf16_block_attention(query, key, value, mask, 0.125)
-
-    dynamic = [(0, 2) if shared == 1 else (2,), (0,), (0,), (0, 2)]
-    fast = CompiledFunction(attending, dynamic, packages=ModulePackages(lambda: layer, "it"), name="blocks")
-    query, key, value, mask = asking(5, (4, 4), (64, 96), 70, 64)
-    query, key, value = query.transpose(1, 2).contiguous()[: 5 // shared], key.contiguous(), value.contiguous()
-    mask = mask.repeat(1, masked_heads, 1, 1).clamp(min=torch.finfo(torch.bfloat16).min / 2)
-    mask[:, -1] += 0.5
-    found, sums = fast([query, key, value, mask])
-    expected, expected_sums = bf16_block_attention(query, key, value, mask, 0.125)
-    seen = expected_sums > -1e30
-    torch.testing.assert_close(sums[seen], expected_sums[seen], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found[seen].float(), expected[seen].float(), rtol=0.02, atol=0.01)
-    assert (sums[~seen] < -1e37).all() and not sums.isnan().any() and not found.isnan().any()
-    for blocks, first, last in ((2, 0, 2), (5, 3, 9), (3, 60, 70), (4, 1, 62)):
-        some = [part[:blocks].contiguous() for part in (query[:, :, first:last], key, value, mask[:, :, first:last])]
-        part, of_part = fast(some)
-        assert torch.equal(part, found[:blocks, first:last]) and torch.equal(of_part, sums[:blocks, first:last])

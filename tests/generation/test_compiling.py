@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
-from transformers_resps.verifying import slots
+from transformers_resps.verifying import invariant, slots
 from transformers_resps.verifying.returned import UnreadDynamicCache
 from transformers_resps.verifying.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
@@ -628,6 +629,38 @@ def with_kernels_of_ours(target: PreTrainedModel) -> None:
             part.__class__ = _OneByOne
 
 
+@torch.library.custom_op("resps_tests::block_attention", mutates_args=())
+def attention_of_each_node_alone(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    nodes: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As `bf16_block_attention`, in any precision."""
+    rows, heads, count, _ = query.shape
+    found = query.new_empty(rows, count, heads, value.shape[3])
+    length = (mask.shape[2] - nodes[0].numel()) // count
+    for row, node in product(range(rows), range(count)):
+        shown = mask[row, 0] > -1e30
+        read = [*shown[node * length : (node + 1) * length].flatten().nonzero().flatten().tolist()]
+        for member in (nodes[row].flatten() == node).nonzero().flatten().tolist():
+            read += slots[row, member // nodes.shape[2]][shown[count * length + member]].tolist()
+        keys, values = (
+            part[row, :, read or [0]].repeat_interleave(heads // part.shape[1], 0) for part in (key, value)
+        )
+        weights = (query[row, :, node, None] @ keys.mT * scale).softmax(-1)
+        found[row, node] = (weights @ values)[:, 0]
+    return found
+
+
+@attention_of_each_node_alone.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
 @pytest.mark.usefixtures("with_kernels_of_ours")
 @pytest.mark.parametrize("options", [{"compile": True}, INVARIANT], ids=["normal", "invariant"])
 def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
@@ -653,18 +686,29 @@ def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
 
 
 @pytest.mark.usefixtures("with_kernels_of_ours")
-def test_the_invariant_mode_is_compiled_once_for_chains_and_once_for_trees(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, caplog: pytest.LogCaptureFixture
+def test_the_invariant_mode_is_compiled_once_for_chains_and_trees(
+    target: PreTrainedModel,
+    head: DraftHead,
+    backend: CountingBackend,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A size that may be none or one would be compiled apart."""
+    """A size that may be none or one would be compiled apart. Attention is planted, and knows no other node."""
+
+    def attend(*given: Any) -> torch.Tensor:
+        *read, sinks, scale = given
+        return attention_of_each_node_alone(*read, scale)
+
+    monkeypatch.setattr(invariant, "attends_natively", lambda *states: True)
+    monkeypatch.setattr(invariant, "bf16_block_attention", attend)
     policies = [FixedPolicy(TreeShape.plain()), FixedPolicy(TreeShape(1, 0, 1, lookup=6)), "auto"]
     texts = [
         speculate(target, None, policy, **INVARIANT, max_new_tokens=150).sequences.tolist() for policy in policies
     ]
     assert backend.count == 1
-    for shape, count in ((TreeShape(4, 3, 1), 2), (TreeShape(6, 3, 2), 3), (TreeShape(40, 3, 5), 3)):
+    for shape in (TreeShape(4, 3, 1), TreeShape(6, 3, 2), TreeShape(40, 3, 5)):
         texts.append(speculate(target, head, FixedPolicy(shape), **INVARIANT, max_new_tokens=150).sequences.tolist())
-        assert backend.count == count, "the features are other outputs"
+        assert backend.count == 2, "the features are other outputs"
     assert texts == texts[:1] * 6
     assert sum("Compiling the target" in record.getMessage() for record in caplog.records) == 1
 
@@ -710,9 +754,9 @@ def test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_r
     target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     """Until weights change: other code is made then."""
-    speculate(target, head, FixedPolicy(TreeShape(4, 3, 1)), **INVARIANT)
+    speculate(target, None, FixedPolicy(TreeShape.plain()), **INVARIANT)
     untraced.change = lambda outputs: (outputs[0] * (1 + 1e-9), *outputs[1:])
-    with pytest.raises(ValueError, match=r"rounds chains, trees and batches in several ways when it runs compiled:"):
+    with pytest.raises(ValueError, match=r"rounds a text in several ways when it runs compiled:"):
         speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **INVARIANT)
     with torch.no_grad():
         target.lm_head.weight.mul_(2)
@@ -738,7 +782,7 @@ def test_code_of_the_invariant_mode_in_which_rows_know_each_other_is_refused(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:
     untraced.change = lambda outputs: tuple(part + part.shape[1] % 2 * 1e-3 for part in outputs)
-    with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled: only"):
+    with pytest.raises(ValueError, match=r"rounds a row by what stands beside it when it runs compiled: only"):
         speculate(target, None, "auto", **INVARIANT)
 
 

@@ -365,31 +365,50 @@ static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t wi
 
 // ---- attention
 
-enum { MOST_QUERIES = 60 };  // that read a tile of keys while it is in the nearest cache
+enum {
+    MOST_QUERIES = 60,  // that read a tile of keys while it is in the nearest cache
+    MEMBERS = 4,  // nodes of a path that read a tile of its own together, at most
+};
 
 typedef struct {
     const Bf16* start;
     int64_t batch, head, place;  // strides
 } RespsStates;
 
+// Of a draft tree: after keys that all nodes read where they lie, tiles that the nodes of one path read alone.
+typedef struct {
+    int64_t count;  // of groups of nodes, each with a tile of its own
+    const int64_t *nodes, *slots;  // [batch, count, MEMBERS], and where the keys of the tile lie [batch, count, TILE]
+    const Bf16* masks;  // [batch, count * MEMBERS, TILE], the rows of a batch some distance apart
+    int64_t masks_batch;
+    const Bf16* sinks;  // [heads], scores that take a share of each query's weight; or none
+} RespsGroups;
+
 typedef struct {
     RespsStates query, key, value, mask;  // no mask: everything is seen
+    RespsGroups own;
     Bf16* result;
-    float* sums;  // the log-sum-exp of each query's scores, where it is asked for
     float scale;
     int64_t mask_heads;  // of the mask that are one key head's; 0 where all key heads have the same
     int64_t batch, heads, key_heads, count, length, width, value_width;
-    int64_t sharing, blocks, tiles, padded;  // heads of one head of keys, blocks of queries, tiles of keys, columns
+    int64_t sharing, blocks, shared, tiles, padded;  // heads of one head of keys, blocks of queries, tiles, columns
     int by_tiles;  // of AMX
 } RespsAttention;
 
-// What one thread works with: queries of heads that share keys, and what they have seen of some tiles.
+// What queries have seen of some keys: weighted values, the largest score, and the sum of all weights.
+typedef struct {
+    float *outputs, *most, *total;
+} RespsSeen;
+
+// What one thread works with: queries of heads that share keys, those of a node one after another.
 typedef struct {
     Bf16 *queries, *keys, *values, *weights;
-    float *outputs, *most, *total;
-    int64_t batch, key_head;
+    RespsSeen of_tile, of_all;
+    int64_t batch, key_head, node, nodes;  // the first one, and how many
     int count;
+    int rows[MOST_QUERIES + 1];  // where the queries of each node begin, and the last one's end
     const Bf16* masks[MOST_QUERIES];  // of each query, its own
+    const Bf16* shown[MOST_QUERIES];  // what these say of the tile in hand
     int64_t written[MOST_QUERIES];  // where the result of each goes
 } RespsQueries;
 
@@ -420,16 +439,21 @@ RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
     }
 }
 
+// Where a key or value of a tile stands: one after another, or as a path of a tree has them.
+RESPS_INLINE int64_t resps_slot(const int64_t* slots, int64_t key) { return slots ? slots[key] : key; }
+
 // Keys as a block [width / 2, TILE, 2].
 static void resps_pack_keys(
-    Bf16* packed, const Bf16* keys, const Bf16* next, int64_t stride, int64_t width, int64_t count) {
+    Bf16* packed, const Bf16* keys, const Bf16* next, const int64_t* slots, int64_t stride, int64_t width,
+    int64_t count) {
     for (int v = 0; v < WIDE; ++v) {
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             __m512i rows[LANES], columns[LANES];
             for (int i = 0; i < LANES; ++i) {
                 const int64_t key = v * LANES + i;
                 __builtin_prefetch(next + key * stride + column, 0, 2);
-                rows[i] = key < count ? _mm512_loadu_si512(keys + key * stride + column) : _mm512_setzero_si512();
+                rows[i] = _mm512_setzero_si512();
+                if (key < count) rows[i] = _mm512_loadu_si512(keys + resps_slot(slots, key) * stride + column);
             }
             resps_transpose(rows, columns);
             for (int i = 0; i < LANES; ++i) {
@@ -441,7 +465,8 @@ static void resps_pack_keys(
 
 // Values as blocks [TILE / 2, TILE, 2], each of TILE of their `width`; the last one may end earlier.
 static void resps_pack_values(
-    Bf16* packed, const Bf16* values, const Bf16* next, int64_t stride, int64_t width, int64_t count) {
+    Bf16* packed, const Bf16* values, const Bf16* next, const int64_t* slots, int64_t stride, int64_t width,
+    int64_t count) {
     static const Bf16 nothing[2 * LANES] = {0};
     __m512i order[2];
     for (int half = 0; half < 2; ++half) {
@@ -453,8 +478,9 @@ static void resps_pack_values(
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             __builtin_prefetch(next + 2 * pair * stride + column, 0, 2);
             __builtin_prefetch(next + (2 * pair + 1) * stride + column, 0, 2);
-            const Bf16* one = 2 * pair < count ? values + 2 * pair * stride + column : nothing;
-            const Bf16* other = 2 * pair + 1 < count ? values + (2 * pair + 1) * stride + column : nothing;
+            const Bf16 *one = nothing, *other = nothing;
+            if (2 * pair < count) one = values + resps_slot(slots, 2 * pair) * stride + column;
+            if (2 * pair + 1 < count) other = values + resps_slot(slots, 2 * pair + 1) * stride + column;
             const __m512i left = _mm512_loadu_si512(one), right = _mm512_loadu_si512(other);
             Bf16* block = packed + column / TILE * TILE * TILE + (pair * TILE + column % TILE) * 2;
             for (int half = 0; half < 2; ++half) {
@@ -464,34 +490,27 @@ static void resps_pack_values(
     }
 }
 
-// Whether any of `count` keys is seen: a mask hides by the dtype's minimum or by infinity.
+// Whether any of `count` keys is seen. A mask hides by infinity, by the dtype's minimum or by half of that.
 RESPS_INLINE int resps_sees(const Bf16* mask, int64_t count) {
     for (int64_t place = 0; place < count; place += LANES) {
         const __mmask16 read = resps_lanes(count - place);
-        const __m256i values = _mm256_maskz_loadu_epi16(read, mask + place);
-        const __mmask16 finite = _mm256_mask_cmpneq_epi16_mask(read, values, _mm256_set1_epi16((short)0xff80));
-        if (_mm256_mask_cmpneq_epi16_mask(finite, values, _mm256_set1_epi16((short)0xff7f))) return 1;
+        const __m512 added = resps_wide(_mm256_maskz_loadu_epi16(read, mask + place));
+        if (_mm512_mask_cmp_ps_mask(read, added, _mm512_set1_ps(-1e38f), _CMP_GT_OQ)) return 1;
     }
     return 0;
 }
 
-static int resps_is_seen(const RespsAttention* of, const RespsQueries* at, int64_t key, int64_t count) {
-    int is_seen = !of->mask.start;
-    for (int row = 0; row < at->count && !is_seen; ++row) is_seen = resps_sees(at->masks[row] + key, count);
-    return is_seen;
-}
+// What is hidden has a score of half the dtype's minimum or less, and no weight beside what is seen.
+#define RESPS_LEAST (-3e38f)
 
-// What some queries make of the scores [count, TILE] of a tile of keys, and by how much what they saw before shrinks:
-// softmax in one pass over keys (Milakov and Gimelshein 2018, section 3).
+// What some queries make of the scores [count, TILE] of a tile of `keys`.
 RESPS_INLINE void resps_weigh(
-    const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t key, const __m512* sums,
-    float* shrunk) {
+    const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t keys, const __m512* sums) {
     for (int i = 0; i < count; ++i) {
-        const Bf16* mask = of->mask.start ? at->masks[row + i] + key : 0;
-        __m512 scores[WIDE];
-        __m512 most = _mm512_set1_ps(at->most[row + i]);
+        const Bf16* mask = at->shown[row + i];
+        __m512 scores[WIDE], most = _mm512_set1_ps(RESPS_LEAST), total = _mm512_setzero_ps();
         for (int v = 0; v < WIDE; ++v) {
-            const __mmask16 read = resps_lanes(of->length - key - v * LANES);
+            const __mmask16 read = resps_lanes(keys - v * LANES);
             __m512 added = _mm512_setzero_ps();
             if (mask) added = resps_wide(_mm256_maskz_loadu_epi16(read, mask + v * LANES));
             scores[v] = _mm512_fmadd_ps(sums[i * WIDE + v], _mm512_set1_ps(of->scale), added);
@@ -499,33 +518,25 @@ RESPS_INLINE void resps_weigh(
             most = _mm512_max_ps(most, scores[v]);
         }
         const float largest = _mm512_reduce_max_ps(most);
-        __m512 total = _mm512_setzero_ps();
         for (int v = 0; v < WIDE; ++v) {
             const __m512 weights = resps_exp(_mm512_sub_ps(scores[v], _mm512_set1_ps(largest)));
             total = _mm512_add_ps(total, weights);
             _mm256_storeu_si256((__m256i*)(at->weights + i * TILE + v * LANES), (__m256i)_mm512_cvtneps_pbh(weights));
         }
-        shrunk[i] = resps_exp_of(at->most[row + i] - largest);
-        at->most[row + i] = largest;
-        at->total[row + i] = at->total[row + i] * shrunk[i] + _mm512_reduce_add_ps(total);
+        at->of_tile.most[row + i] = largest;
+        at->of_tile.total[row + i] = _mm512_reduce_add_ps(total);
     }
 }
 
-RESPS_INLINE void resps_look(
-    const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
-    float shrunk[TILE_ROWS];
+RESPS_INLINE void resps_look_at(
+    const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t keys) {
     __m512 sums[SUMS];
     for (int i = 0; i < count * WIDE; ++i) sums[i] = _mm512_setzero_ps();
     resps_multiply(sums, count, WIDE, at->queries + row * of->width, of->width, at->keys, of->width / 2, 0, 0);
-    resps_weigh(count, of, at, row, key, sums, shrunk);
+    resps_weigh(count, of, at, row, keys, sums);
     for (int64_t column = 0; column < of->padded; column += TILE) {
-        float* outputs = at->outputs + row * of->padded + column;
-        for (int i = 0; i < count; ++i) {
-            for (int v = 0; v < WIDE; ++v) {
-                const __m512 before = _mm512_loadu_ps(outputs + i * of->padded + v * LANES);
-                sums[i * WIDE + v] = _mm512_mul_ps(before, _mm512_set1_ps(shrunk[i]));
-            }
-        }
+        float* outputs = at->of_tile.outputs + row * of->padded + column;
+        for (int i = 0; i < count * WIDE; ++i) sums[i] = _mm512_setzero_ps();
         resps_multiply(sums, count, WIDE, at->weights, TILE, at->values + column * TILE, TILE / 2, 0, 0);
         for (int i = 0; i < count; ++i) {
             for (int v = 0; v < WIDE; ++v) _mm512_storeu_ps(outputs + i * of->padded + v * LANES, sums[i * WIDE + v]);
@@ -533,155 +544,238 @@ RESPS_INLINE void resps_look(
     }
 }
 
-static void resps_look_by_tiles(int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t key) {
-    float shrunk[LINES];
+static void resps_look_by_tiles(int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t keys) {
     __m512 sums[LINES * WIDE];
     for (int i = 0; i < count * WIDE; ++i) sums[i] = _mm512_setzero_ps();
     resps_add_products((float*)sums, TILE, count, at->queries + row * of->width, of->width, at->keys, of->width);
-    resps_weigh(count, of, at, row, key, sums, shrunk);
+    resps_weigh(count, of, at, row, keys, sums);
+    float* outputs = at->of_tile.outputs + row * of->padded;
+    __builtin_memset(outputs, 0, count * of->padded * sizeof *outputs);
     for (int64_t column = 0; column < of->padded; column += TILE) {
-        float* outputs = at->outputs + row * of->padded + column;
-        for (int i = 0; i < count; ++i) {
-            for (int v = 0; v < WIDE; ++v) {
-                float* output = outputs + i * of->padded + v * LANES;
-                _mm512_storeu_ps(output, _mm512_mul_ps(_mm512_loadu_ps(output), _mm512_set1_ps(shrunk[i])));
-            }
-        }
-        resps_add_products(outputs, of->padded, count, at->weights, TILE, at->values + column * TILE, TILE);
+        resps_add_products(outputs + column, of->padded, count, at->weights, TILE, at->values + column * TILE, TILE);
     }
 }
 
-// What is hidden has a score of the dtype's minimum or less, and no weight beside this one.
-#define RESPS_LEAST (-3e38f)
+// The queries from `row` to `end` look at the tile in hand.
+static void resps_look(const RespsAttention* of, const RespsQueries* at, int row, int end, int64_t keys) {
+    const int most = of->by_tiles ? LINES : TILE_ROWS, first = row, all = end - row, groups = (all + most - 1) / most;
+    for (int group = 0; group < groups; ++group) {
+        row = first + all * group / groups;
+        const int count = first + all * (group + 1) / groups - row;
+        if (of->by_tiles) {
+            resps_look_by_tiles(count, of, at, row, keys);
+        } else {
+            RESPS_BY_SIX(resps_look_at, count, of, at, row, keys)
+        }
+    }
+}
+
+RESPS_INLINE const Bf16* resps_own_mask(const RespsAttention* of, int64_t batch, int64_t member) {
+    return of->own.masks + batch * of->own.masks_batch + member * TILE;
+}
+
+// Whether a node reads any tile of its own path.
+static int resps_asks(const RespsAttention* of, int64_t batch, int64_t node) {
+    const int64_t members = of->own.count * MEMBERS;
+    for (int64_t member = 0; member < members; ++member) {
+        const int is_it = of->own.nodes[batch * members + member] == node;
+        if (is_it && resps_sees(resps_own_mask(of, batch, member), TILE)) return 1;
+    }
+    return 0;
+}
 
 // Takes the queries of an item that see anything. The results of others are zeros.
 static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item) {
-    const int64_t block = item % of->blocks, every = of->sharing * of->count;
+    const int64_t block = item % of->blocks, every = of->sharing * of->count, first = every * block / of->blocks;
     at->key_head = item / of->blocks % of->key_heads;
     at->batch = item / of->blocks / of->key_heads;
+    at->node = first / of->sharing;
     at->count = 0;
-    for (int64_t query = every * block / of->blocks; query < every * (block + 1) / of->blocks; ++query) {
-        const int64_t shared = query / of->count, place = query % of->count;
+    for (int64_t query = first; query < every * (block + 1) / of->blocks; ++query) {
+        const int64_t node = query / of->sharing, shared = query % of->sharing;
         const int64_t head = shared + at->key_head * of->sharing;
-        const int64_t written = (at->batch * of->count + place) * of->heads + head;
-        const Bf16* mask = of->mask.start + at->batch * of->mask.batch + place * of->mask.place +
+        const int64_t written = (at->batch * of->count + node) * of->heads + head;
+        const Bf16* mask = of->mask.start + at->batch * of->mask.batch + node * of->mask.place +
                            (shared + at->key_head * of->mask_heads) * of->mask.head;
-        if (of->mask.start && !resps_sees(mask, of->length)) {
+        if (query == first || !shared) at->rows[node - at->node] = at->count;
+        at->nodes = node - at->node + 1;
+        at->rows[at->nodes] = at->count;
+        if (of->mask.start && !resps_sees(mask, of->length) && !resps_asks(of, at->batch, node)) {
             __builtin_memset(of->result + written * of->value_width, 0, of->value_width * sizeof *of->result);
-            if (of->sums) of->sums[written] = RESPS_LEAST;
             continue;
         }
         const Bf16* read =
-            of->query.start + at->batch * of->query.batch + head * of->query.head + place * of->query.place;
+            of->query.start + at->batch * of->query.batch + head * of->query.head + node * of->query.place;
         __builtin_memcpy(at->queries + at->count * of->width, read, of->width * sizeof *read);
-        at->most[at->count] = RESPS_LEAST;
-        at->total[at->count] = 0;
-        at->masks[at->count] = mask;
+        at->masks[at->count] = of->mask.start ? mask : 0;
         at->written[at->count++] = written;
+        at->rows[at->nodes] = at->count;
     }
-    __builtin_memset(at->outputs, 0, at->count * of->padded * sizeof *at->outputs);
 }
 
-// Where keys or values of a tile begin, of all tiles.
-RESPS_INLINE const Bf16* resps_start(const RespsAttention* of, const RespsStates* states, int64_t tile) {
-    const int64_t head = tile / of->tiles / of->blocks;
-    return states->start + head / of->key_heads * states->batch + head % of->key_heads * states->head +
-           tile % of->tiles * TILE * states->place;
+// Where keys or values begin that the queries of an item read.
+RESPS_INLINE const Bf16* resps_start(const RespsAttention* of, const RespsStates* states, int64_t item) {
+    const int64_t head = item / of->blocks;
+    return states->start + head / of->key_heads * states->batch + head % of->key_heads * states->head;
 }
 
-// The next tile is fetched while this one is read.
-static void resps_tile(const RespsAttention* of, const RespsQueries* at, int64_t tile) {
-    const int64_t key = tile % of->tiles * TILE, count = resps_least(of->length - key, TILE);
-    if (!resps_is_seen(of, at, key, count)) return;
-    const RespsStates *keys = &of->key, *values = &of->value;
-    resps_pack_keys(
-        at->keys, resps_start(of, keys, tile), resps_start(of, keys, tile + 1), keys->place, of->width, count);
-    resps_pack_values(
-        at->values, resps_start(of, values, tile), resps_start(of, values, tile + 1), values->place, of->value_width,
-        count);
-    const int most = of->by_tiles ? LINES : TILE_ROWS, groups = (at->count + most - 1) / most;
-    for (int group = 0; group < groups; ++group) {
-        const int row = at->count * group / groups, rows = at->count * (group + 1) / groups - row;
-        if (of->by_tiles) {
-            resps_look_by_tiles(rows, of, at, row, key);
-        } else {
-            RESPS_BY_SIX(resps_look, rows, of, at, row, key)
+// Whether any query looks at a tile. The next one is fetched while this one is read.
+static int resps_shared_tile(const RespsAttention* of, RespsQueries* at, int64_t item, int64_t tile) {
+    const int64_t key = tile * TILE, keys = resps_least(of->length - key, TILE);
+    int is_seen = !of->mask.start;
+    for (int row = 0; row < at->count; ++row) {
+        at->shown[row] = at->masks[row] ? at->masks[row] + key : 0;
+        is_seen = is_seen || resps_sees(at->shown[row], keys);
+    }
+    if (!is_seen) return 0;
+    const Bf16* starts[2][2];
+    for (int part = 0; part < 2; ++part) {
+        const RespsStates* states = part ? &of->value : &of->key;
+        const int is_last = tile + 1 == of->shared;
+        starts[part][0] = resps_start(of, states, item) + key * states->place;
+        starts[part][1] = is_last ? resps_start(of, states, item + 1) : starts[part][0] + TILE * states->place;
+    }
+    resps_pack_keys(at->keys, starts[0][0], starts[0][1], 0, of->key.place, of->width, keys);
+    resps_pack_values(at->values, starts[1][0], starts[1][1], 0, of->value.place, of->value_width, keys);
+    resps_look(of, at, 0, at->count, keys);
+    return 1;
+}
+
+// The nodes of a group look at the tile of their path.
+static void resps_own_tile(const RespsAttention* of, RespsQueries* at, int64_t item, int64_t group) {
+    int first[MEMBERS], end[MEMBERS], is_seen = 0;
+    for (int i = 0; i < MEMBERS; ++i) {
+        const int64_t member = group * MEMBERS + i;
+        const int64_t node = of->own.nodes[at->batch * of->own.count * MEMBERS + member] - at->node;
+        const Bf16* mask = resps_own_mask(of, at->batch, member);
+        first[i] = end[i] = 0;
+        if (node < 0 || node >= at->nodes || !resps_sees(mask, TILE)) continue;
+        first[i] = at->rows[node], end[i] = at->rows[node + 1];
+        for (int row = first[i]; row < end[i]; ++row) at->shown[row] = mask;
+        is_seen |= end[i] > first[i];
+    }
+    if (!is_seen) return;
+    const int64_t* slots = of->own.slots + (at->batch * of->own.count + group) * TILE;
+    const Bf16 *keys = resps_start(of, &of->key, item), *values = resps_start(of, &of->value, item);
+    resps_pack_keys(at->keys, keys, keys, slots, of->key.place, of->width, TILE);
+    resps_pack_values(at->values, values, values, slots, of->value.place, of->value_width, TILE);
+    for (int i = 0; i < MEMBERS;) {
+        const int row = first[i];
+        int last = end[i++];
+        for (; i < MEMBERS && first[i] == last && end[i] > last; ++i) last = end[i];
+        resps_look(of, at, row, last, TILE);
+    }
+}
+
+// Softmax in one pass over keys (Milakov and Gimelshein 2018, section 3.1): tile by tile, always in the same order.
+static void resps_merge(const RespsAttention* of, const RespsQueries* at, const RespsSeen* seen) {
+    const RespsSeen* all = &at->of_all;
+    for (int first = 0; first < at->count; first += LANES) {
+        const __mmask16 lanes = resps_lanes(at->count - first);
+        const __m512 totals = _mm512_maskz_loadu_ps(lanes, seen->total + first);
+        const __mmask16 new_lanes = _mm512_cmp_ps_mask(totals, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 before = _mm512_maskz_loadu_ps(lanes, all->most + first);
+        const __m512 after = _mm512_mask_loadu_ps(before, new_lanes, seen->most + first), most = _mm512_max_ps(before, after);
+        const __m512 own = resps_exp(_mm512_sub_ps(before, most)), others = resps_exp(_mm512_sub_ps(after, most));
+        const __m512 total = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, all->total + first), own);
+        _mm512_mask_storeu_ps(all->most + first, lanes, most);
+        _mm512_mask_storeu_ps(all->total + first, new_lanes, _mm512_fmadd_ps(totals, others, total));
+        float kept[LANES], added[LANES];
+        _mm512_storeu_ps(kept, own);
+        _mm512_storeu_ps(added, others);
+        for (int i = 0; i < LANES && first + i < at->count; ++i) {
+            if (!(new_lanes >> i & 1)) continue;
+            float* output = all->outputs + (first + i) * of->padded;
+            const float* outputs = seen->outputs + (first + i) * of->padded;
+            const __m512 share = _mm512_set1_ps(kept[i]), other = _mm512_set1_ps(added[i]);
+            for (int64_t column = 0; column < of->padded; column += LANES) {
+                const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(outputs + column), other);
+                _mm512_storeu_ps(output + column, _mm512_fmadd_ps(_mm512_loadu_ps(output + column), share, sum));
+            }
         }
     }
 }
 
-// Writes the results of queries that have seen all that they may; of those that saw nothing, zeros.
+static void resps_begin_all(const RespsAttention* of, const RespsQueries* at) {
+    for (int row = 0; row < at->count; ++row) {
+        const Bf16* sinks = of->own.sinks;
+        const int64_t head = at->written[row] % of->heads;
+        at->of_all.most[row] = sinks ? _mm512_cvtss_f32(resps_wide(_mm256_set1_epi16((short)sinks[head]))) : RESPS_LEAST;
+        at->of_all.total[row] = sinks ? 1 : 0;
+    }
+    __builtin_memset(at->of_all.outputs, 0, at->count * of->padded * sizeof *at->of_all.outputs);
+}
+
+// Writes the results of queries that have seen all that they may.
 static void resps_end(const RespsAttention* of, const RespsQueries* at) {
     for (int row = 0; row < at->count; ++row) {
-        const int64_t written = at->written[row];
-        if (of->sums) {
-            of->sums[written] = at->total[row] > 0 ? at->most[row] + __builtin_logf(at->total[row]) : RESPS_LEAST;
-        }
-        Bf16* result = of->result + written * of->value_width;
-        const __m512 share = _mm512_set1_ps(at->total[row] > 0 ? 1 / at->total[row] : 0);
+        Bf16* result = of->result + at->written[row] * of->value_width;
+        const __m512 share = _mm512_set1_ps(at->of_all.total[row] > 0 ? 1 / at->of_all.total[row] : 0);
         for (int64_t column = 0; column < of->value_width; column += LANES) {
-            const __m512 output = _mm512_mul_ps(_mm512_loadu_ps(at->outputs + row * of->padded + column), share);
+            const __m512 output = _mm512_mul_ps(_mm512_loadu_ps(at->of_all.outputs + row * of->padded + column), share);
             _mm256_storeu_si256((__m256i*)(result + column), (__m256i)_mm512_cvtneps_pbh(output));
         }
     }
 }
 
-// Adds what another thread's queries, the same ones, have seen.
-static void resps_merge(const RespsAttention* of, RespsQueries* at, const RespsQueries* other) {
-    for (int row = 0; row < at->count; ++row) {
-        const float largest = at->most[row] > other->most[row] ? at->most[row] : other->most[row];
-        const float own = resps_exp_of(at->most[row] - largest), others = resps_exp_of(other->most[row] - largest);
-        at->most[row] = largest;
-        at->total[row] = at->total[row] * own + other->total[row] * others;
-        for (int64_t column = 0; column < of->padded; ++column) {
-            float* output = at->outputs + row * of->padded + column;
-            *output = *output * own + other->outputs[row * of->padded + column] * others;
-        }
-    }
+RESPS_INLINE RespsSeen resps_seen_at(float* place, int64_t rows, int64_t padded) {
+    const RespsSeen seen = {place, place + rows * padded, place + rows * (padded + 1)};
+    return seen;
 }
 
-// Every thread takes as many tiles as the others, one after the other over all rows, heads and blocks of queries. So
-// queries that it begins or ends with may be another's, too: it keeps these, and the first one of theirs merges them.
+// Every thread takes as many tiles as the others, one after the other over all rows, heads and blocks of queries. What
+// is seen of a tile is merged in the order of the tiles, whoever looked at it: so the number of threads changes no bit.
+// The queries that a thread begins or ends with may be another's, too. Of these each tile's is kept, and the first
+// thread of theirs merges it.
 static int resps_attend_to_all(const RespsAttention* of) {
-    const int threads = omp_get_max_threads();
-    const int64_t rows = resps_least(of->sharing * of->count, MOST_QUERIES);
-    const int64_t kept = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // floats of queries that two share
+    const int64_t threads = omp_get_max_threads(), rows = resps_least(of->sharing * of->count, MOST_QUERIES);
+    const int64_t seen = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // floats
     const int64_t halves = (rows * of->width + TILE * (of->width + of->padded) + LINES * TILE) / 2;
-    const int64_t own = 2 * kept + (halves + LANES - 1) / LANES * LANES;
+    const int64_t own = 2 * seen + (halves + LANES - 1) / LANES * LANES;
     const int64_t items = of->batch * of->key_heads * of->blocks, tiles = items * of->tiles;
-    float* memory = (float*)_mm_malloc(threads * own * sizeof(float), 64);
+    const int64_t kept = resps_least(threads - 1, items) * of->tiles * seen;
+    float* memory = (float*)_mm_malloc((threads * own + kept) * sizeof(float), 64);
     if (!memory) return 0;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
         const int64_t first = tiles * thread / count, last = tiles * (thread + 1) / count;
-        float* place = memory + thread * own;
+        float *place = memory + thread * own, *shared = 0;
         RespsQueries at;
-        at.queries = (Bf16*)(place + 2 * kept);
+        const RespsSeen scratch = resps_seen_at(place, rows, of->padded);
+        at.of_all = resps_seen_at(place + seen, rows, of->padded);
+        at.queries = (Bf16*)(place + 2 * seen);
         at.keys = at.queries + rows * of->width;
         at.values = at.keys + TILE * of->width;
         at.weights = at.values + TILE * of->padded;
         if (of->value_width < of->padded) __builtin_memset(at.values, 0, TILE * of->padded * sizeof *at.values);
         for (int64_t tile = first; tile < last;) {
-            const int64_t item = tile / of->tiles, end = resps_least((item + 1) * of->tiles, last);
-            at.outputs = place + (tile == first ? 0 : kept);
-            at.most = at.outputs + rows * of->padded;
-            at.total = at.most + rows;
+            const int64_t item = tile / of->tiles, start = item * of->tiles, end = resps_least(start + of->tiles, last);
+            const int64_t owner = ((start + 1) * count - 1) / tiles;  // the first thread of this item
+            const int is_whole = tile == start && end == start + of->tiles;
+            shared = is_whole ? 0 : memory + threads * own + resps_least(owner, item) * of->tiles * seen;
             resps_begin(of, &at, item);
-            const int is_whole = tile == item * of->tiles && end == (item + 1) * of->tiles;
-            for (; tile < end; ++tile) resps_tile(of, &at, tile);
+            if (is_whole) resps_begin_all(of, &at);
+            int is_first = is_whole && !of->own.sinks;  // what is merged with nothing stays as it is
+            for (; tile < end; ++tile) {
+                const int is_shared = tile - start < of->shared, is_all = is_first && is_shared;
+                at.of_tile = is_whole ? scratch : resps_seen_at(shared + (tile - start) * seen, rows, of->padded);
+                if (is_all) at.of_tile = at.of_all;
+                for (int row = 0; row < at.count; ++row) at.of_tile.total[row] = 0;
+                if (!is_shared) resps_own_tile(of, &at, item, tile - start - of->shared);
+                else if (resps_shared_tile(of, &at, item, tile - start)) is_first = 0;
+                if (is_whole && !is_all) resps_merge(of, &at, &scratch);
+            }
             if (is_whole) resps_end(of, &at);
         }
         resps_release_tiles();
 #pragma omp barrier
-        const int64_t item = last > first ? (last - 1) / of->tiles : 0, end = (item + 1) * of->tiles;
-        if (last > first && last < end && first <= item * of->tiles) {  // the first one of those that share it
-            for (int64_t next = thread + 1; next < count && tiles * next / count < end; ++next) {
-                RespsQueries other = at;
-                other.outputs = memory + next * own;
-                other.most = other.outputs + rows * of->padded;
-                other.total = other.most + rows;
-                if (tiles * (next + 1) / count > tiles * next / count) resps_merge(of, &at, &other);
+        const int64_t start = last > first ? (last - 1) / of->tiles * of->tiles : 0;
+        if (shared && first <= start && last < start + of->tiles) {
+            resps_begin_all(of, &at);
+            for (int64_t tile = 0; tile < of->tiles; ++tile) {
+                const RespsSeen part = resps_seen_at(shared + tile * seen, rows, of->padded);
+                resps_merge(of, &at, &part);
             }
             resps_end(of, &at);
         }
@@ -690,10 +784,21 @@ static int resps_attend_to_all(const RespsAttention* of) {
     return 1;
 }
 
+// As few as there may be, or some more that all threads can share: to merge what another saw takes as long as to see it.
+static int64_t resps_blocks(const RespsAttention* of) {
+    const int64_t rows = of->sharing * of->count, threads = omp_get_max_threads(), items = of->batch * of->key_heads;
+    const int64_t fewest = (rows + MOST_QUERIES - 1) / MOST_QUERIES;
+    for (int64_t blocks = fewest; blocks < fewest + threads && rows >= blocks * TILE_ROWS; ++blocks) {
+        if (items * blocks % threads == 0) return blocks;
+    }
+    return fewest;
+}
+
 static int resps_attend(RespsAttention* of, int64_t tiles_from) {
     of->sharing = of->heads / of->key_heads;
-    of->blocks = (of->sharing * of->count + MOST_QUERIES - 1) / MOST_QUERIES;
-    of->tiles = (of->length + TILE - 1) / TILE;
+    of->blocks = resps_blocks(of);
+    of->shared = (of->length + TILE - 1) / TILE;
+    of->tiles = of->shared + of->own.count;
     of->padded = (of->value_width + TILE - 1) / TILE * TILE;
     of->by_tiles = of->sharing * of->count >= tiles_from && resps_has_tiles();
     return resps_attend_to_all(of);
@@ -716,11 +821,15 @@ int resps_run_alone(
 int resps_attend_alone(
     const void* query, const void* key, const void* value, void* result, int64_t heads, int64_t key_heads,
     int64_t count, int64_t length, int64_t width, float scale, int64_t tiles_from) {
+    RespsAttention of;
+    __builtin_memset(&of, 0, sizeof of);
     const RespsStates queries = {(const Bf16*)query, 0, count * width, width};
     const RespsStates keys = {(const Bf16*)key, 0, length * width, width};
-    const RespsStates values = {(const Bf16*)value, 0, length * width, width}, none = {0, 0, 0, 0};
-    RespsAttention of = {queries, keys, values, none, (Bf16*)result, 0, scale, 0, 1, heads, key_heads, count, length,
-                         width, width};
+    const RespsStates values = {(const Bf16*)value, 0, length * width, width};
+    of.query = queries, of.key = keys, of.value = values;
+    of.result = (Bf16*)result, of.scale = scale;
+    of.batch = 1, of.heads = heads, of.key_heads = key_heads, of.count = count, of.length = length;
+    of.width = of.value_width = width;
     return resps_attend(&of, tiles_from);
 }
 
@@ -803,49 +912,78 @@ static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** si
     return strides[3] == 1 || (*sizes)[3] == 1;
 }
 
-static AOTITorchError resps_run_attention(
-    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
-    int64_t tiles_from, AtenTensorHandle* result, AtenTensorHandle* sums) {
-    RespsAttention of;
-    int64_t *queries, *keys, *values, *masks;
-    void *attended, *summed = 0;
-    of.mask.start = 0;
-    of.mask_heads = 0;
-    if (!resps_read(query, &of.query, &queries) || !resps_read(key, &of.key, &keys) ||
-        !resps_read(value, &of.value, &values) || (mask && !resps_read(*mask, &of.mask, &masks)) ||
-        (queries[0] != 1 && queries[0] != keys[0]) || values[0] != keys[0] || queries[1] % keys[1] ||
-        values[1] != keys[1] ||
-        queries[3] != keys[3] || values[2] != keys[2] || queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
+// What both kinds of attention read and write, but for the mask.
+static AOTITorchError resps_prepare_attention(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, double scale, RespsAttention* of,
+    AtenTensorHandle* result) {
+    int64_t *queries, *keys, *values;
+    void* attended;
+    __builtin_memset(of, 0, sizeof *of);
+    if (!resps_read(query, &of->query, &queries) || !resps_read(key, &of->key, &keys) ||
+        !resps_read(value, &of->value, &values) || queries[0] != keys[0] || values[0] != keys[0] ||
+        queries[1] % keys[1] || values[1] != keys[1] || queries[3] != keys[3] || values[2] != keys[2] ||
+        queries[3] % (2 * LANES) || values[3] % (2 * LANES)) {
         return AOTI_TORCH_FAILURE;
     }
-    const int64_t sharing = queries[1] / keys[1];
-    if (mask && ((masks[0] != 1 && masks[0] != keys[0]) ||
-                 (masks[1] != 1 && masks[1] != sharing && masks[1] != queries[1]) ||
-                 (masks[2] != 1 && masks[2] != queries[2]) || masks[3] != keys[2])) {
-        return AOTI_TORCH_FAILURE;
-    }
-    if (mask && masks[1] == queries[1]) of.mask_heads = sharing;
-    const int64_t shape[] = {keys[0], queries[2], queries[1], values[3]};
-    if (resps_made(4, shape, aoti_torch_dtype_bfloat16(), result, &attended) ||
-        (sums && resps_made(3, shape, aoti_torch_dtype_float32(), sums, &summed))) {
-        return AOTI_TORCH_FAILURE;
-    }
-    of.result = (Bf16*)attended, of.sums = (float*)summed, of.scale = (float)scale;
-    of.batch = keys[0], of.heads = queries[1], of.count = queries[2], of.width = queries[3];
-    of.key_heads = keys[1], of.length = keys[2], of.value_width = values[3];
-    return resps_attend(&of, tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+    const int64_t shape[] = {queries[0], queries[2], queries[1], values[3]};
+    if (resps_made(4, shape, aoti_torch_dtype_bfloat16(), result, &attended)) return AOTI_TORCH_FAILURE;
+    of->result = (Bf16*)attended, of->scale = (float)scale;
+    of->batch = queries[0], of->heads = queries[1], of->count = queries[2], of->width = queries[3];
+    of->key_heads = keys[1], of->length = keys[2], of->value_width = values[3];
+    return AOTI_TORCH_SUCCESS;
 }
 
 AOTITorchError aoti_torch_cpu_bf16_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
     int64_t tiles_from, AtenTensorHandle* result) {
-    return resps_run_attention(query, key, value, mask, scale, tiles_from, result, 0);
+    RespsAttention of;
+    int64_t* masks;
+    if (resps_prepare_attention(query, key, value, scale, &of, result)) return AOTI_TORCH_FAILURE;
+    const int64_t sharing = of.heads / of.key_heads;
+    if (mask && (!resps_read(*mask, &of.mask, &masks) || (masks[0] != 1 && masks[0] != of.batch) ||
+                 (masks[1] != 1 && masks[1] != sharing && masks[1] != of.heads) ||
+                 (masks[2] != 1 && masks[2] != of.count) || masks[3] != of.length)) {
+        return AOTI_TORCH_FAILURE;
+    }
+    if (mask && masks[1] == of.heads) of.mask_heads = sharing;
+    return resps_attend(&of, tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+}
+
+// Contiguous numbers [batch, any, width].
+static int resps_read_numbers(
+    AtenTensorHandle tensor, int64_t batch, int64_t count, int64_t width, const int64_t** start) {
+    void* read;
+    int64_t *sizes, *strides, dimensions;
+    if (aoti_torch_get_dim(tensor, &dimensions) || dimensions != 3 || aoti_torch_get_sizes(tensor, &sizes) ||
+        aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_data_ptr(tensor, &read)) {
+        return 0;
+    }
+    *start = (const int64_t*)read;
+    const int is_contiguous = strides[2] == 1 && strides[1] == width && (batch == 1 || strides[0] == count * width);
+    return sizes[0] == batch && sizes[1] == count && sizes[2] == width && is_contiguous;
 }
 
 AOTITorchError aoti_torch_cpu_bf16_block_attention(
-    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scale,
-    int64_t tiles_from, AtenTensorHandle* result, AtenTensorHandle* sums) {
-    return resps_run_attention(query, key, value, &mask, scale, tiles_from, result, sums);
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask,
+    AtenTensorHandle nodes, AtenTensorHandle slots, AtenTensorHandle* sinks, double scale, int64_t tiles_from,
+    AtenTensorHandle* result) {
+    RespsAttention of;
+    void* scores = 0;
+    int64_t *masks, *groups;
+    if (resps_prepare_attention(query, key, value, scale, &of, result) || !resps_read(mask, &of.mask, &masks) ||
+        aoti_torch_get_sizes(nodes, &groups) || (sinks && aoti_torch_get_data_ptr(*sinks, &scores))) {
+        return AOTI_TORCH_FAILURE;
+    }
+    of.own.count = groups[1], of.own.sinks = (const Bf16*)scores;
+    const int64_t shared = masks[2] - of.own.count * MEMBERS, length = shared / of.count * TILE;
+    if (!resps_read_numbers(nodes, of.batch, of.own.count, MEMBERS, &of.own.nodes) ||
+        !resps_read_numbers(slots, of.batch, of.own.count, TILE, &of.own.slots) || masks[0] != of.batch ||
+        shared < 0 || shared % of.count || length > of.length || masks[3] != TILE || of.mask.place != TILE) {
+        return AOTI_TORCH_FAILURE;
+    }
+    of.own.masks = of.mask.start + shared * TILE, of.own.masks_batch = of.mask.batch;
+    of.mask.place = of.length = length, of.mask.head = 0;
+    return resps_attend(&of, tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 #endif

@@ -152,33 +152,71 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
 
 @torch.library.custom_op("resps::bf16_block_attention", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
 def bf16_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tiles_from: int = NEVER
-) -> tuple[Tensor, Tensor]:
-    """As `bf16_attention`, with the log-sum-exp of each query's scores. Over at most 64 keys the result of a query
-    depends neither on the others nor on the number of threads.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    nodes: Tensor,
+    slots: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    tiles_from: int = NEVER,
+) -> Tensor:
+    """Attention of the nodes of a tree to blocks of 64 keys, in the order of the text. What a node gets depends neither
+    on the others nor on the number of threads.
 
     Args:
-        query: `[b or 1, heads, q, hd]`.
-        key: `[b, heads, t, hd]`.
-        value: `[b, heads, t, vd]`.
-        mask: `[b or 1, 1 or heads, q, t]`, added to the scores.
+        query: `[b, heads, n, hd]`.
+        key: `[b, kv heads, t, hd]`: the first blocks are all nodes', where they lie.
+        value: `[b, kv heads, t, vd]`.
+        mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: of each node over the shared blocks, then of each
+            node of a group over the group's own block. A node that sees nothing gets zeros.
+        nodes: `[b, g, 4]` that read a block of their own together; any where the mask shows nothing.
+        slots: `[b, g, 64]` of the keys of that block.
+        sinks: `[heads]` scores that take a share of each node's weights.
         scale: of the scores.
-        tiles_from: as there.
+        tiles_from: as in `bf16_attention`.
 
     Returns:
-        `[b, q, heads, vd]`, and fp32 `[b, q, heads]`.
+        `[b, n, heads, vd]`
     """
-    scores = query.float() @ key.float().mT * scale + mask
-    attended = scores.softmax(dim=-1) @ value.float()
-    return attended.transpose(1, 2).to(value.dtype).contiguous(), scores.logsumexp(dim=-1).transpose(1, 2).contiguous()
+    (rows, groups, size), count = slots.shape, query.shape[2]
+    length = (mask.shape[2] - groups * nodes.shape[2]) // count * size
+    index = slots.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    keys, values = (
+        torch.cat([part[:, :, :length], part.gather(2, index.expand(-1, -1, -1, part.shape[3]))], dim=2)
+        for part in (key, value)
+    )
+    shared, own = mask[:, 0].split([mask.shape[2] - groups * nodes.shape[2], groups * nodes.shape[2]], dim=1)
+    hidden = mask.new_full((rows, count, groups, size), -torch.inf)
+    for group in range(groups):
+        place = nodes[:, group, :, None].expand(-1, -1, size)
+        of_group = own.unflatten(1, nodes.shape[1:])[:, group]
+        hidden[:, :, group] = hidden[:, :, group].scatter_reduce(1, place, of_group, "amax")
+    shown = torch.cat([shared.reshape(rows, count, length), hidden.flatten(2)], dim=2)[:, None].float()
+    sharing = query.shape[1] // key.shape[1]
+    keys, values = (part.float().repeat_interleave(sharing, dim=1) for part in (keys, values))
+    scores = query.float() @ keys.mT * scale + shown
+    sees = shown.amax(-1, keepdim=True) > -1e38
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(rows, -1, count, 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : values.shape[2]].where(sees, 0)
+    return (weights @ values).transpose(1, 2).to(value.dtype).contiguous()
 
 
 @bf16_block_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, tiles_from: int = NEVER
-) -> tuple[Tensor, Tensor]:
-    shape = key.shape[0], query.shape[2], query.shape[1]
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    nodes: Tensor,
+    slots: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    tiles_from: int = NEVER,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 def native_operators() -> Mapping[torch._ops.OpOverload, list[str]]:
@@ -257,9 +295,10 @@ def _value(node: Any) -> Tensor:
 
 
 def _attend_by(graph: torch.fx.Graph, node: Node, choice: Choice) -> None:
-    """Tell an operator of attention which kernel it calls, or put PyTorch's in its place, which tells no sums."""
-    if choice.library_from > 1 or node.target is not torch.ops.resps.bf16_attention.default:
-        node.args = (*node.args[:5], choice.tiles_from)
+    """Tell an operator of attention which kernel it calls, or put PyTorch's in its place, which knows no blocks."""
+    known = 5 if node.target is torch.ops.resps.bf16_attention.default else 8
+    if choice.library_from > 1 or known != 5:
+        node.args = (*node.args[:known], choice.tiles_from)
         return
     call: Any = graph.call_function
     query, key, value, mask, scale = node.args[:5]

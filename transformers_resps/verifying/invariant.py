@@ -81,14 +81,14 @@ class Layout(NamedTuple):
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "Layout":
         """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, which lie as text: all blocks are shared.
 
-        All is on the host. It has `least` blocks at least, see `of_tree`.
+        All is on the host. It has `least` blocks, groups that nobody asks and levels at least, see `of_tree`.
         """
         rows, count = depths.shape
-        none = torch.zeros(rows, 0, dtype=torch.long)
-        groups, slots = (none[..., None].expand(-1, -1, size) for size in (_ROWS, BLOCK))
+        none = torch.zeros(rows, least, dtype=torch.long)
+        groups, slots = (none[..., None].repeat(1, 1, size) for size in (_ROWS, BLOCK))
         shared = _blocks(max(_rounded_up(int(roots.max()) + count, BLOCK), least * BLOCK), roots.device)
-        asked = none.new_empty(0, rows, count)
-        return cls(shared, roots + depths + 1, torch.arange(count), groups, groups, slots, none, asked)
+        asked = none.new_full((least, rows, count), -1)
+        return cls(shared, roots + depths + 1, torch.arange(count), groups, groups - 1, slots, none, asked)
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "Layout":
@@ -150,13 +150,10 @@ class Layout(NamedTuple):
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "Layout":
-        """The same where those after so many nodes are padding. For compiled code the last of these asks again, until
-        the rows of all heads are as many as PyTorch's kernel takes: such code serves any number, and cannot ask.
-        """
+        """The same where those after so many nodes are padding. In compiled code these see nothing."""
         if not compiled:
             return self._replace(order=self.order[:count])
-        asking = torch.arange(_rounded_up(count, _ROWS), device=self.order.device)
-        return self._replace(order=asking.clamp(max=count - 1))
+        return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 class _RowLayout:
@@ -237,19 +234,11 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """With as many rows as PyTorch's kernel takes: the last one repeated. Compiled code is given so many."""
+    """With as many rows as PyTorch's kernel takes: the last one repeated."""
     count = part.shape[dim]
-    if torch.compiler.is_compiling() or count % _ROWS == 0:
+    if count % _ROWS == 0:
         return part
     return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
-
-
-def _flat(index: Tensor) -> Tensor:
-    """The same in one dimension, in memory: compiled code would compute it again in each layer, from sizes whose
-    expressions take the compiler minutes.
-    """
-    flat = index.flatten()
-    return flat.as_strided(flat.shape, (1,)) if torch.compiler.is_compiling() else flat
 
 
 class _Rows(NamedTuple):
@@ -318,14 +307,14 @@ class BlockReads:
     """
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
-        self._layout, self._places, self._dtype = layout, places, dtype
+        self.layout, self._places, self._dtype = layout, places, dtype
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, window: int | None) -> Tensor:
         """The additive mask of a kind of layers, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: of shared blocks, then of
         groups. Some targets hand on a view of it.
         """
-        layout = self._layout
+        layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, window)
         if not layout.groups.shape[1]:
             return shared.flatten(1, 2)[:, None]
@@ -347,7 +336,7 @@ class BlockReads:
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
-        layout, sharing = self._layout, heads // kv_heads
+        layout, sharing = self.layout, heads // kv_heads
         order = layout.order.expand(mask.shape[0], -1)[None]
         blocks, groups = layout.shared.shape[0], layout.groups.shape[1]
         of_shared, of_groups = mask[:, 0].split([layout.ends.shape[1] * blocks, groups * _ROWS], dim=1)
@@ -364,25 +353,25 @@ class BlockReads:
 
     def _order(self, sharing: int, kv_heads: int) -> Tensor:
         rows, nodes = self._places.shape
-        device, asking = self._places.device, self._layout.order.shape[0]
+        device, asking = self._places.device, self.layout.order.shape[0]
         order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
         given = torch.arange(nodes, device=device).clamp(max=asking - 1)
-        return _flat(order.index_select(0, given).permute(2, 0, 3, 1))
+        return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
 
     def _entries(self, kv_heads: int, slots: int) -> Tensor:
         rows = self._places.shape[0]  # `len` would fix the size of what is compiled
         first = torch.arange(rows * kv_heads, device=self._places.device).view(rows, kv_heads, 1, 1) * slots
-        return _flat((self._layout.slots[:, None] + first).permute(2, 0, 1, 3))
+        return (self.layout.slots[:, None] + first).permute(2, 0, 1, 3).flatten()
 
     def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor | None]:
-        asked = self._layout.asked.index_select(2, self._layout.order).transpose(1, 2)[:, :, None, :, None]
+        asked = self.layout.asked.index_select(2, self.layout.order).transpose(1, 2)[:, :, None, :, None]
         rows, device = asked.shape[3], asked.device
         asked = asked.expand(-1, -1, sharing, -1, kv_heads)
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads)
         head = torch.arange(sharing, device=device)[:, None, None]
         index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
-        return _flat(index), _flat(is_missing).view(is_missing.shape) if asked.shape[0] > 1 else None
+        return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
@@ -396,7 +385,7 @@ class BlockReads:
         if rows > 1:
             mask = mask[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
         index = (first[:, :, None, :, None] + head).flatten(3)
-        return _Rows(_flat(_filled_up(index, 3)), _filled_up(mask, 2))
+        return _Rows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
 
 
 def invariant_attention(
@@ -436,6 +425,15 @@ def invariant_attention(
         return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     rows, heads, count, size = query.shape
     kv_heads, narrow = key.shape[1], value.shape[-1]
+    if torch.compiler.is_compiling():
+        if not attends_natively(query, key, value, attention_mask):
+            raise NotImplementedError(
+                f"no kernel of ours attends to {query.dtype} states of width {size} and {narrow}"
+            )
+        layout, scale = resps_reads.layout, size**-0.5 if scaling is None else scaling
+        sinks = None if s_aux is None else s_aux.to(query.dtype)
+        given = attention_mask, layout.groups, layout.slots, sinks, scale
+        return bf16_block_attention(query, key, value, *given), None
     read = resps_reads.of(attention_mask, heads, kv_heads, key.shape[2])
     queries = query.transpose(1, 2).reshape(-1, size)
     parts = []
@@ -454,12 +452,8 @@ def invariant_attention(
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
-    if not torch.compiler.is_compiling():  # one operator, not four
-        (rows, kv_heads, _, size), (_, of_head, of_slot, step) = states.shape, states.stride()
-        sizes = blocks, rows * kv_heads, BLOCK, size
-        return states.as_strided(sizes, (BLOCK * of_slot, of_head, of_slot, step))
-    states = states.flatten(0, 1)
-    return states[:, : blocks * BLOCK].view(states.shape[0], blocks, BLOCK, -1).transpose(0, 1)
+    (rows, kv_heads, _, size), (_, of_head, of_slot, step) = states.shape, states.stride()
+    return states.as_strided((blocks, rows * kv_heads, BLOCK, size), (BLOCK * of_slot, of_head, of_slot, step))
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -472,10 +466,6 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
     size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
     asking = rows.of(queries, keys.shape[1])
     values = pad(values, (0, size - narrow)) if narrow < size else values
-    if attends_natively(asking, keys, values, rows.mask):
-        scale = size**-0.5 if scaling is None else scaling
-        found, sums = bf16_block_attention(asking, keys, values, rows.mask, scale)
-        return sums, found
     asking = asking.expand(keys.shape[0], -1, -1, -1)
     if keys.device.type == "cpu":
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -500,11 +490,6 @@ def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Ten
 
 def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """The weighted sum of these `[blocks, ...]`, one after another, in float64."""
-    if torch.compiler.is_compiling() and len(parts) > 1:  # the same additions, without a branch for each block
-        shared, own = parts
-        of_shared, of_own = weights.split([shared.shape[0], own.shape[0]])
-        first = (shared.double() * of_shared[..., None]).sum(dim=0, keepdim=True)
-        return torch.cat([first, own.double() * of_own[..., None]]).sum(dim=0)
     return _widened(parts).mul_(weights[..., None]).sum(dim=0)
 
 

@@ -815,7 +815,7 @@ class InvariantVerifier(SlotVerifier):
             largest, together = self._needs.forward, [slice(row, row + 1) for row in range(len(tokens))]
         elif self._compiles_all:
             self._forward.stop_catching()  # see `SlotVerifier`
-            largest = _tried(len(tokens), is_chain=True)[-1]
+            largest = _tried(len(tokens))[-1]
         logits, caught = list[Tensor](), list[dict[int, Tensor]]()
         for rows in together:
             prompt = _PromptTexts(tokens[rows], positions[..., rows, :], orders[rows], self.length, rows.start)
@@ -841,7 +841,7 @@ class InvariantVerifier(SlotVerifier):
         width = min(size, prompt.tokens.shape[1] - start)
         if self._engine is not None and not self._engine.sample:
             self._engine.sample = prompt.tokens[0, : 2 * _PLACE].tolist()
-        self._check_code(len(prompt.counts), is_chain=True)
+        self._check_code(len(prompt.counts))
         step = self._step(len(prompt.counts))
         count = self._count(width, step)
         read = torch.arange(count)
@@ -872,7 +872,7 @@ class InvariantVerifier(SlotVerifier):
             logits, caught = self._in_parts(tree, self._needs.forward)
         else:
             is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
-            self._check_code(self._rows, is_chain=is_chain)
+            self._check_code(self._rows)
             step = self._step(self._rows)
             self.least_nodes, count = (self._count(nodes, step) for nodes in (1, tree.node_count))
             nodes, depths, ancestors, roots = self._nodes(tree, count)
@@ -946,7 +946,7 @@ class InvariantVerifier(SlotVerifier):
         """What the nodes of so many rows must be a multiple of."""
         return self._needs.forward // gcd(self._needs.forward, rows)
 
-    def _check_code(self, rows: int, *, is_chain: bool) -> None:
+    def _check_code(self, rows: int) -> None:
         """Compare, once for each compiled code, nodes beside others, and with those of other code.
 
         Raises:
@@ -955,19 +955,20 @@ class InvariantVerifier(SlotVerifier):
         if self._engine is None or not self._compiles_all:
             return
         engine, settings = self._engine, tuple(kernel_settings().values())
-        code = is_chain, rows, *self._forward.layers, *settings
+        code = rows, *self._forward.layers, *settings
         if code in engine.checked:
             return
         with engine.preparing():
-            *fewer, most = _tried(rows, is_chain=is_chain)
+            *fewer, most = _tried(rows)
             buffers = self._trial_buffers(engine.sample, rows, most)
-            known = self._answer(engine.sample, most, buffers, is_chain)
-            found = {count: self._answer(engine.sample, count, buffers, is_chain) for count in fewer}
-        if not all(torch.equal(logits, known[:count]) for count, logits in found.items()):
-            self._refuse("a row by the number of rows beside it")
+            known = self._answer(engine.sample, most, buffers, is_chain=True)
+            found = [self._answer(engine.sample, count, buffers, is_chain=True) for count in fewer]
+            found += [self._answer(engine.sample, count, buffers, is_chain=False) for count in _TRIED]
+        if not all(torch.equal(logits, known[: len(logits)]) for logits in found):
+            self._refuse("a row by what stands beside it")
         bits = sha256(known[: _TRIED[-1]].contiguous().view(torch.uint8).numpy().tobytes()).digest()
         if engine.bits.setdefault(settings, bits) != bits:
-            self._refuse("chains, trees and batches in several ways")
+            self._refuse("a text in several ways")
         engine.checked.add(code)
 
     def _trial_buffers(self, sample: Sequence[int], rows: int, count: int) -> list[Tensor]:
@@ -979,7 +980,7 @@ class InvariantVerifier(SlotVerifier):
         self._eagerly((*inputs, *Layout.of_chain(inputs.roots, nodes)), buffers.parts())
         return buffers.parts()
 
-    def _answer(self, sample: Sequence[int], count: int, buffers: list[Tensor], is_chain: bool) -> Tensor:
+    def _answer(self, sample: Sequence[int], count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
         """The logits of compiled code to a chain of so many nodes, `[count, v]`, the same in each row."""
         rows = len(buffers[0])
         parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
@@ -1018,10 +1019,10 @@ class InvariantVerifier(SlotVerifier):
         return size
 
 
-def _tried(rows: int, *, is_chain: bool) -> tuple[int, ...]:
-    """Nodes of chains with which compiled code is tried, the most last. That for chains reads the prompt as well."""
+def _tried(rows: int) -> tuple[int, ...]:
+    """Nodes of chains with which compiled code is tried, those of a part of a prompt last."""
     largest = _CHUNK // rows // 16 * 16
-    return (*_TRIED, *((largest - 28, largest) if is_chain and largest > _TRIED[-1] else ()))
+    return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
 
 class _PromptTexts:
