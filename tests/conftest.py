@@ -15,6 +15,9 @@ import transformers
 from hypothesis import HealthCheck, Phase, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from transformers_resps.compilation import native
+from transformers_resps.compilation import packages as packages_module
+from transformers_resps.compilation.kernels import TILES, Kernels, our_kernels
 from transformers_resps.heads import DraftHead
 
 
@@ -105,3 +108,19 @@ def prompt() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def fake_clock() -> FakeClock:
     return FakeClock()
+
+
+def _emulating(source: str) -> str:
+    return source.replace("#ifdef RESPS_EMULATES_TILES", "#if 1").replace("#ifndef RESPS_EMULATES_TILES", "#if 0")
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Those that code is compiled with. Without AMX, tiles are emulated."""
+    chosen: Kernels = request.param
+    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: chosen)
+    if TILES not in our_kernels():
+        operators = native.native_operators()
+        emulating = {call: [_emulating(one) for one in source] for call, source in operators.items()}
+        monkeypatch.setattr(packages_module, "native_operators", lambda: emulating)
+    return chosen

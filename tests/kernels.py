@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from transformers_resps.compilation.kernels import compiler
+from transformers_resps.compilation.kernels import compiler, our_kernels
 
 
 HAS_COMPILER = compiler() is not None
 NO_COMPILER = "no C++ compiler is on the PATH, nor named by CXX"
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
 
 
 @contextmanager

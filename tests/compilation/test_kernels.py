@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.kernels import needs_compiler
+from tests.kernels import needs_compiler, needs_instructions
 from transformers_resps.compilation import kernels
 from transformers_resps.compilation.kernels import (
     NEVER,
@@ -32,7 +32,6 @@ from transformers_resps.compilation.kernels import (
 from transformers_resps.compilation.native import pack_gated, pack_linear
 
 
-needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
 PRODUCTS = Products(((576, 1536), (1536, 576)), ((9, 3, 64),))
 
 

@@ -10,19 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kernels import needs_compiler
+from tests.kernels import needs_compiler, needs_instructions
 from transformers_resps.compilation import native
-from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.kernels import (
     NEVER,
     ONEDNN,
-    TILES,
     VECTORS,
     Choice,
     Kernels,
     Products,
-    our_kernels,
 )
 from transformers_resps.compilation.native import (
     bf16_attention,
@@ -35,27 +32,10 @@ from transformers_resps.compilation.native import (
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 
 
-needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
 OPERATOR = torch.ops.resps.bf16_linear.default
 VECTORS_ALONE = Kernels.only(VECTORS)
 # Of few rows by vectors, of more by tiles, of many by the library.
 MIXED = Kernels(Choice(8, 60), Choice(8, NEVER))
-
-
-def _emulating(source: str) -> str:
-    return source.replace("#ifdef RESPS_EMULATES_TILES", "#if 1").replace("#ifndef RESPS_EMULATES_TILES", "#if 0")
-
-
-@pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Those that code is compiled with. Without AMX, tiles are emulated."""
-    chosen: Kernels = request.param
-    monkeypatch.setattr(native, "chosen_kernels", lambda products, *, alike: chosen)
-    if TILES not in our_kernels():
-        operators = native.native_operators()
-        emulating = {call: [_emulating(one) for one in source] for call, source in operators.items()}
-        monkeypatch.setattr(packages_module, "native_operators", lambda: emulating)
-    return chosen
 
 
 class Layers(nn.Module):

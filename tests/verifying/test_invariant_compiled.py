@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.compilation.test_native import VECTORS_ALONE, kernels, needs_instructions
-from tests.kernels import needs_compiler
+from tests.kernels import needs_compiler, needs_instructions
 from tests.verifying.test_invariant import Case, Heads, any_tree, some_nodes
 from transformers_resps.compilation.compiled import CompiledFunction
-from transformers_resps.compilation.kernels import TILES, Kernels
+from transformers_resps.compilation.kernels import TILES, VECTORS, Kernels
 from transformers_resps.compilation.native import bf16_block_attention
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages
 from transformers_resps.tree import DraftTree
@@ -81,8 +80,8 @@ def test_nodes_of_padding_get_zeros() -> None:
 @pytest.mark.parametrize(
     ("kernels", "heads", "rows", "sinks"),
     [
-        (VECTORS_ALONE, Heads(6, 2, 64, 64), 1, False),
-        (VECTORS_ALONE, Heads(8, 1, 64, 96), 2, True),  # more queries of a key head than are read at once
+        (Kernels.only(VECTORS), Heads(6, 2, 64, 64), 1, False),
+        (Kernels.only(VECTORS), Heads(8, 1, 64, 96), 2, True),  # more queries of a key head than are read at once
         (Kernels.only(TILES), Heads(6, 2, 64, 64), 2, False),
     ],
     indirect=["kernels"],
