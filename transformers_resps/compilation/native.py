@@ -162,8 +162,8 @@ def bf16_block_attention(
     scale: float,
     tiles_from: int = NEVER,
 ) -> Tensor:
-    """Attention of the nodes of a tree to blocks of 64 keys, in the order of the text. What a node gets hangs on its own
-    text alone.
+    """Attention of the nodes of a tree to blocks of 64 keys, in the order of the text. What a node gets hangs on its
+    own text alone.
 
     Args:
         query: `[b, heads, n, hd]`.
