@@ -16,7 +16,7 @@ PAGES.append(ROOT / "training" / "PUBLISHING.md")
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
 MAX_WORDS_OF_DOCS = 13_000  # but for the reference that `make docs` writes; a cell of a table may hold a hundred
-MAX_LINES = {"README.md": 110, "CHANGELOG.md": 60, "CONTRIBUTING.md": 110}
+MAX_WORDS = {"README.md": 900, "CHANGELOG.md": 850, "CONTRIBUTING.md": 1300}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {
     r"\bbehind\b": "after",
@@ -47,9 +47,9 @@ def test_a_page_is_in_plain_words(page: Path) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("name", MAX_LINES)
+@pytest.mark.parametrize("name", MAX_WORDS)
 def test_a_page_stays_short(name: str) -> None:
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_LINES[name]
+    assert len((ROOT / name).read_text(encoding="utf-8").split()) <= MAX_WORDS[name]
 
 
 def test_the_docs_stay_short() -> None:
