@@ -196,7 +196,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        assert target.exists(), f"{page.name} links to {link}"
+        assert target.is_file(), f"{page.name} links to {link}, which is no file: the site would lack it"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}, which is no heading there"
 
 
