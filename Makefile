@@ -152,14 +152,13 @@ vllm: .venv/dev/.filled .venv/vllm/.filled
 mutants: .venv/dev/.filled
 	$(DEV) -m tests.mutations
 
-# What is rendered: the API reference from the docstrings, the tables from the results files, the README's pictures.
+# What is rendered: the tables from the results files, the README's pictures.
 docs: .venv/dev/.filled
-	$(DEV) docs/make_api.py
 	$(DEV) docs/make_benchmarks.py
 	PYTHONPATH=. $(DEV) docs/make_picture.py
 	$(DEV) docs/make_chart.py
 
-# The pages with search, to read without a network: site/html/index.html.
+# The pages with the API reference and search, to read without a network: site/html/index.html.
 site: .venv/dev/.filled
 	$(DEV) docs/make_site.py
 

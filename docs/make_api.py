@@ -1,8 +1,7 @@
-"""Write `docs/api.md` from the docstrings of the public names: `make docs`."""
+"""The page of the API reference, from the docstrings of the public names: part of what `make site` writes."""
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import griffe
@@ -13,11 +12,10 @@ import transformers_resps
 from transformers_resps import trainers
 
 
-PAGE = Path(__file__).with_name("api.md")
 OPENING = """# API reference
 
-Every public name, from its docstring; written by `make docs`, so edit the docstrings. Shapes: `b` rows, `t` positions,
-`h` hidden size, `n` nodes, `d` draft vocabulary; the whole legend is in `transformers_resps/tree.py`.
+Every public name, from its docstring. Shapes: `b` rows, `t` positions, `h` hidden size, `n` nodes, `d` draft
+vocabulary; the whole legend is in `transformers_resps/tree.py`.
 """
 TRAINERS = """## Trainers
 
@@ -74,7 +72,3 @@ def without_links(line: str) -> str:
     """Types as code: griffe2md links them to anchors that a page of ours does not have."""
     line = re.sub(r"\[([^][]*(?:\[\])?[^][]*)\]\(#[^)]*\)", r"\1", line)
     return re.sub(r"</?code>", "`", line)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")

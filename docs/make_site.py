@@ -1,7 +1,7 @@
 """Write the pages as a site with search, which needs no network: `make site`, then open site/html/index.html.
 
 The pages and all files that they link are laid into site/pages, in the places that they have in the repository: so
-links lead where they lead there.
+links lead where they lead there. The API reference is rendered for the site alone.
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "site"
 HOME = "README"
+API = "docs/api"
 SECTIONS = {
     "Use it": [
         "docs/get-started",
@@ -39,7 +40,7 @@ SECTIONS = {
         "training/studies/LOG",
         "training/benchmarking/RESULTS",
     ],
-    "Reference": ["docs/api", "CONTRIBUTING", "CHANGELOG"],
+    "Reference": [API, "CONTRIBUTING", "CHANGELOG"],
 }
 SETTINGS = {
     "project": "transformers-resps",
@@ -56,8 +57,9 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def pages() -> set[Path]:
-    """Those of the navigation, by their paths in the repository."""
-    return {Path(f"{name}.md") for name in [HOME, *(page for named in SECTIONS.values() for page in named)]}
+    """Those of the navigation that the repository has, by their paths there."""
+    named = {HOME, *(page for pages in SECTIONS.values() for page in pages)}
+    return {Path(f"{name}.md") for name in named - {API}}
 
 
 def linked(page: Path) -> set[Path]:
@@ -68,11 +70,14 @@ def linked(page: Path) -> set[Path]:
 
 
 def lay(folder: Path) -> None:
-    """Copy pages and linked files, and give the first page the navigation."""
+    """Copy pages and linked files, render the reference, and give the first page the navigation."""
+    from make_api import render  # the extra `site`
+
     shutil.rmtree(folder, ignore_errors=True)
     for file in pages().union(*map(linked, pages())):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, folder / file)
+    (folder / f"{API}.md").write_text(render(), encoding="utf-8")
     trees = (
         f"```{{toctree}}\n:hidden:\n:caption: {name}\n\n" + "\n".join(named) + "\n```\n"
         for name, named in SECTIONS.items()
