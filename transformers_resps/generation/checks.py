@@ -87,8 +87,6 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_position_ids",
     "video_second_per_grid",
 }
-# `model_type` where a placeholder stands for each block of merged patches; HunYuan adds some for the ends of lines.
-_MERGED_PATCHES = ("qwen", "glm", "cosmos", "exaone", "paddleocr")
 _MEDIA = ("image", "video", "audio", "vision")
 # Of these, images, videos and sounds themselves.
 _PIXELS = tuple(
@@ -243,9 +241,7 @@ def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | 
 
 
 def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Refuse placeholders without a text or an image, and other than as many as the images need, where that is known
-    without reading them.
-    """
+    """Refuse placeholders without a text or an image. Stock's forward counts those that have images."""
     given = {name for name, value in arguments.items() if value is not None}
     known = placeholder_ids(model.config)
     if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
@@ -256,27 +252,6 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
             f"All tokens of the prompt, {prompts.unique().tolist()}, stand for images, videos or sounds, and the call "
             "has none. Pass what the processor returned, `pixel_values` for example."
         )
-    needed = None if "pixel_values_videos" in given else _image_tokens_needed(model.config, arguments)
-    found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
-    if needed is not None and found != needed:
-        raise ValueError(
-            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but the images "
-            f"need {needed}. Pass the `input_ids` that the processor returned with them."
-        )
-
-
-def _image_tokens_needed(config: PretrainedConfig, arguments: Mapping[str, Any]) -> int | None:
-    """Placeholders that the call's images need, where their grids or their number tell; else `None`."""
-    if not isinstance(getattr(config, "image_token_id", None), int):
-        return None
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    grids, images = arguments.get("image_grid_thw"), arguments.get("pixel_values")
-    each = getattr(config, "mm_tokens_per_image", None)
-    if isinstance(grids, Tensor) and merge and config.model_type.startswith(_MERGED_PATCHES):
-        return int(grids.prod(dim=-1).sum()) // int(merge) ** 2
-    if isinstance(images, Tensor) and images.dim() == 4 and each:
-        return len(images) * int(each)
-    return None
 
 
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
