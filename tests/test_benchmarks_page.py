@@ -21,10 +21,6 @@ def test_the_page_is_what_the_results_files_say(page: Path) -> None:
     assert SCRIPT["render"](page) == page.read_text(encoding="utf-8"), message
 
 
-def test_the_page_of_the_docs_keeps_three_tables() -> None:
-    assert sum(page == PAGES[0] for page, _ in MARKS) == 3
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_figure_in_a_table_stands_between_marks(page: Path) -> None:
     prose = SCRIPT["MARK"].sub("", page.read_text(encoding="utf-8"))

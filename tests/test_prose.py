@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import README, quickstart
+from tests.readme import README
 
 
 ROOT = README.parent
@@ -62,11 +62,6 @@ def test_the_docs_stay_short() -> None:
 def test_a_picture_stays_light() -> None:
     pictures = [*(ROOT / "docs").glob("*.svg"), *(ROOT / "model_cards").glob("*/*.png")]
     assert pictures and all(picture.stat().st_size <= 150_000 for picture in pictures)
-
-
-def test_the_quickstart_is_printed_with_its_output() -> None:
-    shown = quickstart()
-    assert "Same tokens: True" in shown.output and shown.code.count("print(") == 3
 
 
 def test_the_first_page_names_no_script_and_no_measurement_of_ours() -> None:

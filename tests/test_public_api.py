@@ -91,9 +91,9 @@ assert type(AutoModel.from_config(config)) is transformers_resps.DraftHead
 """)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_python_blocks_of_the_pages_use_public_names_only(page: str) -> None:
-    blocks = (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]
+def test_python_blocks_of_the_first_page_use_public_names_only() -> None:
+    _, *blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")
+    assert blocks
     for block in blocks:
         for node in ast.walk(ast.parse(block.partition("```")[0])):
             if isinstance(node, ast.ImportFrom) and node.module == "transformers_resps":

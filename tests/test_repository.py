@@ -20,10 +20,9 @@ def read(file: Path | str) -> Any:
     return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
 
 
-def test_the_workflow_runs_what_a_contributor_can_run_on_linux_and_macos() -> None:
+def test_the_workflow_runs_what_a_contributor_can_run_on_the_lowest_python() -> None:
     (job,) = read(".github/workflows/ci.yml")["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    assert job["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest"]
     lowest = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert [step["with"]["python-version"] for step in job["steps"] if "with" in step] == [lowest]
 

@@ -1,7 +1,6 @@
 """The demo's judgement and its words; one test runs all of it on the real model."""
 
 import dataclasses
-import json
 from io import StringIO
 from pathlib import Path
 
@@ -110,11 +109,6 @@ def test_both_answers_are_watched_token_by_token(
     assert seen["plain"] == seen["with the head"] == found.plain.token_ids.tolist()
     assert found.examination is not None and found.examination.parts_at is None
     assert [step.record for step in found.examination.steps] == found.speculative.speculation.steps[1:]
-
-
-def test_the_prompts_are_of_five_kinds() -> None:
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["chat", "code", "arithmetic", "summary", "translation"]
 
 
 def test_an_unpacking_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     page = str(report)
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
-    assert len(page.splitlines()) <= 26 and re.search(r"\nmode +normal\n", page)
+    assert re.search(r"\nmode +normal\n", page)
 
 
 @pytest.mark.parametrize("kind", KINDS)

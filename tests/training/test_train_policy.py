@@ -166,11 +166,8 @@ def test_recipes_are_understood(recipe: Path) -> None:
     arguments = ["--config", str(recipe), "--use_cpu", "True", *needed]
     script, args = parser.parse_args_and_config(arguments)
     if recipe.stem.startswith("policy_resps_paper"):
-        assert (args.persistence, args.persistence_in_use) == (10, 30)
-        assert (args.entropy_coef, args.learning_rate, args.cliprange) == (0.1, 3e-4, 0.2)
-        assert args.steps_per_update == 8 and args.grid == args.preset == "paper"
+        assert args.entropy_coef == 0.1 and args.steps_per_update == 8, "the paper's, which no recipe names"
         assert args.live_rollouts == (recipe.stem == "policy_resps_paper"), "ours is trained on recorded answers"
-        assert (args.objective, script.reward_func, args.drop_hopeless) == ("max_entropy_ppo", "mean_rate", False)
     else:
         assert args.objective == "full_information"
         assert (script.policy == "auto") == recipe.stem.startswith("throughput")

@@ -56,8 +56,8 @@ def test_auto_has_its_own_colour_whatever_stands_beside_it() -> None:
         {line.get_label(): line.get_color() for line in tau_and_nodes(found).axes[0].get_lines()}
         for found in (whole, alone)
     ]
-    assert colours[0]["auto"] == colours[1]["auto"] == "#0072B2"
-    assert list(colours[0].values()).count("#0072B2") == 1
+    assert colours[0]["auto"] == colours[1]["auto"]
+    assert list(colours[0].values()).count(colours[0]["auto"]) == 1
 
 
 def test_marks_at_one_place_do_not_hide_each_other() -> None:
