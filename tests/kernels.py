@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_resps.compilation.kernels import compiler, our_kernels
 
@@ -14,6 +15,24 @@ HAS_COMPILER = compiler() is not None
 NO_COMPILER = "no C++ compiler is on the PATH, nor named by CXX"
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 needs_instructions = pytest.mark.skipif(not our_kernels(), reason="asks for AVX512-BF16")
+
+
+class RestRoundsOtherwise(TorchDispatchMode):
+    """Inside, PyTorch's attention on a CPU gives each row its query, and one more where, of 32 rows at a time, a rest
+    of fewer than so many is left, as MKL does.
+    """
+
+    def __init__(self, fewest: int) -> None:
+        super().__init__()
+        self.fewest = fewest
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is not torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            return operation(*args, **kwargs or {})
+        found, rest = args[0].clone(), args[0].shape[2] % 32
+        if 0 < rest < self.fewest:
+            found[:, :, -rest:] += 1
+        return found, found.new_zeros(found.shape[:3], dtype=torch.float32)
 
 
 @contextmanager

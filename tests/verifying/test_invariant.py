@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LlamaConfig, PreTrainedModel
 
+from tests.kernels import RestRoundsOtherwise
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.invariant import (
@@ -241,6 +242,18 @@ def test_no_number_of_query_rows_changes_a_bit(count: int) -> None:
     for seed, heads in enumerate([Heads(2, 2, 16, 16), Heads(3, 1, 16, 16), Heads(8, 1, 64, 64)]):
         parents = any_tree(random, count, "any")
         check(Case(heads, [random.choice([130, 300])], parents, DTYPES[seed - count % 3], count), random)
+
+
+@pytest.mark.parametrize("heads", [*HEADS[:4], Heads(3, 1, 16, 16), Heads(14, 2, 16, 16)], ids=str)
+def test_a_kernel_is_asked_for_no_rest_of_fewer_than_eight_rows(heads: Heads) -> None:
+    """MKL's kernels for processors without AVX2 multiply it in another order."""
+    random = Random(9)
+    for count in (1, 2, 3, 9, 11, 33):
+        for root in (5, 60, 130):
+            case = Case(heads, [root, root // 2], any_tree(random, count, "any"), torch.float32, count)
+            with RestRoundsOtherwise(8):
+                found, alone = case.tree(), case.alone(0, count - 1)
+            assert torch.equal(found, case.queries) and torch.equal(alone, case.queries[0, -1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

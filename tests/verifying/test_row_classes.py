@@ -11,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.kernels import (
+    RestRoundsOtherwise,
     deterministic_algorithms,
     one_more_thread,
     products_in_bfloat16,
@@ -239,6 +240,15 @@ def test_attention_that_depends_on_its_rows_is_refused_by_name(monkeypatch: pyte
     wanted = r"PyTorch's attention \(4 heads over 4, of 8, torch.float32\) .* Use the attention of PyTorch as"
     with pytest.raises(ValueError, match=wanted):
         RowClasses().needs(target_of())
+
+
+@pytest.mark.parametrize(("fewest", "least"), [(8, 1), (16, 16)])
+def test_each_rest_of_query_rows_is_tried(fewest: int, least: int) -> None:
+    """Three heads share keys: 4 tokens ask in 16 rows and 8 in 24, but 12 in 40, of which 32 stand apart."""
+    target = target_of()
+    target.config = LlamaConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    with RestRoundsOtherwise(fewest):
+        assert RowClasses().needs(target) == RowNeeds(least)
 
 
 SETTINGS = [one_more_thread, without_onednn, products_in_bfloat16, deterministic_algorithms]

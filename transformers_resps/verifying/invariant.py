@@ -28,7 +28,10 @@ from .attention import GROUPED, STOCK, grouped_attention, naming_attention
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
 BLOCK = 64  # keys of a block
-_ROWS = 4  # PyTorch's kernel on a CPU takes another path for a rest of one to three query rows
+_ROWS = 4  # nodes of a group
+# Of 32 query rows at a time PyTorch's kernel on a CPU lets MKL multiply a rest of one to three, and with the kernels
+# that `MKL_CBWR=COMPATIBLE` asks for one to seven, in another order than more.
+_MULTIPLE = 8
 
 
 class Sizes(NamedTuple):
@@ -236,9 +239,9 @@ def _rounded_up(count: Any, step: int) -> Any:
 def _filled_up(part: Tensor, dim: int) -> Tensor:
     """With as many rows as PyTorch's kernel takes: the last one repeated."""
     count = part.shape[dim]
-    if count % _ROWS == 0:
+    if count % _MULTIPLE == 0:
         return part
-    return part.index_select(dim, torch.arange(_rounded_up(count, _ROWS), device=part.device).clamp(max=count - 1))
+    return part.index_select(dim, torch.arange(_rounded_up(count, _MULTIPLE), device=part.device).clamp(max=count - 1))
 
 
 class _Rows(NamedTuple):
@@ -369,7 +372,8 @@ class BlockReads:
         asked = asked.expand(-1, -1, sharing, -1, kv_heads)
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads)
         head = torch.arange(sharing, device=device)[:, None, None]
-        index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
+        fillers = asked.clamp(min=0) // _ROWS * (-_ROWS * sharing % _MULTIPLE)  # of the groups before
+        index = (asked.clamp(min=0) * sharing + fillers + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
@@ -377,7 +381,7 @@ class BlockReads:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
-        if nodes.numel() == 1 and -sharing % _ROWS <= (count - 1) * heads:  # what fills up its rows are later heads
+        if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # later heads fill up its rows
             return _Rows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
         head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
         first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads

@@ -32,6 +32,7 @@ _APART = 13  # rows from where they stand in the whole sample: no multiple of wh
 _TRIED_VALUES = 2**14  # of an activation or attention: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
+_CHAINS = (*range(1, 37), 128, _PLACES)  # tokens: a kernel groups the rows of their heads by 32, and looks at the rest
 # Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice what "auto" asks for,
 # and few enough that weights, not products, take the time in float32, too.
 _EXACTLY = 32
@@ -300,7 +301,7 @@ class _Attention(_Part):
 
     def least_rows(self) -> int | None:
         tried = max(_TRIED_VALUES // (self.heads * self.size), 1)
-        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 128, _PLACES), _spread(_PLACES, tried))
+        return least_rows(self._answers(), _CHAINS, _spread(_PLACES, tried))
 
     def keeps_rows(self, count: int) -> bool:
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
