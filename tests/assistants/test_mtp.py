@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
-from transformers_resps.assistants import MtpHead, mtp_layouts
+from transformers_resps.assistants import MtpHead
+from transformers_resps.hub import checkpoint
 
 from .mtp_cases import CASES, LAYERS, Case, H, Raw, V
 from .test_mtp_forward import outputs_of
@@ -44,9 +45,9 @@ def test_only_the_shard_that_holds_the_layers_is_opened(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, _ = published(tmp_path, name)
-    opened, safe_open = list[str](), mtp_layouts.safe_open
+    opened, safe_open = list[str](), checkpoint.safe_open
     monkeypatch.setattr(
-        mtp_layouts, "safe_open", lambda path, **kind: opened.append(path.name) or safe_open(path, **kind)
+        checkpoint, "safe_open", lambda path, **kind: opened.append(path.name) or safe_open(path, **kind)
     )
     MtpHead.from_target(target)
     assert set(opened) == {MODULE}
@@ -232,7 +233,7 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     target, _ = published(tmp_path)
     whole = (tmp_path / MODULE).read_bytes()
     (tmp_path / MODULE).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{MODULE} is truncated or corrupt"):
+    with pytest.raises(ValueError, match=f"{MODULE} is not a whole .* truncated or corrupt"):
         MtpHead.from_target(target)
     (tmp_path / MODULE).unlink()
     with pytest.raises(ValueError, match=f"lacks the file {MODULE}"):

@@ -75,7 +75,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         ("no weights", "no weights"),
         ("no config", "no config.json"),
         ("config is no JSON", "is not JSON"),
-        ("missing shard", "names the shard model-00002.safetensors, which is not there"),
+        ("missing shard", "lacks the file model-00002.safetensors, which its index names"),
         ("torn .bin", "damaged"),
     ],
 )

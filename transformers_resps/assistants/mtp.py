@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.formats.reading import HUB, fetch_from, read_json
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
 from ..heads.source import Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..hub.checkpoint import HUB, CheckpointFiles
 from ..hub.upload import plain_card
 from ..tree import TreeShape
 from ..verifying.attention import GROUPED
@@ -125,8 +125,8 @@ class MtpHead(TrainableSource, nn.Module):
     @staticmethod
     def is_saved_in(id_or_folder: str | os.PathLike[str]) -> bool:
         """Whether a folder or a Hub repository holds what `save_pretrained` wrote; raises as `from_pretrained`."""
-        path = fetch_from(os.fspath(id_or_folder), {})("config.json")
-        return path is not None and read_json(path).get("model_type") == MODEL_TYPE
+        config = CheckpointFiles(id_or_folder, {}).config()
+        return config is not None and config.get("model_type") == MODEL_TYPE
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":

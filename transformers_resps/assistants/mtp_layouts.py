@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..heads.formats.reading import fetch_from, read_json
+from ..hub.checkpoint import CheckpointFiles, tensor_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,48 +245,29 @@ class MtpCheckpoint:
     """
 
     def __init__(self, name: str, hub: dict[str, Any]) -> None:
-        self.name, self._fetch = name, fetch_from(name, hub)
-        path = self._fetch("config.json")
-        if path is None:
+        self.name, self._checkpoint = name, CheckpointFiles(name, hub)
+        config = self._checkpoint.config()
+        if config is None:
             raise ValueError(
                 f"There is no config.json in {name}. Pass the repository or folder of the original checkpoint, with "
                 "config.json and safetensors, and check whether you are offline."
             )
-        self._config = read_json(path)
+        self._config = config
         nested = (self._config.get(key) for key in ("text_config", "language_config", "llm_config"))
         self._text: dict[str, Any] = next(filter(None, nested), self._config)
-        self._files = self._file_names()
+        places = self._checkpoint.places("model.safetensors.index.json", "model.safetensors")
+        if places is None:
+            raise ValueError(
+                f"There is neither model.safetensors nor its index in {name}. Pass the original repository, "
+                "which has them, and check whether you are offline."
+            )
+        self._files = places  # tensor -> file
         self.stored = stored_names(self._files, int(self.stated("num_hidden_layers") or 0))
         self._check()
 
     def stated(self, key: str) -> Any:
         """What the config says of the text decoder; `None` where it says nothing."""
         return self._text.get(key, self._config.get(key))
-
-    def _file_names(self) -> dict[str, str]:
-        """Tensor -> file."""
-        single, index = "model.safetensors", self._fetch("model.safetensors.index.json")
-        if index is not None:
-            return dict(read_json(index)["weight_map"])
-        if self._fetch(single) is None:
-            raise ValueError(
-                f"There is neither model.safetensors nor its index in {self.name}. Pass the original repository, "
-                "which has them, and check whether you are offline."
-            )
-        return dict.fromkeys(self._opened(single, lambda file: list(file.keys())), single)
-
-    def _opened(self, file_name: str, read: Callable[[Any], Any]) -> Any:
-        """What `read` finds in a file, whose name the index has."""
-        path = self._fetch(file_name)
-        if path is None:
-            raise ValueError(f"{self.name} lacks the file {file_name}. Download the checkpoint again.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                return read(file)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is truncated or corrupt, or lacks a tensor of the index: {error}. Download it again."
-            ) from error
 
     def _check(self) -> None:
         mine = [name for name in self._files if "mtp" in name]
@@ -373,11 +353,11 @@ class MtpCheckpoint:
         name = self.stored[ours].names[0][0]
         some = range(0, len(weight), max(1, len(weight) // _COMPARED))
 
-        def rows(file: Any) -> Tensor | None:
+        def rows(file: Any, name: str) -> Tensor | None:
             part = file.get_slice(name)
             return torch.stack([part[row] for row in some]) if part.get_shape() == list(weight.shape) else None
 
-        found = self._opened(self._files[name], rows)
+        found = self._checkpoint.read({name: self._files[name]}, rows)[name]
         theirs = weight.detach()[list(some)].cpu()
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
@@ -390,14 +370,8 @@ class MtpCheckpoint:
         wanted = {name: self.stored[name] for name in ours}
         raw = [name for stored in wanted.values() for names in stored.names for name in names]
         raw += [name + _SCALE for name in raw if name + _SCALE in self._files]
-        take, found = _size_of if sizes_only else _tensor_of, dict[str, Tensor]()
-
-        def read_all(names: list[str], file: Any) -> dict[str, Tensor]:
-            return {name: take(file, name) for name in names}
-
-        for file_name in dict.fromkeys(self._files[name] for name in raw):
-            here = [name for name in raw if self._files[name] == file_name]
-            found |= self._opened(file_name, partial(read_all, here))
+        take = _size_of if sizes_only else tensor_of
+        found = self._checkpoint.read({name: self._files[name] for name in raw}, take)
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
@@ -415,10 +389,6 @@ class MtpCheckpoint:
         for dim, size in zip((-2, -1), sizes, strict=True):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
         return (tensor.float() * scales).to(dtype)
-
-
-def _tensor_of(file: Any, name: str) -> Tensor:
-    return file.get_tensor(name)  # type: ignore[no-any-return]  # safetensors leaves it untyped
 
 
 def _size_of(file: Any, name: str) -> Tensor:

@@ -1,32 +1,23 @@
 """One published checkpoint -> the config and tensors of our canonical head.
 
-Nothing in a checkpoint is executed: JSON, safetensors, and legacy `.bin` files with `weights_only=True`. Sizes are
-those of the tensors; a config or a target that disagrees is refused, and what is missing is never filled in.
+Sizes are those of the tensors; a config or a target that disagrees is refused, and what is missing is never filled in.
 """
 
-import json
 import os
-import pickle
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...hub.download import RepositoryFiles
+from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import DraftHeadConfig
 from ..identity import target_identity
 from .publishers import MODELOPT_LAYER, PublishedConfig
 from .tensor_names import canonical_names, check_complete, layer_count
 
-
-# A file name inside the checkpoint -> its path on this machine, or None when there is no such file.
-Fetch = Callable[[str], Path | None]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 
@@ -69,91 +60,21 @@ def read_checkpoint(
 
 
 def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    fetch = fetch_from(name, hub)
-    path = fetch("config.json")
-    if path is None:
+    files = CheckpointFiles(name, hub)
+    config = files.config()
+    if config is None:
         raise ValueError(
             f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
             "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
         )
-    for single in _WEIGHTS:
-        if (whole := fetch(single)) is not None:
-            config = read_json(path)
-            _check_names(config, whole, name)
-            return config, _read_tensors(whole)
-        if (index := fetch(f"{single}.index.json")) is not None:
-            config = read_json(path)
-            check_is_head(config, canonical_names(read_json(index)["weight_map"], name), name)  # before the shards
-            return config, _read_shards(index, fetch)
-    raise ValueError(
-        f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
-        "Check that the download is complete, and whether you are offline."
-    )
-
-
-def fetch_from(name: str, hub: dict[str, Any]) -> Fetch:
-    """How to get at the files of a folder or of one commit of a Hub repository; `hub` as in `read_checkpoint`."""
-    folder = Path(name)
-    if folder.is_file():
+    places = files.places(*(file for single in _WEIGHTS for file in (single, f"{single}.index.json")))
+    if places is None:
         raise ValueError(
-            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
-            f"Pass {folder.parent} instead."
+            f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their "
+            ".index.json. Check that the download is complete, and whether you are offline."
         )
-
-    def local(file: str) -> Path | None:
-        path = folder / (hub.get("subfolder") or "") / file
-        return path if path.is_file() else None
-
-    return local if folder.is_dir() else RepositoryFiles(name, **hub).fetch
-
-
-def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
-    """Refuse a whole model before its weights are read, where the file lists them."""
-    if path.suffix != ".safetensors":
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = dict.fromkeys(file.keys())
-    except SafetensorError:  # told when it is read
-        return
-    check_is_head(config, canonical_names(names, name), name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint; a `ValueError` where it is none."""
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Download it again, or fix it.") from error
-    return value
-
-
-def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(read_json(index)["weight_map"].values())):
-        path = fetch(shard)
-        if path is None:
-            raise ValueError(f"{index} names the shard {shard}, which is not there. Download the checkpoint again.")
-        tensors |= _read_tensors(path)
-    return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file but truncated or corrupt: {error}. Download it again."
-        ) from error
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, which could run code ({reason}). Use "
-            "the safetensors file of this head, or ask its publisher for one."
-        ) from error
-    return tensors
+    check_is_head(config, canonical_names(places, name), name)  # before the weights of a whole model are read
+    return config, files.read(places, tensor_of)
 
 
 # Corrections of what publishers write and our own config says otherwise.
@@ -487,7 +408,6 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     return None if rows == vocab_size else ids - torch.arange(rows)
 
 
-HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _LOADING = {
     "adapter_kwargs",
     "attn_implementation",
