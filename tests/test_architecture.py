@@ -16,22 +16,22 @@ ROOMS = {
     "tree": "",
     "compilation": "compat",
     "verifying": "compat tree compilation",
-    "heads": "hub tree verifying",
-    "assistants": "compat hub tree verifying heads",
+    "drafting": "compat tree compilation verifying",
+    "heads": "hub tree verifying drafting",
+    "assistants": "compat hub tree verifying drafting heads",
     "telemetry": "tree",
     "policies": "hub tree telemetry",
-    "drafting": "compat tree compilation verifying heads policies",
-    "decoding": "tree verifying heads telemetry policies drafting",
+    "decoding": "tree verifying telemetry policies drafting",
     "generation": "compat tree assistants verifying heads telemetry policies drafting decoding",
     "calibration": "compat tree verifying heads policies drafting generation",
     "testing": "compat tree verifying heads telemetry policies drafting generation calibration",
     "__init__": "tree assistants verifying heads telemetry policies generation calibration testing",
-    "data": "hub heads",
+    "data": "hub drafting heads",
     "replay": "tree verifying heads telemetry policies drafting decoding",
     "trainers": "compat hub tree verifying heads assistants telemetry policies drafting generation calibration data "
     "replay",
-    "tools": "compat hub tree compilation verifying heads assistants telemetry policies generation calibration "
-    "testing data trainers",
+    "tools": "compat hub tree compilation verifying drafting heads assistants telemetry policies generation "
+    "calibration testing data trainers",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in ROOMS.items()}
 

@@ -20,13 +20,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .compat import CACHE_KEYWORD
-from .drafting.mixed_drafter import DraftPart, drafter_of
+from .drafting import Committed, DraftCall, DraftRequest, DraftSource, LevelSource
 from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.invariance import InvariantCalls
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.request import Assistants, SpeculationDefaults
-from .heads import DraftSource
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
@@ -154,6 +153,8 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, *, invarian
 
 def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
     """The kind, and what its levels cost by: parameters of its own, dtype and tokens to choose from."""
+    if not isinstance(source, LevelSource):
+        return type(source).__name__
     model, modules = source.bind(target), source.own_modules
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     return f"{type(source).__name__} of {count} parameters, {model.dtype}, {model.proposable_tokens} tokens"
@@ -267,21 +268,20 @@ def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
 ) -> tuple[dict[int, float], dict[int, _Measured]]:
     """Width -> seconds of a draft beside its levels, and of each level, from drafts of one level and of three."""
-    layers, policy = source.feature_layers, FixedPolicy(TreeShape.plain())
+    layers = source.feature_layers
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, _Measured]()
     with TreeVerifier.of(target, context, layers, before_deepstack=source.before_deepstack) as verifier:
-        drafter = drafter_of([DraftPart(source, source.bind(target))], verifier, 1)
-        assert drafter is not None
+        drafter = source.drafter(DraftCall(target, verifier))
         _, (read,) = verifier.prefill(tokens[:, 1:])
         features = read.concatenated() if layers else None
-        drafter.observe(tokens, features)
+        drafter.observe(Committed(tokens, features))
         most = min(drafter.most_levels or 3, 3)
 
         def draft(width: int, depth: int) -> None:
             # a step commits a token at least, which a draft reads first
-            drafter.observe(tokens[:, :1], None if features is None else features[:, :1])
-            drafter.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
+            drafter.observe(Committed(tokens[:, :1], None if features is None else features[:, :1]))
+            drafter.draft(tokens, DraftRequest(TreeShape(width + 1, depth, width))).scores[0, -1].item()
 
         for width in WIDTHS:
             several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))

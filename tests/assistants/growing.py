@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_resps.heads.source import Entries
+from transformers_resps.drafting import Entries
 
 
 class Growing(Entries):

@@ -14,9 +14,13 @@ from tests.conftest import build_target
 from tests.recurrent_targets import RECURRENT
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps import TreeShape
 from transformers_resps.assistants import CausalDrafter
+from transformers_resps.drafting import Committed, DraftRequest
 from transformers_resps.drafting.level_drafter import LevelDrafter
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 PADS = torch.tensor([[3], [0]])
@@ -64,7 +68,7 @@ SHAPE = TreeShape(30, 4, 3)
 
 
 def pool_of(drafter: LevelDrafter, row: int) -> tuple[list[int], list[int], Tensor]:
-    pool = drafter.draft(SHAPE, FixedPolicy(SHAPE))
+    pool = drafter.draft(NEWEST, DraftRequest(SHAPE))
     return pool.tokens[row].tolist(), pool.parents[row].tolist(), pool.scores[row]
 
 
@@ -79,7 +83,7 @@ def test_a_pool_in_the_middle_of_ragged_texts_is_that_of_each_text_read_at_once(
     pads = [4, 0, 2]
     mask = (torch.arange(9) >= torch.tensor(pads)[:, None]).long()
     drafter, kept = LevelDrafter(steps, 3, mask), [0, 1, 2]
-    drafter.observe(prompts)
+    drafter.observe(Committed(prompts))
     texts = [row[pad:].tolist() for row, pad in zip(prompts, pads, strict=True)]
     for counts in ([1, 4, 2], [3, 3, 3], [2, 1, 5], [4, 1], [2, 2]):
         pool_of(drafter, 0)
@@ -87,11 +91,13 @@ def test_a_pool_in_the_middle_of_ragged_texts_is_that_of_each_text_read_at_once(
             drafter.keep_rows([0, 2])
             kept = [0, 2]
         rows = [torch.randint(VOCABULARY, (count,), generator=generator).tolist() for count in counts]
-        drafter.observe(torch.tensor([row + row[-1:] * (max(counts) - len(row)) for row in rows]), rows=rows)
+        drafter.observe(
+            Committed(torch.tensor([row + row[-1:] * (max(counts) - len(row)) for row in rows]), rows=rows)
+        )
         for place, (index, row) in enumerate(zip(kept, rows, strict=True)):
             texts[index] += row
             fresh = LevelDrafter(steps, 1, None)
-            fresh.observe(torch.tensor([texts[index]]))
+            fresh.observe(Committed(torch.tensor([texts[index]])))
             (tokens, parents, scores), expected = pool_of(drafter, place), pool_of(fresh, 0)
             assert (tokens, parents) == expected[:2]
             torch.testing.assert_close(scores, expected[2], atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from tests.assistants.gemma import KINDS, gemma_assistant, gemma_target
 from tests.targets import ARCHITECTURES, VOCABULARY
 from transformers_resps import FixedPolicy, Observation, Policy, TreeShape, attach, detach
-from transformers_resps.heads import DraftSource
+from transformers_resps.drafting import DraftSource
 from transformers_resps.verifying.verifier import TreeVerifier
 
 

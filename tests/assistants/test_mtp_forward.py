@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps import TreeShape
 from transformers_resps.assistants import MtpHead
+from transformers_resps.drafting import Committed, DraftRequest, StepModel
 from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.heads.source import StepModel
 
 from .growing import Growing
 from .mtp_cases import CASES, Case, H, Reference, V
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 LENGTH = 9
@@ -87,10 +90,10 @@ def test_a_tree_is_drafted_as_each_path_alone(name: str, fed_back: str, tmp_path
     features = Reference(case, raw, target).given(states)
     for shape in (TreeShape(20, 3, 3), TreeShape(4, 3, 1)):
         drafter = LevelDrafter(model, 1, None)
-        drafter.observe(tokens[:, :5], features[:, :5])
-        drafter.draft(shape, FixedPolicy(shape))
-        drafter.observe(tokens[:, 5:], features[:, 5:])
-        pool = drafter.draft(shape, FixedPolicy(shape))
+        drafter.observe(Committed(tokens[:, :5], features[:, :5]))
+        drafter.draft(NEWEST, DraftRequest(shape))
+        drafter.observe(Committed(tokens[:, 5:], features[:, 5:]))
+        pool = drafter.draft(NEWEST, DraftRequest(shape))
         for node in range(pool.tokens.shape[1]):
             path, at = list[int](), node
             while at >= 0:

@@ -1,12 +1,10 @@
 """What a step verifies, with a drafter that is no head: by hand."""
 
-from typing import Any
-
 import torch
 
 from transformers_resps import Policy, TreeShape
 from transformers_resps.decoding.proposal import Proposer
-from transformers_resps.drafting.drafter import Drafter
+from transformers_resps.drafting.drafter import Committed, Drafter, DraftRequest
 from transformers_resps.drafting.prompt_lookup import LookupDrafter
 from transformers_resps.policies.base import Observation
 from transformers_resps.policies.fixed import FixedPolicy
@@ -21,13 +19,14 @@ class OneChild(Drafter):
     def __init__(self) -> None:
         self.read_after: list[int] = []
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None = None, rows: Any = None) -> None:
+    def observe(self, committed: Committed) -> None:
+        tokens, features, *_ = committed
         assert features is not None and features.shape[1] == tokens.shape[1] - 1, "those of a prompt"
 
     def keep_rows(self, rows: list[int]) -> None:
         raise AssertionError("there is one row")
 
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+    def draft(self, input_ids: torch.Tensor, request: DraftRequest) -> CandidatePool:
         tokens, parents = torch.tensor([[7, 8, 9]]), torch.tensor([[-1, -1, 0]])
         return CandidatePool(tokens, parents, torch.tensor([[-0.1, -2.0, -0.2]]), torch.tensor([1, 1, 2]))
 
@@ -38,12 +37,14 @@ class OneChild(Drafter):
 class OneRow:
     in_lockstep = True
     row_weights = (1.0,)
+    input_ids = torch.zeros(1, 0)
 
 
 def proposer_of(policy: Policy, drafter: Drafter | None, tokens: list[int]) -> Proposer:
     """After it has observed a prompt."""
     made = Proposer(policy, drafter, OneRow(), LookupDrafter([0]))
-    made.observe(torch.tensor([tokens]), torch.arange(len(tokens) - 1)[None, :, None])
+    committed = Committed(torch.tensor([tokens]), torch.arange(len(tokens) - 1)[None, :, None])
+    made.update(torch.zeros(1, 1, 0), 0, committed)
     return made
 
 

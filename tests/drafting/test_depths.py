@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps import TreeShape
+from transformers_resps.drafting import Committed, DraftRequest, Entries, Places, StepModel, Wanted
 from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.heads import Entries, Places, StepModel, Wanted
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 VOCABULARY, WIDTH, DEPTHS = 7, 8, 3
@@ -105,7 +108,7 @@ def expected(model: Planted, tokens: list[int], features: Tensor) -> dict[tuple[
 
 
 def drafted(drafter: LevelDrafter, row: int) -> dict[tuple[int, ...], float]:
-    pool = drafter.draft(SHAPE, FixedPolicy(SHAPE))
+    pool = drafter.draft(NEWEST, DraftRequest(SHAPE))
     tokens, parents, scores = (part[row].tolist() for part in (pool.tokens, pool.parents, pool.scores))
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tokens, parents, strict=True):
@@ -131,7 +134,7 @@ def test_a_text_read_in_pieces_gives_the_drafts_of_loops_over_it(rereads_target:
     drafter, start = LevelDrafter(model, 1, None), 0
     for size in pieces:
         part = slice(start, start + size)
-        drafter.observe(torch.tensor([tokens[part]]), features[None, part])
+        drafter.observe(Committed(torch.tensor([tokens[part]]), features[None, part]))
         found = drafted(drafter, 0)
         assert found == pytest.approx(expected(model, tokens[: part.stop], features[: part.stop]), abs=1e-5)
         start += size
@@ -151,16 +154,18 @@ def test_padded_and_ragged_rows_draft_as_each_alone(rereads_target: bool) -> Non
         torch.cat([torch.zeros(len(pads), WIDTH).double(), own[:prompt]])
         for pads, (_, own), prompt in zip(padded, rows, prompts, strict=True)
     ]
-    drafter.observe(tokens, torch.stack(features))
+    drafter.observe(Committed(tokens, torch.stack(features)))
     read, kept = list(prompts), [0, 1, 2]
     for step, gain in enumerate(gains):
         most = max(gain[row] for row in kept)
         parts = [rows[row][0][read[row] : read[row] + gain[row]] for row in kept]
         states = [rows[row][1][read[row] : read[row] + gain[row]] for row in kept]
         drafter.observe(
-            torch.tensor([part + part[-1:] * (most - len(part)) for part in parts]),
-            torch.stack([torch.cat([own, own[-1:].expand(most - len(own), -1)]) for own in states]),
-            parts,
+            Committed(
+                torch.tensor([part + part[-1:] * (most - len(part)) for part in parts]),
+                torch.stack([torch.cat([own, own[-1:].expand(most - len(own), -1)]) for own in states]),
+                parts,
+            )
         )
         for row in kept:
             read[row] += gain[row]

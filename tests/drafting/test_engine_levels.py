@@ -19,11 +19,15 @@ from transformers_resps.assistants.mtp_layouts import MtpConfig
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting import Committed, DraftRequest
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
 from transformers_resps.verifying.verifier import SlotVerifier
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 TREES = (TreeShape(9, 2, 3), TreeShape(40, 4, 2), TreeShape(60, 3, VOCABULARY))
@@ -97,10 +101,10 @@ class Both:
         self.read += count
         rows = None if counts is None else [[0] * own for own in counts]
         for generator in self.generators:
-            generator.observe(self.tokens[:, new], self.features[:, new], rows)
+            generator.observe(Committed(self.tokens[:, new], self.features[:, new], rows))
 
     def drafts(self, shape: TreeShape) -> tuple[CandidatePool, CandidatePool]:
-        compiled, eager = (generator.draft(shape, FixedPolicy(shape)) for generator in self.generators)
+        compiled, eager = (generator.draft(NEWEST, DraftRequest(shape)) for generator in self.generators)
         return compiled, eager
 
     def agree(self, shape: TreeShape) -> None:
@@ -182,8 +186,8 @@ def test_an_mtp_layer_drafts_by_compiled_levels_and_one_with_experts_as_it_is(
             features = torch.randn(1, length, width, generator=generator, dtype=target.dtype)
             pools = []
             for drafter in drafters:
-                drafter.observe(tokens, features)
-                pools.append(drafter.draft(shape, FixedPolicy(shape)))
+                drafter.observe(Committed(tokens, features))
+                pools.append(drafter.draft(NEWEST, DraftRequest(shape)))
             for name in CandidatePool.__slots__:
                 torch.testing.assert_close(getattr(pools[0], name), getattr(pools[1], name))
     assert compiler.count == 1

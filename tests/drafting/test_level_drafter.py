@@ -8,10 +8,14 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.drafting import Committed, DraftCache, DraftRequest, step_model
 from transformers_resps.drafting.level_drafter import MAX_UNREAD, LevelDrafter
-from transformers_resps.heads import BoundHead, DraftCache, source
+from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
 from transformers_resps.verifying.attention import attend
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 SHAPE = TreeShape(9, 2, 3)
@@ -38,7 +42,7 @@ def pairs(head: DraftHead, rows: int, count: int) -> tuple[torch.Tensor, torch.T
 
 def draft(generator: LevelDrafter) -> CandidatePool:
     with torch.no_grad():
-        return generator.draft(SHAPE, FixedPolicy(SHAPE))
+        return generator.draft(NEWEST, DraftRequest(SHAPE))
 
 
 @pytest.mark.parametrize(("layers", "window"), [(1, None), (2, None), (1, 32)])
@@ -51,7 +55,7 @@ def test_a_draft_is_the_same_however_the_text_was_read(
     for at_least in (1, 7, 1000):
         generator = LevelDrafter(BoundHead(head, target), 1, None)
         for place in range(40):
-            generator.observe(tokens[:, place : place + 1], features[:, place : place + 1])
+            generator.observe(Committed(tokens[:, place : place + 1], features[:, place : place + 1]))
             with torch.no_grad():
                 generator.read(at_least)
         pools.append(draft(generator))
@@ -77,8 +81,8 @@ def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
     together = LevelDrafter(BoundHead(head, target), 2, mask)
     alone = LevelDrafter(BoundHead(head, target), 1, None)
     for cut in (slice(0, 6), slice(6, 9)):
-        together.observe(tokens[:, cut], features[:, cut])
-        alone.observe(tokens[1:, max(cut.start, 3) : cut.stop], features[1:, max(cut.start, 3) : cut.stop])
+        together.observe(Committed(tokens[:, cut], features[:, cut]))
+        alone.observe(Committed(tokens[1:, max(cut.start, 3) : cut.stop], features[1:, max(cut.start, 3) : cut.stop]))
         with torch.no_grad():
             together.read()
             alone.read()
@@ -114,7 +118,7 @@ def oldest_seen(length: int) -> int:
 def alone(head: DraftHead, target: PreTrainedModel, features: torch.Tensor, tokens: torch.Tensor) -> CandidatePool:
     """What a head drafts that reads these pairs at once."""
     drafter = LevelDrafter(BoundHead(head, target), 1, None)
-    drafter.observe(tokens, features)
+    drafter.observe(Committed(tokens, features))
     return draft(drafter)
 
 
@@ -134,10 +138,10 @@ def test_a_draft_sees_the_newest_of_a_window_as_if_they_were_the_text(
     place, kept = 0, []
     for length in (20, 31, 32, 33, 34, 35, 120, 123, 150):
         for drafter in drafters:
-            drafter.observe(tokens[:, place:length], features[:, place:length])
+            drafter.observe(Committed(tokens[:, place:length], features[:, place:length]))
         place, seen = length, slice(oldest_seen(length), length)
         with monkeypatch.context() as patch:
-            patch.setattr(source, "attend", watched)
+            patch.setattr(step_model, "attend", watched)
             found = draft(drafters[1])
         expected, full = alone(whole, target, features[:, seen], tokens[:, seen]), draft(drafters[0])
         assert found.tokens.tolist() == expected.tokens.tolist()
@@ -151,13 +155,13 @@ def test_rows_of_a_batch_forget_what_none_of_them_sees(target: PreTrainedModel) 
     whole, narrow = head_of(target), head_of(target, WINDOW)
     features, tokens = pairs(whole, rows=2, count=100)
     together = LevelDrafter(BoundHead(narrow, target), 2, torch.tensor([[1] * 40, [0] * 10 + [1] * 30]))
-    together.observe(tokens[:, :40], features[:, :40])
+    together.observe(Committed(tokens[:, :40], features[:, :40]))
     ends, order = [40, 40], torch.arange(2)[:, None]
     for step in range(15):
         gained = [3, 1 + step % 2]
         rows = list(zip(ends, gained, strict=True))
         places = torch.tensor([[end + min(at, own - 1) for at in range(3)] for end, own in rows])
-        together.observe(tokens[order, places], features[order, places], [[0] * own for own in gained])
+        together.observe(Committed(tokens[order, places], features[order, places], [[0] * own for own in gained]))
         ends = [end + own for end, own in rows]
         if step % 4 == 2:
             found = draft(together)
@@ -167,7 +171,7 @@ def test_rows_of_a_batch_forget_what_none_of_them_sees(target: PreTrainedModel) 
                 assert found.tokens[row].tolist() == expected.tokens[0].tolist()
                 torch.testing.assert_close(found.scores[row], expected.scores[0])
     together.keep_rows([0])
-    together.observe(tokens[:1, ends[0], None], features[:1, ends[0], None])
+    together.observe(Committed(tokens[:1, ends[0], None], features[:1, ends[0], None]))
     seen = slice(oldest_seen(ends[0] + 1), ends[0] + 1)
     torch.testing.assert_close(
         draft(together).scores, alone(whole, target, features[:1, seen], tokens[:1, seen]).scores

@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps import DraftHead, TreeShape
+from transformers_resps.drafting import Committed, DraftCache, DraftRequest
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.drafting.levels import DraftFunction
-from transformers_resps.heads import BoundHead, DraftCache
+from transformers_resps.heads import BoundHead
 from transformers_resps.tree import DraftTree
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 PAIRS = 4  # at most, at once
@@ -63,7 +67,7 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
     for length in LENGTHS:
         for start in range(read, length, PAIRS):
             new = slice(start, min(start + PAIRS, length))
-            generator.observe(tokens[:, new], features[:, new])
+            generator.observe(Committed(tokens[:, new], features[:, new]))
             missing = PAIRS - (new.stop - new.start)
             slots = torch.tensor([[cache.capacity - 1] * missing + list(range(new.start, new.stop))])
             states, read_tokens = torch.zeros(1, PAIRS, features.shape[2]).double(), torch.zeros_like(slots)
@@ -72,7 +76,7 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
             outputs = draft(states, read_tokens, slots, slots + 7, shown, *cache.buffers)
         read = length
         _, pool, tree = function.unpack(outputs)
-        expected = generator.draft(shape, FixedPolicy(shape))
+        expected = generator.draft(NEWEST, DraftRequest(shape))
         ranked = DraftTree.from_pool(tokens[:, length - 1], expected, shape.total_tokens)
         for ours, theirs in ((pool, expected), (tree, ranked)):
             for name in type(theirs).__slots__:
@@ -101,7 +105,7 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     )
     for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
         alone = LevelDrafter(bound, 1, None)
-        alone.observe(tokens[row : row + 1, pad:length], features[row : row + 1, pad:length])
-        expected = alone.draft(shape, FixedPolicy(shape))
+        alone.observe(Committed(tokens[row : row + 1, pad:length], features[row : row + 1, pad:length]))
+        expected = alone.draft(NEWEST, DraftRequest(shape))
         assert pool.tokens[row].tolist() == expected.tokens[0].tolist()
         torch.testing.assert_close(pool.scores[row], expected.scores[0])

@@ -6,6 +6,7 @@ from transformers import set_seed
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.drafting import Committed, DraftRequest
 from transformers_resps.drafting.prompt_lookup import (
     LONGEST_KEY,
     LONGEST_MATCH,
@@ -15,6 +16,9 @@ from transformers_resps.drafting.prompt_lookup import (
     SuffixIndex,
 )
 from transformers_resps.tree import FIRST, SECOND, CandidatePool, DraftTree
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 def scan(tokens: list[int]) -> tuple[int, int]:
@@ -78,19 +82,21 @@ def test_survival_falls_along_the_draft() -> None:
 
 
 def read(drafter: LookupDrafter, *rows: list[int]) -> None:
-    drafter.observe(torch.tensor([row + row[-1:] * (max(map(len, rows)) - len(row)) for row in rows]), rows=rows)
+    drafter.observe(
+        Committed(torch.tensor([row + row[-1:] * (max(map(len, rows)) - len(row)) for row in rows]), rows=rows)
+    )
 
 
 def test_rows_start_after_their_padding() -> None:
     drafter = LookupDrafter([0, 2])
-    drafter.observe(torch.tensor([[7, 8, 7], [0, 0, 9]]))
+    drafter.observe(Committed(torch.tensor([[7, 8, 7], [0, 0, 9]])))
     read(drafter, [8], [9, 9])
     assert [match.tokens[:1] for match in drafter.matches] == [[7], [9]]
 
 
 def test_a_text_goes_on_as_its_source_does() -> None:
-    drafter = LookupDrafter([0, 1, 0], sources=[[4, 5, 6, 2], [7, 8], []])
-    drafter.observe(torch.tensor([[0, 4, 5], [0, 9, 8], [1, 3, 1]]))
+    drafter = LookupDrafter([0, 1, 0], origins=[[4, 5, 6, 2], [7, 8], []])
+    drafter.observe(Committed(torch.tensor([[0, 4, 5], [0, 9, 8], [1, 3, 1]])))
     assert [match.tokens[:2] for match in drafter.matches] == [[6, 2], [9, 8], [3, 1]]
     drafter.keep_rows([2, 0])
     read(drafter, [3], [6])
@@ -99,28 +105,28 @@ def test_a_text_goes_on_as_its_source_does() -> None:
 
 def test_rows_may_be_dropped_before_their_prompt_was_read() -> None:
     drafter = LookupDrafter([0, 2, 1])
-    drafter.observe(torch.tensor([[7, 8, 7], [0, 0, 9], [0, 5, 5]]))
+    drafter.observe(Committed(torch.tensor([[7, 8, 7], [0, 0, 9], [0, 5, 5]])))
     drafter.keep_rows([2])
     assert [match.tokens[:1] for match in drafter.matches] == [[5]]
 
 
 def test_nothing_follows_a_token_that_is_never_drafted() -> None:
     drafter = LookupDrafter([0, 0], never_drafted=frozenset([0]))
-    drafter.observe(torch.tensor([[5, 0, 6, 5], [0, 6, 3, 0]]))
+    drafter.observe(Committed(torch.tensor([[5, 0, 6, 5], [0, 6, 3, 0]])))
     assert [match.tokens for match in drafter.matches] == [[], []]
 
 
 def test_neither_source_nor_prompt_is_evidence() -> None:
-    drafter, whole = LookupDrafter([0], sources=[[5, 6] * 20]), Lookup()
-    drafter.observe(torch.tensor([[5, 6, 5]]))
+    drafter, whole = LookupDrafter([0], origins=[[5, 6] * 20]), Lookup()
+    drafter.observe(Committed(torch.tensor([[5, 6, 5]])))
     whole.extend([5, 6] * 21 + [5])
     assert drafter.matches == [whole.match()]
 
 
 def test_a_pool_holds_a_chain_of_each_row_with_the_probabilities_of_its_paths() -> None:
     drafter, shape = LookupDrafter([0, 0]), TreeShape(1, 0, 1, lookup=3)
-    drafter.observe(torch.tensor([[1, 2, 1], [5, 6, 7]]))
-    pool = drafter.draft(shape, FixedPolicy(shape))
+    drafter.observe(Committed(torch.tensor([[1, 2, 1], [5, 6, 7]])))
+    pool = drafter.draft(NEWEST, DraftRequest(shape))
     assert pool.tokens[0].tolist() == [2, 1, 2] and pool.parents.tolist() == [[-1, 0, 1]] * 2
     assert pool.scores[0].exp().tolist() == pytest.approx(drafter.matches[0].prefix_accept_probs[:3])
     assert pool.scores[1].tolist() == [-torch.inf] * 3, "the other row repeats nothing"

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_resps import attach, prepack
+from transformers_resps.drafting import DraftCache
 from transformers_resps.drafting.level_drafter import PlaceWindow, Spots
-from transformers_resps.heads import BoundHead, DraftCache, DraftHead
+from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.verifying.prepacking import PackedWeight, PrepackedLinear
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from transformers_resps.heads import BoundHead, DraftCache, DraftHead
+from transformers_resps.drafting import DraftCache
+from transformers_resps.heads import BoundHead, DraftHead
 
 from .cases import CASES, FLAT, MODELOPT_FLAGS, eagle_config, nested, specforge
 from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config

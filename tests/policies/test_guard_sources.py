@@ -13,7 +13,7 @@ from tests.pretend.pair import mtp, pair
 from transformers_resps.assistants.causal import CausalDrafter
 from transformers_resps.assistants.mtp import BoundMtp
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.heads import StepModel
+from transformers_resps.drafting import StepModel
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import Observation
 from transformers_resps.policies.guard import BaselineGuard

@@ -9,12 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps import DraftHead, TreeShape
+from transformers_resps.drafting import Committed, DraftRequest
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.replay import RankedText, RecordedText, record_pools
 from transformers_resps.replay.recorded_text import PositionPools
 from transformers_resps.verifying.forward import FeatureTap
+
+
+NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
 def test_pools_drafted_together_are_those_of_live_drafting(target: PreTrainedModel, head: DraftHead) -> None:
@@ -28,8 +32,8 @@ def test_pools_drafted_together_are_those_of_live_drafting(target: PreTrainedMod
         for prefixes, pool in together:
             for row, prefix in enumerate(prefixes.tolist()):
                 generator = LevelDrafter(bound, 1, None)
-                generator.observe(text[:, 1 : prefix + 1], features[:, :prefix])
-                alone = generator.draft(TreeShape(9, 4, 3), FixedPolicy(TreeShape.plain()))
+                generator.observe(Committed(text[:, 1 : prefix + 1], features[:, :prefix]))
+                alone = generator.draft(NEWEST, DraftRequest(TreeShape(9, 4, 3)))
                 assert torch.equal(pool.tokens[row], alone.tokens[0])
                 assert torch.equal(pool.parents[row], alone.parents[0])
                 torch.testing.assert_close(pool.scores[row], alone.scores[0])

@@ -13,7 +13,8 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
-from transformers_resps.heads import BoundHead, DraftCache, DraftHead
+from transformers_resps.drafting import DraftCache
+from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose, refined, write_answers
 from transformers_resps.trainers.losses import unroll

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import build_target
 from transformers_resps import DraftHead, DraftHeadConfig
 from transformers_resps.assistants import MtpHead
-from transformers_resps.heads import DraftCache
+from transformers_resps.drafting import DraftCache
 from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy, unroll
 
 

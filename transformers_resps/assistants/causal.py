@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.source import Entries, Places, StepModel, Wanted, at_wanted
+from ..drafting import Entries, Places, StepModel, Wanted, at_wanted
 from ..verifying.attention import last_position, use_gqa_attention
 from ..verifying.cache import window_of
 from ..verifying.hybrids import is_recurrent, layer_kinds, recurrence_obstacle

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..heads.source import Entries, Places, StepModel, Wanted
+from ..drafting import Entries, Places, StepModel, Wanted
 from ..verifying.forward import decoder_layers
 from ..verifying.hybrids import layer_kinds
 from ..verifying.verifier import TargetEntries, Verifier
@@ -22,6 +22,8 @@ from .loaded import LoadedModel
 
 class GemmaAssistant(LoadedModel):
     """An assistant of a size of Gemma 4, as it is loaded by Transformers."""
+
+    reads_target = True
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         super().__init__(model, target)

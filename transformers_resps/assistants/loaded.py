@@ -7,12 +7,12 @@ from weakref import ref
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..drafting import LevelSource
 from ..heads.identity import parameter_fingerprint, target_identity
-from ..heads.source import DraftSource
 from ..tree import TreeShape
 
 
-class LoadedModel(DraftSource):
+class LoadedModel(LevelSource):
     """A source that is kept for a model as long as the model lives, and does not keep it alive.
 
     Args:
@@ -38,10 +38,6 @@ class LoadedModel(DraftSource):
     @property
     def own_modules(self) -> list[nn.Module]:
         return [self.model]
-
-    @property
-    def feature_layers(self) -> list[int]:
-        return []
 
     @property
     def default_shape(self) -> TreeShape:

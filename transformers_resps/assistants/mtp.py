@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
+from ..drafting import Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
-from ..heads.source import Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..hub.checkpoint import HUB, CheckpointFiles
 from ..hub.upload import plain_card
 from ..tree import TreeShape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import TrainableSource
+from ..drafting import TrainableSource
 from .preparation import Example
 
 

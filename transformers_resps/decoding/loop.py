@@ -4,21 +4,20 @@ One `TreeDecoding` lives for one call of `generate`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..drafting.mixed_drafter import DraftPart, drafter_of
+from ..drafting.drafter import Committed, Drafter
 from ..drafting.prompt_lookup import LookupDrafter
 from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
 from ..verifying.forward import Features, wait_for
 from ..verifying.returned import EndedRow
-from ..verifying.rows import leading_pads
 from ..verifying.verifier import Verifier
 from .acceptance import Acceptance, Picks, accept_batch, read_picks
 from .proposal import Proposal, Proposer
@@ -59,14 +58,11 @@ class TreeDecoding:
 
     Args:
         verifier: the target's side, open.
-        parts: what drafts; empty to draft by lookup alone.
+        drafter: `None` to draft by lookup alone.
+        lookup: drafts beside it.
         policy: decides.
         batch: starts as the prompts and gains the answers.
-        attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
-            the batch may lack.
         max_length: positions a text may reach.
-        sources: tokens that lookup reads before each row's text; see `LookupDrafter`.
-        never_drafted: tokens that lookup does not propose.
         keeps_ended: keep what the target has read of rows that end before the others.
         clock: seconds; tests pass a fake one.
 
@@ -77,29 +73,18 @@ class TreeDecoding:
     def __init__(
         self,
         verifier: Verifier,
-        parts: Sequence[DraftPart],
+        drafter: Drafter | None,
+        lookup: LookupDrafter,
         policy: Policy,
         batch: Batch,
         *,
-        attention_mask: Tensor | None,
         max_length: int,
-        sources: list[list[int]] | None = None,
-        never_drafted: frozenset[int] = frozenset(),
         keeps_ended: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._verifier, self.policy, self.batch = verifier, policy, batch
-        unread = len(batch) * max(batch.length - verifier.length, 1)
-        if parts and not policy.wants_head(len(batch), unread, max_length - batch.shortest):
-            parts = ()
         self.report = SpeculationReport(batch_size=len(batch))
-        known = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - batch.length :]
-        pads = [0] * len(batch) if known is None or not batch.length else leading_pads(known)
-        self._reads_features = any(part.model.reads_features for part in parts)
-        # Features begin after cached positions, whose own are gone, and where tokens are known.
-        paired = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
-        drafter = drafter_of(parts, verifier, len(batch), paired_mask=paired, text_mask=known)
-        lookup = LookupDrafter(pads, sources=sources, never_drafted=never_drafted)
+        self._reads_features = drafter is not None and bool(drafter.feature_layers)
         self._proposer = Proposer(policy, drafter, batch, lookup, paths_cost=verifier.paths_cost)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
@@ -119,7 +104,7 @@ class TreeDecoding:
         self._leave_out_compiling()
         acceptance = self._accept(proposal.tree, logits[:, -1:], picks)
         if not self.batch.finished:
-            self._read_prompt(features)
+            self._read_prompt(logits[:, -1:], features)
         self._drop_finished()
         self._record(proposal, acceptance)
 
@@ -138,20 +123,20 @@ class TreeDecoding:
             interrupted.callback(self._keep_reached, reached)
             acceptance = self._accept(tree, logits, picks, reached)
             interrupted.pop_all()
-        self._keep(acceptance, features)
+        self._keep(tree, logits, acceptance, features)
         self._drop_finished()
         record = self._record(proposal, acceptance)
         self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
-    def _read_prompt(self, features: list[Features]) -> None:
+    def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
         """All that draft read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         self._clock.lap("rest")
         states = None
         if self._reads_features:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
             states = states[:, -self.batch.length :]  # the tokens of embeddings are not known
-        self._proposer.observe(self.batch.input_ids, states)
+        self._proposer.update(logits, 0, Committed(self.batch.input_ids, states))
         self._proposer.read_prompt()
         if states is not None:
             wait_for(states)
@@ -196,7 +181,7 @@ class TreeDecoding:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
-    def _keep(self, acceptance: Acceptance, features: Features) -> None:
+    def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to what drafts."""
         path = acceptance.path
         if self._verifier.reads_paths:
@@ -211,7 +196,8 @@ class TreeDecoding:
                 states = states[:, : path.shape[1]]
             else:
                 states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        self._proposer.observe(acceptance.tokens, states, acceptance.picks)
+        matches = max(acceptance.counts) - 1
+        self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
 
     def _keep_ended(self) -> None:
         """Keep what the target has read of the rows that have ended now, before they are dropped or read on."""

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..drafting.drafter import Drafter
+from ..drafting.drafter import Committed, Drafter, DraftRequest
 from ..drafting.level_drafter import MAX_UNREAD
 from ..drafting.prompt_lookup import LookupDrafter, mean_accept_probs
-from ..policies.base import Observation, Policy, choose_shape, count_nodes
+from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, wants_level
 from ..telemetry import Proposed
 from ..tree import FIRST, SECOND, CandidatePool, DraftTree, TreeShape
 
@@ -26,6 +26,9 @@ class Rows(Protocol):
 
     @property
     def row_weights(self) -> Sequence[float]: ...
+
+    @property
+    def input_ids(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +91,17 @@ class Proposer:
         self._paths_cost = paths_cost
         self._newest_features: Tensor | None = None  # [b, F]
 
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        """Tell all that draft of newly committed tokens; see `Drafter.observe`."""
+    def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
+        """Tell all that draft what was kept; see `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
-                drafter.observe(tokens, features, rows)
-        self._newest_features = None if features is None else features[:, -1]
+                text = self._text(drafter, committed.tokens[:, -1])
+                drafter.update_candidate_strategy(text, scores, num_matches, committed)
+        self._newest_features = None if committed.features is None else committed.features[:, -1]
+
+    def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
+        """What a drafter gets of the text: to join all of it would take time in every step."""
+        return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
         """Seconds of compiling drafts since they were last taken."""
@@ -150,14 +156,14 @@ class Proposer:
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
         )
         is_ragged = observation.row_accept_probs is not None
-        pool, looked_up = self._draft(shape), 0
+        pool, looked_up = self._draft(root, shape), 0
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
         tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:
-            chains = self._lookup.draft(shape, self._policy)
+            chains = self._lookup.get_candidates(root[:, None], self._request(shape))
             looked_up = chains.tokens.shape[1]
             tree = tree.with_pool(chains) if looked_up else tree
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
@@ -187,11 +193,19 @@ class Proposer:
         if self._drafter is not None:
             self._drafter.keep_rows(rows)
 
-    def _draft(self, shape: TreeShape) -> CandidatePool | None:
+    def _request(self, shape: TreeShape) -> DraftRequest:
+        policy = self._policy
+
+        def goes_on(depth: int, scores: Tensor) -> bool:
+            return wants_level(policy, Level(depth, scores))
+
+        return DraftRequest(shape, goes_on if policy.grows else None, policy.least_lookup_prob)
+
+    def _draft(self, root: Tensor, shape: TreeShape) -> CandidatePool | None:
         if self._drafter is None:
             return None
         if shape.asks_head:
-            return self._drafter.draft(shape, self._policy)
+            return self._drafter.get_candidates(self._text(self._drafter, root), self._request(shape))
         self._drafter.read(at_least=MAX_UNREAD)
         return None
 

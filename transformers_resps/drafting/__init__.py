@@ -1,1 +1,24 @@
-"""Who proposes tokens: the interface of all drafters, a head's pool, and lookup in the text so far."""
+"""Who proposes tokens: the source that a user passes, the drafter of one call, and what sources of levels share."""
+
+from .cache import DraftCache
+from .drafter import Committed, Drafter, DraftRequest
+from .source import DraftCall, DraftSource, LevelSource, TrainableSource
+from .step_model import Entries, Places, StepModel, TrainableModel, Wanted, at_wanted
+
+
+__all__ = [
+    "Committed",
+    "DraftCache",
+    "DraftCall",
+    "DraftRequest",
+    "DraftSource",
+    "Drafter",
+    "Entries",
+    "LevelSource",
+    "Places",
+    "StepModel",
+    "TrainableModel",
+    "TrainableSource",
+    "Wanted",
+    "at_wanted",
+]

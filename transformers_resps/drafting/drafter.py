@@ -1,51 +1,149 @@
-"""The one interface between the step loop and all that drafts."""
+"""What proposes in one call: a candidate generator of Transformers' own type, which knows trees, too."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
+import torch
 from torch import Tensor
+from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..policies.base import Policy
 from ..tree import CandidatePool, DraftTree, TreeShape
 
 
-class Drafter(ABC):
-    """Drafts candidate pools for the rows of one call, from the tokens that were committed.
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What a step asks for.
 
     Attributes:
+        shape: up to `depth` levels, at least one, of `top_k` children per node; of a lookup up to `lookup` nodes.
+        goes_on: whether to draft another level, by the levels drafted and the scores `[b, k]` of the nodes that would
+            get children; `None` drafts all of them.
+        least_prob: a chain ends before a node that is accepted with less.
+    """
+
+    shape: TreeShape
+    goes_on: Callable[[int, Tensor], bool] | None = None
+    least_prob: float = 0.0
+
+
+class Committed(NamedTuple):
+    """Tokens that the text has gained, at first the prompt and the target's pick after it.
+
+    Attributes:
+        tokens: `[b, t]`. A row that gained fewer repeats its last.
+        features: `[b, t, F]` of the position before each token, of the prompt one less; `None` where no drafter reads
+            features.
+        rows: the tokens that each row gained, on the host; `None` where all rows gained t.
+        tree: in which they were drafted; `None` for the prompt.
+    """
+
+    tokens: Tensor
+    features: Tensor | None = None
+    rows: Sequence[Sequence[int]] | None = None
+    tree: DraftTree | None = None
+
+
+class Drafter(CandidateGenerator, ABC):
+    """Drafts for the rows of one call.
+
+    Our loop asks it for the nodes of a tree, Transformers' assisted decoding for a chain: its best path. A subclass
+    writes `draft` and `observe`.
+
+    Attributes:
+        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
+        reads_text: whether it wants the whole text with each request; others get the newest token alone.
         proposable_tokens: how many tokens it can propose after a node.
         most_levels: how many levels it can draft; `None` for any number.
         built_tree: of all nodes that the newest draft was asked for; `None` where it gave the pool alone.
+        chain_length: tokens of a chain, where Transformers' loop asks.
     """
 
+    feature_layers: Sequence[int] = ()
+    reads_text: bool = False
     proposable_tokens: int
     most_levels: int | None = None
     built_tree: DraftTree | None = None
+    chain_length: int = 5
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # of Transformers' loop
+    _told = 0  # tokens that Transformers' loop has shown
+
+    @property
+    def requires_model_outputs(self) -> bool:  # type: ignore[override]
+        """Asked by Transformers' loop."""
+        return bool(self.feature_layers)
 
     @abstractmethod
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
+        """The nodes below the newest token of `[b, s]`; see `get_candidates`."""
+
+    @abstractmethod
+    def observe(self, committed: Committed) -> None:
+        """Take in what the text has gained."""
+
+    @overload
+    def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...
+
+    @overload
+    def get_candidates(
+        self, input_ids: Tensor, request: None = None, *, model_outputs: Any = None, **kwargs: Any
+    ) -> tuple[torch.LongTensor, Any]: ...
+
+    def get_candidates(
+        self, input_ids: Tensor, request: DraftRequest | None = None, *, model_outputs: Any = None, **kwargs: Any
+    ) -> CandidatePool | tuple[torch.LongTensor, Any]:
+        """Propose what follows.
+
+        Args:
+            input_ids: `[b, s]` the text, or its newest token where the drafter does not want more.
+            request: of our loop; `None` asks for a chain, as Transformers does.
+            model_outputs: of the newest forward in Transformers' loop, with hidden states.
+            kwargs: what else Transformers tells.
+
+        Returns:
+            The nodes of a tree; or the text with a chain after it `[1, s + c]`, and no logits.
+        """
+        if request is not None:
+            return self.draft(input_ids, request)
+        if self.feature_layers and model_outputs is None:  # before the prompt is read
+            return cast(torch.LongTensor, input_ids), None
+        tokens = input_ids[:, self._told :]
+        self.observe(Committed(tokens, self._features(model_outputs, tokens.shape[1])))
+        self._told = input_ids.shape[1]
+        depth = min(self.chain_length, self.most_levels or self.chain_length)
+        pool = self.draft(input_ids, DraftRequest(TreeShape(depth + 1, depth, 1, lookup=depth))).on_host()
+        chain = input_ids.new_tensor([_best_path(pool)], dtype=torch.long)
+        return cast(torch.LongTensor, torch.cat([input_ids, chain], dim=1)), None
+
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Take in newly committed tokens, at first the prompt's and the target's pick after it.
+        """Learn what became of the newest candidates.
 
         Args:
-            tokens: `[b, t]`. A row that gained fewer repeats its last.
-            features: `[b, t, F]` of the position before each token, of the prompt one less; `None` where no drafter
-                reads features.
-            rows: the tokens that each row gained, on the host; `None` where all rows gained t.
+            input_ids: `[b, s]` as in `get_candidates`.
+            scores: `[b, n, v]` the target's logits, after the root and after each node.
+            num_matches: candidates that were kept, of the row that kept most.
+            committed: of our loop. Transformers' shows the tokens when it asks for the next chain.
         """
+        if committed is not None:
+            self.observe(committed)
 
-    @abstractmethod
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
-        """Draft candidates below the newest token.
-
-        Args:
-            shape: up to `depth` levels, at least one, of `top_k` children per node.
-            policy: asked after every level whether to go on.
-        """
+    def _features(self, outputs: Any, count: int) -> Tensor | None:
+        """Of the position before each of the last `count` tokens, `[1, t, F]`."""
+        if not self.feature_layers:
+            return None
+        states = outputs.hidden_states
+        if max(self.feature_layers) >= len(states) - 1:
+            raise ValueError(
+                f"The drafter reads hidden state {max(self.feature_layers)} before the final norm, which no "
+                "loop of Transformers gives. Pass the source to `generate` of an attached model."
+            )
+        return torch.cat([states[layer][:, :count] for layer in self.feature_layers], dim=-1)
 
     def read(self, at_least: int = 1) -> None:
-        """Process what was observed, if at least so many tokens wait; `draft` does so by itself."""
+        """Process what was observed, if at least so many tokens wait; a draft does so by itself."""
         return None
 
     def take_compile_seconds(self) -> float:
@@ -55,3 +153,16 @@ class Drafter(ABC):
     @abstractmethod
     def keep_rows(self, rows: list[int]) -> None:
         """Draft for these rows only, from now on."""
+
+
+def _best_path(pool: CandidatePool) -> list[int]:
+    """Tokens from the root to the likeliest of the deepest nodes that may be right."""
+    tokens, parents, scores = (part[0].tolist() for part in (pool.tokens, pool.parents, pool.scores))
+    levels = pool.levels.tolist()
+    possible = [place for place, score in enumerate(scores) if score > -torch.inf]
+    node = max(possible, key=lambda place: (levels[place], scores[place]), default=-1)
+    path = list[int]()
+    while node >= 0:
+        path.insert(0, tokens[node])
+        node = parents[node]
+    return path

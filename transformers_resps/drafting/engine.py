@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
-from ..heads import DraftCache, DraftSource, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
+from .cache import DraftCache
 from .levels import LEAST_TOKENS, DraftFunction, LevelForward, PassFunction, PassInputs
 from .pool_growth import Frontier, Growth, RunLevel
+from .step_model import StepModel
 
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
@@ -182,13 +183,13 @@ class DraftEngines:
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
         self._make = make
-        self._engines: WeakKeyDictionary[DraftSource, DraftEngine] = WeakKeyDictionary()
+        self._engines: WeakKeyDictionary[object, DraftEngine] = WeakKeyDictionary()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["DraftEngines"], tuple[()]]:
         return DraftEngines, ()
 
-    def borrow(self, source: DraftSource, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
+    def borrow(self, source: object, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
         """Lend the engine of a source that drafts as `model`; nothing while another call uses it, or where the model
         cannot run as compiled code, or its angles of positions depend on the text's length.
         """

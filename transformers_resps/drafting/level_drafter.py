@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads import DraftCache, Entries, Places, StepModel
-from ..policies.base import Level, Policy, wants_level
 from ..tree import CandidatePool, TreeShape
 from ..verifying.rows import SlotMap
-from .drafter import Drafter
+from .cache import DraftCache
+from .drafter import Committed, Drafter, DraftRequest
 from .engine import DraftEngine
 from .levels import LEAST_TOKENS, DepthForward, LevelForward, PassInputs, at_positions
 from .pool_growth import RunLevel, first_level, grow_pool, sprout
+from .step_model import Entries, Places, StepModel
 
 
 MAX_UNREAD = 64  # tokens: their features weigh more than the keys, and one draft would have to read them all
@@ -55,6 +55,7 @@ class LevelDrafter(Drafter):
             gets, or all tokens; `None` when there is none.
         engine: lent to this call; `None` drafts level by level, without compiled code.
         target_entries: what a model with `reads_target` attends to below the newest token.
+        feature_layers: see `Drafter`.
     """
 
     def __init__(
@@ -64,8 +65,11 @@ class LevelDrafter(Drafter):
         prompt_mask: Tensor | None,
         engine: DraftEngine | None = None,
         target_entries: Callable[[], Entries] | None = None,
+        *,
+        feature_layers: Sequence[int] = (),
     ) -> None:
         self._model, self._engine, self._target_entries = model, engine, target_entries
+        self.feature_layers = feature_layers
         self.proposable_tokens = model.proposable_tokens
         self.most_levels = model.depths if model.depths > 1 else None
         self._device, self._dtype, self._rows = model.device, model.dtype, batch_size
@@ -83,12 +87,11 @@ class LevelDrafter(Drafter):
         self._carried: list[Tensor] = []  # [b, 1, h] of each depth, what the next one pairs the next token with
         self._target: Entries | None = None  # what `target_entries` gave since the newest token was observed
 
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, committed: Committed) -> None:
         """As `Drafter.observe`. They are read when a draft needs them or enough of them wait, so plain steps cost the
         model almost nothing.
         """
+        tokens, features, rows, _ = committed
         if not self._model.reads_features:
             features = None
         elif features is not None:
@@ -110,20 +113,17 @@ class LevelDrafter(Drafter):
         self._cache.keep_rows(order)
         self._target = None
 
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         """As `Drafter.draft`, by one launch or level by level; see `grow_pool`."""
+        shape, goes_on = request.shape, request.goes_on
         # What ranks lower in its level is never kept
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
         depth = min(shape.depth, self.most_levels or shape.depth)
-        if self._engine is not None and self._engine.captures and not policy.grows:
+        if self._engine is not None and self._engine.captures and goes_on is None:
             pool = self._draft_at_once(self._engine, TreeShape(shape.total_tokens, depth, top_k))
             if pool is not None:
                 return pool
         self.built_tree = None
-
-        def goes_on(depth: int, scores: Tensor) -> bool:
-            return not policy.grows or wants_level(policy, Level(depth, scores))
-
         ahead, children = self._read(ahead=max(depth - 1, 1), top_k=top_k)
         if children is None:
             first = sprout(self._model, self._newest, top_k, depth == 1, *self._carried[:1])

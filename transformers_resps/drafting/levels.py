@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads import DraftCache, Entries, Places, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
+from .cache import DraftCache
 from .pool_growth import Frontier, Growth, branch, grow_pool, sprout
+from .step_model import Entries, Places, StepModel
 
 
 def at_positions(places: Places, wanted: slice) -> Places:

@@ -1,87 +1,55 @@
-"""What drafts in one call: the drafter of one source, or of several whose nodes compete for the places of one tree."""
+"""Several drafters whose nodes compete for the places of one tree."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..heads import DraftSource, StepModel
-from ..policies.base import Policy
-from ..tree import CandidatePool, TreeShape
-from ..verifying.verifier import Verifier
-from .drafter import Drafter
-from .engine import DraftEngine
-from .level_drafter import LevelDrafter
+from ..tree import CandidatePool
+from .drafter import Committed, Drafter, DraftRequest
 
 
-class DraftPart(NamedTuple):
-    """One source as it drafts in a call.
-
-    Attributes:
-        source: what the user passed.
-        model: the source, bound to the target.
-        engine: lent to the call; `None` drafts without compiled code.
-    """
-
-    source: DraftSource
-    model: StepModel
-    engine: DraftEngine | None = None
-
-
-def drafter_of(
-    parts: Sequence[DraftPart],
-    verifier: Verifier,
-    rows: int,
-    *,
-    paired_mask: Tensor | None = None,
-    text_mask: Tensor | None = None,
-) -> Drafter | None:
-    """What drafts for so many rows; `None` without parts.
-
-    Args:
-        parts: in the order in which they are asked.
-        verifier: of the call.
-        rows: decoded together.
-        paired_mask: `[b, s]`, 0 where the prompt is padding, of the positions whose features are known.
-        text_mask: likewise of those whose tokens are known.
-    """
-    drafters = []
-    for _, model, engine in parts:
-        entries = partial(model.target_entries, verifier) if model.reads_target else None
-        mask = paired_mask if model.reads_features else text_mask
-        drafters.append(LevelDrafter(model, rows, mask, engine, entries))
-    if len(parts) < 2:
+def together(drafters: Sequence[Drafter]) -> Drafter | None:
+    """One for all, which are asked in their order; `None` for none."""
+    if len(drafters) < 2:
         return drafters[0] if drafters else None
-    return MixedDrafter(drafters, [part.source.feature_layers for part in parts])
+    return MixedDrafter(drafters)
 
 
 class MixedDrafter(Drafter):
     """Merges what several drafters propose below the same roots; see `CandidatePool.merged`.
 
     Args:
-        drafters: at least two.
-        feature_layers: of each, the layers that it reads; all that it is shown are of all of them, in their order.
+        drafters: at least two. What they are shown has the features of all layers that any of them reads.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], feature_layers: Sequence[Sequence[int]]) -> None:
-        self._drafters, self._reads = drafters, feature_layers
-        self._layers = sorted({layer for layers in feature_layers for layer in layers})
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self._drafters = drafters
+        self.feature_layers = sorted({layer for drafter in drafters for layer in drafter.feature_layers})
+        self.reads_text = any(drafter.reads_text for drafter in drafters)
         self.proposable_tokens = max(drafter.proposable_tokens for drafter in drafters)
 
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        states = () if features is None else features.chunk(len(self._layers), dim=-1)
-        known = dict(zip(self._layers, states, strict=features is not None))
-        for drafter, layers in zip(self._drafters, self._reads, strict=True):
-            own = torch.cat([known[layer] for layer in layers], dim=-1) if layers else None
-            drafter.observe(tokens, own, rows)
+    def observe(self, committed: Committed) -> None:
+        for drafter, own in zip(self._drafters, self._apart(committed), strict=True):
+            drafter.observe(own)
 
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
+    ) -> None:
+        parts = [None] * len(self._drafters) if committed is None else self._apart(committed)
+        for drafter, own in zip(self._drafters, parts, strict=True):
+            drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
+
+    def _apart(self, committed: Committed) -> Sequence[Committed]:
+        """For each drafter, with the features that it reads."""
+        states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
+        known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
+        read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]
+        return [committed._replace(features=torch.cat(own, dim=-1) if own else None) for own in read]
+
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         """As `Drafter.draft`, on the host."""
-        return CandidatePool.merged([drafter.draft(shape, policy).on_host() for drafter in self._drafters])
+        return CandidatePool.merged([drafter.draft(input_ids, request).on_host() for drafter in self._drafters])
 
     def read(self, at_least: int = 1) -> None:
         for drafter in self._drafters:

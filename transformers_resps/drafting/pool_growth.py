@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import StepModel
 from ..tree import CandidatePool
+from .step_model import StepModel
 
 
 class Frontier(NamedTuple):
@@ -55,7 +55,7 @@ def grow_pool(
     first: Growth,
     depth: int,
     run: RunLevel,
-    goes_on: Callable[[int, Tensor], bool] = lambda depth, scores: True,
+    goes_on: Callable[[int, Tensor], bool] | None = None,
 ) -> CandidatePool:
     """The `first` level and those that `run` drafts after it, up to `depth` in all.
 
@@ -65,7 +65,7 @@ def grow_pool(
     children are candidates.
     """
     levels, frontier = [first], first.frontier
-    while frontier is not None and len(levels) < depth and goes_on(len(levels), frontier.scores):
+    while frontier is not None and len(levels) < depth and (goes_on is None or goes_on(len(levels), frontier.scores)):
         levels.append(run(frontier, len(levels), len(levels) + 1 == depth))
         frontier = levels[-1].frontier
     return _joined(levels)

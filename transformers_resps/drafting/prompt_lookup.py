@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile, zip_longest
 from operator import mul
+from typing import Any
 
 from torch import Tensor
 
-from ..policies.base import Policy
 from ..tree import CandidatePool, TreeShape
-from .drafter import Drafter
+from ..verifying.rows import leading_pads
+from .drafter import Committed, Drafter, DraftRequest
+from .source import DraftCall, DraftSource
 
 
 LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
@@ -78,11 +80,15 @@ class SuffixIndex:
 
 
 class TrackRecord:
-    """How often the next token of a match was right, by class of match length. Recent outcomes weigh more."""
+    """How often the next token of a match was right, by class of match length. Recent outcomes weigh more.
 
-    def __init__(self) -> None:
-        self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR]
-        self._tried = [_PRIOR_WEIGHT] * len(_PRIOR)
+    Args:
+        prior: the share in each class before anything is known.
+    """
+
+    def __init__(self, prior: Sequence[float] = _PRIOR) -> None:
+        self._right = [rate * _PRIOR_WEIGHT for rate in prior]
+        self._tried = [_PRIOR_WEIGHT] * len(prior)
 
     def rates(self, length: int) -> list[float]:
         """Probabilities that the token after a match of `length` is right, or one of one more, and so on."""
@@ -141,7 +147,7 @@ class LookupDrafter(Drafter):
 
     Args:
         pads: padding tokens before each row's prompt.
-        sources: what each row's text is written from, such as the encoder's tokens, read before the text: a match may
+        origins: what each row's text is written from, such as the encoder's tokens, read before the text: a match may
             lie there. `None` for nothing.
         never_drafted: see `Lookup`.
     """
@@ -153,27 +159,25 @@ class LookupDrafter(Drafter):
         self,
         pads: list[int],
         *,
-        sources: list[list[int]] | None = None,
+        origins: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:
         self._lookups = [Lookup(never_drafted) for _ in pads]
         self._pads = pads
-        self._sources = [[] for _ in pads] if sources is None else sources
+        self._origins = [[] for _ in pads] if origins is None else origins
         self._unread: list[Tensor | Sequence[Sequence[int]]] = []
         self._matches: list[Match] | None = None
 
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        self._unread.append(tokens if rows is None else rows)
+    def observe(self, committed: Committed) -> None:
+        self._unread.append(committed.tokens if committed.rows is None else committed.rows)
         self._matches = None
 
     def read(self, at_least: int = 1) -> None:
         for part in self._unread:
             found: Sequence[Sequence[int]] = part.tolist() if isinstance(part, Tensor) else part
-            rows = zip(self._lookups, self._pads, self._sources, found, strict=True)
-            for lookup, pads, source, tokens in rows:
-                lookup.extend(tokens if lookup.length else [*source, *tokens[pads:]])
+            rows = zip(self._lookups, self._pads, self._origins, found, strict=True)
+            for lookup, pads, origin, tokens in rows:
+                lookup.extend(tokens if lookup.length else [*origin, *tokens[pads:]])
         self._unread.clear()
 
     @property
@@ -184,10 +188,10 @@ class LookupDrafter(Drafter):
             self._matches = [lookup.match() for lookup in self._lookups]
         return self._matches
 
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
-        """A chain of at most `shape.lookup` nodes of each row, on the host; see `CandidatePool.from_chains`."""
-        found, least = self.matches, policy.least_lookup_prob
-        probs = [[prob for prob in one.prefix_accept_probs[: shape.lookup] if prob >= least] for one in found]
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
+        """A chain of at most `lookup` nodes of each row, on the host; see `CandidatePool.from_chains`."""
+        found, most, least = self.matches, request.shape.lookup, request.least_prob
+        probs = [[prob for prob in one.prefix_accept_probs[:most] if prob >= least] for one in found]
         chains = [one.tokens[: len(kept)] for one, kept in zip(found, probs, strict=True)]
         return CandidatePool.from_chains(chains, probs)
 
@@ -195,8 +199,26 @@ class LookupDrafter(Drafter):
         self.read()
         self._lookups = [self._lookups[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
-        self._sources = [self._sources[row] for row in rows]
+        self._origins = [self._origins[row] for row in rows]
         self._matches = None
+
+
+class PromptLookup(DraftSource):
+    """The text so far as a source, which every call has."""
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(1, 0, 1, lookup=LONGEST_DRAFT)
+
+    def fingerprint(self) -> str:
+        return "0" * 16
+
+    def identity(self) -> dict[str, Any]:
+        return {"name_or_path": "prompt lookup"}
+
+    def drafter(self, call: DraftCall) -> LookupDrafter:
+        pads = [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask)
+        return LookupDrafter(pads, origins=call.origins, never_drafted=call.never_drafted)
 
 
 def mean_accept_probs(matches: Sequence[Match], row_weights: Sequence[float]) -> list[float]:

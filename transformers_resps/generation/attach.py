@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
-from ..heads import DraftSource
+from ..drafting import DraftSource
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
@@ -67,7 +67,7 @@ def attach(
             f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
     for source in defaults.loaded(functools.partial(Assistants().load, target, as_source=defaults.asks_trees)).sources:
-        source.check_target(target)
+        source.prepare(target)
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
         cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults

@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..heads import DraftSource
+from ..drafting import DraftSource
 from ..policies.base import Policy
 from .request import CONFIG_KEYWORDS, USE_MTP, Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate

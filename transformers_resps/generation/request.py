@@ -5,7 +5,7 @@ checked before any work.
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -18,12 +18,14 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..assistants import CausalDrafter, GemmaAssistant, MtpHead
 from ..compat import load_model, unwrapped
+from ..drafting import DraftSource
 from ..drafting.engine import DraftEngines
-from ..drafting.mixed_drafter import DraftPart
-from ..heads import DraftHead, DraftSource, pair_identity
+from ..drafting.foreign import ForeignSource
+from ..heads import DraftHead, pair_identity
 from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
@@ -120,7 +122,7 @@ class Keywords:
         if isinstance(self.assistant_model, list | tuple) and not self.assistants:
             raise ValueError("`assistant_model` is an empty list. Leave it out to draft by lookup alone.")
         for given in self.assistants:
-            if not (is_name(given) or isinstance(given, Module | DraftSource)):
+            if not (is_name(given) or isinstance(given, Module | DraftSource | CandidateGenerator)):
                 raise ValueError(
                     f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
                     f"{_instead_of_assistant(given)}"
@@ -241,7 +243,7 @@ class Assistants:
 
     def __init__(self) -> None:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
-        self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
+        self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
         """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
@@ -255,6 +257,8 @@ class Assistants:
                 self._named[key] = load_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
+        if isinstance(model, CandidateGenerator):
+            return self._sources.setdefault(model, ForeignSource(model))
         if not as_source or isinstance(model, DraftSource):
             return assistant
         if not isinstance(model, PreTrainedModel):
@@ -403,7 +407,7 @@ class Request:
     Attributes:
         assistant_model: an assistant of Transformers' own, for stock `generate`; `None` for a call of ours.
         policy: decides; `None` for a stock call.
-        parts: what drafts; empty to draft by lookup alone.
+        sources: what drafts; empty to draft by lookup alone.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
         invariant: whether the text is to be the same in any dtype, whatever drafts.
@@ -411,7 +415,7 @@ class Request:
 
     assistant_model: Any = None
     policy: Policy | None = None
-    parts: tuple[DraftPart, ...] = ()
+    sources: tuple[DraftSource, ...] = ()
     lockstep: bool | None = None
     compile: CompileChoice | None = None
     invariant: bool = False
@@ -461,7 +465,7 @@ class Request:
         for source in sources:
             for module in source.own_modules:
                 check_draws(module)
-        parts = tuple(DraftPart(source, source.bind(model)) for source in sources)
+        _prepare(sources, model, stack)
         if policy is None:
             policy = FixedPolicy(sources[0].default_shape)
         elif not isinstance(policy, Policy):
@@ -480,7 +484,14 @@ class Request:
             policy.check_identity(**pair_identity(model, sources[0] if sources else None))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
-        return cls(None, policy, parts, keywords.lockstep, keywords.compile, bool(keywords.invariant))
+        return cls(None, policy, tuple(sources), keywords.lockstep, keywords.compile, bool(keywords.invariant))
+
+
+def _prepare(sources: Sequence[DraftSource], target: PreTrainedModel, stack: ExitStack) -> None:
+    for source in sources:
+        source.prepare(target)
+    if any(source.calls_generate for source in sources):
+        stack.enter_context(SpeculationDefaults.suspended())
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:

@@ -25,7 +25,9 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..heads import DraftSource
+from ..drafting import DraftCall, Drafter, DraftSource
+from ..drafting.mixed_drafter import together
+from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
 from ..verifying.forward import (
@@ -135,20 +137,14 @@ def _decode(
         _verifier(target, state, request, inputs) as verifier,
         ExitStack() as lent,
     ):
-        parts = request.parts
-        if verifier.is_compiled:
-            engines = [state.draft_engines.borrow(part.source, part.model) for part in parts]
-            lent_to = zip(parts, engines, strict=True)
-            parts = tuple(part._replace(engine=lent.enter_context(own)) for part, own in lent_to)
+        drafter, lookup = _drafters(target, state, request, batch, inputs, verifier, lent)
         decoding = TreeDecoding(
             verifier,
-            parts,
+            drafter,
+            lookup,
             request.policy,
             batch,
-            attention_mask=inputs.attention_mask,
             max_length=inputs.max_length,
-            sources=inputs.sources(target),
-            never_drafted=inputs.never_drafted(target),
             keeps_ended=inputs.makes_cache,
         )
         verifier.gives_back = inputs.cache_is_read
@@ -166,6 +162,37 @@ def _decode(
     decoding.report.reason = request.policy.explain(decoding.report.steps)
     state.slot_engine.note(decoding.report.seconds)
     return decoding, unread
+
+
+def _drafters(
+    target: PreTrainedModel,
+    state: SpeculationState,
+    request: Request,
+    batch: Batch,
+    inputs: "GenerateInputs",
+    verifier: Verifier,
+    ends: ExitStack,
+) -> tuple[Drafter | None, LookupDrafter]:
+    """What drafts in this call, and the lookup beside it."""
+    sources, mask = request.sources, inputs.attention_mask
+    unread = len(batch) * max(batch.length - verifier.length, 1)
+    assert request.policy is not None
+    if sources and not request.policy.wants_head(len(batch), unread, inputs.max_length - batch.shortest):
+        sources = ()
+    call = DraftCall(
+        target,
+        verifier,
+        len(batch),
+        # the mask counts what the cache holds, of which the batch may know nothing
+        text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
+        # features begin after cached positions, whose own are gone, and where tokens are known
+        paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
+        origins=inputs.sources(target),
+        never_drafted=inputs.never_drafted(target),
+        engines=state.draft_engines if verifier.is_compiled else None,
+        ends=ends,
+    )
+    return together([source.drafter(call) for source in sources]), PromptLookup().drafter(call)
 
 
 def _returned_cache(
@@ -193,8 +220,8 @@ def _reader(
     Stock, too, where a decoder's prompt could hold more: EXAONE 4.5 reads other positions than it is given.
     """
     kwargs, config = inputs.model_kwargs, target.config
-    read = [part.model for part in request.parts if part.model.reads_features]
-    if skips_positions(target) and not all(model.reads_target for model in read):
+    reading = [source for source in request.sources if source.feature_layers]
+    if skips_positions(target) and not all(source.reads_target for source in reading):
         kwargs = kwargs | {"logits_to_keep": torch.tensor([-1])}  # a number skips the features, too
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     if not inputs.hold_more_than_tokens and (not may_hold_more or is_compiled(target)):
@@ -455,7 +482,7 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    forward = inputs.forward(target, [part.source for part in request.parts])
+    forward = inputs.forward(target, request.sources)
     given = inputs.position_ids, inputs.attention_mask
     if request.invariant:
         with _invariant_verifier(target, state, forward, given, compiles=bool(request.compile)) as verifier:

@@ -2,27 +2,17 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .cache import DraftCache
 from .config import DraftHeadConfig
 from .identity import parameter_fingerprint
 from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
-from .source import DraftSource, Entries, Places, StepModel, TrainableModel, TrainableSource, Wanted
 
 
 __all__ = [
     "Attend",
     "BoundHead",
-    "DraftCache",
     "DraftHead",
     "DraftHeadConfig",
-    "DraftSource",
-    "Entries",
-    "Places",
     "Rope",
-    "StepModel",
-    "TrainableModel",
-    "TrainableSource",
-    "Wanted",
     "pair_identity",
     "parameter_fingerprint",
 ]

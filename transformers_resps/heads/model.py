@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
+from ..drafting import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_is_model, target_identity
-from .source import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..drafting import DraftCache, StepModel
 from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool, sprout
-from ..heads import DraftCache, DraftHead, StepModel
+from ..heads import DraftHead
 from ..tree import CandidatePool
 from ..verifying.forward import FeatureTap
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..decoding.proposal import Proposal, Proposer
-from ..drafting.drafter import Drafter
+from ..drafting.drafter import Committed, Drafter, DraftRequest
 from ..drafting.prompt_lookup import LookupDrafter
-from ..policies.base import Level, Policy, wants_level
+from ..policies.base import Policy
 from ..policies.costs import CostModel
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool, TreeShape
+from ..tree import CandidatePool
 from .recorded_text import RecordedText
 
 
@@ -75,12 +75,14 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
     Raises:
         ValueError: no step can follow a decision of the policy.
     """
-    proposer = Proposer(policy, drafter, _OneRow(), LookupDrafter([0]))
+    unknown = text.features.new_empty(1, 1, 0)  # logits
+    proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0]))
     place = observed = step = 0
     while place < len(text):
         root, left = text.prompt_length + place, len(text) - place
         newest = slice(text.prompt_length + observed if step else 0, root + 1)
-        proposer.observe(text.input_ids[None, newest], text.features[None, observed : place + 1])
+        gained = Committed(text.input_ids[None, newest], text.features[None, observed : place + 1])
+        proposer.update(unknown, place - observed, gained)
         if step == 0:
             proposer.read_prompt()
         proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
@@ -93,6 +95,9 @@ class _OneRow:
     in_lockstep = True
     row_weights: Sequence[float] = (1.0,)
 
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids[None]
+
 
 class RecordedDrafter(Drafter):
     """Proposes the recorded pools of one text, position after position; it may observe that text's tokens only."""
@@ -101,17 +106,16 @@ class RecordedDrafter(Drafter):
         self._text, self._place = text, -1
         self.proposable_tokens = max(text.pools)
 
-    def observe(
-        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        assert features is not None
-        self._place += features.shape[1]
+    def observe(self, committed: Committed) -> None:
+        assert committed.features is not None
+        self._place += committed.features.shape[1]
 
     def keep_rows(self, rows: list[int]) -> None:
         raise NotImplementedError("A recorded text has one row.")
 
-    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         """The recorded pool, cut where the policy stops it; raises `ValueError` when none was recorded."""
+        shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool = self._text.pools.get(top_k)
         if pool is None or shape.depth > int(pool.levels[-1]):
@@ -122,7 +126,7 @@ class RecordedDrafter(Drafter):
         here = slice(self._place, self._place + 1)
         ends = pool.levels.bincount().cumsum(0).tolist()  # nodes of the first 0, 1, 2, ... levels
         levels, frontier = 1, pool.scores[here, : ends[1]]
-        while levels < shape.depth and (not policy.grows or wants_level(policy, Level(levels, frontier))):
+        while levels < shape.depth and (goes_on is None or goes_on(levels, frontier)):
             level = pool.scores[here, ends[levels] : ends[levels + 1]]
             frontier = level.topk(min(top_k, level.shape[1])).values
             levels += 1

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
+from ..drafting import DraftSource
 from ..generation.attach import attach, detach, detached
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
-from ..heads import DraftSource
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
 from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting.mixed_drafter import DraftPart, drafter_of
-from ..drafting.prompt_lookup import LookupDrafter
-from ..heads import DraftSource
-from ..policies.fixed import FixedPolicy
+from ..drafting import Committed, DraftCall, DraftRequest, DraftSource
+from ..drafting.prompt_lookup import PromptLookup
 from ..tree import DraftTree, TreeShape
 from ..verifying.verifier import TreeVerifier
 from .comparison import SAMPLED, ModelUnderTest
@@ -42,9 +40,8 @@ class DraftReader:
     """Computes what a target would draw and what its source, or prompt lookup without one, proposes."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
-        self._target = target
-        self._parts = [] if source is None else [DraftPart(source, source.bind(target))]
-        self._reads = ([], False) if source is None else (source.feature_layers, source.before_deepstack)
+        self._target, self._source = target, source or PromptLookup()
+        self._source.prepare(target)
 
     @torch.no_grad()
     def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
@@ -56,16 +53,17 @@ class DraftReader:
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
         """The first level below each token of `text` `[s + t]` from `start` on but the last, with probabilities."""
-        shape, policy = TreeShape(drafts + 1, 1, drafts, lookup=1), FixedPolicy(TreeShape.plain())
+        request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         found, read = [], 0
-        layers, before = self._reads
+        layers, before = self._source.feature_layers, self._source.before_deepstack
         with TreeVerifier.of(self._target, start, layers, before_deepstack=before) as verifier:
-            drafter = drafter_of(self._parts, verifier, 1) or LookupDrafter([0])
+            drafter = self._source.drafter(DraftCall(self._target, verifier))
             _, (features,) = verifier.prefill(text[None, :start], logits_to_keep=1)
             for place in range(start, len(text) - 1):
-                drafter.observe(text[None, read : place + 1], features.concatenated() if layers else None)
-                pool, read = drafter.draft(shape, policy), place + 1
+                states = features.concatenated() if layers else None
+                drafter.observe(Committed(text[None, read : place + 1], states))
+                pool, read = drafter.draft(text[None, : place + 1], request), place + 1
                 found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
                 _, features = verifier.verify(DraftTree.root_only(text[place : place + 1]))
                 verifier.keep(root, [[0]])

@@ -15,8 +15,8 @@ from transformers.utils.logging import tqdm
 
 from ..calibration import identity_of
 from ..compat import unwrapped
+from ..drafting import DraftSource
 from ..generation.request import AUTO, Assistants, Keywords
-from ..heads import DraftSource
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape
 from .comparison import (

@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from ..calibration import calibrate
 from ..data import training_prompts_of
+from ..drafting import DraftSource
 from ..generation.attach import attach
-from ..heads import DraftSource, pair_identity
+from ..heads import pair_identity
 from ..policies.base import Policy
 from ..policies.costs import CostTable
 from ..policies.resps import ReSpSPolicy

@@ -21,9 +21,9 @@ from ..data import Conversation, Example, make_example, prepare_dataset, to_toke
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
+from ..drafting import TrainableModel, TrainableSource
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
-from ..heads import TrainableModel, TrainableSource
 from ..telemetry.display import moving
 from ..trainers.loading import load_processor, read_head
 from ..trainers.losses import unroll

@@ -23,9 +23,9 @@ from transformers.utils.logging import tqdm
 
 from ..calibration import device_name
 from ..data import to_tokens
+from ..drafting import DraftSource
 from ..generation.attach import attach
 from ..generation.request import SpeculationDefaults
-from ..heads import DraftSource
 from ..policies.auto import default_policy
 from ..policies.base import Level, Observation, Policy, PolicyWrapper
 from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving

@@ -11,9 +11,10 @@ import torch
 
 from ..compat import load_model
 from ..data import Conversation, load_conversations
+from ..drafting import DraftSource
 from ..generation.attach import attach
 from ..generation.request import Assistants
-from ..heads import DraftHead, DraftSource
+from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..drafting import DraftSource
 from ..generation.output import end_ids, sampling
 from ..generation.request import SpeculationDefaults
-from ..heads import DraftSource
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport

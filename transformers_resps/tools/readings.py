@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..assistants import MtpHead
-from ..heads import DraftHead, DraftHeadConfig, TrainableSource
+from ..drafting import TrainableSource
+from ..heads import DraftHead, DraftHeadConfig
 from ..heads.model import RotaryEmbedding
 
 

@@ -22,7 +22,8 @@ from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
-from ..heads import DraftHead, DraftHeadConfig, TrainableModel, TrainableSource
+from ..drafting import TrainableModel, TrainableSource
+from ..heads import DraftHead, DraftHeadConfig
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts

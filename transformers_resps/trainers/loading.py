@@ -21,8 +21,9 @@ from ..assistants import MtpHead
 from ..assistants.mtp_layouts import names_mtp
 from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
+from ..drafting import TrainableSource
 from ..generation.attach import attach
-from ..heads import DraftHead, DraftHeadConfig, TrainableSource, pair_identity
+from ..heads import DraftHead, DraftHeadConfig, pair_identity
 from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 

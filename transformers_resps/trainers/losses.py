@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads import Entries, TrainableModel, Wanted
+from ..drafting import Entries, TrainableModel, Wanted
 from ..verifying.prepacking import packed_linear
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..drafting import Committed, StepModel
 from ..drafting.level_drafter import LevelDrafter
-from ..heads import StepModel
 from ..policies.fixed import FixedPolicy
 from ..replay import RecordedText, ReplayedStep, decode_again
 from ..tree import TreeShape
@@ -39,7 +39,7 @@ def _decoded_again(model: StepModel, text: dict[str, Tensor], shape: TreeShape) 
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
     drafter = LevelDrafter(model, 1, None)
     if begins > 1:
-        drafter.observe(tokens[None, :begins], features[None, : begins - 1])
+        drafter.observe(Committed(tokens[None, :begins], features[None, : begins - 1]))
     known = RecordedText(tokens, begins, features[begins - 1 : len(tokens) - 2], {}, spare_room=shape.depth)
     return decode_again(known, FixedPolicy(replace(shape, lookup=0)), drafter)
 

@@ -77,6 +77,6 @@ MUTATIONS = (
         rejected_keys_stay,
         KEYS,
     ),
-    Mutation("entries that no token sees stay", "heads.cache:DraftCache.forget", entries_stay, WINDOWS),
+    Mutation("entries that no token sees stay", "drafting.cache:DraftCache.forget", entries_stay, WINDOWS),
     Mutation("padding stays where slots move", "verifying.rows:SlotMap.forget", padding_stays, WINDOWS),
 )

@@ -1,18 +1,12 @@
-"""What drafts for a target: the source that a user passes, and its passes as they run below one target.
-
-A `DraftSource` lives between calls: a draft head, MTP layers, an assistant, a small model. Bound to a target it is a
-`StepModel`, whose passes the drafter of one call runs over committed tokens and over the levels of trees.
-"""
+"""A source that goes level by level, as it runs below one target: passes over committed tokens, and over levels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.verifier import Verifier
 
@@ -198,91 +192,3 @@ class TrainableModel(StepModel):
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
         return self.normed_logits(self.normed(output, depth), depth)
-
-
-class DraftSource(ABC):
-    """What a user passes as `assistant_model` to draft trees; it lives between calls.
-
-    Attributes:
-        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
-        before_deepstack: whether these are read before image features are added to them.
-    """
-
-    before_deepstack: bool = False
-
-    @property
-    @abstractmethod
-    def feature_layers(self) -> list[int]: ...
-
-    @property
-    def own_modules(self) -> list[nn.Module]:
-        """The layers that are its own."""
-        return [self] if isinstance(self, nn.Module) else []
-
-    @property
-    @abstractmethod
-    def default_shape(self) -> TreeShape:
-        """The tree that is used when `generate` gets no policy."""
-
-    @abstractmethod
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Refuse a target that it was not made for.
-
-        Raises:
-            ValueError: names both models, and what differs.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of its weights: 16 hexadecimal digits."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What identifies it, for what is trained or measured with it: JSON values."""
-
-    @abstractmethod
-    def bind(self, target: PreTrainedModel) -> StepModel:
-        """The source as it drafts for a target.
-
-        Raises:
-            ValueError: it belongs to another target, or is on another device.
-        """
-
-
-class TrainableSource(DraftSource):
-    """A module with weights of its own, which borrows the rest from its target.
-
-    Attributes:
-        vocab_size: of its target.
-        target: what identifies its target, as far as it is known: see `target_identity`.
-    """
-
-    target: dict[str, Any]
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int: ...
-
-    @abstractmethod
-    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
-        """As `DraftSource.bind`.
-
-        Args:
-            target: the model that it drafts for.
-            forward: computes a pass in place of packed copies of the weights: the module itself, or what training
-                wraps it in.
-        """
-
-    @property
-    @abstractmethod
-    def draft_token_ids(self) -> Tensor:
-        """Target ids of the tokens that it can propose, `[d]`, ascending."""
-
-    @property
-    @abstractmethod
-    def output_heads(self) -> list[nn.Module]:
-        """Those of its own; empty where it borrows the target's."""
-
-    @abstractmethod
-    def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .source import Entries, StepModel
+from .step_model import Entries, StepModel
 
 
 _GROWTH = 256  # positions added when the buffers are full

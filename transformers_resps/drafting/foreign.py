@@ -1,0 +1,165 @@
+"""Any `CandidateGenerator` of Transformers or of a user as a source: its chain competes for the places of a tree."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, takewhile
+from operator import eq, mul
+from threading import Lock
+from types import TracebackType
+from typing import Any, cast
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ..tree import CandidatePool, TreeShape, followed
+from .drafter import Committed, Drafter, DraftRequest
+from .prompt_lookup import TrackRecord
+from .source import DraftCall, DraftSource
+
+
+_LONGEST_CHAIN = 24
+_FIRST_RATE = 0.6  # acceptance of a token before anything is known
+
+
+class ForeignSource(DraftSource):
+    """A candidate generator that drafts for one text at a time. It is not kept alive.
+
+    Args:
+        generator: asked for candidates before each step that wants some.
+    """
+
+    calls_generate = True
+
+    def __init__(self, generator: CandidateGenerator) -> None:
+        self._generator, self._name = ref(generator), type(generator).__name__
+        self._record = TrackRecord([_FIRST_RATE] * 6)
+        self._lock = Lock()
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(11, 10, 1)
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        generator = self._generator()
+        if generator is not None and generator.requires_model_outputs:
+            raise ValueError(
+                f"{self._name} reads outputs of Transformers' own forwards, which no tree has. Pass the model that it "
+                "drafts with as `assistant_model`."
+            )
+
+    def fingerprint(self) -> str:
+        return "0" * 16
+
+    def identity(self) -> dict[str, Any]:
+        return {"name_or_path": self._name}
+
+    def drafter(self, call: DraftCall) -> "ForeignDrafter":
+        generator = self._generator()
+        if generator is None:
+            raise ReferenceError(f"The {self._name} has been deleted. Keep it, and pass it again.")
+        if call.rows > 1:
+            raise ValueError(
+                f"{self._name} drafts for one text, as in Transformers, and the call has {call.rows}. Pass one prompt."
+            )
+        call.ends.enter_context(self._held())
+        vocabulary: int = call.target.config.get_text_config(decoder=True).vocab_size
+        return ForeignDrafter(generator, self._record, vocabulary)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ValueError(f"This {self._name} drafts for another call now. Make one for each call.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class ForeignDrafter(Drafter):
+    """Drafts a chain of one text.
+
+    Args:
+        generator: of Transformers' type.
+        record: how often its tokens were right, by their place in the chain.
+        vocabulary: token ids that there are.
+    """
+
+    reads_text = True
+    proposable_tokens = 1
+    most_levels = _LONGEST_CHAIN
+
+    def __init__(self, generator: CandidateGenerator, record: TrackRecord, vocabulary: int) -> None:
+        self._generator, self._record, self._vocabulary = generator, record, vocabulary
+        self._chain: list[int] = []
+
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
+        """A chain of at most `depth` nodes, on the host."""
+        with _Named(self._generator, "drafted"):
+            candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
+        self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
+        pool = CandidatePool.from_chains(
+            [self._chain], [list(accumulate(self._record.rates(1)[: len(self._chain)], mul))]
+        )
+        return pool if self._chain else pool.with_an_end()
+
+    def observe(self, committed: Committed) -> None:
+        """Nothing: the text comes with each request."""
+
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
+    ) -> None:
+        """As `Drafter.update_candidate_strategy`, of its own chain, as far as it was verified."""
+        chain, self._chain = self._chain, []
+        if not chain or committed is None or committed.tree is None:
+            return
+        gained = committed.tokens[0].tolist() if committed.rows is None else committed.rows[0]
+        right = list(map(eq, chain, gained))
+        matches = sum(takewhile(bool, right))
+        for place, is_right in enumerate(right[: matches + 1], start=1):
+            self._record.add(place, is_right)
+        nodes = followed(committed.tree.tokens[0].tolist(), committed.tree.parents[0].tolist(), chain, 0)
+        with _Named(self._generator, "was told of its matches"):
+            own = scores[:, [0, *nodes]].float()
+            self._generator.update_candidate_strategy(cast(Any, input_ids), cast(Any, own), min(matches, len(nodes)))
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """There is one."""
+
+    def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
+        """The tokens after the text.
+
+        Raises:
+            ValueError: they do not follow it, or are no tokens.
+        """
+        name, length = type(self._generator).__name__, input_ids.shape[1]
+        if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:
+            got = f"a tensor {list(candidates.shape)}" if isinstance(candidates, Tensor) else repr(candidates)
+            raise ValueError(
+                f"{name} returned {got} for one text. Return its tokens and the candidates, `[1, s + c]`."
+            )
+        if not torch.equal(candidates[:, :length].to(input_ids.device), input_ids):
+            raise ValueError(f"{name} returned another text than it was given. Return that, and candidates after it.")
+        chain: list[int] = candidates[0, length : length + _LONGEST_CHAIN].tolist()
+        odd = [token for token in chain if not 0 <= token < self._vocabulary]
+        if odd:
+            raise ValueError(f"{name} returned the token {odd[0]}, but the target knows 0 to {self._vocabulary - 1}.")
+        return chain
+
+
+class _Named:
+    """Names the generator in what it raises inside the `with` block."""
+
+    def __init__(self, generator: CandidateGenerator, what: str) -> None:
+        self._told = f"{type(generator).__name__} failed when it {what}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            raise RuntimeError(f"{self._told}: {kind.__name__ if kind else ''}: {error}") from error

@@ -1,0 +1,169 @@
+"""What a user passes as `assistant_model`. It lives between calls, and makes the drafter of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..tree import TreeShape
+from ..verifying.verifier import Verifier
+from .drafter import Drafter
+from .engine import DraftEngines
+from .level_drafter import LevelDrafter
+from .step_model import StepModel, TrainableModel
+
+
+@dataclass(frozen=True)
+class DraftCall:
+    """The call that a drafter is made for.
+
+    Attributes:
+        target: is drafted for.
+        verifier: of the call, for a source that reads what the target keeps.
+        rows: decoded together.
+        text_mask: `[b, s]`, 0 where the prompt is padding, of the positions whose tokens are known; `None` where
+            nothing is padded.
+        paired_mask: likewise of those whose features are known.
+        origins: of each row, the tokens that its text is written from, such as an encoder's; `None` where there are
+            none.
+        never_drafted: tokens that stand for something else, such as an image.
+        engines: lend compiled code; `None` where nothing runs compiled.
+        ends: what a drafter borrows is given back here.
+    """
+
+    target: PreTrainedModel
+    verifier: Verifier | None = None
+    rows: int = 1
+    text_mask: Tensor | None = None
+    paired_mask: Tensor | None = None
+    origins: list[list[int]] | None = None
+    never_drafted: frozenset[int] = frozenset()
+    engines: DraftEngines | None = None
+    ends: ExitStack = field(default_factory=ExitStack)
+
+
+class DraftSource(ABC):
+    """What drafts for a target.
+
+    Attributes:
+        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
+        before_deepstack: whether these are read before image features are added to them.
+        reads_target: whether it attends to what the target keeps, and of features reads the newest alone.
+        calls_generate: whether drafting may call `generate` of the target, which is then plain.
+    """
+
+    before_deepstack: bool = False
+    calls_generate: bool = False
+    reads_target: bool = False
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return []
+
+    @property
+    def own_modules(self) -> list[nn.Module]:
+        """The layers that are its own."""
+        return [self] if isinstance(self, nn.Module) else []
+
+    @property
+    @abstractmethod
+    def default_shape(self) -> TreeShape:
+        """The tree that is used when `generate` gets no policy."""
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        """Refuse, before any work, a target that it cannot draft for as both are now.
+
+        Raises:
+            ValueError: it belongs to another target, or is on another device.
+        """
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of its weights: 16 hexadecimal digits."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What identifies it, for what is trained or measured with it: JSON values."""
+
+    @abstractmethod
+    def drafter(self, call: DraftCall) -> Drafter:
+        """What drafts in one call.
+
+        Raises:
+            ValueError: it cannot draft for such a call.
+        """
+
+
+class LevelSource(DraftSource):
+    """A source that goes level by level: bound to a target it is a `StepModel`."""
+
+    @abstractmethod
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Refuse a target that it was not made for.
+
+        Raises:
+            ValueError: names both models, and what differs.
+        """
+
+    @abstractmethod
+    def bind(self, target: PreTrainedModel) -> StepModel:
+        """The source as it drafts for a target.
+
+        Raises:
+            ValueError: it belongs to another target, or is on another device.
+        """
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        self.bind(target)
+
+    def drafter(self, call: DraftCall) -> LevelDrafter:
+        model = self.bind(call.target)
+        engine = None if call.engines is None else call.ends.enter_context(call.engines.borrow(self, model))
+        entries = partial(model.target_entries, call.verifier) if model.reads_target and call.verifier else None
+        mask = call.paired_mask if model.reads_features else call.text_mask
+        return LevelDrafter(model, call.rows, mask, engine, entries, feature_layers=self.feature_layers)
+
+
+class TrainableSource(LevelSource):
+    """A module with weights of its own, which borrows the rest from its target.
+
+    Attributes:
+        vocab_size: of its target.
+        target: what identifies its target, as far as it is known: see `target_identity`.
+    """
+
+    target: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @abstractmethod
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
+        """As `LevelSource.bind`.
+
+        Args:
+            target: the model that it drafts for.
+            forward: computes a pass in place of packed copies of the weights: the module itself, or what training
+                wraps it in.
+        """
+
+    @property
+    @abstractmethod
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens that it can propose, `[d]`, ascending."""
+
+    @property
+    @abstractmethod
+    def output_heads(self) -> list[nn.Module]:
+        """Those of its own; empty where it borrows the target's."""
+
+    @abstractmethod
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
