@@ -24,7 +24,7 @@ from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.hybrids import TreePaths, known_mixers
+from transformers_resps.verifying.hybrids import StateKinds, known_mixers
 from transformers_resps.verifying.verifier import InvariantVerifier
 
 
@@ -328,7 +328,7 @@ def test_advancing_the_states_along_the_accepted_tokens_is_in_the_price_of_a_tre
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_clock: FakeClock
 ) -> None:
     target = recurrent("qwen3_next")[0].build()
-    mixers, beginning_with = known_mixers(target), TreePaths.beginning_with
+    mixers, stock_advance = known_mixers(target), StateKinds.advance
     kind = type(next(iter(mixers.values())))
     forward = kind.forward
 
@@ -336,12 +336,12 @@ def test_advancing_the_states_along_the_accepted_tokens_is_in_the_price_of_a_tre
         fake_clock.advance(1.0)
         return forward(self, *arguments, **keywords)
 
-    def advance(self: TreePaths, path: torch.Tensor) -> torch.Tensor | None:
+    def advance(*arguments: Any) -> None:
         fake_clock.advance(100.0)
-        return beginning_with(self, path)
+        stock_advance(*arguments)
 
     monkeypatch.setattr(kind, "forward", read)
-    monkeypatch.setattr(TreePaths, "beginning_with", advance)
+    monkeypatch.setattr(StateKinds, "advance", advance)
     verify = calibrate(target, folder=tmp_path, clock=fake_clock).verify
     for seconds in verify.values():
         assert seconds[1] == len(mixers)

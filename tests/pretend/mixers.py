@@ -66,14 +66,12 @@ class Asked:
     """What reading a tree, or keeping its accepted nodes, asks the device for.
 
     Attributes:
-        ours: kernels per mixer beside what the mixer launches.
-        own: kernels per mixer that it launches where real kernels compute what has one.
+        own: kernels per mixer where real kernels compute what has one; a tree is read without them.
         fallback: kernels per mixer that stand for those here.
         beside: kernels beside the mixers, over all of the target where it is read.
         waits: host synchronisations.
     """
 
-    ours: float
     own: float
     fallback: float
     beside: int
@@ -114,13 +112,13 @@ def _moved(tree: DraftTree) -> DraftTree:
 
 
 def _summed(count: Count) -> Asked:
-    ours, own, fallback = (count.kernels[region] / _MIXER_COUNT for region in ("hooks", "mixer", "fallback"))
-    return Asked(ours, own, fallback, count.kernels["step"], sum(count.waits.values()))
+    own, fallback = (count.kernels[region] / _MIXER_COUNT for region in ("mixer", "fallback"))
+    return Asked(own, fallback, count.kernels["step"], sum(count.waits.values()))
 
 
 @contextmanager
 def _regions(count: Count, mixer: Any, fused: tuple[str, ...]) -> Iterator[None]:
-    """Inside, a mixer, the hooks around it and what has a kernel count apart."""
+    """Inside, a mixer and what has a kernel count apart."""
 
     def booked(function: Callable[..., Any], region: str, launches: int = 0) -> Callable[..., Any]:
         def run(*args: Any, **keywords: Any) -> Any:
@@ -138,5 +136,4 @@ def _regions(count: Count, mixer: Any, fused: tuple[str, ...]) -> Iterator[None]
         for name in fused:
             stack.enter_context(patch.object(module, name, booked(getattr(module, name), "fallback", 1)))
         stack.enter_context(patch.object(mixer, "forward", booked(mixer.forward, "mixer")))
-        stack.enter_context(patch.object(mixer, "__call__", booked(mixer.__call__, "hooks")))
         yield

@@ -1,6 +1,7 @@
 """Trees on targets with recurrent layers, against stock forwards over each path, one token at a time."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurre
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.hybrids import known_mixers
+from transformers_resps.verifying.hybrids import LayerStates, TreeReaders, WholeTree, known_mixers
 from transformers_resps.verifying.verifier import HybridVerifier, TreeVerifier, Verifier
 
 
@@ -46,20 +47,20 @@ def stepped(target: PreTrainedModel, prompt: Tensor, text: Tensor) -> tuple[Tens
 Opens = Callable[..., tuple[Verifier, Any]]
 
 
-def by_paths(target: PreTrainedModel, *given: Tensor) -> tuple[TreeVerifier, Any]:
-    """A verifier for a prompt, whose mixers read each path of a tree, and its cache."""
+def growing(target: PreTrainedModel, *given: Tensor) -> tuple[TreeVerifier, Any]:
+    """A verifier for a prompt, over a cache that grows, and that cache."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     return TreeVerifier(TargetForward(target, None, cache), *given or (torch.arange(LENGTH)[None],)), cache
 
 
-def whole(target: PreTrainedModel, *given: Tensor) -> tuple[HybridVerifier, Any]:
-    """The same, over slots; mixers read a tree at once, as they do compiled."""
+def over_slots(target: PreTrainedModel, *given: Tensor) -> tuple[HybridVerifier, Any]:
+    """The same, over slots, as compiled steps run."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     forward = TargetForward(target, None, cache)
     return HybridVerifier(forward, None, *given or (torch.arange(LENGTH)[None],)), cache
 
 
-@pytest.fixture(params=[by_paths, whole])
+@pytest.fixture(params=[growing, over_slots])
 def opened(request: pytest.FixtureRequest) -> Opens:
     opens: Opens = request.param
     return opens
@@ -167,7 +168,7 @@ def test_rows_of_a_padded_batch_have_trees_of_their_own(
 
 def test_what_is_taken_back_leaves_the_cache_as_it_was(target: PreTrainedModel, opened: Opens) -> None:
     """Also where no node is kept before the call ends."""
-    if opened is by_paths:
+    if opened is growing:
         pytest.skip("a lone root is kept there, see `TreeVerifier.close`")
     verifier, cache = opened(target)
     with verifier:
@@ -221,3 +222,56 @@ def test_four_hundred_tokens_do_not_drift(target: PreTrainedModel, opened: Opens
             found.append(logits[0, path])
             start += len(path)
     check_close(torch.cat(found), stepped(target, prompt, text)[0], most=1e-5)
+
+
+KINDS = recurrent("qwen3_5_text", "kimi_linear", "granitemoehybrid", "lfm2")
+
+
+@pytest.mark.parametrize("target", recurrent("lfm2"), ids=str, indirect=True)
+def test_short_convolutions_compute_in_the_dtype_of_the_target(target: PreTrainedModel, opened: Opens) -> None:
+    own, prompt, text = copy.deepcopy(target).double(), tokens(LENGTH), tokens(5, 1)
+    with opened(own)[0] as verifier:
+        verifier.prefill(prompt)
+        found, _ = verifier.verify(DraftTree.from_parents(text, torch.tensor([[0, 0, 1, 2, 3]])))
+    check_close(found[0], stepped(own, prompt, text)[0], most=1e-12)
+
+
+def test_scans_multiply_states_in_float32_under_autocast() -> None:
+    """As plain steps do."""
+    tree = DraftTree.from_parents(tokens(len(PARENTS), 1), torch.tensor([PARENTS]))
+    whole = WholeTree(tree.depths, tree.ancestors, {0: LayerStates(torch.zeros(1, 48, 4), torch.randn(1, 2, 8, 8))})
+    whole.enter(0)
+    parts, rates = torch.randn(3, 1, len(PARENTS), 2, 8), torch.rand(1, len(PARENTS), 2)
+    wanted, _ = whole.delta_rule(*parts, g=-rates, beta=rates)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = whole.delta_rule(*parts, g=-rates, beta=rates)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("target", KINDS, ids=str, indirect=True)
+def test_readers_stand_in_modelling_files_while_calls_decode_and_stock_functions_afterwards(
+    target: PreTrainedModel,
+) -> None:
+    mixers = known_mixers(target).values()
+    (names,) = {type(mixer).__module__: vars(sys.modules[type(mixer).__module__]) for mixer in mixers}.values()
+    of_stock = dict(names)
+    with pytest.raises(ZeroDivisionError), TreeReaders(mixers):
+        with TreeReaders(mixers):
+            lent = dict(names)
+        assert lent == dict(names) != of_stock
+        raise ZeroDivisionError
+    assert dict(names) == of_stock
+
+
+@pytest.mark.parametrize("target", KINDS, ids=str, indirect=True)
+def test_a_mixer_whose_forward_was_replaced_is_refused_by_its_layer(target: PreTrainedModel, opened: Opens) -> None:
+    own, prompt = copy.deepcopy(target), tokens(LENGTH)
+    tree = DraftTree.from_parents(tokens(len(PARENTS), 1), torch.tensor([PARENTS]))
+    with opened(own)[0] as verifier:
+        verifier.prefill(prompt)
+        known_mixers(own)[0].forward = lambda hidden_states, **_: hidden_states
+        with pytest.raises(ValueError, match="layer 0 read a tree without the functions of its modelling file"):
+            verifier.verify(tree)
+    with opened(own)[0] as verifier, pytest.raises(ValueError, match="layer 0 has kept no state of the prompt"):
+        verifier.prefill(prompt)
+        verifier.verify(tree)

@@ -188,7 +188,7 @@ class TreeDecoding:
             self._clock.lap("rest")
         self._verifier.keep(path, acceptance.paths)
         if self._verifier.reads_paths:
-            self._clock.lap("verify")  # recurrent layers have read the path again
+            self._clock.lap("verify")  # recurrent layers have advanced their states
         states = None
         if self._reads_features:
             states = features.concatenated()

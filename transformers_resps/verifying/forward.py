@@ -233,10 +233,10 @@ class TargetForward:
             _seen_positions.reset(token)
         return outputs, features, seen[-1] if seen else None
 
-    def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
+    def verify(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         """Run over the nodes of a tree: `[b, n]`. Returns the outputs and the features."""
         with use_gqa_attention(self.target):
-            return self._run(tokens, mask, positions)
+            return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Read for these rows only, from now on; the cache has its owner."""

@@ -26,7 +26,7 @@ from .attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from .cache import holds_state, replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .hybrids import RECURRENT_KINDS, NotedScans, StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers
+from .hybrids import RECURRENT_KINDS, StateKinds, TreeReaders, WholeTree, WholeTreeCache, is_recurrent, known_mixers
 from .invariant import BlockReads, Layout, Sizes, use_invariant_attention
 
 
@@ -479,7 +479,7 @@ class HybridForward(SlotForward):
     @contextmanager
     def running(self) -> Iterator[None]:
         """As `SlotForward.running`, and read trees whole."""
-        with super().running(), NotedScans(known_mixers(self.target).values()):
+        with super().running(), TreeReaders(known_mixers(self.target).values()):
             yield
 
 

@@ -322,7 +322,7 @@ class TreeVerifier(Verifier):
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         super().__init__(forward, position_ids, attention_mask)
         self._mixers = RecurrentMixers(forward.target, self._cache)
-        self.reads_paths = self.paths_cost = bool(self._mixers)
+        self.reads_paths = bool(self._mixers)
         self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
     @classmethod
@@ -361,8 +361,8 @@ class TreeVerifier(Verifier):
         else:
             mask = self._tree_mask(tree)
         positions = tree_positions(tree, self._roots())
-        with self._mixers.reading(tree):
-            outputs, features = self._forward.verify(tree.tokens, mask, positions)
+        with self._mixers.reading(tree) as options:
+            outputs, features = self._forward.verify(tree.tokens, mask, positions, **options)
         self._newest_nodes = tree.node_count
         return outputs.logits, features
 
@@ -726,7 +726,8 @@ class HybridVerifier(SlotVerifier):
         return outputs[:count]
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        self._over_slots.states.advance(self._states, self._noted, _with_rows(path, self._rows))
+        kinds = self._over_slots.states
+        kinds.advance(kinds.by_layer(self._states), self._noted, _with_rows(path, self._rows))
         super().keep(path, paths)
 
     def keep_rows(self, rows: list[int]) -> None:

@@ -1,8 +1,8 @@
 """Bugs in what recurrent layers keep of a tree."""
 
-from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..planting import Function, Mutation
@@ -22,51 +22,39 @@ def one_mixer_stays_behind(keep: Function) -> Function:
 
 
 def forget_the_last_node(advance: Function) -> Function:
-    def wrong(self: Any, path: Tensor) -> None:
-        advance(self, path[:, : max(path.shape[1] - 1, 1)])
+    def wrong(self: Any, states: Any, noted: Any, path: Tensor) -> None:
+        advance(self, states, noted, path[:, : max(path.shape[1] - 1, 1)])
 
     return wrong
 
 
-def take_the_first_path(beginning_with: Function) -> Function:
-    def wrong(self: Any, path: Tensor) -> Tensor | None:
-        chosen = beginning_with(self, path)
-        return None if chosen is None else chosen // self.path_count * self.path_count
+def keep_what_is_repeated(along: Function) -> Function:
+    def wrong(self: Any, path: Tensor, is_kept: Tensor) -> Any:
+        return along(self, path, torch.ones_like(is_kept))
 
     return wrong
 
 
-def keep_what_is_repeated(of_kept: Function) -> Function:
-    def wrong(self: Any, is_kept: Tensor) -> Any:
-        return self
+def read_the_first_row(state: Function) -> Function:
+    def wrong(self: Any, layer: int) -> Any:
+        found = state(self, layer)
+        return None if found is None else found[:1].expand_as(found)
 
     return wrong
 
 
-def start_from_the_first_row(from_rows: Function) -> Function:
-    def wrong(self: Any, states: Tensor) -> Any:
-        return from_rows(self, states)[:1].expand(len(self.rows), *states.shape[1:])
+def see_all_before(between: Function) -> Function:
+    def wrong(decays: Tensor, ancestors: Tensor) -> Any:
+        return between(decays, torch.ones_like(ancestors).tril())
 
     return wrong
 
 
-def keep_the_limit(of_tree: Function) -> Function:
-    def wrong(self: Any, depth: int) -> Any:
-        return nullcontext()
-
-    return wrong
-
-
-def forget_the_last_kept(advance: Function) -> Function:
-    def wrong(self: Any, tensors: Any, noted: Any, path: Tensor) -> None:
-        advance(self, tensors, noted, path[:, : max(path.shape[1] - 1, 1)])
-
-    return wrong
-
-
-def see_all_before(of_tree: Function) -> Function:
-    def wrong(self: Any, state: Tensor, ancestors: Tensor) -> Any:
-        return of_tree(self, state, ancestors.new_ones(ancestors.shape).tril())
+def convolve_what_comes_before(windows: Function) -> Function:
+    def wrong(self: Any, kernel: int, size: int) -> Any:
+        right = windows(self, kernel, size)
+        ends = torch.arange(right.shape[1])[:, None] + size
+        return (ends - torch.arange(kernel - 1, -1, -1)).expand_as(right)
 
     return wrong
 
@@ -78,13 +66,14 @@ KIT = "tests/testing/test_lossless_hybrids.py::test_a_hybrid_target_is_lossless"
 
 MUTATIONS = (
     Mutation("one mixer keeps its old state", "verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, KIT),
-    Mutation("states lack the last node", "verifying.hybrids:_Reading.advance", forget_the_last_node, STATES),
-    Mutation("states are the first path's", "verifying.hybrids:TreePaths.beginning_with", take_the_first_path, STATES),
-    Mutation("a row's last node counts again", "verifying.hybrids:_Steps.of_kept", keep_what_is_repeated, ROWS),
+    Mutation("states lack the last node", "verifying.hybrids:StateKinds.advance", forget_the_last_node, STATES),
+    Mutation("a row's last node counts again", "verifying.hybrids:_Updates.along", keep_what_is_repeated, ROWS),
+    Mutation("rows read the first row's state", "verifying.hybrids:WholeTree.state", read_the_first_row, ROWS),
+    Mutation("a scan reads a tree as a chain", "verifying.hybrids:_between", see_all_before, PATHS),
     Mutation(
-        "paths start from the first row", "verifying.hybrids:TreePaths.from_rows", start_from_the_first_row, ROWS
+        "a convolution reads a tree as a chain",
+        "verifying.hybrids:WholeTree._windows",
+        convolve_what_comes_before,
+        PATHS,
     ),
-    Mutation("a whole tree's last node is lost", "verifying.hybrids:StateKinds.advance", forget_the_last_kept, STATES),
-    Mutation("a whole tree is read as a chain", "verifying.hybrids:_Steps.of_tree", see_all_before, PATHS),
-    Mutation("time steps of trees are cut", "verifying.hybrids:ScanSettings.of_tree", keep_the_limit, PATHS),
 )
