@@ -91,7 +91,7 @@ def calibrate(
 
     room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
-    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each chain
+    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each tree
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
     stock = [] if invariant else contexts
@@ -238,8 +238,6 @@ def _time_verifying(
 
 def _parents(verifier: Verifier, order: Tensor) -> Tensor:
     """Of the nodes `order` `[1, n]` of a tree, whose first ones are smaller trees."""
-    if verifier.reads_paths:  # recurrent layers read every path: "auto" drafts chains there
-        return (order - 1).clamp(min=0)
     if isinstance(verifier, InvariantVerifier):  # each path has a price: three of eight nodes end one
         return order * 5 // 8
     return torch.zeros_like(order)  # a mask's content costs nothing, its size does

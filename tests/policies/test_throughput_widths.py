@@ -24,7 +24,7 @@ class Forks:
     """A target whose paths cost and a calibrated head, both planted.
 
     Args:
-        path_seconds: of a node on a path, beyond the first, where a plain step takes 1, as with recurrent layers.
+        path_seconds: of a node on a path, beyond the first, where a plain step takes 1.
         leaf_seconds: of a path beyond the first, as in the invariant mode.
         paths_cost: what the policy is told.
         verify: nodes -> seconds of a forward, paths aside.

@@ -1,12 +1,12 @@
 """Measure the engine alone: how much of tau becomes speed, eager and compiled, at a tau that is planted.
 
 Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled? What
-part where three of four layers are recurrent, which read a tree path by path, and what with an MTP layer?
+part where three of four layers are recurrent, and what with an MTP layer?
 Answer: on two cores, compiled Llamas of 0.1B and 1B keep 0.41 to 0.90 of tau, `auto` 0.69 to 0.87; each level reads a
 head that is a sixth, or a ninth, of the target. On a hybrid of 0.15B with gated delta nets, on a CPU and at
 tau 2.3, a compiled chain is 1.4 times as fast as compiled plain decoding, which is 2.35 times as fast as eager; eager
-chains gain a little and trees nothing. With an MTP layer of the 0.1B shape that may draft 8,192 tokens `auto` keeps
-0.78, at a tau of 2.0 (`mtp-0.1b-engine.json`, two prompts).
+chains gain a little, and trees, which were read path by path then, nothing. With an MTP layer of the 0.1B shape that
+may draft 8,192 tokens `auto` keeps 0.78, at a tau of 2.0 (`mtp-0.1b-engine.json`, two prompts).
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
     python -m training.studies.engine_speed --shape 0.1b --drafter mtp --tau 2 2.5 3 --draft-vocabulary 8192

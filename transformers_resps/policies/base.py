@@ -40,8 +40,8 @@ class Observation:
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
             weigh more, because a batch ends with its slowest row.
-        paths_cost: whether each further path of a tree takes time, as where recurrent layers read every path from the
-            root to a leaf, and in the invariant mode, where each path has keys of its own.
+        paths_cost: whether each further path of a tree takes time, as in the invariant mode, where each path has keys
+            of its own.
         can_draft: whether there is a head, or another source of levels.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".

@@ -24,8 +24,9 @@ from ..compat import CACHE_KEYWORD, HAS_RECURRENT_STATES
 from ..tree import DraftTree
 
 
-# Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other; a
-# mixer that is not listed may ignore that state, as some of stock's do.
+# Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other, and
+# hand on to convolution and scan what a forward is told; a mixer that is not listed may ignore that state, as some of
+# stock's do.
 _MIXERS = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
     "Qwen3_5GatedDeltaNet": "qwen3_5",
