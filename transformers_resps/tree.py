@@ -9,6 +9,7 @@ width of the features (layers that the head reads times the target's hidden size
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,22 @@ class TreeShape:
             return self
         depth = max(depth, 0)
         return TreeShape(self.total_tokens, min(self.depth, depth), self.top_k, min(self.lookup, depth))
+
+
+class Pricing(NamedTuple):
+    """What decides about the price of a target forward beside its nodes, as the verifier knows it.
+
+    Attributes:
+        paths_cost: whether each further path of a tree takes time, as in the invariant mode without compiled code,
+            where each path has keys of its own.
+        packs_rows: whether nodes that do not count are not computed, so that rows may have trees of their own sizes. A
+            forward is then priced by all its nodes beside the roots: see `StepRecord.computed`.
+        least_nodes: that the forward computes for each row at least; smaller trees are filled up and cost the same.
+    """
+
+    paths_cost: bool = False
+    packs_rows: bool = False
+    least_nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from transformers_resps.drafting.drafter import Committed, Drafter, DraftRequest
 from transformers_resps.drafting.prompt_lookup import LookupDrafter
 from transformers_resps.policies.base import Observation
 from transformers_resps.policies.fixed import FixedPolicy
-from transformers_resps.tree import CandidatePool
+from transformers_resps.tree import CandidatePool, Pricing
 
 
 class OneChild(Drafter):
@@ -65,7 +65,7 @@ def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> 
     policy = Sized(TreeShape(8, 2, 2, lookup=2))
     proposer = proposer_of(policy, OneChild(), [1, 2, 7, 5, 1, 2])
     proposer.read_prompt()
-    proposal = proposer.propose(torch.tensor([2]), step=4, context_length=6, room=10)
+    proposal = proposer.propose(torch.tensor([2]), step=4, context_length=6, room=10, pricing=Pricing())
     assert proposal.tree.tokens.tolist() == [[2, 7, 9, 5]]
     assert proposal.tree.parents.tolist() == [[0, 0, 1, 1]]
     assert (proposal.candidates, proposal.looked_up) == (3, 2)
@@ -76,7 +76,7 @@ def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> 
 
 def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
     policy, drafter = Sized(TreeShape(8, 2, 2)), OneChild()
-    proposal = proposer_of(policy, drafter, [1, 2]).propose(torch.tensor([2]), 0, 2, room=1)
+    proposal = proposer_of(policy, drafter, [1, 2]).propose(torch.tensor([2]), 0, 2, room=1, pricing=Pricing())
     assert proposal.shape.depth == 0 and proposal.pool is None
     assert proposal.tree.tokens.tolist() == [[2]]
     assert drafter.read_after and min(drafter.read_after) > 1, "it may let a few positions wait"
@@ -84,6 +84,8 @@ def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
 
 def test_without_a_drafter_lookup_alone_proposes() -> None:
     policy = FixedPolicy(TreeShape(8, 2, 2, lookup=2))
-    proposal = proposer_of(policy, None, [1, 2, 7, 5, 1, 2]).propose(torch.tensor([2]), 0, 6, room=10)
+    proposal = proposer_of(policy, None, [1, 2, 7, 5, 1, 2]).propose(
+        torch.tensor([2]), 0, 6, room=10, pricing=Pricing()
+    )
     assert proposal.shape == TreeShape(1, 0, 1, 2)
     assert proposal.tree.tokens.tolist() == [[2, 7, 5]]

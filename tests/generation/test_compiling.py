@@ -819,7 +819,7 @@ def test_to_compiled_code_of_the_invariant_mode_no_path_costs_and_to_eager_code_
         needs_head = False
 
         def choose(self, observation: Observation) -> TreeShape:
-            told.append(observation.paths_cost)
+            told.append(observation.pricing.paths_cost)
             return TreeShape.plain()
 
     for compiles in (True, False):

@@ -53,7 +53,7 @@ class Told(FixedPolicy):
         self.paths_cost = set[bool]()
 
     def choose(self, observation: Observation) -> TreeShape:
-        self.paths_cost.add(observation.paths_cost)
+        self.paths_cost.add(observation.pricing.paths_cost)
         return super().choose(observation)
 
 

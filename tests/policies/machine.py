@@ -8,7 +8,7 @@ import torch
 
 from transformers_resps.policies.base import Level, Observation, Policy, count_nodes
 from transformers_resps.telemetry import RowCounts, StepRecord
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import Pricing, TreeShape
 
 
 class Machine:
@@ -112,7 +112,7 @@ class Machine:
             verify,
             verify + draft,
             RowCounts([min(drafted_match, accepted + 1)]),
-            least_nodes=self.least_nodes,
+            pricing=Pricing(least_nodes=self.least_nodes),
         )
         self.records.append(record)
         return record

@@ -10,7 +10,7 @@ from transformers_resps.policies.base import count_nodes
 from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import Pricing, TreeShape
 
 
 CHAIN = TreeShape(4, 3, 1)
@@ -75,7 +75,7 @@ def test_the_budget_pays_for_the_nodes_of_all_rows_together() -> None:
     guard._own_costs = RunningCosts.starting_from({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
     guard._plain.seconds = 1.0
     guard._budget.seconds = -0.3
-    seen = replace(observation(4, 3), packs_rows=True, row_accept_probs=lambda: [[]] * 4)
+    seen = replace(observation(4, 3), pricing=Pricing(packs_rows=True), row_accept_probs=lambda: [[]] * 4)
     guard.choose(seen)
     (most, *others) = count_nodes(guard, torch.zeros(4, 8), torch.ones(8))
     assert others == [1, 1, 1] and 1 < most < 9

@@ -15,7 +15,7 @@ from transformers_resps.policies.base import Observation, count_nodes
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import Pricing, TreeShape
 
 
 ONE = torch.ones(1, dtype=torch.long)  # the level of a pool's only node
@@ -101,7 +101,9 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
 def ragged(rows: int, chains: list[list[float]] | None = None) -> Observation:
     """Of rows whose trees may differ in size."""
     found = chains or [[]] * rows
-    return replace(observation(rows), packs_rows=True, row_accept_probs=lambda: found, row_weights=[1.0] * rows)
+    return replace(
+        observation(rows), pricing=Pricing(packs_rows=True), row_accept_probs=lambda: found, row_weights=[1.0] * rows
+    )
 
 
 def timed(rows: int, seconds: dict[int, float]) -> ThroughputPolicy:

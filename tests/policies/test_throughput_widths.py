@@ -12,7 +12,7 @@ from transformers_resps.policies.base import Level, Observation, Policy, count_n
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy, WiderDrafts, WidthMemory, narrowed
 from transformers_resps.telemetry import RowCounts, StepRecord
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import Pricing, TreeShape
 
 
 # Probability that each child of a right node is the right one: four count, or all ten
@@ -60,7 +60,9 @@ class Forks:
     def run(self, policy: Policy, steps: int) -> None:
         for step in range(steps):
             shape = policy.choose(
-                Observation(torch.zeros(1, 4), 100 + step, step, 200, lambda: [], paths_cost=self.paths_cost)
+                Observation(
+                    torch.zeros(1, 4), 100 + step, step, 200, lambda: [], pricing=Pricing(paths_cost=self.paths_cost)
+                )
             )
             policy.observe(self._step(policy, shape))
 

@@ -125,9 +125,9 @@ def test_a_lone_root_is_filled_up_to_as_many_nodes_as_the_verifier_says(
         verifier.prefill(PROMPTS[:rows])
         target.get_input_embeddings().register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
         verifier.verify(DraftTree.root_only(PROMPTS[:rows, 0]))
-        more = rows - 1 if verifier.packs_rows else 0  # their other roots
-        assert counts == [verifier.least_nodes + more] * len(counts) and counts
-        assert verifier.least_nodes == 1 or isinstance(verifier, SlotVerifier)
+        more = rows - 1 if verifier.pricing.packs_rows else 0  # their other roots
+        assert counts == [verifier.pricing.least_nodes + more] * len(counts) and counts
+        assert verifier.pricing.least_nodes == 1 or isinstance(verifier, SlotVerifier)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class TreeDecoding:
         self._verifier, self.policy, self.batch = verifier, policy, batch
         self.report = SpeculationReport(batch_size=len(batch))
         self._reads_features = drafter is not None and bool(drafter.feature_layers)
-        self._proposer = Proposer(policy, drafter, batch, lookup, paths_cost=verifier.paths_cost)
+        self._proposer = Proposer(policy, drafter, batch, lookup)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()
@@ -150,8 +150,8 @@ class TreeDecoding:
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
         # levels below the root that the limit of the shortest text and the target's positions allow
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
-        packs = self._verifier.packs_rows
-        return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds, packs_rows=packs)
+        pricing = self._verifier.pricing
+        return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
         """Book compiling to the call. Charged to a step, no policy would try that size again."""
@@ -233,8 +233,8 @@ class TreeDecoding:
             drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=sum(seconds.values()),
             proposed=proposal.proposed(acceptance.paths, acceptance.gained),
-            sizes=RowCounts(proposal.tree.row_sizes if self._verifier.packs_rows else ()),
-            least_nodes=self._verifier.least_nodes,
+            sizes=RowCounts(proposal.tree.row_sizes if self._verifier.pricing.packs_rows else ()),
+            pricing=self._verifier.pricing,
         )
         self.report.steps.append(record)
         return record

@@ -15,7 +15,7 @@ from ..drafting.level_drafter import MAX_UNREAD
 from ..drafting.prompt_lookup import LookupDrafter, mean_accept_probs
 from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, wants_level
 from ..telemetry import Proposed
-from ..tree import FIRST, SECOND, CandidatePool, DraftTree, TreeShape
+from ..tree import FIRST, SECOND, CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class Rows(Protocol):
@@ -75,7 +75,6 @@ class Proposer:
         drafter: `None` to draft by lookup alone.
         rows: those that are decoded.
         lookup: drafts beside it.
-        paths_cost: see `Observation`.
     """
 
     def __init__(
@@ -84,11 +83,8 @@ class Proposer:
         drafter: Drafter | None,
         rows: Rows,
         lookup: LookupDrafter,
-        *,
-        paths_cost: bool = False,
     ) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
-        self._paths_cost = paths_cost
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
@@ -120,9 +116,8 @@ class Proposer:
         step: int,
         context_length: int,
         room: int,
+        pricing: Pricing,
         prompt_seconds: float = 0.0,
-        *,
-        packs_rows: bool = False,
     ) -> Proposal:
         """The tree below the newest tokens.
 
@@ -131,8 +126,8 @@ class Proposer:
             step: 0 for the first.
             context_length: positions so far, the root and padding included.
             room: tokens that the text may still gain.
+            pricing: of the step.
             prompt_seconds: see `Observation`.
-            packs_rows: see `Observation`.
 
         Raises:
             ValueError: no step can follow a decision of the policy.
@@ -145,12 +140,11 @@ class Proposer:
             self._prefix_accept_probs,
             prompt_seconds,
             self._rows.row_weights,
-            self._paths_cost,
+            pricing,
             can_draft=self._drafter is not None,
             row_count=len(root),
             device_type=root.device.type,
-            packs_rows=packs_rows,
-            row_accept_probs=self._row_accept_probs if packs_rows and not self._rows.in_lockstep else None,
+            row_accept_probs=self._row_accept_probs if pricing.packs_rows and not self._rows.in_lockstep else None,
         )
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..telemetry.report import StepRecord
-from ..tree import DraftTree, TreeShape
+from ..tree import DraftTree, Pricing, TreeShape
 from .costs import RunningCosts
 
 
@@ -40,13 +40,10 @@ class Observation:
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
             weigh more, because a batch ends with its slowest row.
-        paths_cost: whether each further path of a tree takes time, as in the invariant mode, where each path has keys
-            of its own.
+        pricing: what a step costs beside its nodes.
         can_draft: whether there is a head, or another source of levels.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
-        packs_rows: whether the target computes only nodes that count, so that rows may have trees of their own sizes.
-            A step is then priced by all its nodes beside the roots: see `StepRecord.computed`.
         row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
     """
 
@@ -57,17 +54,16 @@ class Observation:
     prefix_accept_probs: Callable[[], list[float]]
     prompt_seconds: float = 0.0
     row_weights: Sequence[float] = ()
-    paths_cost: bool = False
+    pricing: Pricing = Pricing()
     can_draft: bool = True
     row_count: int = 1
     device_type: str = "cpu"
-    packs_rows: bool = False
     row_accept_probs: Callable[[], list[list[float]]] | None = None
 
     @property
     def node_price(self) -> int:
         """By how many nodes a step is priced higher, if each row gets one node more."""
-        return self.row_count if self.packs_rows else 1
+        return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
         """By how many nodes a step with chains of at most `most` is priced higher, none below a probability."""

@@ -132,7 +132,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._wider.widths
 
     def _width(self, observation: Observation) -> int:
-        rows, most, paths_cost = observation.row_count, self._largest.top_k, observation.paths_cost
+        rows, most, paths_cost = observation.row_count, self._largest.top_k, observation.pricing.paths_cost
         step = self._step
         if rows == 1 and self.grows and not paths_cost:
             width, step.narrower = self._wider.choose()
@@ -318,7 +318,7 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 class _Step:
     """What lives for one step."""
 
-    row_weights: Sequence[float] = ()  # see `Observation`, as `paths_cost`
+    row_weights: Sequence[float] = ()  # see `Observation`, and `Pricing` for `paths_cost`
     paths_cost: bool = False
     row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
     is_ragged: bool = False  # whether each row gets as many as pay
@@ -337,7 +337,7 @@ class _Step:
     @classmethod
     def of(cls, observation: Observation) -> "_Step":
         """At its beginning."""
-        step = cls(observation.row_weights, observation.paths_cost, observation.node_price)
+        step = cls(observation.row_weights, observation.pricing.paths_cost, observation.node_price)
         if observation.row_accept_probs is not None:
             step.is_ragged = True
             rows = observation.row_count

@@ -15,7 +15,7 @@ from ..drafting.prompt_lookup import LookupDrafter
 from ..policies.base import Policy
 from ..policies.costs import CostModel
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool
+from ..tree import CandidatePool, Pricing
 from .recorded_text import RecordedText
 
 
@@ -85,7 +85,8 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
         proposer.update(unknown, place - observed, gained)
         if step == 0:
             proposer.read_prompt()
-        proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
+        room = left + text.spare_room
+        proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, room, Pricing())
         accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :].tolist())[0], left - 1)
         yield ReplayedStep(root, proposal, accepted)
         step, observed, place = step + 1, place + 1, place + accepted + 1

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
-from ..tree import TreeShape
+from ..tree import Pricing, TreeShape
 from .display import decoder, detokenize_incrementally
 
 
@@ -106,7 +106,7 @@ class StepRecord:
             over rows that gained tokens. One 0 if the policy does not read it.
         proposed: the accepted tokens of all rows, by who proposed them.
         sizes: nodes of each decoded row, where the forward computed no more than these; else empty.
-        least_nodes: that the target forward computes for each row at least; `verified` nodes are filled up to them.
+        pricing: of the target forward.
     """
 
     shape: TreeShape
@@ -120,7 +120,7 @@ class StepRecord:
     drafted_match: RowCounts = RowCounts((0,))
     proposed: Proposed = Proposed()
     sizes: RowCounts = RowCounts(())
-    least_nodes: int = 1
+    pricing: Pricing = Pricing()
 
     @property
     def computed(self) -> int:
@@ -128,7 +128,7 @@ class StepRecord:
         was computed beside the roots.
         """
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
-        return max(nodes, self.least_nodes)
+        return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:

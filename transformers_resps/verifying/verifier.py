@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from ..tree import DraftTree, moved
+from ..tree import DraftTree, Pricing, moved
 from .attention import last_position, longrope_boundary, tree_attention_mask, tree_positions
 from .cache import (
     cached_length,
@@ -99,17 +99,13 @@ class Verifier(ABC):
         device: of the trees.
         is_compiled: whether steps run compiled.
         reads_paths: whether the target has recurrent layers, whose states advance along the path that is kept.
-        paths_cost: see `Observation`.
-        packs_rows: whether nodes that do not count are not computed.
-        least_nodes: that a step computes for each row at least; smaller trees are padded and cost the same.
+        pricing: of the newest step, or of the next one.
         gives_back: whether the cache has to hold what was kept at the end. To be unset where no one will read it.
     """
 
     is_compiled: bool = False
     reads_paths: bool = False
-    paths_cost: bool = False
-    packs_rows: bool = False
-    least_nodes: int = 1
+    pricing: Pricing = Pricing()
     gives_back: bool = True
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -126,6 +122,10 @@ class Verifier(ABC):
         self._go_on_from(self._positions, length)
         self._last_position = last_position(target.config, length + int(max(map(max, self._shifts))))
         self._is_unsettled = False  # whether an interruption leaves the cache at a length that is not known
+
+    def _note_least(self, nodes: int) -> None:
+        """Tell the price of the step that is about to run."""
+        self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def __enter__(self) -> Self:
         self._forward.__enter__()
@@ -491,7 +491,7 @@ class SlotVerifier(Verifier):
         features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
         for place in range(0, tokens.shape[1], size):
             logits, part = self._outputs(self._part_inputs(tokens[:, place : place + size], start + place))
-            logits = logits[0, : self._rows, None] if self.packs_rows else logits
+            logits = logits[0, : self._rows, None] if self.pricing.packs_rows else logits
             caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
         if len(caught) > 1:
             caught = [{layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}]
@@ -511,7 +511,7 @@ class SlotVerifier(Verifier):
         ancestors = seen[:, None, start : start + count] & torch.ones_like(is_own).tril() | is_own
         roots = torch.cat([torch.full((rows, 1), start), torch.tensor(self._shifts) + start], dim=1)
         given = pad(tokens, (0, count - width)), depths, ancestors, roots, seen
-        if not self.packs_rows:
+        if not self.pricing.packs_rows:
             return SlotInputs(*given, torch.full((_apart(2, rows),), width - 1))
         read = seen[:, start : start + count].clone()
         read[:, width - 1 :] = torch.arange(count - width + 1) == 0
@@ -527,7 +527,7 @@ class SlotVerifier(Verifier):
         target = self._forward.target
         kind = forward_over_slots(target, is_batch=len(self._shifts) > 1)
         self._over_slots = kind(target, self._pattern, self._forward.layers, self._options)
-        self.packs_rows = kind is PackedForward
+        self.pricing = Pricing(packs_rows=kind is PackedForward)
         self._fill(self._positions.shape[-1])
 
     def _fill(self, length: int) -> None:
@@ -539,7 +539,7 @@ class SlotVerifier(Verifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         logits, features = self._outputs(self._inputs(tree))
-        if self.packs_rows:
+        if self.pricing.packs_rows:
             logits = _unpacked(logits[0], tree)
         return self._without_padding(tree, logits, features)
 
@@ -660,15 +660,15 @@ class SlotVerifier(Verifier):
 
     def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
         """The inputs of a forward over `tree`, padded to rows and nodes."""
-        beside = LEAST_ROWS if self.packs_rows else self._rows
+        beside = LEAST_ROWS if self.pricing.packs_rows else self._rows
         count = self._apart(padded_count(self.device, tree.node_count, beside))
         nodes, seen = self._nodes(tree, count), self._visible(self._reserve(max(self._places) + count))
-        if not self.packs_rows:
-            self.least_nodes = self._apart(padded_count(self.device, 1, self._rows))
+        if not self.pricing.packs_rows:
+            self._note_least(self._apart(padded_count(self.device, 1, self._rows)))
             return SlotInputs(*nodes, seen, self._first(count))
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
-        total, self.least_nodes = max(len(packed), LEAST_ROWS), 1 + max(LEAST_ROWS - len(tree.tokens), 0)
-        packed = _filled_up(packed, self._apart(total, count))
+        self._note_least(1 + max(LEAST_ROWS - len(tree.tokens), 0))
+        packed = _filled_up(packed, self._apart(max(len(packed), LEAST_ROWS), count))
         return PackedInputs(*nodes, seen, torch.tensor(packed), self._first(len(packed)))
 
     def _apart(self, count: int, *others: int) -> int:
@@ -777,7 +777,7 @@ class InvariantVerifier(SlotVerifier):
         self._needs, self._pattern = needs, engine.pattern(forward.target)
         given = engine.lock, needs.forward, forward.target, self._pattern
         self._compiles_all = compiles and not needs.is_exact
-        self.paths_cost = not self._compiles_all  # to kernels of ours a further path is some more rows
+        self.pricing = Pricing(paths_cost=not self._compiles_all)  # to kernels of ours a path is some more rows
         self._eagerly = InvariantForward(*given, [])
         self._over_chunks = InvariantForward(*given, forward.layers if self._compiles_all else [])
         self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
@@ -869,13 +869,14 @@ class InvariantVerifier(SlotVerifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         if self._needs.is_exact:
-            self.least_nodes = self._needs.forward
+            self._note_least(self._needs.forward)
             logits, caught = self._in_parts(tree, self._needs.forward)
         else:
             is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
             self._check_code(self._rows)
             step = self._step(self._rows)
-            self.least_nodes, count = (self._count(nodes, step) for nodes in (1, tree.node_count))
+            self._note_least(self._count(1, step))
+            count = self._count(tree.node_count, step)
             nodes, depths, ancestors, roots = self._nodes(tree, count)
             layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
             positions = node_positions(roots[:, 1:], depths)
