@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
-from transformers_resps.generation.speculation import _NOT_OURS, speculate
+from transformers_resps.generation.plan import _NOT_OURS, prepare
 from transformers_resps.verifying.attention import _OF_SDPA_ALONE, grouped_attention
 
 
@@ -36,7 +36,7 @@ def test_the_decoding_methods_are_looked_up_on_the_class_by_these_names() -> Non
 @pytest.mark.parametrize("name", ["_assisted_decoding", "_sample"])
 def test_decoding_methods_are_told_nothing_that_we_do_not_know(name: str) -> None:
     theirs = set(inspect.signature(getattr(GenerationMixin, name)).parameters)
-    ours = set(inspect.signature(speculate).parameters) - {"target", "state", "request"}
+    ours = set(inspect.signature(prepare).parameters) - {"target", "state"}
     assert theirs <= ours | set(_NOT_OURS) | {"self"}
 
 

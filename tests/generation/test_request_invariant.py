@@ -28,13 +28,13 @@ def model(target: PreTrainedModel) -> Iterator[Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What calls asked for that were not stock's."""
     seen: list[Request] = []
-    decode = mixin.speculate
+    plan = mixin.plan
 
-    def watched(target: Any, state: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
+    def watched(request: Request, *args: Any) -> Any:
         seen.append(request)
-        return decode(target, state, request, *args, **kwargs)
+        return plan(request, *args)
 
-    monkeypatch.setattr(mixin, "speculate", watched)
+    monkeypatch.setattr(mixin, "plan", watched)
     return seen
 
 
@@ -48,7 +48,7 @@ def modes(asked: list[Request]) -> list[bool]:
 def test_alone_it_is_plain_decoding_by_our_loop(model: Any, prompt: torch.Tensor, asked: list[Request]) -> None:
     model.generate(prompt, invariant=True, **SETTINGS)
     (request,) = asked
-    assert request.invariant and not request.parts
+    assert request.invariant and not request.sources
     assert isinstance(request.policy, FixedPolicy) and request.policy.shape == TreeShape.plain()
 
 

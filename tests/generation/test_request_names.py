@@ -100,6 +100,8 @@ def test_attach_loads_folders_at_once(
     attach(model, assistant_model=head_folder, policy=policy_folder)
     assert loads == [policy_folder, head_folder]
     assert widest(model.generate(prompt, **REPORTED)) == 6
+    model.generate(prompt, assistant_model=head_folder, **REPORTED)
+    assert loads == [policy_folder, head_folder], "what `attach` has loaded is kept for calls that name it"
     with pytest.raises(ValueError, match="There is no config.json in head/folder"):
         attach(model, assistant_model="head/folder")
 

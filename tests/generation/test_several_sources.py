@@ -1,5 +1,6 @@
 """Several assistants in one call draft one tree, and the text stays plain decoding's."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def test_what_one_is_sure_of_and_another_not_is_drafted(target: PreTrainedModel,
         )
         totals.append(len(found.speculation.steps))
     assert totals[0] <= totals[1]
+
+
+def test_a_list_of_one_model_drafts_trees_as_a_longer_one_does(target: PreTrainedModel, sources: list[Any]) -> None:
+    with pytest.raises(ValueError, match="decodes without a draft head. Leave out one"):
+        target.generate(PROMPTS[:1], assistant_model=sources[2:], policy="plain")
+    model = attach(copy.deepcopy(target), policy=FixedPolicy(TreeShape(2, 1, 1)))
+    asked = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    found = model.generate(PROMPTS[:1], assistant_model=sources[2:], **asked)
+    assert max(step.verified for step in found.speculation.steps) == 2
 
 
 def test_an_empty_list_is_refused(target: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
-from transformers_resps.generation import speculation
+from transformers_resps.generation import decode
 from transformers_resps.generation.output import left_padded
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.tree import DraftTree
@@ -101,8 +101,8 @@ class PricedVerifier(TreeVerifier):
 def planted(clock: PlantedClock) -> list[tuple[ModuleType, str, Any]]:
     """What `generate` is to decode with: where it is named, its name there, and what takes its place."""
     return [
-        (speculation, "TreeDecoding", partial(PricedDecoding, clock=clock)),
-        (speculation, "TreeVerifier", partial(PricedVerifier, clock=clock)),
+        (decode, "TreeDecoding", partial(PricedDecoding, clock=clock)),
+        (decode, "TreeVerifier", partial(PricedVerifier, clock=clock)),
     ]
 
 

@@ -18,7 +18,7 @@ from ..drafting import DraftSource
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
-from .request import Assistants, CompileChoice, SpeculationDefaults, SpeculationState, is_name, load_assistant
+from .request import CompileChoice, SpeculationDefaults, SpeculationState, is_name
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -59,18 +59,21 @@ def attach(
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
+    state = inner.speculation_state if isinstance(inner, ReSpSGenerationMixin) else SpeculationState()
     target = cast(PreTrainedModel, inner)
-    defaults = defaults.loaded(lambda one: load_assistant(one, target) if is_name(one) else one)
+    load = functools.partial(state.assistants.load, target)
+    defaults = defaults.loaded(functools.partial(load, as_source=False))
     if defaults.has_stock_assistant:
         raise ValueError(
             "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
             f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
-    for source in defaults.loaded(functools.partial(Assistants().load, target, as_source=defaults.asks_trees)).sources:
+    for source in defaults.loaded(functools.partial(load, as_source=defaults.asks_trees)).sources:
         source.prepare(target)
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
-        cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults
+        state.defaults = defaults
+        cast(ReSpSGenerationMixin, inner).speculation_state = state
     return model
 
 

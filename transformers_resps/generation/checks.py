@@ -95,16 +95,7 @@ _PIXELS = tuple(
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse generation settings that draft trees do not support.
-
-    Args:
-        model: the target.
-        config: the `generation_config` of the call.
-        arguments: all other keyword arguments of the call.
-
-    Raises:
-        ValueError: names the setting and the way out.
-    """
+    """Refuse settings, in a call's `config` or its other arguments, that draft trees do not support."""
     setting = partial(setting_of, model=model, config=config, arguments=arguments)
     for name, is_asked in _SETTINGS.items():
         value = setting(name)
@@ -119,7 +110,10 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
         )
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
-    _check_cache_settings(model, setting)
+    implementation = setting("cache_implementation")
+    known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
+    if implementation not in known + (() if model.config.is_encoder_decoder else ("static",)):
+        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
     _check_user_cache(model, arguments)
 
 
@@ -134,13 +128,6 @@ def setting_of(
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The caller's cache, of the name that it has in any release; `None` without."""
     return arguments.get("cache", arguments.get("past_key_values"))
-
-
-def _check_cache_settings(model: PreTrainedModel, setting: Callable[[str], Any]) -> None:
-    implementation = setting("cache_implementation")
-    known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
-    if implementation not in known + (() if model.config.is_encoder_decoder else ("static",)):
-        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
@@ -181,15 +168,7 @@ def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
 
 
 def check_room(static: StaticCache, length: int) -> None:
-    """Refuse a text that may outgrow the caller's static cache.
-
-    Args:
-        static: the cache.
-        length: positions that it has to hold in the end.
-
-    Raises:
-        ValueError: names the lengths.
-    """
+    """Refuse a text that may outgrow the caller's static cache, which has to hold `length` positions in the end."""
     layers: list[Any] = [*static.layers]
     room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
     if room < length:
@@ -200,16 +179,7 @@ def check_room(static: StaticCache, length: int) -> None:
 
 
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds.
-
-    Args:
-        model: the target.
-        prompts: `[b, s]`, or `None` where the call has embeddings only.
-        arguments: all keyword arguments of the call.
-
-    Raises:
-        ValueError: names the input and what to do.
-    """
+    """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
     _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
     for name in _PIXELS:
@@ -257,9 +227,6 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
     """Refuse arguments of the target's forward that a tree's forward does not pass on, such as a
     `cross_attention_mask`, and those that do not fit the prompt.
-
-    Raises:
-        ValueError: names them.
     """
     _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
     if not target.config.is_encoder_decoder:  # whose encoder has read them
@@ -331,11 +298,7 @@ def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Refuse ranks that must run the same number of forwards; stock `generate` detects that they must.
-
-    Raises:
-        ValueError: says so.
-    """
+    """Refuse ranks that must run the same number of forwards; stock `generate` detects that they must."""
     if synced_gpus:
         raise _refusal(
             "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
@@ -349,17 +312,7 @@ def check_lengths(
 
     The text is the whole conversation, or what follows the cache with a mask of the whole, as in plain `generate`.
     Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at that length, because 'longrope'
-    switches to other frequencies there.
-
-    Args:
-        model: the target.
-        cache: the call's.
-        text_length: tokens of the text.
-        position_count: positions of the conversation, as mask or `position_ids` count them.
-        max_length: tokens that the text may reach.
-
-    Raises:
-        ValueError: names the lengths.
+    switches to other frequencies there. `position_count` is of the whole, as mask or `position_ids` count it.
     """
     past = cached_length(cache)
     if not past < text_length == position_count and not past + text_length == position_count:
@@ -403,11 +356,7 @@ _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encod
 
 
 def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
-    """Refuse a target whose architecture or attention cannot verify a draft tree, or an encoder-decoder with a head.
-
-    Raises:
-        ValueError: names the architecture and the reason.
-    """
+    """Refuse a target whose architecture or attention cannot verify a tree, or an encoder-decoder with a head."""
     config = model.config.get_text_config()
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
@@ -474,11 +423,7 @@ def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
 
 
 def check_draws(model: Module) -> None:
-    """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others.
-
-    Raises:
-        ValueError: names the layer.
-    """
+    """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others."""
     _check_draws(model, model.modules())
 
 
@@ -572,11 +517,7 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
     """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
     attends to trees as to texts. An encoder-decoder has to verify chains.
 
-    Args:
-        make_forward: the target's without a head, for one row and over a new cache that grows.
-
-    Raises:
-        ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
+    `make_forward` makes the target's without a head, for one row and over a new cache that grows.
     """
     target = make_forward().target
     config = target.config.get_text_config()
@@ -638,14 +579,7 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
 
 def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
     """Compare a tree and a prompt, bit for bit, with the same tokens read in parts, unless the architecture is a known
-    one.
-
-    Args:
-        target: a decoder.
-        make_verifier: of `invariant=True`, over a new cache, given `position_ids` `[1, s]`.
-
-    Raises:
-        ValueError: logits depend on what else is in a forward, or the forward fails.
+    one. `make_verifier` makes that of `invariant=True` over a new cache, from `position_ids` `[1, s]`.
     """
     model_type = target.config.get_text_config(decoder=True).model_type
     if model_type in _COMPARED:

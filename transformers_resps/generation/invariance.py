@@ -155,16 +155,6 @@ class InvariantCalls:
     ) -> None:
         """Refuse a target or a call whose text would not be the same however it is drafted. Warn, once for each, of
         what rounds and differs from the first call.
-
-        Args:
-            model: the target, which `check_model` lets verify trees.
-            engine: the model's.
-            config: the `generation_config` of the call.
-            arguments: all other keyword arguments of the call.
-            compile: whether the target's steps run compiled.
-
-        Raises:
-            ValueError: names what stands against it, and the way out.
         """
         call = _of_call(arguments, partial(setting_of, model=model, config=config, arguments=arguments), compile)
         for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):

@@ -7,7 +7,7 @@ and so does every call without a head and a policy.
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -21,12 +21,15 @@ from transformers import (
 
 from ..drafting import DraftSource
 from ..policies.base import Policy
-from .request import CONFIG_KEYWORDS, USE_MTP, Call, CompileChoice, Keywords, Request, SpeculationState
-from .speculation import speculate
+from .decode import decode
+from .output import output
+from .plan import plan, prepare
+from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState, resolve
 
 
+_STOCK = Request()
 # Of the call that runs now: stock's preparation stands between `generate` and the methods that decode.
-_request: ContextVar[Request | None] = ContextVar("resps_request", default=None)
+_request: ContextVar[Request] = ContextVar("resps_request", default=_STOCK)
 
 
 class ReSpSGenerationMixin(GenerationMixin):
@@ -113,12 +116,11 @@ class ReSpSGenerationMixin(GenerationMixin):
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         keywords = Keywords(assistant_model, policy, lockstep, compile, invariant)
         call = Call(keywords, generation_config, arguments, prompts)
-        with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
-            if request.assistant_model is not None:
-                arguments["assistant_model"] = request.assistant_model
-            if request.policy is not None and call.asks_mtp(self.generation_config):
-                arguments[USE_MTP] = False  # whatever a config says
-            token = _request.set(request)
+        target, state = cast(PreTrainedModel, self), self.speculation_state
+        request = resolve(call, self.generation_config, state.defaults, partial(state.assistants.load, target))
+        arguments |= request.told  # which the checks read, too
+        with request.admitted(target, state, call) as admitted:
+            token = _request.set(admitted)
             try:
                 return super().generate(*([] if inputs is None else [inputs]), **arguments)
             finally:
@@ -129,8 +131,9 @@ class ReSpSGenerationMixin(GenerationMixin):
 
         `inputs_tensor`, which an encoder has read, comes only to a method that names it.
         """
-        request = _request.get()
-        if request is None or request.policy is None:
+        request, state = _request.get(), self.speculation_state
+        if request.is_stock:
             return cast(Any, super())._sample(*args, **kwargs)
         kwargs["inputs_tensor"] = inputs_tensor
-        return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)
+        prepared = prepare(cast(PreTrainedModel, self), state, *args, **kwargs)
+        return output(prepared, *decode(plan(request, prepared, state), state))

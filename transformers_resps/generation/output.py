@@ -7,9 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from ..compat import CACHE_KEYWORD
+from ..decoding.text import Batch
 from ..telemetry.report import SpeculationReport
+from .plan import Prepared
 
 
 @dataclass
@@ -37,6 +41,20 @@ class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
     def __init__(self, *items: Any, speculation: SpeculationReport | None = None, **kept: Any) -> None:
         super().__init__(*items, **kept)
         self.speculation = speculation
+
+
+def output(
+    prepared: Prepared, batch: Batch, report: SpeculationReport, cache: Cache | None
+) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
+    """What a decoding method of stock `generate` returns: `[b, s + t]` token ids, or with all else a dict."""
+    if prepared.streamer is not None:
+        prepared.streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
+    if not prepared.returns_dict:
+        return batch.input_ids
+    kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
+    kept[CACHE_KEYWORD] = cache
+    made = SpeculativeSeq2SeqOutput if prepared.target.config.is_encoder_decoder else SpeculativeOutput
+    return made(**kept, speculation=report)
 
 
 Ids = TypeVar("Ids", list[int], Tensor)

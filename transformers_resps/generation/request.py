@@ -1,14 +1,14 @@
 """What one call of `generate` asks for, and what its model keeps from call to call.
 
-In reading order: the keywords, the defaults that `attach` was given, the state of a model, and a call that is read and
-checked before any work.
+In reading order: the keywords, the defaults that `attach` was given, the state of a model, a call, and what it is
+resolved to: a request, which is checked before any work.
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -74,6 +74,18 @@ class Keywords:
     compile: CompileChoice | None = None
     invariant: bool | None = None
 
+    @staticmethod
+    def saved_in(config: GenerationConfig | None) -> "Keywords":
+        """What a `generation_config.json` says; Transformers itself refuses an `assistant_model` there."""
+        said = {name: getattr(config, name, None) for name in CONFIG_KEYWORDS}
+        for name, kind in CONFIG_KEYWORDS.items():
+            if not isinstance(said[name], kind | None):
+                raise ValueError(
+                    f"`generation_config.{name}` is saved as JSON, so it must be a {kind.__name__}, got a "
+                    f"{type(said[name]).__name__}. Pass the object to `generate` or `attach` instead."
+                )
+        return Keywords(**said)
+
     @property
     def assistants(self) -> list[Any]:
         """One, several, or none."""
@@ -88,13 +100,13 @@ class Keywords:
     @property
     def has_stock_assistant(self) -> bool:
         """Whether the call drafts in Transformers' own way: with a policy, a small model drafts trees."""
-        is_model = len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+        is_model = isinstance(self.assistant_model, Module) and not self.sources
         return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
         """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
-        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
+        return not self.is_plain and (self.policy is not None or isinstance(self.assistant_model, list | tuple))
 
     def loaded(self, load: Callable[[Any], Any]) -> Self:
         """The same with every assistant as `load` returns it."""
@@ -211,22 +223,9 @@ class SpeculationDefaults(Keywords):
         """Whether they are ignored in this thread now."""
         return _are_suspended.get()
 
-    def in_force(self) -> "SpeculationDefaults":
-        """These defaults, or empty ones while they are suspended."""
-        return SpeculationDefaults() if _are_suspended.get() else self
 
-    def fill(self, call: Keywords) -> Keywords:
-        """The keywords of a call, filled up from these; a call with an assistant of Transformers' own takes none."""
-        return call if call.has_stock_assistant else call.or_else(self)
-
-
-def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
-    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head, MTP layers or a whole
-    model. "mtp" means the layers that came with the target.
-
-    Raises:
-        ValueError, OSError: as `DraftHead.from_pretrained`.
-    """
+def _named_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
+    """What a folder or a Hub id holds, on the target's device and in its dtype, or for "mtp" what came with it."""
     if name == MTP:
         return MtpHead.from_target(target)
     if MtpHead.is_saved_in(name):
@@ -254,7 +253,7 @@ class Assistants:
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
-                self._named[key] = load_assistant(assistant, target)
+                self._named[key] = _named_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
         if isinstance(model, CandidateGenerator):
@@ -388,122 +387,116 @@ class Call(NamedTuple):
         saved = next((getattr(config, USE_MTP, None) for config in configs), None)
         return bool(self.arguments.get(USE_MTP, saved))
 
-    def configured(self, own: GenerationConfig | None) -> Keywords:
-        """The call's keywords, filled up from its config, then from the model's `own`."""
-        keywords = self.keywords
-        if SpeculationDefaults.are_suspended() or keywords.has_stock_assistant:
-            return keywords
-        for config in (self.config, own):
-            if keywords.is_plain:  # whatever the next config says
-                break
-            keywords = keywords.or_else(Keywords(**{name: _saved(config, name) for name in CONFIG_KEYWORDS}))
-        return keywords
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one call asks for; stock's own preparation stands between reading it and decoding.
+    """What one call asks for; stock's own preparation stands between `resolve` and decoding.
 
     Attributes:
-        assistant_model: an assistant of Transformers' own, for stock `generate`; `None` for a call of ours.
-        policy: decides; `None` for a stock call.
+        policy: decides; the name of one until the request is `admitted`, and "plain" where stock decodes.
         sources: what drafts; empty to draft by lookup alone.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
         invariant: whether the text is to be the same in any dtype, whatever drafts.
+        eval_mode: whether the call runs in evaluation mode.
+        is_plain_throughout: whether calls within this one are plain, too.
+        told: keyword arguments of stock `generate` that say the same.
     """
 
-    assistant_model: Any = None
-    policy: Policy | None = None
+    policy: Policy | str = PLAIN
     sources: tuple[DraftSource, ...] = ()
     lockstep: bool | None = None
     compile: CompileChoice | None = None
     invariant: bool = False
+    eval_mode: bool = False
+    is_plain_throughout: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock decodes, plainly or with an assistant of its own."""
+        return self.policy == PLAIN
+
     @contextmanager
-    def read(cls, model: PreTrainedModel, state: SpeculationState, call: Call) -> Iterator["Request"]:
-        """Read what a call asks for and check it; what it borrows is given back at the end of the `with` block.
+    def admitted(self, target: PreTrainedModel, state: SpeculationState, call: Call) -> Iterator["Request"]:
+        """The request, checked, with its policy; what it borrows is given back at the end of the `with` block.
 
         Raises:
             ValueError: it asks for what a tree cannot do.
         """
         with ExitStack() as stack:
-            keywords = call.configured(model.generation_config)
-            keywords.check()
-            if keywords.is_plain:
-                stack.enter_context(SpeculationDefaults.suspended())  # calls within this one are plain, too
-                keywords = replace(keywords, policy=None)
-            defaults = state.defaults.in_force()
-            keywords = defaults.fill(keywords)
-            if keywords.policy is not None and not keywords.assistants and call.asks_mtp(model.generation_config):
-                keywords = replace(keywords, assistant_model=MTP)
-                call = call._replace(arguments={**call.arguments, USE_MTP: False})
-            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
-            sources = keywords.sources
-            if keywords.invariant and not sources and keywords.policy is None and not keywords.has_stock_assistant:
-                keywords = replace(keywords, policy=FixedPolicy(TreeShape.plain()))
-            if defaults.eval_mode:
-                own = [module for source in sources for module in source.own_modules]
-                stack.enter_context(state.evaluation_mode.held(model, *own))
-            if not sources and keywords.policy is None:
-                _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
-                yield cls(keywords.assistant_model)
+            if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
+                stack.enter_context(SpeculationDefaults.suspended())
+            modules = [module for source in self.sources for module in source.own_modules]
+            if self.eval_mode:
+                stack.enter_context(state.evaluation_mode.held(target, *modules))
+            if self.is_stock:
+                yield self
                 return
-            yield cls._speculative(model, state, call, keywords, stack)
-
-    @classmethod
-    def _speculative(
-        cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
-    ) -> "Request":
-        sources, policy = keywords.sources, keywords.policy
-        check_model(model, has_head=bool(sources))
-        check_settings(model, call.config, call.arguments)
-        check_inputs(model, call.prompts, call.arguments)
-        if keywords.invariant:
-            state.invariant_calls.admit(model, state.slot_engine, call.config, call.arguments, keywords.compile)
-        for source in sources:
-            for module in source.own_modules:
+            check_model(target, has_head=bool(self.sources))
+            check_settings(target, call.config, call.arguments)
+            check_inputs(target, call.prompts, call.arguments)
+            if self.invariant:
+                state.invariant_calls.admit(target, state.slot_engine, call.config, call.arguments, self.compile)
+            for module in modules:
                 check_draws(module)
-        _prepare(sources, model, stack)
-        if policy is None:
-            policy = FixedPolicy(sources[0].default_shape)
-        elif not isinstance(policy, Policy):
-            name = os.fspath(policy)
-            make = default_policy if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile, keywords.invariant)
-            if len(sources) > 1:
-                key = key, *map(ref, sources[1:])
-            policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
-        if not sources and policy.needs_head:
+            for source in self.sources:
+                source.prepare(target)
+            policy = self._lent_policy(target, state, call.rows, stack)
+            if not target.config.is_encoder_decoder:  # whose source is not encoded yet
+                state.check_trees(target, partial(TargetForward.of, target))
+            yield replace(self, policy=policy)
+
+    def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
+        """The policy, which `stack` gives back if it was named, and which fits the pair."""
+        policy, first = self.policy, self.sources[0] if self.sources else None
+        if isinstance(policy, str):
+            make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
+            key = PolicyCache.key(target, rows, policy, self.compile, self.invariant)
+            if len(self.sources) > 1:
+                key = key, *map(ref, self.sources[1:])
+            policy = stack.enter_context(state.policy_cache.borrow(first, key, make))
+        if first is None and policy.needs_head:
             raise ValueError(
                 f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
                 "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
             )
         if policy.has_identity:
-            policy.check_identity(**pair_identity(model, sources[0] if sources else None))
-        if not model.config.is_encoder_decoder:  # whose source is not encoded yet
-            state.check_trees(model, partial(TargetForward.of, model))
-        return cls(None, policy, tuple(sources), keywords.lockstep, keywords.compile, bool(keywords.invariant))
+            policy.check_identity(**pair_identity(target, first))
+        return policy
 
 
-def _prepare(sources: Sequence[DraftSource], target: PreTrainedModel, stack: ExitStack) -> None:
-    for source in sources:
-        source.prepare(target)
-    if any(source.calls_generate for source in sources):
-        stack.enter_context(SpeculationDefaults.suspended())
+def resolve(
+    call: Call, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
+) -> Request:
+    """What a call asks for: first its keywords say, then its config, the model's own, and what `attach` was given.
 
-
-def _saved(config: GenerationConfig | None, name: str) -> Any:
-    """What a `generation_config.json` says of a keyword; Transformers itself refuses an `assistant_model` there."""
-    kind = CONFIG_KEYWORDS[name]
-    value = getattr(config, name, None)
-    if not isinstance(value, kind | None):
-        raise ValueError(
-            f"`generation_config.{name}` is saved as JSON, so it must be a {kind.__name__}, got a "
-            f"{type(value).__name__}. Pass the object to `generate` or `attach` instead."
-        )
-    return value
+    `load` is the model's `Assistants.load`. Raises a `ValueError` for keywords of the wrong kind, that contradict each
+    other, or that would have no effect.
+    """
+    said, are_suspended = call.keywords, SpeculationDefaults.are_suspended()
+    if not (are_suspended or said.has_stock_assistant):
+        for further in (call.config, own, attached):
+            if said.is_plain:  # whatever the next one says
+                break
+            said = said.or_else(further if isinstance(further, Keywords) else Keywords.saved_in(further))
+    said.check()
+    told: dict[str, Any] = {}
+    if said.asks_trees and not said.assistants and call.asks_mtp(own):
+        said, told = replace(said, assistant_model=MTP), {USE_MTP: False}
+    said = said.loaded(partial(load, as_source=said.asks_trees))
+    sources, policy = tuple(said.sources), said.policy
+    if policy is None and sources:
+        policy = FixedPolicy(sources[0].default_shape)
+    elif policy is None and said.invariant and said.assistant_model is None:
+        policy = FixedPolicy(TreeShape.plain())
+    eval_mode = attached.eval_mode and not (are_suspended or said.is_plain)
+    if policy is None or said.is_plain:
+        _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
+        told = {} if said.assistant_model is None else {"assistant_model": said.assistant_model}
+        return Request(eval_mode=eval_mode, is_plain_throughout=said.is_plain, told=told)
+    name = os.fspath(policy) if isinstance(policy, str | os.PathLike) else policy
+    return Request(name, sources, said.lockstep, said.compile, bool(said.invariant), eval_mode=eval_mode, told=told)
 
 
 def _check_stock(keywords: Keywords) -> None:

@@ -11,7 +11,7 @@ from tests.decoding.rows import WIDE, prompts, speculate, uneven_steps
 from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
-from transformers_resps.generation.speculation import is_lockstep
+from transformers_resps.generation.plan import is_lockstep
 
 
 __all__ = ["endless", "head", "target"]  # fixtures

@@ -1,0 +1,132 @@
+"""Decode one call as its plan says: open what the plan names, and run the loop."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ..compat import CACHE_KEYWORD
+from ..decoding.loop import TreeDecoding
+from ..decoding.text import Batch
+from ..drafting import DraftCall, Drafter
+from ..drafting.mixed_drafter import together
+from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
+from ..policies.base import Policy
+from ..telemetry import SpeculationReport
+from ..verifying.cache import stop_recording
+from ..verifying.forward import Features
+from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
+from ..verifying.verifier import HybridVerifier, InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
+from .plan import Plan, Prepared, Reading, Verifying
+from .request import SpeculationState
+
+
+def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
+    """Prefill, then one step after another until all texts are finished.
+
+    Returns:
+        The texts, what happened, and the cache that plain decoding returns; `None` where nobody asks for it.
+    """
+    prepared, request, policy = plan.prepared, plan.request, cast(Policy, plan.request.policy)
+    target, batch = prepared.target, plan.batch()
+    with ExitStack() as stack:
+        if prepared.static is not None and prepared.is_cache_given:
+            stack.callback(fill_static, prepared.static, prepared.cache)
+        stack.callback(state.invariant_calls.note, prepared.cache, request.invariant)
+        stack.callback(stop_recording, prepared.cache)
+        verifier = stack.enter_context(_verifier(plan, state, stack))
+        drafter, lookup = _drafters(plan, state, batch, verifier, stack)
+        options: dict[str, Any] = {"max_length": prepared.max_length, "keeps_ended": prepared.makes_cache}
+        decoding = TreeDecoding(verifier, drafter, lookup, policy, batch, **options)
+        verifier.gives_back = prepared.returns_dict or prepared.is_cache_given
+        decoding.prefill(_reader(plan, verifier))
+        threads = torch.get_num_threads() if target.device.type == "cpu" else 1
+        pace = state.pace.of_call((target.dtype, threads, verifier.is_compiled, request.invariant), threads)
+        with cast(Any, target)._optimize_model_for_decode():
+            while not batch.finished:
+                context = verifier.length
+                decoding.step()
+                pace.see(decoding.report.steps[-1], context)
+        # most callers never look at the cache that they get: it is filled when they do
+        is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
+        cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
+    report = decoding.report
+    report.reason, report.answers = policy.explain(report.steps), batch.answers(prepared.input_ids.shape[1])
+    state.slot_engine.note(report.seconds)
+    if cache is None and prepared.returns_dict:
+        cache = _returned_cache(prepared, state, decoding.ended, batch.input_ids)
+    return batch, report, cache
+
+
+def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
+    """The verifier of one call; `stack` holds the compiled code that it is lent."""
+    engine, given = state.slot_engine, (plan.prepared.position_ids, plan.prepared.attention_mask)
+    if plan.warns:
+        engine.warn(str(plan.why_eager))
+    if plan.verifying is Verifying.GROWING:
+        return TreeVerifier(plan.forward, *given)
+    lent = stack.enter_context(engine.borrow(plan.forward.target) if plan.compiles else nullcontext())
+    if plan.verifying is not Verifying.INVARIANT:
+        kind = HybridVerifier if plan.verifying is Verifying.HYBRID else SlotVerifier
+        return kind(plan.forward, lent, *given, options=plan.compile_options)
+    if plan.compiles and lent is None:
+        raise ValueError(
+            "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
+            "Call `generate` when it has ended, or with `compile=False`."
+        )
+    return InvariantVerifier(plan.forward, engine, plan.row_needs, *given, compiles=plan.compiles)
+
+
+def _drafters(
+    plan: Plan, state: SpeculationState, batch: Batch, verifier: Verifier, stack: ExitStack
+) -> tuple[Drafter | None, LookupDrafter]:
+    """What drafts in this call, and the lookup beside it."""
+    prepared, sources, mask = plan.prepared, plan.request.sources, plan.prepared.attention_mask
+    unread = len(batch) * max(batch.length - verifier.length, 1)
+    policy = cast(Policy, plan.request.policy)
+    if sources and not policy.wants_head(len(batch), unread, prepared.max_length - batch.shortest):
+        sources = ()
+    call = DraftCall(
+        prepared.target,
+        verifier,
+        len(batch),
+        # the mask counts what the cache holds, of which the batch may know nothing
+        text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
+        # features begin after cached positions, whose own are gone, and where tokens are known
+        paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
+        origins=prepared.sources(),
+        never_drafted=prepared.never_drafted(),
+        engines=state.draft_engines if verifier.is_compiled else None,
+        ends=stack,
+    )
+    return together([source.drafter(call) for source in sources]), PromptLookup().drafter(call)
+
+
+def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
+    """What reads the prompt `[b, s]`."""
+    prepared, kwargs = plan.prepared, plan.prepared.model_kwargs | plan.prompt_options
+    if plan.reading is Reading.VERIFIER:
+        kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
+        return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
+    # of a copy: stock takes apart what it reads in chunks
+    run = partial(cast(Any, prepared.target)._prefill, prepared.input_ids, prepared.config, kwargs)
+    return lambda tokens: verifier.prefill_by(run, len(tokens))
+
+
+def _returned_cache(prepared: Prepared, state: SpeculationState, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
+    """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
+    cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
+    if not ended:
+        return cast(Cache, cache) if static is None else fill_static(static, cache)
+    target, mask = prepared.target, prepared.attention_mask
+
+    def make() -> Cache:
+        with state.evaluation_mode.held(target):
+            whole = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, mask)
+        return whole if static is None else fill_static(static, whole)
+
+    return UnreadDynamicCache(make) if static is None else UnreadStaticCache(make)

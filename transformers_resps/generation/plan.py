@@ -1,0 +1,473 @@
+"""From what a call asks for and what stock `generate` has prepared to a plan: which of our ways decodes the call.
+
+A plan says everything beforehand, and opens nothing.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig, LogitsProcessorList, PreTrainedModel, StaticCache, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
+
+from ..compat import CACHE_KEYWORD
+from ..decoding.processors import is_stateless
+from ..decoding.text import Batch, Text
+from ..drafting import DraftSource
+from ..verifying.attention import longrope_boundary
+from ..verifying.cache import cached_length
+from ..verifying.forward import (
+    EncoderDecoderForward,
+    TargetForward,
+    are_outputs,
+    counts_slots,
+    is_compiled,
+    skips_positions,
+)
+from ..verifying.hybrids import is_recurrent
+from ..verifying.returned import dynamic_copy
+from ..verifying.row_classes import RowNeeds
+from .checks import (
+    NEVER_READ,
+    check_forward_arguments,
+    check_lengths,
+    check_room,
+    check_synced,
+    holds_more_than_tokens,
+    placeholder_ids,
+)
+from .request import AUTO, Request, SpeculationState
+
+
+# What stock decoding methods are told and a tree has no use for.
+_NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stock `generate` hands to the method that decodes. A dynamic cache stands for a `static` one."""
+
+    target: PreTrainedModel
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: Any
+    streamer: Any
+    model_kwargs: dict[str, Any]
+    static: StaticCache | None
+
+    @property
+    def cache(self) -> Any:
+        """What the decoder has read."""
+        return self.model_kwargs[CACHE_KEYWORD]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """`[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache already holds."""
+        return cast(Tensor | None, self.model_kwargs["attention_mask"])
+
+    @property
+    def position_ids(self) -> Tensor:
+        """`[b or 1, s]`, or `[planes, b or 1, s]`."""
+        return cast(Tensor, self.model_kwargs["position_ids"])
+
+    @property
+    def hold_more_than_tokens(self) -> bool:
+        """Whether stock `generate` has to read the prompt."""
+        return holds_more_than_tokens(self.model_kwargs)
+
+    def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
+        """The target's, with the features that the sources read.
+
+        Raises:
+            ValueError: they read the same layers before and after image features are added.
+        """
+        reading = [source for source in sources if source.feature_layers]
+        layers = sorted({layer for source in reading for layer in source.feature_layers})
+        before = {source.before_deepstack for source in reading}
+        if len(before) > 1:
+            raise ValueError(
+                "One assistant reads hidden states before image features are added to them, another one after. Pass "
+                "one of them."
+            )
+        return TargetForward(self.target, layers or None, self.cache, before_deepstack=True in before)
+
+    def sources(self) -> list[list[int]] | None:
+        """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
+        return None
+
+    def never_drafted(self) -> frozenset[int]:
+        """Tokens that lookup does not propose."""
+        return placeholder_ids(self.target.config)
+
+    @property
+    def max_length(self) -> int:
+        """Positions a text may reach: a fraction is rounded up, and no limit is `sys.maxsize`."""
+        most: float = self.config.max_length
+        return math.ceil(most) if most < sys.maxsize else sys.maxsize
+
+    @property
+    def is_cache_given(self) -> bool:
+        """Whether the cache is the caller's, who may reuse it."""
+        given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
+        return bool(getattr(given, "_is_user_defined", False))
+
+    @property
+    def returns_dict(self) -> bool:
+        """Whether the caller gets more than tokens, the cache for example."""
+        return bool(self.config.return_dict_in_generate)
+
+    @property
+    def makes_cache(self) -> bool:
+        """Whether several rows get a cache back that is not the caller's."""
+        return self.returns_dict and len(self.input_ids) > 1 and not self.is_cache_given
+
+    @property
+    def keeps_scores(self) -> bool:
+        return self.returns_dict and bool(self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.returns_dict and bool(self.config.output_logits)
+
+    def text(self, input_ids: Tensor) -> Text:
+        """The text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
+        return Text(
+            input_ids,
+            self.logits_processor,
+            self.stopping_criteria,
+            do_sample=self.config.do_sample,
+            pad_token=self.config._pad_token_tensor,
+            streamer=self.streamer,
+            keep_scores=self.keeps_scores,
+            keep_logits=self.keeps_logits,
+            keep_padding=self.is_cache_given,
+            stops_at_ends=self.makes_cache and len(input_ids) > 1,
+        )
+
+
+@dataclass(frozen=True)
+class PreparedEncoderDecoder(Prepared):
+    """Of an encoder-decoder, whose encoder has read `source`: `[b or fewer, ...]` tokens, or sounds or images."""
+
+    source: Tensor | None
+
+    @property
+    def cache(self) -> Any:
+        return self.model_kwargs[CACHE_KEYWORD].self_attention_cache
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.model_kwargs.get("decoder_attention_mask")
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Slots, until the decoder has got its positions."""
+        past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
+        known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
+        return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
+
+    @property
+    def is_cache_given(self) -> bool:
+        """As `Prepared.is_cache_given`. Of several rows a cache that is handed back is made as if it were."""
+        return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
+
+    @property
+    def hold_more_than_tokens(self) -> bool:
+        return True
+
+    @property
+    def encoded(self) -> tuple[Any, Tensor | None]:
+        """The encoder's outputs, and its mask of padding."""
+        outputs = self.model_kwargs["encoder_outputs"]
+        if not isinstance(outputs, ModelOutput):
+            outputs = BaseModelOutput(last_hidden_state=outputs[0])
+        return outputs, self.model_kwargs.get("attention_mask")
+
+    def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
+        return EncoderDecoderForward(self.target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
+
+    def sources(self) -> list[list[int]] | None:
+        """As `Prepared.sources`: they are the target's own where encoder and decoder have as many tokens."""
+        source, mask = self.source, self.model_kwargs.get("attention_mask")
+        if source is None or source.is_floating_point() or source.dim() != 2 or int(source.min()) < 0:
+            return None  # -100 stands for tokens of which only the encoder's outputs are known
+        sides: list[Any] = [self.target.get_encoder(), self.target.get_decoder()]
+        if len({side.get_input_embeddings().weight.shape[0] for side in sides}) > 1:
+            return None
+        tokens = source.repeat_interleave(len(self.input_ids) // len(source), dim=0)
+        shown = torch.ones_like(tokens) if mask is None or mask.shape != tokens.shape else mask
+        return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
+
+    def never_drafted(self) -> frozenset[int]:
+        """As `Prepared.never_drafted`; M2M100 and others count positions without padding."""
+        padding = self.target.config.get_text_config(decoder=True).pad_token_id
+        return placeholder_ids(self.target.config) | ({padding} if isinstance(padding, int) else frozenset())
+
+
+def prepare(
+    target: PreTrainedModel,
+    state: SpeculationState,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    inputs_tensor: Tensor | None = None,
+    **model_kwargs: Any,
+) -> Prepared:
+    """What a decoding method of stock `generate` is given, as its parameters are named there; checked, so that a tree
+    can take it. `inputs_tensor` is what the encoder of an encoder-decoder has read, `[b, ...]`.
+    """
+    check_synced(model_kwargs.get("synced_gpus"))
+    model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
+    check_forward_arguments(target, input_ids, model_kwargs)
+    cache = model_kwargs[CACHE_KEYWORD]
+    static = cache if isinstance(cache, StaticCache) else None
+    if static is not None:  # trees decode over slots, or where the cache grows
+        model_kwargs[CACHE_KEYWORD] = dynamic_copy(static, target.config)
+    given = target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
+    prepared = Prepared(*given)
+    if target.config.is_encoder_decoder:
+        prepared = encoded = PreparedEncoderDecoder(*given, inputs_tensor)
+        state.check_trees(target, partial(EncoderDecoderForward.of_first, target, *encoded.encoded))
+    length, positions = input_ids.shape[1], prepared.position_ids.shape[-1]
+    if model_kwargs.get("inputs_embeds") is None:
+        check_lengths(target, prepared.cache, length, positions, prepared.max_length)
+    if static is not None and prepared.is_cache_given:
+        check_room(static, prepared.max_length + positions - length - 1)
+    return prepared
+
+
+class Verifying(StrEnum):
+    """How trees are verified."""
+
+    GROWING = "growing cache"
+    SLOTS = "slots"
+    HYBRID = "slots and states"
+    INVARIANT = "invariant slots"
+
+
+class Reading(StrEnum):
+    """Who reads the prompt."""
+
+    VERIFIER = "the verifier"
+    STOCK = "stock `generate`"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one call is decoded. Every choice between our ways stands here, and none is made after it.
+
+    Attributes:
+        request: what the caller asked for beyond stock.
+        prepared: by stock `generate`.
+        forward: the target's, over the call's cache, with the features that the sources read.
+        in_lockstep: whether all rows advance together; true of one row.
+        drops_finished: whether finished rows are left out of further work.
+        verifying: how trees are verified.
+        why_eager: why steps run as they are; `None` where they run compiled.
+        warns: whether the caller asked for what `why_eager` says is impossible.
+        row_needs: of kernels, in the invariant mode.
+        reading: who reads the prompt.
+        prompt_options: of the target's forward over it, beside what stock has prepared.
+    """
+
+    request: Request
+    prepared: Prepared
+    forward: TargetForward
+    in_lockstep: bool
+    drops_finished: bool
+    verifying: Verifying
+    why_eager: str | None
+    warns: bool
+    row_needs: RowNeeds
+    reading: Reading
+    prompt_options: dict[str, Any]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether steps run compiled."""
+        return self.why_eager is None
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """The caller's, for `torch.compile`; `None` where they are its own."""
+        config = self.prepared.config.compile_config
+        return None if config is None or config == CompileConfig() else config.to_dict()
+
+    def batch(self) -> Batch:
+        """One text of all rows, or one of each."""
+        ids = self.prepared.input_ids
+        texts = map(self.prepared.text, [ids] if self.in_lockstep else ids.split(1))
+        return Batch(list(texts), drops_finished=self.drops_finished)
+
+    def __str__(self) -> str:
+        """A row of a table: who verifies, who reads the prompt, how rows advance, how many draft, why not compiled."""
+        rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
+        return " | ".join(map(str, (self.verifying, self.reading, rows, len(self.request.sources), compiled)))
+
+
+def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
+    """Choose how an admitted call is decoded; `state` tells whether compiling pays, and what kernels need.
+
+    Raises:
+        ValueError: the call asks for ways that exclude each other, or that its target does not go.
+    """
+    target = prepared.target
+    in_lockstep, drops = _rows(request.lockstep, prepared)
+    is_static = prepared.static is not None or is_compiled(target)
+    if is_static and is_recurrent(target):
+        raise ValueError(
+            f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
+            "Leave out `cache_implementation`, and use the model as it was before it was compiled."
+        )
+    forward = prepared.forward(request.sources)
+    why_eager, warns = _compiling(request, prepared, state, forward.layers)
+    verifying, row_needs = Verifying.GROWING, RowNeeds(1)
+    if request.invariant:
+        if warns:  # steps that run as they are round otherwise
+            raise ValueError(f"`compile=True` with `invariant=True` cannot run: {why_eager}. Leave out `compile`.")
+        verifying, row_needs = Verifying.INVARIANT, _row_needs(target, state, compiles=why_eager is None)
+    elif why_eager is None or (is_static and are_outputs(target, forward.layers)):
+        verifying = Verifying.HYBRID if is_recurrent(target) else Verifying.SLOTS
+    reading = Reading.STOCK if _has_to_read(prepared) else Reading.VERIFIER
+    reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
+    skips = skips_positions(target) and bool(reading_all)
+    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number skips the features, too
+    return Plan(
+        request, prepared, forward, in_lockstep, drops, verifying, why_eager, warns, row_needs, reading, options
+    )
+
+
+def _compiling(
+    request: Request, prepared: Prepared, state: SpeculationState, layers: list[int]
+) -> tuple[str | None, bool]:
+    """Why steps are not compiled, if they are not, and whether that is worth a warning."""
+    target, choice, engine = prepared.target, request.compile, state.slot_engine
+    if choice is None:
+        choice = _stock_would_compile(prepared)
+    if not choice:
+        return "nothing asks for it", False
+    is_batch = len(prepared.input_ids) > 1
+    if choice == AUTO and not (engine.pays or engine.is_stored(target, layers, is_batch=is_batch)):
+        return "compiling takes longer than decoding has", False
+    obstacle = _compile_obstacle(target, layers)
+    if obstacle is not None:
+        return obstacle, choice is True
+    return ("the caller compiled the model" if is_compiled(target) else None), False
+
+
+def _stock_would_compile(prepared: Prepared) -> bool:
+    """Whether plain `generate` would compile, or is told how to."""
+    if prepared.config.disable_compile:
+        return False
+    is_static = prepared.static is not None and prepared.target.device.type == "cuda"
+    return prepared.config.compile_config is not None or is_static
+
+
+def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
+    """Why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
+    weights = list(target.parameters())
+    is_elsewhere = len({weight.device for weight in weights}) != 1 or target.device.type not in ("cpu", "cuda")
+    is_in_graph = is_recurrent(target) and target.device.type != "cpu"
+    obstacles = {
+        "the model is in training mode": target.training,
+        "the model has recurrent layers, and its states would have to stay where they are in a graph": is_in_graph,
+        "the head reads the last layer's output, which a compiled forward gives only after the final norm": (
+            not are_outputs(target, layers)
+        ),
+        "the model is an encoder-decoder": target.config.is_encoder_decoder,
+        "an adapter is active; merge it first": _has_active_adapter(target),
+        "the model is not on one CPU or CUDA device": is_elsewhere,
+        "its weights are quantized or sharded": any(type(weight) is not nn.Parameter for weight in weights),
+        "gradients are enabled": torch.is_grad_enabled(),
+    }
+    return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+
+
+def _has_active_adapter(target: nn.Module) -> bool:
+    """Whether a layer of PEFT adds to the layer inside it."""
+    layers: list[Any] = list(target.modules())
+    tuners = {kind for kind in set(map(type, layers)) if any(own.__name__ == "BaseTunerLayer" for own in kind.__mro__)}
+    return any(type(layer) in tuners and not (layer.merged or layer.disable_adapters) for layer in layers)
+
+
+def _row_needs(target: PreTrainedModel, state: SpeculationState, *, compiles: bool) -> RowNeeds:
+    if not compiles or target.device.type != "cpu":
+        return state.row_classes.needs(target)
+    needs = state.row_classes.needs_of_experts(target)  # all else is multiplied by kernels of ours
+    if needs.is_exact:
+        raise ValueError(
+            "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of rows "
+            "here. Leave out `compile`."
+        )
+    return needs
+
+
+def _has_to_read(prepared: Prepared) -> bool:
+    """Whether stock has to read the prompt: also where a decoder's could hold more than tokens, since EXAONE 4.5 reads
+    other positions than it is given.
+    """
+    config = prepared.target.config
+    may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
+    return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))
+
+
+def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
+    """Whether all rows advance together, and whether finished ones are dropped."""
+    if len(prepared.input_ids) == 1:
+        return True, False
+    reason = _lockstep_reason(prepared)
+    of_target = "a decoder that counts the slots of its cache" if counts_slots(prepared.target) else None
+    in_lockstep = is_lockstep(lockstep, prepared.config.do_sample, reason or of_target)
+    return in_lockstep, not in_lockstep or reason is None
+
+
+def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
+    """Whether the rows advance in lockstep: they must for a `reason`, and do where the caller asks for it, who leaves
+    it to us with `None`. Then sampled rows do, since plain sampling draws the random numbers of all rows at once.
+    """
+    if lockstep is False and reason is not None:
+        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
+    return reason is not None or (do_sample if lockstep is None else lockstep)
+
+
+_CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria"})
+
+
+def _lockstep_reason(prepared: Prepared) -> str | None:
+    """Say what in a call requires lockstep; `None` when nothing does.
+
+    A batch may be ragged only if nothing in the call can notice: plain decoding shows every processor and criterion
+    all rows at once, at the same length. What is not known to treat each row separately requires lockstep.
+    """
+    for processor in prepared.logits_processor:
+        if not is_stateless(processor):
+            return f"the logits processor {type(processor).__name__}, which may look at all rows at once"
+    kinds = {type(criterion).__name__ for criterion in prepared.stopping_criteria}
+    for criterion in prepared.stopping_criteria:
+        kind = type(criterion)
+        if kind.__name__ not in _CRITERIA_BY_ROW or not kind.__module__.startswith("transformers.generation."):
+            return f"the stopping criterion {kind.__name__}, which may look at all rows at once"
+    if "EosTokenCriteria" not in kinds and kinds != {"MaxLengthCriteria"}:
+        return "stopping criteria without an end token, after which finished rows go on"
+    asked = {
+        "`output_scores`": prepared.keeps_scores,
+        "`output_logits`": prepared.keeps_logits,
+        "a streamer": prepared.streamer is not None,
+        "a cache of your own": prepared.is_cache_given,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            return f"{name}, for all rows at once"
+    if longrope_boundary(prepared.target.config) is not None:
+        return "a target of rope_type 'longrope', whose frequencies depend on the longest row"
+    return None
