@@ -25,7 +25,7 @@ from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.hybrids import StateKinds, known_mixers
-from transformers_resps.verifying.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,14 @@ from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
 from .verifying.cache import crop, record_windows
 from .verifying.forward import TargetForward
+from .verifying.growing import TreeVerifier
 from .verifying.hybrids import is_recurrent
-from .verifying.invariant import INVARIANT
+from .verifying.invariant.attention import INVARIANT
+from .verifying.invariant.row_classes import RowClasses
+from .verifying.invariant.verifier import InvariantVerifier
 from .verifying.prepacking import is_prepacked
-from .verifying.row_classes import RowClasses
-from .verifying.slots import SlotEngine
-from .verifying.verifier import InvariantVerifier, TreeVerifier, Verifier
+from .verifying.slots.engine import SlotEngine
+from .verifying.verifier import Verifier
 
 
 FORMAT = 2  # of stored tables; it is part of their names, so that those without the start of drafts are not read

@@ -13,7 +13,7 @@ from transformers_resps.assistants import GemmaAssistant
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 PROMPT = [3, 4, 5, 6, 7, 9]

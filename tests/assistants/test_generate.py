@@ -15,7 +15,7 @@ from tests.assistants.gemma import KINDS, gemma_assistant, gemma_target
 from tests.targets import ARCHITECTURES, VOCABULARY
 from transformers_resps import FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.drafting import DraftSource
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 PROMPTS = torch.tensor([[0, 0, 0, 5, 6, 7, 1, 2], [1, 2, 3, 4, 5, 9, 8, 7], [0, 3, 3, 3, 9, 3, 3, 3]])

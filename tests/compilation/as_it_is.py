@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.drafting import engine
-from transformers_resps.verifying import slots
+from transformers_resps.verifying.slots import engine as slots
 
 
 class AsItIs(CompiledFunction):

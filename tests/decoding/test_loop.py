@@ -17,7 +17,7 @@ from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.heads import BoundHead
-from transformers_resps.verifying.verifier import SlotVerifier
+from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 
 class FakeCapture(CapturedFunction):

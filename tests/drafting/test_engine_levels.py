@@ -24,7 +24,7 @@ from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
-from transformers_resps.verifying.verifier import SlotVerifier
+from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 
 NEWEST = torch.empty(0)  # levels are drafted from what was observed

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, set_seed
 
+import transformers_resps
 from tests.compilation.as_it_is import AsItIs
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
@@ -28,11 +29,12 @@ from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
-from transformers_resps.verifying import invariant, slots
+from transformers_resps.verifying.invariant import attention as invariant
+from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.returned import UnreadDynamicCache
-from transformers_resps.verifying.row_classes import RowClasses, RowNeeds
-from transformers_resps.verifying.slots import SlotEngine
-from transformers_resps.verifying.verifier import SlotVerifier
+from transformers_resps.verifying.slots import engine as slots
+from transformers_resps.verifying.slots.engine import SlotEngine
+from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 
 STATIC = {"cache_implementation": "static"}
@@ -613,6 +615,7 @@ def test_inductor_compiles_a_target_with_recurrent_layers_once_for_trees_of_all_
 
 
 INVARIANT = {"invariant": True, "compile": True}
+PACKAGE = Path(transformers_resps.__file__).parent
 
 
 class _OneByOne(nn.Linear):
@@ -680,8 +683,8 @@ def test_the_key_of_a_package_holds_all_files_whose_code_is_compiled(
     for engine in (slots, draft_engine):
         monkeypatch.setattr(engine, "CompiledFunction", Watched)
     speculate(target, head, FixedPolicy(TreeShape(6, 3, 2)), **options)
-    own = {Path(file) for file in seen if Path(file).is_relative_to(Path(slots.__file__).parent.parent)}
-    assert {"slots.py", "levels.py", "model.py"} <= {file.name for file in own}
+    own = {Path(file) for file in seen if Path(file).is_relative_to(PACKAGE)}
+    assert {"forwards.py", "levels.py", "model.py"} <= {file.name for file in own}
     assert own <= set(traced_files())
 
 

@@ -13,7 +13,7 @@ from tests.compilation.as_it_is import compiled_as_it_is
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.verifying import verifier
+from transformers_resps.verifying.slots import verifier
 
 
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))

@@ -40,9 +40,9 @@ from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.row_classes import RowNeeds
-from transformers_resps.verifying.slots import SlotEngine
-from transformers_resps.verifying.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.row_classes import RowNeeds
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.slots.engine import SlotEngine
 
 
 class Told(FixedPolicy):

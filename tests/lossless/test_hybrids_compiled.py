@@ -17,7 +17,7 @@ from tests.lossless.test_hybrids import BATCHES, OPTIONS, check_three_turns
 from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.verifying import slots
+from transformers_resps.verifying.slots import engine as slots
 
 
 pytestmark = NEEDS_STATES

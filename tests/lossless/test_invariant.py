@@ -26,8 +26,9 @@ from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants import MtpConfig, MtpHead
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.verifying import experts, invariant
-from transformers_resps.verifying.row_classes import RowClasses, RowNeeds
+from transformers_resps.verifying.invariant import attention as invariant
+from transformers_resps.verifying.invariant import experts
+from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 
 
 CALLS = 240 if os.environ.get("RESPS_INVARIANT") == "all" else 24

@@ -19,7 +19,7 @@ from transformers_resps.policies.base import Observation
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.tree import DraftTree, TreeShape
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 # Seconds of a draft beside its levels, and of each level, in plain steps

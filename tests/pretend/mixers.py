@@ -12,7 +12,7 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 from .counting import Count
 from .device import move, on_device

@@ -17,8 +17,8 @@ from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.generation import invariance
-from transformers_resps.verifying.slots import SlotForward
-from transformers_resps.verifying.verifier import SlotVerifier
+from transformers_resps.verifying.slots.forwards import SlotForward
+from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 from .counting import Count
 from .device import move, on_device

@@ -12,7 +12,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.telemetry.pace import Pace
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 def step(seconds: float, nodes: int = 1) -> StepRecord:

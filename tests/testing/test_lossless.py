@@ -298,7 +298,7 @@ def test_without_such_a_fault_the_same_examination_passes(target: Any, head: Dra
 @pytest.mark.parametrize(
     ("symbol", "wrong", "check"),
     [
-        ("verifying.verifier:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
+        ("verifying.growing:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
         ("decoding.text:Batch._padded", pad_with_another_token, "greedy, in a padded batch"),
         ("generation.plan:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
         ("verifying.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
@@ -336,7 +336,7 @@ def test_a_tree_that_changes_after_its_verification_is_found_with_mtp_layers(
         return wrong
 
     target, head = pair_of("MtpHead", tmp_path)
-    plant("verifying.verifier:TreeVerifier.verify", changing, monkeypatch.setattr)
+    plant("verifying.growing:TreeVerifier.verify", changing, monkeypatch.setattr)
     with pytest.raises(NotLosslessError, match="NOT LOSSLESS: greedy"):
         assert_lossless(target, head, SMALL, **BRIEF)
 

@@ -20,7 +20,7 @@ from transformers_resps.compilation.packages import sealed
 from transformers_resps.tools import cli
 from transformers_resps.tools.bench import BenchConfig
 from transformers_resps.tools.cli import main
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 @pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve", "cache"])

@@ -20,7 +20,8 @@ from transformers_resps.data import to_tokens
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.inspect import Examination, examine, is_explained
 from transformers_resps.tools.session import Dialogue
-from transformers_resps.verifying.verifier import InvariantVerifier, TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 
 
 @pytest.fixture(scope="module")

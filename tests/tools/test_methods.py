@@ -11,7 +11,7 @@ from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.tools import methods
 from transformers_resps.tools.methods import Bench, Prompt, fixed_tree, plain, policies
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 
 SHAPE = TreeShape(4, 2, 2)

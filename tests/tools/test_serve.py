@@ -34,7 +34,7 @@ from transformers_resps import DraftHead, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.tools import serving
 from transformers_resps.tools.cli import main
-from transformers_resps.verifying.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 
 
 ASKED = [{"role": "user", "content": "abdabdabd"}]

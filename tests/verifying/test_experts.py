@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from transformers_resps.verifying.experts import (
+from transformers_resps.verifying.invariant.experts import (
     RoutedLayer,
     has_invariant_experts,
     invariant_experts,
@@ -17,7 +17,7 @@ from transformers_resps.verifying.experts import (
     routed_layers,
     use_invariant_experts,
 )
-from transformers_resps.verifying.row_classes import RowClasses
+from transformers_resps.verifying.invariant.row_classes import RowClasses
 
 
 COUNT, CHOSEN, WIDTH = 8, 3, 128

@@ -17,8 +17,10 @@ from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurre
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.growing import TreeVerifier
 from transformers_resps.verifying.hybrids import LayerStates, TreeReaders, WholeTree, known_mixers
-from transformers_resps.verifying.verifier import HybridVerifier, TreeVerifier, Verifier
+from transformers_resps.verifying.slots.verifier import HybridVerifier
+from transformers_resps.verifying.verifier import Verifier
 
 
 pytestmark = NEEDS_STATES

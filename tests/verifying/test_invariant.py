@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from tests.kernels import RestRoundsOtherwise
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant import (
+from transformers_resps.verifying.invariant.attention import (
     BLOCK,
     BlockReads,
     Layout,
@@ -24,7 +24,7 @@ from transformers_resps.verifying.invariant import (
     invariant_attention,
     levels_below,
 )
-from transformers_resps.verifying.row_classes import RowClasses
+from transformers_resps.verifying.invariant.row_classes import RowClasses
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

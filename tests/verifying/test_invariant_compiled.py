@@ -15,7 +15,7 @@ from transformers_resps.compilation.kernels import TILES, VECTORS, Kernels
 from transformers_resps.compilation.native import bf16_block_attention
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant import BlockReads, Layout
+from transformers_resps.verifying.invariant.attention import BlockReads, Layout
 
 
 SCALE = 0.125

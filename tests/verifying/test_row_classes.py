@@ -19,9 +19,9 @@ from tests.kernels import (
     without_onednn,
 )
 from transformers_resps import prepack
-from transformers_resps.verifying import row_classes
-from transformers_resps.verifying.invariant import invariant_attention
-from transformers_resps.verifying.row_classes import RowClasses, RowNeeds, least_rows
+from transformers_resps.verifying.invariant import row_classes
+from transformers_resps.verifying.invariant.attention import invariant_attention
+from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds, least_rows
 
 
 class Planted(nn.Linear):

@@ -12,18 +12,14 @@ from tests.compilation.as_it_is import AsItIs
 from tests.targets import ARCHITECTURES, Architecture
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying import slots as slots_module
 from transformers_resps.verifying.attention import attend
-from transformers_resps.verifying.invariant import BLOCK, Layout
-from transformers_resps.verifying.slots import (
-    InvariantForward,
-    PackedForward,
-    SlotBuffers,
-    SlotEngine,
-    SlotForward,
-    forward_over_slots,
-    padded_count,
-)
+from transformers_resps.verifying.invariant import attention
+from transformers_resps.verifying.invariant.attention import BLOCK, Layout
+from transformers_resps.verifying.invariant.forwards import InvariantForward
+from transformers_resps.verifying.slots import engine as slots_module
+from transformers_resps.verifying.slots.buffers import SlotBuffers
+from transformers_resps.verifying.slots.engine import SlotEngine, padded_count
+from transformers_resps.verifying.slots.forwards import PackedForward, SlotForward, forward_over_slots
 
 
 LENGTH = 5
@@ -211,12 +207,15 @@ def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("is_chain", [False, True])
-def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(rows: int, is_chain: bool) -> None:
+def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(
+    rows: int, is_chain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "attends_natively", lambda *states: True)  # on any processor
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     engine, tree, roots = SlotEngine(), DraftTree.from_parents(*TREES), torch.tensor([[200], [170], [230]])
     forward = InvariantForward(engine.lock, 1, target, engine.pattern(target), [])
     own = [part[:rows] for part in (tree.tokens, tree.depths, tree.ancestors, roots)]
-    layout = Layout.of_chain(own[3], own[1]) if is_chain else Layout.of_tree(own[3], own[1], own[2], least=2)
+    layout = Layout.of_chain(own[3], own[1], least=2) if is_chain else Layout.of_tree(own[3], own[1], own[2], least=2)
     positions = (own[3] + own[1])[..., None]
     tensors = [*own[:2], own[3], positions, torch.arange(2), *layout]
     tensors += [part[:rows] for part in buffers_of(target, engine.pattern(target), 270)]

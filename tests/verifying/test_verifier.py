@@ -17,12 +17,15 @@ from tests.drafting.test_engine import FakeCapture
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying import slots
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.invariant.row_classes import RowNeeds
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 from transformers_resps.verifying.prepacking import prepack
-from transformers_resps.verifying.row_classes import RowNeeds
-from transformers_resps.verifying.slots import SlotEngine
-from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
+from transformers_resps.verifying.slots import engine as slots
+from transformers_resps.verifying.slots.engine import SlotEngine
+from transformers_resps.verifying.slots.verifier import SlotVerifier
+from transformers_resps.verifying.verifier import Verifier
 
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7], [9, 1, 2, 6, 6]])

@@ -28,10 +28,13 @@ from transformers_resps.tools.arguments import dtype, model, positive
 from transformers_resps.tools.results import machine
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.invariant.row_classes import RowClasses
+from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 from transformers_resps.verifying.prepacking import prepack
-from transformers_resps.verifying.row_classes import RowClasses
-from transformers_resps.verifying.slots import SlotEngine
-from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
+from transformers_resps.verifying.slots.engine import SlotEngine
+from transformers_resps.verifying.slots.verifier import SlotVerifier
+from transformers_resps.verifying.verifier import Verifier
 
 from .experiment import execute, print_table
 

@@ -28,7 +28,7 @@ from transformers_resps.generation.output import left_padded
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import Features
-from transformers_resps.verifying.verifier import TreeVerifier
+from transformers_resps.verifying.growing import TreeVerifier
 
 from .experiment import Experiment, add_options
 

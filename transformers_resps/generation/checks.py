@@ -30,9 +30,10 @@ from ..tree import DraftTree
 from ..verifying.attention import GROUPED, STOCK, is_flash, last_position, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.forward import TargetForward, is_compiled
+from ..verifying.growing import TreeVerifier
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
-from ..verifying.invariant import INVARIANT
-from ..verifying.verifier import TreeVerifier, Verifier
+from ..verifying.invariant.attention import INVARIANT
+from ..verifying.verifier import Verifier
 
 
 LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it

@@ -19,8 +19,11 @@ from ..policies.base import Policy
 from ..telemetry import SpeculationReport
 from ..verifying.cache import stop_recording
 from ..verifying.forward import Features
+from ..verifying.growing import TreeVerifier
+from ..verifying.invariant.verifier import InvariantVerifier
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
-from ..verifying.verifier import HybridVerifier, InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
+from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
+from ..verifying.verifier import Verifier
 from .plan import Plan, Prepared, Reading, Verifying
 from .request import SpeculationState
 

@@ -24,13 +24,14 @@ from transformers import (
 
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
-from ..verifying.experts import has_invariant_experts
 from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
+from ..verifying.invariant.experts import has_invariant_experts
+from ..verifying.invariant.row_classes import RowNeeds, kernel_settings
+from ..verifying.invariant.verifier import InvariantVerifier
 from ..verifying.prepacking import is_prepacked
-from ..verifying.row_classes import RowNeeds, kernel_settings
-from ..verifying.slots import SlotEngine, filled
-from ..verifying.verifier import InvariantVerifier
+from ..verifying.slots.buffers import filled
+from ..verifying.slots.engine import SlotEngine
 from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
 
 

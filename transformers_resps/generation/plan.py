@@ -32,8 +32,8 @@ from ..verifying.forward import (
     skips_positions,
 )
 from ..verifying.hybrids import is_recurrent
+from ..verifying.invariant.row_classes import RowNeeds
 from ..verifying.returned import dynamic_copy
-from ..verifying.row_classes import RowNeeds
 from .checks import (
     NEVER_READ,
     check_forward_arguments,

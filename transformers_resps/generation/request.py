@@ -35,8 +35,8 @@ from ..telemetry.pace import Pace
 from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
-from ..verifying.row_classes import RowClasses
-from ..verifying.slots import SlotEngine
+from ..verifying.invariant.row_classes import RowClasses
+from ..verifying.slots.engine import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 from .invariance import InvariantCalls
 

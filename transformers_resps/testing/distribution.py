@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..drafting import Committed, DraftCall, DraftRequest, DraftSource
 from ..drafting.prompt_lookup import PromptLookup
 from ..tree import DraftTree, TreeShape
-from ..verifying.verifier import TreeVerifier
+from ..verifying.growing import TreeVerifier
 from .comparison import SAMPLED, ModelUnderTest
 
 

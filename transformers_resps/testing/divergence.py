@@ -16,7 +16,7 @@ from transformers.utils.logging import tqdm
 
 from ..compat import CACHE_KEYWORD
 from ..tree import DraftTree
-from ..verifying.verifier import TreeVerifier
+from ..verifying.growing import TreeVerifier
 
 
 # The most spacings by which rounding may move the gap between two logits. A forward over several tokens adds in

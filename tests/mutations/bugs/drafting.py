@@ -73,7 +73,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an assistant sees keys of other rows",
-        "verifying.verifier:TreeVerifier.target_entries",
+        "verifying.growing:TreeVerifier.target_entries",
         rejected_keys_stay,
         KEYS,
     ),

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from transformers_resps.verifying import invariant
+from transformers_resps.verifying.invariant import attention as invariant
 
 from ..planting import Function, Mutation
 
@@ -21,7 +21,7 @@ def multiply_as_many_rows_as_there_are(step: Function) -> Function:
 
 def leave_a_rest_of_rows(invariant_attention: Function) -> Function:
     def wrong(*arguments: Any, **options: Any) -> Any:
-        with patch.object(invariant, "_ROWS", 1):
+        with patch.object(invariant, "_MULTIPLE", 1):
             return invariant_attention(*arguments, **options)
 
     return wrong
@@ -148,58 +148,69 @@ KEPT = f"{SLOTS}::test_over_slots_what_was_kept_lies_in_the_order_of_the_text"
 MUTATIONS = (
     Mutation(
         "a lone row stays alone",
-        "verifying.verifier:InvariantVerifier._step",
+        "verifying.invariant.verifier:InvariantVerifier._step",
         multiply_as_many_rows_as_there_are,
         f"{SLOTS}::test_every_layer_multiplies_as_many_rows_as_the_machine_needs",
     ),
     Mutation(
         "query rows are not filled up",
-        "verifying.invariant:invariant_attention",
+        "verifying.invariant.attention:invariant_attention",
         leave_a_rest_of_rows,
         f"{UNIT}::test_no_number_of_query_rows_changes_a_bit",
     ),
-    Mutation("a node sees the next one", "verifying.invariant:BlockReads._shown", see_the_next_token, PATHS),
-    Mutation("a path is read as nodes come", "verifying.invariant:_slots", read_nodes_by_their_number, PATHS),
-    Mutation("all paths read the first one", "verifying.invariant:_slots", read_the_first_path, PATHS),
-    Mutation("a node's position is its number", "verifying.verifier:node_positions", count_nodes_as_levels, ONE_TEXT),
+    Mutation("a node sees the next one", "verifying.invariant.attention:BlockReads._shown", see_the_next_token, PATHS),
+    Mutation(
+        "a path is read as nodes come", "verifying.invariant.attention:_slots", read_nodes_by_their_number, PATHS
+    ),
+    Mutation("all paths read the first one", "verifying.invariant.attention:_slots", read_the_first_path, PATHS),
+    Mutation(
+        "a node's position is its number",
+        "verifying.invariant.verifier:node_positions",
+        count_nodes_as_levels,
+        ONE_TEXT,
+    ),
     Mutation(
         "a window counts from the block",
-        "verifying.invariant:BlockReads._shown",
+        "verifying.invariant.attention:BlockReads._shown",
         count_the_window_from_the_block,
         f"{UNIT}::test_a_sliding_layer_shows_a_node_the_end_of_its_own_text",
     ),
     Mutation(
         "sinks take no share",
-        "verifying.invariant:invariant_attention",
+        "verifying.invariant.attention:invariant_attention",
         drop_sinks,
         f"{UNIT}::test_a_sink_takes_its_share_of_each_text",
     ),
-    Mutation("accepted nodes stay", "verifying.slots:SlotBuffers.move", move_nothing, KEPT),
-    Mutation("accepted nodes change their order", "verifying.slots:SlotBuffers.move", move_the_last_first, KEPT),
-    Mutation("all rows end like the first", "verifying.slots:SlotBuffers.move", move_to_the_first_rows_places, KEPT),
-    Mutation("padding is text", "verifying.verifier:InvariantVerifier._orders", keep_the_padding, BATCH),
+    Mutation("accepted nodes stay", "verifying.slots.buffers:SlotBuffers.move", move_nothing, KEPT),
+    Mutation(
+        "accepted nodes change their order", "verifying.slots.buffers:SlotBuffers.move", move_the_last_first, KEPT
+    ),
+    Mutation(
+        "all rows end like the first", "verifying.slots.buffers:SlotBuffers.move", move_to_the_first_rows_places, KEPT
+    ),
+    Mutation("padding is text", "verifying.invariant.verifier:InvariantVerifier._orders", keep_the_padding, BATCH),
     Mutation(
         "a prompt ends one token early",
-        "verifying.verifier:InvariantVerifier._read",
+        "verifying.invariant.verifier:InvariantVerifier._read",
         end_one_token_early,
         f"{SLOTS}::test_each_node_is_verified_as_the_end_of_its_own_path",
     ),
     Mutation(
         "code that rounds otherwise is taken",
-        "verifying.verifier:InvariantVerifier._refuse",
+        "verifying.invariant.verifier:InvariantVerifier._refuse",
         take_any_code,
         "tests/generation/test_compiling.py"
         "::test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_refused",
     ),
     Mutation(
         "features of padded rows stay at the front",
-        "verifying.verifier:_PromptTexts.padded",
+        "verifying.invariant.verifier:_PromptTexts.padded",
         leave_features_at_the_front,
         f"{SLOTS}::test_features_of_a_padded_prompt_stand_where_its_tokens_stand",
     ),
     Mutation(
         "a cache gets slots",
-        "verifying.verifier:SlotVerifier._give_back",
+        "verifying.slots.verifier:SlotVerifier._give_back",
         give_back_slots,
         f"{SLOTS}::test_a_cache_gets_the_texts_where_its_mask_shows_them",
     ),

@@ -208,13 +208,18 @@ MUTATIONS = (
         tell_no_positions,
         BEGUN,
     ),
-    Mutation("a prompt sees its padding", "verifying.verifier:SlotVerifier._part_inputs", see_the_padding, PROMPTS),
     Mutation(
-        "every part begins at slot 0", "verifying.verifier:SlotVerifier._part_inputs", stand_at_the_beginning, PROMPTS
+        "a prompt sees its padding", "verifying.slots.verifier:SlotVerifier._part_inputs", see_the_padding, PROMPTS
+    ),
+    Mutation(
+        "every part begins at slot 0",
+        "verifying.slots.verifier:SlotVerifier._part_inputs",
+        stand_at_the_beginning,
+        PROMPTS,
     ),
     Mutation(
         "a call writes where a returned cache has its entries",
-        "verifying.slots:SlotBuffers._settle",
+        "verifying.slots.buffers:SlotBuffers._settle",
         overwrite_what_was_lent,
         LENT,
     ),

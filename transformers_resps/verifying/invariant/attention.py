@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from ..compilation.native import attends_natively, bf16_block_attention
-from .attention import GROUPED, STOCK, grouped_attention, naming_attention
+from ...compilation.native import attends_natively, bf16_block_attention
+from ..attention import GROUPED, STOCK, grouped_attention, naming_attention
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..prepacking import is_prepacked
+from .attention import BLOCK, BlockReads, Layout, Sizes, invariant_attention, levels_below
 from .experts import routed_layers
-from .invariant import BLOCK, BlockReads, Layout, Sizes, invariant_attention, levels_below
-from .prepacking import is_prepacked
 
 
 _CANDIDATES = (16, 8, 4, 2, 1)  # each divides those before it, so the largest of several layers serves them all

@@ -1,0 +1,210 @@
+"""Buffers in the order of the text that live from call to call: the entry at place i of a row's text lies in slot i.
+
+A tree's nodes lie in the slots after the text, and the accepted ones move to their places.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ...compilation.engine import is_of_this_mode
+from ...compilation.pages import zeros
+from ..cache import replace_entries
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's buffers, `[b, kv heads, capacity, hd]`, in a forward that writes the slots `written` `[b, n]`.
+
+    It sees the first slots, so many as `size` says.
+    """
+
+    is_compileable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, written: Tensor, size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers, self._written, self._size = (keys, values), written, size
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write `[b, kv heads, n, hd]` entries; returns what is seen, `[b, kv heads, slots, hd]`."""
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            self._write(buffer, states)
+        keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
+        return keys, values
+
+    def _write(self, buffer: Tensor, states: Tensor) -> None:
+        if self._written.shape[0] == 1:
+            buffer.index_copy_(2, self._written[0], states)
+        else:
+            buffer[_rows(self._written), :, self._written] = states.transpose(1, 2)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """The buffers are there."""
+
+    def get_seq_length(self) -> int:
+        """Zero: positions are passed to the forward, and so is the mask."""
+        return 0
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """The slots, from 0 on."""
+        return self._size, 0
+
+    def get_max_length(self) -> int:
+        """The slots."""
+        return self._size
+
+    get_max_cache_shape = get_max_length
+
+
+def _rows(slots: Tensor) -> Tensor:
+    return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
+
+
+class SlotBuffers:
+    """The buffers of all layers of a target, as large as any call needed so far; kept from call to call."""
+
+    def __init__(self) -> None:
+        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts that are alike move at once
+        self._rooms: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
+        self._rows = 0  # the first ones, which are in use
+        self._parts: dict[int | None, list[Tensor]] = {}
+        self._unread: ref[Cache] | None = None
+
+    def lend(self, cache: Cache) -> None:
+        """Have a cache copy what it holds of these buffers before it is overwritten, if it lives until then."""
+        self._unread = ref(cache)
+
+    def _settle(self) -> None:
+        cache, self._unread = None if self._unread is None else self._unread(), None
+        if cache is not None:
+            len(cache.layers)  # a look fills it
+
+    @property
+    def size(self) -> int:
+        """Slots."""
+        return self._rooms[0].shape[2] if self._rooms else 0
+
+    def parts(self, row: int | None = None) -> list[Tensor]:
+        """Keys and values `[b, kv heads, slots, hd]` of the first layer, the second, ..., the same tensors each time.
+
+        Of one row alone where `row` names it.
+        """
+        if row not in self._parts:
+            rows = slice(self._rows) if row is None else slice(row, row + 1)
+            self._parts[row] = [_no_view(room[rows]) for room in self._rooms]
+        return self._parts[row]
+
+    def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
+        """Have at least `size` slots for so many rows, and zeros in those that are new.
+
+        `kinds` are entries `[any, kv heads, any, hd]` of each part.
+        """
+        self._settle()
+        shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
+        known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
+        is_large = self.size >= size and known == shapes and len(self._rooms[0]) >= rows
+        if not is_large or not is_of_this_mode(self._rooms[0]):
+            self._stores, free = [], {}
+            for shape, count in Counter(shapes).items():
+                heads, width, dtype, device = shape
+                store = zeros(count, rows, heads, size, width, dtype=dtype, device=device)
+                self._stores.append(store)
+                free[shape] = iter(store)
+            self._rooms = [next(free[shape]) for shape in shapes]
+        self._use(rows)
+
+    def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
+        """Take over entries of dynamic layers.
+
+        Args:
+            parts: `[b, kv heads, s, hd]`, keys and values in turn; of a sliding layer the last ones only.
+            length: of the rows in those layers.
+            orders: of each row of the buffers, which of these go to its first slots, ascending; copies of the last row
+                fill those that are too many.
+        """
+        for buffer, part in zip(self.parts(), parts, strict=True):
+            first = length - part.shape[2]
+            for row, order in enumerate(orders):
+                kept = order[order >= first].to(part.device)
+                stop = len(order)
+                buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
+
+    def clear(self) -> None:
+        """Forget all entries: what an overflow left would reach a text from a slot that no node sees."""
+        self._settle()
+        for store in self._stores:
+            store.zero_()
+
+    def grow(self, size: int) -> None:
+        """Move to buffers of `size` slots."""
+        before = self.parts()
+        self.reserve(before, self._rows, size)
+        for buffer, part in zip(self.parts(), before, strict=True):
+            buffer[:, :, : part.shape[2]] = part
+
+    def move(self, slots: Tensor, to: Tensor) -> None:
+        """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all parts."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        for store in self._stores:
+            store[:, rows, :, to] = store[:, rows, :, slots]
+
+    def keep_rows(self, rows: list[int], length: int | None = None) -> None:
+        """Forget all rows but these, and all but their first `length` slots."""
+        if rows != list(range(len(rows))):
+            order = torch.tensor(rows)
+            for part in self.parts():
+                order = order.to(part.device)  # once, unless layers lie on several devices
+                part[: len(rows), :, :length] = part[:, :, :length].index_select(0, order)
+        self._use(len(rows))
+
+    def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
+        """Copies of what lies in each row's `slots` `[b, s]`, which the host knows: `[b, kv heads, s, hd]`, keys and
+        values in turn.
+
+        `slots` are those of the row `first` and the next ones.
+        """
+        of_rows, length = slice(first, first + len(slots)), slots.shape[1]
+        if bool((slots == torch.arange(length)).all()):  # nothing to gather, and one copy
+            return [part[of_rows, :, :length].clone(memory_format=torch.contiguous_format) for part in self.parts()]
+        found = []
+        for part in self.parts():
+            slots = slots.to(part.device)  # once, unless layers lie on several devices
+            rows = torch.arange(of_rows.start, of_rows.stop, device=slots.device)[:, None]
+            found.append(part[rows, :, slots].transpose(1, 2))
+        return found
+
+    def _use(self, rows: int) -> None:
+        self._rows, self._parts = rows, {}
+
+
+def _no_view(part: Tensor) -> Tensor:
+    """The same memory where code is compiled, which would look for what a view is of."""
+    if part.device.type != "cpu":
+        return part
+    storage, start = part.untyped_storage(), part.storage_offset()
+    return part.new_empty(0).set_(storage, start, part.shape, part.stride())  # type: ignore[call-overload, no-any-return]
+
+
+def filled(cache: Cache) -> list[int]:
+    """The layers that hold entries; one that shares another's keys has none."""
+    return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+
+
+def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
+    """Let these dynamic layers of a cache hold entries `[b, kv heads, s, hd]` of `length` positions.
+
+    `parts` are keys and values in turn. A layer may hold nothing yet.
+    """
+    for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if getattr(layer, "keys", None) is None:
+            cache.update(keys.contiguous(), values.contiguous(), index)
+            continue
+        kept = min(length, layer.sliding_window - 1) if getattr(layer, "is_sliding", False) else length
+        replace_entries(layer, [part[:, :, length - kept :].contiguous() for part in (keys, values)], length)

@@ -1,0 +1,144 @@
+"""The one owner of a target's compiled and captured forwards over slots, and of its buffers."""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ...compat import CACHE_KEYWORD
+from ...compilation.captured import CapturedFunction
+from ...compilation.compiled import CompiledFunction
+from ...compilation.engine import Code, CompileEngine, WeightFingerprint
+from .buffers import SlotBuffers
+from .forwards import SlotForward, forward_over_slots
+
+
+_BUFFER_SIZES = "b.s."
+
+
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+class SlotEngine(CompileEngine[PreTrainedModel]):
+    """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
+
+    name = "the target's forward"
+    duration = "A small model takes minutes on two cores."
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock=clock)
+        self.buffers = SlotBuffers()
+        self.lock = Lock()  # of the name of the target's attention
+        # Of compiled code of the invariant mode: which was compared, and how it rounds a sample.
+        self.checked: set[Hashable] = set()
+        self.bits: dict[Hashable, bytes] = {}
+        self.sample: list[int] = []  # tokens of a prompt: compiled and eager code differ more where they are no text
+        self._pattern: tuple[Hashable, Cache] | None = None
+        self._decoded_seconds = 0.0
+
+    @torch.no_grad()
+    def pattern(self, target: PreTrainedModel) -> Cache:
+        """A dynamic cache that holds one token of the target: how its layers keep entries."""
+        kind = target.dtype, target.device
+        if self._pattern is None or self._pattern[0] != kind:
+            cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+            token = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+            cast(Any, target)(input_ids=token, use_cache=True, **{CACHE_KEYWORD: cache})
+            self._pattern = kind, cache
+        return self._pattern[1]
+
+    def forget(self) -> None:
+        super().forget()
+        self.checked.clear()
+        self.bits.clear()
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return self.owner
+
+    def fingerprint(self) -> WeightFingerprint:
+        return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
+
+    @property
+    def pays(self) -> bool:
+        """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
+        return self.is_compiled or self._decoded_seconds >= self.expected_seconds
+
+    def is_stored(self, target: PreTrainedModel, feature_layers: list[int], *, is_batch: bool) -> bool:
+        """Whether code for such steps lies ready, which another process has made."""
+        name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch, feature_layers)
+        with self.borrow(target) as lent:
+            return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
+
+    def note(self, seconds: float) -> None:
+        """Note that a call has decoded for so long."""
+        self._decoded_seconds += seconds
+
+    def forward(
+        self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Run a forward compiled, or as it is where that fails. `row` is that of the buffers, if they are of one."""
+        outputs: tuple[Tensor, ...] | None = None
+        if not self.is_broken:
+            code = self._code_of(forward, inputs, row)
+            outputs = self.run_packaged(code, inputs, buffers)  # asks for no attention by its name
+            if outputs is None:
+                with forward.running():
+                    outputs = self.run(code, inputs, buffers)
+        return forward(inputs, buffers) if outputs is None else outputs
+
+    def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
+        """The code that serves a single row or several, and the features of one head; a graph serves one row."""
+        is_batch = len(inputs[0]) > 1
+
+        def make() -> Code:
+            fast: CompiledFunction | CapturedFunction
+            if forward.is_captured or (inputs[0].device.type == "cuda" and forward.options is None):
+                fast = CapturedFunction(forward.function)
+            else:
+                fixed = "." if is_batch else ".b"
+                *dynamic, of_buffers = [
+                    [place for place, size in enumerate(part) if size not in fixed]
+                    for part in (*forward.sizes, _BUFFER_SIZES)
+                ]
+                name = _code_name(forward.kind, is_batch, forward.feature_layers)
+                fast = CompiledFunction(
+                    forward.function,
+                    dynamic,
+                    of_buffers,
+                    forward.options,
+                    packages=self.packages,
+                    name=name,
+                    is_invariant=forward.is_invariant,
+                )
+            return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
+
+        return self.code((forward.kind, is_batch, row, *forward.feature_layers, str(forward.options)), make)
+
+
+def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:
+    """Of a forward, in every process."""
+    rows, layers = "a batch" if is_batch else "one row", ", ".join(map(str, feature_layers))
+    return f"{kind}, {rows}, " + (f"features of layers {layers}" if layers else "no features")
+
+
+LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two than for four (measured)
+
+
+def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
+    """Nodes of a forward over `rows` trees of `count`, padding included: few sizes where each is captured by itself.
+
+    On a CPU one code serves all sizes from two nodes on.
+    """
+    if device.type != "cuda":
+        return max(count, 2, -(-LEAST_ROWS // rows))
+    return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
+
+
+def _centred_logits(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Without what softmax ignores."""
+    return outputs[0] - outputs[0].mean(dim=-1, keepdim=True)
