@@ -59,7 +59,7 @@ def attach(
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
-    state = inner.speculation_state if isinstance(inner, ReSpSGenerationMixin) else SpeculationState()
+    state = cast(SpeculationState, vars(inner).get("speculation_state") or SpeculationState())  # as `attached` left it
     target = cast(PreTrainedModel, inner)
     load = functools.partial(state.assistants.load, target)
     defaults = defaults.loaded(functools.partial(load, as_source=False))
