@@ -24,9 +24,10 @@ from transformers_resps import (
     detach,
 )
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
-from transformers_resps.generation.request import EvaluationMode, SpeculationDefaults
+from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.tools.doctor import write_answers
 from transformers_resps.tools.inspect import examine
+from transformers_resps.verifying.lending import evaluation_mode
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
@@ -214,10 +215,9 @@ def test_the_head_is_evaluated_as_well(model: Any, head: DraftHead, prompt: torc
 
 
 def test_overlapping_calls_train_no_layer_of_each_other(model: Any) -> None:
-    mode = EvaluationMode()
     model.train()
-    with mode.held(model):
-        with mode.held(model):
+    with evaluation_mode(model):
+        with evaluation_mode(model):
             pass
         assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.modules())

@@ -18,7 +18,7 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.growing import TreeVerifier
-from transformers_resps.verifying.hybrids import LayerStates, TreeReaders, WholeTree, known_mixers
+from transformers_resps.verifying.hybrids import LayerStates, WholeTree, known_mixers, reading_trees
 from transformers_resps.verifying.slots.verifier import HybridVerifier
 from transformers_resps.verifying.verifier import Verifier
 
@@ -202,7 +202,7 @@ def test_keeping_runs_no_projection_and_few_operators(target: PreTrainedModel, p
     with opened(target)[0] as verifier:
         verifier.prefill(tokens(LENGTH))
         verifier.verify(DraftTree.from_parents(tokens(len(PARENTS), 1), torch.tensor([PARENTS])))
-        with Operators() as ran, patch("transformers_resps.verifying.verifier.compact"):
+        with Operators() as ran, patch("transformers_resps.verifying.growing.compact"):
             verifier.keep(torch.tensor([path]), [path])
     assert not ran.names & {"mm", "addmm", "linear"}
     assert ran.count <= 100 + 10 * len(known_mixers(target))
@@ -257,8 +257,8 @@ def test_readers_stand_in_modelling_files_while_calls_decode_and_stock_functions
     mixers = known_mixers(target).values()
     (names,) = {type(mixer).__module__: vars(sys.modules[type(mixer).__module__]) for mixer in mixers}.values()
     of_stock = dict(names)
-    with pytest.raises(ZeroDivisionError), TreeReaders(mixers):
-        with TreeReaders(mixers):
+    with pytest.raises(ZeroDivisionError), reading_trees(mixers):
+        with reading_trees(mixers):
             lent = dict(names)
         assert lent == dict(names) != of_stock
         raise ZeroDivisionError

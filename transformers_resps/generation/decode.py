@@ -21,6 +21,7 @@ from ..verifying.cache import stop_recording
 from ..verifying.forward import Features
 from ..verifying.growing import TreeVerifier
 from ..verifying.invariant.verifier import InvariantVerifier
+from ..verifying.lending import evaluation_mode
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
 from ..verifying.verifier import Verifier
@@ -61,7 +62,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
     report.reason, report.answers = policy.explain(report.steps), batch.answers(prepared.input_ids.shape[1])
     state.slot_engine.note(report.seconds)
     if cache is None and prepared.returns_dict:
-        cache = _returned_cache(prepared, state, decoding.ended, batch.input_ids)
+        cache = _returned_cache(prepared, decoding.ended, batch.input_ids)
     return batch, report, cache
 
 
@@ -120,7 +121,7 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 
-def _returned_cache(prepared: Prepared, state: SpeculationState, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
+def _returned_cache(prepared: Prepared, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
     """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
     cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
     if not ended:
@@ -128,7 +129,7 @@ def _returned_cache(prepared: Prepared, state: SpeculationState, ended: dict[int
     target, mask = prepared.target, prepared.attention_mask
 
     def make() -> Cache:
-        with state.evaluation_mode.held(target):
+        with evaluation_mode(target):
             whole = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, mask)
         return whole if static is None else fill_static(static, whole)
 

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -36,6 +35,7 @@ from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
 from ..verifying.invariant.row_classes import RowClasses
+from ..verifying.lending import evaluation_mode
 from ..verifying.slots.engine import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 from .invariance import InvariantCalls
@@ -289,37 +289,6 @@ class Assistants:
         return cast(DraftSource, unwrapped(self.load(target, head, as_source=True)))
 
 
-class EvaluationMode:
-    """Takes layers out of training mode while calls run, and puts them back after the last one.
-
-    Calls of several threads may overlap: none may train a layer that another one still runs.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._calls = 0
-        self._training: list[Module] = []
-
-    @contextmanager
-    def held(self, *models: Any) -> Iterator[None]:
-        """Keep all layers of `models` in evaluation mode inside the `with` block; `None` is skipped."""
-        with self._lock:
-            self._calls += 1
-            modules = [module for model in models if model is not None for module in model.modules()]
-            self._training += [module for module in modules if module.training]
-            for module in modules:
-                module.training = False
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
-                if not self._calls:
-                    for module in self._training:
-                        module.training = True
-                    self._training.clear()
-
-
 class SpeculationState:
     """All that a model keeps for speculation. `attach` gives it, `detach` takes it away whole.
 
@@ -329,7 +298,6 @@ class SpeculationState:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
         assistants: the sources that calls named or made of models.
-        evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
         invariant_calls: what calls with `invariant=True` share.
@@ -341,7 +309,6 @@ class SpeculationState:
         self.defaults = defaults or SpeculationDefaults()
         self.policy_cache = PolicyCache()
         self.assistants = Assistants()
-        self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
         self.invariant_calls = InvariantCalls()
@@ -429,7 +396,7 @@ class Request:
                 stack.enter_context(SpeculationDefaults.suspended())
             modules = [module for source in self.sources for module in source.own_modules]
             if self.eval_mode:
-                stack.enter_context(state.evaluation_mode.held(target, *modules))
+                stack.enter_context(evaluation_mode(target, *modules))
             if self.is_stock:
                 yield self
                 return

@@ -22,9 +22,10 @@ from ..drafting import DraftSource
 from ..generation.attach import attach, detach, detached
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import EvaluationMode, SpeculationDefaults
+from ..generation.request import SpeculationDefaults
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
+from ..verifying.lending import evaluation_mode
 from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
 
 
@@ -109,7 +110,7 @@ class ModelUnderTest:
         """Restores the model and the global random generator afterwards."""
         was_attached = isinstance(self.target, ReSpSGenerationMixin)
         try:
-            with self._forked(), SpeculationDefaults.suspended(), EvaluationMode().held(self.model):
+            with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model):
                 yield
         finally:
             if not was_attached:

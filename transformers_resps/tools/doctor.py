@@ -23,11 +23,12 @@ from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
 from ..drafting import TrainableModel, TrainableSource
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import EvaluationMode, SpeculationDefaults
+from ..generation.request import SpeculationDefaults
 from ..telemetry.display import moving
 from ..trainers.loading import load_processor, read_head
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
+from ..verifying.lending import evaluation_mode
 from .diagnosis import Cell, Diagnosis, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
 from .readings import Reading, read_as, readings_of
@@ -132,7 +133,7 @@ class Probe:
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
         layers = sorted({layer for head in self._heads for layer in head.feature_layers})
-        with EvaluationMode().held(self._target):
+        with evaluation_mode(self._target):
             for batch in _batches(long_enough, depths):
                 for is_before in sorted({reading.before_deepstack for reading in self._readings}):
                     with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:

@@ -10,7 +10,6 @@ positions 0.36 ms instead of 0.55 (the study `attention_speed`). On accelerators
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from ..compilation.native import attends_natively, bf16_attention
 from ..tree import DraftTree
 from .cache import cached_length, visible_length, window_of
 from .hybrids import RECURRENT_KINDS
+from .lending import Change, lent
 
 
 STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementations
-naming_attention = Lock()  # held from the look at a target's name to its change
 # On accelerators PyTorch's memory-efficient kernel takes a mask whose rows begin at multiples of 8 elements, of 16 in
 # older releases, and copies any other (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
@@ -156,16 +155,8 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     config = target.config.get_text_config()
     if is_flash(config._attn_implementation):
         _take_trees(config._attn_implementation)
-    with naming_attention:
-        changes = config._attn_implementation == STOCK
-        if changes:
-            config._attn_implementation = GROUPED
-    try:
+    with lent.holding(Change(config, "_attn_implementation", lambda own: GROUPED if own == STOCK else own)):
         yield
-    finally:
-        with naming_attention:
-            if changes and config._attn_implementation == GROUPED:  # not if another one was chosen meanwhile
-                config._attn_implementation = STOCK
 
 
 def is_flash(attention: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from ..compat import CACHE_KEYWORD, HAS_RECURRENT_STATES
 from ..tree import DraftTree
+from .lending import Change, lent
 
 
 # Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other, and
@@ -156,7 +157,7 @@ _REPLACED = (
 class WholeTree:
     """A tree as mixers read it, all of it in one forward of the target: no node is read twice, and no state changes.
 
-    The forward hands it on to what stands for scans and convolutions, see `TreeReaders`, as the keyword `resps_tree`.
+    The forward hands it on to what stands for scans and convolutions as the keyword `resps_tree`; see `reading_trees`.
 
     Args:
         depths: `[b, n]`, see `DraftTree`.
@@ -333,56 +334,34 @@ _READERS: dict[str, Callable[..., Any]] = {
     "chunk_kimi_delta_attention": WholeTree.delta_rule,
     "mamba2_chunk_scan": WholeTree.mamba_2,
 }
-_lock = Lock()  # held while names are lent or given back
 
 
 class _TreeReader:
-    """Stands for a scan or a convolution while calls decode: reads a tree in a forward that has one.
-
-    Attributes:
-        own: the function of the modelling file, or what stood there.
-        users: calls that decode with it.
-    """
+    """Stands for a scan or a convolution while calls decode: reads a tree in a forward that has one."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
-        self.own, self.users, self._reads = own, 0, reads
+        self._own, self._reads = own, reads
 
     def __call__(self, *arguments: Any, resps_tree: WholeTree | None = None, **keywords: Any) -> Any:
         if resps_tree is None:
-            return self.own(*arguments, **keywords)
+            return self._own(*arguments, **keywords)
         return self._reads(resps_tree, *arguments, **keywords)
 
 
-class TreeReaders:
-    """Lets some mixers read trees inside `with`: the names in their modelling files stand for `_TreeReader`.
+def reading_trees(mixers: Iterable[Any]) -> AbstractContextManager[None]:
+    """Let some mixers read trees inside `with`: the names in their modelling files stand for `_TreeReader`.
 
     Hooks reach modules, and a scan is a function between two projections.
-
-    Args:
-        mixers: of one target.
     """
-
-    def __init__(self, mixers: Iterable[Any]) -> None:
-        files = {type(mixer).__module__ for mixer in mixers}
-        self._places = [(vars(sys.modules[file]), name) for file in files for name in _READERS]
-
-    def __enter__(self) -> "TreeReaders":
-        with _lock:
-            for names, name in self._places:
-                if name in names:
-                    if not isinstance(names[name], _TreeReader):
-                        names[name] = _TreeReader(names[name], _READERS[name])
-                    names[name].users += 1
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with _lock:
-            for names, name in self._places:
-                reader = names.get(name)
-                if isinstance(reader, _TreeReader):
-                    reader.users -= 1
-                    if not reader.users:
-                        names[name] = reader.own
+    files = {type(mixer).__module__: sys.modules[type(mixer).__module__] for mixer in mixers}
+    return lent.holding(
+        *(
+            Change(file, name, partial(_TreeReader, reads=reads))
+            for file in files.values()
+            for name, reads in _READERS.items()
+            if hasattr(file, name)
+        )
+    )
 
 
 class WholeTreeCache(Cache):
@@ -510,7 +489,7 @@ class RecurrentMixers:
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
         self._mixers = known_mixers(target)
-        self._readers = TreeReaders(self._mixers.values())
+        self._readers = reading_trees(self._mixers.values())
         self._kinds: StateKinds | None = None
         self._noted: list[Tensor] = []  # of the newest tree, until it is kept or dropped
 
@@ -522,7 +501,7 @@ class RecurrentMixers:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._readers.__exit__()
+        self._readers.__exit__(None, None, None)
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:

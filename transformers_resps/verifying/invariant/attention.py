@@ -23,7 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ...compilation.native import attends_natively, bf16_block_attention
-from ..attention import GROUPED, STOCK, grouped_attention, naming_attention
+from ..attention import grouped_attention
+from ..lending import Change, lent
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -528,11 +529,5 @@ def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
     """Inside, `target`, which attends by `sdpa` or knows no other than `eager`, attends by `invariant_attention`. One
     thread at a time.
     """
-    config = target.config.get_text_config()
-    with naming_attention:
-        own, config._attn_implementation = config._attn_implementation, INVARIANT
-    try:
+    with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT)):
         yield
-    finally:
-        with naming_attention:
-            config._attn_implementation = STOCK if own == GROUPED else own  # lent by a call in another thread

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..lending import Change, lent
+
 
 _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of classes that mix experts
 
@@ -103,13 +105,8 @@ def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]
     """
     config, name = target.config.get_text_config(decoder=True), f"resps_invariant_{least}"
     ExpertsInterface.register(name, partial(invariant_experts, least=least))
-    chosen = config._experts_implementation
-    config._experts_implementation = name
-    try:
+    with lent.holding(Change(config, "_experts_implementation", lambda own: name)):
         yield
-    finally:
-        if config._experts_implementation == name:  # not if another one was chosen meanwhile
-            config._experts_implementation = chosen
 
 
 def has_invariant_experts(target: PreTrainedModel) -> bool:

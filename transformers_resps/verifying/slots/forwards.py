@@ -12,7 +12,7 @@ from ...compat import CACHE_KEYWORD
 from ..attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from ..cache import holds_state, window_of
 from ..forward import hidden_states_asked, output_places
-from ..hybrids import RECURRENT_KINDS, StateKinds, TreeReaders, WholeTree, WholeTreeCache, is_recurrent, known_mixers
+from ..hybrids import RECURRENT_KINDS, StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers, reading_trees
 from .buffers import SlotLayer, _rows
 
 
@@ -226,7 +226,7 @@ class HybridForward(SlotForward):
     @contextmanager
     def running(self) -> Iterator[None]:
         """As `SlotForward.running`, and read trees whole."""
-        with super().running(), TreeReaders(known_mixers(self.target).values()):
+        with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
 

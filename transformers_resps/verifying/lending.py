@@ -1,0 +1,69 @@
+"""Attributes that calls change while they run, and give back: names of attention, scans of mixers, training modes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+
+
+class Change(NamedTuple):
+    """Of the attribute `name` of `owner`: what `make` makes of its own value."""
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+
+
+@dataclass
+class _Loan:
+    own: Any  # what stood there before
+    values: list[Any] = field(default_factory=list)  # of the calls that run, the newest last
+
+
+class Lent:
+    """Who has changed what. Calls of several threads may overlap: the newest value counts, and the last call gives
+    back what was there first. What anyone else has set meanwhile stays.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._loans = Lock(), dict[tuple[int, str], _Loan]()
+
+    @contextmanager
+    def holding(self, *changes: Change) -> Iterator[None]:
+        """Keep these changes inside the `with` block."""
+        values = list[Any]()
+        with self._lock:
+            for owner, name, make in changes:
+                loan = self._loans.setdefault((id(owner), name), _Loan(getattr(owner, name)))
+                values.append(make(loan.own))
+                loan.values.append(values[-1])
+                setattr(owner, name, values[-1])
+        try:
+            yield
+        finally:
+            with self._lock:
+                for (owner, name, _), value in zip(changes, values, strict=True):
+                    self._give_back(owner, name, value)
+
+    def _give_back(self, owner: Any, name: str, value: Any) -> None:
+        loan, now = self._loans[id(owner), name], getattr(owner, name)
+        is_ours = any(now is one or now == one for one in loan.values)
+        del loan.values[next(place for place, one in enumerate(loan.values) if one is value)]
+        if is_ours:
+            setattr(owner, name, loan.values[-1] if loan.values else loan.own)
+        if not loan.values:
+            del self._loans[id(owner), name]
+
+
+lent = Lent()  # of this process, as what it lends: modules of Transformers, and models that several threads share
+
+
+@contextmanager
+def evaluation_mode(*models: Module | None) -> Iterator[None]:
+    """Keep all layers of `models` out of training mode inside the `with` block; `None` is skipped."""
+    modules: Iterable[Module] = (module for model in models if model is not None for module in model.modules())
+    with lent.holding(*(Change(module, "training", lambda own: False) for module in modules)):
+        yield
