@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from transformers_resps.heads.model import HeadReading
 from transformers_resps.tools.diagnosis import Cell, Diagnosis, Tally
-from transformers_resps.tools.readings import HeadReading
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,19 @@ def test_published_layers_are_tuned_and_keep_their_names(name: str, tmp_path: Pa
     assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
 
 
+def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path: Path) -> None:
+    """Here the one with the highest loss."""
+    target, rows = build_target(initializer_range=0.3), texts(12)
+    best: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    args = config(tmp_path, max_steps=3, save_steps=1, tau_texts=0, **best)
+    trainer = DraftHeadTrainer(MtpHead.fresh(target), args, rows, rows, target=target)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    kept = bits(MtpHead.from_pretrained(tmp_path / "checkpoint-1", target))
+    assert all(torch.equal(weight, kept[name]) for name, weight in bits(trainer.head).items())
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     target = build_target(initializer_range=0.3)
     MtpHead.fresh(target, fed="before").save_pretrained(tmp_path)

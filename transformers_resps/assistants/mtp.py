@@ -10,11 +10,12 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..drafting import Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
@@ -91,6 +92,31 @@ def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any
     is_eager = text._attn_implementation == "eager" or not target._supports_sdpa
     text._attn_implementation = "eager" if is_eager else GROUPED
     return text
+
+
+@dataclass(frozen=True, slots=True)
+class MtpReading(Reading):
+    """One way to read MTP layers, see `MtpConfig`."""
+
+    loader: ClassVar[str] = "MtpHead"
+
+    feature_layer: int
+    fed: str
+    fed_back: str
+    hidden_first: bool
+    zero_centred: bool
+    own_output_head: bool
+
+    @property
+    def told(self) -> dict[str, str]:
+        return {
+            "layer": str(self.feature_layer),
+            "fed": f"{self.fed} norm",
+            "fed back": "the target's" if self.fed_back == "target" else f"{self.fed_back} norm",
+            "order": "state, token" if self.hidden_first else "token, state",
+            "norms": "1 + w" if self.zero_centred else "w",
+            "output head": "own" if self.own_output_head else "target's",
+        }
 
 
 class MtpHead(TrainableSource, nn.Module):
@@ -262,21 +288,51 @@ class MtpHead(TrainableSource, nn.Module):
             if self.settings.own_output_head:
                 layer.head.load_state_dict(target.get_output_embeddings().state_dict())
 
-    def read_as(self, target: PreTrainedModel, **settings: Any) -> "MtpHead":
-        """The same weights, shared and not copied, read by other settings: fields of `MtpConfig`."""
+    def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
+        saved = MtpHead.from_pretrained(folder, target, dtype=self.dtype)
+        if saved.settings != self.settings:
+            raise ValueError(
+                f"{folder} holds MTP layers with other settings than those in training. Pass the "
+                "settings of that run, or another `output_dir`."
+            )
+        self.load_state_dict(saved.state_dict())
+
+    def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
+        """The configured reading first, then the others that this target has layers for.
+
+        These are the layer as read, one deeper and one shallower; its state fed before and after the target's final
+        norm; fed back before and after the own norm, or the target's state again; both orders of the pair; both kinds
+        of norms; and, where the file has output heads, these or the target's.
+        """
+        settings, last = self.settings, target.config.get_text_config().num_hidden_layers
+        layer = last if settings.feature_layer is None else settings.feature_layer
+
+        def axis(configured: Any, *known: Any) -> dict[Any, None]:
+            return dict.fromkeys([configured, *known])
+
+        axes = [
+            [near for near in (layer, layer + 1, layer - 1) if 0 < near <= last],
+            axis(settings.fed, "after", "before"),
+            axis(settings.fed_back, *(("after", "before") if settings.own_norm else ()), "target"),
+            axis(settings.hidden_first, False, True),
+            axis(self.is_zero_centred(target), False, True),
+            axis(settings.own_output_head, *((False, True) if whole.output_heads else ())),
+        ]
+        return (MtpReading(*values) for values in product(*axes))
+
+    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "MtpHead") -> "MtpHead":
         with torch.device("meta"):
-            head = MtpHead(_configured(self.settings, settings), target)
-        shift = head.is_zero_centred(target) - self.is_zero_centred(target)
-        ours, wanted = self.state_dict(), head.state_dict()
+            head = MtpHead(replace(self.settings, **asdict(reading)), target)
+        shift = head.is_zero_centred(target) - whole.is_zero_centred(target)
+        ours, wanted = whole.state_dict(), head.state_dict()
         tensors = {
             name: ours[name] + shift if shift and name.endswith("norm.weight") else ours[name] for name in wanted
         }
         head.load_state_dict(tensors, assign=True)
-        head.name_or_path, head._stored, head._shift = self.name_or_path, self._stored, self._shift + shift
+        head.name_or_path, head._stored, head._shift = whole.name_or_path, whole._stored, whole._shift + shift
         return head.eval()
 
     def whole(self, target: PreTrainedModel) -> "MtpHead":
-        """The module with the output heads of its files, too, where it reads the target's in place of others."""
         if self.output_heads or not self.name_or_path:
             return self
         checkpoint = MtpCheckpoint(self.name_or_path, {})
@@ -318,6 +374,10 @@ class MtpHead(TrainableSource, nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the layers."""
         return next(self.parameters()).dtype
+
+    @property
+    def depths(self) -> int:  # type: ignore[override]  # the settings tell
+        return self.settings.depths
 
     @property
     def feature_layers(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from .cache import DraftCache
 from .drafter import Committed, Drafter, DraftRequest
-from .source import DraftCall, DraftSource, LevelSource, TrainableSource
+from .source import DraftCall, DraftSource, LevelSource, Reading, TrainableSource
 from .step_model import Entries, Places, StepModel, TrainableModel, Wanted, at_wanted
 
 
@@ -16,6 +16,7 @@ __all__ = [
     "Entries",
     "LevelSource",
     "Places",
+    "Reading",
     "StepModel",
     "TrainableModel",
     "TrainableSource",

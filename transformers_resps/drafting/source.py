@@ -1,11 +1,12 @@
 """What a user passes as `assistant_model`. It lives between calls, and makes the drafter of each."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -130,15 +131,29 @@ class LevelSource(DraftSource):
         return LevelDrafter(model, call.rows, mask, engine, entries, feature_layers=self.feature_layers)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading(ABC):
+    """One way to read the file of a source: its fields are overrides of the `from_pretrained` of the `loader`."""
+
+    loader: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def told(self) -> dict[str, str]:
+        """What a table has of it."""
+
+
 class TrainableSource(LevelSource):
     """A module with weights of its own, which borrows the rest from its target.
 
     Attributes:
         vocab_size: of its target.
         target: what identifies its target, as far as it is known: see `target_identity`.
+        depths: layers of which each drafts one level; 1 drafts any number.
     """
 
     target: dict[str, Any]
+    depths: int = 1
 
     @property
     @abstractmethod
@@ -167,3 +182,27 @@ class TrainableSource(LevelSource):
     @abstractmethod
     def plain_card(self, repo_id: str) -> str:
         """A card for a repository that has none: what it is, its target, and how to load it."""
+
+    @abstractmethod
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write it to a folder, made if missing, from which `from_pretrained` reads it."""
+
+    @abstractmethod
+    def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
+        """Take the weights that `save_pretrained` wrote while it was trained.
+
+        Raises:
+            ValueError: they are of a module with other sizes or settings.
+        """
+
+    def whole(self, target: PreTrainedModel) -> Self:
+        """The source with all that its files hold, also what it reads of its target in place of it."""
+        return self
+
+    @abstractmethod
+    def readings(self, target: PreTrainedModel, whole: Self, *, has_images: bool) -> Iterator[Reading]:
+        """The configured reading of the `whole` source, then the others that this target has layers for."""
+
+    @abstractmethod
+    def read_as(self, reading: Reading, target: PreTrainedModel, whole: Self) -> Self:
+        """The source as another reading has it, with the weights of the `whole` one, shared and not copied."""

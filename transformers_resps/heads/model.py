@@ -7,16 +7,18 @@ asked for. Source: EAGLE-3 (arXiv 2503.01840) section 3.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
-from ..drafting import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting import DraftSource, Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
@@ -129,6 +131,26 @@ class DraftLayer(nn.Module):
             states = self.input_layernorm(hidden)
         residual = at_wanted(residual, wanted) + self.self_attn(states, rope, attend, wanted)
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReading(Reading):
+    """One way to read a head's file, see `DraftHeadConfig`."""
+
+    loader: ClassVar[str] = "DraftHead"
+
+    feature_layers: tuple[int, ...]
+    rope_theta: float
+    norm_before_residual: bool
+    before_deepstack: bool = False
+
+    @property
+    def told(self) -> dict[str, str]:
+        return {
+            "feature layers": ", ".join(map(str, self.feature_layers)) + " before DeepStack" * self.before_deepstack,
+            "RoPE base": f"{self.rope_theta:g}",
+            "norm before residual": "yes" if self.norm_before_residual else "no",
+        }
 
 
 class DraftHead(TrainableSource, PreTrainedModel):
@@ -442,7 +464,7 @@ class DraftHead(TrainableSource, PreTrainedModel):
             ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
         """
         if format == "resps":
-            super().save_pretrained(save_directory, *args, **keywords)
+            PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
             return
         if args or keywords:
             raise ValueError(
@@ -476,6 +498,54 @@ class DraftHead(TrainableSource, PreTrainedModel):
         """A card for a repository that has none: what it is, its target, and how to load it."""
         use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+
+    def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
+        saved = DraftHead.from_pretrained(folder, dtype=self.dtype)
+        for name in ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            before, now = getattr(saved.config, name), getattr(self.config, name)
+            if before != now:
+                raise ValueError(
+                    f"{folder} holds a head with {name} {before}, but this run trains one with {now}. Pass the "
+                    "settings of that run, or another `output_dir`."
+                )
+        self.load_state_dict(saved.state_dict())
+
+    def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
+        """The configured reading first, then the others that this target has layers for.
+
+        These are the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
+        target's; the residual of the first layer before and after its norm; and, where answers are about images, the
+        features before and after what DeepStack adds.
+        """
+        config, text = self.config, target.config.get_text_config()
+        assert config.feature_layers is not None and config.rope_parameters is not None
+        near = [tuple(layer + shift for layer in config.feature_layers) for shift in (0, 1, -1)]
+        theirs = getattr(text, "rope_parameters", None) or {}
+        theirs = theirs.get("full_attention") or theirs  # in Gemma 3 each type of layers has its own
+        bases = [config.rope_parameters["rope_theta"], 1e4, 1e6, theirs.get("rope_theta")]
+        tower = getattr(target.config, "vision_config", None)
+        is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
+        axes = [
+            [layers for layers in near if layers[0] >= 0 and layers[-1] <= text.num_hidden_layers],
+            dict.fromkeys(base for base in bases if base),
+            (config.norm_before_residual, not config.norm_before_residual),
+            (config.before_deepstack, not config.before_deepstack)[: 1 + is_ambiguous],
+        ]
+        return (HeadReading(*values) for values in product(*axes))
+
+    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "DraftHead") -> "DraftHead":
+        assert isinstance(reading, HeadReading)
+        config = DraftHeadConfig.from_dict(self.config.to_dict())
+        config.feature_layers = list(reading.feature_layers)
+        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
+        config.norm_before_residual = reading.norm_before_residual
+        config.before_deepstack = reading.before_deepstack
+        with torch.device("meta"):
+            variant = DraftHead(config)
+        variant.load_state_dict(whole.state_dict(), assign=True)
+        variant.rotary_emb = RotaryEmbedding(config).to(self.device)
+        variant.train(False)
+        return variant
 
 
 class BoundHead(TrainableModel):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from .readings import Reading
+from ..drafting import Reading
 
 
 _SURE = 3.0  # standard errors; more than two because the best of some twenty readings is compared

@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..assistants import MtpHead
 from ..compilation.kernels import machine_line
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
-from ..drafting import TrainableModel, TrainableSource
+from ..drafting import Reading, TrainableModel, TrainableSource
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import SpeculationDefaults
 from ..telemetry.display import moving
@@ -31,7 +30,6 @@ from ..verifying.forward import FeatureTap
 from ..verifying.lending import evaluation_mode
 from .diagnosis import Cell, Diagnosis, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
-from .readings import Reading, read_as, readings_of
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
@@ -107,12 +105,10 @@ class Probe:
         *,
         has_images: bool = False,
     ) -> None:
-        weights = head.whole(target) if isinstance(head, MtpHead) else head
-        if readings is None:
-            has_output_heads = bool(weights.output_heads)
-            readings = readings_of(head, target, has_images=has_images, has_output_heads=has_output_heads)
-        self._target, self._readings = target, list(readings)
-        self._heads: list[Any] = [read_as(head, reading, target, weights) for reading in self._readings]
+        whole = head.whole(target)
+        self._target = target
+        self._readings = list(head.readings(target, whole, has_images=has_images) if readings is None else readings)
+        self._heads: list[Any] = [head.read_as(reading, target, whole) for reading in self._readings]
         # packing would copy the weights for each reading, and so many rows at once do not need it
         self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
         depths = self._drafters[0].depths
@@ -135,7 +131,7 @@ class Probe:
         layers = sorted({layer for head in self._heads for layer in head.feature_layers})
         with evaluation_mode(self._target):
             for batch in _batches(long_enough, depths):
-                for is_before in sorted({reading.before_deepstack for reading in self._readings}):
+                for is_before in sorted({head.before_deepstack for head in self._heads}):
                     with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:
                         self._add(batch, tap)
 

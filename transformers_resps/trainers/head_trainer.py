@@ -17,19 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 from transformers.utils.logging import tqdm
 
-from ..assistants import MtpHead
 from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..drafting import TrainableModel, TrainableSource
-from ..heads import DraftHead, DraftHeadConfig
+from ..heads import DraftHead
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
-from .loading import as_target, default_folder, load_head, new_head
+from .loading import HEADS, as_target, default_folder, load_head, new_head
 from .losses import pack, soft_cross_entropy, unroll
 from .muon import muon_for
 from .tau import print_drafts, simulated_tau
@@ -134,22 +133,22 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self.accelerator.unwrap_model(self.model)
-        if not isinstance(whole, MtpHead):
-            _check_checkpoint(resume_from_checkpoint, self.head.config)
+        if isinstance(whole, TrainableSource):
+            whole.load_checkpoint(resume_from_checkpoint, self.target.model)
+        else:  # a head in adapters, which a checkpoint holds alone
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = MtpHead.from_pretrained(resume_from_checkpoint, self.target.model, dtype=whole.dtype)
-        if saved.settings != whole.settings:
-            raise ValueError(
-                f"{resume_from_checkpoint} holds MTP layers with other settings than those in training. Pass the "
-                "settings of that run, or another `output_dir`."
-            )
-        whole.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.accelerator.unwrap_model(self.model), TrainableSource):
+            self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         whole = self.accelerator.unwrap_model(self.model)
-        if isinstance(whole, MtpHead) and self.args.should_save:  # Transformers saves it without a config
+        is_known = isinstance(whole, PreTrainedModel)  # Transformers saves other modules without a config
+        if isinstance(whole, TrainableSource) and not is_known and self.args.should_save:
             whole.save_pretrained(cast(str, output_dir or self.args.output_dir))
 
     @property
@@ -406,7 +405,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
                 f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
                 "model as `target`, and `None` as `model` for a new head."
             )
-        check_kind("model", unwrapped(model), DraftHead, MtpHead)
+        check_kind("model", unwrapped(model), *HEADS)
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
     if args.log_drafts and find_spec("rich") is None:
@@ -439,11 +438,10 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
 
 
 def _check_levels(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
-    depths = head.settings.depths if isinstance(head, MtpHead) else 1
-    if 1 < depths < args.ttt_steps:
+    if 1 < head.depths < args.ttt_steps:
         raise ValueError(
-            f"`ttt_steps` is {args.ttt_steps}, but each of these {depths} MTP layers drafts one level. Pass "
-            f"`ttt_steps={depths}`."
+            f"`ttt_steps` is {args.ttt_steps}, but each of these {head.depths} MTP layers drafts one level. Pass "
+            f"`ttt_steps={head.depths}`."
         )
 
 
@@ -465,20 +463,6 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
         )
     for output in head.output_heads:
         output.requires_grad_(False)
-
-
-def _check_checkpoint(checkpoint: str, config: DraftHeadConfig) -> None:
-    """Refuse a checkpoint whose head has other sizes than the one in training."""
-    if not (Path(checkpoint) / "config.json").is_file():  # of adapters, which hold no head
-        return
-    saved = DraftHeadConfig.from_pretrained(checkpoint)
-    for name in ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        before, now = getattr(saved, name), getattr(config, name)
-        if before != now:
-            raise ValueError(
-                f"{checkpoint} holds a head with {name} {before}, but this run trains one with {now}. Pass the "
-                "settings of that run, or another `output_dir`."
-            )
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

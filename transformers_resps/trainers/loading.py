@@ -28,6 +28,7 @@ from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 
 
+HEADS = DraftHead, MtpHead  # the kinds that are trained
 MTP = "mtp"  # names the layers that came with a target, or a new one
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
