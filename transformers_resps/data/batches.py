@@ -5,8 +5,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import ProcessorMixin
 
@@ -23,20 +22,14 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
     In place of `loss_mask` come `labels`: the predicted tokens, and `IGNORED` elsewhere. In place of `pictures` come,
     where a row has some, `image_inputs`: what the target's forward takes besides, by its names.
     """
-    length = max(len(row["input_ids"]) for row in rows)
     names = [name for name in rows[0] if name != "pictures"]
-    batch: dict[str, Any] = {name: torch.stack([_padded(row[name], length) for row in rows]) for name in names}
+    batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
     batch["labels"] = batch["input_ids"].masked_fill(~batch.pop("loss_mask"), IGNORED)
     shown = [row.get("pictures") for row in rows]
     if any(shown):
         assert processor is not None
-        batch["image_inputs"] = image_inputs(shown, processor, length)
+        batch["image_inputs"] = image_inputs(shown, processor, batch["input_ids"].shape[1])
     return batch
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    missing = length - len(tensor)
-    return F.pad(tensor, (0,) * (2 * (tensor.ndim - 1)) + (0, missing)) if missing else tensor
 
 
 class TokenBudgetBatches(Sampler[list[int]]):

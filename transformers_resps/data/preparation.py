@@ -7,8 +7,9 @@ bars; it is of the extra `train`, so it is imported where it is needed.
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,7 @@ class _Piece:
     text: str
     is_learned: bool
     images: int = 0  # that it shows
+    is_raw: bool = False  # begins with the special tokens that the tokenizer adds
 
 
 def make_example(
@@ -105,12 +107,13 @@ def make_example(
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
     """A conversation as its tokenizer, or its processor, renders it: what the assistant wrote, and what it answers."""
     pieces: list[_Piece] = []
+    render = partial(renderer.apply_chat_template, tokenize=False, **template)
     text, read = "", 0
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" or index < learn_from:
             continue
-        asked = _rendered(renderer, conversation[:index], add_generation_prompt=True, **template)
-        answered = _rendered(renderer, conversation[: index + 1], add_generation_prompt=False, **template)
+        asked: str = render(conversation[:index], add_generation_prompt=True)
+        answered: str = render(conversation[: index + 1], add_generation_prompt=False)
         if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(
                 f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
@@ -131,7 +134,7 @@ def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: I
         if piece.images and reader is not None:
             tokens = reader.tokens_of(piece.text, piece.images, start=len(ids), room=max_length - len(ids))
         else:
-            tokens = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+            tokens = tokenizer(piece.text, add_special_tokens=piece.is_raw)["input_ids"]
         if tokens is None:
             break
         ids += tokens
@@ -140,11 +143,6 @@ def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: I
             break
     pictures = None if reader is None else reader.pictures
     return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), pictures)
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Conversation, **how: Any) -> str:
-    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    return str(rendered)
 
 
 def prepare_dataset(
@@ -336,47 +334,35 @@ class _Reader:
         """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
         if self.kind == "input_ids":
             return _tokenized(row, self.max_length), False
-        if "images" in row:
-            return self._with_images(row)
-        assert self.tokenizer is not None
+        images = images_of(row) if "images" in row else None
+        pieces, is_shortened = self._pieces(row, images)
+        reader = None
+        if images is not None:
+            assert self.processor is not None
+            reader = ImageReader(self.processor, images)
+        return _joined(pieces, self.tokenizer, self.max_length, reader), is_shortened
+
+    def _pieces(self, row: Row, images: list[Any] | None) -> tuple[list[_Piece], bool]:
         if self.kind == "text":
-            ids = _ids(row["text"], "text", self.tokenizer)[: self.max_length]
-            return Example(_integers(ids), torch.ones(len(ids), dtype=torch.bool)), False
+            return [_Piece(_string(row, "text"), True, is_raw=True)], False
         if self.kind == "prompt" and isinstance(row["prompt"], str):
-            asked = _ids(row["prompt"], "prompt", self.tokenizer)
-            answered = _ids(row["completion"], "completion", self.tokenizer, add_special_tokens=False)
-            ids = (asked + answered)[: self.max_length]
-            return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
-        parts = [as_messages(row[column], None) for column in self._columns]
-        pieces, is_shortened = self._pieces(parts, self.tokenizer, row)
-        return _joined(pieces, self.tokenizer, self.max_length), is_shortened
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return ("prompt", "completion") if self.kind == "prompt" else ("messages",)
-
-    def _pieces(self, parts: list[list[Any]], renderer: Any, row: Row) -> tuple[list[_Piece], bool]:
-        if self.kind == "messages":
-            return _of_messages(parts[0], renderer, _template(row))
-        return _pieces(parts[0] + parts[1], renderer, len(parts[0]), _template(row)), False
-
-    def _with_images(self, row: Row) -> tuple[Example, bool]:
-        """As `example_of`, of a row that shows its images."""
-        images, is_shortened = images_of(row), False
-        if all(isinstance(row[column], str) for column in self._columns):
-            pieces = [_Piece(row["prompt"], False, len(images)), _Piece(row["completion"], True)]
+            prompt = _Piece(row["prompt"], False, len(images or ()), is_raw=images is None)
+            return [prompt, _Piece(_string(row, "completion"), True)], False
+        columns = ("prompt", "completion") if self.kind == "prompt" else ("messages",)
+        if images is None:
+            parts: list[list[Any]] = [as_messages(row[column], None) for column in columns]
         else:
-            parts = [with_images(row[column], len(images) * (column != "completion")) for column in self._columns]
+            parts = [with_images(row[column], len(images) * (column != "completion")) for column in columns]
             shown = sum(map(images_in, parts[0]))
             if shown != len(images):
                 raise ValueError(
                     f"has {len(images)} images, but its messages have places for {shown}. Write one part "
                     "`{'type': 'image'}` for each image, or none: then all stand before the first question."
                 )
-            pieces, is_shortened = self._pieces(parts, self.processor, row)
-        assert self.processor is not None
-        reader = ImageReader(self.processor, images)
-        return _joined(pieces, self.tokenizer, self.max_length, reader), is_shortened
+        renderer, template = self.tokenizer if images is None else self.processor, _template(row)
+        if self.kind == "messages":
+            return _of_messages(parts[0], renderer, template)
+        return _pieces(parts[0] + parts[1], renderer, len(parts[0]), template), False
 
     def question_of(self, row: Row) -> str | None:
         """The first user turn of a row, or its prompt as it is."""
@@ -411,24 +397,18 @@ def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple
 
 
 def _tokenized(row: Row, max_length: int) -> Example:
-    ids = _integers(row["input_ids"], "input_ids")[:max_length]
+    ids = _integers(row["input_ids"], "input_ids")
     mask = torch.ones(len(ids), dtype=torch.bool)
-    for column in _MASKS:
+    for column in (*_MASKS, "labels"):
         if row.get(column) is not None:
-            mask &= _as_long_as(row, column, lambda values: values != 0)[:max_length]
-    if row.get("labels") is not None:
-        mask &= _as_long_as(row, "labels", lambda values: values >= 0)[:max_length]
-    return Example(ids, mask)
+            values = _integers(row[column], column)
+            if len(values) != len(ids):
+                raise ValueError(f"has {len(ids)} `input_ids`, but {len(values)} `{column}`.")
+            mask &= values >= 0 if column == "labels" else values != 0
+    return Example(ids[:max_length], mask[:max_length])
 
 
-def _as_long_as(row: Row, column: str, test: Callable[[Tensor], Tensor]) -> Tensor:
-    values = _integers(row[column], column)
-    if len(values) != len(row["input_ids"]):
-        raise ValueError(f"has {len(row['input_ids'])} `input_ids`, but {len(values)} `{column}`.")
-    return test(values)
-
-
-def _integers(values: Any, column: str = "input_ids") -> Tensor:
+def _integers(values: Any, column: str) -> Tensor:
     try:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
@@ -438,8 +418,8 @@ def _integers(values: Any, column: str = "input_ids") -> Tensor:
     return found.long()
 
 
-def _ids(text: Any, column: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[int]:
+def _string(row: Row, column: str) -> str:
+    text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"has the {column} {str(text)[:60]}, but it must be a string, or both lists of messages.")
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-    return ids
+    return text
