@@ -19,8 +19,9 @@ from transformers_resps import DraftHead, attach
 from transformers_resps.data import load_conversations, to_tokens
 from transformers_resps.generation.output import sampling
 from transformers_resps.heads import parameter_fingerprint
+from transformers_resps.replay import RecordedText
 from transformers_resps.tools.loading import load_target
-from transformers_resps.trainers.data import Recorder, pools_of
+from transformers_resps.trainers.data import Recorder
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
@@ -50,7 +51,7 @@ def record(
     made_with = json.dumps([head.fingerprint(), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
     check_folder(folder, parameter_fingerprint(target), made_with)
     generation = {"max_new_tokens": max_new_tokens, **sampling(temperature)}
-    Recorder(target, head, pools_of(DEPTHS), folder, generation).record(prompts, folder.name)
+    Recorder(target, head, RecordedText, DEPTHS, folder, generation).record(prompts, folder.name)
 
 
 def check_folder(folder: Path, target: str, made_with: str) -> None:

@@ -10,6 +10,7 @@ Tensor shapes: t positions, d levels, F features.
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +26,6 @@ from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording, record_pools
 
 
-FORMAT = 2  # of files; it is part of a recording's name, so that files of another release are not read
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
@@ -46,6 +46,8 @@ class RankedText:
         context_length: positions of the text before the first step.
         spare_room: how many more tokens the text could have had.
     """
+
+    FORMAT: ClassVar[int] = 2  # of files
 
     features: Tensor
     ranks: Tensor
@@ -157,11 +159,15 @@ def record_ranks(
     Raises:
         ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
     """
+    pools = record_pools(target, head, input_ids, prompt_length, depths=depths_of(grid), spare_room=spare_room)
+    return RankedText.from_recording(pools)
+
+
+def depths_of(grid: ActionGrid) -> dict[int, int]:
+    """What `record_pools` has to draft for a grid: every `top_k` of its shapes, to the greatest depth."""
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
-    depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
-    recording = record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room)
-    return RankedText.from_recording(recording)
+    return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:

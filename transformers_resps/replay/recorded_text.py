@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +43,8 @@ class RecordedText:
         spare_room: how many more tokens the output could have had.
     """
 
+    FORMAT: ClassVar[int] = 1  # of files; part of their names, so that those of another release are not read
+
     input_ids: Tensor
     prompt_length: int
     features: Tensor
@@ -51,6 +53,11 @@ class RecordedText:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @classmethod
+    def from_recording(cls, text: "RecordedText") -> "RecordedText":
+        """All of it, as `RankedText` has a part."""
+        return text
 
     @property
     def depth(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, tensor
@@ -24,8 +24,8 @@ from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
 from ..policies.action_grid import ActionGrid
 from ..policies.costs import CostTable
-from ..replay import OutcomeTable, RankedText, RecordedText, record_pools, record_ranks
-from ..replay.ranked_text import FORMAT
+from ..replay import OutcomeTable, RankedText, RecordedText, record_pools
+from ..replay.ranked_text import depths_of
 from .base import written
 from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
@@ -240,51 +240,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-class _Recording(Protocol):
-    def save(self, file: str | Path) -> None: ...
-
-    @classmethod
-    def load(cls, file: str | Path) -> Self: ...
-
-
-Recorded = TypeVar("Recorded", bound=_Recording)
-
-
-@dataclass(frozen=True, slots=True)
-class Form(Generic[Recorded]):
-    """What is kept of an answer.
-
-    Attributes:
-        kind: class of the recordings.
-        record: makes one, of a target, a head, `[s]` prompt and answer, the prompt's length and `spare_room`.
-        facts: JSON values that change with everything that changes a recording.
-    """
-
-    kind: type[Recorded]
-    record: Callable[..., Recorded]
-    facts: list[Any]
-
-
-def outcomes_for(grid: ActionGrid) -> Form[RankedText]:
-    """Keep what gives the outcome of every shape of `grid`."""
-    return Form(RankedText, partial(record_ranks, grid=grid), [FORMAT, grid.to_list()])
-
-
-def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
-    """Keep the pools themselves: for each `top_k` of `depths`, of so many levels."""
-    return Form(RecordedText, partial(record_pools, depths=depths), ["pools", sorted(depths.items())])
+Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 
 @dataclass
 class Recorder(Generic[Recorded]):
     """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there.
 
-    `generation` is passed to `generate`: JSON values, with `max_new_tokens`.
+    Attributes:
+        kind: what is kept of an answer.
+        depths: as for `record_pools`.
+        generation: passed to `generate`: JSON values, with `max_new_tokens`.
     """
 
     target: Any
     head: DraftHead
-    form: Form[Recorded]
+    kind: type[Recorded]
+    depths: dict[int, int]
     folder: Path
     generation: dict[str, Any]
 
@@ -310,7 +282,7 @@ class Recorder(Generic[Recorded]):
                     text.save(unfinished)
                     unfinished.replace(self._file(prompt))
         state.wait_for_everyone()
-        found = [self.form.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
+        found = [self.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
         if not found:
             raise ValueError(
                 f"None of {len(prompts)} prompts has an answer of at least two tokens. Pass other prompts, or raise "
@@ -325,7 +297,8 @@ class Recorder(Generic[Recorded]):
     def _made_with(self) -> str:
         """Changes with everything that changes a recording: the target's weights, not its path."""
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
-        return digest([*answered, self.head.fingerprint(), *self.form.facts])[:8]
+        kept = [self.kind.__name__, self.kind.FORMAT, sorted(self.depths.items())]
+        return digest([*answered, self.head.fingerprint(), *kept])[:8]
 
     def _answer(self, prompt: Tensor) -> Recorded | None:
         torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
@@ -338,7 +311,8 @@ class Recorder(Generic[Recorded]):
         if answered < 2:
             return None
         room = self.generation["max_new_tokens"] - answered
-        return self.form.record(self.target, self.head, text, len(prompt), spare_room=room)
+        pools = record_pools(self.target, self.head, text, len(prompt), depths=self.depths, spare_room=room)
+        return self.kind.from_recording(pools)
 
 
 _USUAL_CONTEXT = 256  # positions, where there are no prompts yet
@@ -425,13 +399,14 @@ class PolicyData:
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
-            texts = self.record(name, outcomes_for(grid))
+            texts = self.record(name, RankedText, depths_of(grid))
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 
-    def record(self, name: str, form: Form[Recorded]) -> list[Recorded]:
+    def record(self, name: str, kind: type[Recorded], depths: dict[int, int]) -> list[Recorded]:
         """The answers to the prompts of a dataset."""
-        recorder = Recorder(self.pair.target, self.pair.head, form, self._folder / "replay", self._generation)
+        folder = self._folder / "replay"
+        recorder = Recorder(self.pair.target, self.pair.head, kind, depths, folder, self._generation)
         return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:

@@ -36,7 +36,7 @@ from .base import (
     write_recipe,
     write_whole,
 )
-from .data import PolicyData, pools_of
+from .data import PolicyData
 from .loading import Pair, default_folder
 from .policy_config import PolicyTrainingConfig
 from .ppo import RewardFunc, Update, reward_func_of, seeded
@@ -374,13 +374,13 @@ def fit_policy(
         make_unmeasured_repository(args)  # a refusal costs no work
 
     # What the policy and the fixed trees ask for that it is compared with
-    form = pools_of(dict.fromkeys(sorted({*_TOP_KS, *given.widths}), max(_DEPTH, sizes["depth"])))
-    texts = data.record("train_dataset", form)
+    depths = dict.fromkeys(sorted({*_TOP_KS, *given.widths}), max(_DEPTH, sizes["depth"]))
+    texts = data.record("train_dataset", RecordedText, depths)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
     policy = BaselineGuard(fitted_policy(texts, **kept, **data.pair.identity))
     comparison = None
     if eval_dataset is not None:
-        comparison = compare(policy, texts, data.record("eval_dataset", form), data.costs)
+        comparison = compare(policy, texts, data.record("eval_dataset", RecordedText, depths), data.costs)
         comparison = replace(comparison, learned_prompts=data.learned("eval_dataset"))
 
     def write(folder: Path) -> None:
