@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from tests.image_processors import image_processor, image_prompt, image_target, parts, picture
 from tests.multimodal_targets import IMAGE, START
 from tests.tokenizers import turns
+from tests.tools.diagnoses import diagnose
 from transformers_resps import DraftHead, attach
 from transformers_resps.tools import doctor
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.doctor import LabelledText, diagnose
+from transformers_resps.tools.doctor import LabelledText
 from transformers_resps.verifying.forward import FeatureTap
 
 

@@ -97,7 +97,6 @@ class Diagnosis:
 
     @property
     def answers(self) -> int:
-        """Answers scored."""
         return len(self.configured.tallies)
 
     @property
@@ -126,7 +125,6 @@ class Diagnosis:
         return tuple(cell.reading for cell in kept)
 
     def _changes(self, cell: Cell) -> dict[str, Any]:
-        """Return the settings in which a reading differs from the configured one."""
         configured = asdict(self.configured.reading)
         return {name: value for name, value in asdict(cell.reading).items() if value != configured[name]}
 
@@ -136,7 +134,6 @@ class Diagnosis:
         return self._mean([a.kept - b.kept for a, b in zip(cell.tallies, other.tallies, strict=True)], cell)
 
     def _likelier(self, cell: Cell, other: Cell) -> tuple[float, float]:
-        """Return the nats per position above another cell, and their error."""
         nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
         return self._mean(nats, cell)
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..compilation.kernels import machine_line
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
+from ..data.batches import TokenBudgetBatches
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
@@ -42,17 +44,11 @@ _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """The tokens `[t]` of a prompt and an answer that the target wrote.
+    """A prompt and an answer that the target wrote."""
 
-    Attributes:
-        tokens: of both.
-        prompt_length: of the prompt.
-        shown: what the target's forward takes besides, where the prompt shows images.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # [t] of both
     prompt_length: int
-    shown: dict[str, Tensor] = field(default_factory=dict)
+    shown: dict[str, Tensor] = field(default_factory=dict)  # what its forward takes besides, where a prompt has images
 
     def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
         """`shown`, as `target` takes it with these tokens."""
@@ -138,7 +134,9 @@ class Probe:
     def _add(self, batch: "_Batch", tap: FeatureTap) -> None:
         """Score a batch under the readings that read features as `tap` catches them."""
         tokens = batch.tokens.to(self._target.device)
-        given = {"attention_mask": torch.ones_like(tokens), **batch.shown_to(self._target)} if batch.shown else {}
+        given = {}
+        if batch.shown is not None:
+            given = {"attention_mask": torch.ones_like(tokens), **batch.shown.inputs_for(self._target)}
         with tap.record() as features:
             picks = self._target(input_ids=tokens, use_cache=False, **given).logits.argmax(-1)
         for number, (head, drafter) in enumerate(zip(self._heads, self._drafters, strict=True)):
@@ -163,47 +161,28 @@ class Probe:
         return Diagnosis(tuple(cells))
 
 
-def diagnose(target: PreTrainedModel, head: TrainableSource, answers: Sequence[LabelledText]) -> Diagnosis:
-    """Compare the configured reading of `head` with its likely corrections, on some fifty answers of `target`.
-
-    Raises `ValueError` when the head belongs to another target, or fewer than two answers are long enough to score.
-    """
-    probe = Probe(target, head, has_images=any(answer.shown for answer in answers))
-    probe.add(answers)
-    return probe.diagnosis()
-
-
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """Answers padded on the right, where causal attention never looks."""
 
     tokens: Tensor  # [b, t]
     scored: Tensor  # [b, t] bool: slots that predict a token of the answer and have all depths in the text
-    shown: LabelledText | None = None  # of one answer about images
-
-    def shown_to(self, target: PreTrainedModel) -> dict[str, Any]:
-        return {} if self.shown is None else self.shown.inputs_for(target)
+    shown: LabelledText | None = None  # the only answer, where it is about images
 
 
 def _batches(answers: list[LabelledText], depths: int) -> Iterator[_Batch]:
     """Yield answers of like length together, up to `_BATCH_TOKENS` tokens, and each that is about images alone."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
-    waiting: list[LabelledText] = []
-    for answer in sorted((one for one in answers if not one.shown), key=lambda answer: len(answer.tokens)):
-        if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
-            yield _pad(waiting, depths)
-            waiting = []
-        waiting.append(answer)
-    if waiting:
-        yield _pad(waiting, depths)
+    others = [answer for answer in answers if not answer.shown]
+    for rows in TokenBudgetBatches([len(answer.tokens) for answer in others], _BATCH_TOKENS, shuffle=False):
+        yield _pad([others[row] for row in rows], depths)
 
 
 def _pad(answers: list[LabelledText], depths: int) -> _Batch:
-    width = max(len(answer.tokens) for answer in answers)
-    tokens = torch.stack([F.pad(answer.tokens.cpu(), (0, width - len(answer.tokens))) for answer in answers])
+    tokens = pad_sequence([answer.tokens.cpu() for answer in answers], batch_first=True)
     first = torch.tensor([max(answer.prompt_length, 2) - 2 for answer in answers])[:, None]
     end = torch.tensor([len(answer.tokens) - depths for answer in answers])[:, None]
-    slots = torch.arange(width)
+    slots = torch.arange(tokens.shape[1])
     return _Batch(tokens, (slots >= first) & (slots < end))
 
 
@@ -243,7 +222,7 @@ def refined(
     """Diagnose `head` on few and short answers, then on more and more long ones.
 
     Readings that the first look finds far worse are dropped, and its short answers do not count later. Ends when more
-    answers would change nothing, or after `count` answers. Raises `ValueError` as `diagnose` does.
+    answers would change nothing, or after `count` answers. Raises `ValueError` as `Probe` does.
     """
     probe = Probe(target, head, has_images=has_images)
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:

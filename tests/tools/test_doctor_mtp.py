@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
+from tests.tools.diagnoses import diagnose
 from tests.tools.test_doctor import PERIOD, V, periodic_texts, train_target
 from transformers_resps.assistants import MtpHead
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose
+from transformers_resps.tools.doctor import DEPTHS, LabelledText
 from transformers_resps.trainers.features import FrozenTarget
 from transformers_resps.trainers.losses import unroll
 
