@@ -33,16 +33,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
         make_example(turns("d", "e", "f", "g"), templated(REWRITING), max_length=20)
 
 
-def test_messages_before_the_completion_are_its_prompt():
-    """By hand: of "de", "fg", "d", "e" the completion is the last turn."""
-    tokenizer = templated()
-    example = make_example(turns("de", "fg", "d", "e"), tokenizer, 99, learn_from=3)
-    whole = make_example(turns("de", "fg", "d", "e"), tokenizer, 99)
-    assert example.input_ids.tolist() == whole.input_ids.tolist()
-    marked = "".join(tokenizer.convert_ids_to_tokens(example.input_ids[example.loss_mask].tolist()))
-    assert marked == "ec"
-
-
 THOUGHTLESS = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
 
 

@@ -7,6 +7,7 @@ are large: they are made again for each batch, and only the images are kept.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,21 +22,13 @@ NO_IMAGES: tuple[list[str], list[int], list[int], str] = [], [], [], ""  # in al
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The images of a text, and the parts of it that show them.
+    """The images of a text, and the parts of it that show them."""
 
-    Attributes:
-        images: in the order in which they are shown.
-        texts: the parts, with a placeholder for each image, as the chat template writes them.
-        counts: images in each part.
-        starts: the place in the text's tokens at which each part begins.
-        key: a hash of what the processor made of the images.
-    """
-
-    images: list[Any]
-    texts: list[str]
-    counts: list[int]
-    starts: list[int]
-    key: str
+    images: list[Any]  # in the order in which they are shown
+    texts: list[str]  # the parts, with a placeholder for each image, as the chat template writes them
+    counts: list[int]  # images in each part
+    starts: list[int]  # the place in the text's tokens at which each part begins
+    key: str  # a hash of what the processor made of the images
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
@@ -66,12 +59,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 class ImageReader:
-    """Reads the parts of one text that show images, from its first to its last.
-
-    Args:
-        processor: the target's.
-        images: all that the text shows.
-    """
+    """Reads the parts of one text that show `images`, from its first to its last."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images
@@ -114,20 +102,21 @@ def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, len
 
     The types of tokens are `[b, length]`, pixels and all else as the processor makes them for one batch.
     """
-    parts = [
-        (row, start, text)
-        for row, shown in enumerate(rows)
-        for start, text in zip(shown.starts if shown else (), shown.texts if shown else (), strict=True)
-    ]
+    parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
+    for row, shown in enumerate(rows):
+        if shown is not None:
+            left = iter(shown.images)
+            parts += [(row, start) for start in shown.starts]
+            texts += shown.texts
+            images += [list(islice(left, count)) for count in shown.counts]
     if not parts:
         return {}
-    images = [group for shown in rows if shown for group in _grouped(shown)]
-    read = _read(processor, [text for _, _, text in parts], images)
+    read = _read(processor, texts, images)
     is_token = read.pop("attention_mask").bool()
     del read["input_ids"]
     for name in [name for name in read if name.endswith("token_type_ids")]:
         types = torch.zeros(len(rows), length, dtype=read[name].dtype)
-        for (row, start, _), found, mask in zip(parts, read[name], is_token, strict=True):
+        for (row, start), found, mask in zip(parts, read[name], is_token, strict=True):
             types[row, start : start + int(mask.sum())] = found[mask]
         read[name] = types
     return read
@@ -139,8 +128,3 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
-
-
-def _grouped(shown: Pictures) -> list[list[Any]]:
-    ends = torch.tensor(shown.counts).cumsum(0).tolist()
-    return [shown.images[end - count : end] for end, count in zip(ends, shown.counts, strict=True)]

@@ -84,28 +84,22 @@ class _Piece:
     is_raw: bool = False  # begins with the special tokens that the tokenizer adds
 
 
-def make_example(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    learn_from: int = 0,
-    **template: Any,
-) -> Example:
-    """Tokenize one conversation and mask the tokens that the assistant wrote.
+def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+    """Tokenize one conversation, up to `max_length` tokens, and mask those that the assistant wrote.
 
-    These are what an assistant turn adds to the rendered text after the generation prompt. Messages before the index
-    `learn_from` are the prompt, and are not marked. A conversation of more than `max_length` tokens is cut. `template`
-    are more arguments of the chat template, such as `tools`.
+    These are what an assistant turn adds to the rendered text after the generation prompt.
 
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
     """
-    return _joined(_pieces(conversation, tokenizer, learn_from, template), tokenizer, max_length)
+    return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """A conversation as its tokenizer, or its processor, renders it: what the assistant wrote, and what it answers."""
+    """A conversation as its tokenizer, or its processor, renders it: what the assistant wrote, and what it answers.
+
+    Messages before the index `learn_from` are all asked. `template` are more arguments of the chat template.
+    """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
     text, read = "", 0

@@ -15,22 +15,12 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """The outcome of every action at every position of one recorded text.
+    """The outcome of every action at every position of one recorded text; `ValueError` for an impossible one."""
 
-    Attributes:
-        features: `[t, F]` what a policy sees before the step at that position.
-        emitted: `[t, a]` tokens the step would have added, at least 1 and no more than the text still has.
-        seconds: `[t, a]` seconds the step would have taken.
-        grid: the shapes that the actions stand for; `None` if unknown.
-
-    Raises:
-        ValueError: the tensors do not fit together, or a value is impossible.
-    """
-
-    features: Tensor
-    emitted: Tensor
-    seconds: Tensor
-    grid: ActionGrid | None = None
+    features: Tensor  # [t, F] what a policy sees before the step at that position
+    emitted: Tensor  # [t, a] tokens the step would have added, at least 1 and no more than the text still has
+    seconds: Tensor  # [t, a] that the step would have taken
+    grid: ActionGrid | None = None  # the shapes that the actions stand for, if known
 
     def __post_init__(self) -> None:
         length = len(self.features)
@@ -79,14 +69,6 @@ class OutcomeTable:
 
     Raises:
         ValueError: there are no texts, or they differ in grid, number of actions or width of features.
-
-    Attributes:
-        features: `[p, F]`, p positions of all texts.
-        emitted: `[p, a]` tokens.
-        seconds: `[p, a]` fp64 seconds.
-        starts: `[texts]` first position of each text.
-        stops: `[texts]` position after the last of each text.
-        grid: the shapes that the actions stand for; `None` if unknown.
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
@@ -99,10 +81,10 @@ class OutcomeTable:
             )
         lengths = torch.tensor([len(text.features) for text in texts])
         self.grid = grids.pop()
-        self.features = torch.cat([text.features for text in texts]).cpu()
-        self.emitted = torch.cat([text.emitted for text in texts]).long().cpu()
-        self.seconds = torch.cat([text.seconds for text in texts]).double().cpu()
-        self.stops = lengths.cumsum(0)
+        self.features = torch.cat([text.features for text in texts]).cpu()  # [p, F]
+        self.emitted = torch.cat([text.emitted for text in texts]).long().cpu()  # [p, a]
+        self.seconds = torch.cat([text.seconds for text in texts]).double().cpu()  # [p, a]
+        self.stops = lengths.cumsum(0)  # [texts] the position after each
         self.starts = self.stops - lengths
         self._stop_of = self.stops.repeat_interleave(lengths)  # [p]
         self._held: dict[int, HeldOutcomes] = {}

@@ -10,7 +10,7 @@ Tensor shapes: t positions, d levels, F features.
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -29,34 +29,27 @@ from .recorded_text import RecordedText, open_recording, record_pools
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
+_SIZES = ("context_length", "spare_room")
 
 
 @dataclass(frozen=True, slots=True)
 class RankedText:
     """A recorded text, reduced to what gives the outcome of every shape at every position; `record_ranks` makes one.
 
-    Attributes:
-        features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
-        ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
-            d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
-        chain_ranks: likewise of the looked-up continuation's nodes.
-        lookups: `[t]` looked-up tokens that the text follows.
-        proposed: `[t]` looked-up tokens, that is nodes to verify, followed or not.
-        top_ks: the K values of `top_k` that were drafted.
-        context_length: positions of the text before the first step.
-        spare_room: how many more tokens the text could have had.
+    `ranks` are `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
+    d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
     """
 
     FORMAT: ClassVar[int] = 2  # of files
 
-    features: Tensor
+    features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
     ranks: Tensor
-    chain_ranks: Tensor
-    lookups: Tensor
-    proposed: Tensor
-    top_ks: tuple[int, ...]
-    context_length: int
-    spare_room: int
+    chain_ranks: Tensor  # likewise of the looked-up continuation's nodes
+    lookups: Tensor  # [t] looked-up tokens that the text follows
+    proposed: Tensor  # [t] looked-up tokens, that is nodes to verify, followed or not
+    top_ks: tuple[int, ...]  # the K that were drafted
+    context_length: int  # positions of the text before the first step
+    spare_room: int  # how many more tokens the text could have had
 
     def __len__(self) -> int:
         return len(self.features)
@@ -122,24 +115,17 @@ class RankedText:
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {
-            "top_ks": ",".join(map(str, self.top_ks)),
-            "context_length": str(self.context_length),
-            "spare_room": str(self.spare_room),
-        }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        sizes = {name: str(getattr(self, name)) for name in _SIZES}
+        save_file(tensors, file, sizes | {"top_ks": ",".join(map(str, self.top_ks))})
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
         """Read what `save` of this release wrote; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "ranks") as (opened, metadata):
-            return cls(
-                **{name: opened.get_tensor(name) for name in _TENSORS},
-                top_ks=tuple(map(int, metadata["top_ks"].split(","))),
-                context_length=int(metadata["context_length"]),
-                spare_room=int(metadata["spare_room"]),
-            )
+            read: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
+            read |= {name: int(metadata[name]) for name in _SIZES}
+            return cls(**read, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
 
 
 def record_ranks(

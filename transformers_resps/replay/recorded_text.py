@@ -34,22 +34,15 @@ class RecordedText:
     """A prompt and its output, with the candidate pools drafted at each position; made by `record_pools`.
 
     Positions t begin after the output's first token, which prefill gives.
-
-    Attributes:
-        input_ids: `[s]` prompt and output.
-        prompt_length: tokens of the prompt.
-        features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
-        pools: for each `top_k`, the pools of all positions, `[t, p]`.
-        spare_room: how many more tokens the output could have had.
     """
 
     FORMAT: ClassVar[int] = 1  # of files; part of their names, so that those of another release are not read
 
-    input_ids: Tensor
+    input_ids: Tensor  # [s] prompt and output
     prompt_length: int
-    features: Tensor
-    pools: dict[int, CandidatePool]
-    spare_room: int = 0
+    features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
+    pools: dict[int, CandidatePool]  # for each `top_k`, those of all positions, [t, p]
+    spare_room: int = 0  # how many more tokens the output could have had
 
     def __len__(self) -> int:
         return len(self.features)
@@ -72,9 +65,9 @@ class RecordedText:
     def save(self, file: str | Path) -> None:
         """Write one safetensors file."""
         tensors = {"features": self.features, "input_ids": self.input_ids}
-        for top_k, pool in self.pools.items():
-            tensors |= {f"tokens.{top_k}": pool.tokens.int(), f"parents.{top_k}": pool.parents.int()}
-            tensors |= {f"scores.{top_k}": pool.scores, f"levels.{top_k}": pool.levels}
+        for k, pool in self.pools.items():
+            tensors |= {f"tokens.{k}": pool.tokens.int(), f"parents.{k}": pool.parents.int()}
+            tensors |= {f"scores.{k}": pool.scores, f"levels.{k}": pool.levels}
         metadata = {"prompt_length": str(self.prompt_length), "spare_room": str(self.spare_room)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
@@ -104,18 +97,15 @@ def record_pools(
     depths: dict[int, int],
     spare_room: int = 0,
 ) -> RecordedText:
-    """Record what the head would draft at every position of one text, written by `target` or not.
+    """Record what the head would draft at every position of one text `[s]`, written by `target` or not, on the CPU.
 
     Args:
         target: runs over the text once.
         head: drafts from every position.
-        input_ids: `[s]` prompt and output.
+        input_ids: prompt and output.
         prompt_length: tokens of the prompt.
         depths: for each `top_k` to draft, the number of levels.
         spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
-
-    Returns:
-        The recording, on the CPU.
 
     Raises:
         ValueError: the output has fewer than two tokens, or `depths` is empty.
