@@ -117,14 +117,8 @@ class ArtefactTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; then `artefact_folder` is written. At SIGINT or SIGTERM a checkpoint is saved first.
 
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; `True` for the newest complete one in `output_dir`.
-            args: see `transformers.Trainer.train`.
-            kwargs: likewise.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C was pressed.
-            SystemExit: SIGTERM was received.
+        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete one in `output_dir`. After
+        the signal it raises `KeyboardInterrupt`, or `SystemExit`.
         """
         if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
             resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir)) or True
@@ -184,14 +178,10 @@ class ArtefactTrainer(Trainer):
                 self.write_artefact(self.unfinished_folder)
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             message = f"Training in progress, step {self.state.global_step}"
-            # Not a recipe, card or metrics that an earlier run left in the folder
-            weights = [
-                file
-                for file in _files(self.unfinished_folder)
-                if file.name == "config.json" or file.suffix == ".safetensors"
-            ]
+            folder = self.unfinished_folder
+            files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]  # no card or metrics of earlier runs
             try:
-                push_folder(self.unfinished_folder, self.args, message, files=weights)
+                push_folder(folder, self.args, message, files=files)
             except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
@@ -203,12 +193,8 @@ class ArtefactTrainer(Trainer):
     ) -> Any:
         """Push the head's or policy's folder to `args.hub_model_id`, in one commit; a plain card if there is none.
 
-        Args:
-            commit_message: subject of the commit.
-            where: `token`, `revision` and `private`, if other than those of `args`.
-
-        Returns:
-            The address of the commit; `None` in all but one of several processes.
+        `where` is another `token`, `revision` or `private` than that of `args`. Returns the address of the commit;
+        `None` in all but one of several processes.
 
         Raises:
             ValueError: the run has not finished.
@@ -363,14 +349,9 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Check that the checkpoints in an output folder were trained on what this run trains on; `run.json` keeps it.
+    """Refuse an output folder whose checkpoints were trained on other inputs; `run.json` keeps what they were.
 
-    Args:
-        folder: the output folder.
-        facts: name of each input of the run -> a hash of it.
-
-    Raises:
-        ValueError: names the inputs that differ.
+    `facts` are the names of the inputs and hashes of them.
     """
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
@@ -477,13 +458,8 @@ _SECONDS = "seconds.json"
 class TimingCallback(TrainerCallback):
     """Counts the seconds of training. Every checkpoint holds them, so a resumed run continues the count.
 
-    Steps that a kill undid are not counted.
-
-    Args:
-        clock: in seconds.
-
-    Attributes:
-        seconds: so far; `None` if the checkpoint that the run resumed from does not say how long it took.
+    Steps that a kill undid are not counted. `seconds` is `None` if the checkpoint that the run resumed from does not
+    say how long it took.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -495,23 +471,16 @@ class TimingCallback(TrainerCallback):
         file = Path(checkpoint) / _SECONDS
         self.seconds = float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = self._clock()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the time in the checkpoint that was just written."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         self._advance()
         if state.is_world_process_zero and self.seconds is not None:
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             (folder / _SECONDS).write_text(json.dumps(self.seconds), encoding="utf-8")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance()
 
     def _advance(self) -> None:
@@ -526,11 +495,7 @@ _LEFT_OUT = ("total_flos", "epoch", "minutes_left")  # the last two are shown in
 
 
 class TrainingProgress(ProgressCallback):
-    """Transformers' bar with the newest metrics beside it; each log is one line with step, epoch and time left.
-
-    Args:
-        clock: in seconds.
-    """
+    """Transformers' bar with the newest metrics beside it; each log is one line with step, epoch and time left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
@@ -546,15 +511,11 @@ class TrainingProgress(ProgressCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self._began = self._began or (self._clock(), state.global_step)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, *given: Any, **named: Any) -> None:
         if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+            super().on_prediction_step(args, state, control, *given, **named)  # type: ignore[no-untyped-call]
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or logs is None:
             return
         shown = {

@@ -67,12 +67,7 @@ _COUNTED_TEXTS = 4096  # of a dataset that is streamed
 class HeadTexts:
     """Prepares datasets for one target, and makes batches of a token budget of them.
 
-    Attributes:
-        tokenizer: the target's; `None` where there is none, which is enough for texts that are token ids.
-        processor: of images, the target's; `None` until a dataset has some.
-
-    Raises:
-        ValueError: `max_length` is more than the target reads, or the tokenizer belongs to another model.
+    Texts that are token ids need no `tokenizer`. `processor` is `None` until a dataset has images.
     """
 
     def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
@@ -95,11 +90,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them.
-
-        Raises:
-            ValueError: it is something else, or cannot be learned from.
-        """
+        """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -130,13 +121,11 @@ class HeadTexts:
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
     ) -> DataLoader[Any]:
         """Batches of up to `tokens_per_batch` tokens, in random order or in a fixed one."""
-        how: dict[str, Any] = {
-            "num_workers": self._args.dataloader_num_workers,
-            "pin_memory": self._args.dataloader_pin_memory,
-        }
+        args = self._args
+        how: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out as if they were rows
             return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **how)
-        batches = TokenBudgetBatches(texts.lengths, self._args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
+        batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
         return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **how)
 
 
@@ -147,9 +136,7 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 def counted_examples(rows: Any) -> Iterator[Example]:
     """The examples of a prepared dataset that a draft vocabulary is counted over: all, or the first of a stream."""
-    if is_streamed(rows):
-        return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS)
-    return PreparedTexts(rows).examples()
+    return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def some_texts(rows: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -169,19 +156,13 @@ def questions_in(rows: Any) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPrompts:
-    """Distinct prompts, in the order of their dataset.
+    """Distinct prompts, in the order of their dataset."""
 
-    Attributes:
-        tokens: a hash of each prompt -> its token ids `[s]`.
-        first_questions: what the first user turns say, by which a benchmark recognises them.
-    """
-
-    tokens: dict[str, Tensor]
-    first_questions: set[str]
+    tokens: dict[str, Tensor]  # a hash of each prompt -> its token ids [s]
+    first_questions: set[str]  # what the first user turns say, by which a benchmark recognises them
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
         return max(map(len, self.tokens.values()))
 
     @classmethod
@@ -190,9 +171,6 @@ class PolicyPrompts:
 
         Its column is `prompt` (a string, which is taken as it is, or messages) or `messages`. Of messages, all turns
         up to the last question are the prompt, in the chat template.
-
-        Raises:
-            ValueError: it is something else, is empty, or a row holds something else.
         """
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
@@ -245,28 +223,19 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class Recorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there.
-
-    Attributes:
-        kind: what is kept of an answer.
-        depths: as for `record_pools`.
-        generation: passed to `generate`: JSON values, with `max_new_tokens`.
-    """
+    """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there."""
 
     target: Any
     head: DraftHead
-    kind: type[Recorded]
-    depths: dict[int, int]
+    kind: type[Recorded]  # what is kept of an answer
+    depths: dict[int, int]  # as for `record_pools`
     folder: Path
-    generation: dict[str, Any]
+    generation: dict[str, Any]  # passed to `generate`: JSON values, with `max_new_tokens`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
         """Recordings of all prompts `[s]` with an answer of at least two tokens, in their order.
 
         Each of several processes records its share, then reads the recordings of all.
-
-        Raises:
-            ValueError: no prompt has such an answer.
         """
         from accelerate import PartialState  # of the extra `train`; heads are checked without it
 
@@ -296,9 +265,10 @@ class Recorder(Generic[Recorded]):
     @cached_property
     def _made_with(self) -> str:
         """Changes with everything that changes a recording: the target's weights, not its path."""
+        kind: Any = self.kind
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
-        kept = [self.kind.__name__, self.kind.FORMAT, sorted(self.depths.items())]
-        return digest([*answered, self.head.fingerprint(), *kept])[:8]
+        kept = [self.head.fingerprint(), kind.__name__, kind.FORMAT, sorted(self.depths.items())]
+        return digest(answered + kept)[:8]
 
     def _answer(self, prompt: Tensor) -> Recorded | None:
         torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
@@ -319,16 +289,7 @@ _USUAL_CONTEXT = 256  # positions, where there are no prompts yet
 
 
 class PolicyData:
-    """The prompts of a trainer by the names of its arguments; answers and costs are made when they are first needed.
-
-    Args:
-        pair: answers, and is measured.
-        args: where and how.
-        datasets: `train_dataset` and `eval_dataset`, each may be `None`.
-
-    Attributes:
-        prompts: name of a dataset -> its prompts.
-    """
+    """The prompts of a trainer by the names of its arguments; answers and costs are made when first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -362,9 +323,6 @@ class PolicyData:
         """What steps cost on this machine, from `OUTPUT_DIR/costs.json`: a resumed run keeps those it started with.
 
         One process measures while the others wait: together they would slow each other and learn different costs.
-
-        Raises:
-            ValueError: the run started on another machine, or with another target or head.
         """
         file = self._folder / "costs.json"
         with self._args.main_process_first(desc="measuring what steps cost"):
@@ -411,14 +369,9 @@ class PolicyData:
 
     def live(self) -> LiveRollouts:
         """Decoding of the training prompts."""
-        prompts, includes = self.prompts["train_dataset"], self._args.reward_includes_drafting
-        return LiveRollouts(
-            self.pair.target,
-            self.pair.head,
-            list(prompts.tokens.values()),
-            includes_drafting=includes,
-            **self._generation,
-        )
+        prompts = list(self.prompts["train_dataset"].tokens.values())
+        how = self._generation | {"includes_drafting": self._args.reward_includes_drafting}
+        return LiveRollouts(self.pair.target, self.pair.head, prompts, **how)
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
         """Hashes of what a policy over `grid` learns from: a checkpoint is resumed only with the same."""

@@ -4,11 +4,10 @@ import hashlib
 import inspect
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,33 +31,25 @@ _SAME = 0.02  # of the largest feature: what half precision may round away
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """The target's outputs for a batch of texts.
+    """The target's outputs for a batch of texts."""
 
-    Attributes:
-        features: `[b, t, F]`.
-        hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
-        picks: `[b, t]` the target's most likely token after each position; 0 where it was not asked for.
-    """
-
-    features: Tensor
-    hidden: Tensor
-    picks: Tensor
+    features: Tensor  # [b, t, F]
+    hidden: Tensor  # [b, t, target hidden] after the target's final norm: the input of its output head
+    picks: Tensor  # [b, t] the target's most likely token after each position; 0 where it was not asked for
 
 
 class FrozenTarget:
     """The target that a head learns from: in evaluation mode, without gradients, not part of the trained module.
 
-    Args:
-        model: any causal language model of Transformers.
-        feature_layers: as in `DraftHeadConfig`.
-        before_deepstack: likewise.
+    `feature_layers` and `before_deepstack` are as in `DraftHeadConfig`.
 
     Raises:
         ValueError: the model has no output head.
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: list[int], *, before_deepstack: bool = False) -> None:
-        if model.get_output_embeddings() is None:
+        self._output: Any = model.get_output_embeddings()
+        if self._output is None:
             raise ValueError(
                 f"{type(model).__name__} has no output head, but a draft head learns from the target's distribution. "
                 "Load the target with AutoModelForCausalLM."
@@ -72,16 +63,6 @@ class FrozenTarget:
         keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept_logits = {"logits_to_keep": 1} if keeps_logits else {}
         self._is_known_causal = False  # for texts with images
-
-    @property
-    def output_weight(self) -> Tensor:
-        """Weight of the output head, `[v, target hidden]`."""
-        return cast(Tensor, self.model.get_output_embeddings().weight)
-
-    @property
-    def output_bias(self) -> Tensor | None:
-        """Bias of the output head, `[v]`; `None` if it has none."""
-        return cast(Tensor | None, getattr(self.model.get_output_embeddings(), "bias", None))
 
     @torch.no_grad()
     def read(
@@ -142,20 +123,21 @@ class FrozenTarget:
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
-        rows = hidden[wanted].to(self.output_weight.dtype)
-        output = self.model.get_output_embeddings()
-        found = [output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        rows = hidden[wanted].to(self._output.weight.dtype)
+        found = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
         picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
         picks[wanted] = torch.cat(found)
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
         """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
-        bias = None if self.output_bias is None else self.output_bias[token_ids]
-        return Teacher(hidden, self.output_weight[token_ids], self.scale, self.softcap, bias)
+        bias = getattr(self._output, "bias", None)
+        bias = None if bias is None else bias[token_ids]
+        return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)
 
 
 _BLOCK = 64  # texts per file
+_DTYPE = torch.bfloat16  # half the disk of fp32, and what heads are served in
 _MAX_OPEN_FILES = 256
 _TOKENS_PER_FORWARD = 4096  # in a batch of the target, padding included
 
@@ -170,37 +152,24 @@ class CachedFeatures(PreparedTexts):
     and then renamed, so a killed run leaves complete files only, and the next run continues from them. Adding texts at
     the end of a dataset computes the new ones only.
 
-    Args:
-        rows: a dataset from `prepare_dataset`.
-        folder: where the files are kept; those of other texts or another target are left alone.
-        target: computes missing features.
-        collator: makes batches of rows; by default `collate`, which is enough without images.
-        dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
-
-    Raises:
-        OSError: the disk is full; files already written stay usable.
+    Files of other texts or another target are left alone. `rows` are of `prepare_dataset`, and `collator` makes
+    batches of them: `collate` is enough without images.
     """
 
     def __init__(
-        self,
-        rows: Any,
-        folder: str | Path,
-        target: FrozenTarget,
-        collator: Callable[[Any], dict[str, Any]] = collate,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
+        self, rows: Any, folder: str | Path, target: FrozenTarget, collator: Callable[[Any], Any] = collate
     ) -> None:
         super().__init__(rows)
-        self._folder, self._target, self._dtype, self._collate = Path(folder), target, dtype, collator
+        self._folder, self._target, self._collate = Path(folder), target, collator
         self._folder.mkdir(parents=True, exist_ok=True)
         # Files of another target, or of another dtype, must not be read
         model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
-        identity: dict[str, Any] = {"layers": target.feature_layers, "dtype": str(dtype), "target": model}
+        identity: dict[str, Any] = {"layers": target.feature_layers, "dtype": str(_DTYPE), "target": model}
         identity |= {"before_deepstack": True} if target.before_deepstack else {}
         self._identity = json.dumps(identity, sort_keys=True)
         starts = range(0, len(self), _BLOCK)
         self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: dict[Path, Any] = {}
         self._fill()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -208,8 +177,14 @@ class CachedFeatures(PreparedTexts):
         path = self._paths[block]
         if path not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[path] = _opened(path)
+                self._open.pop(next(iter(self._open)))
+            try:
+                self._open[path] = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"The feature file {path} is gone or damaged ({error}). Delete it and start again: it is computed "
+                    "anew."
+                ) from error
         file = self._open[path]
         return super().__getitem__(index) | {
             name: file.get_tensor(f"{row}.{name}") for name in ("features", "hidden", "picks")
@@ -228,12 +203,11 @@ class CachedFeatures(PreparedTexts):
 
     def _fill(self) -> None:
         missing = [index for index, path in enumerate(self._paths) if not path.exists()]
-        blocks = {index: self.lengths[index * _BLOCK : (index + 1) * _BLOCK] for index in missing}
-        total = sum(map(sum, blocks.values()))
-        with tqdm(total=total, desc="Caching features", unit=" tokens", disable=not missing) as progress:
-            for index, lengths in blocks.items():
+        tokens = {index: sum(self.lengths[index * _BLOCK : (index + 1) * _BLOCK]) for index in missing}
+        with tqdm(total=sum(tokens.values()), desc="Caching features", unit=" tokens", disable=not missing) as bar:
+            for index, count in tokens.items():
                 self._write(self._paths[index], self._block(index * _BLOCK))
-                progress.update(sum(lengths))
+                bar.update(count)
 
     def _write(self, path: Path, block: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -245,35 +219,19 @@ class CachedFeatures(PreparedTexts):
             predicted = (batch["labels"] != IGNORED).to(device)
             read = self._target.read(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))
             for place, row in enumerate(rows):
-                for name, found, dtype in (
-                    ("features", read.features, self._dtype),
-                    ("hidden", read.hidden, self._dtype),
-                    ("picks", read.picks, torch.int32),
-                ):
-                    tensors[f"{row}.{name}"] = found[place, : lengths[row]].to("cpu", dtype).contiguous()
+                for name, dtype in (("features", _DTYPE), ("hidden", _DTYPE), ("picks", torch.int32)):
+                    found = getattr(read, name)[place, : lengths[row]]
+                    tensors[f"{row}.{name}"] = found.to("cpu", dtype).contiguous()
         partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
         try:
             save_file(tensors, partial)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
+            needed = sum(tensor.nbytes for tensor in tensors.values()) // max(sum(lengths), 1)
             raise OSError(
-                f"Writing the target's features to {path} failed: {error} (they need about "
-                f"{_bytes_per_token(tensors)} bytes per token). Free disk space and run again to continue, set "
+                f"Writing the target's features to {path} failed: {error} (they need about {needed} bytes per "
+                f"token). Free disk space and run again to continue, set "
                 "another `feature_cache_dir`, or leave it out to run the target on each batch."
             ) from error
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"The feature file {path} is gone or damaged ({error}). Delete it and start again: it is computed anew."
-        ) from error
-
-
-def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
-    tokens = sum(len(tensor) for name, tensor in tensors.items() if name.endswith(".picks"))
-    return sum(tensor.nbytes for tensor in tensors.values()) // max(tokens, 1)

@@ -143,11 +143,7 @@ _UNITS = {"avx512_bf16", "amx_bf16"}  # of a CPU that multiplies bf16 itself; ot
 def prefers_bf16(*, use_cpu: bool = False) -> bool:
     """Whether bf16 autocast is faster than fp32 on the device that training will use.
 
-    Args:
-        use_cpu: as in `TrainingArguments`: leave an accelerator unused.
-
-    Returns:
-        True on an accelerator that multiplies bf16 in hardware, and on a CPU with AVX512-BF16 or AMX.
+    It is on an accelerator that multiplies bf16 in hardware, and on a CPU with AVX512-BF16 or AMX.
     """
     if use_cpu or not torch.accelerator.is_available():
         return bool(_UNITS & cpu_flags())

@@ -237,10 +237,15 @@ class DraftHeadTrainer(ArtefactTrainer):
         """As in Transformers; after training, `metrics.json` beside the head tells the result, too."""
         found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval":
-            texts = 0 if isinstance(rows, dict) or is_streamed(rows) else len(rows)
-            tree = str(replace(self.head.default_shape, lookup=0))  # the tree of `simulated_tau`
-            add_metrics(self.artefact_folder, head_metrics(found, tree, texts, self.args.tau_texts))
+        is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
+        if is_result and not isinstance(rows, dict) and not is_streamed(rows):
+            of = "eval_accuracy_"
+            agreement = {name.removeprefix(of): share for name, share in found.items() if name.startswith(of)}
+            told = {"held_out_texts": len(rows), "agreement": agreement}
+            if "eval_tau" in found:
+                tree = str(replace(self.head.default_shape, lookup=0))  # as `simulated_tau` drafts
+                told |= {"tau_texts": min(self.args.tau_texts, len(rows)), "simulated_tau": {tree: found["eval_tau"]}}
+            add_metrics(self.artefact_folder, told)
         return found
 
     def metrics(self) -> dict[str, Any]:
@@ -375,25 +380,6 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
         yield list(range(levels)), model.output_rows()
     else:
         yield from (([level], model.output_rows(level)) for level in range(levels))
-
-
-def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
-    """What `metrics.json` tells of the quality of a head.
-
-    Args:
-        evaluation: with `eval_accuracy_1`, `eval_accuracy_2`, ... and optionally `eval_tau`.
-        tree: total_tokens/depth/top_k of the tree that tau was simulated with.
-        held_out_texts: number of sequences evaluated; 0 if it is not known, and nothing is told.
-        tau_texts: number of these that tau was simulated on.
-    """
-    prefix = "eval_accuracy_"
-    agreement = {name.removeprefix(prefix): value for name, value in evaluation.items() if name.startswith(prefix)}
-    metrics: dict[str, Any] = {}
-    if agreement and held_out_texts:
-        metrics |= {"held_out_texts": held_out_texts, "agreement": agreement}
-    if "eval_tau" in evaluation and held_out_texts:
-        metrics |= {"tau_texts": min(tau_texts, held_out_texts), "simulated_tau": {tree: evaluation["eval_tau"]}}
-    return metrics
 
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:

@@ -40,12 +40,7 @@ def default_folder(target: Any, artefact_name: str) -> str:
 
 
 def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The target itself, or the one with this name, by default in its own dtype.
-
-    Raises:
-        ValueError: it is a draft head, or something else.
-        OSError: nothing is there.
-    """
+    """The target itself, or the one with this name, by default in its own dtype."""
     if not isinstance(target, str):
         check_kind("target", target, PreTrainedModel)
         if isinstance(target, DraftHead):
@@ -73,11 +68,7 @@ def context_of(target: PreTrainedModel) -> int:
 
 
 def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or that of the processor, that was given; or else the one where the target came from, if any.
-
-    Raises:
-        ValueError: the given one belongs to another model.
-    """
+    """The tokenizer, or that of the processor, that was given; or else the one where the target came from, if any."""
     if given is None:
         return _tokenizer_at(target.config.name_or_path)
     tokenizer: Any = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
@@ -122,11 +113,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """The head or the MTP layers in a folder or on the Hub, which was given as `argument`; of "mtp" the target's own.
-
-    Raises:
-        ValueError: it holds no head, or one of another target.
-    """
+    """As `read_head`, of a name that was given as `argument`."""
     try:
         return read_head(name, target, **init_kwargs)
     except ValueError as error:
@@ -165,9 +152,6 @@ def new_head(
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
     (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
-
-    Raises:
-        ValueError: no head of this target can have such a config.
     """
     everything: int = target.config.get_text_config().vocab_size
     ids = None
@@ -184,12 +168,7 @@ def new_head(
 def holds_head(name: str, **hub: Any) -> bool:
     """Tell a draft head from a model, by what the published formats of heads have and models have not.
 
-    Args:
-        name: a folder or Hub id.
-        hub: `revision`, `subfolder`, `token` and `cache_dir`.
-
-    Raises:
-        OSError: nothing is there.
+    `hub` are `revision`, `subfolder`, `token` and `cache_dir` of the folder or Hub id. Raises `OSError` for no such.
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     kinds = [config.get("model_type"), *(config.get("architectures") or ())]
@@ -233,11 +212,7 @@ class Pair:
     def of(
         cls, target: PreTrainedModel | str, head: DraftHead | str, tokenizer: Any, args: PolicyTrainingConfig
     ) -> "Pair":
-        """Load what is given by name, the target to the device of `args`, and attach the target.
-
-        Raises:
-            ValueError: one of them is something else, or they do not fit together.
-        """
+        """Load what is given by name, the target to the device of `args`, and attach the target."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

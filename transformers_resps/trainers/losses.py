@@ -20,21 +20,13 @@ _CACHED_ROWS = 32  # positions whose fp32 logits stay in a CPU's cache from one 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The target's distribution over the draft vocabulary, in factored form.
+    """The target's distribution over the draft vocabulary, in factored form."""
 
-    Attributes:
-        hidden: `[n, h]` the target's last hidden state after its final norm.
-        weight: `[d, h]` the target's output rows of the draft vocabulary.
-        scale: what the target multiplies its logits by.
-        softcap: the target's final soft cap, or `None`.
-        bias: `[d]` of the target's output head, or `None`.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    scale: float = 1.0
-    softcap: float | None = None
-    bias: Tensor | None = None
+    hidden: Tensor  # [n, h] the target's last hidden state after its final norm
+    weight: Tensor  # [d, h] the target's output rows of the draft vocabulary
+    scale: float = 1.0  # what the target multiplies its logits by
+    softcap: float | None = None  # the target's final one
+    bias: Tensor | None = None  # [d] of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
         """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""

@@ -5,8 +5,8 @@ times as long as this one on a CPU that multiplies bf16, 6.5 times on one that d
 to 1% (the study `muon_speed`).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,8 @@ def _through_eigenvalues(matrix: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Orthogonalised momentum for groups with `matrices=True`, AdamW for the others.
 
-    Args:
-        groups: parameter groups; each has `matrices`.
-        lr: step size; Muon's update has a root mean square of 0.2, so that one rate fits both kinds.
-        betas: AdamW's decay rates.
-        weight_decay: decoupled, for all parameters of two and more dimensions.
-        eps: AdamW's denominator floor.
+    Muon's update has a root mean square of 0.2, so that one rate fits both kinds; `betas` and `eps` are AdamW's. The
+    weight decay is decoupled, for all parameters of two and more dimensions.
 
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
     """
@@ -84,23 +80,14 @@ class Muon(Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         super().__init__(groups, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # trainers pass none
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             update = self._muon if group["matrices"] else self._adamw
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update(parameter, group)
-        return loss
 
     def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from ..data import write_training_prompts
 from ..heads import DraftHead
@@ -92,17 +91,12 @@ class RolloutTrainer(ArtefactTrainer):
     def steps_per_update(self) -> int:
         return self.args.steps_per_update
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._update = None
-        result: TrainOutput = super().train(*args, **kwargs)
-        return result
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Numbers: what a step learns from is decided when an update begins. An epoch is as many prompts as there are.
-
-        Raises:
-            ValueError: there is nothing to learn from.
-        """
+        """Numbers, as many as there are prompts: what a step learns from is decided when an update begins."""
         numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
         return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
 
@@ -163,7 +157,7 @@ class RolloutTrainer(ArtefactTrainer):
         return metrics
 
     def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
-        """As `evaluate`, but logs nothing; `eval_dataset` stands for `eval_rollouts`."""
+        """As `evaluate`, but logs nothing."""
         held_out, training = eval_dataset or self.eval_rollouts, self.rollouts
         if held_out is None:
             raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass `eval_rollouts`.")
@@ -277,19 +271,13 @@ class PolicyTrainer(RolloutTrainer):
         policy.check_identity(**self.data.pair.identity)
         super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **given, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
 
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; `True` for the newest one in `output_dir`, or for none if
-                the run was stopped before it wrote one.
-            args: see `transformers.Trainer.train`.
-            kwargs: likewise.
+        With `resume_from_checkpoint=True` a run that was stopped before its first checkpoint begins anew.
 
         Raises:
             ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
-            KeyboardInterrupt: Ctrl-C was pressed.
-            SystemExit: SIGTERM was received.
         """
         data, folder, grid = self.data, str(self.args.output_dir), self.policy.config.grid
         data.check_given("train_dataset", "training")
@@ -305,7 +293,6 @@ class PolicyTrainer(RolloutTrainer):
         return result
 
     def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
-        """As `evaluate`, but logs nothing."""
         data, held_out = self.data, "eval_dataset" if eval_dataset is None else "test"
         if eval_dataset is not None:
             data.add(held_out, eval_dataset)
@@ -428,11 +415,7 @@ def given_policy(model: Any) -> tuple[Any, bool]:
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """A fresh Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions.
-
-    Raises:
-        ValueError: none could.
-    """
+    """A fresh Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     if args.drop_hopeless:
         grid = every.affordable(lambda shape: costs.step_seconds(shape, context))
@@ -452,21 +435,13 @@ FEW_TEXTS = 10
 
 @dataclass(frozen=True)
 class PolicyComparison:
-    """The same held-out texts, decoded with a policy and with one fixed tree.
+    """The same held-out texts, decoded with a policy and with one fixed tree."""
 
-    Attributes:
-        own: tokens and seconds of each text with the policy.
-        fixed: of the same texts, in the same order, with the best fixed tree of the training texts.
-        oracle_seconds: the least that all texts together could have taken.
-        distinct_actions: how many different trees the policy chose.
-        learned_prompts: how many of the held-out prompts it was trained on.
-    """
-
-    own: Sequence[Timing]
-    fixed: Sequence[Timing]
-    oracle_seconds: float
-    distinct_actions: int
-    learned_prompts: int = 0
+    own: Sequence[Timing]  # of each text with the policy
+    fixed: Sequence[Timing]  # with the best fixed tree of the training texts
+    oracle_seconds: float  # the least that all texts together could have taken
+    distinct_actions: int  # trees that the policy chose
+    learned_prompts: int = 0  # held-out prompts that it was trained on
 
     @property
     def gain(self) -> float:
@@ -479,7 +454,6 @@ class PolicyComparison:
         return bootstrap_interval([[one] for one in self.own], [[one] for one in self.fixed])
 
     def metrics(self) -> dict[str, float]:
-        """What is logged."""
         low, high = self.interval
         return {
             "tokens_per_second": rate(self.own),
@@ -522,10 +496,6 @@ class PolicyComparison:
             f"over {len(self.own)} held-out texts."
         )
 
-    def report(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
-        return {**self.metrics(), "verdict": self.verdict}
-
     def warn(self) -> bool:
         """Warn if the policy is not worth more than the best fixed tree; return whether it was doubted."""
         if self.doubts:
@@ -534,4 +504,4 @@ class PolicyComparison:
 
     def save(self, folder: Path) -> None:
         """Tell the result in `metrics.json` in the policy's folder."""
-        add_metrics(folder, self.report())
+        add_metrics(folder, {**self.metrics(), "verdict": self.verdict})

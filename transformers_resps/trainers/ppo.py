@@ -24,29 +24,15 @@ class Update:
     """One update: decide over some texts, value what came of it, then the loss of each minibatch.
 
     Its number and the seed determine all random numbers, so that a resumed run repeats them.
-
-    Attributes:
-        number: counts from 0.
-        metrics: what is logged of the decisions.
     """
 
     def __init__(
-        self,
-        number: int,
-        policy: ReSpSPolicy,
-        rollouts: Rollouts,
-        reward_func: RewardFunc,
-        args: PolicyTrainingConfig,
+        self, number: int, policy: ReSpSPolicy, rollouts: Rollouts, reward_func: RewardFunc, args: PolicyTrainingConfig
     ) -> None:
         self.number, self._args = number, args
-        is_exact = args.objective == "full_information"
-        decisions = rollouts.collect(
-            policy,
-            args.per_device_train_batch_size,
-            args.persistence,
-            seeded(args.seed, number, 0),
-            greedy=is_exact,  # there is nothing left to explore
-        )
+        is_exact = args.objective == "full_information"  # then there is nothing to explore
+        texts, generator = args.per_device_train_batch_size, seeded(args.seed, number, 0)
+        decisions = rollouts.collect(policy, texts, args.persistence, generator, greedy=is_exact)
         with torch.no_grad():
             logits, values = (part.cpu() for part in policy.network(decisions.features))
         likeliest = logits.argmax(-1)
@@ -68,10 +54,7 @@ class Update:
             self._advantages, self._returns = standardized(advantages), advantages + values
 
         self._decisions = decisions
-        self.metrics: dict[str, float] = {
-            "tokens_per_second": decisions.tokens_per_second,
-            "distinct_actions": len(likeliest.unique()),
-        }
+        self.metrics = {"tokens_per_second": decisions.tokens_per_second, "distinct_actions": len(likeliest.unique())}
         if reward_func is not tokens_per_second:
             self.metrics["reward"] = float(taken.mean())
         elif every is not None:
@@ -139,11 +122,7 @@ def reward_func_of(given: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action.
-
-    Raises:
-        ValueError: `func` returned something else.
-    """
+    """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action."""
     given = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**given, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
@@ -159,12 +138,8 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
     """Generalised advantage estimates `[n]`.
 
-    Args:
-        rewards: `[n]` of each decision, in the order they were taken.
-        values: `[n]` the critic's estimate before each.
-        ends: `[n]` bool: nothing follows this decision; the last one ends in any case.
-        discount: gamma; at 0 an advantage is `reward - value`, the one-step advantage.
-        decay: lambda.
+    Rewards, the critic's `values` before them, and `ends`, after which nothing follows, are `[n]`, in the order of the
+    decisions. At `discount` (gamma) 0 an advantage is `reward - value`; `decay` is lambda.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """

@@ -27,27 +27,16 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Decisions in the order they were taken, text after text.
+    """Decisions in the order they were taken, text after text."""
 
-    Attributes:
-        features: `[n, F]`.
-        actions: `[n]`.
-        log_probs: `[n]` of the actions, when they were taken.
-        outcomes: `[n]` of the actions taken.
-        ends: `[n]` bool, the last decision of a text.
-        all_outcomes: `[n, a]` of every action, where known.
-        oracle_seconds: the least that these texts could have taken, where known.
-        dropped: decisions left out because the clock had jumped or stood still.
-    """
-
-    features: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    outcomes: HeldOutcomes
-    ends: Tensor
-    all_outcomes: HeldOutcomes | None = None
-    oracle_seconds: float | None = None
-    dropped: int = 0
+    features: Tensor  # [n, F]
+    actions: Tensor  # [n]
+    log_probs: Tensor  # [n] of the actions, when they were taken
+    outcomes: HeldOutcomes  # [n] of the actions taken
+    ends: Tensor  # [n] bool, the last decision of a text
+    all_outcomes: HeldOutcomes | None = None  # [n, a] of every action, where known
+    oracle_seconds: float | None = None  # the least that these texts could have taken, where known
+    dropped: int = 0  # decisions left out because the clock had jumped or stood still
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -72,13 +61,9 @@ class Decisions:
 
 
 class Rollouts(ABC):
-    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`.
+    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
 
-    Attributes:
-        knows_all_outcomes: whether decisions come with the outcome of every action.
-    """
-
-    knows_all_outcomes = False
+    knows_all_outcomes = False  # whether decisions come with the outcome of every action
 
     @property
     def best_fixed_rate(self) -> float:
@@ -93,17 +78,9 @@ class Rollouts(ABC):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Decide over some texts, chosen by `generator`.
+        """Decide over so many texts, or all if there are fewer, chosen by `generator`, which lives on the CPU.
 
-        Args:
-            policy: its network decides; its own persistence and sampling are not used.
-            texts: how many; all if there are fewer.
-            persistence: steps that a decision is held.
-            generator: for all random numbers, on the CPU.
-            greedy: take the likeliest action instead of drawing.
-
-        Returns:
-            The decisions and their outcomes, text after text.
+        The network of `policy` decides, greedily or by drawing; its own persistence and sampling are not used.
         """
 
 
@@ -118,11 +95,7 @@ def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float
 
 
 class ReplayRollouts(Rollouts):
-    """Rollouts on recorded texts: no model runs, and the same seed gives the same decisions.
-
-    Args:
-        table: outcomes of every action at every position.
-    """
+    """Rollouts on recorded texts: no model runs, and the same seed gives the same decisions."""
 
     knows_all_outcomes = True
 
@@ -156,9 +129,6 @@ class ReplayRollouts(Rollouts):
         """Decide over the texts with the indices `texts`, all of them side by side; see `collect`.
 
         Without a generator the likeliest actions are taken. `temperature` divides the logits before a draw.
-
-        Raises:
-            ValueError: the table was made with another grid or another head than the policy.
         """
         self._check(policy)
         held = self.table.held(persistence)
@@ -243,9 +213,6 @@ class LiveRollouts(Rollouts):
         includes_drafting: count observing, choosing and drafting in a step's time. The code of Re-SpS does not, so
             deep trees look free to it: turn it off for ablations only.
         generation: passed to `generate`, for example `max_new_tokens`.
-
-    Raises:
-        ValueError: there are no prompts, the target is not attached, or the head is not a `DraftHead`.
     """
 
     def __init__(
@@ -276,24 +243,19 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """As `Rollouts.collect`.
-
-        Raises:
-            ValueError: no step took a plausible time.
-        """
+        """As `Rollouts.collect`; raises `ValueError` where no step took a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept: list[_Decision] = []
         times: list[list[float]] = []  # seconds of the steps of each
         ends: list[bool] = []
         decided = 0
         for index in chosen:
-            begins = len(kept)
-            for decision in self._decode(index, DecisionRecorder(policy, persistence, None if greedy else generator)):
-                decided += 1
-                if (seconds := self._believable(decision.records)) is not None:
-                    kept.append(decision)
-                    times.append(seconds)
-            ends += [place == len(kept) - 1 for place in range(begins, len(kept))]
+            decisions = self._decode(index, DecisionRecorder(policy, persistence, None if greedy else generator))
+            timed = [(one, seconds) for one in decisions if (seconds := self._believable(one.records)) is not None]
+            decided += len(decisions)
+            kept += [one for one, _ in timed]
+            times += [seconds for _, seconds in timed]
+            ends += [place == len(timed) for place in range(1, len(timed) + 1)]
         if not kept:
             raise ValueError(
                 f"None of the {decided} decisions over {len(chosen)} prompts took a positive, steady time. Check the "

@@ -55,15 +55,10 @@ _PROMPT_TOKENS = 24  # of the prompt that are shown
 
 @dataclass(frozen=True, slots=True)
 class DraftedStep:
-    """What the head drafted in one step, along the text and one token further.
+    """What the head drafted in one step, along the text and one token further."""
 
-    Attributes:
-        accepted: tokens that the text follows.
-        rejected: the token that the head thought likeliest after them; `None` if it drafted none.
-    """
-
-    accepted: list[int]
-    rejected: int | None
+    accepted: list[int]  # tokens that the text follows
+    rejected: int | None  # the token that the head thought likeliest after them, if it drafted one
 
 
 @torch.no_grad()
