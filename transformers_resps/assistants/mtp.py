@@ -37,13 +37,7 @@ from .mtp_layouts import MODEL_TYPE, MtpCheckpoint, MtpConfig, Stored
 
 
 class MtpLayer(nn.Module):
-    """One depth: the projection of a pair, and a decoder layer of the target's class.
-
-    Args:
-        target: gives the classes and their config.
-        config: of the module.
-        depth: of this layer.
-    """
+    """One depth: the projection of a pair, and a decoder layer of the target's class."""
 
     def __init__(self, target: PreTrainedModel, config: MtpConfig, depth: int) -> None:
         super().__init__()
@@ -122,12 +116,8 @@ class MtpReading(Reading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It holds the layers alone. Embedding and output head are the target's unless the checkpoint has others, and so is
-    the norm that the target's hidden state goes through first.
-
-    Args:
-        config: what the layers compute, and which parts they have.
-        target: the model that it drafts for; gives the class and the sizes of the layers.
+    It holds the layers alone, of the class and the sizes of the target's. Embedding and output head are the target's
+    unless the checkpoint has others, and so is the norm that the target's hidden state goes through first.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -345,11 +335,7 @@ class MtpHead(TrainableSource, nn.Module):
         return _is_zero_centred(target) if stated is None else stated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them.
-
-        Args:
-            save_directory: the folder; made if missing.
-        """
+        """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -367,12 +353,10 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the layers."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layers."""
         return next(self.parameters()).dtype
 
     @property
@@ -528,12 +512,8 @@ _GROWING_ROPES = ("dynamic", "longrope")  # in a config, where each layer type m
 class BoundMtp(TrainableModel):
     """MTP layers as they draft for one target; made by `MtpHead.bind`.
 
-    Args:
-        head: the module.
-        target: its target.
-        layers: the module's own, or such as multiply by packed weights.
-        rows: keeps what the draft vocabulary takes of the output heads.
-        forward: computes a pass in place of the layers, as `MtpHead.forward` does.
+    `layers` are the module's own, or such as multiply by packed weights; `rows` keep what the draft vocabulary takes
+    of the output heads; `forward` computes a pass in place of the layers, as `MtpHead.forward` does.
     """
 
     def __init__(

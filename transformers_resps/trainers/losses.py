@@ -113,10 +113,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        hidden_grad = None if hidden_grad is None else hidden_grad * slope.to(hidden_grad.dtype)
-        weight_grad = None if weight_grad is None else weight_grad * slope.to(weight_grad.dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+        found = (None if grad is None else grad * slope.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *found, None, None, None, None
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
