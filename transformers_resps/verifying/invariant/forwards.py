@@ -1,6 +1,6 @@
 """The forward of a target in which a node's result depends on its own text alone, over slots."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple
@@ -79,21 +79,20 @@ class InvariantForward(SlotForward):
         self._lock, self._least_rows = lock, least_rows
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
-    def _function(
-        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Of `InvariantInputs`, a `Layout` and buffers."""
-        dtype, size = self.target.dtype, len(Layout._fields)
+        ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(Layout._fields)
+        inputs, layout = InvariantInputs(*given[: ends[0]]), Layout(*given[slice(*ends)])
+        return self._read(inputs, layout, given[ends[1] :], inputs.kept)
 
-        def forward(
-            tokens: Tensor, depths: Tensor, roots: Tensor, positions: Tensor, kept: Tensor | None, *parts: Tensor
-        ) -> tuple[Tensor, ...]:
-            slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
-            reads = BlockReads(Layout(*parts[:size]), roots + depths, dtype)
-            masks = {kind: reads.mask(window) for kind, window in windows.items()}
-            return run(tokens, slots, _by_planes(positions), masks, parts[size:], kept, resps_reads=reads)
-
-        return forward
+    def _read(
+        self, inputs: InvariantInputs, layout: Layout, buffers: tuple[Tensor, ...], kept: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        tokens, depths, roots, positions, _ = inputs
+        slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
+        reads = BlockReads(layout, roots + depths, self.target.dtype)
+        masks = {kind: reads.mask(window) for kind, window in self._windows.items()}
+        return self._run(tokens, slots, _by_planes(positions), masks, buffers, kept, resps_reads=reads)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -106,25 +105,14 @@ class PartForward(InvariantForward):
 
     is_captured = True
 
-    def _function(
-        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Of `PartInputs` and buffers."""
-        read = super()._function(run, windows)
-
-        def forward(
-            tokens: Tensor,
-            depths: Tensor,
-            ancestors: Tensor,
-            roots: Tensor,
-            blocks: Tensor,
-            levels: Tensor,
-            *buffers: Tensor,
-        ) -> tuple[Tensor, ...]:
-            sizes = Sizes(tokens.shape[1], len(blocks), len(levels))
-            layout = Layout.of_sizes(roots[:, :1].long(), depths, ancestors, sizes)
-            first = depths.shape[1] - tokens.shape[1]
-            own, place = depths[:, first:], roots[:, :1].long() + first
-            return read(tokens, own - first, place, node_positions(roots[:, 1:], own), None, *layout, *buffers)
-
-        return forward
+        part, buffers = PartInputs(*given[: len(PartInputs._fields)]), given[len(PartInputs._fields) :]
+        sizes = Sizes(part.tokens.shape[1], len(part.blocks), len(part.levels))
+        root = part.roots[:, :1].long()
+        layout = Layout.of_sizes(root, part.depths, part.ancestors, sizes)
+        first = part.depths.shape[1] - part.tokens.shape[1]
+        own = part.depths[:, first:]
+        positions = node_positions(part.roots[:, 1:], own)
+        inputs = InvariantInputs(part.tokens, own - first, root + first, positions, part.blocks)
+        return self._read(inputs, layout, buffers, None)  # all nodes have logits

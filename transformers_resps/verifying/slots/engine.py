@@ -95,10 +95,13 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         """The code that serves a single row or several, and the features of one head; a graph serves one row."""
         is_batch = len(inputs[0]) > 1
 
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return forward.function(*tensors)
+
         def make() -> Code:
             fast: CompiledFunction | CapturedFunction
             if forward.is_captured or (inputs[0].device.type == "cuda" and forward.options is None):
-                fast = CapturedFunction(forward.function)
+                fast = CapturedFunction(run)
             else:
                 fixed = "." if is_batch else ".b"
                 *dynamic, of_buffers = [
@@ -107,7 +110,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                 ]
                 name = _code_name(forward.kind, is_batch, forward.feature_layers)
                 fast = CompiledFunction(
-                    forward.function,
+                    run,
                     dynamic,
                     of_buffers,
                     forward.options,
@@ -115,7 +118,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                     name=name,
                     is_invariant=forward.is_invariant,
                 )
-            return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
+            return Code(run, fast, _centred_logits, "logits", forward.target.dtype)
 
         return self.code((forward.kind, is_batch, row, *forward.feature_layers, str(forward.options)), make)
 

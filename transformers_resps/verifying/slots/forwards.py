@@ -63,8 +63,6 @@ class PackedInputs(NamedTuple):
 
 # Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
-
-
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
 
@@ -95,35 +93,15 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = self._function(_run(target, cache, feature_layers, self._layer), _windows(target, cache))
+        self._run = _run(target, cache, feature_layers, self._layer)
+        self._windows = _windows(target, cache)
 
-    def _function(
-        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Of `SlotInputs` and buffers."""
-        dtype = self.target.dtype
-
-        def forward(
-            tokens: Tensor,
-            depths: Tensor,
-            ancestors: Tensor,
-            roots: Tensor,
-            seen: Tensor,
-            kept: Tensor,
-            *buffers: Tensor,
-        ) -> tuple[Tensor, ...]:
-            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype)
-            return run(
-                tokens,
-                slots,
-                _by_planes(node_positions(roots[:, 1:], depths)),
-                masks,
-                buffers,
-                kept,
-                size=seen.shape[1],
-            )
-
-        return forward
+        inputs, buffers = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
+        slots, masks = _laid_out(inputs, self._windows, self.target.dtype)
+        positions = _by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
+        return self._run(inputs.tokens, slots, positions, masks, buffers, inputs.kept, size=inputs.seen.shape[1])
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -131,14 +109,13 @@ class SlotForward:
         with use_gqa_attention(self.target):
             yield
 
-    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each feature layer.
 
-        `buffers` are keys and values of each layer, `[b, kv heads, slots, hd]`; the tree's are written. `options` are
-        of the target's forward.
+        `buffers` are keys and values of each layer, `[b, kv heads, slots, hd]`; the tree's are written.
         """
         with self.running():
-            return self.function(*inputs, *buffers, **options)
+            return self.function(*inputs, *buffers)
 
 
 class PackedForward(SlotForward):
@@ -150,31 +127,17 @@ class PackedForward(SlotForward):
     sizes = _PACKED_SIZES
     _layer = _PackedSlotLayer
 
-    def _function(
-        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[b, n, h]`."""
-        dtype = self.target.dtype
-
-        def forward(
-            tokens: Tensor,
-            depths: Tensor,
-            ancestors: Tensor,
-            roots: Tensor,
-            seen: Tensor,
-            packed: Tensor,
-            kept: Tensor,
-            *buffers: Tensor,
-        ) -> tuple[Tensor, ...]:
-            nodes = PackedNodes(packed, *tokens.shape)
-            slots, masks = _laid_out(depths, ancestors, roots, seen, windows, dtype, nodes.are_computed)
-            written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
-            own = _by_planes(nodes.together(node_positions(roots[:, 1:], depths)))
-            options = {"size": seen.shape[1], "resps_packed": nodes}
-            logits, *features = run(nodes.together(tokens), written, own, masks, buffers, kept, **options)
-            return logits, *map(nodes.apart, features)
-
-        return forward
+        inputs, buffers = PackedInputs(*given[: len(PackedInputs._fields)]), given[len(PackedInputs._fields) :]
+        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape)
+        slots, masks = _laid_out(inputs, self._windows, self.target.dtype, nodes.are_computed)
+        written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
+        positions = _by_planes(nodes.together(node_positions(inputs.roots[:, 1:], inputs.depths)))
+        options = {"size": inputs.seen.shape[1], "resps_packed": nodes}
+        tokens = nodes.together(inputs.tokens)
+        logits, *features = self._run(tokens, written, positions, masks, buffers, inputs.kept, **options)
+        return logits, *map(nodes.apart, features)
 
     @staticmethod
     def serves(target: PreTrainedModel) -> bool:
@@ -195,33 +158,19 @@ class HybridForward(SlotForward):
         self.sizes = (*_SIZES, *self.states.sizes)
         super().__init__(target, cache, *args)
 
-    def _function(
-        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Of `SlotInputs`, states and buffers."""
-        dtype, states = self.target.dtype, self.states
-        count = len(states.sizes)
-        attending = {kind: window for kind, window in windows.items() if kind not in RECURRENT_KINDS}
-
-        def forward(
-            tokens: Tensor,
-            depths: Tensor,
-            ancestors: Tensor,
-            roots: Tensor,
-            seen: Tensor,
-            kept: Tensor,
-            *parts: Tensor,
-        ) -> tuple[Tensor, ...]:
-            slots, laid_out = _laid_out(depths, ancestors, roots, seen, attending, dtype)
-            masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
-            masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
-            tree = WholeTree(depths, ancestors, states.by_layer(parts[:count]))
-            positions = _by_planes(node_positions(roots[:, 1:], depths))
-            options = {"size": seen.shape[1], "resps_tree": tree}
-            outputs = run(tokens, slots, positions, masks, parts[count:], kept, **options)
-            return *outputs, *states.noted(tree)
-
-        return forward
+        inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
+        count = len(self.states.sizes)
+        attending = {kind: window for kind, window in self._windows.items() if kind not in RECURRENT_KINDS}
+        slots, laid_out = _laid_out(inputs, attending, self.target.dtype)
+        masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
+        masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
+        tree = WholeTree(inputs.depths, inputs.ancestors, self.states.by_layer(parts[:count]))
+        positions = _by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
+        options = {"size": inputs.seen.shape[1], "resps_tree": tree}
+        outputs = self._run(inputs.tokens, slots, positions, masks, parts[count:], inputs.kept, **options)
+        return *outputs, *self.states.noted(tree)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -239,18 +188,16 @@ def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotF
 
 
 def _laid_out(
-    depths: Tensor,
-    ancestors: Tensor,
-    roots: Tensor,
-    seen: Tensor,
+    inputs: SlotInputs | PackedInputs,
     windows: dict[str | None, int | None],
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor]]:
-    """The slots `[b, n]` of the nodes of `SlotInputs`, and the mask `[b, 1, n, slots]` of each kind of layers.
+    """The slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each kind of layers.
 
     Nodes that are not computed, where `are_computed` `[b, n]` is false, see nothing, which costs least.
     """
+    _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
     node_places = root + depths
     slots = root + torch.arange(depths.shape[1], device=depths.device)
