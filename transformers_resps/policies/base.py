@@ -191,7 +191,7 @@ class Policy(ABC):
 
 
 def _of_wrapped(name: str) -> Any:
-    """An attribute that is always the wrapped policy's, which may change it from step to step."""
+    """The wrapped policy's attribute, which may change from step to step, or its method."""
     return property(attrgetter(f"policy.{name}"))
 
 
@@ -212,39 +212,19 @@ class PolicyWrapper(Policy):
     target_identity: Identity | None = _of_wrapped("target_identity")
     head_identity: Identity | None = _of_wrapped("head_identity")
 
+    is_confident = _of_wrapped("is_confident")
+    check_identity = _of_wrapped("check_identity")
+    wants_head = _of_wrapped("wants_head")
+    choose = _of_wrapped("choose")
+    grow = _of_wrapped("grow")
+    size = _of_wrapped("size")
+    on_verified = _of_wrapped("on_verified")
+    observe = _of_wrapped("observe")
+    explain = _of_wrapped("explain")
+    adopt_costs = _of_wrapped("adopt_costs")
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-
-    @property
-    def is_confident(self) -> bool:
-        return self.policy.is_confident
-
-    def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        self.policy.check_identity(target=target, head=head)
-
-    def wants_head(self, rows: int, tokens: int, room: int) -> bool:
-        return self.policy.wants_head(rows, tokens, room)
-
-    def choose(self, observation: Observation) -> TreeShape:
-        return self.policy.choose(observation)
-
-    def grow(self, level: Level) -> bool:
-        return self.policy.grow(level)
-
-    def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
-        return self.policy.size(scores, levels)
-
-    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
-        self.policy.on_verified(tree, path, tokens)
-
-    def explain(self, steps: Sequence[StepRecord]) -> str | None:
-        return self.policy.explain(steps)
-
-    def observe(self, record: StepRecord) -> None:
-        self.policy.observe(record)
-
-    def adopt_costs(self, costs: RunningCosts) -> None:
-        self.policy.adopt_costs(costs)
 
 
 class Trials:
@@ -273,11 +253,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """The shape that `policy` chooses, no deeper than there is room, for a head that can propose so many tokens.
-
-    Raises:
-        ValueError: the choice is no shape, or is larger than `MAX_NODES` and `MAX_CANDIDATES` allow.
-    """
+    """The shape that `policy` chooses, no deeper than there is room, for a head that can propose so many tokens."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -292,11 +268,7 @@ def choose_shape(policy: Policy, observation: Observation, proposable_tokens: in
 
 
 def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
-    """The shape that `policy` chooses, as it is.
-
-    Raises:
-        ValueError: the choice is no shape.
-    """
+    """The shape that `policy` chooses, as it is."""
     shape = policy.choose(observation)
     if not isinstance(shape, TreeShape):
         raise ValueError(
@@ -306,11 +278,7 @@ def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
 
 
 def wants_level(policy: Policy, level: Level) -> bool:
-    """Whether `policy` has another level drafted.
-
-    Raises:
-        ValueError: its answer is neither true nor false.
-    """
+    """Whether `policy` has another level drafted."""
     answer = policy.grow(level)
     try:
         return bool(answer)
@@ -319,11 +287,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
-    """How many nodes of each row `policy` verifies of a pool; below 1 counts as the root alone.
-
-    Raises:
-        ValueError: its answer is no number, and no number for each row.
-    """
+    """How many nodes of each row `policy` verifies of a pool; below 1 counts as the root alone."""
     answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
         counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows
@@ -339,11 +303,7 @@ def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
 
 
 def check_identity_values(what: str, value: Any) -> None:
-    """Refuse a value that cannot be an identity; `None` stands for an unknown one.
-
-    Raises:
-        ValueError: the value is no mapping.
-    """
+    """Refuse a value that cannot be an identity; `None` stands for an unknown one."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(
             f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
@@ -352,11 +312,7 @@ def check_identity_values(what: str, value: Any) -> None:
 
 
 def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
-    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped.
-
-    Raises:
-        ValueError: a value differs; the message names both sides.
-    """
+    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped."""
     if trained is None or given is None:
         return
     # A model's path differs between machines and does not identify it
