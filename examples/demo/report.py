@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from transformers_resps.telemetry.display import Decode
-from transformers_resps.telemetry.report import SpeculationReport, nodes_of, rate, tau_of
+from transformers_resps.telemetry.report import SpeculationReport, rate
 
 from .answering import Comparison
 
@@ -95,6 +95,17 @@ def _cells(kind: str, same: str, comparisons: Sequence[Comparison]) -> list[str]
     rates = [f"{plain:.1f}", f"{tree:.1f}", f"{tree / plain:.2f}x"]
     numbers = [*rates, f"{tau_of(reports):.2f}", f"{nodes_of(reports):.1f}"]
     return [kind, _name(comparisons[0]), same, *numbers]
+
+
+def tau_of(reports: Sequence[SpeculationReport]) -> float:
+    """Return the mean tokens that a row gained per target forward until it finished, over all calls."""
+    return SpeculationReport(steps=[step for report in reports for step in report.steps]).tau
+
+
+def nodes_of(reports: Sequence[SpeculationReport]) -> float:
+    """Return the mean nodes per target forward after the prefill, root included, over all calls; 1 without any."""
+    verified = [step.verified for report in reports for step in report.steps[1:]]
+    return sum(verified) / len(verified) if verified else 1.0
 
 
 def divergence_line(comparison: Comparison, decode: Decode) -> str:

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from examples.demo import target as demo_target
 from examples.demo.__main__ import main
 from examples.demo.answering import Comparison, TimedAnswer, compare
-from examples.demo.report import divergence_line, price_of, table, verdict
+from examples.demo.report import divergence_line, nodes_of, price_of, table, tau_of, verdict
 from examples.demo.run import PROMPTS
 from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
 from transformers_resps.telemetry import RowCounts
-from transformers_resps.telemetry.report import nodes_of, tau_of
 from transformers_resps.testing import Divergence
 
 

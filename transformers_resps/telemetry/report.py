@@ -162,8 +162,8 @@ class StepRecord:
         """Return the record as JSON values; counts of a single row are integers."""
         names = ("accepted", "emitted", "drafted_match", "sizes")
         counts: dict[str, RowCounts] = {name: getattr(self, name) for name in names}
-        found = {name: count.to_json() for name, count in counts.items()}
-        return asdict(self) | found | {"proposed": self.proposed._asdict()}
+        values = {name: count.to_json() for name, count in counts.items()}
+        return asdict(self) | values | {"proposed": self.proposed._asdict()}
 
 
 @dataclass(slots=True)
@@ -198,7 +198,8 @@ class SpeculationReport:
     @property
     def tau(self) -> float:
         """Mean acceptance length: tokens per row and target forward until the row finished, prefill included."""
-        return tau_of([self])
+        forwards = sum(step.decoded_rows for step in self.steps)
+        return self.emitted_total / forwards if forwards else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -260,34 +261,22 @@ class SpeculationReport:
             ValueError: the batch has no such row.
         """
         try:
-            from .console import StepLine, print_steps
+            from .console import print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "
                 "and `answers`."
             ) from error
-        lines = [
-            StepLine(
-                shape="prefill" if number == 0 else str(step.shape),
-                verified=step.verified,
-                accepted=texts[:-1],
-                bonus="".join(texts[-1:]),
-                seconds=(step.draft_seconds, step.verify_seconds, step.rest_seconds),
-            )
-            for number, (step, texts) in enumerate(zip(self.steps, self._texts(tokenizer, row), strict=True))
-        ]
-        print_steps(lines, str(self), console)
+        print_steps(self, self._texts(tokenizer, row), console)
 
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
         """Per step the text of each token that `row` gained."""
         if not -len(self.answers) <= row < len(self.answers):
             raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]
-        written = (
-            [f"{token} " for token in answer]
-            if tokenizer is None
-            else detokenize_incrementally(answer, decoder(tokenizer))
-        )
+        written = [f"{token} " for token in answer]
+        if tokenizer is not None:
+            written = detokenize_incrementally(answer, decoder(tokenizer))
         ends = list(accumulate((step.emitted[row] for step in self.steps), initial=0))
         return [written[start:end] for start, end in pairwise(ends)]
 
@@ -304,15 +293,3 @@ class SpeculationReport:
             f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
             + (f" {self.reason}" if self.reason else "")
         )
-
-
-def tau_of(reports: Sequence[SpeculationReport]) -> float:
-    """Mean tokens that a row gained per target forward until it finished, over all calls; 0 without any."""
-    forwards = sum(step.decoded_rows for report in reports for step in report.steps)
-    return sum(report.emitted_total for report in reports) / forwards if forwards else 0.0
-
-
-def nodes_of(reports: Sequence[SpeculationReport]) -> float:
-    """Mean nodes per target forward after the prefill, root included, over all calls; 1 without any."""
-    verified = [step.verified for report in reports for step in report.steps[1:]]
-    return sum(verified) / len(verified) if verified else 1.0
