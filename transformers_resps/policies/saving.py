@@ -59,19 +59,7 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
-        """Load a policy of this class from a folder or a Hub repository.
-
-        Args:
-            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
-            revision: branch, tag or commit of the repository.
-            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
-
-        Returns:
-            The policy.
-
-        Raises:
-            ValueError: no policy is found, or it is of another class.
-        """
+        """Load a policy as `AutoPolicy.from_pretrained` does, and raise `ValueError` if it is of another class."""
         folder, config = _found(id_or_folder, revision, **hub)
         if config["policy_type"] != cls.policy_type:
             raise ValueError(
@@ -148,11 +136,7 @@ class AutoPolicy:
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
-    """Refuse fields of a saved config that this release does not read.
-
-    Raises:
-        ValueError: names them.
-    """
+    """Refuse fields of a saved config that this release does not read."""
     unknown = sorted(config.keys() - set(known))
     if unknown:
         raise ValueError(
@@ -162,11 +146,7 @@ def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]
 
 
 def class_of(policy_type: str) -> type[SavedPolicy]:
-    """The class of a `policy_type`.
-
-    Raises:
-        ValueError: no class of this type is defined.
-    """
+    """The class of a `policy_type`."""
     for module in _TYPES:
         import_module(f".{module}", __package__)
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
@@ -185,11 +165,7 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
 
 
 def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
-    """The local folder of a policy, downloaded if need be, and its `config.json`.
-
-    Raises:
-        ValueError: there is no policy, or a file was damaged on the way.
-    """
+    """The local folder of a policy, downloaded if need be, and its `config.json`."""
     if not isinstance(id_or_folder, str | Path):
         raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
     folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
@@ -210,15 +186,11 @@ def _downloaded(repo_id: str, revision: str | None, **hub: Any) -> Path:
     try:
         config = repository.fetch(CONFIG_FILE)
         repository.fetch(WEIGHTS_FILE)
+        if config is None:
+            raise FileNotFoundError(f"no {CONFIG_FILE} there, or offline and not in the cache")
     except OSError as error:
-        raise ValueError(_nowhere(repo_id, str(error))) from error
-    if config is None:
-        raise ValueError(_nowhere(repo_id, f"no {CONFIG_FILE} there, or offline and not in the cache"))
+        raise ValueError(
+            f"{repo_id} is neither a local folder nor a repository that could be read ({error}). Check the path, the "
+            "id and the connection."
+        ) from error
     return config.parent
-
-
-def _nowhere(repo_id: str, reason: str) -> str:
-    return (
-        f"{repo_id} is neither a local folder nor a repository that could be read ({reason}). Check the path, "
-        "the id and the connection."
-    )

@@ -119,11 +119,7 @@ def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False) -> int:
-    """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C.
-
-    Raises:
-        ValueError: something is missing, does not fit, or would make the figures worthless.
-    """
+    """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C."""
     start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
@@ -202,11 +198,7 @@ class BenchModels:
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
-    """Load the benchmark's policies: name in the table -> policy.
-
-    Raises:
-        ValueError: a policy does not exist, is named twice, was trained for another target or head, or needs a head.
-    """
+    """Load the benchmark's policies: name in the table -> policy."""
     found: dict[str, Policy | str] = {}
     places: set[str | Path] = set()
     counts = Counter(map(short_name, names))

@@ -12,12 +12,7 @@ _GRACE_SECONDS = 5  # that running requests get to end in after Ctrl-C
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until Ctrl-C.
-
-    Raises:
-        ValueError: a package is missing or of an unknown release, or the heads do not fit the targets.
-        OSError: the port is taken, or a model cannot be loaded.
-    """
+    """Serve until Ctrl-C."""
     check_extra("serve")
     heads = args.head or []
     if heads and len(heads) != len(args.targets):

@@ -151,12 +151,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly, but for the invariant mode.
-
-        Raises:
-            ClientLeftError: the client has left.
-            ValueError: the invariant mode cannot do what is asked, and plain decoding would write another text.
-        """
+        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly, but for the invariant mode."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -685,11 +680,7 @@ RELIED_ON = {
 
 
 def check_release() -> None:
-    """Refuse a release of Transformers whose server is not the one that these classes were written over.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """Refuse a release of Transformers whose server is not the one that these classes were written over."""
     for relied, parameters in RELIED_ON.items():
         found, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
         if not set(rest) <= set(found) if first == "..." else found != [first, *rest]:

@@ -148,9 +148,6 @@ class Session:
         runs: of the cells that every method has answered.
         judge: of the same.
         cut: names of conversations that ended early.
-
-    Raises:
-        ValueError: a first turn is longer than the target's context allows, or two methods have one name.
     """
 
     def __init__(
