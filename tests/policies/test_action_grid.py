@@ -30,8 +30,5 @@ def test_a_grid_from_bins_holds_what_a_head_can_fill_and_a_plain_step() -> None:
     assert grid.shapes == (TreeShape.plain(), TreeShape(2, 1, 1), TreeShape(2, 1, 2), TreeShape(8, 3, 2))
     assert ActionGrid.small()[0].is_plain and all(shape.total_tokens <= 16 for shape in ActionGrid.small().shapes)
     assert ActionGrid.from_list(json.loads(json.dumps(grid.to_list()))) == grid
-    assert grid.index_of(TreeShape(8, 3, 2)) == 3
-    with pytest.raises(ValueError, match="not one of the 4 shapes"):
-        grid.index_of(TreeShape(9, 3, 2))
     with pytest.raises(ValueError, match="no duplicates, got 2 shapes, 1 of them distinct"):
         ActionGrid((TreeShape.plain(), TreeShape.plain()))

@@ -31,7 +31,7 @@ def lost_in_a_call(budget: ExplorationBudget, tokens: int, generator: random.Ran
         cost = 0.0
         if most > 0.0 and generator.random() < 0.5:
             cost = most * generator.random()
-            budget.settle(-cost)
+            budget.seconds -= cost
         lost += cost
         budget.end_step(PLAIN, PLAIN)
     return lost / PLAIN
@@ -52,7 +52,7 @@ def test_the_bound_is_used_up_by_a_drafter_that_takes_all_it_may() -> None:
     budget.begin_call(PLAIN)
     for left in range(1000, 500, -1):
         most = max(budget.limits(left, PLAIN, is_confident=False, probes_head=False).total, 0.0)
-        budget.settle(-most)
+        budget.seconds -= most
         lost += most
         budget.end_step(PLAIN, PLAIN)
     assert lost / PLAIN == pytest.approx(START_STEPS + TRIAL_STEPS + SHARE * 499)
@@ -60,7 +60,7 @@ def test_the_bound_is_used_up_by_a_drafter_that_takes_all_it_may() -> None:
 
 def test_what_drafting_won_may_be_lost_up_to_a_limit_and_less_of_it_in_the_next_call() -> None:
     budget = ExplorationBudget()
-    budget.settle(100 * PLAIN)
+    budget.seconds += 100 * PLAIN
     budget.end_step(PLAIN, PLAIN)
     assert budget.seconds == pytest.approx(MAX_EARNED_STEPS * PLAIN)
     budget.begin_call(PLAIN)
@@ -69,7 +69,7 @@ def test_what_drafting_won_may_be_lost_up_to_a_limit_and_less_of_it_in_the_next_
 
 def test_the_next_call_forgives_losses() -> None:
     budget = ExplorationBudget()
-    budget.settle(-100 * PLAIN)
+    budget.seconds -= 100 * PLAIN
     budget.begin_call(PLAIN)
     assert budget.seconds == pytest.approx(START_STEPS * PLAIN)
 
@@ -89,13 +89,13 @@ def test_a_policy_that_probes_verifies_no_tree_on_trial() -> None:
 @pytest.mark.parametrize(("lost", "left"), [(0.04, -0.06), (0.2, 0.0), (-0.1, -0.1)])
 def test_losses_that_plain_steps_would_have_had_are_excused_and_earn_nothing(lost: float, left: float) -> None:
     budget = ExplorationBudget()
-    budget.settle(-0.1)
+    budget.seconds -= 0.1
     budget.excuse(lost)
     assert budget.seconds == pytest.approx(left)
 
 
 def test_gains_of_an_old_price_are_cut_when_plain_steps_turn_out_cheaper() -> None:
     budget = ExplorationBudget()
-    budget.settle(10 * PLAIN)
+    budget.seconds += 10 * PLAIN
     budget.reprice(PLAIN / 2)
     assert budget.seconds == pytest.approx(MAX_REPRICED_STEPS * PLAIN / 2)

@@ -78,7 +78,7 @@ def test_replayed_and_live_steps_agree_for_random_shapes(
             place = context - replay.context_length
             assert int(replay.emitted(shape)[place]) == int(step.emitted), (context, shape)
             if len(replay) + spare - place > max(shape.lookup, shape.depth):  # otherwise cut to the room
-                assert nodes[place, LOOKING.index_of(shape)] == step.verified, (context, shape)
+                assert nodes[place, LOOKING.shapes.index(shape)] == step.verified, (context, shape)
             live_steps, accepted = live_steps + 1, accepted + step.accepted_total
     assert live_steps > 20 and accepted > 10 or ends_early
 

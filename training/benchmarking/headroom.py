@@ -118,7 +118,7 @@ class Replayer:
 
 def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:
     """Choose the drafting shape with the least seconds; `totals` is `[a]`, for each shape of `grid`."""
-    plain = grid.index_of(TreeShape.plain())
+    plain = grid.shapes.index(TreeShape.plain())
     best = min((action for action in range(len(grid)) if action != plain), key=lambda action: float(totals[action]))
     return BestFixed(grid[best], list(prompts), float(totals[plain] / totals[best]), len(grid))
 

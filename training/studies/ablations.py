@@ -159,7 +159,7 @@ def ablate(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
     scored = outcome_table(corpus.scored, GRID, costs)
     held_out, rows = ReplayRollouts(scored), []
     fixed = held_out.oracle.fixed_seconds
-    plain = fixed[:, GRID.index_of(TreeShape.plain())]
+    plain = fixed[:, GRID.shapes.index(TreeShape.plain())]
     tables = {
         paid: outcome_table(corpus.fitting, GRID, costs if paid else without_drafting(costs)) for paid in (True, False)
     }
@@ -183,7 +183,7 @@ def ablate(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
 def tune(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
     """Train on each domain and score on all: what it adds there and costs elsewhere."""
     held_out, rows = ReplayRollouts(outcome_table(corpus.scored, GRID, costs)), []
-    plain = held_out.oracle.fixed_seconds[:, GRID.index_of(TreeShape.plain())]
+    plain = held_out.oracle.fixed_seconds[:, GRID.shapes.index(TreeShape.plain())]
     for name, texts in {**corpus.fit, "both": corpus.fitting}.items():
         table = outcome_table(texts, GRID, costs)
         seconds, used = score(train(REPAIRED, ReplayRollouts(table)), held_out)

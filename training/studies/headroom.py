@@ -155,7 +155,7 @@ def study(corpus: Corpus, sources: str, table: CostTable) -> list[dict[str, Any]
     if sources == "both":
         first = [online([text], [], ThroughputPolicy(*SIZES), sources, table) for text in texts]
         columns["auto_first_call"] = torch.cat(first)
-    plain, rows = by_text[:, grid.index_of(TreeShape.plain())], []
+    plain, rows = by_text[:, grid.shapes.index(TreeShape.plain())], []
     for name in [*dict.fromkeys(corpus.benchmarks), "all"]:
         here = torch.tensor([name in (one, "all") for one in corpus.benchmarks])
         speeds = {column: float(plain[here].sum() / seconds[here].sum()) for column, seconds in columns.items()}

@@ -86,8 +86,7 @@ class ActionGrid:
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
         """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.
 
-        Args:
-            seconds: cost of a step on the machine at hand, for instance from its cost table.
+        `seconds` are those of a step on the machine at hand, for instance from its cost table.
         """
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
@@ -101,16 +100,3 @@ class ActionGrid:
     @classmethod
     def from_list(cls, rows: Iterable[Sequence[int]]) -> "ActionGrid":
         return cls(tuple(TreeShape(*row) for row in rows))
-
-    def index_of(self, shape: TreeShape) -> int:
-        """The action of `shape`.
-
-        Raises:
-            ValueError: the grid has no such shape.
-        """
-        if shape not in self.shapes:
-            raise ValueError(
-                f"{shape} is not one of the {len(self)} shapes of this grid. Pick one of `ActionGrid.shapes`, or "
-                "build a grid that has it with `ActionGrid.from_bins`."
-            )
-        return self.shapes.index(shape)

@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,7 @@ class CostTable(CostModel):
         return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
-        """Check that the table was measured where it is used.
-
-        Args:
-            here: identity of machine, target and head, as `calibration.identity_of` returns it.
-
-        Raises:
-            ValueError: it was measured elsewhere; the message names every difference.
-        """
+        """Refuse a table that was measured elsewhere: `here` is what `calibration.identity_of` returns."""
         known = self.identity
         odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
         if odd:
@@ -142,11 +136,7 @@ class CostTable(CostModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file cannot be read, is no cost table, or holds a cost that is not above zero.
-        """
+        """Read what `save` wrote. Raises `ValueError` for a file that cannot be read or is no cost table."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, TypeError) as error:
@@ -285,11 +275,8 @@ class RunningCosts(CostModel):
 
     def copy(self) -> "RunningCosts":
         """The same costs, which from now on learn on their own."""
-        copied = RunningCosts()
+        copied = copy(self)
         copied._verify, copied._draft = dict(self._verify), replace(self._draft, widths=dict(self._draft.widths))
-        copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
-        copied.lookup_seconds, copied._plain_rest = self.lookup_seconds, self._plain_rest
-        copied._looks, copied._look_seconds = self._looks, self._look_seconds
         return copied
 
     def rescaled(self, factor: float) -> "RunningCosts":

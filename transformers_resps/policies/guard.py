@@ -228,7 +228,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             interrupted = record.verify_seconds - self._known.uninterrupted(record.computed, record.verify_seconds)
             earned = gained * self._plain.seconds - (seconds - interrupted)
             self._plain.count_tree(gained)
-        self._budget.settle(earned)
+        self._budget.seconds += earned
         if record.shape.asks_head:
             self._head.earned += earned
 
@@ -239,7 +239,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 self._budget.forgive(self._plain.seconds)
             case PlainChange.MOVED:
                 self._adopt(self._known.rescaled(timing.factor))
-                self._budget.rescale(timing.factor)
+                self._budget.seconds *= timing.factor
             case PlainChange.CHEAPER:
                 self._budget.reprice(self._plain.seconds)
             case PlainChange.USUAL:
@@ -292,11 +292,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return levels * UNKNOWN_LEVEL_STEPS * self._plain.seconds
 
     def to_config(self) -> dict[str, Any]:
-        """Return the config of the guarded policy, with its type, as JSON values.
-
-        Raises:
-            ValueError: the guarded policy cannot be saved.
-        """
+        """Return the config of the guarded policy, with its type, as JSON values."""
         if not isinstance(self.policy, SavedPolicy):
             raise ValueError(
                 f"The guarded {type(self.policy).__name__} has no `save_pretrained`, so it cannot be saved. Subclass "
@@ -325,17 +321,11 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Seconds that one step may lose if nothing of it is accepted.
+    """Seconds that one step may lose if nothing of it is accepted."""
 
-    Attributes:
-        total: with drafting and verifying a tree of the head.
-        tree: the same, for a policy that can learn from drafting alone.
-        lookup: with verifying a looked-up chain.
-    """
-
-    total: float
-    tree: float
-    lookup: float
+    total: float  # with drafting and verifying a tree of the head
+    tree: float  # the same, for a policy that can learn from drafting alone
+    lookup: float  # with verifying a looked-up chain
 
 
 class ExplorationBudget:
@@ -359,24 +349,13 @@ class ExplorationBudget:
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
     def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """What the next step may lose.
-
-        Args:
-            room: tokens that the text may still gain.
-            plain_seconds: of a plain step.
-            is_confident: whether the policy's estimates rest on outcomes.
-            probes_head: whether it learns from drafting alone; verifying then waits for confidence.
-        """
+        """What the next step may lose. Of a policy that learns from drafting alone, verifying waits for confidence."""
         trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
         confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
         lookup = self.seconds + confident  # a lookup's record also grows in plain steps
         tree = self.seconds + (confident if is_confident else 0.0)
         total = tree + trial
         return StepLimits(total, tree if probes_head else total, lookup)
-
-    def settle(self, gained_seconds: float) -> None:
-        """Add what a step that drafted gained over plain decoding, or lost if negative."""
-        self.seconds += gained_seconds
 
     def end_step(self, step_seconds: float, plain_seconds: float) -> None:
         """Add the share of a step's time; limit what is kept."""
@@ -390,10 +369,6 @@ class ExplorationBudget:
         """Forget losses as far as plain steps would have lost these seconds, too."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
-
-    def rescale(self, factor: float) -> None:
-        """All steps take `factor` times as long now."""
-        self.seconds *= factor
 
     def reprice(self, plain_seconds: float) -> None:
         """Plain steps take only so long now: gains were earned at another price."""
@@ -421,9 +396,7 @@ class HeadAccount:
         self._token_seconds = 0.0  # of reading a token of a prompt
 
     def pays(self, rows: int, unread: int, room: int) -> bool:
-        """Whether the head should read the prompts of a coming call of so many rows, tokens that are to be read in all
-        of them, and tokens that each text may gain.
-        """
+        """Whether the head should read the `unread` tokens of a coming call's prompts; see `Policy.wants_head`."""
         self._close()
         self._asked, self._unread = self._calls.setdefault(rows, _HeadCalls()), unread
         self._is_refused = not self._asked.is_tried(room, self._token_seconds * unread)
@@ -476,17 +449,12 @@ class PlainChange(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlainTiming:
-    """What timing a plain step showed.
-
-    Attributes:
-        change: what it means.
-        factor: new over known seconds, for `MOVED`.
-        excess: seconds that the tokens of trees since the last timing took longer than credited, for `USUAL`, because
-            the machine had become slower; negative if faster.
-    """
+    """What timing a plain step showed."""
 
     change: PlainChange
-    factor: float = 1.0
+    factor: float = 1.0  # new over known seconds, for `MOVED`
+    # Seconds that trees since the last timing were credited too little for their tokens, for `USUAL`, because the
+    # machine had become slower; negative if faster
     excess: float = 0.0
 
 
@@ -556,7 +524,7 @@ class RowProgress:
 
     @property
     def row_count(self) -> int:
-        """Rows of the call, finished ones included; 0 before its first step."""
+        """Finished rows included; 0 before the first step of a call."""
         return len(self._written)
 
     def begin_call(self) -> None:
