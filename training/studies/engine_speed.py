@@ -35,7 +35,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.assistants import MtpHead
-from transformers_resps.tools.arguments import device, positive, shape
+from transformers_resps.tools.cli import device, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.methods import (
     Bench,

@@ -16,8 +16,8 @@ from training.benchmarking.provenance import code
 from transformers_resps.compat import check_extra
 from transformers_resps.heads import DraftHead
 from transformers_resps.hub.upload import RESULTS
-from transformers_resps.tools.arguments import device, dtype, model, positive, shape
 from transformers_resps.tools.bench import BenchConfig, BenchModels
+from transformers_resps.tools.cli import device, dtype, model, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.results import machine
 from transformers_resps.tools.session import read_dialogues, spread

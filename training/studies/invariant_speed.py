@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training.benchmarking.provenance import code
-from transformers_resps.tools.arguments import dtype, model, positive
+from transformers_resps.tools.cli import dtype, model, positive
 from transformers_resps.tools.results import machine
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward

@@ -22,8 +22,8 @@ from torch import Tensor
 from training.benchmarking.command import identity_of
 from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.generation.output import sampling
-from transformers_resps.tools.arguments import positive, shape
 from transformers_resps.tools.bench import BenchConfig, BenchModels
+from transformers_resps.tools.cli import positive, shape
 from transformers_resps.tools.session import read_dialogues
 
 

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from training.benchmarking.provenance import code
 from transformers_resps import TreeShape
 from transformers_resps.drafting import TrainableSource
-from transformers_resps.tools.arguments import positive, shape
+from transformers_resps.tools.cli import positive, shape
 from transformers_resps.tools.doctor import LabelledText, write_answers
 from transformers_resps.tools.loading import load_target
 from transformers_resps.tools.results import machine

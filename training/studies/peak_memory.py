@@ -26,7 +26,7 @@ from transformers.utils.logging import tqdm
 
 from training.benchmarking.peers import load_peers
 from transformers_resps import attach
-from transformers_resps.tools.arguments import dtype, model, positive
+from transformers_resps.tools.cli import dtype, model, positive
 from transformers_resps.tools.loading import load_source, load_target
 from transformers_resps.tools.methods import Method, compiled, compiled_plain, plain, policies
 from transformers_resps.tools.session import read_dialogues, spread

@@ -26,7 +26,7 @@ import torch
 from training.benchmarking.peers import Vllm
 from transformers_resps import DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.generation.output import sampling
-from transformers_resps.tools.arguments import model, positive
+from transformers_resps.tools.cli import model, positive
 
 from .experiment import Experiment, execute
 

@@ -5,25 +5,19 @@ takes seconds: help, and the refusal of what cannot be, come at once.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import quiet
-from .arguments import (
-    add_invariant_option,
-    add_question_options,
-    add_target_options,
-    device,
-    dtype,
-    model,
-    positive,
-    shape,
-    temperature,
-)
+
+
+if TYPE_CHECKING:
+    from ..tree import TreeShape
 
 
 HEAD = "draft head, small model or assistant for the target, by folder or Hub id; or mtp, for the target's MTP layers"
@@ -79,17 +73,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench, add_serve, add_cache):
+    for add_command in (_add_doctor, _add_inspect, _add_calibrate, _add_verify, _add_bench, _add_serve, _add_cache):
         add_command(commands)
     return parser
 
 
-def add_doctor(commands: Any) -> None:
-    """Add `resps doctor TARGET HEAD`."""
+def _add_doctor(commands: Any) -> None:
     told = "check that a head or MTP layers are read with the settings they were trained with"
     parser = commands.add_parser("doctor", help=told)
-    add_target_options(parser)
-    add_question_options(parser, "without assistant turns the target writes the answers")
+    _add_target_options(parser)
+    _add_question_options(parser, "without assistant turns the target writes the answers")
     add = parser.add_argument
     read = "folder or Hub id of a draft head or MTP layers for the target, in any published format; mtp for its own"
     add("head", type=model, help=read)
@@ -104,10 +97,9 @@ def add_doctor(commands: Any) -> None:
     add("--json", action="store_true", help=_JSON)
 
 
-def add_inspect(commands: Any) -> None:
-    """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
+def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
-    add_target_options(parser)
+    _add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help=HEAD)
     parser.add_argument("--prompt", required=True, help="the user's message to the target")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
@@ -118,29 +110,27 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
     parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
-    add_invariant_option(parser.add_argument, "decode, plainly and with drafts,")
+    _add_invariant_option(parser.add_argument, "decode, plainly and with drafts,")
 
 
-def add_calibrate(commands: Any) -> None:
-    """Add `resps calibrate TARGET [HEAD]`."""
+def _add_calibrate(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
     )
-    add_target_options(parser)
+    _add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help=HEAD)
     parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
-    add_invariant_option(parser.add_argument, "measure steps")
+    _add_invariant_option(parser.add_argument, "measure steps")
     parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
     parser.add_argument("--json", action="store_true", help=_JSON)
 
 
-def add_verify(commands: Any) -> None:
-    """Add `resps verify TARGET [HEAD] [POLICY]`, the proof that output is lossless."""
+def _add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify", help="check that the output with a draft head is the model's own; prints a report"
     )
-    add_target_options(parser)
-    add_question_options(parser, "its first user turns are the prompts")
+    _add_target_options(parser)
+    _add_question_options(parser, "its first user turns are the prompts")
     add = parser.add_argument
     add("head", type=model, nargs="?", help=f"{HEAD}; without one, drafts by lookup")
     named = "folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; default: the head's tree"
@@ -149,7 +139,7 @@ def add_verify(commands: Any) -> None:
     add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
     either = parser.add_mutually_exclusive_group().add_argument
-    add_invariant_option(either, "compare")
+    _add_invariant_option(either, "compare")
     rounding = "instead, measure how far a tree forward moves the target's logits"
     either("--rounding", action="store_true", help=rounding)
     add("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
@@ -157,8 +147,7 @@ def add_verify(commands: Any) -> None:
     add("--json", action="store_true", help=_JSON)
 
 
-def add_bench(commands: Any) -> None:
-    """Add `resps bench TARGET [HEAD] --dataset FILE`."""
+def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
     add_bench_options(parser, BENCH_METHODS)
     parser.add_argument("--json", action="store_true", help="print what results.json holds, instead of the table")
@@ -195,13 +184,12 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
     both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
     add("--compile", action="store_true", help=both)
-    add_invariant_option(add, "also decode in every way but Transformers' own, plainly too,")
+    _add_invariant_option(add, "also decode in every way but Transformers' own, plainly too,")
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 
 
-def add_serve(commands: Any) -> None:
-    """Add `resps serve TARGET [TARGET ...] [--head HEAD]`."""
+def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
     add = parser.add_argument
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
@@ -213,12 +201,90 @@ def add_serve(commands: Any) -> None:
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     add("--device", type=device, help="default: cuda if available, or cpu")
     add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
-    add_invariant_option(add, "answer every request")
+    _add_invariant_option(add, "answer every request")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
 
 
-def add_cache(commands: Any) -> None:
-    """Add `resps cache [--clear]`."""
+def _add_cache(commands: Any) -> None:
     parser = commands.add_parser("cache", help="show the compiled code that is kept for later processes")
     parser.add_argument("--clear", action="store_true", help="remove it")
+
+
+def model(text: str) -> str:
+    """Accept an existing folder, or what may be a Hub id."""
+    if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
+    return text
+
+
+def temperature(text: str) -> float:
+    """Accept a finite number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no temperature. Write 0 for greedy decoding, or a number above 0."
+        )
+    return value
+
+
+def shape(text: str) -> "TreeShape":
+    """Read total_tokens, depth and top_k from `8,4,2`; a fourth number is `lookup`."""
+    from ..tree import TreeShape  # imports PyTorch
+
+    try:
+        return TreeShape(*(int(part) for part in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape. Write total_tokens,depth,top_k as in 8,4,2."
+        ) from error
+
+
+def dtype(text: str) -> str:
+    """Accept the name of a dtype that models are loaded in, or auto."""
+    if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
+    return text
+
+
+def device(text: str) -> str:
+    """Accept an available device that computes."""
+    if text.startswith("meta"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
+    if text == "cpu":
+        return text
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device here ({error}). Write cpu, or leave it out."
+        ) from error
+    return text
+
+
+def positive(text: str) -> int:
+    """Accept a whole number above zero."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
+    return int(text)
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    parser.add_argument("--device", type=device, help="default: cuda if available, or cpu")
+
+
+def _add_invariant_option(add: Callable[..., Any], what: str) -> None:
+    mode = "in the invariant mode: the same text in any dtype, whatever drafts"
+    add("--invariant", action="store_true", help=f"{what} {mode}")
+
+
+def _add_question_options(parser: argparse.ArgumentParser, of_dataset: str) -> None:
+    parser.add_argument("--dataset", help=f".json, .jsonl or Hub id of conversations; {of_dataset}")
+    parser.add_argument("--split", default="train", help="of a dataset from the Hub")

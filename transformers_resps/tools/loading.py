@@ -20,7 +20,7 @@ from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import prepack
-from .arguments import shape
+from .cli import shape
 
 
 # Folder names of every training run, which do not tell runs apart.
