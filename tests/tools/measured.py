@@ -59,6 +59,6 @@ def results_of(runs: Sequence[Run], names: Sequence[str] = tuple(EFFORTS)) -> di
         "costs": {"verify": {"128": {"1": 0.01, "8": 0.02}, "768": {"1": 0.02, "8": 0.03}}, "draft": {"1": 0.001}},
         "plain_spread": plain_spread(timings),
         **summary_rows(timings, names, [replace(m, method=ORACLE, seconds=3.2) for m in plain]),
-        "steps": {name: asdict(summarise_steps(own)) for name, own in told.items() if own},
+        "steps": {name: summarise_steps(own) for name, own in told.items() if own},
         "measurements": [asdict(timing) for timing in timings],
     }

@@ -22,7 +22,6 @@ from transformers_resps.tools.results import (
     machine,
     markdown_table,
     plain_spread,
-    read_results,
     summarise,
     summary_rows,
     token_count,
@@ -112,15 +111,6 @@ def test_results_keep_seven_digits_and_a_line_for_each_run(tmp_path: Path) -> No
         "]",
         "}",
     ]
-
-
-def test_results_are_read_back_and_an_old_schema_is_refused(tmp_path: Path) -> None:
-    file = write_results(tmp_path, {"schema_version": 2, "x": 1})
-    assert read_results(file) == {"schema_version": 2, "x": 1}
-    for text, found in (('{"schema_version": 1}', "schema 1"), ("{}", "schema None"), ("[", "cannot be read")):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=found):
-            read_results(file)
 
 
 def measured(

@@ -1,8 +1,10 @@
 """Find everything that is wrong with a folder before it is published."""
 
+import json
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -11,7 +13,7 @@ from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
 from transformers_resps.hub.upload import CARD, METRICS, RECIPE, RESULTS
 from transformers_resps.policies.saving import AutoPolicy
-from transformers_resps.tools.results import read_results
+from transformers_resps.tools.results import SCHEMA_VERSION
 
 from .artefact import CONFIG, WEIGHTS, Artefact, read_artefact
 from .card import render_card
@@ -102,6 +104,21 @@ def _not_png(file: Path) -> Iterator[str]:
 
 
 _SNIFFERS: dict[str, Callable[[Path], Iterator[str]]] = {".safetensors": _not_safetensors, ".png": _not_png}
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Read `results.json`. Raises `ValueError` when it has another schema or is no results file."""
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        schema = results.get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
+    if schema != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema {schema!r}, but this release reads {SCHEMA_VERSION}. "
+            "Measure again, or read the file with the release that wrote it."
+        )
+    return results
 
 
 def _result_faults(folder: Path) -> Iterator[str]:

@@ -160,22 +160,15 @@ def start(config: BenchConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """A target, what drafts for it, policies and perhaps a draft model, which fit together.
-
-    Attributes:
-        policies: name in the table -> policy, or "auto".
-        draft_model: for Transformers' assisted generation.
-        trained_on: "head" and name of a loaded policy -> fingerprints of the prompts that it learned from; `None`
-            where they were not kept.
-    """
+    """A target, what drafts for it, policies and perhaps a draft model, which fit together."""
 
     target: Any
     tokenizer: Any
     head: DraftSource | None
-    policies: dict[str, Policy | str]
-    draft_model: PreTrainedModel | None
-    sources: dict[str, str]
-    trained_on: dict[str, set[str] | None]
+    policies: dict[str, Policy | str]  # name in the table -> policy, or "auto"
+    draft_model: PreTrainedModel | None  # for Transformers' assisted generation
+    sources: dict[str, str]  # "head" and name of a loaded policy -> its folder or Hub id
+    trained_on: dict[str, set[str] | None]  # likewise -> fingerprints of its training prompts; `None` if not kept
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
@@ -350,7 +343,7 @@ def results_of(
         "unexplained": session.judge.unexplained,
         "plain_spread": plain_spread(timings),
         **summary_rows(timings, names, estimates),
-        "steps": {name: asdict(summarise_steps(session.runs_of(name))) for name in reported},
+        "steps": {name: summarise_steps(session.runs_of(name)) for name in reported},
         "measurements": [asdict(timing) for timing in timings],
     }
 

@@ -31,7 +31,7 @@ from ..policies.base import Level, Observation, Policy, PolicyWrapper
 from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
-from ..testing.divergence import first_difference
+from ..testing.divergence import HALF_PRECISIONS, first_difference
 from ..tree import FIRST, SECOND, DraftTree, TreeShape
 from .loading import load_policy, load_source, load_target
 
@@ -61,8 +61,8 @@ class RecordedStep:
         return self._proposed_by(FIRST | SECOND)
 
     def _proposed_by(self, flags: int) -> list[int]:
-        found = self.tree.proposers[0] if self.tree.proposers else ()
-        return [node for node, own in enumerate(found) if own == flags]
+        proposers = self.tree.proposers[0] if self.tree.proposers else ()
+        return [node for node, own in enumerate(proposers) if own == flags]
 
 
 class Recorder(PolicyWrapper):
@@ -107,22 +107,16 @@ class Recorder(PolicyWrapper):
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Both answers to one prompt, and all steps of the second.
-
-    Attributes:
-        steps: decisions and trees of the call with draft trees, one for each of `report.steps` but the prefill.
-        divergence: where greedy answers differ first, and why; `None` when they are equal or were sampled.
-        is_invariant: whether both were written in the invariant mode.
-    """
+    """Both answers to one prompt, and all steps of the second."""
 
     prompt_ids: Tensor  # [s]
     plain_ids: Tensor  # [t]
     plain_seconds: float  # of the whole call
     report: SpeculationReport
     seconds: float  # of the whole call with draft trees
-    steps: list[RecordedStep]
-    divergence: Divergence | None
-    is_invariant: bool = False
+    steps: list[RecordedStep]  # one for each of `report.steps` but the prefill
+    divergence: Divergence | None  # where greedy answers differ first, and why
+    is_invariant: bool = False  # whether both were written in the invariant mode
 
     @property
     def parts_at(self) -> int | None:
@@ -171,10 +165,10 @@ def examine(
 def facts_of(model: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
     """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    kind = {} if head is None else {"head": f"{_name(head, head.identity()['name_or_path'])} ({type(head).__name__})"}
-    return {
-        "target": _name(model, model.config.name_or_path),
-        **kind,
+    facts = {"target": _name(model, model.config.name_or_path)}
+    if head is not None:
+        facts["head"] = f"{_name(head, head.identity()['name_or_path'])} ({type(head).__name__})"
+    return facts | {
         "policy": str(policy),
         "decoding": decoding,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -231,7 +225,7 @@ def _totals(examination: Examination) -> dict[str, float]:
 
 def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
     """Say whether both texts are the same, and where they differ first."""
-    position, found = examination.parts_at, examination.divergence
+    position, divergence = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
 
@@ -244,9 +238,9 @@ def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
         "plain": token_of(examination.plain_ids.tolist()),
         "own": token_of(examination.report.answers[0]),
     }
-    if found is not None and math.isfinite(found.gap):
-        dtype = str(found.dtype).removeprefix("torch.")
-        told |= {"gap": found.gap, "spacing": found.spacing, "dtype": dtype, "explained": found.explained}
+    if divergence is not None and math.isfinite(divergence.gap):
+        told |= {name: getattr(divergence, name) for name in ("gap", "spacing", "explained")}
+        told["dtype"] = str(divergence.dtype).removeprefix("torch.")
     return told
 
 
@@ -368,21 +362,18 @@ def run(args: argparse.Namespace) -> int:
     policy = default_policy() if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids, invariant=args.invariant)
+    settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "invariant": args.invariant}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature}
     both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
     bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
     with bar, moving(bar, target, both, both):
-        found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
+        examination = examine(target, head, policy, prompt_ids, settings=settings, seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
     facts = facts_of(target, head, policy, decoding + (", invariant" if args.invariant else ""))
-    args.output.write_text(page(page_data(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
-    print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
-    return 0 if is_explained(found, target.dtype) else 1
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return keywords of `generate` for both answers."""
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    return {"max_new_tokens": args.max_new_tokens, "invariant": args.invariant, **sampling}
+    args.output.write_text(page(page_data(examination, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
+    print(f"{examination.report}\nSame text as plain decoding: {same_text(examination)}.\nThe page: {args.output}")
+    return 0 if is_explained(examination, target.dtype) else 1
 
 
 def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tensor, *, invariant: bool) -> None:
@@ -394,18 +385,20 @@ def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tenso
         call.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, **settings)
 
 
-def same_text(found: Examination) -> str:
+def same_text(examination: Examination) -> str:
     """Say yes, or where the texts differ first."""
-    if found.parts_at is None:
+    if examination.parts_at is None:
         return "yes"
-    why = f" ({found.divergence})" if found.divergence is not None else ""
-    return f"no, they differ from token {found.parts_at + 1}{why}"
+    why = f" ({examination.divergence})" if examination.divergence is not None else ""
+    return f"no, they differ from token {examination.parts_at + 1}{why}"
 
 
-def is_explained(found: Examination, dtype: torch.dtype) -> bool:
+def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
     """Tell whether texts are equal or may be rounded apart, as in the normal mode; of sampled texts in half precision
     no more can be said.
     """
-    if found.parts_at is None or found.is_invariant:
-        return found.parts_at is None
-    return found.divergence.explained if found.divergence is not None else dtype in (torch.bfloat16, torch.float16)
+    if examination.parts_at is None or examination.is_invariant:
+        return examination.parts_at is None
+    if examination.divergence is not None:
+        return examination.divergence.explained
+    return dtype in HALF_PRECISIONS

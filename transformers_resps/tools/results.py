@@ -63,26 +63,17 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AnswerTiming:
-    """How long one method took to answer one turn of one prompt.
-
-    Attributes:
-        prompt: `dataset/row`.
-        repeat: from 0; under sampling also the seed.
-        tokens: written, the end token included, nothing after it.
-        target_forwards: prefill included.
-        turn: of the conversation, from 1.
-        prefill_seconds: from the call to the first token, or to the target's second forward where no one tells it.
-    """
+    """How long one method took to answer one turn of one prompt."""
 
     method: str
-    prompt: str
-    repeat: int
-    tokens: int
-    target_forwards: int
+    prompt: str  # `dataset/row`
+    repeat: int  # from 0; under sampling also the seed
+    tokens: int  # written, the end token included, nothing after it
+    target_forwards: int  # prefill included
     seconds: float
-    turn: int = 1
+    turn: int = 1  # of the conversation
     temperature: float = 0.0
-    prefill_seconds: float = 0.0
+    prefill_seconds: float = 0.0  # to the first token, or to the target's second forward where no one tells it
 
     @property
     def cell(self) -> Cell:
@@ -116,13 +107,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table; training/benchmarking/RESULTS.md describes the fields.
-
-    Attributes:
-        compiled_ratio: `None`, like `compiled_efficiency`, where compiled plain decoding was not measured.
-        spread: fastest over slowest repeat, minus one: the machine's noise.
-        temperature: `None` over several.
-    """
+    """One row of the table; training/benchmarking/RESULTS.md describes the fields."""
 
     method: str
     tokens_per_second: float
@@ -131,26 +116,10 @@ class Summary:
     high: float
     tau: float
     efficiency: float
-    compiled_ratio: float | None
+    compiled_ratio: float | None  # `None`, like the next, where compiled plain decoding was not measured
     compiled_efficiency: float | None
-    spread: float
-    temperature: float | None = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepSummary:
-    """The steps of all answers of one method: nodes verified in one after prefill, and seconds per token.
-
-    Attributes:
-        draft_seconds: observing, choosing, drafting and sizing.
-        rest_seconds: acceptance, the caches, and `generate` around the steps.
-    """
-
-    mean_nodes: float
-    prefill_seconds: float
-    draft_seconds: float
-    verify_seconds: float
-    rest_seconds: float
+    spread: float  # fastest over slowest repeat, minus one: the machine's noise
+    temperature: float | None = 0.0  # `None` over several
 
 
 def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
@@ -160,10 +129,10 @@ def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
     """Group timings of the same key, in the order in which the keys come first."""
-    found: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
-    for m in timings:
-        found[key(m)].append(m)
-    return list(found.values())
+    groups: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
+    for timing in timings:
+        groups[key(timing)].append(timing)
+    return list(groups.values())
 
 
 def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
@@ -199,20 +168,21 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
     )
 
 
-def summarise_steps(runs: Sequence[Run]) -> StepSummary:
-    """Sum up the steps of answers of one method, which reports them."""
+def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
+    """Return one of the results' `steps`: of all answers of a method that reports them, seconds per token."""
     answers = [run.steps for run in runs]
     tokens, seconds = sum(run.timing.tokens for run in runs), sum(run.timing.seconds for run in runs)
     decoding = [step for steps in answers for step in steps[1:]]
     prefill = sum(steps[0].step_seconds for steps in answers)
     draft, verify = sum(step.draft_seconds for step in decoding), sum(step.verify_seconds for step in decoding)
-    return StepSummary(
-        mean_nodes=sum(step.verified for step in decoding) / len(decoding) if decoding else 1.0,
-        prefill_seconds=prefill / tokens,
-        draft_seconds=draft / tokens,
-        verify_seconds=verify / tokens,
-        rest_seconds=(seconds - prefill - draft - verify) / tokens,
-    )
+    return {
+        "mean_nodes": sum(step.verified for step in decoding) / len(decoding) if decoding else 1.0,
+        "prefill_seconds": prefill / tokens,
+        "draft_seconds": draft / tokens,  # observing, choosing, drafting and sizing
+        "verify_seconds": verify / tokens,
+        "rest_seconds": (seconds - prefill - draft - verify)
+        / tokens,  # acceptance, caches, `generate` around the steps
+    }
 
 
 def summary_rows(
@@ -472,18 +442,3 @@ def _rounded(part: Any) -> Any:
     if isinstance(part, list | tuple):
         return [_rounded(value) for value in part]
     return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part
-
-
-def read_results(file: Path) -> dict[str, Any]:
-    """Read what `write_results` wrote. Raises `ValueError` when it has another schema or is no results file."""
-    try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found = results.get("schema_version")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
-    if found != SCHEMA_VERSION:
-        raise ValueError(
-            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION}. "
-            "Measure again, or read the file with the release that wrote it."
-        )
-    return results

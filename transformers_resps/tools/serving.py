@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Event, Lock
 from typing import Any, NamedTuple, cast
 
@@ -50,33 +49,20 @@ class ClientLeftError(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and what came of it, shared by the event loop and the worker.
+    """One request and what came of it, shared by the event loop and the worker."""
 
-    Attributes:
-        over: set once no answer is needed any more.
-        has_left: whether that is because the client has left.
-        policy: that the request asks for: "auto", "plain", or `None` for the server's.
-        seed: of its random numbers.
-        ended: whether `generate` has returned or failed.
-        report: of its steps; `None` for plain decoding.
-        plain_reason: why it was decoded plainly, if it was.
-        error: what `generate` failed with.
-        status: of HTTP: 400 for a request that cannot be answered, 500 for a fault.
-    """
-
-    over: Event = field(default_factory=Event)
-    has_left: bool = False
-    policy: str | None = None
+    over: Event = field(default_factory=Event)  # set once no answer is needed any more
+    has_left: bool = False  # whether that is because the client has left
+    policy: str | None = None  # that the request asks for: "auto", "plain", or `None` for the server's
     seed: int | None = None
-    ended: bool = False
-    report: SpeculationReport | None = None
-    plain_reason: str | None = None
-    error: str | None = None
-    status: int = 200
+    ended: bool = False  # whether `generate` has returned or failed
+    report: SpeculationReport | None = None  # `None` for plain decoding
+    plain_reason: str | None = None  # why it was decoded plainly, if it was
+    error: str | None = None  # that `generate` raised
+    status: int = 200  # of HTTP: 400 for a request that cannot be answered, 500 for a fault
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What answers carry as `metrics`."""
         told = {"plain": self.plain_reason} if self.report is None else self.report.acceptance()
         return {"speculative_decoding": told}
 
@@ -89,7 +75,6 @@ class Exchange:
         return "plain" if self.report is None else "speculative"
 
     def leave(self) -> None:
-        """The client has gone."""
         self.has_left = True
         self.over.set()
 
@@ -269,15 +254,8 @@ class Served(NamedTuple):
 class AttachedModels(model_manager.ModelManager):
     """The targets of the command line and no others, each loaded once and attached.
 
-    Args:
-        served: what to load.
-        policy: as `resps` commands name it; `None` is the head's tree.
-        compile: as in `attach`.
-        invariant: whether every request is answered in the invariant mode.
-        dtype: as in `load_target`.
-        device: likewise.
-        packed: likewise.
-        worker: is waited for before models are dropped.
+    `policy` is what `resps` commands name so, `compile` what `attach` takes, and `loading` are keywords of
+    `load_target`. The `worker` is waited for before models are dropped.
     """
 
     def __init__(
@@ -287,16 +265,13 @@ class AttachedModels(model_manager.ModelManager):
         policy: str | None,
         compile: Any,
         invariant: bool,
-        dtype: str | None,
-        device: str,
-        packed: bool,
         worker: OneAtATime,
+        **loading: Any,
     ) -> None:
         super().__init__(model_timeout=-1)  # never unloaded
         self._served = {self.process_model_name(one.target): one for one in served}
         self._policy, self._compile, self._worker = policy, compile, worker
-        self.is_invariant = invariant
-        self._load = partial(load_target, dtype=dtype, device=device, packed=packed)
+        self.is_invariant, self._loading = invariant, loading
         for name in self._served:
             self.load_model_and_processor(name)
 
@@ -311,7 +286,7 @@ class AttachedModels(model_manager.ModelManager):
 
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         one = self._served[model_id_and_revision]
-        target = self._load(one.target)
+        target = load_target(one.target, **self._loading)
         head = load_source(one.head, target)
         policy: Policy | str = load_policy(self._policy, head)
         defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
@@ -480,8 +455,8 @@ def _event(data: dict[str, Any]) -> str:
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
     """An error in OpenAI's form, of which their client shows the message."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": status}}
+    error_type = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": error_type, "code": status}}
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -536,12 +511,10 @@ class Figures:
             counts, outcomes = dict(self._counts), dict(self._outcomes)
         lines = []
         for name, text in self._HELP.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            metric_type = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {metric_type}"]
             if name in counts:
-                lines.append(
-                    f"{name} {counts[name]:g}" if isinstance(counts[name], float) else f"{name} {counts[name]}"
-                )
+                lines.append(f"{name} {counts[name]}")
             else:
                 lines += [f'{name}{{outcome="{outcome}"}} {count}' for outcome, count in sorted(outcomes.items())]
         return "\n".join(lines) + "\n"
@@ -682,10 +655,10 @@ RELIED_ON = {
 def check_release() -> None:
     """Refuse a release of Transformers whose server is not the one that these classes were written over."""
     for relied, parameters in RELIED_ON.items():
-        found, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
-        if not set(rest) <= set(found) if first == "..." else found != [first, *rest]:
+        taken, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
+        if not set(rest) <= set(taken) if first == "..." else taken != [first, *rest]:
             raise ValueError(
                 f"The server of Transformers {transformers.__version__} is not one that `resps serve` knows: "
-                f"`{relied.__qualname__}` takes ({' '.join(found)}), not ({parameters}). Install Transformers 5.20 to "
+                f"`{relied.__qualname__}` takes ({' '.join(taken)}), not ({parameters}). Install Transformers 5.20 to "
                 "5.24."
             )

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from publishing import find_faults, write_card, write_custom_generate
+from publishing.checks import read_results
 from publishing.release import check_folder, local_name
 from tests.training.publishing.artefacts import changed, complete, policy_folder
 from transformers_resps import FixedPolicy, TreeShape
@@ -26,6 +27,16 @@ def only(folder, *words: str) -> None:
 
 def test_complete_folders_have_no_faults(folder, tmp_path):
     assert faults(folder) == faults(policy_folder(tmp_path / "policy")) == []
+
+
+def test_results_of_an_old_schema_are_refused(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text('{"schema_version": 2, "x": 1}')
+    assert read_results(file) == {"schema_version": 2, "x": 1}
+    for text, found in (('{"schema_version": 1}', "schema 1"), ("{}", "schema None"), ("[", "cannot be read")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=found):
+            read_results(file)
 
 
 def test_a_policy_without_weights_is_told_by_its_config(tmp_path):
