@@ -31,8 +31,7 @@ from transformers_resps.testing.comparison import (
     SAMPLED,
     Call,
     ModelUnderTest,
-    compare_batch,
-    compare_one_by_one,
+    compare,
 )
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.lossless import built_in_prompts
@@ -94,8 +93,9 @@ def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: Dra
     with model.undisturbed():
         first = model.plain(prompts, max_new_tokens=12).outputs[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
-        alone = [compare_one_by_one(model, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
-        together = compare_batch(model, "", prompts, end)
+        calls = [Call(index, prompt, 0, end) for index, prompt in enumerate(prompts)]
+        alone = [compare(model, "", [[call]]) for call in calls]
+        together = compare(model, "", [calls])
     assert min(check.tokens for check in alone) < max(check.tokens for check in alone)
     assert together.target_forwards == sum(check.target_forwards for check in alone)
 
@@ -439,7 +439,7 @@ def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, roundi
     calls = [Call(0, built_in_prompts(19)[1], seed, SAMPLED | {"max_new_tokens": 12}) for seed in range(12)]
     model = ModelUnderTest(target, head, WIDE, invariant=True)
     with model.undisturbed(), model.without_settings():
-        found = compare_one_by_one(model, "", calls)
+        found = compare(model, "", [[call] for call in calls])
     assert not found.passed and all(one.divergence.spacings <= MAX_SPACINGS for one in found.differences)
     assert "spacings of the dtype: NOT excused in the invariant mode" in str(found.differences[0])
 

@@ -40,18 +40,13 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """A model, and the head and policy whose output must be the model's own.
-
-    Attributes:
-        invariant: whether every call, plain ones too, runs in the invariant mode.
-        done: is called after each call with the policy, to move a progress bar.
-    """
+    """A model, and the head and policy whose output must be the model's own."""
 
     model: Any  # as the user holds it, perhaps inside a PEFT model
     head: DraftSource | None  # `None` to draft by lookup alone
     policy: Policy | str | None
-    invariant: bool = False
-    done: Callable[[], Any] = lambda: None
+    invariant: bool = False  # whether every call, plain ones too, runs in the invariant mode
+    done: Callable[[], Any] = lambda: None  # is called after each call with the policy, to move a progress bar
 
     @property
     def target(self) -> PreTrainedModel:
@@ -157,24 +152,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """The result of comparing outputs.
+    """The result of comparing outputs."""
 
-    Attributes:
-        name: how the outputs were decoded.
-        answers: number of compared outputs.
-        tokens: number of tokens written with the head.
-        target_forwards: number of target forwards that they took, each row of a batch counted.
-        mismatches: other differences from plain decoding, in calls whose outputs are all equal.
-        is_of_policy: whether the policy under test drafted, not built-in trees.
-    """
-
-    name: str
-    answers: int
-    tokens: int
-    target_forwards: int
+    name: str  # how the outputs were decoded
+    answers: int  # number of compared outputs
+    tokens: int  # that were written with the head
+    target_forwards: int  # that they took, each row of a batch counted
     differences: tuple[Difference, ...]
-    mismatches: tuple[str, ...] = ()
-    is_of_policy: bool = True
+    mismatches: tuple[str, ...] = ()  # other differences from plain decoding, in calls whose outputs are all equal
+    is_of_policy: bool = True  # whether the policy under test drafted, not built-in trees
 
     @property
     def accepted(self) -> bool:
@@ -212,66 +198,47 @@ class Call:
     settings: dict[str, Any]
 
 
-def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
-    """Compare each call alone in its batch."""
-    return _compare(model, name, [[call] for call in calls])
+def compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]], *, alone: bool = False) -> TextCheck:
+    """Compare left-padded batches of calls with one seed and the same settings.
 
-
-def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
-    """Compare all prompts in one left-padded batch. In half precision only greedily: one draw cannot be judged."""
-    return _compare(model, name, [_batch(prompts, settings)])
-
-
-def compare_with_alone(
-    model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]
-) -> TextCheck:
-    """Compare all prompts in one left-padded greedy batch with each alone and read at once: for the invariant mode."""
-    return _compare(model, name, [_batch(prompts, settings)], alone=True)
-
-
-def _batch(prompts: Sequence[Tensor], settings: dict[str, Any]) -> list[Call]:
-    return [Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]
-
-
-def _alone(model: ModelUnderTest, calls: Sequence[Call]) -> list[Written]:
-    """What plain decoding writes to each prompt without the others, which it reads at once."""
-    return [model.plain([call.prompt], call.seed, **call.settings | {"prefill_chunk_size": None}) for call in calls]
-
-
-def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]], *, alone: bool = False) -> TextCheck:
-    """Batches of calls with one seed and the same settings; `alone`: plain decoding reads each prompt alone."""
+    In half precision several calls in a batch must be greedy, because one draw cannot be judged. With `alone`, for the
+    invariant mode, plain decoding reads each prompt without the others and at once.
+    """
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
         prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
-        plain = _alone(model, calls) if alone else [model.plain(prompts, seed, **settings)]
-        found, report = model.speculative(prompts, seed, **settings)
-        tokens += sum(map(len, found.outputs))
+        written, report = model.speculative(prompts, seed, **settings)
+        tokens += sum(map(len, written.outputs))
         forwards += sum(step.decoded_rows for step in report.steps)
-        expected = [output for written in plain for output in written.outputs]
-        for call, own, output in zip(calls, expected, found.outputs, strict=True):
-            difference = _first_difference(model, call, own, output)
-            differences += [] if difference is None else [difference]
-        if not alone:
+        if alone:
+            at_once = settings | {"prefill_chunk_size": None}
+            expected = [model.plain([prompt], seed, **at_once).outputs[0] for prompt in prompts]
+        else:
+            plain = model.plain(prompts, seed, **settings)
+            expected = plain.outputs
             where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
-            mismatches += [where + mismatch for mismatch in _mismatches_beside(plain[0], found)]
+            mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, written)]
+        for call, *outputs in zip(calls, expected, written.outputs, strict=True):
+            difference = _first_difference(model, call, *outputs)
+            differences += [] if difference is None else [difference]
     return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
-def _mismatches_beside(plain: Written, found: Written) -> list[str]:
+def _mismatches_beside(plain: Written, own: Written) -> list[str]:
     """What differs although all outputs are equal: tokens after their ends, the state of the random generator."""
-    if not all(torch.equal(own, other) for own, other in zip(plain.outputs, found.outputs, strict=True)):
+    if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
     mismatches = []
-    if not torch.equal(plain.generated, found.generated):
+    if not torch.equal(plain.generated, own.generated):
         mismatches.append("other tokens after the end of an answer")
-    if not torch.equal(plain.random_state, found.random_state):
+    if not torch.equal(plain.random_state, own.random_state):
         mismatches.append("a different number of random numbers was drawn")
     return mismatches
 
 
-def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> Difference | None:
+def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, own: Tensor) -> Difference | None:
     """Where two outputs `[t]`, `[t']` diverge first, judged; `None` when they are equal."""
-    divergence = explain_divergence(model.target, call.prompt, plain, found, invariant=model.invariant)
+    divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None
     if divergence.dtype in HALF_PRECISIONS:

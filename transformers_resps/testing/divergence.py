@@ -34,29 +34,21 @@ class Divergence:
     """The first place where two outputs to one prompt differ.
 
     Attributes:
-        position: index in the output; both outputs are equal before it.
-        plain_token: what plain decoding wrote there; `None` when its output had ended.
-        speculative_token: what speculative decoding wrote there; `None` when its output had ended.
-        plain_logit: of `plain_token`, from one plain forward over the prompt and the common part.
-        speculative_logit: of `speculative_token`, from the same forward.
-        best_logit: the largest of that forward.
-        dtype: of the model.
         needed: for outputs with logits processors or sampling, where bare logits say little: spacings by which the
             logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
             larger of both, rounded up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits
             decide.
-        invariant: whether both were written in the invariant mode, which rounds every token alike.
     """
 
-    position: int
-    plain_token: int | None
-    speculative_token: int | None
-    plain_logit: float
-    speculative_logit: float
-    best_logit: float
+    position: int  # index in the output; both outputs are equal before it
+    plain_token: int | None  # that plain decoding wrote there; `None` when its output had ended
+    speculative_token: int | None  # likewise
+    plain_logit: float  # of `plain_token`, from one plain forward over the prompt and the common part
+    speculative_logit: float  # from the same forward
+    best_logit: float  # the largest of that forward
     dtype: torch.dtype
     needed: float | None = None
-    invariant: bool = False
+    invariant: bool = False  # whether both were written in the invariant mode, which rounds every token alike
 
     @property
     def gap(self) -> float:
@@ -162,8 +154,6 @@ class Moves:
     nodes: int  # of each forward; 0 for one forward over everything
     moves: Tensor  # [t] by how much the gap between the two best tokens moved
     flipped: Tensor  # [f] the gaps where another token became the best
-    equal_rows: int  # positions whose logits are all equal bit for bit
-    equal_logits: float  # share of all logits that are equal bit for bit
 
     def __str__(self) -> str:
         middle, high = (float(self.moves.quantile(share)) for share in (0.5, 0.99))
@@ -172,8 +162,7 @@ class Moves:
             flips += f" at gaps up to {float(self.flipped.max()):.2f}"
         return (
             f"{len(self.moves)} gaps moved by {middle:.2f} spacings in the median, 99% below {high:.2f}, at most "
-            f"{float(self.moves.max()):.2f}; {flips}; {self.equal_rows} rows and {self.equal_logits:.1%} of the "
-            "logits equal bit for bit"
+            f"{float(self.moves.max()):.2f}; {flips}"
         )
 
 
@@ -230,7 +219,7 @@ def _chains(output: Tensor, node_count: int) -> Iterator[DraftTree]:
 
 
 def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:
-    moves, flipped, equal_rows, equal = [], [], 0, 0.0
+    moves, flipped = [], []
     for plain, tree in pairs:
         best = plain.float().topk(2)
         gap, spacing = float(best.values[0] - best.values[1]), spacing_at(float(best.values[0]), dtype)
@@ -238,7 +227,4 @@ def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dty
         moves.append(abs(float(other[0] - other[1]) - gap) / spacing)
         if int(tree.argmax()) != int(plain.argmax()):
             flipped.append(gap / spacing)
-        same = plain == tree
-        equal_rows += bool(same.all())
-        equal += float(same.float().mean())
-    return Moves(node_count, torch.tensor(moves), torch.tensor(flipped), equal_rows, equal / len(pairs))
+    return Moves(node_count, torch.tensor(moves), torch.tensor(flipped))

@@ -27,9 +27,7 @@ from .comparison import (
     Call,
     ModelUnderTest,
     TextCheck,
-    compare_batch,
-    compare_one_by_one,
-    compare_with_alone,
+    compare,
 )
 from .distribution import DistributionCheck, check_distribution
 from .divergence import HALF_PRECISIONS
@@ -200,14 +198,14 @@ def assert_lossless(
 def _with_the_policy(
     model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
 ) -> Iterator[TextCheck]:
-    greedy = [Call(index, prompt, 0, GREEDY | limit) for index, prompt in enumerate(ids)]
+    greedy = _batch(ids, GREEDY | limit)
     processed = "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1"
-    yield compare_one_by_one(model, "greedy", greedy)
-    yield compare_batch(model, "greedy, in a padded batch", ids, GREEDY | limit)
-    yield compare_one_by_one(model, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit))
-    yield compare_one_by_one(model, processed, _calls(ids, seeds, PROCESSED | limit))
+    yield compare(model, "greedy", [[call] for call in greedy])
+    yield compare(model, "greedy, in a padded batch", [greedy])
+    yield compare(model, "sampled, temperature 1", _one_by_one(ids, seeds, SAMPLED | limit))
+    yield compare(model, processed, _one_by_one(ids, seeds, PROCESSED | limit))
     if model.invariant:
-        yield compare_with_alone(model, "greedy, rows of a padded batch against each alone", ids, GREEDY | limit)
+        yield compare(model, "greedy, rows of a padded batch against each alone", [greedy], alone=True)
 
 
 def _with_changing_trees(
@@ -217,16 +215,15 @@ def _with_changing_trees(
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
     if model.invariant or model.target.dtype not in HALF_PRECISIONS:
-        yield compare_batch(stressed, "sampled, in a padded batch", ids, SAMPLED | limit)
+        yield compare(stressed, "sampled, in a padded batch", [_batch(ids, SAMPLED | limit)])
     with model.without_settings():
-        yield compare_batch(stressed, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
-        yield compare_one_by_one(stressed, "sampled, built-in trees", _calls(ids, seeds, PENALISED | limit))
-        yield compare_one_by_one(stressed, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
-        yield compare_one_by_one(
-            stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit))
-        )
+        yield compare(stressed, "greedy, in a padded batch, built-in trees", [_batch(ids, GREEDY | limit)])
+        yield compare(stressed, "sampled, built-in trees", _one_by_one(ids, seeds, PENALISED | limit))
+        yield compare(stressed, "greedy, a prompt in chunks", [[Call(longest, ids[longest], 0, in_chunks)]])
+        yield compare(stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit)))
         if model.invariant:
-            yield compare_with_alone(stressed, "greedy, prompts in chunks against each at once", ids, in_chunks)
+            chunked = "greedy, prompts in chunks against each at once"
+            yield compare(stressed, chunked, [_batch(ids, in_chunks)], alone=True)
 
 
 def _beside_stock(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> StockCheck:
@@ -234,18 +231,22 @@ def _beside_stock(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, 
     return StockCheck(sum(torch.equal(own.outputs[0], stock.outputs[0]) for own, stock in texts), len(ids))
 
 
-def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
+def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[Call]]:
     """Each prompt once for every token of its output, as an end token beside the last one."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for place, token in enumerate(output):
             if token not in output[:place]:
-                yield Call(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})
+                yield [Call(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})]
 
 
-def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:
-    """One per seed, the prompts in turn."""
-    return [Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings) for seed in range(seeds)]
+def _batch(prompts: list[Tensor], settings: dict[str, Any]) -> list[Call]:
+    return [Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]
+
+
+def _one_by_one(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[list[Call]]:
+    """A call for each seed, with the prompts in turn."""
+    return [[Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings)] for seed in range(seeds)]
 
 
 # Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
