@@ -41,8 +41,8 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
             *GENERAL_TAGS,
         ],
         license=said.get("license"),
-        languages=said.get("languages") or (),
-        datasets=[data["hub_id"] for data in said.get("data") or () if "hub_id" in data],
+        language=said.get("languages") or None,
+        datasets=[data["hub_id"] for data in said.get("data") or () if "hub_id" in data] or None,
     )
     card = ModelCard.from_template(
         data,

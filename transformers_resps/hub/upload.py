@@ -22,6 +22,7 @@ CARD, RESULTS, METRICS, RECIPE = "README.md", "results.json", "metrics.json", "r
 
 Answer = TypeVar("Answer")
 
+_CHANGED = "The repository was changed meanwhile: look at what is there now, then run the same command again."
 _BUSY = (429, 503)  # the Hub did nothing and asks to come back
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
@@ -147,8 +148,7 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     way_out = {
         401: "Run `hf auth login`, or pass a valid `token=`.",
         403: "Check the owner's name and whether the token may write there.",
-        409: "The repository was changed meanwhile: look at what is there now, then run the same command again.",
-        412: "The repository was changed meanwhile: look at what is there now, then run the same command again.",
+        **dict.fromkeys((409, 412), _CHANGED),
         429: "The Hub is busy: run the same command again later.",
     }
     if isinstance(error, RepositoryNotFoundError):  # the Hub's answer to a missing token too
@@ -189,38 +189,27 @@ def shareable(config: Any) -> Any:
     return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
 
 
-def card_data(
-    target: str | None,
-    tags: Sequence[str],
-    *,
-    license: str | None = None,
-    languages: Sequence[str] = (),
-    datasets: Sequence[str] = (),
-) -> ModelCardData:
-    """The metadata of a card.
+def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
+    """The metadata of a card: the target's Hub id, tags, and `details` by the names that `ModelCardData` has for them.
 
     Of the relations that the Hub knows (adapter, finetune, merge, quantized), `adapter` is the one for weights that
     are used beside the unchanged weights of the base model. Without one the Hub assumes `finetune`.
-
-    `target` and `datasets` are Hub ids, `languages` ISO codes, and `license` is a short name that the Hub knows.
     """
     return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="text-generation",
         base_model=target,
         base_model_relation="adapter" if target else None,
-        license=license,
-        language=list(languages) or None,
-        datasets=list(datasets) or None,
         tags=list(tags),
+        **details,
     )
 
 
-def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
+def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
     """A card without results: metadata for the target's page, what it is ("draft head"), and a line to load it."""
     hub_id = as_hub_id(target)
-    of = f" for {hub_id}" if hub_id else ""
+    title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
-        f"---\n{card_data(hub_id, ['eagle3', tag, *GENERAL_TAGS]).to_yaml()}\n---\n\n# A {kind}{of}\n\n"
+        f"---\n{card_data(hub_id, ['eagle3', tag, *GENERAL_TAGS]).to_yaml()}\n---\n\n# {title}\n\n"
         f"```python\n{use}\n```\n\nNothing was measured for this card.\n"
     )
