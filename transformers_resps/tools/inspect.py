@@ -28,6 +28,7 @@ from ..generation.attach import attach
 from ..generation.request import SpeculationDefaults
 from ..policies.auto import default_policy
 from ..policies.base import Level, Observation, Policy, PolicyWrapper
+from ..policies.fixed import FixedPolicy
 from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
@@ -361,10 +362,11 @@ def run(args: argparse.Namespace) -> int:
     named = load_policy(args.policy, head)
     policy = default_policy() if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
-    warm_up(target, head, prompt_ids, invariant=args.invariant)
     settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "invariant": args.invariant}
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature}
+    drafting = default_policy() if head is None else FixedPolicy(head.default_shape)
+    examine(target, head, drafting, prompt_ids, settings=settings | {"max_new_tokens": 4})  # allocates and compiles
     both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
     bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
     with bar, moving(bar, target, both, both):
@@ -374,15 +376,6 @@ def run(args: argparse.Namespace) -> int:
     args.output.write_text(page(page_data(examination, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{examination.report}\nSame text as plain decoding: {same_text(examination)}.\nThe page: {args.output}")
     return 0 if is_explained(examination, target.dtype) else 1
-
-
-def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tensor, *, invariant: bool) -> None:
-    """Allocate and compile before the timed calls; the policy stays as it is."""
-    settings = {"max_new_tokens": 4, "do_sample": False, "invariant": invariant}
-    for assistant in (None, head) if head is not None else (None,):
-        call: Any = target
-        ids = prompt_ids[None].to(target.device)
-        call.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, **settings)
 
 
 def same_text(examination: Examination) -> str:

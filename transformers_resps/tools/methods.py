@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,19 +38,15 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One way to decode.
-
-    Attributes:
-        effort: what a user needs for it; of equally fast methods the one with the least effort is advised.
-        seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
-            assistants draw other random numbers, so only their distribution is right.
-        reference: name of the method whose texts it must write: plain decoding of its mode.
-    """
+    """One way to decode."""
 
     name: str
-    effort: int = field(default=0, kw_only=True)
-    seed_exact: bool = field(default=True, kw_only=True)
-    reference: str = field(default=PLAIN, kw_only=True)
+    _: KW_ONLY
+    effort: int = 0  # that it takes a user; of equally fast methods the one with the least effort is advised
+    # Whether sampled texts must be those of plain decoding with the same seed. Transformers' own assistants draw other
+    # random numbers, so only their distribution is right.
+    seed_exact: bool = True
+    reference: str = PLAIN  # name of the method whose texts it must write: plain decoding of its mode
 
     @property
     def reports_steps(self) -> bool:
@@ -234,16 +230,14 @@ class Bench:
             started = self._clock()
             answer = write()
             seconds = self._clock() - started
+        forwards, prefill = answer.target_forwards, answer.prefill_seconds
         if answer.report is not None:
-            forwards, prefill = answer.report.target_forwards, answer.prefill_seconds
-        elif answer.target_forwards is not None:
-            forwards, prefill = answer.target_forwards, answer.prefill_seconds
-        else:
+            forwards = answer.report.target_forwards
+        elif forwards is None:
             forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
         count = token_count(answer.token_ids, self._end_ids, most)
-        timing = AnswerTiming(
-            method.name, prompt.name, repeat, count, forwards, seconds, prompt.turn, temperature, prefill
-        )
+        place = (prompt.turn, temperature)
+        timing = AnswerTiming(method.name, prompt.name, repeat, count, forwards, seconds, *place, prefill)
         steps = [] if answer.report is None else answer.report.steps
         return answer, Run(timing, torch.tensor(answer.token_ids[:count], dtype=torch.long), steps)
 

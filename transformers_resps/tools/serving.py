@@ -331,13 +331,9 @@ _HINTS = frozenset(
 
 
 class _Handler(utils.BaseHandler):
-    """What all three endpoints add to stock's: refusals by name, and `metrics` in every answer.
+    """What all three endpoints add to stock's: refusals by name, and `metrics` in every answer."""
 
-    Attributes:
-        needs: the field that holds the prompt.
-    """
-
-    needs: str
+    needs: str  # the field that holds the prompt
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         exchange = _exchange.get()

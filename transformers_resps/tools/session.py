@@ -35,10 +35,10 @@ class Dialogue:
     @classmethod
     def of(cls, name: str, messages: Conversation) -> "Dialogue":
         """Take the user turns of `messages`. Raises ValueError when there is none."""
-        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
-        return cls(name, messages[: users[0]], tuple(messages[place]["content"] for place in users))
+        return cls(name, messages[: users[0]], tuple(messages[index]["content"] for index in users))
 
     def asked(self, answers: Sequence[str]) -> Conversation:
         """Return the conversation up to the turn after `answers`, one for each turn before it."""
@@ -61,10 +61,10 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
     """Read a file, or a split of a dataset of the Hub, in order. Raises `ValueError` when it has no conversations."""
     name = Path(source).stem
     rows = islice(load_conversations(source, split), _MAX_ROWS)
-    found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
-    if not found:
+    dialogues = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
+    if not dialogues:
         raise ValueError(f"{source} has no rows. Pass a dataset with at least one.")
-    return found
+    return dialogues
 
 
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
@@ -108,24 +108,23 @@ class Judge:
         """Judge all answers of one cell."""
         by_name = {run.timing.method: run for run in runs}
         for name, run in by_name.items():
-            m, reference = run.timing, by_name[self._references[name]]
+            timing, reference = run.timing, by_name[self._references[name]]
             same = _is_same(run, reference)
-            if m.repeat == 0:
+            if timing.repeat == 0:
                 self.same_text[name] += _is_same(run, by_name[PLAIN])
                 if name in self.same_text_invariant:
                     self.same_text_invariant[name] += same
-            found = None if same else self._difference(prompt, reference, run)
-            if found is not None:
-                self.unexplained.append(
-                    f"{name}, {m.prompt}, turn {m.turn}, temperature {m.temperature:g}, repeat {m.repeat}, {found}"
-                )
+            difference = None if same else self._difference(prompt, reference, run)
+            if difference is not None:
+                cell = f"turn {timing.turn}, temperature {timing.temperature:g}, repeat {timing.repeat}"
+                self.unexplained.append(f"{name}, {timing.prompt}, {cell}, {difference}")
 
     def _difference(self, prompt: Prompt, reference: Run, run: Run) -> str | None:
         name, ids = run.timing.method, (reference.token_ids, run.token_ids)
         is_invariant = name in self.same_text_invariant
         if run.timing.temperature == 0:
-            found = explain_divergence(self._target, prompt.input_ids, *ids, invariant=is_invariant)
-            return None if found is None or found.explained else str(found)
+            divergence = explain_divergence(self._target, prompt.input_ids, *ids, invariant=is_invariant)
+            return None if divergence is None or divergence.explained else str(divergence)
         exact = is_invariant or self._target.dtype in (torch.float32, torch.float64)
         if name in self._promises and exact:
             return "sampled another text than plain decoding with the same seed"
@@ -141,13 +140,8 @@ class Session:
 
     Every turn of a conversation follows the target's own answers to the turns before it, as EAGLE's evaluation plays
     MT-Bench: those of plain decoding at the same temperature and seed, so that all methods answer the same prompt. A
-    conversation ends early where the next turn would not fit into the target's context.
-
-    Attributes:
-        methods: plain decoding among them, in the order of the table.
-        runs: of the cells that every method has answered.
-        judge: of the same.
-        cut: names of conversations that ended early.
+    conversation ends early where the next turn would not fit into the target's context. `methods` are in the order of
+    the table, plain decoding among them.
     """
 
     def __init__(
@@ -162,9 +156,9 @@ class Session:
         check_distinct(methods)
         self.bench, self.dialogues, self.methods = bench, dialogues, methods
         self._tokenizer, self._temperatures, self._repeats = tokenizer, temperatures, repeats
-        self.runs: list[Run] = []
-        self.judge = Judge(bench.target, methods)
-        self.cut: set[str] = set()
+        self.runs: list[Run] = []  # of the cells that every method has answered
+        self.judge = Judge(bench.target, methods)  # of the same
+        self.cut: set[str] = set()  # names of conversations that ended early
         self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * repeats
         context: int = bench.target.config.get_text_config().max_position_embeddings
         self._max_length = context - bench.max_new_tokens
