@@ -193,12 +193,7 @@ class CompiledFunction:
 
 
 class _Packaged:
-    """Packaged code as the function that it was made of, whose outputs may be nested.
-
-    Args:
-        code: returns the tensors in these.
-        outputs: such as the function returns.
-    """
+    """Packaged code as the function that it was made of, which returns such nested `outputs`."""
 
     def __init__(self, code: PackagedCode, outputs: Any) -> None:
         self._code, self._nested, self.fits = code, _nesting(outputs), code.fits

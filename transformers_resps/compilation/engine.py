@@ -34,28 +34,17 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
-    """A function of tensors, and what runs in its place.
+    """A function of tensors, and what runs in its place."""
 
-    Attributes:
-        function: without compilation.
-        fast: the same, compiled or captured.
-        compared: of the function's outputs, the values that must agree.
-        values: what these are, in a warning.
-        dtype: of the weights.
-    """
-
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # without compilation
     fast: CompiledFunction | CapturedFunction
-    compared: Callable[[Any], Tensor]
-    values: str
-    dtype: torch.dtype
+    compared: Callable[[Any], Tensor]  # of the function's outputs, the values that must agree
+    values: str  # what these are, in a warning
+    dtype: torch.dtype  # of the weights
 
 
 class CompileEngine(ABC, Generic[Owner]):
     """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew.
-
-    Args:
-        clock: seconds.
 
     Attributes:
         name: of what runs, in warnings.
@@ -88,7 +77,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @abstractmethod
     def fingerprint(self) -> "WeightFingerprint":
-        """The fingerprint of the owner's weights now."""
+        """That of the owner's weights now."""
 
     @property
     @abstractmethod
@@ -113,7 +102,6 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there is compiled code."""
         return bool(self._codes)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
@@ -273,11 +261,7 @@ class WeightFingerprint:
     """Places, versions and some values of a module's parameters and buffers, and its mode.
 
     Compiled code holds weights as constants or by their addresses. `load_state_dict`, `.to(...)`, a merged adapter or
-    a switch to training would be ignored.
-
-    Args:
-        module: whose code is compiled.
-        setting: anything else that the code depends on.
+    a switch to training would be ignored. `setting` is anything else that the code depends on.
     """
 
     def __init__(self, module: nn.Module, *setting: Any) -> None:

@@ -31,7 +31,7 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
-from .kernels import Kernels, demanded_kernel, our_kernels
+from .kernels import demanded_kernel, our_kernels
 from .native import native_operators, use_native
 from .pages import collapse
 
@@ -68,34 +68,26 @@ def packages_folder() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class StoredPackage:
-    """One package on disk.
+    """One package on disk."""
 
-    Attributes:
-        path: its folder.
-        model: whose code it is, in words.
-        code: which function of it.
-        size: bytes.
-        used: seconds since the epoch.
-    """
-
-    path: Path
-    model: str
-    code: str
-    size: int
-    used: float
+    path: Path  # its folder
+    model: str  # whose code it is, in words
+    code: str  # which function of it
+    size: int  # bytes
+    used: float  # seconds since the epoch
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
     """All that lie in a folder, the one used last first. What cannot be read is listed as damaged."""
-    found = []
+    packages = []
     for path in folder.glob("*/*"):
         about = (_manifest(path) or {}).get("identity", {})
         try:
             size, used = sum(part.stat().st_size for part in path.iterdir()), path.stat().st_mtime
         except OSError:  # another process has removed it meanwhile
             continue
-        found.append(StoredPackage(path, about.get("model", "damaged"), about.get("code", ""), size, used))
-    return sorted(found, key=lambda package: -package.used)
+        packages.append(StoredPackage(path, about.get("model", "damaged"), about.get("code", ""), size, used))
+    return sorted(packages, key=lambda package: -package.used)
 
 
 def remove_packages(packages: Sequence[StoredPackage]) -> None:
@@ -109,11 +101,9 @@ def remove_packages(packages: Sequence[StoredPackage]) -> None:
 
 
 class ModulePackages:
-    """Packages of code in which one module's weights are constants.
+    """Packages of code in which one module's weights are constants. Warnings call it `name`.
 
-    Args:
-        module: returns it, with the weights of now, while its code is compiled or loaded; it is not kept alive.
-        name: of what runs, in warnings.
+    `module` returns it, with the weights of now, while its code is compiled or loaded; it is not kept alive.
     """
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
@@ -121,7 +111,6 @@ class ModulePackages:
 
     @property
     def are_kept(self) -> bool:
-        """Whether there is a folder for them."""
         return packages_folder() is not None
 
     @cached_property
@@ -177,7 +166,7 @@ class ModulePackages:
         Args:
             code: name of the function.
             setting: sizes and the caller's settings.
-            function: of `tensors`.
+            function: of tensors like these `tensors`.
             tensors: an example.
             dynamic: of each tensor, the dimensions that change.
             config: of inductor.
@@ -190,14 +179,7 @@ class ModulePackages:
         with tempfile.TemporaryDirectory(prefix="resps-") as folder:
             path = Path(folder)
             made = _compile(self._module(), function, tensors, dynamic, config, path / _CODE, alike=alike)
-            recipes, limits, kernels = made
-            manifest = {
-                "identity": identity,
-                "recipes": recipes,
-                "limits": limits,
-                "kernels": kernels,
-                "digest": _digest_of_file(path / _CODE),
-            }
+            manifest = {"identity": identity, **made, "digest": _digest_of_file(path / _CODE)}
             (path / _MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
             loaded = PackagedCode(path, identity, self._module())
             self._keep(path, code, setting)
@@ -241,15 +223,10 @@ class ModulePackages:
 
 
 class PackagedCode:
-    """Code of a package in this process.
-
-    Args:
-        path: of the package.
-        identity: what it must have been made for.
-        module: whose weights its constants are made of.
+    """Code of a package in this process, whose constants are made of the weights of `module`.
 
     Raises:
-        UnfitPackageError: it is damaged, belongs to another user, or was made for something else.
+        UnfitPackageError: it is damaged, belongs to another user, or was made for another `identity`.
     """
 
     def __init__(self, path: Path, identity: dict[str, str], module: nn.Module) -> None:
@@ -293,10 +270,8 @@ def _compile(
     path: Path,
     *,
     alike: bool,
-) -> tuple[dict[str, Any], list[list[int]], Kernels]:
-    """Write the code of a function to `path`; returns the recipe of each of its constants, its limits, and the kernels
-    that it calls.
-    """
+) -> dict[str, Any]:
+    """Write the code of a function to `path`; returns what its manifest says of the code."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(tensors, dynamic, strict=True)
@@ -318,7 +293,8 @@ def _compile(
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
             )
-    return recipes.of(_loader(path).get_constant_fqns()), _limits(program), kernels
+    constants = _loader(path).get_constant_fqns()
+    return {"recipes": recipes.of(constants), "limits": _limits(program), "kernels": kernels}
 
 
 def _limits(program: torch.export.ExportedProgram) -> list[list[int]]:

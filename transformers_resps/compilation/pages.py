@@ -27,11 +27,7 @@ _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # on the machine; in the control
 
 
 class Kernel:
-    """What Linux tells of memory, and what it is asked.
-
-    Args:
-        root: the folder that holds `proc` and `sys`; without them there are no huge pages.
-    """
+    """What Linux tells of memory, and what it is asked. Without `proc` and `sys` in `root` it has no huge pages."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
@@ -69,14 +65,9 @@ _LINUX = Kernel()
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
     """Copy tensors into huge pages, as far as they fill at least half of each. Values and addresses stay.
 
-    What else lies in such a page moves with them, and its holes are filled with zeros.
-
-    Args:
-        tensors: those on other devices, in files or in shared memory stay in small pages.
-        kernel: does it.
-
-    Returns:
-        Bytes that lie in huge pages now: none where the kernel has no such pages, or memory is short.
+    What else lies in such a page moves with them, and its holes are filled with zeros. Tensors on other devices, in
+    files or in shared memory stay in small pages. Returns the bytes that lie in huge pages now: none where the kernel
+    has no such pages, or memory is short.
     """
     pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
     if not pages:

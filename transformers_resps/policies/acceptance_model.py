@@ -48,14 +48,7 @@ class PlattScaling:
 
 
 class AcceptanceModel:
-    """Probabilities of acceptance by score and level.
-
-    Args:
-        scalings: one for each of the first `LEVELS` levels.
-
-    Raises:
-        ValueError: there are more or fewer.
-    """
+    """Probabilities of acceptance by score and level, with a scaling for each of the first `LEVELS` levels."""
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)

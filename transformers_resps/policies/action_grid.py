@@ -9,14 +9,7 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class ActionGrid:
-    """A finite set of shapes; an action is an index into it.
-
-    Args:
-        shapes: distinct, at least one.
-
-    Raises:
-        ValueError: there is no shape, one occurs twice, or an element is no `TreeShape`.
-    """
+    """A set of shapes, at least one; an action is an index into it."""
 
     shapes: tuple[TreeShape, ...]
 
@@ -62,15 +55,10 @@ class ActionGrid:
 
     @classmethod
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
-        """All combinations that a head can fill without unused levels, in order.
+        """All combinations, in order, that a head can fill without unused levels. A plain step comes first.
 
-        Args:
-            total_tokens: nodes verified, root included.
-            depths: drafted levels, counted as `TreeShape` does.
-            top_ks: children per node.
-
-        A plain step comes first. A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is
-        smaller than its tree, and when the tree has fewer drafted nodes than levels.
+        A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is smaller than its tree, and when
+        the tree has fewer drafted nodes than levels.
         """
         shapes = [
             TreeShape(total, depth, top_k)

@@ -196,11 +196,7 @@ def _of_wrapped(name: str) -> Any:
 
 
 class PolicyWrapper(Policy):
-    """Decides as the wrapped `policy`, and tells of itself what that one tells; a subclass overrides what it changes.
-
-    Args:
-        policy: the wrapped one.
-    """
+    """Decides as the wrapped `policy` and tells of itself what that tells; a subclass overrides what it changes."""
 
     needs_head: bool = _of_wrapped("needs_head")
     uses_lookup: bool = _of_wrapped("uses_lookup")
@@ -228,12 +224,7 @@ class PolicyWrapper(Policy):
 
 
 class Trials:
-    """When to do again what does not pay: after ever more chances, until it pays.
-
-    Args:
-        first: chances up to the first trial.
-        last: the most between two.
-    """
+    """When to do again what does not pay: after `first` chances, then after ever more, up to `last`, until it pays."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last

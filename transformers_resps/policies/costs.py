@@ -17,13 +17,9 @@ Range = tuple[float, float]  # seconds: first and third quartile of the repeats
 
 
 class CostModel(ABC):
-    """Seconds of the parts of a step.
+    """Seconds of the parts of a step."""
 
-    Attributes:
-        overhead: seconds of a step outside its forwards: acceptance, caches, policy.
-    """
-
-    overhead: float
+    overhead: float  # of a step outside its forwards: acceptance, caches, policy
 
     @abstractmethod
     def verify_seconds(self, nodes: int, context: int) -> float:

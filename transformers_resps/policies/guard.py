@@ -335,13 +335,10 @@ class ExplorationBudget:
     loses at most what it began with, `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, and
     `CONFIDENT_STEPS` where the policy is confident. It begins with `START_STEPS`, or with up to `MAX_CARRIED_STEPS`
     that earlier calls have won.
-
-    Attributes:
-        seconds: what may be lost now; negative while more was lost than was there.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = 0.0  # that may be lost now; negative while more was lost than was there
 
     def begin_call(self, plain_seconds: float) -> None:
         """Start a call: losses are forgiven, and little of the gains is carried over."""
@@ -459,11 +456,7 @@ class PlainTiming:
 
 
 class PlainClock:
-    """Knows the seconds of a plain step, and when to time one again.
-
-    Attributes:
-        seconds: of a plain step; 0 before one was timed.
-    """
+    """Knows the `seconds` of a plain step, 0 before one was timed, and when to time one again."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds

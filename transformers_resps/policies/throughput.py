@@ -367,15 +367,10 @@ class _Step:
 
 
 def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
-    """How many nodes to add to a tree, from the first.
+    """How many nodes to add to a tree, from the first, and their expected tokens less what verifying them costs.
 
-    Args:
-        seconds: of verifying the tree as it is, with one node more, with two, and so on.
-        worth: expected tokens of each node.
-        rate: tokens that a second is worth.
-
-    Returns:
-        The number of nodes, and their expected tokens less what verifying them costs.
+    `seconds` are those of verifying the tree as it is, with one node more, with two, and so on; `worth` holds expected
+    tokens of each node, and `rate` is how many a second is worth.
     """
     gain, best_gain, best = rate * seconds[0], 0.0, 0
     for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
@@ -400,14 +395,10 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """The rate of tokens so far, what asking the head and looking up gain, and when what does not pay is tried again.
-
-    Attributes:
-        head_was_right: whether the head predicted a token of the last step that asked it, in most rows.
-    """
+    """The rate of tokens so far, what asking the head and looking up gain, and when to try again what does not pay."""
 
     def __init__(self) -> None:
-        self.head_was_right = True
+        self.head_was_right = True  # whether it predicted a token of the last step that asked it, in most rows
         self._tokens, self._seconds = 0.0, 0.0  # decayed sums
         # Means of drafts: what they would gain without lookup, by `head_was_right`; and their price. That of the first
         # draft may be an interruption's, so it begins at nothing
@@ -436,8 +427,7 @@ class ThroughputMemory:
     def asks_head(self, lookup_hit: float) -> bool:
         """Whether asking the head pays after a step like the last one, or is due for another probe.
 
-        Args:
-            lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
+        It gains nothing where the lookup's first token is right, with a probability of `lookup_hit`.
         """
         pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
@@ -451,26 +441,22 @@ class ThroughputMemory:
         self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
 
 
+def doubled(width: int, most: int) -> tuple[int, ...]:
+    """The widths `width`, twice as much and so on, up to `most` children per node."""
+    return (width, *doubled(min(2 * width, most), most)) if width < most else (width,)
+
+
 class WiderDrafts:
     """Drafts wider while that gains more tokens than it takes time.
 
     The next wider width is tried now and then. Its draft contains the narrower one, so that both are compared at the
     same place of a text, by what their nodes are estimated to gain less their price: tokens of other places, which
     differ far more, say nothing here.
-
-    Args:
-        most: children per node of the widest tree.
-
-    Attributes:
-        widths: in ascending order.
     """
 
     def __init__(self, most: int) -> None:
-        widths = [min(_FIRST_WIDTH, most)]
-        while widths[-1] < most:
-            widths.append(min(2 * widths[-1], most))
-        self.widths, self._place = tuple(widths), 0
-        self._gains = [0.0] * len(widths)  # over the next narrower one, in tokens: means
+        self.widths, self._place = doubled(min(_FIRST_WIDTH, most), most), 0
+        self._gains = [0.0] * len(self.widths)  # over the next narrower one, in tokens: means
         self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
 
     def choose(self) -> tuple[int, int]:
@@ -494,15 +480,10 @@ class WidthMemory:
 
     Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing: only the clock
     knows. The next wider or narrower width is tried, and less often each time that none is better.
-
-    Args:
-        most: children per node of the widest tree.
     """
 
     def __init__(self, most: int) -> None:
-        self._widths = [1]
-        while self._widths[-1] < most:
-            self._widths.append(min(2 * self._widths[-1], most))
+        self._widths = doubled(1, most)
         self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decayed sums
         self._best = self._chosen = 0
         self._trial_in = self._trial_every = _FIRST_TRIAL

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -45,15 +45,9 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
     return decode([previous, token_id])[len(decode([previous])) :]
 
 
-class Bar(Protocol):
-    """What is moved: a `tqdm`, for example."""
-
-    def update(self, n: int) -> Any: ...
-
-
 @contextmanager
-def moving(bar: Bar, model: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Inside, `bar` moves by `rows`, evenly over the forwards that a batch of so many rows takes at most.
+def moving(bar: Any, model: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
+    """Inside, a `tqdm` moves by `rows`, evenly over the forwards that a batch of so many rows takes at most.
 
     What is left when the batch ends early is made up at the end.
     """

@@ -30,11 +30,9 @@ class Pace:
         self._has_warned = False
 
     def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """The steps of one call.
+        """The steps of one call with `threads` of the CPU, 1 where none has to wait for another.
 
-        Args:
-            settings: what a forward takes depends on, sizes aside.
-            threads: of the CPU that compute a forward; 1 where none has to wait for another.
+        On the `settings` depends what a forward takes, sizes aside.
         """
         return CallPace(self, settings, threads)
 

@@ -51,12 +51,10 @@ def rate(timed: Iterable[Timed]) -> float:
 def bootstrap_interval(
     own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement.
+    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement, alike in every call.
 
-    Args:
-        own: answers to each prompt, all its turns and repeats together.
-        base: of the same prompts in the same order, so that a draw is paired.
-        draws: samples of prompts, the same ones in every call.
+    `own` holds the answers to each prompt, all its turns and repeats together; `base` those to the same prompts in the
+    same order, so that a draw is paired.
     """
     totals = [
         [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
@@ -74,16 +72,10 @@ def bootstrap_interval(
 
 
 class Proposed(NamedTuple):
-    """Accepted nodes of all rows, by who proposed them.
+    """Accepted nodes of all rows, by who proposed them."""
 
-    Attributes:
-        drafter: the head, or another source of levels, alone.
-        lookup: prompt lookup alone.
-        both: the two of them.
-    """
-
-    drafter: int = 0
-    lookup: int = 0
+    drafter: int = 0  # the head, or another source of levels, alone
+    lookup: int = 0  # prompt lookup alone
     both: int = 0
 
 
