@@ -145,6 +145,16 @@ def test_any_generator_drafts_in_our_tree(
             assert matches == verified or (length - 1) % 5 == 0
 
 
+@pytest.mark.parametrize("policy", [None, CHAIN])
+def test_a_generator_that_attach_was_given_drafts_in_each_call(target: PreTrainedModel, policy: Any) -> None:
+    expected = plain(target, GREEDY)
+    model = attach(copy.deepcopy(target), assistant_model=Knows(expected[0]), policy=policy)
+    for _ in range(2):
+        out = model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
+        assert out.sequences.tolist() == expected and out.speculation.mean_acceptance_length > 2
+    assert model.generate(PROMPT, **GREEDY, policy="plain").tolist() == expected
+
+
 def lookup_of_transformers(model: PreTrainedModel) -> CandidateGenerator:
     return PromptLookupCandidateGenerator(num_output_tokens=4, max_matching_ngram_size=2, max_length=60)
 

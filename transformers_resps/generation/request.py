@@ -105,8 +105,11 @@ class Keywords:
 
     @property
     def asks_trees(self) -> bool:
-        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
-        return not self.is_plain and (self.policy is not None or isinstance(self.assistant_model, list | tuple))
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants. Its
+        candidate generators always are, since stock takes none.
+        """
+        asks = self.policy is not None or isinstance(self.assistant_model, list | tuple | CandidateGenerator)
+        return asks and not self.is_plain
 
     def loaded(self, load: Callable[[Any], Any]) -> Self:
         """The same with every assistant as `load` returns it."""
@@ -256,10 +259,10 @@ class Assistants:
                 self._named[key] = _named_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
-        if isinstance(model, CandidateGenerator):
-            return self._sources.setdefault(model, ForeignSource(model))
         if not as_source or isinstance(model, DraftSource):
             return assistant
+        if isinstance(model, CandidateGenerator):
+            return self._sources.setdefault(model, ForeignSource(model))
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
