@@ -207,18 +207,19 @@ def compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]],
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
         prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
-        written, report = model.speculative(prompts, seed, **settings)
-        tokens += sum(map(len, written.outputs))
-        forwards += sum(step.decoded_rows for step in report.steps)
         if alone:
             at_once = settings | {"prefill_chunk_size": None}
-            expected = [model.plain([prompt], seed, **at_once).outputs[0] for prompt in prompts]
+            plain = [model.plain([prompt], seed, **at_once) for prompt in prompts]
         else:
-            plain = model.plain(prompts, seed, **settings)
-            expected = plain.outputs
+            plain = [model.plain(prompts, seed, **settings)]
+        own, report = model.speculative(prompts, seed, **settings)
+        tokens += sum(map(len, own.outputs))
+        forwards += sum(step.decoded_rows for step in report.steps)
+        if not alone:
             where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
-            mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, written)]
-        for call, *outputs in zip(calls, expected, written.outputs, strict=True):
+            mismatches += [where + mismatch for mismatch in _mismatches_beside(plain[0], own)]
+        expected = [output for written in plain for output in written.outputs]
+        for call, *outputs in zip(calls, expected, own.outputs, strict=True):
             difference = _first_difference(model, call, *outputs)
             differences += [] if difference is None else [difference]
     return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
