@@ -134,8 +134,7 @@ class CompiledFunction:
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:
-        is_stock = self._options is None and inputs[0].device.type == "cpu"
-        return is_stock and self._packages is not None and self._packages.are_kept
+        return self.needs_compiler(inputs) and self._packages is not None and self._packages.are_kept
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Any) -> bool:
         """Take code for inputs of these sizes from a package, if one lies ready. `outputs` are the function's."""

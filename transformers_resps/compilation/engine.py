@@ -151,12 +151,11 @@ class CompileEngine(ABC, Generic[Owner]):
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         """Compile or capture for inputs of these sizes, and give up if the values are not those of eager code."""
-        started = self._clock()
-        # First, because Transformers adds the hooks that are compiled at an eager call. What it raises is no fault of
-        # a compiler.
-        outputs = code.function(*inputs, *buffers)
-        expected = code.compared(outputs)
-        try:
+        with self.preparing():
+            # First, because Transformers adds the hooks that are compiled at an eager call. What it raises is no fault
+            # of a compiler.
+            outputs = code.function(*inputs, *buffers)
+            expected = code.compared(outputs)
             if isinstance(code.fast, CompiledFunction):
                 if code.fast.load(inputs, buffers, outputs):
                     reason = self._difference(code, inputs, buffers, expected)
@@ -170,8 +169,6 @@ class CompileEngine(ABC, Generic[Owner]):
             begun = self._clock()
             reason = self._difference(code, inputs, buffers, expected)
             self.expected_seconds = self._clock() - begun
-        finally:
-            self._untaken_seconds += self._clock() - started
         if reason is not None:
             self._give_up(reason)
 

@@ -459,18 +459,14 @@ def _about(module: nn.Module) -> dict[str, str]:
         name: (list(part.shape), str(part.dtype), _sampled_values(part)) for name, part in _named(module).items()
     }
     count = sum(part.numel() for part in module.parameters())
+    settings = torch._inductor.config.save_config_portable()
+    settings.pop("aot_inductor.metadata", None)  # which AOTInductor writes there as it compiles
     return _about_here() | {
         "model": f"{_model_name(module)}, {count} parameters",
         "modules": _digest_of([str(module), _configs(module), _sources(module), weights]),
         "threads": str(torch.get_num_threads()),
-        "inductor settings": _digest_of(_inductor_settings()),
+        "inductor settings": _digest_of(settings),
     }
-
-
-def _inductor_settings() -> dict[str, Any]:
-    """Without what AOTInductor notes there as it compiles."""
-    settings: dict[str, Any] = torch._inductor.config.save_config_portable()
-    return {name: value for name, value in settings.items() if name != "aot_inductor.metadata"}
 
 
 def traced_files() -> list[Path]:

@@ -103,16 +103,13 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
     """Addresses of the huge pages that can take these tensors, ascending."""
     filled = Counter[int]()
-    for start, stop in {_span(tensor) for tensor in tensors if _is_in_memory(tensor)}:
+    in_memory = (one for one in tensors if one.device.type == "cpu" and (one.is_mkldnn or one.layout is torch.strided))
+    for start, stop in set(map(_span, in_memory)):
         for page in range(start // HUGE * HUGE, stop, HUGE):
             filled[page] += min(stop, page + HUGE) - max(start, page)
     pages = sorted(page for page, size in filled.items() if 2 * size >= HUGE)
     ranges = kernel.own_ranges() if pages else []
     return [page for page in pages if _lies_in(ranges, page, page + HUGE)]
-
-
-def _is_in_memory(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and (tensor.is_mkldnn or tensor.layout is torch.strided)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -51,7 +51,6 @@ class PolicyCache:
             policies[key] = policy
 
     def clear(self) -> None:
-        """Forget all that was learned."""
         self._policies.clear()
 
     def __reduce__(self) -> tuple[type["PolicyCache"], tuple[()]]:

@@ -190,15 +190,13 @@ def _interpolated(row: dict[int, float], at: int) -> float:
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and all(map(_is_size, row)) and all(map(_is_time, row.values()))
+    return (
+        isinstance(row, dict) and all(map(_is_size, row)) and all(_is_cost(value) and value for value in row.values())
+    )
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_time(value: Any) -> bool:
-    return _is_cost(value) and value != 0
 
 
 def _is_cost(value: Any) -> bool:
@@ -309,7 +307,10 @@ class RunningCosts(CostModel):
         else:
             self._add_rest(step_seconds - verify_seconds, looks_up=looks_up)
             if has_looked and not looks_up:
-                self._add_look(draft_seconds)
+                self._looks += 1
+                known = self._look_seconds
+                newest = min(draft_seconds, INTERRUPTED * known) if known > 0.0 else draft_seconds
+                self._look_seconds = _mean(known or None, newest)
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
@@ -321,11 +322,6 @@ class RunningCosts(CostModel):
             most = self.lookup_seconds + (INTERRUPTED - 1.0) * self.step_seconds(TreeShape.plain(), 0)
             longer = min(max(seconds - self._plain_rest, 0.0), most)
             self.lookup_seconds = _mean(self.lookup_seconds or None, longer)
-
-    def _add_look(self, seconds: float) -> None:
-        self._looks += 1
-        known = self._look_seconds
-        self._look_seconds = _mean(known or None, min(seconds, INTERRUPTED * known) if known > 0.0 else seconds)
 
     @property
     def look_seconds(self) -> float:

@@ -76,7 +76,6 @@ class ReSpSConfig:
         return replace(published, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         return {name: getattr(self, name) for name in self.__slots__} | {"grid": self.grid.to_list()}
 
     @classmethod
@@ -86,15 +85,11 @@ class ReSpSConfig:
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212).
+    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212), for F features and a actions.
 
-    Args:
-        feature_size: width F of an observation.
-        action_count: a.
-        hidden_size: width of both layers.
-        normalize: bring each observation to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream, a few
-            of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
-            paper's preset.
+    With `normalize` each observation is brought to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream,
+    a few of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
+    paper's preset.
     """
 
     def __init__(
@@ -205,11 +200,7 @@ class ReSpSPolicy(SavedPolicy):
         return self.config.grid[int(action)]
 
     def checked(self, features: Tensor | None) -> Tensor:
-        """Return the features `[b, F]`.
-
-        Raises:
-            ValueError: they are missing, or have another width than in training.
-        """
+        """Return the features `[b, F]`; raises `ValueError` if there are none, or other ones than in training."""
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
             raise ValueError(
@@ -223,11 +214,7 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Refuse another target, head or set of shapes than the policy was trained with; `None` is not compared.
-
-        Raises:
-            ValueError: one differs; the message names both sides.
-        """
+        """Refuse another target, head or set of shapes than the policy was trained with; `None` is not compared."""
         super().check_identity(target=target, head=head)
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]

@@ -201,8 +201,9 @@ class ThroughputPolicy(SavedPolicy):
         step.expected = sum(worth for worth, _ in ranked[:count])
         price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
         self._memory.note_draft(gain, price, step.lookup_hit)
-        if step.narrower:
-            step.wider_gain = self._gain_of_width(scores, bounds, gain)
+        if step.narrower and (inner := narrowed(scores, bounds, step.width, step.narrower)) is not None:
+            ranked_inside, _ = self._rank(*inner)
+            step.wider_gain = gain - self._best_prefix([worth for worth, _ in ranked_inside])[1]
         if not step.is_ragged:
             return count + 1
         chosen = Counter(row for _, row in ranked[:count])
@@ -231,40 +232,20 @@ class ThroughputPolicy(SavedPolicy):
             ranked.sort(reverse=True)
         return ranked, held
 
-    def _gain_of_width(self, scores: Tensor, bounds: Sequence[int], gain: float) -> float | None:
-        """By how many tokens this draft, which gains so many, gains more than the narrower one that it contains."""
-        inner = narrowed(scores, bounds, self._step.width, self._step.narrower)
-        if inner is None:
-            return None
-        ranked, _ = self._rank(*inner)
-        return gain - self._best_prefix([worth for worth, _ in ranked])[1]
-
     def observe(self, record: StepRecord) -> None:
-        level_probs = self._step.level_probs
+        step, level_probs = self._step, self._step.level_probs
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-        looks_up = record.verified > 1 and not record.shape.asks_head
-        self.costs.add(
-            record.computed,
-            levels,
-            *times,
-            width=self._step.width,
-            rows=record.rows_of_a_node,
-            looks_up=looks_up,
-            has_looked=self._step.has_looked,
-        )
-        self._step.has_looked = False  # a guard may take the next step without asking
+        looks = {"looks_up": record.verified > 1 and not record.shape.asks_head, "has_looked": step.has_looked}
+        self.costs.add(record.computed, levels, *times, width=step.width, rows=record.rows_of_a_node, **looks)
+        step.has_looked = False  # a guard may take the next step without asking
         self._memory.add(record)
-        if self._step.paths_cost and levels and record.verified > 1:
-            self._widths.add(1.0 + self._step.expected, record.step_seconds)
-        if levels:
-            self._learn(record, level_probs)
-            self._compare_widths(levels)
-
-    def _compare_widths(self, levels: int) -> None:
-        """Note what a wider draft has gained for its price, which is known only now."""
-        step = self._step
-        if step.wider_gain is not None:
+        if step.paths_cost and levels and record.verified > 1:
+            self._widths.add(1.0 + step.expected, record.step_seconds)
+        if not levels:
+            return
+        self._learn(record, level_probs)
+        if step.wider_gain is not None:  # the price of a wider draft is known only now
             wider, narrower = (self.costs.draft_seconds(width, levels) for width in (step.width, step.narrower))
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -205,17 +205,12 @@ def _read(target: PreTrainedModel, prompt: Tensor, output: Tensor, node_count: i
     rows: list[Tensor] = []
     with TreeVerifier.of(target, len(prompt)) as verifier:
         verifier.prefill(prompt[None], logits_to_keep=1)
-        for tree in _chains(output, node_count):
-            logits, _ = verifier.verify(tree)
-            verifier.keep(torch.arange(tree.node_count, device=target.device)[None], [list(range(tree.node_count))])
+        for tokens in output[None].split(node_count, dim=1):
+            order = torch.arange(tokens.shape[1], device=target.device)[None]
+            logits, _ = verifier.verify(DraftTree.from_parents(tokens, (order - 1).clamp(min=0)))
+            verifier.keep(order, order.tolist())
             rows += logits[0].cpu()
     return rows
-
-
-def _chains(output: Tensor, node_count: int) -> Iterator[DraftTree]:
-    for tokens in output[None].split(node_count, dim=1):
-        order = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0))
 
 
 def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:
