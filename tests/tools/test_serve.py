@@ -126,7 +126,7 @@ def serving_from(
     """The port of a server of these targets."""
     figures = serving.Figures()
     worker = serving.OneAtATime(figures)
-    served = [serving.Served(str(folder / name), head) for name, head in heads.items()]
+    served = {str(folder / name): head for name, head in heads.items()}
     loading: dict[str, Any] = {"policy": "10,2,9", "compile": None, "device": "cpu", "packed": False}
     loading |= {"dtype": dtype, "invariant": invariant}
     models = serving.AttachedModels(served, **loading, worker=worker)

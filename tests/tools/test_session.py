@@ -25,8 +25,8 @@ from transformers_resps.tools.methods import (
     draft_model,
     fixed_tree,
     invariant,
-    invariant_plain,
     plain,
+    plain_steps,
     policies,
     prompt_lookup,
 )
@@ -236,7 +236,7 @@ def test_in_half_precision_a_near_tie_is_passed_over_in_the_normal_mode_alone(
 ) -> None:
     bench.target.bfloat16().lm_head.weight.data.zero_()  # every token is as likely as any other
     tree = fixed_tree(tiny_head, SHAPE)
-    methods = [plain(), invariant_plain(), tree, invariant(tree)]
+    methods = [plain(), invariant(plain_steps()), tree, invariant(tree)]
 
     def run(name: str, text: list[int]) -> Run:
         return Run(AnswerTiming(name, PROMPT.name, 0, 2, 2, 1.0, 1, temperature), torch.tensor(text))

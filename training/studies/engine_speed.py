@@ -42,9 +42,9 @@ from transformers_resps.tools.methods import (
     Generate,
     Prompt,
     compiled,
-    compiled_plain,
     fixed_tree,
     plain,
+    plain_steps,
     policies,
     prompt_lookup,
 )
@@ -100,7 +100,7 @@ def ways_of(
     """
     found = [
         Way(plain()),
-        *([Way(compiled_plain())] if compiles else []),
+        *([Way(compiled(plain_steps()))] if compiles else []),
         *([Way(prompt_lookup())] if looks_up else []),
     ]
     for tau, head in heads.items():
@@ -175,7 +175,7 @@ class EngineBench:
         ]
         short = replace(prompts[0], input_ids=prompts[0].input_ids[:_WARM_UP])
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(short)
-        writes = compiled_plain() if args.compiled and reason is None else plain()
+        writes = compiled(plain_steps()) if args.compiled and reason is None else plain()
         texts = [torch.cat([prompt.input_ids, bench.decode(prompt, writes).token_ids]) for prompt in prompts]
         heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}

@@ -28,7 +28,7 @@ from training.benchmarking.peers import load_peers
 from transformers_resps import attach
 from transformers_resps.tools.cli import dtype, model, positive
 from transformers_resps.tools.loading import load_source, load_target
-from transformers_resps.tools.methods import Method, compiled, compiled_plain, plain, policies
+from transformers_resps.tools.methods import Method, compiled, plain, plain_steps, policies
 from transformers_resps.tools.session import read_dialogues, spread
 
 from .experiment import execute, print_table
@@ -47,7 +47,7 @@ def ready(way: str, args: argparse.Namespace) -> tuple[Any, Method]:
         return named, next(peer for peer in load_peers(["openvino"], named, None) if peer.name == way)
     target = attach(load_target(args.target, args.dtype, "cpu"))
     if way.startswith("plain"):
-        return target, plain() if way == "plain" else compiled_plain()
+        return target, plain() if way == "plain" else compiled(plain_steps())
     (auto,) = policies(load_source(args.head, target), {"auto": "auto"})
     return target, auto if way == "auto" else compiled(auto)
 

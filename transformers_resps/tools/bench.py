@@ -34,13 +34,12 @@ from .methods import (
     Method,
     Prompt,
     compiled,
-    compiled_plain,
     draft_model,
     eagle_trees,
     fixed_tree,
     invariant,
-    invariant_plain,
     plain,
+    plain_steps,
     policies,
     prompt_lookup,
 )
@@ -261,9 +260,9 @@ def methods_of(
     """
     stock = [
         plain(),
-        *([compiled_plain()] if compiles else []),
-        *([invariant_plain()] if config.invariant else []),
-        *([invariant(compiled_plain())] if config.invariant and compiles else []),
+        *([compiled(plain_steps())] if compiles else []),
+        *([invariant(plain_steps())] if config.invariant else []),
+        *([invariant(compiled(plain_steps()))] if config.invariant and compiles else []),
         *([prompt_lookup()] if PROMPT_LOOKUP in config.chosen else []),
         *([] if models.draft_model is None else [draft_model(models.draft_model)]),
     ]

@@ -62,17 +62,15 @@ def what_must_be_accepted(table: CostTable) -> str:
     ranges += [table.plain_range[context]] if context in table.plain_range else []
     spread = max((high - low for low, high in ranges), default=0.0) / plain
     difference = max(1.0, *costs.values()) - min(1.0, *costs.values())
+    doubt = ""
     if spread > max(difference, _MIN_SPREAD):
+        doubt = f"repeats of one forward differ by {spread:.1f} plain forwards, the costs by {difference:.1f}"
+    elif (times := _contradiction(table)) > _IMPOSSIBLE:
+        doubt = f"one forward took {times:.1f} times as long as another that is as large or larger"
+    if doubt:
         return (
-            f"TOO NOISY TO TELL: repeats of one forward differ by {spread:.1f} plain forwards, the costs by "
-            f"{difference:.1f}. Wait until the machine is idle, then measure again with --refresh.\n"
-            f"Cost of verifying, in plain forwards, as measured: {listed}."
-        )
-    if (times := _contradiction(table)) > _IMPOSSIBLE:
-        return (
-            f"TOO NOISY TO TELL: one forward took {times:.1f} times as long as another that is as large or larger. "
-            "Wait until no other process uses the cores, then measure again with --refresh.\n"
-            f"Cost of verifying, in plain forwards, as measured: {listed}."
+            f"TOO NOISY TO TELL: {doubt}. Wait until no other process uses the cores, then measure again with "
+            f"--refresh.\nCost of verifying, in plain forwards, as measured: {listed}."
         )
     least = min(costs.values())
     verdict = "can pay" if least < _PAYS_BELOW else "can hardly pay"

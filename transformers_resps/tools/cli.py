@@ -179,8 +179,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--temperature", nargs="+", type=temperature, dest="temperatures", metavar="T", help=greedy)
     add("--max-new-tokens", type=positive, help="of an answer; default: 128")
     add("--repeats", type=positive, help="of everything; default: 3")
-    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    add("--device", type=device, help="default: cuda if available, otherwise cpu")
+    _add_loading_options(add)
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
     both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
     add("--compile", action="store_true", help=both)
@@ -198,8 +197,7 @@ def _add_serve(commands: Any) -> None:
     add("--policy", default="auto", help=named)
     compiled = "compiled steps: when they pay, or not"
     add("--compile", choices=("auto", "always", "never"), default="never", help=compiled)
-    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    add("--device", type=device, help="default: cuda if available, or cpu")
+    _add_loading_options(add)
     add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
     _add_invariant_option(add, "answer every request")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
@@ -276,8 +274,12 @@ def positive(text: str) -> int:
 
 def _add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
-    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    parser.add_argument("--device", type=device, help="default: cuda if available, or cpu")
+    _add_loading_options(parser.add_argument)
+
+
+def _add_loading_options(add: Callable[..., Any]) -> None:
+    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    add("--device", type=device, help="default: cuda if available, or cpu")
 
 
 def _add_invariant_option(add: Callable[..., Any], what: str) -> None:

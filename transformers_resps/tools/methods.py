@@ -118,9 +118,9 @@ def compiled(method: Generate) -> Generate:
     return replace(method, name=method.name + COMPILED, keywords={**method.keywords, "compile": True})
 
 
-def compiled_plain() -> Generate:
-    """Return plain decoding with the compilation and the caches of `compiled` trees."""
-    return compiled(_plain_steps())
+def plain_steps() -> Generate:
+    """Return plain decoding by our own steps, which can be compiled and invariant, with the caches of trees."""
+    return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
 def invariant(method: Generate) -> Generate:
@@ -128,15 +128,6 @@ def invariant(method: Generate) -> Generate:
     reference = (COMPILED_PLAIN if "compile" in method.keywords else PLAIN) + INVARIANT
     keywords = {**method.keywords, "invariant": True}
     return replace(method, name=method.name + INVARIANT, keywords=keywords, reference=reference)
-
-
-def invariant_plain() -> Generate:
-    """Return plain decoding of the invariant mode."""
-    return invariant(_plain_steps())
-
-
-def _plain_steps() -> Generate:
-    return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
 def prompt_lookup() -> Generate:
@@ -200,7 +191,7 @@ class Bench:
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
         """Return why plain decoding cannot be compiled, or `None` after it was."""
-        self.decode(prompt, compiled_plain(), max_new_tokens=2)
+        self.decode(prompt, compiled(plain_steps()), max_new_tokens=2)
         engine = self.target.speculation_state.slot_engine
         return None if engine.is_compiled else str(engine.obstacle)
 

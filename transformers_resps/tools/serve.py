@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         figures = serving.Figures()
         worker = serving.OneAtATime(figures)
         models = serving.AttachedModels(
-            [serving.Served(*pair) for pair in zip(args.targets, heads or [None] * len(args.targets), strict=True)],
+            dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             policy=args.policy,
             compile={"auto": "auto", "always": True, "never": None}[args.compile],
             invariant=args.invariant,

@@ -9,11 +9,11 @@ import asyncio
 import inspect
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Event, Lock
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -244,23 +244,16 @@ class OneManager(utils.GenerationState):
         return self._manager
 
 
-class Served(NamedTuple):
-    """A target that is served: its name, and that of its head if it has one."""
-
-    target: str
-    head: str | None
-
-
 class AttachedModels(model_manager.ModelManager):
     """The targets of the command line and no others, each loaded once and attached.
 
-    `policy` is what `resps` commands name so, `compile` what `attach` takes, and `loading` are keywords of
-    `load_target`. The `worker` is waited for before models are dropped.
+    `heads` are the names of the targets and of their heads, `policy` is what `resps` commands name so, `compile` what
+    `attach` takes, and `loading` are keywords of `load_target`. The `worker` is waited for before models are dropped.
     """
 
     def __init__(
         self,
-        served: Sequence[Served],
+        heads: Mapping[str, str | None],
         *,
         policy: str | None,
         compile: Any,
@@ -269,15 +262,12 @@ class AttachedModels(model_manager.ModelManager):
         **loading: Any,
     ) -> None:
         super().__init__(model_timeout=-1)  # never unloaded
-        self._served = {self.process_model_name(one.target): one for one in served}
+        self.names = list(heads)
+        self._served = {self.process_model_name(target): (target, head) for target, head in heads.items()}
         self._policy, self._compile, self._worker = policy, compile, worker
         self.is_invariant, self._loading = invariant, loading
         for name in self._served:
             self.load_model_and_processor(name)
-
-    @property
-    def names(self) -> list[str]:
-        return [one.target for one in self._served.values()]
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         if model_id_and_revision not in self._served:
@@ -285,9 +275,9 @@ class AttachedModels(model_manager.ModelManager):
         return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
 
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        one = self._served[model_id_and_revision]
-        target = load_target(one.target, **self._loading)
-        head = load_source(one.head, target)
+        name, head_name = self._served[model_id_and_revision]
+        target = load_target(name, **self._loading)
+        head = load_source(head_name, target)
         policy: Policy | str = load_policy(self._policy, head)
         defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
         model = attach(target, assistant_model=head, **defaults)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..data import to_tokens
-from ..testing import LosslessReport, NotLosslessError, assert_lossless
+from ..testing import NotLosslessError, assert_lossless
 from ..testing.divergence import move_of_gaps
 from .loading import load_policy, load_source, load_target, questions_in, read_conversations
 
@@ -32,24 +32,21 @@ def run(args: argparse.Namespace) -> int:
         report = assert_lossless(target, head, policy, prompts, **settings)
     except NotLosslessError as error:
         report = error.report
-    print(json.dumps(told(report), default=str) if args.json else report)
+    if args.json:
+        judged = {name: getattr(report, name) for name in ("verdict", "is_lossless", "is_tested")}
+        print(json.dumps(judged | asdict(report), default=str))  # what JSON has no value for is told in words
+    else:
+        print(report)
     return 1 if not report.is_lossless else 0 if report.is_tested else 2
 
 
-def told(report: LosslessReport) -> dict[str, Any]:
-    """Return the report as JSON values; what has none is told in words."""
-    judged = {"verdict": report.verdict, "is_lossless": report.is_lossless, "is_tested": report.is_tested}
-    return judged | asdict(report)
-
-
-def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int, *, as_json: bool = False) -> int:
+def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int, *, as_json: bool) -> int:
     """Print one line per number of nodes; always 0, because nothing is judged."""
-    found = move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0])
+    moves = move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0])
     if as_json:
-        rows = [{"nodes": one.nodes, "gaps": len(one.moves), "flips": len(one.flipped)} for one in found]
-        print(json.dumps(rows))
+        print(json.dumps([{"nodes": f.nodes, "gaps": len(f.moves), "flips": len(f.flipped)} for f in moves]))
         return 0
     print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
-    for moved in found:
-        print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
+    for forward in moves:
+        print(f"{f'{forward.nodes} nodes' if forward.nodes else 'all at once'}: {forward}")
     return 0
