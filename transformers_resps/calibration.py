@@ -174,11 +174,11 @@ def device_name(device: torch.device) -> str:
 def processor_name(information: Path) -> str:
     """The CPU in a file like `/proc/cpuinfo`; without such a file, what Python knows of it."""
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    name, family, model = (found.get(detail) for detail in ("model name", "cpu family", "model"))
+        fields.setdefault(key.strip(), value.strip())
+    name, family, model = (fields.get(detail) for detail in ("model name", "cpu family", "model"))
     # A name alone may stand for several generations
     generation = f" (family {family}, model {model})" if family and model else ""
     return f"{name}{generation}" if name else platform.processor() or platform.machine()
@@ -250,15 +250,15 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
     """Seconds of a forward as plain `generate` makes it."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
-    places = torch.arange(context + 1, device=target.device)[None]
-    tokens = places.remainder(target.config.get_text_config().vocab_size)
+    positions = torch.arange(context + 1, device=target.device)[None]
+    tokens = positions.remainder(target.config.get_text_config().vocab_size)
     options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
 
     def decode() -> None:
-        target(input_ids=tokens[:, -1:], position_ids=places[:, -1:], **options).logits[0, -1, 0].item()
+        target(input_ids=tokens[:, -1:], position_ids=positions[:, -1:], **options).logits[0, -1, 0].item()
         crop(cache, 1)
 
-    target(input_ids=tokens[:, :-1], position_ids=places[:, :-1], **options)
+    target(input_ids=tokens[:, :-1], position_ids=positions[:, :-1], **options)
     crop(cache, 0)
     return _Measured.of(watch.time(decode))
 
@@ -286,10 +286,10 @@ def _time_drafting(
         for width in WIDTHS:
             several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))
             pairs = zip(several, one, strict=False)  # a slow machine may have repeated one less
-            found = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
+            one_level = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
             shortest = statistics.median(one)
             median = _of_one(statistics.median(several), shortest, most - 1)
-            levels[width] = _Measured(median, min(median, found.low), max(median, found.high))
+            levels[width] = _Measured(median, min(median, one_level.low), max(median, one_level.high))
             starts[width] = max(shortest - median, 0.0)
     return starts, levels
 

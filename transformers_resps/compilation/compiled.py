@@ -35,7 +35,7 @@ _UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, Loo
 
 # Of each tensor, the dimensions whose sizes change from call to call.
 DynamicSizes = Sequence[Sequence[int]]
-_Kind = tuple[Hashable, Hashable]
+_Key = tuple[Hashable, Hashable]
 
 
 class CompiledFunction:
@@ -69,12 +69,12 @@ class CompiledFunction:
         self._inductor = _INDUCTOR | (_AS_EAGER if is_invariant else {})
         self._is_invariant, self._packages, self._name = is_invariant, packages, name
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
-        self._compiled: dict[_Kind, Callable[..., Any]] = {}
+        self._compiled: dict[_Key, Callable[..., Any]] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
-        kind, tensors = self._kind(inputs), [*(_dense(part) for part in inputs), *buffers]
-        code = self._compiled.get(kind)
+        key, tensors = self._key(inputs), [*(_dense(part) for part in inputs), *buffers]
+        code = self._compiled.get(key)
         if code is not None and _serves(code, tensors):
             return code(*tensors)
         sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
@@ -86,10 +86,10 @@ class CompiledFunction:
                 logger.info(f"Compiled code of {self._name} ends with this process: {reason}")
             else:
                 outputs = code(*tensors)
-                self._compiled[kind] = code
+                self._compiled[key] = code
                 return outputs
         compiled, outputs = self._compile(tensors, sizes)
-        self._compiled[kind] = compiled  # not before: compiling may be interrupted
+        self._compiled[key] = compiled  # not before: compiling may be interrupted
         return outputs
 
     def run_packaged(
@@ -99,7 +99,7 @@ class CompiledFunction:
 
         `settings` are the `callers_settings` of now, where the caller knows them.
         """
-        code = self._compiled.get(self._kind(inputs, settings))
+        code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
             return None
         tensors = [*(part.contiguous() for part in inputs), *buffers]  # no guard asks for strides
@@ -129,8 +129,8 @@ class CompiledFunction:
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
         with _without_advice():
-            given = self._name, setting, function, tensors, sizes, self._inductor
-            code = self._packages.compile(*given, alike=self._is_invariant)
+            arguments = self._name, setting, function, tensors, sizes, self._inductor
+            code = self._packages.compile(*arguments, alike=self._is_invariant)
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:
@@ -138,20 +138,20 @@ class CompiledFunction:
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Any) -> bool:
         """Take code for inputs of these sizes from a package, if one lies ready. `outputs` are the function's."""
-        kind = self._kind(inputs)
-        if kind in self._compiled or not self._are_packaged(inputs):
+        key = self._key(inputs)
+        if key in self._compiled or not self._are_packaged(inputs):
             return False
         assert self._packages is not None
         code = self._packages.load(self._name, self._setting(inputs, buffers))
         if code is None or not code.fits([*inputs, *buffers]):
             return False
-        self._compiled[kind] = _Packaged(code, outputs)
+        self._compiled[key] = _Packaged(code, outputs)
         return True
 
     def discard(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], reason: str) -> None:
         """Forget code for inputs of these sizes that was loaded, and remove its package."""
         assert self._packages is not None
-        self._compiled.pop(self._kind(inputs), None)
+        self._compiled.pop(self._key(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
 
     def needs_compiler(self, inputs: Sequence[Tensor]) -> bool:
@@ -161,27 +161,27 @@ class CompiledFunction:
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
         """Whether there is code for inputs of these sizes under some settings."""
         sizes = self._sizes(inputs)
-        return any(kind[0] == sizes for kind in self._compiled)
+        return any(key[0] == sizes for key in self._compiled)
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         """Whether inputs of these sizes run without compilation."""
-        code = self._compiled.get(self._kind(inputs))
+        code = self._compiled.get(self._key(inputs))
         return code is not None and _serves(code, [*inputs, *buffers])
 
-    def _kind(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> _Kind:
+    def _key(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> _Key:
         """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
         the caller's settings.
         """
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-        found = []
+        all_sizes = []
         for part, dimensions in zip(inputs, self._dynamic, strict=True):
             sizes = list(part.shape)
             for dimension in dimensions:
                 sizes[dimension] = min(sizes[dimension], 2)
-            found.append(tuple(sizes))
-        return tuple(found)
+            all_sizes.append(tuple(sizes))
+        return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
         """The same in words, for other processes. Packaged code serves in inference mode and outside."""

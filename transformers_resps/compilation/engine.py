@@ -44,20 +44,11 @@ class Code:
 
 
 class CompileEngine(ABC, Generic[Owner]):
-    """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew.
+    """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew."""
 
-    Attributes:
-        name: of what runs, in warnings.
-        duration: of compiling it, in a warning.
-        owner: of the code, while the engine is lent. Code asks for it here, so that it keeps no owner alive.
-        expected_seconds: of compiling; of a small model on two cores, until it was measured.
-        is_broken: whether something could not be compiled, or gave other values.
-        obstacle: what it warned of last; `None` if nothing has stood against compiling.
-    """
-
-    name: ClassVar[str]
-    duration: ClassVar[str]
-    owner: Owner
+    name: ClassVar[str]  # of what runs, in warnings
+    duration: ClassVar[str]  # of compiling it, in a warning
+    owner: Owner  # of the code, while the engine is lent: code asks for it here, so that it keeps no owner alive
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -67,9 +58,9 @@ class CompileEngine(ABC, Generic[Owner]):
         self._settings: Hashable | None = None  # of the caller that has the engine; `None` before they are asked for
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
-        self.expected_seconds = 90.0
-        self.is_broken = False
-        self.obstacle: str | None = None
+        self.expected_seconds = 90.0  # of compiling; of a small model on two cores, until it was measured
+        self.is_broken = False  # whether something could not be compiled, or gave other values
+        self.obstacle: str | None = None  # that it warned of last
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
@@ -192,7 +183,6 @@ class CompileEngine(ABC, Generic[Owner]):
             self._untaken_seconds = before + self._clock() - started
 
     def take_compile_seconds(self) -> float:
-        """Seconds of compiling since they were last taken."""
         seconds, self._untaken_seconds = self._untaken_seconds, 0.0
         return seconds
 
@@ -231,12 +221,12 @@ _NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
-def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
     """Say how far compiled values are from eager ones; `None` where rounding explains it. `dtype` is the weights'.
 
     All values count together: in low precision a single one may be far off.
     """
-    difference, scale = (float(part.float().norm()) for part in (found - expected, expected))
+    difference, scale = (float(part.float().norm()) for part in (fast - expected, expected))
     if difference <= _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) * max(scale, 1.0):
         return None
     return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
@@ -288,7 +278,7 @@ def _sampled(tensors: list[Tensor]) -> Tensor:
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
             rows[tensor.dtype].append(_first_values(tensor))
-    return torch.cat([torch.empty(0), *(torch.cat(kind).to(torch.float64) for kind in rows.values())]).nan_to_num()
+    return torch.cat([torch.empty(0), *(torch.cat(values).to(torch.float64) for values in rows.values())]).nan_to_num()
 
 
 def _first_values(tensor: Tensor) -> Tensor:

@@ -301,10 +301,10 @@ def _limits(program: torch.export.ExportedProgram) -> list[list[int]]:
     """Which size of which input the code limits, and the least and the most that it takes."""
     known, limits = {}, []
     by_name = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    for place, name in enumerate(program.graph_signature.user_inputs):
+    for number, name in enumerate(program.graph_signature.user_inputs):
         for index, size in enumerate(by_name[name].meta["val"].shape):
             if isinstance(size, torch.SymInt):
-                known[size.node.expr] = place, index
+                known[size.node.expr] = number, index
     for symbol, taken in program.range_constraints.items():
         least = int(taken.lower) if taken.lower > 0 else 0
         most = int(taken.upper) if taken.upper < sys.maxsize else sys.maxsize
@@ -365,7 +365,6 @@ class _Recipes:
             self._constants[target] = torch.fx.Interpreter(module).fetch_attr(target)
 
     def of(self, names: Sequence[str]) -> dict[str, Any]:
-        """The recipe of each constant."""
         missing = [name for name in names if name not in self._constants]
         if missing:
             raise PackagingError(f"constants of unknown origin: {missing[:3]}")
@@ -448,8 +447,8 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 def _check_private(path: Path) -> None:
     if os.name == "posix":
-        found = path.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        status = path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise UnfitPackageError("another user may write it")
 
 
@@ -471,8 +470,8 @@ def _about(module: nn.Module) -> dict[str, str]:
 
 def traced_files() -> list[Path]:
     """The files of this library whose code may be in a package."""
-    places = (Path(__file__).parent.parent / name for name in _TRACED)
-    files = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
+    roots = (Path(__file__).parent.parent / name for name in _TRACED)
+    files = (file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]))
     return sorted(file for file in files if file.suffix in {".py", ".cpp"})
 
 

@@ -44,13 +44,13 @@ class Kernel:
 
     def own_ranges(self) -> list[tuple[int, int]]:
         """First and last address + 1, ascending, of the process's memory that no file and no other process shares."""
-        found = list[tuple[int, int]]()
+        ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
             addresses, permissions, _, _, inode = line.split()[:5]
             if permissions.startswith("rw") and permissions.endswith("p") and inode == "0":
                 start, stop = (int(address, 16) for address in addresses.split("-"))
-                found.append((start, stop))
-        return found
+                ranges.append((start, stop))
+        return ranges
 
     def advise(self, start: int, size: int, advice: int) -> int:
         """Call madvise(2); returns 0, or the number of the error."""

@@ -74,11 +74,11 @@ class CheckpointFiles:
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
         """Tensor -> what `take` finds of it in its open file; each file is opened once."""
-        found: dict[str, Found] = {}
+        values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:
-                found |= {name: take(file, name) for name, place in places.items() if place == file_name}
-        return found
+                values |= {name: take(file, name) for name, place in places.items() if place == file_name}
+        return values
 
     @contextmanager
     def _open(self, file_name: str) -> Iterator[Any]:

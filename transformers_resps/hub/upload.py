@@ -23,6 +23,13 @@ CARD, RESULTS, METRICS, RECIPE = "README.md", "results.json", "metrics.json", "r
 Answer = TypeVar("Answer")
 
 _CHANGED = "The repository was changed meanwhile: look at what is there now, then run the same command again."
+_WAYS_OUT = {  # by the status of a refusal
+    401: "Run `hf auth login`, or pass a valid `token=`.",
+    403: "Check the owner's name and whether the token may write there.",
+    409: _CHANGED,
+    412: _CHANGED,
+    429: "The Hub is busy: run the same command again later.",
+}
 _BUSY = (429, 503)  # the Hub did nothing and asks to come back
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
@@ -101,7 +108,12 @@ def _explained(repo_id: str) -> Iterator[None]:
             f"{repo_id!r} is no Hub id. It must be `owner/name`, of letters, digits, `-`, `_` and `.`."
         ) from error
     except HfHubHTTPError as error:
-        raise OSError(_refusal(repo_id, error)) from error
+        # The Hub finds no repository where the token is missing, too
+        status = 401 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
+        way_out = _WAYS_OUT.get(status, "Run the same command again; if it fails again, see status.huggingface.co.")
+        raise OSError(
+            f"The Hub refused the upload to {repo_id}, and nothing was committed: {str(error).strip()}. {way_out}"
+        ) from error
     except (TransportError, RuntimeError) as error:  # huggingface_hub wraps a broken upload of a large file
         raise ConnectionError(
             f"The connection broke while uploading to {repo_id}: {error.__cause__ or error}. Either all files were "
@@ -141,22 +153,6 @@ def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> An
         sleep(min(float(asked) if asked.isdigit() else wait, _MAX_WAIT_SECONDS))
         wait *= 2
     return call()
-
-
-def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    way_out = {
-        401: "Run `hf auth login`, or pass a valid `token=`.",
-        403: "Check the owner's name and whether the token may write there.",
-        **dict.fromkeys((409, 412), _CHANGED),
-        429: "The Hub is busy: run the same command again later.",
-    }
-    if isinstance(error, RepositoryNotFoundError):  # the Hub's answer to a missing token too
-        status = 401
-    return (
-        f"The Hub refused the upload to {repo_id}, and nothing was committed: {str(error).strip()}. "
-        f"{way_out.get(status, 'Run the same command again; if it fails again, see status.huggingface.co.')}"
-    )
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:

@@ -302,16 +302,16 @@ def check_identity_values(what: str, value: Any) -> None:
         )
 
 
-def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
+def check_same(what: str, trained: Identity | None, used: Identity | None) -> None:
     """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped."""
-    if trained is None or given is None:
+    if trained is None or used is None:
         return
     # A model's path differs between machines and does not identify it
-    shared = [key for key in trained if key in given and key != "name_or_path"]
-    wrong = [f"{key} {trained[key]!r} (here {given[key]!r})" for key in shared if trained[key] != given[key]]
+    shared = [key for key in trained if key in used and key != "name_or_path"]
+    wrong = [f"{key} {trained[key]!r} (here {used[key]!r})" for key in shared if trained[key] != used[key]]
     if wrong:
         raise ValueError(
-            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
+            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(used)}: it needs "
             f"{', '.join(wrong)}. Load the policy of this {what}, or train one with `PolicyTrainer`."
         )
 

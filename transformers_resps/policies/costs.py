@@ -183,8 +183,8 @@ def _interpolated(row: dict[int, float], at: int) -> float:
     known = sorted(row)
     if at <= known[0] or len(known) == 1:
         return row[known[0]]
-    place = min(bisect_left(known, at), len(known) - 1)
-    low, high = known[place - 1], known[place]
+    index = min(bisect_left(known, at), len(known) - 1)
+    low, high = known[index - 1], known[index]
     slope = (row[high] - row[low]) / (high - low)
     return row[high] + (at - high) * max(slope, 0.0) if at > high else row[low] + (at - low) * slope
 

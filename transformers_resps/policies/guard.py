@@ -180,23 +180,25 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         trees = [step for step in decided if step.verified > 1]
         if len(decided) < EXPLAINED_STEPS or 2 * len(trees) >= len(decided):
             return None
-        found = []
+        reasons = []
         if self._known.knows_trees and self._plain.seconds > 0:
             cost = 1.0 + self._verifying(2) / self._plain.seconds
-            found.append(f"2 nodes cost {cost:.1f} plain steps here")
+            reasons.append(f"2 nodes cost {cost:.1f} plain steps here")
         if trees:
             gained = sum(step.mean_emitted - 1.0 for step in trees) / len(trees)
             counted = f"{len(trees)} trees gained {gained:.1f} tokens each"
-            found.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")
+            reasons.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")
         if tests := [step for step in decided if step.drafted and step.verified == 1]:
             right = sum(max(step.drafted_match) > 0 for step in tests)
             untried = "" if self._known.knows_trees else ", no tree was tried yet"
-            found.append(f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}")
+            reasons.append(
+                f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}"
+            )
         if self._head.is_left_out:
-            found.append("earlier calls of as many rows gained too little by the head for it to read the prompt")
+            reasons.append("earlier calls of as many rows gained too little by the head for it to read the prompt")
         elif not any(step.drafted for step in decided):
-            found.append("nothing worth verifying was drafted")
-        return f"Mostly plain: {', '.join(found)}."
+            reasons.append("nothing worth verifying was drafted")
+        return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
         """Costs are again those of all rows, and losses are forgiven."""
@@ -220,7 +222,6 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             self._rows = record.decoded_rows
 
     def _settle(self, record: StepRecord, seconds: float, gained: float) -> None:
-        """Update the budget after a step that drafted."""
         if record.verified == 1:  # a probe pays for its draft alone, not for the machine's speed at that moment
             self._plain.count_plain()
             earned = -max(record.draft_seconds, 0.0)
@@ -377,16 +378,12 @@ class HeadAccount:
 
     One that does not is left out of a call, and of more each time that it was tried again in vain. It may earn in all
     the room of a text, which few texts fill: where it helps, leaving it out costs far more than a prompt.
-
-    Attributes:
-        earned: seconds by which the steps of this call that asked it were faster than plain decoding.
-        tokens: that each text of this call has gained.
-        is_left_out: whether this call could have had it.
     """
 
     def __init__(self) -> None:
-        self.earned, self.tokens = 0.0, 0.0
-        self.is_left_out = self._is_refused = False
+        self.earned = 0.0  # seconds by which the steps of this call that asked it were faster than plain decoding
+        self.tokens = 0.0  # that each text of this call has gained
+        self.is_left_out = self._is_refused = False  # whether this call could have had it; whether the coming one may
         self._calls: dict[int, _HeadCalls] = {}  # by their rows
         self._open: _HeadCalls | None = None  # of this call, if it has a head
         self._asked, self._unread = _HeadCalls(), 1  # of the coming call
@@ -474,11 +471,9 @@ class PlainClock:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next step should be plain, to be timed."""
         return self._trees >= MAX_TREES_BETWEEN or self._moved
 
     def count_plain(self) -> None:
-        """A step verified no tree."""
         self._trees = 0
 
     def count_tree(self, gained: float) -> None:

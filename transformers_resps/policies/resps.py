@@ -26,37 +26,22 @@ from .saving import SavedPolicy, check_known
 
 @dataclass(frozen=True, slots=True)
 class ReSpSConfig:
-    """Configuration of a `ReSpSPolicy`.
+    """Configuration of a `ReSpSPolicy`."""
 
-    Attributes:
-        feature_size: width F of the features it reads: layers kept by the head times the target's hidden size.
-        grid: the shapes that it picks from.
-        hidden_size: width of both layers of actor and critic.
-        normalize: see `ActorCritic`.
-        persistence: steps for which a decision is kept; Re-SpS: 30 (and 10 in training, see `PolicyTrainingConfig`).
-        sample: draw the action instead of taking the likeliest, as in the max-entropy variant of Re-SpS.
-        temperature: divides the logits before a draw; Re-SpS: 1.5.
-        target: identity of the target it was trained with, or `None` when unknown.
-        head: likewise of the head.
-
-    Raises:
-        ValueError: a number is out of range, or a value has another type.
-    """
-
-    feature_size: int
-    grid: ActionGrid = field(default_factory=ActionGrid.small)
-    hidden_size: int = 128
-    normalize: bool = True
-    persistence: int = 30
-    sample: bool = False
-    temperature: float = 1.0
-    target: Identity | None = None
-    head: Identity | None = None
+    feature_size: int  # width F of the features it reads: layers kept by the head times the target's hidden size
+    grid: ActionGrid = field(default_factory=ActionGrid.small)  # the shapes that it picks from
+    hidden_size: int = 128  # of both layers of actor and critic
+    normalize: bool = True  # see `ActorCritic`
+    persistence: int = 30  # steps for which a decision is kept, as in Re-SpS (10 in training: `PolicyTrainingConfig`)
+    sample: bool = False  # draw the action, as in the max-entropy variant of Re-SpS, or take the likeliest
+    temperature: float = 1.0  # divides the logits before a draw; Re-SpS: 1.5
+    target: Identity | None = None  # that it was trained with; `None` when unknown
+    head: Identity | None = None  # likewise
 
     def __post_init__(self) -> None:
         for name in ("feature_size", "hidden_size", "persistence", "temperature"):
-            value, kind = getattr(self, name), float | int if name == "temperature" else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= 1e9:
+            value, types = getattr(self, name), float | int if name == "temperature" else int
+            if not isinstance(value, types) or isinstance(value, bool) or not 0 < value <= 1e9:
                 raise ValueError(
                     f"ReSpSConfig got `{name}={value!r}`, but it must be above 0 and at most 1e9, and an integer "
                     "unless it is the temperature. To decide at every step, pass `persistence=1`."

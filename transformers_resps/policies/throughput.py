@@ -256,10 +256,10 @@ class ThroughputPolicy(SavedPolicy):
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
             level_probs = [[sum(column) / len(level_probs) for column in zip(*level_probs, strict=True)]]
         else:
-            outcomes = [(found, count) for found, count in zip(matches, emitted, strict=True) if count]
+            outcomes = [(matched, count) for matched, count in zip(matches, emitted, strict=True) if count]
         for expected, outcome in zip(level_probs, outcomes, strict=True):
             self.acceptance.learn(expected, *outcome)
-        self._memory.head_was_right = 2 * sum(found > 0 for found, _ in outcomes) > len(outcomes)
+        self._memory.head_was_right = 2 * sum(matched > 0 for matched, _ in outcomes) > len(outcomes)
 
     def to_config(self) -> dict[str, Any]:
         shape = self._largest
@@ -313,7 +313,6 @@ class _Step:
 
     @classmethod
     def of(cls, observation: Observation) -> "_Step":
-        """At its beginning."""
         step = cls(observation.row_weights, observation.pricing.paths_cost, observation.node_price)
         if observation.row_accept_probs is not None:
             step.is_ragged = True
@@ -388,7 +387,6 @@ class ThroughputMemory:
         self._look_gain = _FIRST_GAIN  # mean of looks, in tokens
 
     def add(self, record: StepRecord) -> None:
-        """Take in a finished step."""
         self._tokens = self._tokens * _MEMORY + record.mean_emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
 
@@ -436,24 +434,24 @@ class WiderDrafts:
     """
 
     def __init__(self, most: int) -> None:
-        self.widths, self._place = doubled(min(_FIRST_WIDTH, most), most), 0
+        self.widths, self._chosen = doubled(min(_FIRST_WIDTH, most), most), 0
         self._gains = [0.0] * len(self.widths)  # over the next narrower one, in tokens: means
         self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
 
     def choose(self) -> tuple[int, int]:
         """The width of the coming draft, and the one that it is compared with; 0 for none."""
-        place = 0
-        while place + 1 < len(self.widths) and self._gains[place + 1] > 0.0:
-            place += 1
-        if place + 1 < len(self.widths) and self._trials.is_due(pays=False):
-            place += 1
-        self._place = place
-        return self.widths[place], self.widths[place - 1] if place else 0
+        index = 0
+        while index + 1 < len(self.widths) and self._gains[index + 1] > 0.0:
+            index += 1
+        if index + 1 < len(self.widths) and self._trials.is_due(pays=False):
+            index += 1
+        self._chosen = index
+        return self.widths[index], self.widths[index - 1] if index else 0
 
     def note(self, gain: float) -> None:
         """Take in what a draft of the chosen width gained over the narrower one."""
-        known = self._gains[self._place]
-        self._gains[self._place] += _NEWEST_WIDER * (gain - known)
+        known = self._gains[self._chosen]
+        self._gains[self._chosen] += _NEWEST_WIDER * (gain - known)
 
 
 class WidthMemory:
@@ -476,20 +474,20 @@ class WidthMemory:
 
     def add(self, tokens: float, seconds: float) -> None:
         """Take in the tokens that a step of the chosen width was expected to write, and its duration."""
-        place = self._chosen
-        self._tokens[place] = self._tokens[place] * _MEMORY + tokens
-        self._seconds[place] = self._seconds[place] * _MEMORY + seconds
-        if place == self._best:
+        index = self._chosen
+        self._tokens[index] = self._tokens[index] * _MEMORY + tokens
+        self._seconds[index] = self._seconds[index] * _MEMORY + seconds
+        if index == self._best:
             self._trial_in -= 1
             return
-        is_better = self._rate(place) > _MARGIN * self._rate(self._best)
+        is_better = self._rate(index) > _MARGIN * self._rate(self._best)
         self._trial_every = _FIRST_TRIAL if is_better else min(2 * self._trial_every, _LAST_TRIAL)
-        self._best, self._trial_in = place if is_better else self._best, self._trial_every
+        self._best, self._trial_in = index if is_better else self._best, self._trial_every
 
     def _neighbour(self) -> int:
         """Of the next wider width and the next narrower one, that which was timed less."""
-        places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self._widths)]
-        return min(places, key=self._seconds.__getitem__, default=self._best)
+        neighbours = [index for index in (self._best + 1, self._best - 1) if 0 <= index < len(self._widths)]
+        return min(neighbours, key=self._seconds.__getitem__, default=self._best)
 
-    def _rate(self, place: int) -> float:
-        return self._tokens[place] / self._seconds[place] if self._seconds[place] > 0 else 0.0
+    def _rate(self, index: int) -> float:
+        return self._tokens[index] / self._seconds[index] if self._seconds[index] > 0 else 0.0

@@ -45,7 +45,6 @@ class Pace:
         return None if best is None else seconds / best
 
     def warn(self, times: float, threads: int) -> None:
-        """Say so, once."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -70,7 +70,6 @@ class ModelUnderTest:
     def speculative(
         self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
     ) -> tuple[Written, SpeculationReport]:
-        """The same call with the head and the policy."""
         attach(self.model)
         torch.manual_seed(seed)
         own = {"assistant_model": self.head, "policy": self.policy, "invariant": self.invariant}
@@ -173,7 +172,6 @@ class TextCheck:
 
     @property
     def tau(self) -> float:
-        """Mean tokens per target forward."""
         return self.tokens / max(self.target_forwards, 1)
 
     @property

@@ -55,19 +55,19 @@ class DraftReader:
         """The first level below each token of `text` `[s + t]` from `start` on but the last, with probabilities."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
-        found, read = [], 0
+        levels, read = [], 0
         layers, before = self._source.feature_layers, self._source.before_deepstack
         with TreeVerifier.of(self._target, start, layers, before_deepstack=before) as verifier:
             drafter = self._source.drafter(DraftCall(self._target, verifier))
             _, (features,) = verifier.prefill(text[None, :start], logits_to_keep=1)
-            for place in range(start, len(text) - 1):
+            for position in range(start, len(text) - 1):
                 states = features.concatenated() if layers else None
-                drafter.observe(Committed(text[None, read : place + 1], states))
-                pool, read = drafter.draft(text[None, : place + 1], request), place + 1
-                found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
-                _, features = verifier.verify(DraftTree.root_only(text[place : place + 1]))
+                drafter.observe(Committed(text[None, read : position + 1], states))
+                pool, read = drafter.draft(text[None, : position + 1], request), position + 1
+                levels.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
+                _, features = verifier.verify(DraftTree.root_only(text[position : position + 1]))
                 verifier.keep(root, [[0]])
-        return found
+        return levels
 
 
 SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations
@@ -173,8 +173,8 @@ class DistributionCheck:
         return "the target's" if self.has_power else "NO POWER, the wrong rule was not detected"
 
     def __str__(self) -> str:
-        found = "NOT detected" if self.control.fits else "detected"
-        return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {found}"
+        control = "NOT detected" if self.control.fits else "detected"
+        return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {control}"
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:

@@ -235,8 +235,8 @@ def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, 
     """Each prompt once for every token of its output, as an end token beside the last one."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
-        for place, token in enumerate(output):
-            if token not in output[:place]:
+        for position, token in enumerate(output):
+            if token not in output[:position]:
                 yield [Call(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})]
 
 

@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
     return bench(read_options(args, BenchConfig), args.load, as_json="json" in args)
 
 
-def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
+def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
     """Return what the parsed options ask for."""
-    given = vars(args)
-    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+    options = vars(args)
+    return config_type(**{field.name: options[field.name] for field in fields(config_type) if field.name in options})
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False) -> int:
@@ -191,8 +191,8 @@ class BenchModels:
 
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
     """Load the benchmark's policies: name in the table -> policy."""
-    found: dict[str, Policy | str] = {}
-    places: set[str | Path] = set()
+    policies_by_name: dict[str, Policy | str] = {}
+    known: set[str | Path] = set()
     counts = Counter(map(short_name, names))
     for source in names:
         if named_tree(source) is not None:
@@ -205,13 +205,13 @@ def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -
             raise ValueError(f"`--policy {source}` shapes the trees of a draft head. Name a HEAD after TARGET.")
         if isinstance(policy, Policy) and policy.has_identity:
             policy.check_identity(**pair_identity(target, head))
-        place = Path(source).resolve() if Path(source).is_dir() else source
-        if place in places:
+        origin = Path(source).resolve() if Path(source).is_dir() else source
+        if origin in known:
             raise ValueError(f"`--policy` names {source} twice. Pass each policy once.")
-        places.add(place)
+        known.add(origin)
         short = short_name(source)
-        found[_policy_name(short if counts[short] == 1 else source.rstrip("/"), policy)] = policy
-    return found
+        policies_by_name[_policy_name(short if counts[short] == 1 else source.rstrip("/"), policy)] = policy
+    return policies_by_name
 
 
 def _policy_name(called: str, policy: Policy | str) -> str:

@@ -9,19 +9,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..calibration import device_name
 from ..data import to_tokens
 from ..drafting import DraftSource
 from ..generation.attach import attach
@@ -35,6 +32,7 @@ from ..testing import Divergence, explain_divergence
 from ..testing.divergence import HALF_PRECISIONS, first_difference
 from ..tree import FIRST, SECOND, DraftTree, TreeShape
 from .loading import load_policy, load_source, load_target
+from .results import machine
 
 
 @dataclass(slots=True)
@@ -165,17 +163,17 @@ def examine(
 
 def facts_of(model: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
     """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    here = machine(model)
+    threads = f", {here['threads']} threads" if model.device.type == "cpu" else ""
     facts = {"target": _name(model, model.config.name_or_path)}
     if head is not None:
         facts["head"] = f"{_name(head, head.identity()['name_or_path'])} ({type(head).__name__})"
     return facts | {
         "policy": str(policy),
         "decoding": decoding,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device) + threads,
-        "versions": f"transformers-resps {version('transformers-resps')}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}",
+        "dtype": here["dtype"],
+        "device": here["device"] + threads,
+        "versions": ", ".join(f"{name} {number}" for name, number in here["versions"].items()),
     }
 
 

@@ -94,22 +94,22 @@ def short_name(source: str) -> str:
     >>> short_name("runs/gsm8k/policy"), short_name("runs/chat"), short_name("you/head"), short_name("checkpoint-20")
     ('gsm8k', 'chat', 'you', 'checkpoint-20')
     """
-    given = PurePath(source)
-    parts = (Path(source).resolve() if Path(source).is_dir() else given).parts
-    return next((part for part in reversed(parts) if not _KINDS.fullmatch(part)), given.name)
+    named = PurePath(source)
+    parts = (Path(source).resolve() if Path(source).is_dir() else named).parts
+    return next((part for part in reversed(parts) if not _KINDS.fullmatch(part)), named.name)
 
 
 def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:
     """Return the first `most` conversations of `--dataset`, or none. Raises `ValueError` when it has no user turns."""
     if not args.dataset:
         return []
-    found = list(islice(load_conversations(args.dataset, args.split), most))
-    if not any(up_to(conversation, "user") for conversation in found):
+    conversations = list(islice(load_conversations(args.dataset, args.split), most))
+    if not any(up_to(conversation, "user") for conversation in conversations):
         raise ValueError(
             f"`--dataset {args.dataset}` has no user turns to use as prompts. Pass rows with `messages`, `turns` or a "
             "`prompt`."
         )
-    return found
+    return conversations
 
 
 def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:

@@ -105,7 +105,7 @@ class _FirstToken:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to give."""
+        pass
 
 
 def plain() -> Generate:
@@ -227,8 +227,8 @@ class Bench:
         elif forwards is None:
             forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
         count = token_count(answer.token_ids, self._end_ids, most)
-        place = (prompt.turn, temperature)
-        timing = AnswerTiming(method.name, prompt.name, repeat, count, forwards, seconds, *place, prefill)
+        asked = (prompt.turn, temperature)
+        timing = AnswerTiming(method.name, prompt.name, repeat, count, forwards, seconds, *asked, prefill)
         steps = [] if answer.report is None else answer.report.steps
         return answer, Run(timing, torch.tensor(answer.token_ids[:count], dtype=torch.long), steps)
 

@@ -344,8 +344,8 @@ def markdown_table(results: dict[str, Any]) -> str:
             steps = results["steps"].get(row["method"])
             nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
             same = same_text(row, results) if dataset == ALL else ""
-            place = [dataset, *([f"{row['temperature']:g}"] if several else [])]
-            lines.append(table_row([*place, *summary_cells(row), *_efficiency_cells(row, told), nodes, same]))
+            cells = [dataset, *([f"{row['temperature']:g}"] if several else [])]
+            lines.append(table_row([*cells, *summary_cells(row), *_efficiency_cells(row, told), nodes, same]))
     if results.get("not_compiled"):
         lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
     if results.get("same_text_invariant"):

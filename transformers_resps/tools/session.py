@@ -53,7 +53,6 @@ class Dialogue:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the first turn, by which a prompt is recognised."""
         return prompt_fingerprint(self.turns[0])
 
 
@@ -86,26 +85,22 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 class Judge:
     """Compares the answers to each prompt with plain ones.
 
-    Attributes:
-        same_text: method -> answers of the first repeat that equal the plain ones.
-        same_text_invariant: method of the invariant mode, but its plain decoding -> those that equal its.
-        unexplained: differences that should not be. Greedy ones that rounding does not explain; sampled ones in
-            float32 or float64 of a method that promises the plain text seed for seed; any in the invariant mode. In
-            half precision a sampled text of the normal mode may differ from a near-tie on, which cannot be told
-            afterwards: it is counted, not judged.
+    Unexplained are greedy differences that rounding does not explain, sampled ones in float32 or float64 of a method
+    that promises the plain text seed for seed, and any in the invariant mode. In half precision a sampled text of the
+    normal mode may differ from a near-tie on, which cannot be told afterwards: it is counted, not judged.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
         self._target = target
         self._promises = {method.name for method in methods if method.seed_exact}
         self._references = {method.name: method.reference for method in methods}
+        # Method -> answers of the first repeat that equal the plain ones, and those of its mode, but that one's own
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
         in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
         self.same_text_invariant: Counter[str] = Counter(dict.fromkeys(in_mode, 0))
         self.unexplained: list[str] = []
 
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
-        """Judge all answers of one cell."""
         by_name = {run.timing.method: run for run in runs}
         for name, run in by_name.items():
             timing, reference = run.timing, by_name[self._references[name]]
