@@ -46,7 +46,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 
 @contextmanager
-def moving(bar: Any, model: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
+def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
     """Inside, a `tqdm` moves by `rows`, evenly over the forwards that a batch of so many rows takes at most.
 
     What is left when the batch ends early is made up at the end.
@@ -60,7 +60,7 @@ def moving(bar: Any, model: nn.Module, rows: int, most_steps: int) -> Iterator[N
         bar.update(reached - shown)
         shown = reached
 
-    handle = model.register_forward_hook(move)
+    handle = target.register_forward_hook(move)
     try:
         yield
         bar.update(rows - shown)

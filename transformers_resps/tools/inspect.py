@@ -124,7 +124,7 @@ class Examination:
 
 
 def examine(
-    model: PreTrainedModel,
+    target: PreTrainedModel,
     head: DraftSource | None,
     policy: Policy,
     prompt_ids: Tensor,
@@ -142,8 +142,8 @@ def examine(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             started = time.perf_counter()
-            ids = prompt_ids[None].to(model.device)
-            call: Any = model
+            ids = prompt_ids[None].to(target.device)
+            call: Any = target
             output = call.generate(
                 ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings, **keywords
             )
@@ -156,16 +156,16 @@ def examine(
         output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
     is_invariant, divergence = bool(settings.get("invariant")), None
     if not settings["do_sample"]:
-        divergence = explain_divergence(model, prompt_ids, plain_ids, own_ids, invariant=is_invariant)
+        divergence = explain_divergence(target, prompt_ids, plain_ids, own_ids, invariant=is_invariant)
     report, steps = output.speculation, recorder.steps
     return Examination(prompt_ids, plain_ids, plain_seconds, report, seconds, steps, divergence, is_invariant)
 
 
-def facts_of(model: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
+def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
     """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
-    here = machine(model)
-    threads = f", {here['threads']} threads" if model.device.type == "cpu" else ""
-    facts = {"target": _name(model, model.config.name_or_path)}
+    here = machine(target)
+    threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
+    facts = {"target": _name(target, target.config.name_or_path)}
     if head is not None:
         facts["head"] = f"{_name(head, head.identity()['name_or_path'])} ({type(head).__name__})"
     return facts | {

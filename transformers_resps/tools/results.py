@@ -391,12 +391,12 @@ def table_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def machine(model: Any) -> dict[str, Any]:
+def machine(target: Any) -> dict[str, Any]:
     """Return device, kernels, dtype, threads, versions, and what changes how memory is laid out."""
     return {
-        "device": device_name(model.device),
+        "device": device_name(target.device),
         "machine": machine_line(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ[name] for name in _OF_MEMORY if name in os.environ},
         "huge_page_mib": huge_page_mib(),

@@ -624,11 +624,7 @@ RELIED_ON = {
     utils.BaseHandler._build_generation_config: "self body model_generation_config use_cb",
     **{
         getattr(handler, method): parameters
-        for handler in (
-            chat_completion.ChatCompletionHandler,
-            completion.CompletionHandler,
-            response.ResponseHandler,
-        )
+        for handler in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler)
         for method, parameters in {
             "handle_request": "self body request_id",
             "_streaming": "... request_id model inputs gen_config",
