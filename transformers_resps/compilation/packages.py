@@ -128,10 +128,7 @@ class ModulePackages:
         return any((_manifest(path) or {}).get("identity", {}).get("code") == code for path in paths)
 
     def load(self, code: str, setting: str) -> "PackagedCode | None":
-        """What was compiled for these sizes and settings; `None` where there is nothing.
-
-        A package that does not fit is removed, after a warning.
-        """
+        """What was compiled for these sizes and settings, or `None`; what does not fit is removed, after a warning."""
         path = self._path(code, setting)
         if path is None or not path.is_dir():
             return None
@@ -161,16 +158,10 @@ class ModulePackages:
         *,
         alike: bool,
     ) -> "PackagedCode":
-        """Compile, keep the package and load it. Where it cannot be kept, it serves this process.
+        """Compile the function `code`, keep the package and load it. If it cannot be kept, it serves this process.
 
-        Args:
-            code: name of the function.
-            setting: sizes and the caller's settings.
-            function: of tensors like these `tensors`.
-            tensors: an example.
-            dynamic: of each tensor, the dimensions that change.
-            config: of inductor.
-            alike: whether a row must get the same bits whatever others there are.
+        The `tensors` are an example, of which the `dynamic` dimensions may change; `setting` is sizes and settings of
+        the caller, `config` is inductor's. With `alike` a row must get the same bits whatever others there are.
 
         Raises:
             PackagingError: the code asks for certain sizes, or has constants that are not made of the weights.
@@ -403,7 +394,6 @@ class _Recipes:
 
 
 def _made(recipe: Any, weights: Mapping[str, Tensor]) -> Any:
-    """Follow a recipe."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):

@@ -30,11 +30,9 @@ def tensor_of(file: Any, name: str) -> Tensor:
 
 
 class CheckpointFiles:
-    """Files that are fetched when they are asked for, and opened when a tensor of theirs is.
+    """Files of a Hub id or folder, fetched when they are asked for, and opened when a tensor of theirs is.
 
-    Args:
-        name: Hub id or folder.
-        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
         ValueError: here and in the methods, a file is missing or damaged, or holds more than tensors.

@@ -97,12 +97,9 @@ class AcceptanceModel:
         return children
 
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
-        """Take in one draft's outcome.
+        """Take in that `drafted_match` levels of a draft held the right path; after `emitted` tokens it was not seen.
 
-        Args:
-            level_probs: the sum of `of` over each level of the pool: the probability that it holds the right path.
-            drafted_match: levels that held it.
-            emitted: tokens of the step; what follows them was not seen.
+        `level_probs` are the sums of `of` over each level of the pool: the probabilities that it holds the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0

@@ -72,10 +72,7 @@ class ActionGrid:
         return ActionGrid(tuple(replace(shape, lookup=lookup) for shape, lookup in product(self.shapes, lookups)))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.
-
-        `seconds` are those of a step on the machine at hand, for instance from its cost table.
-        """
+        """The shapes that could pay: at best they emit `depth + 1` tokens in fewer `seconds` than plain steps."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

@@ -100,11 +100,9 @@ class CostTable(CostModel):
         return start + levels * _interpolated(self.draft, width)
 
     def running(self, context: int, top_k: int = 4) -> "RunningCosts":
-        """Starting costs for a `ThroughputPolicy`, which corrects them while it decodes.
+        """Starting costs for a `ThroughputPolicy`, which corrects them while it decodes, after `context` positions.
 
-        Args:
-            context: positions of the sequence.
-            top_k: children per node that the policy begins with; "auto" begins with 10 beyond a CPU.
+        It begins with `top_k` children per node; "auto" begins with 10 beyond a CPU.
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
@@ -134,15 +132,7 @@ class CostTable(CostModel):
     def load(cls, path: str | Path) -> "CostTable":
         """Read what `save` wrote. Raises `ValueError` for a file that cannot be read or is no cost table."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, TypeError) as error:
-            raise ValueError(
-                f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
-            ) from error
-        except UnicodeDecodeError as error:  # which holds the whole file
-            raise ValueError(_no_table(path, error.reason)) from error
-        try:
-            read = json.loads(text)
+            read = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
                 verify={int(context): _row(row) for context, row in read["verify"].items()},
                 draft=_row(read["draft"]),
@@ -154,12 +144,15 @@ class CostTable(CostModel):
                 plain_range=_ranges(read.get("plain_range", {})),
                 draft_start=_row(read.get("draft_start", {})),
             )
+        except OSError as error:
+            raise ValueError(
+                f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
+            ) from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(_no_table(path, repr(error)[:200])) from error
-
-
-def _no_table(path: str | Path, reason: str) -> str:
-    return f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
+            reason = repr(error)[:200]  # of bytes that are no text it holds the whole file
+            raise ValueError(
+                f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
+            ) from error
 
 
 def _row(read: dict[str, Any]) -> dict[int, float]:

@@ -236,7 +236,6 @@ def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict
 
 
 def _check_network(network: Any, config: ReSpSConfig) -> None:
-    """Refuse a network that does not match the config it would be saved with."""
     if not isinstance(network, ActorCritic) or network.normalize is not config.normalize:
         came = f"`normalize={network.normalize}`" if isinstance(network, ActorCritic) else type(network).__name__
         raise ValueError(
@@ -247,7 +246,6 @@ def _check_network(network: Any, config: ReSpSConfig) -> None:
 
 
 def _check_weights(tensors: dict[str, Tensor], config: ReSpSConfig, way_out: str) -> None:
-    """Refuse weights of other sizes than the config's."""
     needed = saved_shapes(config.feature_size, len(config.grid), config.hidden_size)
     held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))

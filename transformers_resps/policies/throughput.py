@@ -278,7 +278,6 @@ class ThroughputPolicy(SavedPolicy):
 
 
 def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
-    """Read an intercept and a slope for each level."""
     has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
     rows = saved.tolist() if saved is not None and has_shape else []
     is_bounded = all(isinstance(value, float) and abs(value) <= _MAX_FITTED for row in rows for value in row)

@@ -30,10 +30,7 @@ class Pace:
         self._has_warned = False
 
     def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """The steps of one call with `threads` of the CPU, 1 where none has to wait for another.
-
-        On the `settings` depends what a forward takes, sizes aside.
-        """
+        """The steps of a call by `threads` of the CPU; what a forward takes depends on its `settings`, sizes aside."""
         return CallPace(self, settings, threads)
 
     def times_best(self, key: Hashable, seconds: float) -> float | None:

@@ -228,17 +228,9 @@ class SpeculationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and every step as JSON values."""
-        return {
-            "batch_size": self.batch_size,
-            "emitted_total": self.emitted_total,
-            "target_forwards": self.target_forwards,
-            "tau": self.tau,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "compile_seconds": self.compile_seconds,
-            "reason": self.reason,
-            "steps": [step.to_dict() for step in self.steps],
-        }
+        totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
+        names = ("batch_size", *totals, "reason")
+        return {name: getattr(self, name) for name in names} | {"steps": [step.to_dict() for step in self.steps]}
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
         """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.

@@ -89,12 +89,7 @@ class Divergence:
 
 @torch.inference_mode()
 def explain_divergence(
-    model: PreTrainedModel,
-    prompt_ids: Tensor,
-    plain_ids: Tensor,
-    speculative_ids: Tensor,
-    *,
-    invariant: bool = False,
+    model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor, *, invariant: bool = False
 ) -> Divergence | None:
     """Compare two greedy outputs of `model` to one prompt; `None` when they are equal.
 

@@ -19,16 +19,7 @@ from ..drafting import DraftSource
 from ..generation.request import AUTO, Assistants, Keywords
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape
-from .comparison import (
-    GREEDY,
-    PENALISED,
-    PROCESSED,
-    SAMPLED,
-    Call,
-    ModelUnderTest,
-    TextCheck,
-    compare,
-)
+from .comparison import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, ModelUnderTest, TextCheck, compare
 from .distribution import DistributionCheck, check_distribution
 from .divergence import HALF_PRECISIONS
 
