@@ -135,7 +135,8 @@ def overwrite_what_was_lent(settle: Function) -> Function:
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 ATTENDING = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
 MULTIPLYING = "tests/compilation/test_native.py::test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside"
-BLOCKS = "tests/compilation/test_native.py::test_packaged_code_attends_to_a_block_alike_whatever_rows_stand_beside"
+TEXTS = "tests/verifying/test_invariant_compiled.py::"
+BLOCKS = f"{TEXTS}test_a_node_gets_the_bits_of_its_text_alone_by_any_number_of_threads"
 GATING = "tests/compilation/test_native.py::test_packaged_code_rounds_what_is_gated_as_pytorch_does"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
@@ -168,7 +169,7 @@ MUTATIONS = (
     Mutation(
         "native attention forgets what other threads saw",
         "compilation.native:native_operators",
-        with_another_line("resps_merge(of, &at, &other);", ";"),
+        with_another_line("resps_merge(of, &at, &part);", ";"),
         ATTENDING,
     ),
     Mutation(
@@ -190,9 +191,9 @@ MUTATIONS = (
         GATING,
     ),
     Mutation(
-        "native blocks weigh by their largest score alone",
+        "native nodes read the keys of no path",
         "compilation.native:native_operators",
-        with_another_line("at->most[row] + __builtin_logf(at->total[row])", "at->most[row]"),
+        with_another_line("keys + resps_slot(slots, key) * stride + column", "keys + key * stride + column"),
         BLOCKS,
     ),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
