@@ -52,7 +52,11 @@ class AcceptanceModel:
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)
-        assert len(self.scalings) == LEVELS
+        if len(self.scalings) != LEVELS:
+            raise ValueError(
+                f"`AcceptanceModel` needs one scaling for each of {LEVELS} levels, got {len(self.scalings)}. Fill up "
+                "with `PlattScaling()`, the identity."
+            )
         self._right = _PRIOR_WEIGHT  # decayed sums of outcomes and of what was expected of them
         self._expected = _PRIOR_WEIGHT
         self._hits = [_PRIOR_HITS * _HIT_PRIOR_WEIGHT] * LEVELS

@@ -167,7 +167,6 @@ class Session:
 
     @property
     def total(self) -> int:
-        """Number of answers, as far as is known."""
         return self._planned * len(self.methods)
 
     @property
