@@ -413,8 +413,8 @@ def _row_needs(target: PreTrainedModel, state: SpeculationState, *, compiles: bo
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether stock has to read the prompt: also where a decoder's could hold more than tokens, since EXAONE 4.5 reads
-    other positions than it is given.
+    """Whether stock has to read the prompt. Also text alone of classes that see or hear: some compute positions
+    themselves (EXAONE 4.5).
     """
     config = prepared.target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)

@@ -337,7 +337,9 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Stands for a scan or a convolution while calls decode: reads a tree in a forward that has one."""
+    """Replaces a scan or a convolution while calls decode: computes the whole tree when it gets one, and calls the
+    original otherwise.
+    """
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads

@@ -64,7 +64,7 @@ class Layout(NamedTuple):
     Attributes:
         shared: `[blocks, BLOCK]` places of the blocks that are read where they lie.
         ends: `[b, n]` the place where these end for a node.
-        order: `[any]` nodes that ask them, the first ones. What the last of these gets stands for all others.
+        order: `[any]` the real nodes, which are the first ones. Padding nodes get a copy of the last one's result.
         groups: `[b, g, _ROWS]` nodes of one path that ask another block together.
         places: `[b, g, _ROWS]` of these nodes in the text; -1 where a group has fewer.
         slots: `[b, g, BLOCK]` of the entries in that block, in the order of the text.

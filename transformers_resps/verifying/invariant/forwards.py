@@ -42,7 +42,7 @@ class InvariantInputs(NamedTuple):
 
 
 class PartInputs(NamedTuple):
-    """Some nodes of a tree of one row, those before them, which lie in their slots, and where the tree stands.
+    """A part of one row's tree: the nodes of this forward, the earlier ones, which are cached, and the root's place.
 
     Attributes:
         tokens: `[1, n]` of these nodes, the last ones.

@@ -26,9 +26,9 @@ Row = TypeVar("Row")
 _WINDOW = 128  # slots: the forward sees multiples of it
 
 
-_MORE = (
-    16  # slots of the buffers, so that they never are what a forward sees: equal sizes are compiled as always equal
-)
+# Extra slots, so that a buffer is never as long as the window that a forward reads: code compiled where two sizes are
+# equal assumes that they stay equal.
+_MORE = 16
 
 
 _PART = 256  # tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees
@@ -371,12 +371,12 @@ def _with_rows(part: Tensor, count: int) -> Tensor:
 
 
 def _apart(count: int, *others: int) -> int:
-    """The first number from `count` on that is no other: what is equal at first is compiled as always equal."""
+    """The smallest number from `count` on that is not among `others`: equal example sizes would become one symbol."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)
 
 
 def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
-    """Of the nodes that count `[r or more, v]`, one row after the other, as `[b, n, v]`; the others have any."""
+    """Logits `[r or more, v]` of the nodes that count, row by row, as `[b, n, v]`; those of padding are arbitrary."""
     rows, count = tree.tokens.shape
     if not tree.sizes:
         return logits[: rows * count].view(rows, count, -1)
