@@ -22,7 +22,7 @@ ROOMS = {
     "telemetry": "tree",
     "policies": "hub tree telemetry",
     "decoding": "tree verifying telemetry policies drafting",
-    "generation": "compat tree assistants verifying heads telemetry policies drafting decoding",
+    "generation": "compat tree compilation assistants verifying heads telemetry policies drafting decoding",
     "calibration": "compat tree verifying heads policies drafting generation",
     "testing": "compat tree verifying heads telemetry policies drafting generation calibration",
     "__init__": "tree assistants verifying heads telemetry policies generation calibration testing",

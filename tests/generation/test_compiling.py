@@ -29,6 +29,7 @@ from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
+from transformers_resps.generation import plan
 from transformers_resps.verifying.invariant import attention as invariant
 from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.returned import UnreadDynamicCache
@@ -626,7 +627,8 @@ class _OneByOne(nn.Linear):
 
 
 @pytest.fixture
-def with_kernels_of_ours(target: PreTrainedModel) -> None:
+def with_kernels_of_ours(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "keeps_rows_apart", lambda dtype: True)
     for part in target.modules():
         if type(part) is nn.Linear:
             part.__class__ = _OneByOne
@@ -801,6 +803,11 @@ def test_code_of_the_invariant_mode_is_compared_once_under_each_setting(
     with deterministic_algorithms():
         speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
     assert len(checked) == 2 * compared, "other settings may mean other kernels"
+
+
+def test_without_kernels_of_ours_compiled_steps_of_the_invariant_mode_are_refused(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"cannot run in torch.float64 here: only kernels of ours .* Leave out"):
+        speculate(target, None, "auto", **INVARIANT)
 
 
 def test_experts_that_go_by_the_number_of_rows_are_refused_with_compiled_code(

@@ -244,6 +244,11 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     )
 
 
+def keeps_rows_apart(dtype: torch.dtype) -> bool:
+    """Whether kernels of ours, in which no row knows another, compute packaged code in this dtype here."""
+    return dtype is torch.bfloat16 and bool(our_kernels())
+
+
 def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
     """Put `bf16_linear` in place of linear layers that it can serve, one for all layers that read the same input, and
     say for how many rows which kernel runs.

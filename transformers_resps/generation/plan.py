@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from ..compat import CACHE_KEYWORD
+from ..compilation.native import keeps_rows_apart
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..drafting import DraftSource
@@ -408,6 +409,11 @@ def _row_needs(target: PreTrainedModel, state: SpeculationState, *, compiles: bo
         raise ValueError(
             "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of rows "
             "here. Leave out `compile`."
+        )
+    if not keeps_rows_apart(target.dtype):
+        raise ValueError(
+            f"`compile=True` with `invariant=True` cannot run in {target.dtype} here: only kernels of ours keep rows "
+            "apart, in bfloat16 on CPUs with AVX512-BF16. Leave out `compile`."
         )
     return needs
 

@@ -85,7 +85,7 @@ class Layout(NamedTuple):
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "Layout":
         """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, which lie as text: all blocks are shared.
 
-        All is on the host. It has `least` blocks, groups that nobody asks and levels at least, see `of_tree`.
+        All is on the host. It has `least` blocks, empty groups and levels at least, see `of_tree`.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
