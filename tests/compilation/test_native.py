@@ -162,9 +162,9 @@ def test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside(
 
     (package,) = stored_packages(tmp_path)
     manifest = json.loads((package.path / "package.json").read_text())
-    recipes = [json.dumps(recipe) for recipe in manifest["recipes"].values()]
+    recipes = [json.dumps(recipe) for recipe in manifest["codes"][0]["recipes"].values()]
     assert sum("resps.pack_linear" in recipe for recipe in recipes) == 3
-    assert Kernels(*(Choice(*choice) for choice in manifest["kernels"])) == kernels
+    assert Kernels(*(Choice(*choice) for choice in manifest["codes"][0]["kernels"])) == kernels
 
 
 class Mlp(nn.Module):

@@ -98,7 +98,7 @@ def compilations(compiled_once: Path, monkeypatch: pytest.MonkeyPatch) -> list[n
         found.append(module)
         function(*tensors)
         path.write_bytes((package.path / "code.pt2").read_bytes())
-        return {name: manifest[name] for name in ("recipes", "limits", "kernels")}
+        return {name: manifest[name] for name in ("codes", "calls", "outputs", "limits")}
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled for this process alone")
@@ -214,8 +214,9 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 
 def _negate_the_bias(manifest: dict[str, Any]) -> None:
     bias = {"weight": "bias"}
-    [name] = [name for name, recipe in manifest["recipes"].items() if recipe == bias]
-    manifest["recipes"][name] = {"operator": "aten.neg.default", "arguments": [bias], "keywords": {}}
+    recipes = manifest["codes"][0]["recipes"]
+    [name] = [name for name, recipe in recipes.items() if recipe == bias]
+    recipes[name] = {"operator": "aten.neg.default", "arguments": [bias], "keywords": {}}
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -226,9 +227,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no code": (lambda path: (path / "code.pt2").unlink(), "it is damaged"),
     "one value of a manifest": (_change_the_manifest, "it is damaged"),
     "another version": (_edit(lambda manifest: manifest["identity"].update(torch="1.0")), "made for other torch"),
-    "another format": (_edit(lambda manifest: manifest.update(identity={}, recipes=[])), "made for other"),
+    "another format": (_edit(lambda manifest: manifest.update(identity={}, codes=[])), "made for other"),
     "another user's": (lambda path: path.chmod(0o777), "another user may write it"),
-    "constants that the code lacks": (_edit(lambda found: found["recipes"].update(x={"weight": "bias"})), "x"),
+    "constants that the code lacks": (
+        _edit(lambda found: found["codes"][0]["recipes"].update(x={"weight": "bias"})),
+        "x",
+    ),
     "other values": (_edit(_negate_the_bias), "its outputs differ"),
 }
 

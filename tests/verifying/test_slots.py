@@ -167,11 +167,13 @@ def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architect
     kept, buffers = torch.arange(5), buffers_of(target, pattern)
     packed_buffers = [part.clone() for part in buffers]
     logits, *features = SlotForward(target, pattern, [1])([*inputs, kept], buffers)
-    found, *caught = PackedForward(target, pattern, [1])([*inputs, PACKED, torch.arange(11)], packed_buffers)
+    packed, given = PackedForward(target, pattern, None), [*inputs, PACKED, torch.arange(11)]
+    outputs = packed(given, packed_buffers)
+    found, caught = outputs[0], packed.features(outputs, given, [1])
     start = 0
     for row, size in enumerate(SIZES):
         torch.testing.assert_close(found[0, start : start + size], logits[row, :size])
-        torch.testing.assert_close(caught[0][row, :size], features[0][row, :size])
+        torch.testing.assert_close(caught[1][row, :size], features[0][row, :size])
         written = slice(int(inputs[3][row, 0]), int(inputs[3][row, 0]) + size)
         for mine, whole in zip(packed_buffers, buffers, strict=True):
             torch.testing.assert_close(mine[row, :, written], whole[row, :, written])

@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from functools import cache, cached_property, reduce
 from itertools import chain
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from .kernels import demanded_kernel, our_kernels
 from .native import native_operators, use_native
 from .pages import collapse
+from .parts import Part, UncuttableError, exported_part, parts_of, weight_names
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -41,7 +43,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 FOLDER_VARIABLE = "RESPS_COMPILED_CODE"  # another folder, or 0 for none
 KEPT = 20  # packages; the one that was used least recently goes first
 
-_FORMAT = 1
+_FORMAT = 2
 # Of this library: all that compiled functions run. Another policy or another tool compiles nothing again.
 _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
@@ -230,13 +232,22 @@ class PackagedCode:
             raise UnfitPackageError(f"it was made for other {' and '.join(different)}")
         if _digest_of_file(path / _CODE) != manifest["digest"]:
             raise UnfitPackageError("it is damaged")
-        loader = _loader(path / _CODE)
         weights = _named(module)
-        self._constants = {name: _made(recipe, weights) for name, recipe in manifest["recipes"].items()}
-        # active ones, all of them, as they are: the loader keeps no copy
-        loader.load_constants(self._constants, False, True, True)
-        collapse(self._constants.values())
-        self._run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
+        self._calls: list[_Call] = []
+        with tempfile.TemporaryDirectory(prefix="resps-") as folder:  # where code lies before this process has it
+            with zipfile.ZipFile(path / _CODE) as archive:
+                archive.extractall(folder)
+            for call in manifest["calls"]:
+                own = {name: weights[given] for name, given in call["weights"].items()}
+                constants = {
+                    name: _made(recipe, own) for name, recipe in manifest["codes"][call["code"]]["recipes"].items()
+                }
+                loader = _loader(Path(folder) / str(call["code"]))
+                # active ones, all of them, as they are: the loader keeps no copy
+                loader.load_constants(constants, False, True, True)
+                collapse(constants.values())
+                self._calls.append(_Call(loader.boxed_run, call["inputs"], constants))
+        self._outputs: list[int] = manifest["outputs"]
         self._limits = [tuple(map(int, limit)) for limit in manifest["limits"]]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -244,12 +255,23 @@ class PackagedCode:
         return all(least <= tensors[place].shape[index] <= most for place, index, least, most in self._limits)
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        return self._run([*tensors])
+        values = [*tensors]
+        for run, inputs, _ in self._calls:
+            values += run([values[place] for place in inputs])
+        return [values[place] for place in self._outputs]
+
+
+class _Call(NamedTuple):
+    """Of a part of the code. `inputs` are places among the inputs of all and the outputs of the calls before."""
+
+    run: Callable[[list[Tensor]], list[Tensor]]
+    inputs: list[int]
+    constants: dict[str, Tensor]  # which the code reads where they lie
 
 
 def _loader(path: Path) -> Any:
     """Without `aoti_load_package`, which first runs a C++ compiler for seconds to ask what the machine can do."""
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)  # one call at a time
 
 
 def _compile(
@@ -267,25 +289,89 @@ def _compile(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(tensors, dynamic, strict=True)
     )
-    with _compiling, torch.inference_mode(False), torch.no_grad():
+    with _compiling, torch.inference_mode(False), torch.no_grad(), zipfile.ZipFile(path, "w") as archive:
         example = tuple(part.clone() for part in tensors)
         program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
-        kernels = use_native(program, alike=alike)
-        recipes = _Recipes(module)
-        with recipes.noted():
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(path),
-                inductor_configs={
-                    **config,
-                    "aot_inductor.package_constants_in_so": False,
-                    "aot_inductor.custom_ops_to_c_shims": native_operators(),
-                    # a function: inductor copies its settings, and a method with its object
-                    "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
-                },
-            )
-    constants = _loader(path).get_constant_fqns()
-    return {"recipes": recipes.of(constants), "limits": _limits(program), "kernels": kernels}
+        try:
+            made = _compile_parts(program, parts_of(program), module, config, archive, alike=alike)
+        except UncuttableError:
+            names = {name: name for name in _named(module)}
+            code, limits = _write_code(program, _named(module), config, archive, 0, alike=alike)
+            calls = [{"code": 0, "inputs": list(range(len(tensors))), "weights": names}]
+            outputs = list(range(len(tensors), len(tensors) + len(program.graph_signature.user_outputs)))
+            made = {"codes": [code], "calls": calls, "outputs": outputs, "limits": limits}
+    return made
+
+
+def _compile_parts(
+    program: torch.export.ExportedProgram,
+    parts: Sequence[Part],
+    module: nn.Module,
+    config: Mapping[str, Any],
+    archive: zipfile.ZipFile,
+    *,
+    alike: bool,
+) -> dict[str, Any]:
+    """Write the code of a program's parts, once of those that are alike."""
+    by_name = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    places = {by_name[name]: place for place, name in enumerate(program.graph_signature.user_inputs)}
+    sizes = {
+        str(size): (place, at) for node, place in places.items() for at, size in enumerate(node.meta["val"].shape)
+    }
+    named, numbers = weight_names(program), dict[str, int]()
+    codes, calls, limits = [], [], []
+    for part in parts:
+        weights = {f"w{number}": named[node.name].partition(".")[2] for number, node in enumerate(part.weights)}
+        if part.likeness not in numbers:
+            number = numbers[part.likeness] = len(numbers)
+            of_part = {name: _named(module)[given] for name, given in weights.items()}
+            code, limited = _write_code(exported_part(program, part), of_part, config, archive, number, alike=alike)
+            codes.append(code)
+            for place, at, least, most in limited:
+                size = str(part.inputs[place].meta["val"].shape[at])
+                if size not in sizes:
+                    raise PackagingError(f"a limit that is no input's: {size}")
+                limits.append([*sizes[size], least, most])
+        inputs = [places[node] for node in part.inputs]
+        calls.append({"code": numbers[part.likeness], "inputs": inputs, "weights": weights})
+        places |= {node: len(places) + number for number, node in enumerate(part.outputs)}
+    outputs = [places[node] for node in program.graph.output_node().args[0]]
+    return {"codes": codes, "calls": calls, "outputs": outputs, "limits": limits}
+
+
+def _write_code(
+    program: torch.export.ExportedProgram,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    archive: zipfile.ZipFile,
+    number: int,
+    *,
+    alike: bool,
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Compile a program into a folder `number` of an archive; returns how its constants are made of the weights and
+    which kernels it calls, and its limits.
+    """
+    kernels = use_native(program, alike=alike)
+    recipes = _Recipes(weights)
+    with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
+        path = Path(folder) / _CODE
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={
+                **config,
+                "aot_inductor.package_constants_in_so": False,
+                "aot_inductor.custom_ops_to_c_shims": native_operators(),
+                # a function: inductor copies its settings, and a method with its object
+                "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
+            },
+        )
+        with zipfile.ZipFile(path) as made:
+            for name in made.namelist():
+                if not name.endswith(".cpp"):
+                    archive.writestr(f"{number}/{name.partition('/')[2]}", made.read(name))
+        made_of = recipes.of(_loader(path).get_constant_fqns())
+    return {"recipes": made_of, "kernels": kernels}, _limits(program)
 
 
 def _limits(program: torch.export.ExportedProgram) -> list[list[int]]:
@@ -323,8 +409,8 @@ class _Recipes:
     A recipe is the name of a weight, or an operator with its arguments, as JSON.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._names = {_place(weight): name for name, weight in _named(module).items()}
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._names = {_place(weight): name for name, weight in weights.items()}
         self._folded: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._constants: dict[str, Tensor] = {}
 

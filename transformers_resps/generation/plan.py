@@ -358,7 +358,7 @@ def _compiling(
     if not choice:
         return "nothing asks for it", False
     is_batch = len(prepared.input_ids) > 1
-    if choice == AUTO and not (engine.pays or engine.is_stored(target, layers, is_batch=is_batch)):
+    if choice == AUTO and not (engine.pays or engine.is_stored(target, is_batch=is_batch)):
         return "compiling takes longer than decoding has", False
     obstacle = _compile_obstacle(target, layers)
     if obstacle is not None:

@@ -66,7 +66,7 @@ class InvariantVerifier(SlotVerifier):
         self._compiles_all = compiles and not needs.is_exact
         self.pricing = Pricing(paths_cost=not self._compiles_all)  # to kernels of ours a path is some more rows
         self._eagerly = InvariantForward(*given, [])
-        self._over_chunks = InvariantForward(*given, forward.layers if self._compiles_all else [])
+        self._over_chunks = InvariantForward(*given, None if self._compiles_all else [])
         self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
         if needs.is_exact:
             self._over_slots = PartForward(*given, forward.layers if compiles else [])
@@ -229,7 +229,7 @@ class InvariantVerifier(SlotVerifier):
                 f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
                 "otherwise, so call `generate` with `compile=False` to write a text in one way."
             )
-        return outputs[0], dict(zip(self._forward.layers, outputs[1:], strict=True))
+        return outputs[0], forward.features(outputs, inputs, self._forward.layers)
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
@@ -244,7 +244,7 @@ class InvariantVerifier(SlotVerifier):
         if self._engine is None or not self._compiles_all:
             return
         engine, settings = self._engine, tuple(kernel_settings().values())
-        code = rows, *self._forward.layers, *settings
+        code = rows, *settings
         if code in engine.checked:
             return
         with engine.preparing():

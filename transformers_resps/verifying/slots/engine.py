@@ -68,9 +68,9 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
         return self.is_compiled or self._decoded_seconds >= self.expected_seconds
 
-    def is_stored(self, target: PreTrainedModel, feature_layers: list[int], *, is_batch: bool) -> bool:
+    def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
         """Whether code for such steps lies ready, which another process has made."""
-        name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch, feature_layers)
+        name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch)
         with self.borrow(target) as lent:
             return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
 
@@ -92,7 +92,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """The code that serves a single row or several, and the features of one head; a graph serves one row."""
+        """The code that serves a single row or several; a graph serves one row, and the features of one head."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -108,25 +108,24 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                     [place for place, size in enumerate(part) if size not in fixed]
                     for part in (*forward.sizes, _BUFFER_SIZES)
                 ]
-                name = _code_name(forward.kind, is_batch, forward.feature_layers)
                 fast = CompiledFunction(
                     run,
                     dynamic,
                     of_buffers,
                     forward.options,
                     packages=self.packages,
-                    name=name,
+                    name=_code_name(forward.kind, is_batch),
                     is_invariant=forward.is_invariant,
                 )
             return Code(run, fast, _centred_logits, "logits", forward.target.dtype)
 
-        return self.code((forward.kind, is_batch, row, *forward.feature_layers, str(forward.options)), make)
+        layers = () if forward.feature_layers is None else (*forward.feature_layers,)
+        return self.code((forward.kind, is_batch, row, layers, str(forward.options)), make)
 
 
-def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:
+def _code_name(kind: str, is_batch: bool) -> str:
     """Of a forward, in every process."""
-    rows, layers = "a batch" if is_batch else "one row", ", ".join(map(str, feature_layers))
-    return f"{kind}, {rows}, " + (f"features of layers {layers}" if layers else "no features")
+    return f"{kind}, {'a batch' if is_batch else 'one row'}"
 
 
 LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two than for four (measured)

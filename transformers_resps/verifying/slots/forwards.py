@@ -75,7 +75,8 @@ class SlotForward:
     Args:
         target: any decoder of Transformers.
         cache: of dynamic layers, filled with anything.
-        feature_layers: the hidden states that sources read; none is the last layer's before the final norm.
+        feature_layers: whose hidden states it gives; none is the last layer's before the final norm. `None` gives all,
+            so that one code serves every head and none.
         options: of `torch.compile`, where the caller has some.
     """
 
@@ -89,11 +90,13 @@ class SlotForward:
         self,
         target: PreTrainedModel,
         cache: Cache,
-        feature_layers: list[int],
+        feature_layers: list[int] | None,
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self._run = _run(target, cache, feature_layers, self._layer)
+        self._last = target.config.get_text_config().num_hidden_layers
+        self._places = list(range(self._last + 1) if feature_layers is None else output_places(target, feature_layers))
+        self._run = _run(target, cache, self._places, self._layer)
         self._windows = _windows(target, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -102,6 +105,10 @@ class SlotForward:
         slots, masks = _laid_out(inputs, self._windows, self.target.dtype)
         positions = _by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
         return self._run(inputs.tokens, slots, positions, masks, buffers, inputs.kept, size=inputs.seen.shape[1])
+
+    def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
+        """Of what the function gave for these inputs, the hidden states `[b, n, h]` of some layers."""
+        return {layer: outputs[1 + self._places.index(min(layer, self._last))] for layer in layers}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -128,7 +135,7 @@ class PackedForward(SlotForward):
     _layer = _PackedSlotLayer
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[b, n, h]`."""
+        """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[1, r, h]`."""
         inputs, buffers = PackedInputs(*given[: len(PackedInputs._fields)]), given[len(PackedInputs._fields) :]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape)
         slots, masks = _laid_out(inputs, self._windows, self.target.dtype, nodes.are_computed)
@@ -136,8 +143,12 @@ class PackedForward(SlotForward):
         positions = _by_planes(nodes.together(node_positions(inputs.roots[:, 1:], inputs.depths)))
         options = {"size": inputs.seen.shape[1], "resps_packed": nodes}
         tokens = nodes.together(inputs.tokens)
-        logits, *features = self._run(tokens, written, positions, masks, buffers, inputs.kept, **options)
-        return logits, *map(nodes.apart, features)
+        return self._run(tokens, written, positions, masks, buffers, inputs.kept, **options)
+
+    def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
+        given = PackedInputs(*inputs)
+        nodes = PackedNodes(given.packed, *given.tokens.shape)
+        return {layer: nodes.apart(states) for layer, states in super().features(outputs, inputs, layers).items()}
 
     @staticmethod
     def serves(target: PreTrainedModel) -> bool:
@@ -148,7 +159,7 @@ class PackedForward(SlotForward):
 
 class HybridForward(SlotForward):
     """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and do not
-    change; what advances them follows the hidden states.
+    change; what advances them follows the hidden states, see `noted`.
     """
 
     kind = "hybrid steps"
@@ -171,6 +182,10 @@ class HybridForward(SlotForward):
         options = {"size": inputs.seen.shape[1], "resps_tree": tree}
         outputs = self._run(inputs.tokens, slots, positions, masks, parts[count:], inputs.kept, **options)
         return *outputs, *self.states.noted(tree)
+
+    def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of what the function gave, what advances the states."""
+        return outputs[1 + len(self._places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -231,16 +246,15 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
 
 
 def _run(
-    target: PreTrainedModel, cache: Cache, feature_layers: list[int], kind: type[SlotLayer]
+    target: PreTrainedModel, cache: Cache, read: list[int], kind: type[SlotLayer]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """What runs the target over the first slots of buffers, all without a `size`, given masks for each kind of layers.
 
-    Nodes that are `kept` get logits.
+    The hidden states at the places `read` follow the logits, which nodes get that are `kept`.
     """
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
     placeholders = [_without_entries(layer) if getattr(layer, "keys", None) is None else None for layer in layers]
-    read = output_places(target, feature_layers)
     asked = hidden_states_asked(read)
     computes_some = cast(Any, target)._supports_logits_to_keep()
 

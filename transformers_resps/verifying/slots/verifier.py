@@ -139,7 +139,8 @@ class SlotVerifier(Verifier):
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
         target = self._forward.target
         kind = forward_over_slots(target, is_batch=len(self._shifts) > 1)
-        self._over_slots = kind(target, self._pattern, self._forward.layers, self._options)
+        layers = None if self.device.type == "cpu" else self._forward.layers  # a graph would keep all that it gives
+        self._over_slots = kind(target, self._pattern, layers, self._options)
         self.pricing = Pricing(packs_rows=kind is PackedForward)
         self._fill(self._positions.shape[-1])
 
@@ -160,7 +161,7 @@ class SlotVerifier(Verifier):
         """Run the forward."""
         outputs = self._outputs_of(inputs, self._buffers.parts())
         features = Features(self._forward.layers)
-        features.caught = dict(zip(features.layers, outputs[1:], strict=True))
+        features.caught = self._over_slots.features(outputs, inputs, features.layers)
         return outputs[0], features
 
     def _outputs_of(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
@@ -334,9 +335,8 @@ class HybridVerifier(SlotVerifier):
 
     def _outputs_of(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
         outputs = super()._outputs_of([*inputs, *self._states], buffers)
-        count = 1 + len(self._forward.layers)
-        self._noted = outputs[count:]
-        return outputs[:count]
+        self._noted = self._over_slots.noted(outputs)
+        return outputs
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         kinds = self._over_slots.states

@@ -1,0 +1,115 @@
+"""A program in parts: equal layers share code, and the parts together compute what the whole does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tests.kernels import HAS_COMPILER, NO_COMPILER
+from transformers_resps.compilation.compiled import CompiledFunction
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
+from transformers_resps.compilation.parts import UncuttableError, exported_part, parts_of
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 32, *, is_wide: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, (2 + is_wide) * width), nn.Linear((2 + is_wide) * width, width)
+
+    def forward(self, states: Tensor, scale: Tensor, kept: Tensor, count: int) -> Tensor:
+        kept[:, : states.shape[1]] = states
+        return states + self.down(torch.relu(self.up(states * scale))) + kept[:, :count].mean()
+
+
+class Decoder(nn.Module):
+    """`wide` are the layers of another kind."""
+
+    def __init__(self, count: int = 5, wide: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(11, 32), nn.LayerNorm(32)
+        self.layers = nn.ModuleList(Layer(is_wide=number in wide) for number in range(count))
+        self.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, scales: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        states, scale = self.embed(tokens), scales.mean(-1, keepdim=True)
+        hidden = [states]
+        for layer, own in zip(self.layers, kept, strict=True):
+            states = layer(states, scale, own, scales.shape[2])
+            hidden.append(states)
+        return self.norm(states), hidden[2]
+
+
+def inputs_of(decoder: Decoder, rows: int = 2, width: int = 5) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    kept = [torch.zeros(rows, 17, 32) for _ in decoder.layers]
+    return torch.randint(0, 11, (rows, width)), torch.rand(rows, width, 7), *kept
+
+
+def program_of(decoder: Decoder) -> ExportedProgram:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = decoder
+
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return self.module(*tensors)
+
+    inputs = inputs_of(decoder)
+    sizes = tuple({place: Dim.DYNAMIC for place in range(1, 3 if part.dim() == 3 else 2)} for part in inputs[:2])
+    return torch.export.export(Wrapped(), inputs, dynamic_shapes=((*sizes, *({} for _ in inputs[2:])),), strict=False)
+
+
+@pytest.mark.parametrize(("wide", "codes"), [((), 3), ((1,), 4), ((0, 2), 4)], ids=str)
+def test_equal_layers_are_alike_and_others_are_not(wide: tuple[int, ...], codes: int) -> None:
+    parts = parts_of(program_of(Decoder(wide=wide)))
+    assert len(parts) == 7 and len({part.likeness for part in parts}) == codes
+    assert [len(part.weights) for part in parts] == [1, 4, 4, 4, 4, 4, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [3, 5, 9])
+def test_the_parts_one_after_the_other_are_the_whole(width: int) -> None:
+    decoder = Decoder(wide=(3,))
+    program = program_of(decoder)
+    inputs, expected = (inputs_of(decoder, width=width) for _ in range(2))
+    names = program.graph_signature.user_inputs
+    values = dict(zip(names, inputs, strict=True))
+    for part in parts_of(program):
+        made = exported_part(program, part).module()(*(values[node.name] for node in part.inputs))
+        values |= {node.name: value for node, value in zip(part.outputs, made, strict=True)}
+    outputs = [values[name] for name in program.graph_signature.user_outputs]
+    torch.testing.assert_close(outputs, list(decoder(*expected)))
+    torch.testing.assert_close(inputs[2:], expected[2:])
+
+
+def test_what_has_no_equal_layers_is_not_cut() -> None:
+    with pytest.raises(UncuttableError, match="no layers are equal"):
+        parts_of(program_of(Decoder(2)))
+    with pytest.raises(UncuttableError, match="no list of layers"):
+        parts_of(torch.export.export(nn.Linear(3, 2), (torch.rand(2, 3),)))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+def test_a_package_holds_the_code_of_equal_layers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    decoder = Decoder()
+    for _ in range(2):  # compiled, then loaded
+        packages = ModulePackages(lambda: decoder, "the decoder")
+        compiled = CompiledFunction(
+            lambda *tensors: decoder(*tensors), [(1,), (1, 2)], (), packages=packages, name="decoder"
+        )
+        for width in (5, 9):
+            inputs, expected = (inputs_of(decoder, width=width) for _ in range(2))
+            outputs = decoder(*expected)
+            if width == 5:
+                compiled.load(inputs[:2], inputs[2:], outputs)
+            torch.testing.assert_close(compiled(inputs[:2], inputs[2:]), outputs)
+            torch.testing.assert_close(inputs[2:], expected[2:])
+    (package,) = stored_packages(tmp_path)
+    manifest = json.loads((package.path / "package.json").read_text())
+    assert (len(manifest["codes"]), len(manifest["calls"])) == (3, 7)
