@@ -93,7 +93,7 @@ def compilations(compiled_once: Path, monkeypatch: pytest.MonkeyPatch) -> list[n
     manifest = json.loads((package.path / "package.json").read_text())
 
     def compile_again(
-        module: nn.Module, function: Any, tensors: Any, dynamic: Any, config: Any, path: Path, *, alike: bool
+        module: nn.Module, function: Any, tensors: Any, dynamic: Any, config: Any, path: Path, bar: Any, *, alike: bool
     ) -> dict[str, Any]:
         found.append(module)
         function(*tensors)

@@ -29,7 +29,7 @@ from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
-from transformers_resps.generation import plan
+from transformers_resps.generation import plan, request
 from transformers_resps.verifying.invariant import attention as invariant
 from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.returned import UnreadDynamicCache
@@ -463,27 +463,70 @@ def test_a_call_beside_another_runs_as_it_is(
     assert untraced.count == 1
 
 
-def test_auto_compiles_when_decoding_has_taken_as_long(
-    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
+class FakeCompiler:
+    """Stands for a process beside: keeps what it was to compile."""
+
+    is_running = False
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
+        self.asked.append((checkpoint, *arguments))
+
+
+@pytest.fixture
+def compiler(target: PreTrainedModel) -> FakeCompiler:
+    target.speculation_state.compiler = fake = FakeCompiler()
+    return fake
+
+
+def test_auto_lets_another_process_compile_and_goes_on_as_it_is(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, compiler: FakeCompiler
 ) -> None:
-    speculate(target, head, Cycle(*SHAPES), compile="auto")
-    assert untraced.count == 0
-    target.speculation_state.slot_engine.note(90.0)
+    target.name_or_path = target.config.name_or_path = "a folder"
+    head.name_or_path = head.config.name_or_path = "a head"
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
-    assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
+    assert untraced.count == 0 and out.sequences.tolist() == plainly(target)
+    target.generate(**prompts(1, rows=2), policy="auto", compile="auto", max_new_tokens=5, pad_token_id=0)
+    options = "--dtype", "float32", "--threads", str(torch.get_num_threads()), "--rows"
+    assert compiler.asked == [("a folder", "a head", *options, "1"), ("a folder", *options, "2")]
 
 
-def test_auto_compiles_at_once_where_another_process_has_left_code_for_such_steps(
-    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_up_code_that_lies_ready_and_compiles_none_itself(
+    target: PreTrainedModel,
+    head: DraftHead,
+    untraced: CountingBackend,
+    compiler: FakeCompiler,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Code for a batch is none for a row; what cannot be loaded after all runs as it is."""
     asked: list[str] = []
     monkeypatch.setattr(ModulePackages, "have", lambda _, code: asked.append(code) or "one row" in code)
     inputs = prompts(1, rows=2)
     target.generate(**inputs, assistant_model=head, policy=WIDE, compile="auto", max_new_tokens=5, pad_token_id=0)
-    assert untraced.count == 0
+    out = speculate(target, head, Cycle(*SHAPES), compile="auto")
+    assert asked == ["packed steps, a batch", "steps, one row"]
+    assert untraced.count == 0 and out.sequences.tolist() == plainly(target)
+    assert len(compiler.asked) == 2, "the code lacks still"
+    speculate(target, head, Cycle(*SHAPES), compile=True)
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
-    assert asked == ["packed steps, a batch", "steps, one row"]
+    assert len(compiler.asked) == 2
+
+
+def test_what_auto_learns_beside_a_compiler_is_forgotten(
+    target: PreTrainedModel, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Policy] = []
+    make = request.default_policy
+    monkeypatch.setattr(request, "default_policy", lambda: made.append(make()) or made[-1])
+    counts = []
+    for is_running in (False, True, True, False):
+        compiler.is_running = is_running
+        speculate(target, None, "auto", compile="auto")
+        counts.append(len(made))
+    assert counts == [1, 2, 2, 2]
 
 
 def test_attach_and_compile_config_ask_for_it_too(

@@ -56,13 +56,16 @@ def looked_up(target: Any = None, ids: Any = ONE, **call: Any) -> dict[str, Any]
     return {"target": target, "input_ids": ids, "policy": LOOKUP} | call
 
 
-def alike(change: Callable[[Any], Any] | None = None, seconds: float = 0.0) -> Any:
-    """Another such target, changed, that has decoded for so long."""
+def alike(change: Callable[[Any], Any] | None = None) -> Any:
+    """Another such target, changed."""
     target = copy.deepcopy(llama())
-    target.speculation_state.slot_engine.note(seconds)
     if change is not None:
         change(target)
     return target
+
+
+def with_code(target: Any) -> None:
+    target.speculation_state.slot_engine.is_stored = lambda *target, **rows: True
 
 
 def seeing() -> Any:
@@ -94,7 +97,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "compile, last layer": lambda: drafted(layer=2, compile=True),
     "compile, training": lambda: looked_up(alike(lambda target: target.train()), compile=True),
     "auto": lambda: looked_up(alike(), compile="auto"),
-    "auto, later": lambda: looked_up(alike(seconds=90.0), compile="auto"),
+    "auto, code": lambda: looked_up(alike(with_code), compile="auto"),
     "compile_config": lambda: drafted(**OPTIONS),
     "compile=False": lambda: drafted(compile=False, **OPTIONS),
     "disable_compile": lambda: drafted(disable_compile=True, **OPTIONS),
@@ -127,8 +130,8 @@ compile             | slots            | the verifier     | in lockstep | 1 | co
 compile, two rows   | slots            | the verifier     | apart       | 1 | compiled
 compile, last layer | growing cache    | the verifier     | in lockstep | 1 | the head reads the last layer's output
 compile, training   | growing cache    | the verifier     | in lockstep | 0 | the model is in training mode
-auto                | growing cache    | the verifier     | in lockstep | 0 | compiling takes longer than decoding has
-auto, later         | slots            | the verifier     | in lockstep | 0 | compiled
+auto                | growing cache    | the verifier     | in lockstep | 0 | no code lies ready
+auto, code          | slots            | the verifier     | in lockstep | 0 | compiled
 compile_config      | slots            | the verifier     | in lockstep | 1 | compiled
 compile=False       | growing cache    | the verifier     | in lockstep | 1 | nothing asks for it
 disable_compile     | growing cache    | the verifier     | in lockstep | 1 | nothing asks for it
@@ -163,5 +166,5 @@ def test_each_call_goes_its_way(
 
 @pytest.mark.parametrize("asked", [True, "auto"])
 def test_only_who_asks_for_certain_is_warned(asked: Any, planned: Callable[..., Plan]) -> None:
-    target = alike(lambda target: target.train(), seconds=90.0)
+    target = alike(lambda target: target.train())
     assert planned(**looked_up(target, compile=asked)).warns is (asked is True)

@@ -23,7 +23,7 @@ from transformers_resps.tools.cli import main
 from transformers_resps.verifying.growing import TreeVerifier
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve", "cache"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve", "compile", "cache"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

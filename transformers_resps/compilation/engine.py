@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .captured import CapturedFunction
 from .compiled import CompiledFunction, callers_settings
 from .kernels import NO_COMPILER, compiler
-from .packages import ModulePackages
+from .packages import ModulePackages, packages_folder
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -58,7 +58,8 @@ class CompileEngine(ABC, Generic[Owner]):
         self._settings: Hashable | None = None  # of the caller that has the engine; `None` before they are asked for
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
-        self.expected_seconds = 90.0  # of compiling; of a small model on two cores, until it was measured
+        self._waits = True  # whether the call that has the engine waits for a compiler
+        self._missing: set[Code] = set()  # what it would wait for, and runs as it is
         self.is_broken = False  # whether something could not be compiled, or gave other values
         self.obstacle: str | None = None  # that it warned of last
         self._lock = Lock()
@@ -76,13 +77,16 @@ class CompileEngine(ABC, Generic[Owner]):
         """What the owner's code reads weights of."""
 
     @contextmanager
-    def borrow(self, owner: Owner) -> Iterator[Self | None]:
-        """Lend the engine, without code for other weights; nothing while another call uses it."""
+    def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
+        """Lend the engine, without code for other weights; nothing while another call uses it. A caller that does not
+        wait for a compiler gets the code that lies ready.
+        """
         if not self._lock.acquire(blocking=False):
             yield None
             return
         try:
-            self.owner, self._settings = owner, None
+            self.owner, self._settings, self._waits = owner, None, waits
+            self._missing.clear()
             if self._fingerprint is not None and self._fingerprint != self.fingerprint():
                 self.forget()
                 self._fingerprint, self._packages, self.is_broken = None, None, False
@@ -94,6 +98,11 @@ class CompileEngine(ABC, Generic[Owner]):
     @property
     def is_compiled(self) -> bool:
         return bool(self._codes)
+
+    @property
+    def lacks_code(self) -> bool:
+        """Whether the newest call would have waited for a compiler."""
+        return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
         """The code under a key, made at the first call with the weights of now."""
@@ -120,7 +129,10 @@ class CompileEngine(ABC, Generic[Owner]):
         `is_ready` says that the caller has asked whether they are.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
-            self.prepare(code, inputs, buffers)
+            if code not in self._missing:
+                self.prepare(code, inputs, buffers)
+            if code in self._missing:
+                return None
         if self.is_broken:
             return None
         try:
@@ -153,13 +165,14 @@ class CompileEngine(ABC, Generic[Owner]):
                     if reason is None:
                         return
                     code.fast.discard(inputs, buffers, reason)
+                if not self._waits and code.fast.needs_compiler(inputs):
+                    self._missing.add(code)
+                    return
                 if code.fast.needs_compiler(inputs) and compiler() is None:
                     self._give_up(NO_COMPILER)
                     return
                 self._announce(is_again=code.fast.is_compiled_for(inputs))
-            begun = self._clock()
             reason = self._difference(code, inputs, buffers, expected)
-            self.expected_seconds = self._clock() - begun
         if reason is not None:
             self._give_up(reason)
 
@@ -206,7 +219,9 @@ class CompileEngine(ABC, Generic[Owner]):
             )
         elif self.name not in self._warned:  # of several functions only once
             self._warned.add(self.name)
-            logger.warning(f"Compiling {self.name}, once. {self.duration}")
+            folder = packages_folder()
+            kept = "" if folder is None else f" The code is kept in {folder}, and later processes load it in a second."
+            logger.warning(f"Compiling {self.name}, once. {self.duration}{kept}")
 
 
 def described(fault: Exception) -> str:

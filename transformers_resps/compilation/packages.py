@@ -31,6 +31,7 @@ import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm
 
 from .kernels import demanded_kernel, our_kernels
 from .native import native_operators, use_native
@@ -122,7 +123,12 @@ class ModulePackages:
     @property
     def _folder(self) -> Path | None:
         folder = packages_folder()
-        return None if folder is None else folder / _digest_of(self._about)
+        return None if folder is None else folder / self.identity
+
+    @property
+    def identity(self) -> str:
+        """Of the module: its architecture, settings, machine and versions, and of its weights the first values."""
+        return _digest_of(self._about)
 
     def have(self, code: str) -> bool:
         """Whether code of this name lies ready, for some sizes."""
@@ -169,9 +175,13 @@ class ModulePackages:
             PackagingError: the code asks for certain sizes, or has constants that are not made of the weights.
         """
         identity = self._identity(code, setting)
-        with tempfile.TemporaryDirectory(prefix="resps-") as folder:
+        about = f"Compiling {self._name}"
+        with (
+            tempfile.TemporaryDirectory(prefix="resps-") as folder,
+            tqdm(total=2, desc=about, unit="part", disable=None, leave=False) as bar,
+        ):
             path = Path(folder)
-            made = _compile(self._module(), function, tensors, dynamic, config, path / _CODE, alike=alike)
+            made = _compile(self._module(), function, tensors, dynamic, config, path / _CODE, bar, alike=alike)
             manifest = {"identity": identity, **made, "digest": _digest_of_file(path / _CODE)}
             (path / _MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
             loaded = PackagedCode(path, identity, self._module())
@@ -281,10 +291,13 @@ def _compile(
     dynamic: Sequence[Sequence[int]],
     config: Mapping[str, Any],
     path: Path,
+    bar: Any,
     *,
     alike: bool,
 ) -> dict[str, Any]:
-    """Write the code of a function to `path`; returns what its manifest says of the code."""
+    """Write the code of a function to `path`; returns what its manifest says of the code. The `bar` moves when the
+    program is traced, and with each of its parts.
+    """
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(tensors, dynamic, strict=True)
@@ -292,8 +305,9 @@ def _compile(
     with _compiling, torch.inference_mode(False), torch.no_grad(), zipfile.ZipFile(path, "w") as archive:
         example = tuple(part.clone() for part in tensors)
         program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
+        bar.update()
         try:
-            made = _compile_parts(program, parts_of(program), module, config, archive, alike=alike)
+            made = _compile_parts(program, parts_of(program), module, config, archive, bar, alike=alike)
         except UncuttableError:
             names = {name: name for name in _named(module)}
             code, limits = _write_code(program, _named(module), config, archive, 0, alike=alike)
@@ -309,10 +323,12 @@ def _compile_parts(
     module: nn.Module,
     config: Mapping[str, Any],
     archive: zipfile.ZipFile,
+    bar: Any,
     *,
     alike: bool,
 ) -> dict[str, Any]:
     """Write the code of a program's parts, once of those that are alike."""
+    bar.total = 1 + len({part.likeness for part in parts})
     by_name = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     places = {by_name[name]: place for place, name in enumerate(program.graph_signature.user_inputs)}
     sizes = {
@@ -327,6 +343,7 @@ def _compile_parts(
             of_part = {name: _named(module)[given] for name, given in weights.items()}
             code, limited = _write_code(exported_part(program, part), of_part, config, archive, number, alike=alike)
             codes.append(code)
+            bar.update()
             for place, at, least, most in limited:
                 size = str(part.inputs[place].meta["val"].shape[at])
                 if size not in sizes:

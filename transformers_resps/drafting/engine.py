@@ -36,7 +36,7 @@ class DraftEngine(CompileEngine[StepModel]):
     """
 
     name = "the draft head"
-    duration = "A small head takes up to a minute on two cores."
+    duration = "A small head takes half a minute on two cores."
 
     def __init__(self, capture: Capture | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
@@ -181,8 +181,8 @@ def _example(inputs: PassInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor
 class DraftEngines:
     """An engine for each source that a model drafts with, as long as that lives. A copied model starts anew."""
 
-    def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], DraftEngine] = DraftEngine, *, waits: bool = True) -> None:
+        self._make, self._waits = make, waits
         self._engines: WeakKeyDictionary[object, DraftEngine] = WeakKeyDictionary()
         self._lock = Lock()
 
@@ -199,4 +199,16 @@ class DraftEngines:
             engine = self._engines.get(source)
             if engine is None:
                 engine = self._engines[source] = self._make()
-        return engine.borrow(model)
+        return engine.borrow(model, waits=self._waits)
+
+    @property
+    def readily(self) -> "DraftEngines":
+        """The same engines for a call that waits for no compiler."""
+        ready = DraftEngines(self._make, waits=False)
+        ready._engines, ready._lock = self._engines, self._lock
+        return ready
+
+    @property
+    def lack_code(self) -> bool:
+        """Whether a newest call would have waited for a compiler."""
+        return any(engine.lacks_code for engine in self._engines.values())

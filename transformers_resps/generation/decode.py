@@ -15,6 +15,7 @@ from ..decoding.text import Batch
 from ..drafting import DraftCall, Drafter
 from ..drafting.mixed_drafter import together
 from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
+from ..drafting.source import LevelSource
 from ..policies.base import Policy
 from ..telemetry import SpeculationReport
 from ..verifying.cache import stop_recording
@@ -26,7 +27,7 @@ from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache
 from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
 from ..verifying.verifier import Verifier
 from .plan import Plan, Prepared, Reading, Verifying
-from .request import SpeculationState
+from .request import MTP, SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
@@ -49,7 +50,8 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         verifier.gives_back = prepared.returns_dict or prepared.is_cache_given
         decoding.prefill(_reader(plan, verifier))
         threads = torch.get_num_threads() if target.device.type == "cpu" else 1
-        pace = state.pace.of_call((target.dtype, threads, verifier.is_compiled, request.invariant), threads)
+        setting = target.dtype, threads, verifier.is_compiled, request.invariant, state.compiler.is_running
+        pace = state.pace.of_call(setting, threads)
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 context = verifier.length
@@ -60,10 +62,24 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report
     report.reason, report.answers = policy.explain(report.steps), batch.answers(prepared.input_ids.shape[1])
-    state.slot_engine.note(report.seconds)
+    if plan.lacks_code or (not plan.waits and (state.slot_engine.lacks_code or state.draft_engines.lack_code)):
+        _compile_beside(plan, state)
     if cache is None and prepared.returns_dict:
         cache = _returned_cache(prepared, decoding.ended, batch.input_ids)
     return batch, report, cache
+
+
+def _compile_beside(plan: Plan, state: SpeculationState) -> None:
+    """Let another process make the code that this call lacked."""
+    target = plan.prepared.target
+    identity = state.slot_engine.identity(target)
+    if identity is None:
+        return
+    names = [source.identity()["name_or_path"] for source in plan.request.sources if isinstance(source, LevelSource)]
+    heads = [MTP if name == target.name_or_path else name for name in names if name]
+    dtype, rows = str(target.dtype).removeprefix("torch."), min(len(plan.prepared.input_ids), 2)
+    options = "--dtype", dtype, "--threads", str(torch.get_num_threads()), "--rows", str(rows)
+    state.compiler.start(identity, target.name_or_path or "", *heads, *options)
 
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
@@ -73,7 +89,8 @@ def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier
         engine.warn(str(plan.why_eager))
     if plan.verifying is Verifying.GROWING:
         return TreeVerifier(plan.forward, *given)
-    lent = stack.enter_context(engine.borrow(plan.forward.target) if plan.compiles else nullcontext())
+    target, waits = plan.forward.target, plan.waits
+    lent = stack.enter_context(engine.borrow(target, waits=waits) if plan.compiles else nullcontext())
     if plan.verifying is not Verifying.INVARIANT:
         kind = HybridVerifier if plan.verifying is Verifying.HYBRID else SlotVerifier
         return kind(plan.forward, lent, *given, options=plan.compile_options)
@@ -104,7 +121,7 @@ def _drafters(
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
         origins=prepared.sources(),
         never_drafted=prepared.never_drafted(),
-        engines=state.draft_engines if verifier.is_compiled else None,
+        engines=(state.draft_engines if plan.waits else state.draft_engines.readily) if verifier.is_compiled else None,
         ends=stack,
     )
     return together([source.drafter(call) for source in sources]), PromptLookup().drafter(call)

@@ -51,6 +51,9 @@ from .request import AUTO, Request, SpeculationState
 _NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
 
 
+NO_CODE_YET = "no code lies ready"  # why "auto" does not compile, while another process may
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What stock `generate` hands to the method that decodes. A dynamic cache stands for a `static` one."""
@@ -299,6 +302,16 @@ class Plan:
         return self.why_eager is None
 
     @property
+    def waits(self) -> bool:
+        """Whether the call waits for a compiler where no code lies ready."""
+        return self.request.compile != AUTO
+
+    @property
+    def lacks_code(self) -> bool:
+        """Whether steps would run compiled if code lay ready."""
+        return self.why_eager == NO_CODE_YET
+
+    @property
     def compile_options(self) -> dict[str, Any] | None:
         """The caller's, for `torch.compile`; `None` where they are its own."""
         config = self.prepared.config.compile_config
@@ -358,11 +371,11 @@ def _compiling(
     if not choice:
         return "nothing asks for it", False
     is_batch = len(prepared.input_ids) > 1
-    if choice == AUTO and not (engine.pays or engine.is_stored(target, is_batch=is_batch)):
-        return "compiling takes longer than decoding has", False
     obstacle = _compile_obstacle(target, layers)
     if obstacle is not None:
         return obstacle, choice is True
+    if choice == AUTO and target.device.type == "cpu" and not engine.is_stored(target, is_batch=is_batch):
+        return NO_CODE_YET, False
     return ("the caller compiled the model" if is_compiled(target) else None), False
 
 

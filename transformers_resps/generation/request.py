@@ -21,6 +21,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..assistants import CausalDrafter, GemmaAssistant, MtpHead
 from ..compat import load_model, unwrapped
+from ..compilation.beside import CompilerProcess
 from ..drafting import DraftSource
 from ..drafting.engine import DraftEngines
 from ..drafting.foreign import ForeignSource
@@ -47,7 +48,7 @@ MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with th
 USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
 # The keywords that a `generation_config` may hold, as JSON of these types.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
-# True compiles at the first step, "auto" when eager steps have taken as long as compiling will
+# True compiles at the first step, "auto" in another process on a CPU
 CompileChoice = bool | Literal["auto"]
 
 
@@ -306,6 +307,7 @@ class SpeculationState:
         invariant_calls: what calls with `invariant=True` share.
         row_classes: what was found of this machine's kernels for such calls.
         pace: what steps of this model take at their best.
+        compiler: what compiles beside calls with `compile="auto"`.
     """
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
@@ -317,6 +319,7 @@ class SpeculationState:
         self.invariant_calls = InvariantCalls()
         self.row_classes = RowClasses()
         self.pace = Pace()
+        self.compiler = CompilerProcess()
         self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
@@ -422,7 +425,9 @@ class Request:
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
-            key = PolicyCache.key(target, rows, policy, self.compile, self.invariant)
+            # what was learned of costs beside the compiler is never asked again
+            compiles = "beside" if self.compile == AUTO and state.compiler.is_running else self.compile
+            key = PolicyCache.key(target, rows, policy, compiles, self.invariant)
             if len(self.sources) > 1:
                 key = key, *map(ref, self.sources[1:])
             policy = stack.enter_context(state.policy_cache.borrow(first, key, make))

@@ -73,7 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (_add_doctor, _add_inspect, _add_calibrate, _add_verify, _add_bench, _add_serve, _add_cache):
+    adding = _add_doctor, _add_inspect, _add_calibrate, _add_verify, _add_bench, _add_serve, _add_compile, _add_cache
+    for add_command in adding:
         add_command(commands)
     return parser
 
@@ -202,6 +203,17 @@ def _add_serve(commands: Any) -> None:
     _add_invariant_option(add, "answer every request")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+
+
+def _add_compile(commands: Any) -> None:
+    parser = commands.add_parser("compile", help="compile a target's steps on a CPU, for later processes")
+    add = parser.add_argument
+    add("target", type=model, help="folder or Hub id of the target")
+    add("heads", type=model, nargs="*", metavar="head", help=HEAD)
+    add("--dtype", type=dtype, help="auto, float32 (the default), bfloat16 or float16")
+    add("--threads", type=positive, help="CPU threads of the calls; default: as torch chooses")
+    add("--rows", type=positive, default=1, help="prompts of a call; 2 stands for any batch (default: 1)")
+    add("--only-as", help=argparse.SUPPRESS)  # the identity of a model in memory
 
 
 def _add_cache(commands: Any) -> None:

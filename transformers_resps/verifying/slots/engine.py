@@ -27,7 +27,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
 
     name = "the target's forward"
-    duration = "A small model takes minutes on two cores."
+    duration = "A small model takes less than a minute on two cores."
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
@@ -38,7 +38,6 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         self.bits: dict[Hashable, bytes] = {}
         self.sample: list[int] = []  # tokens of a prompt: compiled and eager code differ more where they are no text
         self._pattern: tuple[Hashable, Cache] | None = None
-        self._decoded_seconds = 0.0
 
     @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
@@ -63,20 +62,16 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
-    @property
-    def pays(self) -> bool:
-        """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
-        return self.is_compiled or self._decoded_seconds >= self.expected_seconds
-
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether code for such steps lies ready, which another process has made."""
+        """Whether code for such steps lies ready, which another process has made, or a call that waited."""
         name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch)
         with self.borrow(target) as lent:
-            return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
+            return lent is not None and lent.packages.have(name)
 
-    def note(self, seconds: float) -> None:
-        """Note that a call has decoded for so long."""
-        self._decoded_seconds += seconds
+    def identity(self, target: PreTrainedModel) -> str | None:
+        """Of the target, as its packages know it; `None` while another call has the engine."""
+        with self.borrow(target) as lent:
+            return None if lent is None else lent.packages.identity
 
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0

@@ -1,0 +1,104 @@
+"""Compiling in another process, while calls go on as they are: no caller waits.
+
+The process loads the checkpoint, compiles what a call runs, and leaves packages in the folder where later calls of all
+processes look. It lives on when this process ends.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .kernels import NO_COMPILER, compiler
+from .packages import FOLDER_VARIABLE, packages_folder
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+# Beside two busy threads it gets a fourth of a core then, and a call takes 1.3 times as long; at 5 it was 1.4.
+_NICENESS = 6
+_RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli import main; raise SystemExit(main())"
+
+
+class CompilerProcess:
+    """At most one process that compiles for one model; of all processes of a user, one compiles a model."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told = Path()  # what it tells
+        self._asked: set[tuple[str, ...]] = set()  # arguments that need no second process: it ended, or cannot start
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes time from calls now."""
+        if self._process is not None and self._process.poll() is not None:
+            self._see_end(self._process.returncode)
+        return self._process is not None
+
+    def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
+        """Let a process run `resps compile`, unless one does, or did so in vain.
+
+        Args:
+            identity: of the model, see `ModulePackages.identity`.
+            checkpoint: folder or Hub id of the model; empty if it was made in memory.
+            arguments: of the command, after the checkpoint.
+        """
+        if self.is_running or arguments in self._asked:
+            return
+        folder = packages_folder()
+        obstacles = {
+            f"{FOLDER_VARIABLE} keeps no compiled code": folder is None,
+            "processes cannot be started beside others on this system": os.name != "posix",
+            "it was not loaded from a checkpoint": not checkpoint,
+            NO_COMPILER: compiler() is None,
+        }
+        obstacle = next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+        if obstacle is not None or folder is None:
+            self._give_up(arguments, str(obstacle))
+            return
+        try:
+            self._start(folder, identity, ("compile", checkpoint, *arguments, "--only-as", identity))
+        except OSError as fault:
+            self._give_up(arguments, f"{fault}. Set {FOLDER_VARIABLE} to another folder")
+        else:
+            if self._process is not None:
+                self._asked.add(arguments)
+
+    def _start(self, folder: Path, identity: str, command: Sequence[str]) -> None:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._told = folder / f".{identity}.log"
+        with (folder / f".{identity}.lock").open("wb") as lock:
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)  # the new process holds it with the open file, however it ends
+            except BlockingIOError:  # another process compiles this model
+                return
+            with self._told.open("wb") as told:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _RUN, *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=told,
+                    pass_fds=[lock.fileno()],
+                    process_group=0,  # Ctrl-C ends calls, not this
+                    env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+                )
+        logger.warning(
+            "Another process compiles this model, once, and calls go on as they are until its code can be taken up. "
+            f"The code is kept in {folder}. `compile=False` switches this off."
+        )
+
+    def _see_end(self, status: int) -> None:
+        self._process = None
+        lines = self._told.read_text(errors="replace").split("\n") if self._told.exists() else []
+        self._told.unlink(missing_ok=True)
+        if status:
+            last = [line for line in lines if line.strip()][-1:] or [f"its process ended with status {status}"]
+            self._give_up((), last[0].removeprefix("resps compile: "))
+
+    def _give_up(self, arguments: tuple[str, ...], reason: str) -> None:
+        self._asked.add(arguments)
+        logger.warning(f"This model is not compiled beside calls: {reason.rstrip('.')}.")

@@ -1,0 +1,45 @@
+"""`resps compile`: compile a target's steps, and its drafts, so that later processes find the code."""
+
+import argparse
+
+import torch
+from transformers import AutoTokenizer
+
+from ..compilation.packages import packages_folder
+from ..generation.attach import attach
+from ..policies.fixed import FixedPolicy
+from ..tree import TreeShape
+from .loading import load_source, load_target
+
+
+_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the warm sun."
+_TREE = TreeShape(6, 3, 2, lookup=2)
+_NEW_TOKENS = 16
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode a few tokens with compiled steps."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    target = attach(load_target(args.target, args.dtype, "cpu"))
+    engine = target.speculation_state.slot_engine
+    with engine.borrow(target) as lent:
+        if args.only_as and lent.packages.identity != args.only_as:
+            raise ValueError("the model differs from its checkpoint. Pass `compile=True` to wait for the code")
+    tokens = AutoTokenizer.from_pretrained(args.target)(_TEXT, return_tensors="pt").input_ids
+    for head in (None, *args.heads):
+        source = load_source(head, target)
+        policy = FixedPolicy(TreeShape(1, 0, 1, lookup=4) if source is None else _TREE)
+        target.generate(
+            tokens.repeat(args.rows, 1),
+            attention_mask=torch.ones(args.rows, tokens.shape[1], dtype=torch.long),
+            assistant_model=source,
+            policy=policy,
+            compile=True,
+            max_new_tokens=_NEW_TOKENS,
+            min_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+        )
+    if not engine.is_stored(target, is_batch=args.rows > 1):
+        raise ValueError(engine.obstacle or f"its code cannot be kept in {packages_folder()}")
+    return 0
