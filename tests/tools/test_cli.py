@@ -171,8 +171,6 @@ def test_the_invariant_mode_is_examined_in_half_precision(folders: tuple[str, st
     told = json.loads(capsys.readouterr().out)
     assert (told["facts"]["mode"], told["facts"]["packed"], told["stock"]["prompts"]) == ("invariant", "True", 1)
     assert re.search("plain one of the invariant mode; stock .* in [01] of 1 prompts", told["verdict"])
-    with pytest.raises(SystemExit):
-        main(["verify", *folders, *invariant, "--rounding"])
 
 
 @pytest.mark.parametrize("name", ["mtp", "small"])
@@ -214,13 +212,3 @@ def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: 
 def test_a_check_in_which_no_draft_was_accepted_has_status_2(folders: tuple[str, str], capsys: Any) -> None:
     assert main(["verify", *folders, "1,0,1", *QUICK]) == 2
     assert capsys.readouterr().out.splitlines()[-1].startswith("NOTHING WAS TESTED: no drafted token of the policy")
-
-
-def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], capsys: Any) -> None:
-    assert main(["verify", folders[0], "--rounding", "--dtype", "bfloat16", *QUICK]) == 0
-    page = capsys.readouterr().out
-    assert all(
-        name in page for name in ("bfloat16", "\n2 nodes: 3 gaps", "\n16 nodes: 3 gaps", "\nall at once: 3 gaps")
-    )
-    assert main(["verify", folders[0], "--rounding", "--json", *QUICK]) == 0
-    assert [row["nodes"] for row in json.loads(capsys.readouterr().out)] == [2, 4, 8, 16, 0]

@@ -1,22 +1,13 @@
-"""Where two outputs differ first, and whether rounding explains it.
-
-`move_of_gaps` (`resps verify --rounding`) measures on any machine what `MAX_SPACINGS` was set by.
-"""
+"""Where two outputs differ first, and whether rounding explains it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.utils.logging import tqdm
-
-from ..compat import CACHE_KEYWORD
-from ..tree import DraftTree
-from ..verifying.growing import TreeVerifier
+from transformers import PreTrainedModel
 
 
 # The most spacings by which rounding may move the gap between two logits. A forward over several tokens adds in
@@ -140,81 +131,3 @@ def spacing_at(value: float, dtype: torch.dtype) -> float:
     """
     info = torch.finfo(dtype)
     return info.eps * 2.0 ** math.floor(math.log2(max(abs(value), info.tiny)))
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """What a forward over several tokens changes, at all positions of some outputs; gaps are in spacings."""
-
-    nodes: int  # of each forward; 0 for one forward over everything
-    moves: Tensor  # [t] by how much the gap between the two best tokens moved
-    flipped: Tensor  # [f] the gaps where another token became the best
-
-    def __str__(self) -> str:
-        middle, high = (float(self.moves.quantile(share)) for share in (0.5, 0.99))
-        flips = f"{len(self.flipped)} flips"
-        if len(self.flipped):
-            flips += f" at gaps up to {float(self.flipped.max()):.2f}"
-        return (
-            f"{len(self.moves)} gaps moved by {middle:.2f} spacings in the median, 99% below {high:.2f}, at most "
-            f"{float(self.moves.max()):.2f}; {flips}"
-        )
-
-
-@torch.inference_mode()
-def move_of_gaps(
-    target: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, node_counts: list[int]
-) -> list[Moves]:
-    """Continue prompts `[s]` greedily, a token at a time and past end tokens, and read the outputs again in trees.
-
-    Each tree is a chain of one of `node_counts`; 0 is one forward over prompt and output, without a cache.
-    """
-    rows: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in node_counts}
-    for prompt in tqdm(prompts, desc="Comparing forwards", unit="prompt"):
-        output, plain = _decode(target, prompt.to(target.device), max_new_tokens)
-        for count in node_counts:
-            logits = _read(target, prompt.to(target.device), output, count)
-            rows[count] += zip(plain, logits, strict=True)
-    return [_moves(count, pairs, target.dtype) for count, pairs in rows.items()]
-
-
-def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """The greedy output `[t]`, and the logits `[v]` after each of its tokens."""
-    options: Any = {CACHE_KEYWORD: DynamicCache(config=target.config.get_text_config(decoder=True))}
-    options |= {"use_cache": True, "logits_to_keep": 1}
-    token = target(input_ids=prompt[None], **options).logits[0, -1].argmax()
-    output, rows = [], []
-    for _ in range(max_new_tokens):
-        output.append(token)
-        logits = target(input_ids=token[None, None], **options).logits[0, -1]
-        rows.append(logits.cpu())
-        token = logits.argmax()
-    return torch.stack(output), rows
-
-
-def _read(target: PreTrainedModel, prompt: Tensor, output: Tensor, node_count: int) -> list[Tensor]:
-    """The same logits from chains of `node_count` nodes, which are verified and kept as in decoding."""
-    if node_count == 0:
-        text = torch.cat([prompt, output])[None]
-        return list(target(input_ids=text, use_cache=False, logits_to_keep=len(output)).logits[0].cpu())
-    rows: list[Tensor] = []
-    with TreeVerifier.of(target, len(prompt)) as verifier:
-        verifier.prefill(prompt[None], logits_to_keep=1)
-        for tokens in output[None].split(node_count, dim=1):
-            order = torch.arange(tokens.shape[1], device=target.device)[None]
-            logits, _ = verifier.verify(DraftTree.from_parents(tokens, (order - 1).clamp(min=0)))
-            verifier.keep(order, order.tolist())
-            rows += logits[0].cpu()
-    return rows
-
-
-def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:
-    moves, flipped = [], []
-    for plain, tree in pairs:
-        best = plain.float().topk(2)
-        gap, spacing = float(best.values[0] - best.values[1]), spacing_at(float(best.values[0]), dtype)
-        other = tree.float()[best.indices]
-        moves.append(abs(float(other[0] - other[1]) - gap) / spacing)
-        if int(tree.argmax()) != int(plain.argmax()):
-            flipped.append(gap / spacing)
-    return Moves(node_count, torch.tensor(moves), torch.tensor(flipped))

@@ -139,10 +139,7 @@ def _add_verify(commands: Any) -> None:
     add("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
     add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    _add_invariant_option(either, "compare")
-    rounding = "instead, measure how far a tree forward moves the target's logits"
-    either("--rounding", action="store_true", help=rounding)
+    _add_invariant_option(add, "compare")
     add("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
     add("--revision", help="of a draft head")
     add("--json", action="store_true", help=_JSON)

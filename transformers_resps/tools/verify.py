@@ -4,15 +4,11 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..data import to_tokens
 from ..testing import NotLosslessError, assert_lossless
-from ..testing.divergence import move_of_gaps
 from .loading import load_policy, load_source, load_target, questions_in, read_conversations
 
 
@@ -24,8 +20,6 @@ def run(args: argparse.Namespace) -> int:
     policy = None if args.policy is None else load_policy(args.policy, head)
     questions = questions_in(read_conversations(args, args.prompts), args.prompts)
     prompts = [to_tokens(question, tokenizer) for question in questions]
-    if args.rounding:
-        return print_rounding(target, prompts, args.max_new_tokens, as_json=args.json)
     print("Comparing; on a CPU this takes minutes ...\n", file=sys.stderr, flush=True)
     try:
         settings = {name: getattr(args, name) for name in ("seeds", "max_new_tokens", "invariant")}
@@ -38,15 +32,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report)
     return 1 if not report.is_lossless else 0 if report.is_tested else 2
-
-
-def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int, *, as_json: bool) -> int:
-    """Print one line per number of nodes; always 0, because nothing is judged."""
-    moves = move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0])
-    if as_json:
-        print(json.dumps([{"nodes": f.nodes, "gaps": len(f.moves), "flips": len(f.flipped)} for f in moves]))
-        return 0
-    print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
-    for forward in moves:
-        print(f"{f'{forward.nodes} nodes' if forward.nodes else 'all at once'}: {forward}")
-    return 0
