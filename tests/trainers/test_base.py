@@ -1,14 +1,13 @@
-"""Which checkpoint a run resumes from, what is shown of a run, and schedules that fit into it."""
+"""Which checkpoint a run resumes from, and schedules that fit into it."""
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
-from transformers_resps.trainers.base import TrainingProgress, check_resumable, fit_schedule, newest_checkpoint
+from transformers_resps.trainers.base import check_resumable, fit_schedule, newest_checkpoint
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -35,42 +34,6 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-9 was trained with other costs than now.*another `output_dir`"):
         check_resumable(tmp_path / "run", facts | {"costs": "c"})
     check_resumable(tmp_path / "run", facts)
-
-
-def test_a_log_is_one_line_with_step_epoch_metrics_and_time_left(tmp_path, capsys):
-    clock = SimpleNamespace(seconds=100.0)
-    progress = TrainingProgress(lambda: clock.seconds)
-    args, control = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), TrainerControl()
-    state = TrainerState(global_step=20, max_steps=60, epoch=0.25)
-    progress.on_train_begin(args, state, control)
-    progress.on_step_begin(args, state, control)
-    clock.seconds, state.global_step = 130.0, 30
-    progress.on_step_end(args, state, control)
-    progress.on_log(args, state, control, logs={"loss": 3.14159265, "epoch": 0.25, "total_flos": 0.0})
-    assert capsys.readouterr().out == "step 30/60  epoch 0.25  loss 3.142  ETA 0:01:30\n"
-
-
-def test_the_bar_begins_where_a_resumed_run_does_and_shows_the_newest_metrics(tmp_path, capsys):
-    progress = TrainingProgress()
-    args, control = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=False), TrainerControl()
-    state = TrainerState(global_step=20, max_steps=60, epoch=0.25)
-    progress.on_train_begin(args, state, control)
-    progress.on_log(args, state, control, logs={"loss": 2.5, "tokens_per_second": 812.0})
-    bar = progress.training_bar
-    assert (bar.n, bar.total, bar.postfix) == (20, 60, "loss=2.5, tokens_per_second=812")
-    progress.on_train_end(args, state, control)
-    assert progress.training_bar is None
-
-
-def test_other_processes_show_nothing(tmp_path, capsys):
-    progress = TrainingProgress()
-    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
-    state = TrainerState(global_step=1, max_steps=2, is_world_process_zero=False)
-    progress.on_train_begin(args, state, control)
-    progress.on_log(args, state, control, logs={"loss": 1.0})
-    progress.on_train_end(args, state, control)
-    shown = capsys.readouterr()
-    assert not shown.out + shown.err
 
 
 def schedule(tmp_path, **settings) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""What both trainers share: a product beside the checkpoints, runs that stop and go on cleanly, and what is shown.
+"""What both trainers share: a product beside the checkpoints, runs that stop and go on cleanly, and their settings.
 
 Schedulers such as Slurm, Kubernetes and Docker send SIGTERM before they kill a process.
 """
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -23,10 +22,8 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # no stubs; Transformers depends on it
 from transformers import (
     EarlyStoppingCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -34,7 +31,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
@@ -69,10 +65,6 @@ class ArtefactTrainer(Trainer):
             if isinstance(callback, JITCheckpointCallback):
                 callback.on_train_end(self.args, self.state, self.control)  # gives its signal back
         self.remove_callback(JITCheckpointCallback)  # it saves in the middle of a step: what resumes there differs
-        if any(type(callback) in (ProgressCallback, PrinterCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)  # a notebook's table stays
-            self.remove_callback(PrinterCallback)
-            self.add_callback(TrainingProgress())
 
     def write_artefact(self, folder: Path) -> None:
         """Write the current head or policy into `folder`, as it is served."""
@@ -488,52 +480,6 @@ class TimingCallback(TrainerCallback):
         if self.seconds is not None:
             self.seconds += now - self._last
         self._last = now
-
-
-_IN_BAR = ("loss", "tokens_per_second", "eval_tau", "eval_gain_over_best_fixed")
-_LEFT_OUT = ("total_flos", "epoch", "minutes_left")  # the last two are shown in another form
-
-
-class TrainingProgress(ProgressCallback):
-    """Transformers' bar with the newest metrics beside it; each log is one line with step, epoch and time left."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
-        self._clock = clock
-        self._began: tuple[float, int] | None = None  # seconds and step
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self._began, self.current_step = None, state.global_step
-        if state.is_world_process_zero:
-            shown = {"dynamic_ncols": True, "unit": "step", "disable": args.disable_tqdm}
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **shown)
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self._began = self._began or (self._clock(), state.global_step)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, *given: Any, **named: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, *given, **named)  # type: ignore[no-untyped-call]
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        shown = {
-            name: f"{value:.4g}" if isinstance(value, float) else str(value)
-            for name, value in logs.items()
-            if name not in _LEFT_OUT
-        }
-        if self.training_bar is not None:
-            self.training_bar.set_postfix({name: shown[name] for name in _IN_BAR if name in shown}, refresh=False)
-        line = {"step": f"{state.global_step}/{state.max_steps}"}
-        if state.epoch is not None:
-            line["epoch"] = f"{state.epoch:.2f}"
-        line |= shown
-        if self._began is not None and self._began[1] < state.global_step < state.max_steps:
-            began, first = self._began  # of this process
-            pace = (self._clock() - began) / (state.global_step - first)
-            line["ETA"] = str(timedelta(seconds=round(pace * (state.max_steps - state.global_step))))
-        tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
 
 
 def check_kind(name: str, value: Any, *kinds: type[Any]) -> None:
