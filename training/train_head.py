@@ -11,9 +11,11 @@ from runs.announcement import announce
 if __name__ == "__main__":
     announce(__doc__)
 
+import hashlib
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
 from runs.refusal import run
-from transformers_resps.data import Conversation, load_conversations, split_conversations
+from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers.base import newest_checkpoint
 
@@ -107,6 +109,35 @@ def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation],
         held_out = held_out if index else others[: script.eval_conversations]
         say(f"{name}: {len(kept)} conversations to train on, {len(others)} held out")
     return train, held_out
+
+
+def split_conversations(
+    conversations: Iterable[Conversation], share: float
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Split conversations into those to train on, in their order, and those held out.
+
+    About `share` of them, 0 to 1, are held out. The first question alone decides: a conversation stays on its side
+    when the dataset grows, and all answers to one question are on the same side. Nor does the order of those held out
+    depend on the dataset's.
+    """
+    training: list[Conversation] = []
+    held_out: list[tuple[float, Conversation]] = []
+    for conversation in conversations:
+        place = _place(conversation)
+        if place < share:
+            held_out.append((place, conversation))
+        else:
+            training.append(conversation)
+    return training, [conversation for _, conversation in sorted(held_out, key=lambda pair: pair[0])]
+
+
+def _place(conversation: Conversation) -> float:
+    """A number in [0, 1) that depends on what comes before the first answer alone."""
+    roles = [message["role"] for message in conversation]
+    is_answered = "user" in roles and "assistant" in roles[roles.index("user") :]
+    end = roles.index("assistant", roles.index("user")) if is_answered else len(roles)
+    asked = "\0".join(message["content"] for message in conversation[:end])
+    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
 
 
 def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: Any) -> DraftHeadTrainer:

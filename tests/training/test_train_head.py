@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
-from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.data import Conversation, prompt_fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.trainers import DraftHeadTrainingConfig
 
 
@@ -197,3 +198,28 @@ def test_settings_of_the_models_come_as_json(folder: Path, monkeypatch: pytest.M
     options = {"model_init_kwargs": '{"default_tree":[4,2,2]}', "target_init_kwargs": '{"dtype":"float64"}'}
     run(folder, monkeypatch, **options)
     assert DraftHead.from_pretrained(folder / "run" / "head").config.default_tree == [4, 2, 2]
+
+
+def asked(question: str, *answers: str) -> Conversation:
+    said = [{"role": "assistant", "content": answer} for answer in answers]
+    return [{"role": "user", "content": question}, *said]
+
+
+def test_a_conversation_stays_on_its_side_whatever_is_added_and_with_any_answer() -> None:
+    letters = random.Random(0)
+    questions = ["".join(letters.choices("abcdefgh", k=9)) for _ in range(400)]
+    some = [asked(question, "yes") for question in questions]
+    train, held_out = SCRIPT["split_conversations"](some[:200], 0.1)
+    assert len(train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
+    assert train == [one for one in some[:200] if one in train]
+    more_train, more_held_out = SCRIPT["split_conversations"](some[::-1], 0.1)
+    assert all(one in more_train for one in train) and all(one in more_held_out for one in held_out)
+    assert held_out == [one for one in more_held_out if one in held_out]  # in the same order
+    _, other_answers = SCRIPT["split_conversations"]([asked(question, "no", "never") for question in questions], 0.1)
+    assert [one[0] for one in other_answers] == [one[0] for one in more_held_out]
+
+
+def test_what_has_no_answer_or_no_question_has_a_side_too() -> None:
+    odd: list[Conversation] = [[], asked("x"), asked("", "a")[1:]]
+    train, held_out = SCRIPT["split_conversations"](odd, 0.0)
+    assert train == odd and held_out == []

@@ -3,11 +3,10 @@
 from .conversations import Conversation, load_conversations, read_conversations, to_tokens
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .preparation import Example, make_example, prepare_dataset
-from .splits import (
+from .training_prompts import (
     TRAINING_PROMPTS,
     prompt_fingerprint,
     read_training_prompts,
-    split_conversations,
     training_prompts_of,
     write_training_prompts,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "prompt_fingerprint",
     "read_conversations",
     "read_training_prompts",
-    "split_conversations",
     "to_tokens",
     "training_prompts_of",
     "vocabulary_of",

@@ -1,4 +1,4 @@
-"""Prompts that are measured on are not trained on: held-out conversations, and hashes of the training prompts."""
+"""Prompts that are measured on are not trained on: hashes of the training prompts, beside a head or a policy."""
 
 import hashlib
 import json
@@ -7,41 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..hub.download import file_of
-from .conversations import Conversation
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
 TRAINING_PROMPTS = "training_prompts.json"
-
-
-def split_conversations(
-    conversations: Iterable[Conversation], share: float
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Split conversations into those to train on, in their order, and those held out.
-
-    About `share` of them, 0 to 1, are held out. The first question alone decides: a conversation stays on its side
-    when the dataset grows, and all answers to one question are on the same side. Nor does the order of those held out
-    depend on the dataset's.
-    """
-    training: list[Conversation] = []
-    held_out: list[tuple[float, Conversation]] = []
-    for conversation in conversations:
-        place = _place(conversation)
-        if place < share:
-            held_out.append((place, conversation))
-        else:
-            training.append(conversation)
-    return training, [conversation for _, conversation in sorted(held_out, key=lambda pair: pair[0])]
-
-
-def _place(conversation: Conversation) -> float:
-    """A number in [0, 1) that depends on what comes before the first answer alone."""
-    roles = [message["role"] for message in conversation]
-    is_answered = "user" in roles and "assistant" in roles[roles.index("user") :]
-    end = roles.index("assistant", roles.index("user")) if is_answered else len(roles)
-    asked = "\0".join(message["content"] for message in conversation[:end])
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
 
 
 def prompt_fingerprint(text: str) -> str:
