@@ -12,12 +12,32 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers_resps.compat import ISA_VARIABLE, cpu_flags, flags_within
+from transformers_resps.compat import FLAGS_VARIABLE, cpu_flags
 
 
 COMPILERS = ("g++", "c++", "clang++")
 PYTHON_ALONE = str(Path(sys.executable).parent)
 NO_TESTS = 5  # pytest's status where all were deselected
+# oneDNN's names of instruction sets, weakest first, and how the flags begin that come with each.
+ISAS = {
+    "SSE41": (),
+    "AVX": ("avx",),
+    "AVX2": ("avx2", "f16c", "fma"),
+    "AVX512_CORE": ("avx512",),
+    "AVX512_CORE_VNNI": ("avx512_vnni",),
+    "AVX512_CORE_BF16": ("avx512_bf16",),
+    "AVX512_CORE_AMX": ("amx", "avx10", "avx512_fp16", "avx_"),
+}
+
+
+def flags_within(isa: str, flags: set[str]) -> set[str]:
+    """Those of the flags that a processor has which knows no more than `isa`."""
+    return {flag for flag in flags if _place(flag) <= [*ISAS].index(isa)}
+
+
+def _place(flag: str) -> int:
+    """Of the instruction set that a flag comes with."""
+    return max(place for place, starts in enumerate(ISAS.values()) if not place or flag.startswith(starts))
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,8 @@ class StandIn:
 
     @property
     def environment(self) -> dict[str, str]:
-        bounds = {ISA_VARIABLE: self.isa, "ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {}
+        bounds = {"ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {}
+        bounds |= {FLAGS_VARIABLE: " ".join(sorted(flags_within(self.isa, cpu_flags())))} if self.isa else {}
         wanted = {**os.environ, "OMP_NUM_THREADS": "1", **bounds, **self.variables}
         return {name: value for name, value in wanted.items() if value}
 

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from benchmarking.command import main as benchmark
 from examples.demo import __main__ as demo
 from tests.image_processors import image_target
+from tests.processors import StandIn
 from tests.targets import Architecture
 from transformers_resps import compat
 from transformers_resps.compat import check_extra
@@ -118,33 +119,12 @@ FLAGS = {
 }
 
 
-@pytest.fixture
-def all_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Of a machine that knows them all."""
+@pytest.mark.parametrize("isa", FLAGS)
+def test_a_machine_stands_in_for_one_with_fewer_instructions(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = set[str]().union(*FLAGS.values())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
-    monkeypatch.delenv(compat.ISA_VARIABLE, raising=False)
-    return flags
-
-
-@pytest.mark.parametrize("bound", [*FLAGS, "avx2", None])
-def test_a_machine_stands_in_for_one_with_fewer_instructions(
-    bound: str | None, all_flags: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if bound is None:
-        assert compat.cpu_flags() == all_flags
-        return
-    monkeypatch.setenv(compat.ISA_VARIABLE, bound)
+    monkeypatch.delenv(compat.FLAGS_VARIABLE, raising=False)
+    assert compat.cpu_flags() == flags
+    monkeypatch.setenv(compat.FLAGS_VARIABLE, StandIn(isa).environment[compat.FLAGS_VARIABLE])
     names = [*FLAGS]
-    left = [FLAGS[name] for name in names[: names.index(bound.upper()) + 1]]
-    assert compat.cpu_flags() == set().union(*left)
-
-
-def test_an_unknown_instruction_set_bounds_nothing_and_is_named_once(
-    all_flags: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(compat.ISA_VARIABLE, "AVX3")
-    compat._warn_of_isa.cache_clear()
-    assert [compat.cpu_flags() for _ in range(2)] == [all_flags] * 2
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert "`RESPS_MAX_CPU_ISA` is 'AVX3'" in warning and all(name in warning for name in FLAGS)
+    assert compat.cpu_flags() == set[str]().union(*(FLAGS[name] for name in names[: names.index(isa) + 1]))

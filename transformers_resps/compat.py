@@ -3,10 +3,8 @@
 Each line about a release says when it can go.
 """
 
-import logging
 import os
 from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,6 @@ try:
 except ImportError:
     import httpx  # type: ignore[no-redef,import-not-found]
 
-
-logger = logging.getLogger(f"transformers.{__name__}")
 
 _DISTRIBUTION = "transformers-resps"
 _INSTALLED = Version(transformers.__version__)
@@ -62,45 +58,18 @@ def load_model(name: str, **options: Any) -> Any:
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
-ISA_VARIABLE = "RESPS_MAX_CPU_ISA"
-# oneDNN's names, weakest first, and how the flags begin that come with each.
-_ISAS = {
-    "SSE41": (),
-    "AVX": ("avx",),
-    "AVX2": ("avx2", "f16c", "fma"),
-    "AVX512_CORE": ("avx512",),
-    "AVX512_CORE_VNNI": ("avx512_vnni",),
-    "AVX512_CORE_BF16": ("avx512_bf16",),
-    "AVX512_CORE_AMX": ("amx", "avx10", "avx512_fp16", "avx_"),
-}
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags() -> set[str]:
     """Instruction sets of this machine, by Linux's names; empty where the system does not list them.
 
-    `RESPS_MAX_CPU_ISA` bounds them, as `ONEDNN_MAX_CPU_ISA` bounds oneDNN: this machine then stands in for a weaker.
+    If `RESPS_CPU_FLAGS` is set, those that it names, with blanks between, and no others: this machine then stands in
+    for a weaker one.
     """
-    return flags_within(os.environ.get(ISA_VARIABLE, ""), _all_cpu_flags())
-
-
-def flags_within(isa: str, flags: set[str]) -> set[str]:
-    """Those of the flags that a processor has which knows no more than `isa`; all of them for an empty name."""
-    if isa and isa.upper() not in _ISAS:
-        _warn_of_isa(isa)
-        return flags
-    at = [*_ISAS].index(isa.upper()) if isa else len(_ISAS)
-    return {flag for flag in flags if _place(flag) <= at}
-
-
-@cache
-def _warn_of_isa(isa: str) -> None:
-    logger.warning("`%s` is %r, which bounds nothing. Set it to one of %s.", ISA_VARIABLE, isa, ", ".join(_ISAS))
-
-
-def _place(flag: str) -> int:
-    """Of the instruction set that a flag comes with."""
-    return max(place for place, starts in enumerate(_ISAS.values()) if not place or flag.startswith(starts))
+    bound = os.environ.get(FLAGS_VARIABLE)
+    return _all_cpu_flags() if bound is None else _all_cpu_flags() & set(bound.split())
 
 
 def _all_cpu_flags() -> set[str]:

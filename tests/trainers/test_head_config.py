@@ -12,7 +12,7 @@ from transformers_resps.trainers.head_config import prefers_bf16
 @pytest.fixture(autouse=True)
 def unbounded(monkeypatch):
     """Flags are planted whole, also where this machine stands in for another."""
-    monkeypatch.delenv(compat.ISA_VARIABLE, raising=False)
+    monkeypatch.delenv(compat.FLAGS_VARIABLE, raising=False)
 
 
 @pytest.mark.parametrize(
