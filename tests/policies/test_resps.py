@@ -13,7 +13,7 @@ from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.base import Observation
-from transformers_resps.policies.resps import ActorCritic, ReSpSConfig, ReSpSPolicy, saved_shapes
+from transformers_resps.policies.resps import ActorCritic, ReSpSConfig, ReSpSPolicy
 from transformers_resps.policies.saving import AutoPolicy
 
 
@@ -146,18 +146,13 @@ def test_a_damaged_policy_is_refused(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("size", [{"hidden_size": 10**5}, {"feature_size": 10**9}, {"hidden_size": 10**9}], ids=str)
-def test_sizes_that_the_weights_do_not_have_are_refused_before_a_network_is_made(
-    tmp_path: Path, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
+def test_sizes_that_the_weights_do_not_have_are_refused_without_memory_for_them(
+    tmp_path: Path, size: dict[str, int]
 ) -> None:
-    policy = ReSpSPolicy(ReSpSConfig(9))
-    assert {name: tuple(weight.shape) for name, weight in policy.network.state_dict().items()} == saved_shapes(
-        9, len(policy.config.grid), 128
-    )
-    policy.save_pretrained(tmp_path)
+    ReSpSPolicy(ReSpSConfig(9)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | size))
-    monkeypatch.setattr(ActorCritic, "__init__", None)
-    with pytest.raises(ValueError, match="hold 'actor.0.*but its config needs.*tensors differ. Download or save"):
+    with pytest.raises(ValueError, match=r"cannot read(?s:.)*size mismatch for actor.0.weight(?s:.)*Download or save"):
         AutoPolicy.from_pretrained(tmp_path)
 
 
@@ -194,9 +189,9 @@ def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (ActorCritic(5, 2), "'actor.0.weight' of shape .128, 5., but its config needs .128, 4..*Pass the network"),
-        (ActorCritic(4, 3), "'actor.4.bias' of shape .3,., but its config needs .2,."),
-        (ActorCritic(4, 2, hidden_size=8), "'actor.0.bias' of shape .8,."),
+        (ActorCritic(5, 2), r"size mismatch for actor.0.weight: .*\[128, 5\].*\[128, 4\](?s:.)*Pass the network"),
+        (ActorCritic(4, 3), r"size mismatch for actor.4.bias: .*\[3\].*\[2\]"),
+        (ActorCritic(4, 2, hidden_size=8), r"size mismatch for actor.0.bias: .*\[8\]"),
         (ActorCritic(4, 2, normalize=False), "config's `normalize=True`, got `normalize=False`"),
         (torch.nn.Linear(4, 2), "must be an `ActorCritic` .*got Linear"),
     ],

@@ -11,7 +11,8 @@ from transformers_resps.heads import BoundHead
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.base import Observation, Policy
 from transformers_resps.policies.costs import CostModel
-from transformers_resps.replay.ranked_text import RankedText, path_ranks, record_ranks
+from transformers_resps.replay import RankedText, depths_of, record_pools
+from transformers_resps.replay.ranked_text import path_ranks
 from transformers_resps.replay.recorded_text import PositionPools
 from transformers_resps.verifying.forward import FeatureTap
 
@@ -49,6 +50,13 @@ class Drawn(Policy):
         return shape
 
 
+def ranked(target: PreTrainedModel, head: DraftHead, text: torch.Tensor, spare_room: int) -> RankedText:
+    depths = depths_of(LOOKING)
+    return RankedText.from_recording(
+        record_pools(target, head, text, len(PROMPT), depths=depths, spare_room=spare_room)
+    )
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("ends_early", [False, True])
 def test_replayed_and_live_steps_agree_for_random_shapes(
@@ -71,7 +79,7 @@ def test_replayed_and_live_steps_agree_for_random_shapes(
         if len(text) < len(PROMPT) + 2:
             continue
         spare = len(PROMPT) + 60 - len(text)
-        replay = record_ranks(target, head, text, len(PROMPT), grid=LOOKING, spare_room=spare)
+        replay = ranked(target, head, text, spare)
         assert len(replay) == len(text) - len(PROMPT) - 1
         nodes = replay.outcomes(LOOKING, SecondsPerNode()).seconds
         for (context, shape), step in zip(policy.asked, out.speculation.steps[1:], strict=True):
@@ -99,7 +107,7 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
 
 def test_a_saved_recording_comes_back(target: PreTrainedModel, head: DraftHead, tmp_path: Path) -> None:
     text = target.generate(PROMPT[None], max_new_tokens=20, do_sample=False)[0]
-    replay = record_ranks(target, head, text, len(PROMPT), grid=LOOKING, spare_room=3)
+    replay = ranked(target, head, text, 3)
     replay.save(tmp_path / "text.safetensors")
     loaded = RankedText.load(tmp_path / "text.safetensors")
     for shape in LOOKING.shapes:
@@ -114,6 +122,6 @@ def test_a_saved_recording_comes_back(target: PreTrainedModel, head: DraftHead, 
 
 def test_a_text_without_a_step_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
     with pytest.raises(ValueError, match="two tokens of answer"):
-        record_ranks(target, head, PROMPT, len(PROMPT) - 1, grid=GRID)
+        record_pools(target, head, PROMPT, len(PROMPT) - 1, depths=depths_of(GRID))
     with pytest.raises(ValueError, match="0 kinds of pools"):
-        record_ranks(target, head, PROMPT, 3, grid=ActionGrid((TreeShape.plain(),)))
+        record_pools(target, head, PROMPT, 3, depths=depths_of(ActionGrid((TreeShape.plain(),))))

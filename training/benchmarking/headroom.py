@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers_resps import CostTable, DraftHead, TreeShape
 from transformers_resps.generation.output import sampling
 from transformers_resps.policies.action_grid import ActionGrid
-from transformers_resps.replay.outcomes import Oracle, OutcomeTable
-from transformers_resps.replay.ranked_text import record_ranks
+from transformers_resps.replay import Oracle, OutcomeTable, RankedText, depths_of, record_pools
 from transformers_resps.tools.results import AnswerTiming
 
 
@@ -70,8 +69,9 @@ class Replayer:
             return None
         text = torch.cat([prompt.cpu(), answer.cpu()])
         spare = self.max_new_tokens - len(answer)
-        recorded = record_ranks(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
-        return OutcomeTable([recorded.outcomes(self.grid, self.costs)])
+        depths = depths_of(self.grid)
+        pools = record_pools(self.target, self.head, text, len(prompt), depths=depths, spare_room=spare)
+        return OutcomeTable([RankedText.from_recording(pools).outcomes(self.grid, self.costs)])
 
     def answer(self, prompt: Tensor, temperature: float) -> Tensor:
         """Return the target's own answer `[t]` to a prompt `[s]`, decoded with trees, which is faster."""

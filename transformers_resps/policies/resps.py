@@ -149,9 +149,7 @@ class ReSpSPolicy(SavedPolicy):
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = network or ActorCritic(
-                config.feature_size, len(config.grid), hidden_size=config.hidden_size, normalize=config.normalize
-            )
+            self.network = network or _fresh(config)
         self.network.eval()
         self.uses_lookup = any(shape.lookup for shape in config.grid.shapes)
         self.target_identity, self.head_identity = config.target, config.head
@@ -219,20 +217,20 @@ class ReSpSPolicy(SavedPolicy):
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         read = ReSpSConfig.from_dict(config)
-        _check_weights(tensors, read, "Download or save it again")  # before a network of any size is made
-        policy = cls(read)
-        policy.network.load_state_dict(tensors)
-        return policy
+        network = _unfilled(read)
+        network.load_state_dict(tensors, assign=True)
+        return cls(read, network.float())
 
 
-def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of an `ActorCritic`, known without making one."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, last in (("actor", action_count), ("critic", 1)):
-        widths = pairwise((feature_size, hidden_size, hidden_size, last))
-        for layer, (before, after) in zip((0, 2, 4), widths, strict=True):  # tanh lies between
-            shapes |= {f"{name}.{layer}.weight": (after, before), f"{name}.{layer}.bias": (after,)}
-    return shapes
+def _unfilled(config: ReSpSConfig) -> ActorCritic:
+    """The network of a config without memory for its weights, which may be of any size."""
+    with torch.device("meta"):
+        return _fresh(config)
+
+
+def _fresh(config: ReSpSConfig) -> ActorCritic:
+    sizes = config.feature_size, len(config.grid)
+    return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)
 
 
 def _check_network(network: Any, config: ReSpSConfig) -> None:
@@ -242,15 +240,9 @@ def _check_network(network: Any, config: ReSpSConfig) -> None:
             f"`network` must be an `ActorCritic` with the config's `normalize={config.normalize}`, got {came}. Leave "
             "it out for a fresh one."
         )
-    _check_weights(network.state_dict(), config, "Pass the network that was made for this config")
-
-
-def _check_weights(tensors: dict[str, Tensor], config: ReSpSConfig, way_out: str) -> None:
-    needed = saved_shapes(config.feature_size, len(config.grid), config.hidden_size)
-    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))
-    if odd:
+    try:
+        _unfilled(config).load_state_dict(network.state_dict(), assign=True)
+    except RuntimeError as error:
         raise ValueError(
-            f"The weights of a Re-SpS policy hold {odd[0]!r} of shape {held.get(odd[0])}, but its config needs "
-            f"{needed.get(odd[0])}; {len(odd)} of {len(needed)} tensors differ. {way_out}."
-        )
+            f"`network` has other sizes than its config ({error}). Pass the network that was made for this config."
+        ) from error

@@ -2,7 +2,7 @@
 
 from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, Oracle, OutcomeTable, TextOutcomes
-from .ranked_text import RankedText, record_ranks
+from .ranked_text import RankedText, depths_of
 from .recorded_text import RecordedText, record_pools
 from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
 
@@ -17,8 +17,8 @@ __all__ = [
     "ReplayedStep",
     "TextOutcomes",
     "decode_again",
+    "depths_of",
     "fitted_policy",
     "record_pools",
-    "record_ranks",
     "replay_policy",
 ]

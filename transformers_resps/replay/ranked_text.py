@@ -15,15 +15,13 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..drafting.prompt_lookup import Lookup
-from ..heads import DraftHead
 from ..policies.action_grid import ActionGrid
 from ..policies.costs import CostModel
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
-from .recorded_text import RecordedText, open_recording, record_pools
+from .recorded_text import RecordedText, open_recording
 
 
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
@@ -34,7 +32,7 @@ _SIZES = ("context_length", "spare_room")
 
 @dataclass(frozen=True, slots=True)
 class RankedText:
-    """A recorded text, reduced to what gives the outcome of every shape at every position; `record_ranks` makes one.
+    """A recorded text, reduced to what gives the outcome of every shape at every position.
 
     `ranks` are `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
     d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
@@ -75,7 +73,7 @@ class RankedText:
         if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
             raise ValueError(
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
-                "levels. Record it again with `record_ranks(..., grid=...)` with a grid that has this shape."
+                "levels. Record it again with `record_pools(..., depths=depths_of(grid))`, for a grid that has it."
             )
         accepted = self.lookups.clamp(max=shape.lookup)
         if shape.asks_head:
@@ -126,27 +124,6 @@ class RankedText:
             read: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
             read |= {name: int(metadata[name]) for name in _SIZES}
             return cls(**read, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
-
-
-def record_ranks(
-    target: PreTrainedModel,
-    head: DraftHead,
-    input_ids: Tensor,
-    prompt_length: int,
-    *,
-    grid: ActionGrid,
-    spare_room: int = 0,
-) -> RankedText:
-    """Record a prompt and its output `[s]` for all shapes of a grid.
-
-    The head drafts at every position with every `top_k` of the grid, to its greatest depth. Steps begin after the
-    output's first token, which prefill gives. `spare_room` is as for `record_pools`.
-
-    Raises:
-        ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
-    """
-    pools = record_pools(target, head, input_ids, prompt_length, depths=depths_of(grid), spare_room=spare_room)
-    return RankedText.from_recording(pools)
 
 
 def depths_of(grid: ActionGrid) -> dict[int, int]:

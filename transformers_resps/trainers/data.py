@@ -24,8 +24,7 @@ from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
 from ..policies.action_grid import ActionGrid
 from ..policies.costs import CostTable
-from ..replay import OutcomeTable, RankedText, RecordedText, record_pools
-from ..replay.ranked_text import depths_of
+from ..replay import OutcomeTable, RankedText, RecordedText, depths_of, record_pools
 from .base import written
 from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
