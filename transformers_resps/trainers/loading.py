@@ -24,6 +24,7 @@ from ..data import Example, choose_draft_vocabulary
 from ..drafting import TrainableSource
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
+from ..heads.formats.reading import WholeModelError
 from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 
@@ -116,9 +117,7 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
     """As `read_head`, of a name that was given as `argument`."""
     try:
         return read_head(name, target, **init_kwargs)
-    except ValueError as error:
-        if _holds_mtp(name, **_places(init_kwargs)) or holds_head(name, **_places(init_kwargs)):
-            raise
+    except WholeModelError as error:
         raise ValueError(
             f"`{argument}` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or make a new "
             "head with `DraftHeadTrainer(None, ...)`; the model that it drafts for is `target`."
