@@ -28,7 +28,7 @@ LOWEST_TORCH := 2.9.0
 CONTRACT := tests/test_seams.py tests/tools/test_serving_release.py tests/verifying tests/decoding tests/generation tests/lossless
 # Tests whose outcome could hang on how a processor rounds, and what they run under: names of tests/processors.py.
 KERNELS ?= tests/verifying tests/compilation tests/lossless tests/trainers tests/generation/test_compiling*.py \
-	tests/generation/test_invariance.py tests/test_calibration.py
+	tests/verifying/test_invariant_calls.py tests/test_calibration.py
 PROCESSORS ?=
 
 # Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.

@@ -22,8 +22,7 @@ from transformers.utils.logging import tqdm
 from .compat import CACHE_KEYWORD
 from .drafting import Committed, DraftCall, DraftRequest, DraftSource, LevelSource
 from .generation.attach import attach, detach
-from .generation.checks import check_model
-from .generation.invariance import InvariantCalls
+from .generation.checks import check_model, setting_of
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.request import Assistants, SpeculationDefaults
 from .policies.costs import CostTable, Range
@@ -34,6 +33,7 @@ from .verifying.forward import TargetForward
 from .verifying.growing import TreeVerifier
 from .verifying.hybrids import is_recurrent
 from .verifying.invariant.attention import INVARIANT
+from .verifying.invariant.calls import InvariantCalls
 from .verifying.invariant.row_classes import RowClasses
 from .verifying.invariant.verifier import InvariantVerifier
 from .verifying.prepacking import is_prepacked
@@ -80,7 +80,8 @@ def calibrate(
     """
     _check_target(target, has_head=head is not None)
     if invariant:
-        InvariantCalls().admit(target, SlotEngine(), None, {}, None)
+        setting = partial(setting_of, model=target, config=None, arguments={})
+        InvariantCalls().admit(target, SlotEngine(), setting, {})
     assistants = Assistants()  # keeps what it loads
     source = assistants.source(target, head)
     identity = identity_of(target, source, invariant=invariant)

@@ -8,8 +8,8 @@ from transformers import set_seed
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, Observation, Policy, TreeShape, attach
-from transformers_resps.generation.checks import _COMPARED, check_tree_attention
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.unknown_targets import COMPARED, check_tree_attention
 
 
 class ChangingPolicy(Policy):
@@ -58,11 +58,11 @@ def test_any_tree_gives_the_tokens_of_plain_generate(architecture: Architecture,
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_the_probe_agrees_with_every_architecture_that_is_compared(architecture: Architecture) -> None:
-    assert architecture.model_type in _COMPARED
+    assert architecture.model_type in COMPARED
     target = architecture.build(architecture.attention[0])
     target.config.get_text_config().model_type = "unknown"  # so that the probe runs
     check_tree_attention(partial(TargetForward.of, target))
 
 
 def test_the_probe_covers_exactly_the_architectures_that_are_compared() -> None:
-    assert {architecture.model_type for architecture in ARCHITECTURES} == _COMPARED
+    assert {architecture.model_type for architecture in ARCHITECTURES} == COMPARED

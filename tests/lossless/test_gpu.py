@@ -20,7 +20,7 @@ from tests.targets import Architecture
 from training.studies.random_target import following, random_target
 from training.studies.rigged_head import rigged_head
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, calibrate
-from transformers_resps.generation import invariance
+from transformers_resps.verifying.invariant import calls
 
 
 CUDA = pytest.param(
@@ -103,7 +103,7 @@ def test_a_compiled_text_is_that_of_plain_decoding(device: str, compiled: dict[s
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The invariant mode is refused on a GPU until these tests have passed on one."""
-    monkeypatch.setattr(invariance, "TRIED_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(calls, "TRIED_DEVICES", ("cpu", "cuda"))
 
 
 def written_alike(target: Any, ids: Tensor, **options: Any) -> tuple[list[int], list[Tensor]]:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.generation import invariance
+from transformers_resps.verifying.invariant import calls
 
 from .counting import Count
 from .device import held, on_device
@@ -48,6 +48,6 @@ def texts(name: str) -> tuple[list[list[int]], list[list[int]]]:
         ids = ids * mask
     writing["max_new_tokens"] = _NEW_TOKENS
     plain = generate(pair(), ids, attention_mask=mask, **writing)
-    with Count(), patch.object(invariance, "_of_weights", lambda model: ()):
+    with Count(), patch.object(calls, "_of_weights", lambda model: ()):
         drafted = generate(moved_pair(), on_device(ids), attention_mask=on_device(mask), **writing, **drafting)
     return plain.tolist(), held(drafted).tolist()

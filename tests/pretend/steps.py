@@ -16,7 +16,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
-from transformers_resps.generation import invariance
+from transformers_resps.verifying.invariant import calls
 from transformers_resps.verifying.slots.forwards import SlotForward
 from transformers_resps.verifying.slots.verifier import SlotVerifier
 
@@ -228,7 +228,7 @@ def count(name: str) -> StepCount:
         head.config.sliding_window = call.pop("window", None)
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
-            stack.enter_context(patch.object(invariance, "_of_weights", lambda model: ()))
+            stack.enter_context(patch.object(calls, "_of_weights", lambda model: ()))
             if call.pop("captures", False):
                 made = partial(DraftEngine, lambda function: _Captured(function, counts))
                 state.draft_engines = DraftEngines(made)

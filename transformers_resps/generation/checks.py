@@ -26,17 +26,13 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..compat import CACHE_KEYWORD
 from ..drafting.prompt_lookup import LONGEST_DRAFT
-from ..tree import DraftTree
-from ..verifying.attention import GROUPED, STOCK, is_flash, last_position, longrope_boundary
-from ..verifying.cache import cached_length, check_cache, window_of
-from ..verifying.forward import TargetForward, is_compiled
-from ..verifying.growing import TreeVerifier
+from ..verifying.attention import is_flash, longrope_boundary
+from ..verifying.cache import cached_length, check_cache, given_cache, window_of
+from ..verifying.forward import is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
-from ..verifying.invariant.attention import INVARIANT
-from ..verifying.verifier import Verifier
+from ..verifying.invariant.attention import LENT
 
 
-LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it
 # Setting -> whether a value asks for something that trees do not support.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
@@ -124,11 +120,6 @@ def setting_of(
     """As `generate` resolves it: the call's keyword, the call's config, the model's config; `None` where all are."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
-
-
-def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The caller's cache, of the name that it has in any release; `None` without."""
-    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
@@ -502,120 +493,3 @@ def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
     if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
         return True
     return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
-
-
-# model_type of every architecture in tests/lossless/test_architectures.py.
-_COMPARED = frozenset(
-    ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
-    + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
-)
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)  # of a forward on unknown inputs
-_LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
-
-
-def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
-    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
-    attends to trees as to texts. An encoder-decoder has to verify chains.
-
-    `make_forward` makes the target's without a head, for one row and over a new cache that grows.
-    """
-    target = make_forward().target
-    config = target.config.get_text_config()
-    model_type = config.model_type
-    if model_type in _COMPARED and not is_flash(config._attn_implementation):
-        return
-    try:
-        error, scale = _tree_error(target, make_forward)
-    except _FAILURES as failure:
-        raise ValueError(
-            f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
-            f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
-        ) from failure
-    if not error <= _LOGIT_TOLERANCE.get(target.dtype, _LOW_PRECISION_LOGIT_TOLERANCE) * max(scale, 1.0):
-        raise ValueError(
-            f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
-            "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."
-        )
-
-
-@torch.no_grad()
-def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
-    """The largest difference of logits between tree and text, and the largest logit.
-
-    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
-    encoder-decoder a chain, of which 0, 1, 2 are kept.
-    """
-    vocabulary = target.config.get_text_config().vocab_size
-    tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
-    prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
-    is_chain = target.config.is_encoder_decoder
-    parents, kept = ([0, 0, 1, 2, 3], [0, 1, 2]) if is_chain else ([0, 0, 0, 1, 2], [0, 2, 4])
-    tree = DraftTree.from_parents(nodes, torch.tensor([parents], device=target.device))
-    path = torch.tensor([kept], device=target.device)
-    positions = torch.arange(prompt.shape[1], device=target.device)[None]
-    with TreeVerifier(make_forward(), positions) as verifier:
-        verifier.prefill(prompt)
-        verified, _ = verifier.verify(tree)
-        verifier.keep(path, path.tolist())
-        last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
-    expected = _stepped(make_forward(), prompt, torch.cat([nodes.gather(1, path), after], dim=1))
-    found = torch.cat([verified[:, path[0]], last], dim=1)
-    return float((found - expected).abs().max()), float(expected.abs().max())
-
-
-def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
-
-    Mamba-2 reads several at once with other time steps.
-    """
-    logits, start = list[Tensor](), 0
-    for part in (prompt, *tokens.split(1, dim=1)):
-        positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
-        outputs: Any = forward.target(**forward.inputs(part, None, positions), use_cache=True)
-        logits.append(outputs.logits[:, -1:])
-        start += part.shape[1]
-    return torch.cat(logits[1:], dim=1)
-
-
-def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
-    """Compare a tree and a prompt, bit for bit, with the same tokens read in parts, unless the architecture is a known
-    one. `make_verifier` makes that of `invariant=True` over a new cache, from `position_ids` `[1, s]`.
-    """
-    model_type = target.config.get_text_config(decoder=True).model_type
-    if model_type in _COMPARED:
-        return
-    name, way_out = f"{type(target).__name__} ({model_type})", "Pass `invariant=False`."
-    try:
-        is_same = _has_same_bits(target, make_verifier)
-    except _FAILURES as failure:
-        raise ValueError(
-            f"{name} fails on the attention of `invariant=True` ({type(failure).__name__}: {failure}). {way_out}"
-        ) from failure
-    if not is_same:
-        raise ValueError(
-            f"{name} gives other logits to a token when other tokens are in its forward, with `invariant=True`, too. "
-            f"{way_out}"
-        )
-
-
-@torch.no_grad()
-def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2. The prompt is as long as the target reads
-    it, up to 80 tokens: of the last 16 a part is attended to in blocks.
-    """
-    most = last_position(target.config, 0)
-    length = 80 if most is None else min(80, most - 4)
-    tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)
-    prompt, nodes, path = tokens[None, :length], tokens[None, length:], [0, 2, 4]
-    positions = torch.arange(length, device=target.device)[None]
-    with make_verifier(positions) as verifier:
-        whole, _ = verifier.prefill(prompt)
-        tree, _ = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device)))
-    alone = list[Tensor]()
-    with make_verifier(positions) as verifier:
-        parts, _ = verifier.prefill(prompt, chunk_size=32)
-        for place in path:
-            alone.append(verifier.verify(DraftTree.root_only(nodes[:, place]))[0][:, :1])
-            verifier.keep(torch.zeros_like(nodes[:, :1]), [[0]])
-    return torch.equal(whole[:, -1], parts[:, -1]) and torch.equal(tree[:, path], torch.cat(alone, dim=1))

@@ -35,11 +35,12 @@ from ..telemetry.pace import Pace
 from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
+from ..verifying.invariant.calls import InvariantCalls
 from ..verifying.invariant.row_classes import RowClasses
 from ..verifying.lending import evaluation_mode
 from ..verifying.slots.engine import SlotEngine
-from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
-from .invariance import InvariantCalls
+from ..verifying.unknown_targets import check_tree_attention
+from .checks import PROMPT_ARGUMENTS, check_draws, check_inputs, check_model, check_settings, setting_of
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
@@ -354,6 +355,11 @@ class Call(NamedTuple):
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 
+    @property
+    def media(self) -> list[str]:
+        """Names of arguments that belong to images, sounds or embeddings of its prompts."""
+        return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
+
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
         """Whether the call, its config or the model's `own` asks for the layers that came with the target."""
         configs = [config for config in (self.config, own) if config is not None]
@@ -410,7 +416,9 @@ class Request:
             check_settings(target, call.config, call.arguments)
             check_inputs(target, call.prompts, call.arguments)
             if self.invariant:
-                state.invariant_calls.admit(target, state.slot_engine, call.config, call.arguments, self.compile)
+                setting = partial(setting_of, model=target, config=call.config, arguments=call.arguments)
+                given = call.arguments, call.media, self.compile
+                state.invariant_calls.admit(target, state.slot_engine, setting, *given)
             for module in modules:
                 check_draws(module)
             for source in self.sources:

@@ -5,7 +5,7 @@ Together with `slots` the only module that touches the inside of Transformers' c
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -197,6 +197,11 @@ def _selected(state: Tensor | None, rows: Tensor) -> Tensor | None:
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
 _TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The caller's cache, of the name that it has in any release; `None` without."""
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def check_cache(cache: Cache) -> None:

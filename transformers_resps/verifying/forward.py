@@ -143,9 +143,10 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def is_compiled(target: PreTrainedModel) -> bool:
-    """Whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
-    return target._compiled_call_impl is not None or hasattr(target.forward, "_torchdynamo_orig_callable")
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the caller compiled a target, or a part: it, by `compile()` or `torch.compile`, or its `forward`."""
+    compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 class TargetForward:

@@ -216,8 +216,8 @@ MUTATIONS = (
     ),
     Mutation(
         "any cache is of the mode",
-        "generation.invariance:InvariantCalls.note",
+        "verifying.invariant.calls:InvariantCalls.note",
         forget_the_mode_of_a_cache,
-        "tests/generation/test_invariance.py::test_a_cache_that_the_normal_mode_filled_or_went_on_with_is_refused",
+        "tests/verifying/test_invariant_calls.py::test_a_cache_that_the_normal_mode_filled_or_went_on_with_is_refused",
     ),
 )

@@ -23,11 +23,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ...compilation.native import attends_natively, bf16_block_attention
-from ..attention import grouped_attention
+from ..attention import GROUPED, STOCK, grouped_attention
 from ..lending import Change, lent
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
+LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it
 BLOCK = 64  # keys of a block
 _ROWS = 4  # nodes of a group
 # Of 32 query rows at a time PyTorch's kernel on a CPU lets MKL multiply a rest of one to three, and with the kernels

@@ -36,10 +36,10 @@ from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import FixedPolicy, Observation, TreeShape, attach, prepack, unprepack
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.generation import checks
-from transformers_resps.generation.invariance import InvariantCalls
+from transformers_resps.verifying import unknown_targets
 from transformers_resps.verifying.cache import crop_to
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.invariant.calls import InvariantCalls
 from transformers_resps.verifying.invariant.row_classes import RowNeeds
 from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 from transformers_resps.verifying.slots.engine import SlotEngine
@@ -216,7 +216,7 @@ def test_a_setting_that_would_change_the_text_is_refused_by_name(row: str, targe
 def test_windows_sinks_and_experts_that_ask_the_interface_are_no_obstacle(name: str) -> None:
     """Attention sinks are written for eager attention alone."""
     target = attach(named(name, "eager" if name == "gpt_oss" else "sdpa"))
-    InvariantCalls().admit(target, SlotEngine(), None, {}, None)
+    InvariantCalls().admit(target, SlotEngine(), lambda name: None, {})
 
 
 def test_an_adapter_is_no_obstacle(target: Any) -> None:
@@ -237,7 +237,7 @@ def test_a_known_architecture_need_not_be_compared(architecture: Architecture, d
     target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
     engine = SlotEngine()
     forward = partial(TargetForward.of, target)
-    assert checks._has_same_bits(
+    assert unknown_targets._has_same_bits(
         target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16), positions)
     )
 
@@ -256,8 +256,8 @@ def test_an_unknown_architecture_is_compared_bit_for_bit_once(monkeypatch: pytes
         compared.append(target)
         return compare(target, *arguments)
 
-    compare = checks._has_same_bits
-    monkeypatch.setattr(checks, "_has_same_bits", watched)
+    compare = unknown_targets._has_same_bits
+    monkeypatch.setattr(unknown_targets, "_has_same_bits", watched)
     target = newcomer()
     for _ in range(2):
         target.generate(PROMPT, **INVARIANT)

@@ -5,8 +5,7 @@ docs/same-text.md says so.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,24 +14,24 @@ import torch
 from torch import nn
 from transformers import (
     Cache,
-    GenerationConfig,
     MaxTimeCriteria,
     PreTrainedModel,
     StaticCache,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from ..verifying.attention import longrope_boundary
-from ..verifying.cache import cached_length
-from ..verifying.forward import TargetForward
-from ..verifying.hybrids import is_recurrent
-from ..verifying.invariant.experts import has_invariant_experts
-from ..verifying.invariant.row_classes import RowNeeds, kernel_settings
-from ..verifying.invariant.verifier import InvariantVerifier
-from ..verifying.prepacking import is_prepacked
-from ..verifying.slots.buffers import filled
-from ..verifying.slots.engine import SlotEngine
-from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
+from ..attention import longrope_boundary
+from ..cache import cached_length, given_cache
+from ..forward import TargetForward, is_compiled
+from ..hybrids import is_recurrent
+from ..prepacking import is_prepacked
+from ..slots.buffers import filled
+from ..slots.engine import SlotEngine
+from ..unknown_targets import check_same_bits
+from .attention import LENT
+from .experts import has_invariant_experts
+from .row_classes import RowNeeds, kernel_settings
+from .verifier import InvariantVerifier
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -84,7 +83,7 @@ def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
 def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
     for module in model.modules():
         kind = type(module).__name__
-        if _is_compiled(module):
+        if is_compiled(module):
             yield (
                 f"the {kind} that you compiled, which may round otherwise for another number of tokens",
                 "Use the model as it was, and pass `compile=True`",
@@ -93,14 +92,8 @@ def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
             yield f"the position biases of {kind}", _OTHER_MODEL
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """By `module.compile()`, by `torch.compile(module)`, or by compiling its `forward`."""
-    compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
-
-
 def _of_call(
-    arguments: Mapping[str, Any], setting: Callable[[str], Any], compile: bool | str | None
+    setting: Callable[[str], Any], arguments: Mapping[str, Any], media: Sequence[str], compile: bool | str | None
 ) -> Iterator[Obstacle]:
     if any(map(torch.is_autocast_enabled, TRIED_DEVICES)):
         yield "autocast", "Leave its block"
@@ -110,9 +103,8 @@ def _of_call(
         yield "a `compile_config`", "Pass `compile=True`"
     if setting("cache_implementation") == "static" or isinstance(given_cache(arguments), StaticCache):
         yield "a static cache", "Leave it out"
-    given = sorted(name for name in PROMPT_ARGUMENTS & arguments.keys() if arguments[name] is not None)
-    if given:
-        yield f"prompts of more than tokens, here {given}", "Pass `input_ids` alone"
+    if media:
+        yield f"prompts of more than tokens, here {media}", "Pass `input_ids` alone"
     if setting("max_time") is not None or _holds(MaxTimeCriteria, arguments.get("stopping_criteria")):
         yield "`max_time`, which ends a text by the clock", "Set `max_new_tokens`"
     guided = setting("guidance_scale") not in (None, 1)
@@ -150,14 +142,23 @@ class InvariantCalls:
         self,
         model: PreTrainedModel,
         engine: SlotEngine,
-        config: GenerationConfig | None,
+        setting: Callable[[str], Any],
         arguments: Mapping[str, Any],
-        compile: bool | str | None,
+        media: Sequence[str] = (),
+        compile: bool | str | None = None,
     ) -> None:
         """Refuse a target or a call whose text would not be the same however it is drafted. Warn, once for each, of
         what rounds and differs from the first call.
+
+        Args:
+            model: the target.
+            engine: the target's.
+            setting: tells a generation setting of the call by its name, as `generate` resolves it.
+            arguments: keyword arguments of the call.
+            media: names of those that belong to images, sounds or embeddings of its prompts.
+            compile: whether its steps run compiled.
         """
-        call = _of_call(arguments, partial(setting_of, model=model, config=config, arguments=arguments), compile)
+        call = _of_call(setting, arguments, media, compile)
         for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
