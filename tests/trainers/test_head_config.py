@@ -110,7 +110,6 @@ def test_a_run_in_bf16_keeps_fp32_weights_and_resumes_bit_for_bit(tmp_path):
         ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0, but it must be a whole number from 1"),
         ({"draft_vocab_size": -1}, "`draft_vocab_size` is -1, but it must be a whole number from 0"),
         ({"tau_texts": -1}, "`tau_texts` is -1, but it must be a whole number from 0"),
-        ({"num_drafts_to_print": 0}, "`num_drafts_to_print` is 0, but it must be a whole number from 1"),
         ({"max_length": 2}, "`max_length` is 2, but it must be a whole number from 3 or None"),
         ({"dataset_num_proc": 0}, "`dataset_num_proc` is 0, but it must be a whole number from 1 or None"),
         ({"ttt_step_decay": 0.0}, "`ttt_step_decay` is 0.0, but it must be above 0 and at most 1"),

@@ -107,11 +107,6 @@ def test_cached_features_of_one_text_with_two_images_are_two(tmp_path: Path) -> 
     assert len(list((tmp_path / "features").iterdir())) == 1
 
 
-def test_drafts_about_images_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, max_steps=1, log_drafts=True).train()
-    assert "Head drafted" in capsys.readouterr().out
-
-
 def test_text_alone_trains_with_a_tokenizer_or_with_a_processor(tmp_path: Path) -> None:
     rows, losses = Dataset.from_list([{"messages": turns("defg", "ghghde")}] * 4), []
     for reads in (templated(), image_processor()):

@@ -138,13 +138,6 @@ def counted_examples(rows: Any) -> Iterator[Example]:
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
-def some_texts(rows: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Up to `count` texts of a prepared dataset, or of the first of several, as rows of a batch."""
-    if isinstance(rows, Mapping):
-        rows = next(iter(rows.values()))
-    return (StreamedBatches(rows, 0) if is_streamed(rows) else PreparedTexts(rows)).some(count)
-
-
 def questions_in(rows: Any) -> set[str]:
     """The first user turns of a prepared dataset, or of several; of a stream there are none before it is read."""
     if isinstance(rows, Mapping):

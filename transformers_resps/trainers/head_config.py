@@ -20,7 +20,6 @@ _LEAST = {
     "ttt_steps": 1,
     "loss_chunk_size": 1,
     "tau_texts": 0,
-    "num_drafts_to_print": 1,
 }
 
 
@@ -95,13 +94,6 @@ class DraftHeadTrainingConfig(TrainingArguments):
     tau_texts: int = field(
         default=8,
         metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
-    )
-    log_drafts: bool = field(
-        default=False,
-        metadata={"help": "Print a table of sample drafts with every line of metrics, as TRL does of completions."},
-    )
-    num_drafts_to_print: int = field(
-        default=4, metadata={"help": "Texts in that table: of the held-out ones, if there are any."}
     )
 
     def __post_init__(self) -> None:

@@ -4,9 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +21,16 @@ from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_tr
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..drafting import TrainableModel, TrainableSource
 from ..heads import DraftHead
+from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
-from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
+from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
 from .loading import HEADS, as_target, default_folder, load_head, new_head
 from .losses import pack, soft_cross_entropy, unroll
 from .muon import muon_for
-from .tau import print_drafts, simulated_tau
+from .tau import simulated_tau
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -95,10 +94,6 @@ class DraftHeadTrainer(ArtefactTrainer):
             unwrapped(head).check_target(loaded)
         self._data = HeadTexts(loaded, processing_class, args)
         self.tokenizer = self._data.tokenizer
-        if args.log_drafts and self.tokenizer is None:
-            raise ValueError(
-                "`log_drafts` is set, but there is no tokenizer. Pass the target's as `processing_class`."
-            )
         rows = self._data.prepare(train_dataset, "train_dataset")
         held_out = self._data.prepare(eval_dataset, "eval_dataset")
         if head is None:
@@ -129,7 +124,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
-        self._drafted_texts: list[dict[str, Tensor]] | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self.accelerator.unwrap_model(self.model)
@@ -272,26 +266,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
-        with self._drafting() as bound, bar:
-            return round(simulated_tau(bound, bar, self.head.default_shape), 3)
-
-    @contextmanager
-    def _drafting(self) -> Iterator[TrainableModel]:
-        """The head as it decodes, in evaluation mode."""
-        head, is_training = self.head, self.head.training
-        head.train(False)
-        try:
-            yield head.bind(self.target.model)
-        finally:
-            head.train(is_training)
-
-    def _print_drafts(self) -> None:
-        if self._drafted_texts is None:
-            rows: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-            self._drafted_texts = list(map(self._with_features, some_texts(rows, self.args.num_drafts_to_print)))
-        with self._drafting() as bound:
-            tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
-            print_drafts(bound, self._drafted_texts, tokenizer, self.head.default_shape, self.state.global_step)
+        head = self.head
+        with evaluation_mode(head), bar:
+            return round(simulated_tau(head.bind(self.target.model), bar, head.default_shape), 3)
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
         found = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
@@ -315,8 +292,6 @@ class DraftHeadTrainer(ArtefactTrainer):
             logs |= found | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
             self._meters["train"].reset()
         super().log(logs, start_time)
-        if "loss" in logs and self.args.log_drafts and self.is_world_process_zero():
-            self._print_drafts()
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -394,8 +369,6 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
         check_kind("model", unwrapped(model), *HEADS)
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
-    if args.log_drafts and find_spec("rich") is None:
-        raise ValueError("`log_drafts` needs the package `rich`. Run `pip install 'transformers-resps[train]'`.")
     if model is None and train_dataset is None and args.draft_vocab_size:
         raise ValueError(
             "`model` and `train_dataset` are missing, but the draft vocabulary of a new head is counted over the "
