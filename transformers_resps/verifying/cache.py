@@ -128,14 +128,7 @@ def entries_of(layers: Iterable[Any]) -> Iterator[Tensor]:
             buffers[id(buffer)] = buffer.entries()
             yield from buffers[id(buffer)] or ()
         if buffer is None or buffers[id(buffer)] is None:
-            yield from _own_entries(layer)
-
-
-def _own_entries(layer: Any) -> Iterator[Tensor]:
-    """Keys and values `[1, b, kv heads, s, hd]`; a layer may hold none."""
-    for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-        if part is not None and part.numel():
-            yield part[None]
+            yield from (part[None] for part in _states(layer) or ())
 
 
 def _allocate(layers: list[Any], length: int) -> None:
@@ -170,15 +163,6 @@ def holds_state(layer: Any) -> bool:
     return hasattr(layer, "recurrent_states")
 
 
-def copied_rows(layer: Any, rows: Tensor) -> Any:
-    """A layer with copies of the states of `rows` `[r]`; everything else is the layer's own."""
-    branch = copy.copy(layer)
-    branch.conv_states = {index: _selected(state, rows) for index, state in layer.conv_states.items()}
-    branch.recurrent_states = {index: _selected(state, rows) for index, state in layer.recurrent_states.items()}
-    branch.has_previous_state = dict(layer.has_previous_state)
-    return branch
-
-
 def settle_recorded(layer: Any) -> None:
     """Let a layer keep of its convolution states what the next token needs, if its owner let it record more."""
     if not layer.record_past:
@@ -188,10 +172,6 @@ def settle_recorded(layer: Any) -> None:
         if state is not None:
             size = layer.conv_kernel_size[index]
             layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
-
-
-def _selected(state: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if state is None else state.index_select(0, rows.to(state.device))
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
@@ -381,10 +361,12 @@ def copied_row(cache: Cache, row: int, length: int) -> Cache:
 
 
 def _copied_row(layer: Any, row: int, length: int) -> Any:
+    own: Any = layer.stock() if isinstance(layer, PreallocatedLayer) else copy.copy(layer)
     if holds_state(layer):
-        own = copied_rows(layer, torch.tensor([row]))
-    else:
-        own = layer.stock() if isinstance(layer, PreallocatedLayer) else copy.copy(layer)
+        own.has_previous_state = dict(layer.has_previous_state)
+        for name in ("conv_states", "recurrent_states"):
+            held = getattr(layer, name).items()
+            setattr(own, name, {at: None if part is None else part[row : row + 1].clone() for at, part in held})
     states = _states(layer)
     if states is not None:
         size = states[0].shape[-2]
