@@ -35,7 +35,7 @@ from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.loading import check_target_name
-from transformers_resps.trainers.policy_trainer import given_policy
+from transformers_resps.trainers.policy_trainer import without_guard
 
 
 @dataclass
@@ -62,7 +62,7 @@ def main() -> None:
     learned, watched, tested = script.read_prompts(tokenizer)
     given: dict[str, Any] = {"args": args, "train_dataset": learned, "processing_class": tokenizer}
     given |= {"target": target, "head": script.head}
-    policy, _ = (script.policy, None) if script.policy in ("resps", "auto") else given_policy(script.policy)
+    policy, _ = (script.policy, None) if script.policy in ("resps", "auto") else without_guard(script.policy)
     if policy == "auto" or isinstance(policy, ThroughputPolicy):
         fit_policy(script.policy, eval_dataset=tested, **given)
         is_main = bool(args.should_save)

@@ -240,7 +240,7 @@ def _time_verifying(
 
 
 def _parents(verifier: Verifier, order: Tensor) -> Tensor:
-    """Of the nodes `order` `[1, n]` of a tree, whose first ones are smaller trees."""
+    """The parents of the nodes `order` `[1, n]` of a tree; its first nodes make a smaller tree."""
     if isinstance(verifier, InvariantVerifier):  # each path has a price: three of eight nodes end one
         return order * 5 // 8
     return torch.zeros_like(order)  # a mask's content costs nothing, its size does

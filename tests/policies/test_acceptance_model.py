@@ -14,14 +14,14 @@ def test_scalings_of_fewer_levels_than_are_asked_for_are_refused() -> None:
 
 def test_a_head_that_claims_too_much_is_believed_less_with_every_outcome() -> None:
     acceptance = AcceptanceModel()
-    before = acceptance.of([math.log(0.6)], 1)[0]
+    before = acceptance.probabilities([math.log(0.6)], 1)[0]
     assert before == pytest.approx(0.6)
     for _ in range(60):
-        acceptance.learn([acceptance.of([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
-    assert acceptance.of([math.log(0.6)], 1)[0] < 0.12
+        acceptance.learn([acceptance.probabilities([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
+    assert acceptance.probabilities([math.log(0.6)], 1)[0] < 0.12
     for _ in range(200):
-        acceptance.learn([acceptance.of([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
-    assert acceptance.of([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
+        acceptance.learn([acceptance.probabilities([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
+    assert acceptance.probabilities([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
 
 
 def test_what_follows_the_steps_own_tokens_is_no_evidence() -> None:

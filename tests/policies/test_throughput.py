@@ -129,7 +129,9 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
     assert loaded.to_config() == policy.to_config()
     scores = [-0.1, -1.0, -3.0]
     for level in range(1, 6):
-        assert loaded.policy.acceptance.of(scores, level) == pytest.approx(policy.policy.acceptance.of(scores, level))
+        assert loaded.policy.acceptance.probabilities(scores, level) == pytest.approx(
+            policy.policy.acceptance.probabilities(scores, level)
+        )
     with pytest.raises(ValueError, match="guarded Unsaved has no `save_pretrained`.*Subclass"):
         BaselineGuard(Unsaved()).save_pretrained(tmp_path)
 

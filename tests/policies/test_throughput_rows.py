@@ -48,7 +48,7 @@ def prob_after(outcome: Callable[[int], StepRecord]) -> float:
         policy.choose(observation(8, step))
         policy.size(torch.tensor([half] * 8), ONE)
         policy.observe(outcome(step))
-    return policy.acceptance.of(half, 1)[0]
+    return policy.acceptance.probabilities(half, 1)[0]
 
 
 def test_probabilities_follow_the_mean_row_where_rows_advance_apart() -> None:

@@ -211,19 +211,19 @@ def text_of(content: str | list[dict[str, str]]) -> str:
 def _parts(content: Any) -> list[dict[str, str]]:
     if isinstance(content, (str, int, float)):
         return [{"type": "text", "text": str(content)}]
-    found = []
+    parts = []
     for part in content if isinstance(content, list) else [content]:
-        given = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
-        if given == {"type": "image"}:
-            found.append({"type": "image"})
-        elif isinstance(given.get("text"), str):
-            found.append({"type": "text", "text": given["text"]})
+        fields = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if fields == {"type": "image"}:
+            parts.append({"type": "image"})
+        elif isinstance(fields.get("text"), str):
+            parts.append({"type": "text", "text": fields["text"]})
         else:
             raise ValueError(
                 f"has the content {str(part)[:60]}, but a part must be text or the place of an image, "
                 "`{'type': 'image'}`, and the images lie in the column `images`."
             )
-    return found
+    return parts
 
 
 def _objects(value: Any, name: str) -> list[dict[str, Any]]:

@@ -17,7 +17,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 # What a prepared row has besides, in a dataset with images.
 IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
-NO_IMAGES: tuple[list[str], list[int], list[int], str] = [], [], [], ""  # in all but the first of these
+NO_IMAGES: tuple[list[str], list[int], list[int], str] = (
+    [],
+    [],
+    [],
+    "",
+)  # in the last four, without images
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Pictures:
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
 
     def before(self, place: int) -> "Pictures | None":
-        """Those of parts that begin before a token; `None` for none."""
+        """The pictures in parts that begin before a token; `None` if there are none."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -48,14 +53,14 @@ class Pictures:
 
     @property
     def columns(self) -> tuple[list[str], list[int], list[int], str]:
-        """Of a prepared row, but for the images, which the dataset has already."""
+        """What a prepared row holds beside the images, which the dataset has already."""
         return self.texts, self.counts, self.starts, self.key
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
     """The images of a row, whose column `images` holds one, several or none."""
-    found = row["images"]
-    return list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+    images = row["images"]
+    return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
 
 
 class ImageReader:
@@ -116,14 +121,14 @@ def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, len
     del read["input_ids"]
     for name in [name for name in read if name.endswith("token_type_ids")]:
         types = torch.zeros(len(rows), length, dtype=read[name].dtype)
-        for (row, start), found, mask in zip(parts, read[name], is_token, strict=True):
-            types[row, start : start + int(mask.sum())] = found[mask]
+        for (row, start), own_types, mask in zip(parts, read[name], is_token, strict=True):
+            types[row, start : start + int(mask.sum())] = own_types[mask]
         read[name] = types
     return read
 
 
 def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The same on the device of `model`, pixels in its dtype."""
+    """Move inputs to the device of `model`, and pixels to its dtype."""
     return {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()

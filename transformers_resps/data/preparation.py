@@ -28,7 +28,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Row = dict[str, Any]
 
 PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")
-_KINDS = ("input_ids", "messages", "prompt", "text")
+_COLUMNS = ("input_ids", "messages", "prompt", "text")
 _MASKS = ("assistant_masks", "completion_mask")
 
 
@@ -80,7 +80,7 @@ class _Piece:
 
     text: str
     is_learned: bool
-    images: int = 0  # that it shows
+    images: int = 0  # number of images that it shows
     is_raw: bool = False  # begins with the special tokens that the tokenizer adds
 
 
@@ -182,27 +182,27 @@ def prepare_dataset(
         raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
     if set(PREPARED) <= set(first):
         return dataset
-    kind = _kind_of(first, name)
+    column = _read_column(first, name)
     has_images = shows_images(dataset)
     if has_images:
-        _check_images(kind, name, processor)
-    if kind != "input_ids" and tokenizer is None:
+        _check_images(column, name, processor)
+    if column != "input_ids" and tokenizer is None:
         raise ValueError(
-            f"`{name}` has the column `{kind}`, but there is no tokenizer for it where the target came from. Pass the "
-            "target's as `processing_class`."
+            f"`{name}` has the column `{column}`, but there is no tokenizer for it where the target came from. Pass "
+            "the target's as `processing_class`."
         )
     if has_images and "images" not in first:
         dataset = dataset.rename_column("image", "images")
-    reader = _Reader(kind, tokenizer, processor, max_length)
+    reader = _Reader(column, tokenizer, processor, max_length)
     how = {"name": name, "reader": reader, "vocab_size": vocab_size}
-    given: Any = {"batched": True, "with_indices": True, "fn_kwargs": how}
-    given["remove_columns"] = [column for column in first if column not in ("image", "images")]
-    given["features"] = _features(dataset, has_images=has_images)
+    options: Any = {"batched": True, "with_indices": True, "fn_kwargs": how}
+    options["remove_columns"] = [column for column in first if column not in ("image", "images")]
+    options["features"] = _features(dataset, has_images=has_images)
     if isinstance(dataset, datasets.IterableDataset):
-        streamed = dataset.map(_prepared_batch, **given)
+        streamed = dataset.map(_prepared_batch, **options)
         return streamed.filter(bool, input_columns="length") if has_images else streamed
-    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
-    if has_images:  # left out here, since images that stay where they are need all rows of their batch
+    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **options)
+    if has_images:  # not before: `map` keeps the images of a batch only if no row of it is left out
         prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
@@ -213,15 +213,15 @@ def shows_images(dataset: Any) -> bool:
     return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
-def _check_images(kind: str, name: str, processor: ProcessorMixin | None) -> None:
+def _check_images(column: str, name: str, processor: ProcessorMixin | None) -> None:
     if processor is None:
         raise ValueError(
             f"`{name}` has images, but the target reads none, or there is no processor for them. Pass the target's, "
             "as `AutoProcessor.from_pretrained` returns it, as `processing_class`."
         )
-    if kind not in ("messages", "prompt"):
+    if column not in ("messages", "prompt"):
         raise ValueError(
-            f"`{name}` has images and the column `{kind}`, but images are shown by `messages`, or by `prompt` and "
+            f"`{name}` has images and the column `{column}`, but images are shown by `messages`, or by `prompt` and "
             "`completion`. Write it in one of these forms."
         )
 
@@ -266,9 +266,9 @@ def _prepared_batch(
             example = Example(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
         else:
             continue
-        found = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
+        tokenized = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
         shown = NO_IMAGES if example.pictures is None else example.pictures.columns
-        for column, value in zip(columns, (*found, question, is_shortened, *shown), strict=False):
+        for column, value in zip(columns, (*tokenized, question, is_shortened, *shown), strict=False):
             made[column].append(value)
     return made
 
@@ -298,35 +298,35 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
         )
 
 
-def _kind_of(columns: Iterable[str], name: str) -> str:
-    """The column that is read."""
-    found = set(columns)
-    if "prompt" in found and "completion" not in found and not found & {"input_ids", "messages"}:
+def _read_column(columns: Iterable[str], name: str) -> str:
+    """The first of the columns that can be read."""
+    names = set(columns)
+    if "prompt" in names and "completion" not in names and not names & {"input_ids", "messages"}:
         raise ValueError(
             f"`{name}` has the column `prompt` without `completion`, but a head learns from answers. Let the target "
             "write them with `generate`."
         )
-    for kind in _KINDS:
-        if kind in found:
-            return kind
+    for column in _COLUMNS:
+        if column in names:
+            return column
     raise ValueError(
-        f"`{name}` has the columns {sorted(found)}, but needs `messages`, `prompt` and `completion`, `text`, or "
+        f"`{name}` has the columns {sorted(names)}, but needs `messages`, `prompt` and `completion`, `text`, or "
         "`input_ids` with `assistant_masks` or `completion_mask`. Rename its columns."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads rows of one kind with what the target reads with."""
+    """Reads one column of a dataset with what the target reads with."""
 
-    kind: str
+    column: str  # that is read
     tokenizer: PreTrainedTokenizerBase | None
     processor: ProcessorMixin | None
     max_length: int
 
     def example_of(self, row: Row) -> tuple[Example, bool]:
         """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
-        if self.kind == "input_ids":
+        if self.column == "input_ids":
             return _tokenized(row, self.max_length), False
         images = images_of(row) if "images" in row else None
         pieces, is_shortened = self._pieces(row, images)
@@ -337,12 +337,12 @@ class _Reader:
         return _joined(pieces, self.tokenizer, self.max_length, reader), is_shortened
 
     def _pieces(self, row: Row, images: list[Any] | None) -> tuple[list[_Piece], bool]:
-        if self.kind == "text":
+        if self.column == "text":
             return [_Piece(_string(row, "text"), True, is_raw=True)], False
-        if self.kind == "prompt" and isinstance(row["prompt"], str):
+        if self.column == "prompt" and isinstance(row["prompt"], str):
             prompt = _Piece(row["prompt"], False, len(images or ()), is_raw=images is None)
             return [prompt, _Piece(_string(row, "completion"), True)], False
-        columns = ("prompt", "completion") if self.kind == "prompt" else ("messages",)
+        columns = ("prompt", "completion") if self.column == "prompt" else ("messages",)
         if images is None:
             parts: list[list[Any]] = [as_messages(row[column], None) for column in columns]
         else:
@@ -354,16 +354,16 @@ class _Reader:
                     "`{'type': 'image'}` for each image, or none: then all stand before the first question."
                 )
         renderer, template = self.tokenizer if images is None else self.processor, _template(row)
-        if self.kind == "messages":
+        if self.column == "messages":
             return _of_messages(parts[0], renderer, template)
         return _pieces(parts[0] + parts[1], renderer, len(parts[0]), template), False
 
     def question_of(self, row: Row) -> str | None:
         """The first user turn of a row, or its prompt as it is."""
-        asked = row.get(self.kind)
-        if self.kind == "prompt" and isinstance(asked, str):
+        asked = row.get(self.column)
+        if self.column == "prompt" and isinstance(asked, str):
             return asked
-        if self.kind not in ("messages", "prompt"):
+        if self.column not in ("messages", "prompt"):
             return None
         messages = with_images(asked, 0) if "images" in row else as_messages(asked, None)
         return next((text_of(turn["content"]) for turn in messages if turn["role"] == "user"), None)
@@ -404,12 +404,12 @@ def _tokenized(row: Row, max_length: int) -> Example:
 
 def _integers(values: Any, column: str) -> Tensor:
     try:
-        found = torch.as_tensor(values)
+        tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.zeros(1, 1)
-    if found.ndim != 1 or (found.is_floating_point() and len(found)):
+        tensor = torch.zeros(1, 1)
+    if tensor.ndim != 1 or (tensor.is_floating_point() and len(tensor)):
         raise ValueError(f"has `{column}` that are {str(values)[:60]}, but they must be a list of integers.")
-    return found.long()
+    return tensor.long()
 
 
 def _string(row: Row, column: str) -> str:

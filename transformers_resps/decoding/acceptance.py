@@ -60,17 +60,15 @@ class Acceptance:
 
     @classmethod
     def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
-        """Of rows that advanced each on its own, from their paths and the picks after each node: one copy to the
-        device.
-        """
+        """What rows added that advanced each on its own, by their paths and picks: one copy to the device."""
         filled = torch.tensor([_filled(paths), _filled(picks)], device=device)
         return cls(filled[0], filled[1], paths, picks, list(map(len, paths)))
 
     @classmethod
-    def of_picks(cls, picks: "Picks", paths: list[list[int]], found: list[list[int]]) -> "Acceptance":
-        """Of the rows that `picks` tell of, from what they kept. A device that has the picks gets no copy."""
+    def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
+        """What the rows of `picks` added, by what they kept. A device that has the picks gets no copy."""
         if picks.tokens is None:
-            return cls.from_rows(paths, found, picks.device)
+            return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
         order = torch.arange(picks.tokens.shape[1], device=picks.device)
         front = list(range(max(emitted)))
@@ -80,7 +78,7 @@ class Acceptance:
             nodes = order.split(1)
             path = torch.cat([nodes[node] for row in _filled(paths) for node in row]).view(len(paths), -1)
             tokens = picks.tokens.gather(1, path)
-        return cls(path, tokens, paths, found, emitted)
+        return cls(path, tokens, paths, picked, emitted)
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
@@ -161,10 +159,10 @@ def _next_nodes(
     children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
 ) -> list[int] | None:
     """The children of `nodes` that carry the picks `tokens`; `None` if a live row's pick was not drafted."""
-    found = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
-    if any(is_live and node is None for is_live, node in zip(live, found, strict=True)):
+    children_of_picks = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
+    if any(is_live and node is None for is_live, node in zip(live, children_of_picks, strict=True)):
         return None
-    return [node or 0 for node in found]
+    return [node or 0 for node in children_of_picks]
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
@@ -176,9 +174,9 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
         picks: the target's.
         texts: b of one row each, which know their ends; they gain the picks.
     """
-    paths, found = _walk(picks, texts)
-    acceptance = Acceptance.of_picks(picks, paths, found)
-    for row, (text, path, own) in enumerate(zip(texts, paths, found, strict=True)):
+    paths, picked = _walk(picks, texts)
+    acceptance = Acceptance.of_picks(picks, paths, picked)
+    for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):
         if picks.processed is not None:
             picks.processed.settle(own)
             text.keep_outputs(path, picks.processed.logits, picks.processed.scores)
@@ -189,7 +187,7 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
 def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
     """Of each row, the nodes whose logits are used, root first, and the picks after them."""
     paths: list[list[int]] = [[] for _ in texts]
-    found: list[list[int]] = [[] for _ in texts]
+    picked: list[list[int]] = [[] for _ in texts]
     going = dict.fromkeys(range(len(texts)), 0)  # row -> the node it has come to
     while going:
         rows, nodes = list(going), list(going.values())
@@ -197,11 +195,11 @@ def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list
         going = {}
         for row, node, token in zip(rows, nodes, tokens, strict=True):
             paths[row].append(node)
-            found[row].append(token)
+            picked[row].append(token)
             child = picks.children[row].get((node, token))
-            if child is not None and not texts[row].ends_with(token, len(found[row])):
+            if child is not None and not texts[row].ends_with(token, len(picked[row])):
                 going[row] = child
-    return paths, found
+    return paths, picked
 
 
 def _filled(rows: list[list[int]]) -> list[list[int]]:
@@ -238,12 +236,12 @@ class Picks:
 
     @classmethod
     def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
-        """Each when it is asked for."""
+        """Picks that are made when they are asked for."""
         return cls(tree.children(), None, logits, pick=pick)
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Those of the largest logits, or those `processed`, with the tree, in one read that waits for the target."""
+        """The picks of the largest logits, or the `processed` ones. One read, with the tree, waits for the target."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -396,7 +394,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """`[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
+    """The logits `[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

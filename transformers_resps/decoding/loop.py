@@ -130,7 +130,7 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
-        """All that draft read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
+        """Let all drafters read the prompt, before any step: this takes time even if nothing is drafted."""
         self._clock.lap("rest")
         states = None
         if self._reads_features:
@@ -245,7 +245,7 @@ class TreeDecoding:
         """
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
-        found = iter(pool.drafted_match(acceptance.picks))
+        matches = iter(pool.drafted_match(acceptance.picks))
         if self.batch.in_lockstep:
-            return RowCounts([min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)])
-        return RowCounts(next(found) if count else 0 for count in acceptance.emitted)
+            return RowCounts([min(count for count, gained in zip(matches, acceptance.gained, strict=True) if gained)])
+        return RowCounts(next(matches) if count else 0 for count in acceptance.emitted)

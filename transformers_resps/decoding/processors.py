@@ -50,8 +50,8 @@ STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
     """Whether what a processor makes of a row of scores depends on that row and its text alone: by its exact type."""
-    kind = type(processor)
-    is_stock = kind.__name__ in names and kind.__module__.startswith("transformers.generation.")
+    processor_class = type(processor)
+    is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # A repetition penalty may have a prompt length for each row.
     return is_stock and isinstance(getattr(processor, "prompt_ignore_length", None), int | None)
 

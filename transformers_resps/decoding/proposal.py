@@ -58,8 +58,8 @@ class Proposal:
         flags = self.tree.proposers
         if not flags:
             return Proposed(drafter=len(accepted))
-        found = [flags[row][node] for row, node in accepted]
-        return Proposed(found.count(FIRST), found.count(SECOND), found.count(FIRST | SECOND))
+        proposers = [flags[row][node] for row, node in accepted]
+        return Proposed(proposers.count(FIRST), proposers.count(SECOND), proposers.count(FIRST | SECOND))
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":

@@ -321,10 +321,10 @@ class Batch:
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
         """Counts of the decoded rows as those of all rows of the call, 0 where a row is decoded no more."""
-        found = [0] * len(self._texts)
+        every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
-            found[index] = count
-        return found
+            every_row[index] = count
+        return every_row
 
     def drop_finished(self) -> list[int] | None:
         """Stop decoding finished rows.

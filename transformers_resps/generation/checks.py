@@ -57,7 +57,7 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
-# Of an encoder-decoder; whatever else its encoder takes has been used.
+# Arguments of an encoder-decoder. Its encoder has run already, so only these remain.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 # What changes no token: stock `generate` never hands over the labels of a trainer, and throws router logits away.

@@ -69,7 +69,7 @@ class AcceptanceModel:
         """Whether enough outcomes were seen, here or when the scalings were fitted."""
         return self._drafts >= _ENOUGH
 
-    def of(self, scores: Sequence[float], level: int) -> list[float]:
+    def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
         """Probability that each path of `level` nodes is accepted, from its log probability under the head."""
         index = min(level, LEVELS)
         calibrated, factor = self.scalings[index - 1], (self._right / self._expected) ** index
@@ -103,7 +103,7 @@ class AcceptanceModel:
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
         """Take in that `drafted_match` levels of a draft held the right path; after `emitted` tokens it was not seen.
 
-        `level_probs` are the sums of `of` over each level of the pool: the probabilities that it holds the right path.
+        `level_probs` are the sums of `probabilities` over each level of the pool: how likely it holds the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0

@@ -186,7 +186,7 @@ class ThroughputPolicy(SavedPolicy):
     def grow(self, level: Level) -> bool:
         """Draft another level if the expected gain of its nodes is above the cost of drafting them."""
         step, width = self._step, level.scores.shape[-1]
-        probs = step.apart([self.acceptance.of(row, level.depth) for row in level.scores.tolist()])
+        probs = step.apart([self.acceptance.probabilities(row, level.depth) for row in level.scores.tolist()])
         children = [self.acceptance.children_of(row, level.depth, width) for row in probs]
         step.node_worth = sorted(step.node_worth + [worth for worth, _ in step.worth(probs)], reverse=True)
         with_children = sorted(step.node_worth + [worth for worth, _ in step.worth(children)], reverse=True)
@@ -220,7 +220,7 @@ class ThroughputPolicy(SavedPolicy):
             nodes: list[tuple[float, float]] = []
             level_probs = []
             for level, (start, stop) in enumerate(pairwise(bounds), start=1):
-                probs = self.acceptance.of(row[start:stop], level)
+                probs = self.acceptance.probabilities(row[start:stop], level)
                 level_probs.append(min(sum(probs), 1.0))
                 nodes += [node for node in zip(row[start:stop], probs, strict=True) if node[1]]
             nodes.sort(reverse=True)
@@ -321,7 +321,7 @@ class _Step:
 
     @property
     def price(self) -> int:
-        """Of a node of `worth`."""
+        """By how many nodes the step is priced higher for each node of `worth`."""
         return 1 if self.is_ragged else self.row_price
 
     def skip_looked_up(self, nodes: int, hits: list[float]) -> None:

@@ -54,13 +54,13 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
     scores = scores.double().clamp(max=MAX_SCORE)  # as `PlattScaling` reads them
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
     prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    found = prior.clone()
+    scaling = prior.clone()
     for _ in range(_STEPS):
-        probs = (inputs @ found).sigmoid()
-        slope = inputs.T @ (probs - accepted.double()) + _PRIOR * (found - prior)
+        probs = (inputs @ scaling).sigmoid()
+        slope = inputs.T @ (probs - accepted.double()) + _PRIOR * (scaling - prior)
         curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + _PRIOR * torch.eye(2, dtype=torch.float64)
-        found = found - torch.linalg.solve(curvature, slope).clamp(-1.0, 1.0)
-    return PlattScaling(float(found[0]), max(float(found[1]), _MIN_SLOPE))
+        scaling = scaling - torch.linalg.solve(curvature, slope).clamp(-1.0, 1.0)
+    return PlattScaling(float(scaling[0]), max(float(scaling[1]), _MIN_SLOPE))
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,7 +58,7 @@ class HeldOutcomes:
         """The outcomes at some positions."""
         return HeldOutcomes(self.emitted[places], self.seconds[places], self.mean_rates[places])
 
-    def of(self, actions: Tensor) -> "HeldOutcomes":
+    def of_actions(self, actions: Tensor) -> "HeldOutcomes":
         """The outcomes `[n]` of one action `[n]` in each row, from those `[n, a]` of every action."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
@@ -72,12 +72,12 @@ class OutcomeTable:
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
-        kinds = {(text.features.shape[1], text.emitted.shape[1]) for text in texts}
+        widths = {(text.features.shape[1], text.emitted.shape[1]) for text in texts}
         grids = {text.grid for text in texts}
-        if len(kinds) != 1 or len(grids) != 1:
+        if len(widths) != 1 or len(grids) != 1:
             raise ValueError(
                 f"Got {len(texts)} replayed texts of {len(grids)} grids, with these widths of features and numbers of "
-                f"actions: {sorted(kinds)}. Pass at least one text, all of one head and one grid."
+                f"actions: {sorted(widths)}. Pass at least one text, all of one head and one grid."
             )
         lengths = torch.tensor([len(text.features) for text in texts])
         self.grid = grids.pop()
@@ -100,21 +100,21 @@ class OutcomeTable:
         """Outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
         if persistence in self._held:
             return self._held[persistence]
-        places = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
+        positions = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
         stops = self._stop_of[:, None]
         emitted, seconds, rates, steps = (torch.zeros_like(self.seconds) for _ in range(4))
         for _ in range(persistence):
-            alive = places < stops
+            alive = positions < stops
             if not bool(alive.any()):
                 break
-            index = places.clamp(max=len(self.features) - 1)
+            index = positions.clamp(max=len(self.features) - 1)
             gained = self.emitted.gather(0, index) * alive
             taken = self.seconds.gather(0, index)
             emitted += gained
             seconds += taken * alive
             rates += gained / taken
             steps += alive
-            places += gained
+            positions += gained
         self._held[persistence] = HeldOutcomes(emitted, seconds, rates / steps)
         return self._held[persistence]
 

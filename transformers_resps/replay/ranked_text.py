@@ -104,8 +104,8 @@ class RankedText:
         """`[t]` fp64."""
         buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
         contexts, bucket_of = buckets.unique(return_inverse=True)
-        found = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
-        seconds = [[costs.step_seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
+        shapes = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
+        seconds = [[costs.step_seconds(one, int(context) * _CONTEXT_BUCKET) for one in shapes] for context in contexts]
         added = self.proposed.clamp(max=shape.lookup)
         if shape.asks_head:
             added = (added - self._kept(self.chain_ranks, shape)).clamp(min=0)
@@ -154,12 +154,12 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
 def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """Looked-up tokens `[t, depth]`, -1 after their end; how many of all the text follows, and how many there are."""
     lookup = Lookup()
-    chains, followed, found = [], [], []
+    chains, followed, counts = [], [], []
     for place in range(prompt_length, len(tokens) - 1):
         lookup.extend(tokens[lookup.length : place + 1])
         proposed = lookup.match().tokens
         chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
         pairs = zip(proposed, tokens[place + 1 :], strict=False)
         followed.append(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
-        found.append(len(proposed))
-    return torch.tensor(chains), torch.tensor(followed), torch.tensor(found)
+        counts.append(len(proposed))
+    return torch.tensor(chains), torch.tensor(followed), torch.tensor(counts)

@@ -49,7 +49,7 @@ class RecordedText:
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """All of it, as `RankedText` has a part."""
+        """The recording itself; `RankedText` keeps a part of it."""
         return text
 
     @property

@@ -265,7 +265,7 @@ def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Ma
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML has a word for it."""
+    """Whether YAML can hold the value as it is."""
     if isinstance(value, dict):
         return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
     if isinstance(value, list):
@@ -482,7 +482,7 @@ class TimingCallback(TrainerCallback):
         self._last = now
 
 
-def check_kind(name: str, value: Any, *kinds: type[Any]) -> None:
+def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
     """Check the type of an argument."""
     if not isinstance(value, kinds):
         needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)

@@ -142,8 +142,8 @@ def questions_in(rows: Any) -> set[str]:
     """The first user turns of a prepared dataset, or of several; of a stream there are none before it is read."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
-    found = () if rows is None or is_streamed(rows) else rows["question"]
-    return {question for question in found if question is not None}
+    questions = () if rows is None or is_streamed(rows) else rows["question"]
+    return {question for question in questions if question is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +177,16 @@ class PolicyPrompts:
                 f"`{name}` has images, but policies learn from prompts of text. Leave out the column and the places "
                 "of the images; such a policy decodes prompts with images, too."
             )
-        found = cls({}, set())
+        prompts = cls({}, set())
         column = "prompt" if "prompt" in dataset.column_names else "messages"
         for number, row in enumerate(dataset):
             try:
                 tokens, question = _read_prompt(row[column], column, tokenizer)
             except ValueError as error:
                 raise ValueError(f"Row {number} of `{name}` {error}") from None
-            found.tokens[name_of(tokens)] = tokens
-            found.first_questions.add(question)
-        return found
+            prompts.tokens[name_of(tokens)] = tokens
+            prompts.first_questions.add(question)
+        return prompts
 
 
 def _read_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
@@ -219,7 +219,7 @@ class Recorder(Generic[Recorded]):
 
     target: Any
     head: DraftHead
-    kind: type[Recorded]  # what is kept of an answer
+    recording: type[Recorded]  # what is kept of an answer
     depths: dict[int, int]  # as for `record_pools`
     folder: Path
     generation: dict[str, Any]  # passed to `generate`: JSON values, with `max_new_tokens`
@@ -243,23 +243,23 @@ class Recorder(Generic[Recorded]):
                     text.save(unfinished)
                     unfinished.replace(self._file(prompt))
         state.wait_for_everyone()
-        found = [self.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
-        if not found:
+        texts = [self.recording.load(file) for file in map(self._file, prompts) if file.is_file()]
+        if not texts:
             raise ValueError(
                 f"None of {len(prompts)} prompts has an answer of at least two tokens. Pass other prompts, or raise "
                 "`max_completion_length`."
             )
-        return found
+        return texts
 
     def _file(self, prompt: Tensor) -> Path:
         return self.folder / f"{name_of(prompt)}-{self._made_with}.safetensors"
 
     @cached_property
     def _made_with(self) -> str:
-        """Changes with everything that changes a recording: the target's weights, not its path."""
-        kind: Any = self.kind
+        """A hash of everything that changes a recording: of the target's weights, for instance, not of its path."""
+        recording: Any = self.recording
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
-        kept = [self.head.fingerprint(), kind.__name__, kind.FORMAT, sorted(self.depths.items())]
+        kept = [self.head.fingerprint(), recording.__name__, recording.FORMAT, sorted(self.depths.items())]
         return digest(answered + kept)[:8]
 
     def _answer(self, prompt: Tensor) -> Recorded | None:
@@ -274,7 +274,7 @@ class Recorder(Generic[Recorded]):
             return None
         room = self.generation["max_new_tokens"] - answered
         pools = record_pools(self.target, self.head, text, len(prompt), depths=self.depths, spare_room=room)
-        return self.kind.from_recording(pools)
+        return self.recording.from_recording(pools)
 
 
 _USUAL_CONTEXT = 256  # positions, where there are no prompts yet
@@ -305,7 +305,7 @@ class PolicyData:
         self.prompts[name] = prompts
         self._replays.pop(name, None)
 
-    def check_given(self, name: str, use: str) -> None:
+    def check_has(self, name: str, use: str) -> None:
         """Check that there is a dataset for `use`."""
         if name not in self.prompts:
             raise ValueError(f"`{name}` is missing, but {use} needs prompts. Pass a dataset of them.")
@@ -338,7 +338,7 @@ class PolicyData:
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
-        """Of the prompts of these datasets, where there are some."""
+        """The first questions in these datasets; a dataset may be missing."""
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:
@@ -353,10 +353,10 @@ class PolicyData:
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 
-    def record(self, name: str, kind: type[Recorded], depths: dict[int, int]) -> list[Recorded]:
+    def record(self, name: str, recording: type[Recorded], depths: dict[int, int]) -> list[Recorded]:
         """The answers to the prompts of a dataset."""
         folder = self._folder / "replay"
-        recorder = Recorder(self.pair.target, self.pair.head, kind, depths, folder, self._generation)
+        recorder = Recorder(self.pair.target, self.pair.head, recording, depths, folder, self._generation)
         return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:

@@ -26,7 +26,7 @@ from .losses import Teacher
 
 
 _PICK_CHUNK = 512  # positions whose full logits are alive at once
-_SAME = 0.02  # of the largest feature: what half precision may round away
+_SAME = 0.02  # share of the largest feature that half precision may round away
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ class FrozenTarget:
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
         rows = hidden[wanted].to(self._output.weight.dtype)
-        found = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        best = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
         picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
-        picks[wanted] = torch.cat(found)
+        picks[wanted] = torch.cat(best)
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
@@ -220,8 +220,8 @@ class CachedFeatures(PreparedTexts):
             read = self._target.read(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))
             for place, row in enumerate(rows):
                 for name, dtype in (("features", _DTYPE), ("hidden", _DTYPE), ("picks", torch.int32)):
-                    found = getattr(read, name)[place, : lengths[row]]
-                    tensors[f"{row}.{name}"] = found.to("cpu", dtype).contiguous()
+                    states = getattr(read, name)[place, : lengths[row]]
+                    tensors[f"{row}.{name}"] = states.to("cpu", dtype).contiguous()
         partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
         try:
             save_file(tensors, partial)

@@ -23,7 +23,7 @@ from ..drafting import TrainableModel, TrainableSource
 from ..heads import DraftHead
 from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import prepack
-from .base import ArtefactTrainer, add_metrics, check_kind
+from .base import ArtefactTrainer, add_metrics, check_type
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
@@ -184,16 +184,16 @@ class DraftHeadTrainer(ArtefactTrainer):
         else:
             predicted = inputs["labels"] != IGNORED
             read = self.target.read(inputs["input_ids"], predicted, inputs.get("image_inputs"))
-        rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
-        levels = torch.arange(self.args.ttt_steps, device=places.device)[:, None]
-        slots = places - 2 - levels  # [k, n]
+        rows, positions = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
+        levels = torch.arange(self.args.ttt_steps, device=positions.device)[:, None]
+        slots = positions - 2 - levels  # [k, n]
         exists = slots >= 0
         token_ids = head.draft_token_ids
-        learnt = torch.isin(read.picks[rows, places - 1], token_ids)  # other picks have no loss at any level
-        rows, places, slots = rows[learnt], places[learnt], slots[:, learnt]
+        learnt = torch.isin(read.picks[rows, positions - 1], token_ids)  # other picks have no loss at any level
+        rows, positions, slots = rows[learnt], positions[learnt], slots[:, learnt]
         packed, columns = pack(rows, slots, read.picks.shape)
         first_pass = head.bind(self.target.model, model).run  # gradient hooks wait for a forward of what wraps it
-        teacher = self.target.teacher(read.hidden[rows, places - 1], token_ids)
+        teacher = self.target.teacher(read.hidden[rows, positions - 1], token_ids)
         factors = (self.args.ttt_step_decay**levels * exists[:, learnt]).float()
         with self.accelerator.autocast():
             hidden = unroll(bound, read.features, inputs["input_ids"], len(levels), packed, first_pass=first_pass)
@@ -217,11 +217,11 @@ class DraftHeadTrainer(ArtefactTrainer):
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        found, _ = self._meters["eval"].read(self._over_processes)
+        metrics, _ = self._meters["eval"].read(self._over_processes)
         if self.args.tau_texts:  # in every process: each of them looks for the best metric
             started = time.monotonic()
-            found |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
-        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in found.items()})
+            metrics |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
+        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in metrics.items()})
         self._pace.pause(time.monotonic() - began)
         return output
 
@@ -229,30 +229,32 @@ class DraftHeadTrainer(ArtefactTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in Transformers; after training, `metrics.json` beside the head tells the result, too."""
-        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
         if is_result and not isinstance(rows, dict) and not is_streamed(rows):
-            of = "eval_accuracy_"
-            agreement = {name.removeprefix(of): share for name, share in found.items() if name.startswith(of)}
+            prefix = "eval_accuracy_"
+            levels = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
+            agreement = {level: metrics[prefix + level] for level in levels}
             told = {"held_out_texts": len(rows), "agreement": agreement}
-            if "eval_tau" in found:
+            if "eval_tau" in metrics:
                 tree = str(replace(self.head.default_shape, lookup=0))  # as `simulated_tau` drafts
-                told |= {"tau_texts": min(self.args.tau_texts, len(rows)), "simulated_tau": {tree: found["eval_tau"]}}
+                count = min(self.args.tau_texts, len(rows))
+                told |= {"tau_texts": count, "simulated_tau": {tree: metrics["eval_tau"]}}
             add_metrics(self.artefact_folder, told)
-        return found
+        return metrics
 
     def metrics(self) -> dict[str, Any]:
         training: dict[str, Any] = {"steps": self.state.global_step}
-        found: dict[str, Any] = {"draft_vocab_size": len(self.head.draft_token_ids)}
+        vocabulary: dict[str, Any] = {"draft_vocab_size": len(self.head.draft_token_ids)}
         rows: Any = self.train_dataset
         if not is_streamed(rows):
             training |= {"texts": len(rows), "epochs": round(self.state.epoch or 0.0, 3)}
-            found["coverage"] = self.draft_vocabulary().coverage
+            vocabulary["coverage"] = self.draft_vocabulary().coverage
         if self._timing.seconds is not None:
             training["minutes"] = round(self._timing.seconds / 60, 1)
         dtype = "bfloat16" if self.args.bf16 else "float32"
-        return {**found, "training": training | {"dtype": dtype, "device": device_name(self.target.model.device)}}
+        return {**vocabulary, "training": training | {"dtype": dtype, "device": device_name(self.target.model.device)}}
 
     def models(self) -> dict[str, str | None]:
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
@@ -271,11 +273,11 @@ class DraftHeadTrainer(ArtefactTrainer):
             return round(simulated_tau(head.bind(self.target.model), bar, head.default_shape), 3)
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        found = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
-        if "features" not in found:
+        tensors = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
+        if "features" not in tensors:
             shown = self._data.collate([row]).get("image_inputs")
-            found["features"] = self.target.read(found["input_ids"][None], image_inputs=shown).features[0]
-        return found
+            tensors["features"] = self.target.read(tensors["input_ids"][None], image_inputs=shown).features[0]
+        return tensors
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -288,8 +290,8 @@ class DraftHeadTrainer(ArtefactTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add agreement per level, tokens per second and time left to Trainer's own metrics of training."""
         if "loss" in logs:
-            found, tokens = self._meters["train"].read(self._over_processes)
-            logs |= found | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
+            agreement, tokens = self._meters["train"].read(self._over_processes)
+            logs |= agreement | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
             self._meters["train"].reset()
         super().log(logs, start_time)
 
@@ -359,14 +361,14 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:
     """Check what `DraftHeadTrainer` is given before anything is loaded."""
-    check_kind("args", args, DraftHeadTrainingConfig)
+    check_type("args", args, DraftHeadTrainingConfig)
     if model is not None and not isinstance(model, str):
         if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), TrainableSource):
             raise ValueError(
                 f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
                 "model as `target`, and `None` as `model` for a new head."
             )
-        check_kind("model", unwrapped(model), *HEADS)
+        check_type("model", unwrapped(model), *HEADS)
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
     if model is None and train_dataset is None and args.draft_vocab_size:

@@ -25,7 +25,7 @@ from ..drafting import TrainableSource
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
 from ..heads.formats.reading import WholeModelError
-from .base import check_kind
+from .base import check_type
 from .policy_config import PolicyTrainingConfig
 
 
@@ -43,15 +43,15 @@ def default_folder(target: Any, artefact_name: str) -> str:
 def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
     """The target itself, or the one with this name, by default in its own dtype."""
     if not isinstance(target, str):
-        check_kind("target", target, PreTrainedModel)
+        check_type("target", target, PreTrainedModel)
         if isinstance(target, DraftHead):
             raise ValueError("`target` is a `DraftHead`, but must be the model that the head drafts for.")
         if init_kwargs:
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
-    given = init_kwargs or {}
-    check_target_name(target, **_places(given))
-    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **given}))
+    options = init_kwargs or {}
+    check_target_name(target, **_where(options))
+    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **options}))
 
 
 def check_target_name(target: str, **hub: Any) -> None:
@@ -68,20 +68,21 @@ def context_of(target: PreTrainedModel) -> int:
     return getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or that of the processor, that was given; or else the one where the target came from, if any."""
-    if given is None:
+    if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
-    tokenizer: Any = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
-    check_kind("processing_class", tokenizer, PreTrainedTokenizerBase)
-    if tokenizer is not given and tokenizer.chat_template is None:
+    is_processor = isinstance(processing_class, ProcessorMixin)
+    tokenizer: Any = getattr(processing_class, "tokenizer", None) if is_processor else processing_class
+    check_type("processing_class", tokenizer, PreTrainedTokenizerBase)
+    if is_processor and tokenizer.chat_template is None:
         tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
-        tokenizer.chat_template = given.chat_template
+        tokenizer.chat_template = processing_class.chat_template
     own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
     if own is not None:
         ids, ours = tokenizer.get_vocab(), own.get_vocab()
         is_other = sum(ids.get(token) != number for token, number in ours.items()) > _ODD_SHARE * len(ours)
-    else:  # its end tokens are all that the target says of its tokens
+    else:  # no tokenizer lies beside the target, so only its end tokens can be compared
         special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), end_tokens(target)
         is_other = bool(special and ends) and not special & ends
     if is_other:
@@ -93,24 +94,24 @@ def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedToke
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_processor(target: PreTrainedModel, given: Any = None) -> ProcessorMixin | None:
+def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
     """The processor of images that was given, or lies where the target came from; `None` if there is none."""
-    if given is not None or not target.config.name_or_path:
-        return given if isinstance(given, ProcessorMixin) else None
+    if processing_class is not None or not target.config.name_or_path:
+        return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:
-        found = AutoProcessor.from_pretrained(target.config.name_or_path)
+        processor = AutoProcessor.from_pretrained(target.config.name_or_path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, ProcessorMixin) else None
+    return processor if isinstance(processor, ProcessorMixin) else None
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:
     """Ids that end a text, as the target's configs say."""
-    found: set[int] = set()
+    token_ids: set[int] = set()
     for config in (target.config.get_text_config(), target.generation_config):
         ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
-    return found
+        token_ids |= {ids} if isinstance(ids, int) else set(ids or ())
+    return token_ids
 
 
 def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
@@ -125,12 +126,13 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
 
 
 def read_head(name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """The head or the MTP layers in a folder or on the Hub; of "mtp" those that came with the target. Raises as their
-    `from_pretrained`.
+    """Load the head or the MTP layers of a folder or Hub id; "mtp" names those that came with the target.
+
+    Raises as their `from_pretrained`.
     """
     if name == MTP:
         return MtpHead.from_target(target, **{key: value for key, value in init_kwargs.items() if value is not None})
-    if _holds_mtp(name, **_places(init_kwargs)):
+    if _holds_mtp(name, **_where(init_kwargs)):
         return MtpHead.from_pretrained(name, target, **init_kwargs)
     return DraftHead.from_pretrained(name, target=target, **init_kwargs)
 
@@ -144,10 +146,10 @@ def new_head(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase | None,
     draft_vocab_size: int,
-    kind: str,
+    architecture: str,
     **init_kwargs: Any,
 ) -> TrainableSource:
-    """A head for `target` in float32 with the fields `init_kwargs` of its config; its `kind` is "eagle3" or "mtp".
+    """A head for `target` in float32 with the fields `init_kwargs` of its config; `architecture` is "eagle3" or "mtp".
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
     (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
@@ -157,10 +159,10 @@ def new_head(
     if draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
         ids = choose_draft_vocabulary(examples, everything, draft_vocab_size, always).token_ids
-    if kind == MTP:
+    if architecture == MTP:
         return MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs).to(torch.float32)
-    given = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
-    head = DraftHead.from_target(target, draft_token_ids=ids, **given)
+    fields = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
+    head = DraftHead.from_target(target, draft_token_ids=ids, **fields)
     return cast(DraftHead, head.to(torch.float32))  # type: ignore[arg-type]  # wrapped by Transformers
 
 
@@ -170,12 +172,12 @@ def holds_head(name: str, **hub: Any) -> bool:
     `hub` are `revision`, `subfolder`, `token` and `cache_dir` of the folder or Hub id. Raises `OSError` for no such.
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    kinds = [config.get("model_type"), *(config.get("architectures") or ())]
-    is_named = any(kind == DraftHeadConfig.model_type or "eagle" in str(kind).lower() for kind in kinds)
+    names = [config.get("model_type"), *(config.get("architectures") or ())]
+    is_named = any(one == DraftHeadConfig.model_type or "eagle" in str(one).lower() for one in names)
     return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
 
 
-def _places(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The loading arguments that say where."""
     return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
@@ -199,12 +201,12 @@ class Pair:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of `target` and `head`: what a policy is trained for."""
+        """What a policy is trained for: the target and its head."""
         return pair_identity(self.target, self.head)
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Where both came from."""
+        """Folders or Hub ids of target and head."""
         return {"target": self.target.config.name_or_path or None, "head": unwrapped(self.head).name_or_path or None}
 
     @classmethod
@@ -216,7 +218,7 @@ class Pair:
         if isinstance(target, str):
             model.to(args.device)
         loaded = load_head("head", head, model) if isinstance(head, str) else head
-        check_kind("head", unwrapped(loaded), DraftHead)
+        check_type("head", unwrapped(loaded), DraftHead)
         head = cast(DraftHead, loaded)
         unwrapped(head).check_target(model)
         reads = load_tokenizer(model, tokenizer)

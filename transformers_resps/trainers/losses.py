@@ -25,7 +25,7 @@ class Teacher:
     hidden: Tensor  # [n, h] the target's last hidden state after its final norm
     weight: Tensor  # [d, h] the target's output rows of the draft vocabulary
     scale: float = 1.0  # what the target multiplies its logits by
-    softcap: float | None = None  # the target's final one
+    softcap: float | None = None  # of the target's final logits
     bias: Tensor | None = None  # [d] of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
@@ -113,8 +113,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        found = (None if grad is None else grad * slope.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *found, None, None, None, None
+        grads = (None if grad is None else grad * slope.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class UnrolledEntries(Entries):
 
     @property
     def mask(self) -> Tensor | None:  # type: ignore[override]  # the level tells
-        """Of the pass that begins."""
+        """The mask of the pass that begins; `None` for level 0."""
         count = self._sees.shape[2]
         if not self._own_entries:
             return None
@@ -165,16 +165,16 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Those that a slot sees some of, in the pass that begins."""
+        """How many entries all slots have of their own when a pass begins."""
         return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        found = []
+        joined = []
         for kept, new in ((self._keys, keys), (self._values, values)):
             kept.setdefault(layer_idx, []).append(new)
             of_text, *own = kept[layer_idx]
-            found.append(torch.cat([*own, of_text], dim=2) if own else of_text)
-        return found[0], found[1]
+            joined.append(torch.cat([*own, of_text], dim=2) if own else of_text)
+        return joined[0], joined[1]
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attend = self._next_level if layer in self._keys else self._first_level
@@ -183,7 +183,7 @@ class UnrolledEntries(Entries):
         return attend(queries, self._keys[layer], self._values[layer])
 
     def _first_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """With keys and values of all positions."""
+        """Attention of level 0, over the keys and values of all positions."""
         is_whole = queries.shape[2] == keys[0].shape[2]
         return F.scaled_dot_product_attention(
             queries,
@@ -195,7 +195,7 @@ class UnrolledEntries(Entries):
         )
 
     def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Over the slots alone."""
+        """Attention of the slots at a later level: each sees the text before it, and its own entries."""
         (true_keys, *own_keys), (true_values, *own_values) = keys, values
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
@@ -256,8 +256,8 @@ def unroll(
         outputs.append(model.normed(output, depth))
         hidden = fused[texts, later] if model.rereads_target else model.feedback(output)
         at, run, wanted = later, model.run, slice(None)
-    found = torch.stack(outputs)
-    return found if model.depths == 1 else found[:, texts, slots]
+    states = torch.stack(outputs)
+    return states if model.depths == 1 else states[:, texts, slots]
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -276,6 +276,6 @@ def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor
     needed[rows, slots] = 1
     count = max(int(needed.sum(-1).max()), 1)
     chosen = needed.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
-    places = torch.zeros(shape, dtype=torch.long, device=slots.device)
-    places.scatter_(1, chosen, torch.arange(count, device=slots.device).expand_as(chosen))
-    return chosen, places[rows, slots]
+    columns = torch.zeros(shape, dtype=torch.long, device=slots.device)
+    columns.scatter_(1, chosen, torch.arange(count, device=slots.device).expand_as(chosen))
+    return chosen, columns[rows, slots]

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan, "Muon" (2024)
 _ITERATIONS = 5
 _SMALLEST = 1e-7  # norm that a matrix of zeros is divided by
-_MOMENTUM = 0.95  # decay rate of Nesterov's
+_MOMENTUM = 0.95  # decay rate of Nesterov's momentum
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from ..telemetry.report import Timing, bootstrap_interval, rate
 from .base import (
     ArtefactTrainer,
     add_metrics,
-    check_kind,
     check_resumable,
+    check_type,
     make_unmeasured_repository,
     newest_checkpoint,
     write_recipe,
@@ -252,9 +252,9 @@ class PolicyTrainer(RolloutTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PolicyTrainingConfig(default_folder(target, self.artefact_name))
-        check_kind("args", args, PolicyTrainingConfig)
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        policy, self._is_guarded = (None, False) if model in ("resps", "auto") else given_policy(model)
+        check_type("args", args, PolicyTrainingConfig)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        policy, self._is_guarded = (None, False) if model in ("resps", "auto") else without_guard(model)
         if model == "auto" or isinstance(policy, ThroughputPolicy):
             raise ValueError(
                 "`model` is what policy='auto' means, which is fitted in one go instead of trained by steps. Call "
@@ -265,11 +265,11 @@ class PolicyTrainer(RolloutTrainer):
                 f"`model` is a {type(policy).__name__}, but must be a `ReSpSPolicy`, or the folder or Hub id of one. "
                 "Pass 'resps' for a new one."
             )
-        self.data = PolicyData(Pair.of(target, head, processing_class, args), args, **given)
+        self.data = PolicyData(Pair.of(target, head, processing_class, args), args, **datasets)
         if policy is None:
             policy = new_resps_policy(self.data.pair, args, self.data.costs, self.data.usual_context)
         policy.check_identity(**self.data.pair.identity)
-        super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **given, **kwargs)
+        super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **datasets, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
@@ -280,7 +280,7 @@ class PolicyTrainer(RolloutTrainer):
             ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
         """
         data, folder, grid = self.data, str(self.args.output_dir), self.policy.config.grid
-        data.check_given("train_dataset", "training")
+        data.check_has("train_dataset", "training")
         with self.args.main_process_first(desc="comparing with the run that is resumed"):
             check_resumable(folder, data.facts(grid))
         self.rollouts = data.live() if self.args.live_rollouts else data.replays("train_dataset", grid)
@@ -296,7 +296,7 @@ class PolicyTrainer(RolloutTrainer):
         data, held_out = self.data, "eval_dataset" if eval_dataset is None else "test"
         if eval_dataset is not None:
             data.add(held_out, eval_dataset)
-        data.check_given(held_out, "evaluation")
+        data.check_has(held_out, "evaluation")
         searched = held_out if self.args.live_rollouts or "train_dataset" not in data.prompts else "train_dataset"
         grid = self.policy.config.grid
         comparison = self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
@@ -349,19 +349,19 @@ def fit_policy(
         OSError: `args.push_to_hub` is set, and the Hub refused, or the repository was published with measurements.
     """
     args = args or PolicyTrainingConfig(default_folder(target, "policy"))
-    check_kind("args", args, PolicyTrainingConfig)
-    given = ThroughputPolicy() if model == "auto" else given_policy(model)[0]
-    check_kind("model", given, ThroughputPolicy)
-    sizes = given.to_config()
+    check_type("args", args, PolicyTrainingConfig)
+    begun = ThroughputPolicy() if model == "auto" else without_guard(model)[0]
+    check_type("model", begun, ThroughputPolicy)
+    sizes = begun.to_config()
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     data = PolicyData(Pair.of(target, head, processing_class, args), args, **datasets)
-    data.check_given("train_dataset", "fitting")
-    given.check_identity(**data.pair.identity)
+    data.check_has("train_dataset", "fitting")
+    begun.check_identity(**data.pair.identity)
     if args.push_to_hub and args.should_save:
         make_unmeasured_repository(args)  # a refusal costs no work
 
-    # What the policy and the fixed trees ask for that it is compared with
-    depths = dict.fromkeys(sorted({*_TOP_KS, *given.widths}), max(_DEPTH, sizes["depth"]))
+    # Depths that the policy asks for, and the fixed trees that it is compared with
+    depths = dict.fromkeys(sorted({*_TOP_KS, *begun.widths}), max(_DEPTH, sizes["depth"]))
     texts = data.record("train_dataset", RecordedText, depths)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
     policy = BaselineGuard(fitted_policy(texts, **kept, **data.pair.identity))
@@ -393,22 +393,22 @@ def compare(
 ) -> "PolicyComparison":
     """Replay held-out texts with a copy of a policy, which learns as in use, and the best fixed tree of `searched`."""
     grid = ActionGrid.small().with_lookups(_LOOKUPS)
-    found, tested = (
+    in_searched, in_held_out = (
         Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts]))
         for texts in (searched, held_out)
     )
     learner = copy.deepcopy(policy)
     reports = [replay_policy(text, learner, costs) for text in held_out]
-    fixed = tested.fixed_seconds[:, found.best_fixed].tolist()
+    fixed = in_held_out.fixed_seconds[:, in_searched.best_fixed].tolist()
     return PolicyComparison(
         [Timing(len(text), report.seconds) for text, report in zip(held_out, reports, strict=True)],
         [Timing(len(text), seconds) for text, seconds in zip(held_out, fixed, strict=True)],
-        float(tested.best_seconds.sum()),
+        float(in_held_out.best_seconds.sum()),
         len({step.verified for report in reports for step in report.steps}),
     )
 
 
-def given_policy(model: Any) -> tuple[Any, bool]:
+def without_guard(model: Any) -> tuple[Any, bool]:
     """The policy that is given as an object, a folder or a Hub id, without its guard; and whether it had one."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
@@ -470,20 +470,20 @@ class PolicyComparison:
     def doubts(self) -> list[str]:
         """Reasons why the policy is not worth more than the best fixed tree; empty if it is."""
         low, high = self.interval
-        found = []
+        reasons = []
         if low <= 1.0:
-            found.append(
+            reasons.append(
                 f"it is not faster than the best fixed tree beyond chance ({self.gain:.3f} times its speed, 95% "
                 f"interval {low:.3f} to {high:.3f})"
             )
         if self.distinct_actions == 1:
-            found.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
+            reasons.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
         if self.learned_prompts:
-            found.append(f"{self.learned_prompts} of the held-out prompts are among those that it was trained on")
+            reasons.append(f"{self.learned_prompts} of the held-out prompts are among those that it was trained on")
         if len(self.own) < FEW_TEXTS:
             count = len(self.own)
-            found.append(f"it was judged on {count} held-out text{'s' * (count != 1)}, which prove little")
-        return found
+            reasons.append(f"it was judged on {count} held-out text{'s' * (count != 1)}, which prove little")
+        return reasons
 
     @property
     def verdict(self) -> str:

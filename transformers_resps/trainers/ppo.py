@@ -46,7 +46,7 @@ class Update:
         taken, every = rewards(decisions.outcomes, decisions.outcomes), None
         if decisions.all_outcomes is not None:
             # At the rate of the actions that would be taken in use, at the positions visited
-            every = rewards(decisions.all_outcomes, decisions.all_outcomes.of(likeliest))
+            every = rewards(decisions.all_outcomes, decisions.all_outcomes.of_actions(likeliest))
             self._gains = relative_gains(every)
         if not is_exact:
             values = values.to(taken)
@@ -110,21 +110,21 @@ def mean_rate(*, mean_rates: Tensor, **_: Any) -> Tensor:
 REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "mean_rate": mean_rate}
 
 
-def reward_func_of(given: str | RewardFunc) -> RewardFunc:
+def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
     """The function that a name stands for; a function stands for itself."""
-    found = REWARD_FUNCS.get(given) if isinstance(given, str) else given
-    if not callable(found):
+    func = REWARD_FUNCS.get(reward) if isinstance(reward, str) else reward
+    if not callable(func):
         raise ValueError(
-            f"`reward_func` is {given!r}, but must be {' or '.join(map(repr, REWARD_FUNCS))}, or a function of "
+            f"`reward_func` is {reward!r}, but must be {' or '.join(map(repr, REWARD_FUNCS))}, or a function of "
             "`emitted`, `seconds`, `mean_rates`, `rate` and `persistence`."
         )
-    return found
+    return func
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
     """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action."""
-    given = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
-    rewards: Any = func(**given, rate=rate, persistence=persistence)
+    keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
+    rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
     if not is_fit or not bool(torch.isfinite(rewards).all()):
         came = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"

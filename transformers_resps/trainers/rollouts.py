@@ -132,37 +132,37 @@ class ReplayRollouts(Rollouts):
         """
         self._check(policy)
         held = self.table.held(persistence)
-        places, stops = self.table.starts[texts], self.table.stops[texts]
+        positions, stops = self.table.starts[texts], self.table.stops[texts]
         lanes = torch.arange(len(texts))
         rounds: list[tuple[Tensor, ...]] = []
         while len(lanes):
-            logits = policy.network.logits(self.table.features[places]).cpu()
+            logits = policy.network.logits(self.table.features[positions]).cpu()
             actions, log_probs = _taken(logits, generator, temperature)
-            ends_at = places + held.emitted[places, actions].long()
+            ends_at = positions + held.emitted[positions, actions].long()
             alive = ends_at < stops
-            rounds.append((lanes, places, actions, log_probs, ~alive))
-            places, stops, lanes = ends_at[alive], stops[alive], lanes[alive]
-        order, places, actions, log_probs, ends = (torch.cat(parts) for parts in zip(*rounds, strict=True))
+            rounds.append((lanes, positions, actions, log_probs, ~alive))
+            positions, stops, lanes = ends_at[alive], stops[alive], lanes[alive]
+        order, positions, actions, log_probs, ends = (torch.cat(parts) for parts in zip(*rounds, strict=True))
         order = order.sort(stable=True).indices  # text after text; within a text the order is kept
-        all_outcomes = held.at(places[order])
+        all_outcomes = held.at(positions[order])
         return Decisions(
-            self.table.features[places[order]],
+            self.table.features[positions[order]],
             actions[order],
             log_probs[order],
-            all_outcomes.of(actions[order]),
+            all_outcomes.of_actions(actions[order]),
             ends[order],
             all_outcomes,
             float(self.oracle.best_seconds[texts].sum()),
         )
 
     def _check(self, policy: ReSpSPolicy) -> None:
-        given = (self.table.features.shape[1], self.table.action_count)
+        replayed = (self.table.features.shape[1], self.table.action_count)
         needed = (policy.config.feature_size, len(policy.config.grid))
-        if given != needed:
+        if replayed != needed:
             raise ValueError(
-                f"The replayed texts have features of width {given[0]} and {given[1]} actions, but the policy reads "
-                f"width {needed[0]} and has {needed[1]} actions. Record the texts with the policy's own head, and "
-                "make their outcomes for `policy.config.grid`."
+                f"The replayed texts have features of width {replayed[0]} and {replayed[1]} actions, but the policy "
+                f"reads width {needed[0]} and has {needed[1]} actions. Record the texts with the policy's own head, "
+                "and make their outcomes for `policy.config.grid`."
             )
         policy.check_identity(grid=self.table.grid)
 

@@ -33,7 +33,7 @@ STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementati
 _ALIGNMENT = 16
 # Positions that a decoder's table has: Whisper's, LED's, all others'.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
-_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change its result
+_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that `sdpa` alone heeds, and that change the result
 
 
 class PackedNodes:
@@ -133,8 +133,8 @@ def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
 
     If it is copied, each row begins at a multiple of `alignment` elements.
     """
-    rows, given, count, length = mask.shape
-    if given < sharing and length % alignment:
+    rows, copies, count, length = mask.shape
+    if copies < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)
         mask = padded[..., :length].copy_(mask)
     return mask.expand(-1, sharing, -1, -1).flatten(1, 2)[:, None]

@@ -181,7 +181,7 @@ class TargetForward:
     def of(
         cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False
     ) -> "TargetForward":
-        """Over a new cache that grows; of a decoder-only target."""
+        """The forward of a decoder-only target over a new cache that grows."""
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         return cls(target, layers, cache, before_deepstack=before_deepstack)
 
@@ -240,7 +240,7 @@ class TargetForward:
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Read for these rows only, from now on; the cache has its owner."""
+        """Read for these rows only, from now on; whoever owns the cache cuts it."""
 
     def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
         """A forward's inputs by the names that the target gives them."""
@@ -279,7 +279,7 @@ class EncoderDecoderForward(TargetForward):
     def of_first(
         cls, target: PreTrainedModel, encoder_outputs: Any, encoder_mask: Tensor | None
     ) -> "EncoderDecoderForward":
-        """Of the first row's source, over new caches that grow."""
+        """The forward for the first row's source, over new caches that grow."""
         config = target.config.get_text_config(decoder=True)
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         forward = cls(target, cache, encoder_outputs, encoder_mask)

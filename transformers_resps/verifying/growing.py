@@ -83,8 +83,8 @@ class TreeVerifier(Verifier):
 
     def target_entries(self) -> TargetEntries:
         root = DraftTree.root_only(torch.zeros(len(self._shifts), dtype=torch.long, device=self.device))
-        found, owners = self._tree_mask(root), self._owners()
-        masks = found if isinstance(found, dict) else dict.fromkeys(owners, found)
+        mask, owners = self._tree_mask(root), self._owners()
+        masks = mask if isinstance(mask, dict) else dict.fromkeys(owners, mask)
         return TargetEntries(
             {kind: visible_entries(self._cache, index) for kind, index in owners.items()},
             {kind: mask[..., :-1] for kind, mask in masks.items() if mask is not None and kind in owners},

@@ -103,9 +103,9 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _is_known(module: nn.Module) -> bool:
-    kind = type(module)
-    folder = _MIXERS.get(kind.__name__)
-    return folder is not None and kind.__module__ == f"transformers.models.{folder}.modeling_{folder}"
+    mixer_class = type(module)
+    folder = _MIXERS.get(mixer_class.__name__)
+    return folder is not None and mixer_class.__module__ == f"transformers.models.{folder}.modeling_{folder}"
 
 
 class LayerStates(NamedTuple):
@@ -132,9 +132,9 @@ class _Updates(NamedTuple):
     decays: Tensor
 
     def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
-        """Of the nodes on the path `[b, m]`, where those that are not kept change nothing; layers come first here."""
-        places = path[None, :, None, :, None]
-        keys, values, decays = (part.gather(-2, places.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
+        """The updates of the nodes on the path `[b, m]`; nodes that are not kept change nothing. Layers come first."""
+        index = path[None, :, None, :, None]
+        keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
 
     def write(self, states: Iterable[Tensor]) -> None:
@@ -187,7 +187,7 @@ class WholeTree:
 
     @property
     def _recurrence(self) -> Tensor:
-        """That of the layer that runs."""
+        """The recurrent state of the layer that runs."""
         state = self.state(self._inside)
         assert state is not None
         return state
@@ -202,14 +202,14 @@ class WholeTree:
     ) -> Tensor:
         """Stand for the convolution: `[b, c, n]`, of each node with those before it on its path and the state."""
         state = self._states[self._inside].convolution
-        places = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
+        index = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
         before = torch.cat([state.to(inputs.dtype), inputs], dim=-1)
-        windows = before.gather(-1, places.flatten(1)[:, None].expand(-1, before.shape[1], -1))
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        products = windows.view(*before.shape[:2], *places.shape[1:]).to(kind) * weight[:, None].to(kind)
-        found = products.sum(-1) if bias is None else products.sum(-1) + bias[:, None].to(kind)
-        found = found.to(weight.dtype)
-        return (found if activation is None else ACT2FN[activation](found)).to(inputs.dtype)
+        windows = before.gather(-1, index.flatten(1)[:, None].expand(-1, before.shape[1], -1))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        products = windows.view(*before.shape[:2], *index.shape[1:]).to(dtype) * weight[:, None].to(dtype)
+        convolved = products.sum(-1) if bias is None else products.sum(-1) + bias[:, None].to(dtype)
+        convolved = convolved.to(weight.dtype)
+        return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
         """`[b, n, kernel]` where each node, after the `kernel` - 1 entries before it on its path, lies in a state of
@@ -282,8 +282,8 @@ class WholeTree:
                 values = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
             added = (values, keys) if has_values_first else (keys, values)
             self._updates[self._inside] = _Updates(*added, decays)
-            found = (queries * fading) @ state + _products(queries, keys, between) @ values
-        return found.transpose(1, 2)
+            outputs = (queries * fading) @ state + _products(queries, keys, between) @ values
+        return outputs.transpose(1, 2)
 
     def noted(self, layer: int) -> list[Tensor]:
         """What advances the states of a layer: `[b, any, n]` that were convolved, and of a scan the `_Updates`.
@@ -299,9 +299,9 @@ class WholeTree:
 
 
 def _unit(parts: Tensor, heads: int) -> Tensor:
-    """Of length 1, `[..., n, any heads, k]` for so many heads."""
-    found = parts.float()
-    return _for_heads(found * torch.rsqrt((found * found).sum(-1, keepdim=True) + 1e-6), heads)
+    """Scale `[..., n, any heads, k]` to length 1, and repeat it for so many heads."""
+    states = parts.float()
+    return _for_heads(states * torch.rsqrt((states * states).sum(-1, keepdim=True) + 1e-6), heads)
 
 
 def _for_heads(parts: Tensor, heads: int) -> Tensor:
@@ -315,16 +315,16 @@ def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Of nodes `[..., n, k]` with those that they see, faded: `[..., n, n]`."""
+    """Products of nodes `[..., n, k]` with the nodes that they see, faded: `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
     return (fading.mul_(right.unsqueeze(-3)) @ left.unsqueeze(-1)).squeeze(-1)  # large: no further copy
 
 
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """On such a device: plain steps multiply states by no operation that it casts."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Turn autocast off on a device: in plain steps, no operation that it casts multiplies states."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 # Name in a modelling file -> what reads a whole tree in its place.
@@ -415,7 +415,7 @@ class StateKinds:
 
     @property
     def sizes(self) -> list[str]:
-        """Of the tensors: each dimension, where b is that of the rows."""
+        """The dimensions of these tensors, by letters; b is that of the rows."""
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:

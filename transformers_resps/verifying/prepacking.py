@@ -115,9 +115,9 @@ class PackedWeights:
         return _twin(module, type(module), _modules=vars(module)["_modules"] | changed) if changed else module
 
 
-def _twin(module: nn.Module, kind: type[Module], **changed: Any) -> Module:
+def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Module:
     """A module with the state of `module`, made as unpickling would make it."""
-    twin = kind.__new__(kind)
+    twin = module_class.__new__(module_class)
     twin.__setstate__(vars(module) | changed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return twin
 

@@ -61,7 +61,7 @@ class SlotMap:
             self._end_at([self._ends[row] for row in rows])
 
     def row_ends(self, rows: int) -> list[int]:
-        """As `ends`, of each of so many rows, on the host."""
+        """The slot after the last entry of each of so many rows, on the host."""
         return self._ends or [self.length] * rows
 
     def ends(self, device: torch.device) -> Tensor:

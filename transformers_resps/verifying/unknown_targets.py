@@ -70,8 +70,8 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
         verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
     expected = _stepped(make_forward(), prompt, torch.cat([nodes.gather(1, path), after], dim=1))
-    found = torch.cat([verified[:, path[0]], last], dim=1)
-    return float((found - expected).abs().max()), float(expected.abs().max())
+    of_tree = torch.cat([verified[:, path[0]], last], dim=1)
+    return float((of_tree - expected).abs().max()), float(expected.abs().max())
 
 
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class Verifier(ABC):
 
     @property
     def _root_positions(self) -> list[list[float]]:
-        """Of each row's coming root, in each plane."""
+        """The position of each row's coming root, in each plane."""
         return [[end + shift for shift in shifts] for end, shifts in zip(self._row_ends, self._shifts, strict=True)]
 
     def _go_on_from(self, position_ids: Tensor, length: int) -> None:
@@ -182,10 +182,10 @@ class Verifier(ABC):
         """
         self._is_unsettled = True
         outputs, features, positions = self._forward.read_by(run)
-        length, found = self._positions.shape[-1], cached_length(self._cache)
-        if positions is None or found != length:
+        length, cached = self._positions.shape[-1], cached_length(self._cache)
+        if positions is None or cached != length:
             raise ValueError(
-                f"{type(self._forward.target).__name__} reads a prompt of {length} positions as {found}, or lets its "
+                f"{type(self._forward.target).__name__} reads a prompt of {length} positions as {cached}, or lets its "
                 "decoder count them, so the nodes of a tree have no known positions. Call `generate` with "
                 "`policy='plain'`."
             )

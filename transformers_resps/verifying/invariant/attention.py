@@ -37,7 +37,7 @@ _MULTIPLE = 8
 
 
 class Sizes(NamedTuple):
-    """Of a layout for the last nodes of a tree, so that the tree need not be read: few ones serve all trees.
+    """Sizes of a layout for the last nodes of a tree. A few of them serve all trees, so no tree need be read.
 
     Attributes:
         asking: the last nodes. Those before them lie in their slots already.
@@ -84,9 +84,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "Layout":
-        """Of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`, which lie as text: all blocks are shared.
+        """The layout of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`: as text, all blocks are shared.
 
-        All is on the host. It has `least` blocks, empty groups and levels at least, see `of_tree`.
+        All tensors are on the host. There are at least `least` blocks, empty groups and levels, see `of_tree`.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
@@ -97,13 +97,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "Layout":
-        """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host.
+        """The layout of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All tensors are on the host.
 
-        It has `least` blocks, groups and levels at least. Compiled code takes two or more: sizes of none and one would
-        be compiled apart.
+        There are at least `least` blocks, groups and levels. Compiled code takes two or more of each, because sizes of
+        none and one would be compiled apart.
         """
-        given = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
-        read = [_RowLayout(*row) for row in given]
+        rows = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
+        read = [_RowLayout(*row) for row in rows]
         most_groups, most_levels = max(len(row.groups) for row in read), max(len(row.asked) for row in read)
         for row in read:
             row.fill_up(max(most_groups, least), max(most_levels, least))
@@ -116,7 +116,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "Layout":
-        """As `of_tree`, of the last nodes of a tree of which nothing is read: it may be on a device."""
+        """As `of_tree` for the last nodes of a tree, which is not read: it may be on a device."""
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
         places, first, levels = roots + depths, count - sizes.asking, sizes.levels
@@ -128,11 +128,11 @@ class Layout(NamedTuple):
         level = torch.arange(levels, device=depths.device)[:, None]
         is_silent = is_padding | (order < first)
         is_silent = ((level > block[:, None]) | is_silent[:, None]).flatten(1)  # [b, levels * n]
-        kind = (path[:, None] * levels + level).flatten(1)  # a block of a path
-        members = (kind[..., None] == torch.arange(count * levels, device=kind.device)) & ~is_silent[..., None]
+        cell = (path[:, None] * levels + level).flatten(1)  # a block of a path
+        members = (cell[..., None] == torch.arange(count * levels, device=cell.device)) & ~is_silent[..., None]
         needed = _rounded_up(members.sum(dim=1), _ROWS)
-        before = (needed.cumsum(dim=1) - needed).gather(1, kind)
-        asked = before + members.cumsum(dim=1).gather(2, kind[..., None])[..., 0] - 1
+        before = (needed.cumsum(dim=1) - needed).gather(1, cell)
+        asked = before + members.cumsum(dim=1).gather(2, cell[..., None])[..., 0] - 1
         size = _ROWS * sizes.asking * levels
         index = asked.masked_fill(is_silent, size)
 
@@ -140,7 +140,7 @@ class Layout(NamedTuple):
             found = values.new_full((rows, size + 1), empty).scatter(1, index, values.repeat(1, levels))
             return found[:, :-1].view(rows, -1, _ROWS)
 
-        of_group = kind.new_zeros(rows, size + 1).scatter(1, index, kind)[:, :-1:_ROWS]
+        of_group = cell.new_zeros(rows, size + 1).scatter(1, index, cell)[:, :-1:_ROWS]
         starts = border + of_group % levels * BLOCK
         paths = of_group.div(levels, rounding_mode="floor")
         slots = _slots(roots, _nodes_by_depth(depths, ancestors, is_leaf, paths), starts)
@@ -150,19 +150,19 @@ class Layout(NamedTuple):
         return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)._from(first)
 
     def _from(self, first: int) -> "Layout":
-        """Of these nodes and the next ones, which alone ask."""
+        """The layout in which only the nodes from `first` on ask."""
         ends, order, asked = self.ends[:, first:], self.order[: self.order.shape[0] - first], self.asked[..., first:]
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "Layout":
-        """The same where those after so many nodes are padding. In compiled code these see nothing."""
+        """The layout in which nodes from `count` on are padding, which sees nothing in compiled code."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 class _RowLayout:
-    """What a `Layout` says of one row, in numbers: for few nodes tensors would take longer.
+    """What a `Layout` says of one row, as Python numbers: tensors would take longer for few nodes.
 
     Attributes:
         groups, places, starts: as in `Layout`.
@@ -215,15 +215,15 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
-    found = depths.new_zeros(*paths.shape, count + 1)
+    by_depth = depths.new_zeros(*paths.shape, count + 1)
     nodes = torch.arange(count, device=depths.device) * on_path
-    return found.scatter_add_(2, depths[:, None].expand_as(on_path), nodes)
+    return by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), nodes)
 
 
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
-    """Of the entries from the places `starts` `[b, g]` on, on paths of these `nodes` `[b, g, n + 1]`.
+    """The slots of entries from the places `starts` `[b, g]` on, on paths of these `nodes` `[b, g, n + 1]`.
 
-    Where a path has ended the root's stands: it is seen by none.
+    After the end of a path stands the root's slot, which no node sees.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -239,7 +239,7 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """With as many rows as PyTorch's kernel takes: the last one repeated."""
+    """Repeat the last row until PyTorch's kernel takes the number of rows."""
     count = part.shape[dim]
     if count % _MULTIPLE == 0:
         return part
@@ -259,7 +259,7 @@ class _Rows(NamedTuple):
     mask: Tensor
     step: int = 0
 
-    def of(self, queries: Tensor, key_heads: int) -> Tensor:
+    def gathered(self, queries: Tensor, key_heads: int) -> Tensor:
         """`[blocks or 1, b * kv heads, rows, hd]` of `[b * n * heads, hd]`: one where all blocks are asked alike."""
         count, size, distance = self.mask.shape[2], queries.shape[1], queries.stride(0)
         if self.step:
@@ -282,10 +282,10 @@ class _OwnReads(NamedTuple):
     places: Tensor
     is_missing: Tensor | None
 
-    def of(self, states: Tensor) -> Tensor:
+    def gathered(self, states: Tensor) -> Tensor:
         """Of `[b, kv heads, slots, hd]`: `[g, b * kv heads, BLOCK, hd]`."""
-        found = states.flatten(0, 2).index_select(0, self.entries)
-        return found.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
+        entries = states.flatten(0, 2).index_select(0, self.entries)
+        return entries.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
 
 
 class _LayerReads(NamedTuple):
@@ -336,8 +336,8 @@ class BlockReads:
         # block without any key the log-sum-exp 0.
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min / 2)
 
-    def of(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
-        """Of layers with so many heads, a mask of `mask` and buffers of so many slots, which is the same for all."""
+    def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
+        """What layers with so many heads, a mask of `mask` and buffers of so many slots, the same for all, read."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -360,8 +360,8 @@ class BlockReads:
         rows, nodes = self._places.shape
         device, asking = self._places.device, self.layout.order.shape[0]
         order = torch.arange(asking * sharing * rows * kv_heads, device=device).view(asking, sharing, rows, kv_heads)
-        given = torch.arange(nodes, device=device).clamp(max=asking - 1)
-        return order.index_select(0, given).permute(2, 0, 3, 1).flatten()
+        asked = torch.arange(nodes, device=device).clamp(max=asking - 1)
+        return order.index_select(0, asked).permute(2, 0, 3, 1).flatten()
 
     def _entries(self, kv_heads: int, slots: int) -> Tensor:
         rows = self._places.shape[0]  # `len` would fix the size of what is compiled
@@ -380,7 +380,7 @@ class BlockReads:
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
-        """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
+        """The query rows of nodes `[any, b, r]`, which see `[any, b, r, BLOCK]`. Heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # later heads fill up its rows
@@ -438,20 +438,20 @@ def invariant_attention(
             )
         layout, scale = resps_reads.layout, size**-0.5 if scaling is None else scaling
         sinks = None if s_aux is None else s_aux.to(query.dtype)
-        given = attention_mask, layout.groups, layout.slots, sinks, scale
-        return bf16_block_attention(query, key, value, *given), None
-    read = resps_reads.of(attention_mask, heads, kv_heads, key.shape[2])
+        reads = attention_mask, layout.groups, layout.slots, sinks, scale
+        return bf16_block_attention(query, key, value, *reads), None
+    read = resps_reads.for_layers(attention_mask, heads, kv_heads, key.shape[2])
     queries = query.transpose(1, 2).reshape(-1, size)
     parts = []
     if read.shared.mask.shape[0]:
         entries = [_shared_entries(part, read.shared.mask.shape[0]) for part in (key, value)]
         parts.append(_attended(queries, read.shared, entries, scaling))
     if read.own is not None:
-        entries = [read.own.of(part) for part in (key, value)]
+        entries = [read.own.gathered(part) for part in (key, value)]
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
-    sums, found = zip(*parts, strict=True)
+    sums, results = zip(*parts, strict=True)
     weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)
-    joined = _joined(found, weights).to(query.dtype)
+    joined = _joined(results, weights).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
@@ -470,28 +470,28 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
     """
     keys, values = entries
     size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
-    asking = rows.of(queries, keys.shape[1])
+    asking = rows.gathered(queries, keys.shape[1])
     values = pad(values, (0, size - narrow)) if narrow < size else values
     asking = asking.expand(keys.shape[0], -1, -1, -1)
     if keys.device.type == "cpu":
-        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
         )
-        return sums.transpose(1, 2), found.transpose(1, 2)
+        return sums.transpose(1, 2), attended.transpose(1, 2)
     # Of the kernels with a mask, the one chosen by the size of heads, not by the number of rows (`cutlassF.h`).
     mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
-    found, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+    attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         asking, keys, values, mask, True, scale=scaling
     )
-    return sums[..., :count].transpose(1, 2), found.transpose(1, 2)  # it fills up the sums
+    return sums[..., :count].transpose(1, 2), attended.transpose(1, 2)  # it fills up the sums
 
 
-def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
-    levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], found.shape[-2:]
-    found = found.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
+    levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], states.shape[-2:]
+    states = states.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
-    return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
+    return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), states
 
 
 def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -512,7 +512,7 @@ def _widened(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
-    """Of each block, given the log-sum-exp of its scores `[blocks, rows, b * kv heads]`, in float64."""
+    """The weight of each block by the log-sum-exps of its scores `[blocks, rows, b * kv heads]`, in float64."""
     if sinks is None:
         return sums.softmax(dim=0, dtype=torch.float64)
     _, count, key_heads = sums.shape

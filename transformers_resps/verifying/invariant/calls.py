@@ -116,8 +116,8 @@ def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
     """Refuse autocast inside the model's forward, which nothing outside shows, as `Accelerator.prepare` leaves it."""
     pattern = engine.pattern(model)
     layers: list[Any] = pattern.layers
-    found = {str(part.dtype) for index in filled(pattern) for part in (layers[index].keys, layers[index].values)}
-    odd = sorted(found - {str(model.dtype)})
+    dtypes = {str(part.dtype) for index in filled(pattern) for part in (layers[index].keys, layers[index].values)}
+    odd = sorted(dtypes - {str(model.dtype)})
     if odd:
         raise ValueError(
             f"`invariant=True` does not support a forward that computes in {odd} with weights in {model.dtype}, as "

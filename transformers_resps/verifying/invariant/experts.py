@@ -135,9 +135,9 @@ class RoutedLayer(nn.Module):
         self.in_features, self.out_features = sizes
 
     def forward(self, states: Tensor) -> Tensor:
-        """Of several results those that are numbers, one after the other."""
-        found = self._run(states.flatten(0, -2))
-        parts = [part for part in ([found] if isinstance(found, Tensor) else found) if part.is_floating_point()]
+        """Join the results; of several only those of floating point."""
+        results = self._run(states.flatten(0, -2))
+        parts = [part for part in ([results] if isinstance(results, Tensor) else results) if part.is_floating_point()]
         joined = torch.cat(parts, dim=-1)
         return joined.view(*states.shape[:-1], -1)
 
@@ -166,7 +166,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
 
 
 def _of_expert(experts: Any) -> Iterator[RoutedLayer]:
-    """The first one's."""
+    """The products and the activation of the first expert."""
     raised = experts.gate_up_proj if experts.has_gate else experts.up_proj
     for weights in (raised, experts.down_proj):
         weight = weights[0].detach() if experts.is_transposed else weights[0].detach().t()
@@ -185,8 +185,8 @@ def _router(router: Any, block: nn.Module) -> Callable[[Tensor], Any]:
 def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tensor], Any]:
     def run(rows: Tensor) -> Any:
         with use_invariant_experts(target, least):
-            found = block.forward(rows[None])
-        return (found if isinstance(found, Tensor) else found[0])[0]
+            mixed = block.forward(rows[None])
+        return (mixed if isinstance(mixed, Tensor) else mixed[0])[0]
 
     return run
 

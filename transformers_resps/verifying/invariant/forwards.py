@@ -15,7 +15,7 @@ from .experts import use_invariant_experts
 
 
 class _FiniteSlotLayer(SlotLayer):
-    """Of the invariant mode: what overflows float16 is kept as 0, since a node that does not see NaN would get it."""
+    """A slot layer that keeps 0 in place of what overflows float16: NaN would reach nodes that do not see it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if key_states.dtype is torch.float16:
@@ -49,8 +49,8 @@ class PartInputs(NamedTuple):
         depths: `[1, t]` of all.
         ancestors: `[1, t, t]` of all, see `DraftTree`.
         roots: as in `SlotInputs`.
-        blocks: `[blocks]` of `Sizes`; what it holds is not read.
-        levels: `[levels]` likewise.
+        blocks: as many numbers as `Sizes.blocks`; they are not read.
+        levels: as many as `Sizes.levels`, likewise.
     """
 
     tokens: Tensor
@@ -79,11 +79,11 @@ class InvariantForward(SlotForward):
         self._lock, self._least_rows = lock, least_rows
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
-    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `InvariantInputs`, a `Layout` and buffers."""
+    def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run over the tensors of `InvariantInputs`, of a `Layout` and of the buffers."""
         ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(Layout._fields)
-        inputs, layout = InvariantInputs(*given[: ends[0]]), Layout(*given[slice(*ends)])
-        return self._read(inputs, layout, given[ends[1] :], inputs.kept)
+        inputs, layout = InvariantInputs(*tensors[: ends[0]]), Layout(*tensors[slice(*ends)])
+        return self._read(inputs, layout, tensors[ends[1] :], inputs.kept)
 
     def _read(
         self, inputs: InvariantInputs, layout: Layout, buffers: tuple[Tensor, ...], kept: Tensor | None
@@ -105,9 +105,9 @@ class PartForward(InvariantForward):
 
     is_captured = True
 
-    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `PartInputs` and buffers."""
-        part, buffers = PartInputs(*given[: len(PartInputs._fields)]), given[len(PartInputs._fields) :]
+    def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run over the tensors of `PartInputs` and of the buffers."""
+        part, buffers = PartInputs(*tensors[: len(PartInputs._fields)]), tensors[len(PartInputs._fields) :]
         sizes = Sizes(part.tokens.shape[1], len(part.blocks), len(part.levels))
         root = part.roots[:, :1].long()
         layout = Layout.of_sizes(root, part.depths, part.ancestors, sizes)

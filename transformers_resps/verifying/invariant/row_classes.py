@@ -113,13 +113,13 @@ class RowNeeds:
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """That serve wherever any do: forwards of exactly so many rows."""
+        """Needs that are met on every machine on which any are: forwards of exactly so many rows."""
         *_, last = _ways(device)
         return last
 
 
 def _ways(device: torch.device) -> Iterator[RowNeeds]:
-    """What may hold on a device, from what costs least."""
+    """The needs that may hold on a device, the cheapest first."""
     if device.type == "cpu":
         yield RowNeeds(_CANDIDATES[0])
         yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
@@ -188,10 +188,10 @@ class RowClasses:
 
 
 class _Part(ABC):
-    """Answers each row of what it is given alone."""
+    """A part of the target that computes each row by itself."""
 
     remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
-    shows_order = True  # of a sum, by its bits
+    shows_order = True  # whether its bits show in which order a sum was formed
 
     @property
     @abstractmethod
@@ -206,11 +206,11 @@ class _Part(ABC):
 
     @abstractmethod
     def least_rows(self) -> int | None:
-        """As the function, each row of a random sample at several places."""
+        """Apply the function of this name to a random sample, with each row at several places."""
 
     @abstractmethod
     def keeps_rows(self, count: int) -> bool:
-        """As the function, on a random sample."""
+        """Apply the function of this name to a random sample."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class _Layer(_Part):
 
     @property
     def shows_order(self) -> bool:  # type: ignore[override]  # read only
-        """Not while all weights are zero, as a new adapter's are."""
+        """False while all weights are zero, as those of a new adapter."""
         return self.weight is None or bool(self.weight.any())
 
     def least_rows(self) -> int | None:
@@ -320,13 +320,13 @@ class _Attention(_Part):
                 layouts.append(Layout.of_sizes(*tree, sizes))
             else:
                 layouts.append(Layout.of_tree(*tree))
-            found = []
+            answers = []
             for layout in layouts:
                 layout = Layout(*(part.to(self.device) for part in layout))
                 reads = BlockReads(layout, (roots + depths).to(self.device), self.dtype)
-                given = query[:, :, rows.start : rows.stop], key, value, reads.mask(None)
-                found.append(invariant_attention(nn.Module(), *given, resps_reads=reads)[0][0])
-            return found[0] if torch.equal(*found) else torch.full_like(found[0], torch.nan)
+                inputs = query[:, :, rows.start : rows.stop], key, value, reads.mask(None)
+                answers.append(invariant_attention(nn.Module(), *inputs, resps_reads=reads)[0][0])
+            return answers[0] if torch.equal(*answers) else torch.full_like(answers[0], torch.nan)
 
         return answer
 

@@ -26,10 +26,10 @@ from .row_classes import RowNeeds, kernel_settings
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
 
 
-_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # nodes of chains with which compiled code is tried
+_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # lengths of the chains that try compiled code
 
 
-_PLACE = 100  # of the text after which they stand
+_PLACE = 100  # tokens of the text before these chains
 
 
 class InvariantVerifier(SlotVerifier):
@@ -62,14 +62,14 @@ class InvariantVerifier(SlotVerifier):
     ) -> None:
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
         self._needs, self._pattern = needs, engine.pattern(forward.target)
-        given = engine.lock, needs.forward, forward.target, self._pattern
+        shared = engine.lock, needs.forward, forward.target, self._pattern
         self._compiles_all = compiles and not needs.is_exact
         self.pricing = Pricing(paths_cost=not self._compiles_all)  # to kernels of ours a path is some more rows
-        self._eagerly = InvariantForward(*given, [])
-        self._over_chunks = InvariantForward(*given, None if self._compiles_all else [])
+        self._eagerly = InvariantForward(*shared, [])
+        self._over_chunks = InvariantForward(*shared, None if self._compiles_all else [])
         self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
         if needs.is_exact:
-            self._over_slots = PartForward(*given, forward.layers if compiles else [])
+            self._over_slots = PartForward(*shared, forward.layers if compiles else [])
         self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
 
@@ -107,8 +107,8 @@ class InvariantVerifier(SlotVerifier):
         logits, caught = list[Tensor](), list[dict[int, Tensor]]()
         for rows in together:
             prompt = _PromptTexts(tokens[rows], positions[..., rows, :], orders[rows], self.length, rows.start)
-            found, states = self._read_all(prompt, min(chunk_size or largest, largest))
-            logits += found
+            last_logits, states = self._read_all(prompt, min(chunk_size or largest, largest))
+            logits += last_logits
             caught.append(states)
         self._slots.extend([positions.shape[-1] - self.length] * len(tokens))
         if self._engine is not None:
@@ -149,9 +149,9 @@ class InvariantVerifier(SlotVerifier):
         positions = prompt.positions[..., chosen].view(-1, *depths.shape).permute(1, 2, 0)
         inputs = InvariantInputs(prompt.tokens[:, chosen], depths, roots, positions, chosen_logits)
         self._reserve(max(end, layout.shared.numel()))
-        found, caught = self._run(self._over_chunks, (*inputs, *parts), self._buffers.parts(prompt.row))
+        chunk_logits, caught = self._run(self._over_chunks, (*inputs, *parts), self._buffers.parts(prompt.row))
         for row, end in ends.items():
-            logits[row] = found[row, kept.index(end)][None]
+            logits[row] = chunk_logits[row, kept.index(end)][None]
         return {layer: part[:, :width] for layer, part in caught.items()}
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -167,9 +167,9 @@ class InvariantVerifier(SlotVerifier):
             nodes, depths, ancestors, roots = self._nodes(tree, count)
             layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
             positions = node_positions(roots[:, 1:], depths)
-            given = nodes, depths, self._newest_roots, positions, self._first(count)
+            inputs = nodes, depths, self._newest_roots, positions, self._first(count)
             self._reserve(max(max(self._places) + count, layout.shared.numel()))
-            logits, caught = self._run(self._over_slots, (*given, *layout), self._buffers.parts())
+            logits, caught = self._run(self._over_slots, (*inputs, *layout), self._buffers.parts())
         features = Features(self._forward.layers)
         features.caught = caught
         return self._without_padding(tree, logits, features)
@@ -193,18 +193,18 @@ class InvariantVerifier(SlotVerifier):
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts, dim=1).view(rows, count, -1) if len(parts) > 1 else parts[0]
 
-        found = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
-        return joined([logits for logits, _ in read]), found
+        features = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
+        return joined([logits for logits, _ in read]), features
 
     def _count(self, nodes: int, step: int) -> int:
-        """Of a step of so many nodes, with padding: a multiple."""
+        """How many nodes a step computes of each row, padding included."""
         if not self._compiles_all:
             return _rounded_up(max(nodes, -(-self._fewest // self._rows)), step)
         count = _rounded_up(padded_count(self.device, nodes, self._rows), step)
         return count + step * (count == self._rows)  # what is equal at first is compiled as always equal
 
     def _layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> Layout:
-        """Of a chain, or of a tree with these `ancestors`; nodes after the first `count` are padding."""
+        """The layout of a chain, or of a tree with `ancestors`; nodes from `count` on are padding."""
         least = 2 if self._compiles_all else 0
         if ancestors is None:
             layout = Layout.of_chain(roots, depths, least)
@@ -232,7 +232,7 @@ class InvariantVerifier(SlotVerifier):
         return outputs[0], forward.features(outputs, inputs, self._forward.layers)
 
     def _step(self, rows: int) -> int:
-        """What the nodes of so many rows must be a multiple of."""
+        """The number of which the nodes of each row must be a multiple."""
         return self._needs.forward // gcd(self._needs.forward, rows)
 
     def _check_code(self, rows: int) -> None:
@@ -251,9 +251,9 @@ class InvariantVerifier(SlotVerifier):
             *fewer, most = _tried(rows)
             buffers = self._trial_buffers(engine.sample, rows, most)
             known = self._answer(engine.sample, most, buffers, is_chain=True)
-            found = [self._answer(engine.sample, count, buffers, is_chain=True) for count in fewer]
-            found += [self._answer(engine.sample, count, buffers, is_chain=False) for count in _TRIED]
-        if not all(torch.equal(logits, known[: len(logits)]) for logits in found):
+            answers = [self._answer(engine.sample, count, buffers, is_chain=True) for count in fewer]
+            answers += [self._answer(engine.sample, count, buffers, is_chain=False) for count in _TRIED]
+        if not all(torch.equal(logits, known[: len(logits)]) for logits in answers):
             self._refuse("a row by what stands beside it")
         bits = sha256(known[: _TRIED[-1]].contiguous().view(torch.uint8).numpy().tobytes()).digest()
         if engine.bits.setdefault(settings, bits) != bits:
@@ -279,7 +279,7 @@ class InvariantVerifier(SlotVerifier):
         return self._run(self._over_slots, (*inputs, *layout), buffers)[0][0, :count]
 
     def _trial_inputs(self, sample: Sequence[int], depths: Tensor, place: int) -> InvariantInputs:
-        """Of tokens of a sample, which goes on as it began, at `depths` `[b, n]` below a place."""
+        """The inputs of tokens at `depths` `[b, n]` below a place; the sample repeats itself."""
         places = place + depths
         tokens = torch.tensor(sample)[places % len(sample)]
         last = sys.maxsize if self._last_position is None else self._last_position
@@ -309,7 +309,7 @@ class InvariantVerifier(SlotVerifier):
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Nodes of chains with which compiled code is tried, those of a part of a prompt last."""
+    """Lengths of the chains that try compiled code; the last ones are those of a part of a prompt."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
