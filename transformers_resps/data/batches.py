@@ -57,7 +57,6 @@ class TokenBudgetBatches(Sampler[list[int]]):
             self._batches[-1].append(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch`."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -129,7 +128,6 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
         self._rows.set_epoch(epoch)
 
     def examples(self, count: int) -> Iterator[Example]:
-        """The first `count` rows."""
         return map(Example.of_row, islice(self._rows, count))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,6 @@ class StepClock:
         self.seconds: dict[Phase, float] = {}  # phase -> seconds of this step
 
     def start(self) -> None:
-        """Begin a step."""
         self._last, self.seconds = self._now(), {"draft": 0.0, "verify": 0.0, "rest": 0.0}
 
     def lap(self, phase: Phase) -> None:
@@ -208,7 +207,6 @@ class TreeDecoding:
                 self.ended[row] = self._verifier.ended_row(place)
 
     def _drop_finished(self) -> None:
-        """Stop decoding rows that have ended."""
         if self._keeps_ended:
             self._keep_ended()
         rows = self.batch.drop_finished()
@@ -219,7 +217,6 @@ class TreeDecoding:
         self._proposer.keep_rows(rows)
 
     def _record(self, proposal: Proposal, acceptance: Acceptance) -> StepRecord:
-        """Note the step that ends here."""
         self._clock.lap("rest")
         seconds, emitted = self._clock.seconds, acceptance.emitted
         record = StepRecord(

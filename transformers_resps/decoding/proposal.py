@@ -180,7 +180,6 @@ class Proposer:
         return DraftTree.root_only(known)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Propose for these rows only, from now on."""
         self._lookup.keep_rows(rows)
         if self._newest_features is not None:
             self._newest_features = torch.stack([self._newest_features[row] for row in rows])  # no copy to the device

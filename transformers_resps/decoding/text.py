@@ -115,7 +115,6 @@ class Text:
 
     @property
     def decoded_count(self) -> int:
-        """Rows that are still decoded."""
         return len(self if self._decoded is None else self._decoded)
 
     @property
@@ -308,7 +307,6 @@ class Batch:
 
     @property
     def decoded_texts(self) -> list[Text]:
-        """The texts with rows that are still decoded."""
         return [self._texts[index] for index in self._decoded]
 
     def is_plain_greedy(self, count: int) -> bool:

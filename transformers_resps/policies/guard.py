@@ -293,7 +293,6 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return levels * UNKNOWN_LEVEL_STEPS * self._plain.seconds
 
     def to_config(self) -> dict[str, Any]:
-        """Return the config of the guarded policy, with its type, as JSON values."""
         if not isinstance(self.policy, SavedPolicy):
             raise ValueError(
                 f"The guarded {type(self.policy).__name__} has no `save_pretrained`, so it cannot be saved. Subclass "

@@ -112,7 +112,6 @@ class RankedText:
         return torch.tensor(seconds, dtype=torch.float64)[bucket_of, added]
 
     def save(self, file: str | Path) -> None:
-        """Write one safetensors file."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         sizes = {name: str(getattr(self, name)) for name in _SIZES}
         save_file(tensors, file, sizes | {"top_ks": ",".join(map(str, self.top_ks))})

@@ -63,7 +63,6 @@ class RecordedText:
         return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
 
     def save(self, file: str | Path) -> None:
-        """Write one safetensors file."""
         tensors = {"features": self.features, "input_ids": self.input_ids}
         for k, pool in self.pools.items():
             tensors |= {f"tokens.{k}": pool.tokens.int(), f"parents.{k}": pool.parents.int()}

@@ -62,7 +62,6 @@ class ModelUnderTest:
         return self._written(self._generate(prompts, invariant=True, **settings).sequences, prompts)
 
     def stock(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Call stock `generate` of the detached model, for prompts `[s]`."""
         with detached(self.model):
             torch.manual_seed(seed)
             return self._written(self._generate(prompts, **settings).sequences, prompts)

@@ -459,7 +459,6 @@ class TimingCallback(TrainerCallback):
         self._clock, self._last = clock, clock()
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Continue the count of a checkpoint."""
         file = Path(checkpoint) / _SECONDS
         self.seconds = float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 

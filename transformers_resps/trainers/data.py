@@ -85,7 +85,6 @@ class HeadTexts:
         self.processor: ProcessorMixin | None = None
 
     def collate(self, rows: Any) -> dict[str, Any]:
-        """A batch of rows of a prepared dataset."""
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
@@ -354,13 +353,11 @@ class PolicyData:
         return self._replays[name]
 
     def record(self, name: str, recording: type[Recorded], depths: dict[int, int]) -> list[Recorded]:
-        """The answers to the prompts of a dataset."""
         folder = self._folder / "replay"
         recorder = Recorder(self.pair.target, self.pair.head, recording, depths, folder, self._generation)
         return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:
-        """Decoding of the training prompts."""
         prompts = list(self.prompts["train_dataset"].tokens.values())
         how = self._generation | {"includes_drafting": self._args.reward_includes_drafting}
         return LiveRollouts(self.pair.target, self.pair.head, prompts, **how)

@@ -301,7 +301,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         return cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).cpu()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of a token budget."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing, but training needs texts. Pass a `Dataset`.")
         if self._train_texts is None:
@@ -332,7 +331,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Muon for the matrices and AdamW for the rest, or any optimiser of Transformers."""
         if self.args.optim != MUON or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         if self.optimizer is None:

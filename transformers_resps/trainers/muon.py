@@ -82,7 +82,6 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # trainers pass none
-        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             update = self._muon if group["matrices"] else self._adamw
             for parameter in group["params"]:

@@ -137,7 +137,6 @@ class PolicyTrainingConfig(TrainingArguments):
 
     @property
     def steps_per_update(self) -> int:
-        """Optimiser steps in an update."""
         return self.num_ppo_epochs * self.num_mini_batches
 
     def _check_updates(self) -> None:

@@ -503,5 +503,4 @@ class PolicyComparison:
         return bool(self.doubts)
 
     def save(self, folder: Path) -> None:
-        """Tell the result in `metrics.json` in the policy's folder."""
         add_metrics(folder, {**self.metrics(), "verdict": self.verdict})

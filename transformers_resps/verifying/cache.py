@@ -33,7 +33,6 @@ class PreallocatedLayer(DynamicLayer):
         self._shown: Tensor | None = None  # the keys as they were last seen in the buffer
 
     def stock(self) -> DynamicLayer:
-        """A stock layer with the same tensors."""
         layer = DynamicLayer()
         if self.is_initialized:
             _fill(layer, self.keys, self.values)

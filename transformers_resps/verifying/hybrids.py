@@ -531,5 +531,4 @@ class RecurrentMixers:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the newest tree."""
         self._noted = []
