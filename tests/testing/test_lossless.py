@@ -72,7 +72,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     assert not any(check.differences for check in report.texts)
     assert all(check.tau > 1 for check in report.texts if "batch" not in check.name)
     assert report.distribution.has_power and report.distribution.fit.draws == 24 * 8
-    assert report.verdict == "LOSSLESS: every answer is the plain one" and report.stock is None
+    assert report.verdict == "LOSSLESS: every answer is the plain one"
     page = str(report)
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
@@ -408,8 +408,7 @@ def test_a_head_that_reads_the_answers_of_another_model_is_still_lossless(target
 def test_the_invariant_mode_is_examined_in_half_precision_and_told(target: Any, head: DraftHead) -> None:
     report = assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF, invariant=True)
     assert not any(check.differences for check in report.texts) and report.distribution.has_power
-    assert report.stock is not None and report.stock.prompts == 2
-    assert report.verdict == f"LOSSLESS: every answer is the plain one of the invariant mode; {report.stock}"
+    assert report.verdict == "LOSSLESS: every answer is the plain one of the invariant mode"
     names = [check.name for check in report.texts]
     assert "sampled, in a padded batch" in names and "greedy, prompts in chunks against each at once" in names
     assert re.search(r"\nmode +invariant\n", str(report))

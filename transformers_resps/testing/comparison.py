@@ -55,16 +55,12 @@ class ModelUnderTest:
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
         """The reference, for prompts `[s]`: stock `generate`, or plain decoding of the invariant mode."""
-        if not self.invariant:
-            return self.stock(prompts, seed, **settings)
-        attach(self.model)
         torch.manual_seed(seed)
+        if not self.invariant:
+            with detached(self.model):
+                return self._written(self._generate(prompts, **settings).sequences, prompts)
+        attach(self.model)
         return self._written(self._generate(prompts, invariant=True, **settings).sequences, prompts)
-
-    def stock(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        with detached(self.model):
-            torch.manual_seed(seed)
-            return self._written(self._generate(prompts, **settings).sequences, prompts)
 
     def speculative(
         self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any

@@ -25,17 +25,6 @@ from .divergence import HALF_PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)
-class StockCheck:
-    """In how many of the `prompts` stock decoding wrote the greedy text of the invariant mode; it need not."""
-
-    equal: int
-    prompts: int
-
-    def __str__(self) -> str:
-        return f"stock decoding wrote the same text in {self.equal} of {self.prompts} prompts"
-
-
-@dataclass(frozen=True, slots=True)
 class LosslessReport:
     """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
 
@@ -44,15 +33,12 @@ class LosslessReport:
         texts: outputs compared token for token, one entry per decoding setting.
         distribution: the test of sampled tokens, with its control.
         seconds: that the check took.
-        stock: how plain decoding of the invariant mode compares with stock's; `None` in the normal mode, where they
-            are one.
     """
 
     facts: dict[str, str]
     texts: tuple[TextCheck, ...]
     distribution: DistributionCheck
     seconds: float
-    stock: StockCheck | None = None
 
     @property
     def is_lossless(self) -> bool:
@@ -81,8 +67,8 @@ class LosslessReport:
         blind = "" if self.distribution.has_power else "; the distribution test had no power"
         idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
         untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
-        beside_stock = "" if self.stock is None else f" of the invariant mode; {self.stock}"
-        return f"LOSSLESS: every answer is the plain one{except_for}{beside_stock}{untested}{blind}"
+        mode = " of the invariant mode" if self.facts["mode"] == "invariant" else ""
+        return f"LOSSLESS: every answer is the plain one{except_for}{mode}{untested}{blind}"
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
@@ -133,7 +119,7 @@ def assert_lossless(
 
     With `invariant=True` every call runs in the invariant mode and is compared with plain decoding of that mode. No
     difference is excused, in any dtype. Rows of a padded batch, whose prompts may come in chunks, are also compared
-    with each prompt alone and read at once. How often stock decoding writes the same text is told, and not judged.
+    with each prompt alone and read at once.
 
     The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
     it elsewhere meanwhile. Its own generation settings apply to the compared outputs, not to the distribution.
@@ -179,8 +165,7 @@ def assert_lossless(
             *(replace(check, is_of_policy=False) for check in changing),
         )
         distribution = check_distribution(under_test, ids, _DISTRIBUTION_OUTPUTS * seeds)
-        stock = _beside_stock(under_test, ids, GREEDY | limit) if invariant else None
-    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started, stock)
+    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
     if not report.is_lossless:
         raise NotLosslessError(report)
     return report
@@ -215,11 +200,6 @@ def _with_changing_trees(
         if model.invariant:
             chunked = "greedy, prompts in chunks against each at once"
             yield compare(stressed, chunked, [_batch(ids, in_chunks)], alone=True)
-
-
-def _beside_stock(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> StockCheck:
-    texts = [(model.plain([prompt], **settings), model.stock([prompt], **settings)) for prompt in ids]
-    return StockCheck(sum(torch.equal(own.outputs[0], stock.outputs[0]) for own, stock in texts), len(ids))
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[Call]]:
