@@ -21,9 +21,8 @@ from transformers.utils.logging import tqdm
 
 from .compat import CACHE_KEYWORD
 from .drafting import Committed, DraftCall, DraftRequest, DraftSource, LevelSource
-from .generation.attach import attach, detach
+from .generation.attach import attached
 from .generation.checks import check_model, setting_of
-from .generation.mixin import ReSpSGenerationMixin
 from .generation.request import Assistants, SpeculationDefaults
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
@@ -304,26 +303,21 @@ def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: in
     """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
-    was_attached = isinstance(target, ReSpSGenerationMixin)
-    model: Any = attach(target)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
     shape = TreeShape(1, 0, 1, 3) if source is None else TreeShape(4, 2, 2, 3)
-    try:
-        with SpeculationDefaults.suspended():
-            report = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                assistant_model=source,
-                policy=FixedPolicy(shape),
-                invariant=invariant,
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                return_dict_in_generate=True,
-            ).speculation
-    finally:
-        if not was_attached:
-            detach(target)
+    model: Any = target
+    with attached(target), SpeculationDefaults.suspended():
+        report = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=source,
+            policy=FixedPolicy(shape),
+            invariant=invariant,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            return_dict_in_generate=True,
+        ).speculation
     rests = [step.step_seconds - step.draft_seconds - step.verify_seconds for step in report.steps[1:]]
     return float(max(statistics.median(rests), 0.0))
 

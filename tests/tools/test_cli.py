@@ -170,7 +170,7 @@ def test_the_invariant_mode_is_examined_in_half_precision(folders: tuple[str, st
     assert main(["verify", *folders, "10,2,9", *invariant, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["facts"]["mode"], told["facts"]["packed"]) == ("invariant", "True")
-    assert told["verdict"] == "LOSSLESS: every answer is the plain one of the invariant mode"
+    assert told["verdict"].startswith("LOSSLESS: every answer is the plain one of the invariant mode")
 
 
 @pytest.mark.parametrize("name", ["mtp", "small"])

@@ -19,8 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
 from ..drafting import DraftSource
-from ..generation.attach import attach, detach, detached
-from ..generation.mixin import ReSpSGenerationMixin
+from ..generation.attach import attach, attached, detached
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import SpeculationDefaults
 from ..policies.base import Policy
@@ -97,13 +96,8 @@ class ModelUnderTest:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Restores the model and the global random generator afterwards."""
-        was_attached = isinstance(self.target, ReSpSGenerationMixin)
-        try:
-            with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model):
-                yield
-        finally:
-            if not was_attached:
-                detach(self.model)
+        with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
+            yield
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
