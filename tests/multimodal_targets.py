@@ -366,7 +366,8 @@ def _seen(
 
 
 _IMAGES = [
-    _seen("gemma3", _GEMMA, _SIGLIP | _FINE, types="token_type_ids", config={"mm_tokens_per_image": 4}, seed=4),
+    # of five tokens of an image the model makes a square
+    _seen("gemma3", _GEMMA, _SIGLIP | _FINE, types="token_type_ids", config={"mm_tokens_per_image": 5}, seed=4),
     _seen(
         "gemma4",
         _GEMMA4 | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY},

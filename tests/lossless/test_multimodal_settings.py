@@ -1,16 +1,19 @@
 """Prompts that mix text, images, videos and sounds in every way, and calls that read them in unusual ways."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.lossless.hybrids import SAMPLED, answer, check_counts
 from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
-from tests.multimodal_targets import IMAGE, START, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
+from tests.multimodal_targets import IMAGE, MARKS, START, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
 from transformers_resps import FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.verifying.forward import decoder_layers
 
 
@@ -59,6 +62,33 @@ def test_an_image_may_be_longer_than_the_window(name: str) -> None:
 def test_a_prompt_is_read_in_chunks(name: str, size: int) -> None:
     kind = target_named(name)
     check_counts(check(kind, kind.prompt("...I...", ".I."), prefill_chunk_size=size))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "lfm2_vl"])
+def test_an_attached_model_is_the_assistant_of_another(name: str) -> None:
+    """Transformers' own assisted decoding calls it once a round, with the same image, and crops its cache."""
+    kind = target_named(name)
+    target, inputs = kind.build(), shown(kind, kind.letter)
+    assistant = attach(kind.build(), policy=LOOKUPS)
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    found = target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+    assert found.tolist() == plain.tolist()
+
+
+def test_an_assistant_that_asks_for_trees_itself_reads_an_image_once() -> None:
+    kind = target_named("llava")
+    target, inputs = target_of(kind), shown(kind, kind.letter)
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    first = target.generate(**inputs, **settings)
+    config = GenerationConfig(
+        is_assistant=True, assistant_confidence_threshold=0, suppress_tokens=[*MARKS], **settings
+    )
+    again = {"pixel_values": inputs["pixel_values"], "input_ids": first.sequences, "generation_config": config}
+    plain, found = (
+        target.generate(**again, **{CACHE_KEYWORD: deepcopy(getattr(first, CACHE_KEYWORD))}, **trees)
+        for trees in ({}, {"policy": LOOKUPS})
+    )
+    assert found.sequences.tolist() == plain.sequences.tolist() and found.speculation.target_forwards
 
 
 def test_threads_answer_about_different_images() -> None:

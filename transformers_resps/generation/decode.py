@@ -133,8 +133,9 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
     if plan.reading is Reading.VERIFIER:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
+    is_first = not prepared.config.is_assistant  # an assistant has read the images in its first call
     # of a copy: stock takes apart what it reads in chunks
-    run = partial(cast(Any, prepared.target)._prefill, prepared.input_ids, prepared.config, kwargs)
+    run = partial(cast(Any, prepared.target)._prefill, prepared.input_ids, prepared.config, kwargs, is_first)
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 

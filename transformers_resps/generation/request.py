@@ -360,6 +360,11 @@ class Call(NamedTuple):
         """Names of arguments that belong to images, sounds or embeddings of its prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
+    @property
+    def drafts_for_another(self) -> bool:
+        """Whether stock's assisted decoding makes the call, of its assistant: one for each round of a text."""
+        return bool(getattr(self.config, "is_assistant", False))
+
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
         """Whether the call, its config or the model's `own` asks for the layers that came with the target."""
         configs = [config for config in (self.config, own) if config is not None]
@@ -457,7 +462,7 @@ def resolve(
     `load` is the model's `Assistants.load`. Raises a `ValueError` for keywords of the wrong kind, that contradict each
     other, or that would have no effect.
     """
-    said, are_suspended = call.keywords, SpeculationDefaults.are_suspended()
+    said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or call.drafts_for_another
     if not (are_suspended or said.has_stock_assistant):
         for further in (call.config, own, attached):
             if said.is_plain:  # whatever the next one says
