@@ -337,6 +337,13 @@ def test_drafts_end_with_the_table_of_positions(model_type: str) -> None:
     assert found.tolist() == plain.tolist() and len(policy.trees) > 0
 
 
+@pytest.mark.parametrize("positions", [6, 7, 9])
+def test_a_table_of_few_positions_is_probed_within_them(positions: int) -> None:
+    target = target_of("whisper", max_target_positions=positions)
+    plain, found = both(target, inputs_of("whisper", 1), Chains(4), max_length=positions, eos_token_id=None)
+    assert found.tolist() == plain.tolist()
+
+
 def test_a_small_assistant_stays_stocks_own() -> None:
     target, assistant = target_of("t5"), target_of("t5", num_layers=1)
     inputs, options = inputs_of("t5", 1), {"max_new_tokens": 12, "eos_token_id": None}

@@ -19,7 +19,8 @@ COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)  # of a forward on unknown inputs
+# Of a forward on unknown inputs.
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
@@ -54,11 +55,13 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
     """The largest difference of logits between tree and text, and the largest logit.
 
     The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
-    encoder-decoder a chain, of which 0, 1, 2 are kept.
+    encoder-decoder a chain, of which 0, 1, 2 are kept. The prompt has four tokens, or as many as a short table of
+    positions has room for.
     """
-    vocabulary = target.config.get_text_config().vocab_size
-    tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
-    prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
+    vocabulary, most = target.config.get_text_config().vocab_size, last_position(target.config, 0)
+    length = 4 if most is None else max(1, min(4, most - 4))  # the chain's five nodes follow
+    tokens = torch.arange(1, length + 7, device=target.device).remainder(vocabulary)[None]
+    prompt, nodes, after = tokens[:, :length], tokens[:, length : length + 5], tokens[:, length + 5 :]
     is_chain = target.config.is_encoder_decoder
     parents, kept = ([0, 0, 1, 2, 3], [0, 1, 2]) if is_chain else ([0, 0, 0, 1, 2], [0, 2, 4])
     tree = DraftTree.from_parents(nodes, torch.tensor([parents], device=target.device))
