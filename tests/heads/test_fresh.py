@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, T5Config
 
 from tests.conftest import build_target
 from tests.multimodal_targets import TARGETS, VOCABULARY, MultimodalTarget
@@ -61,6 +61,13 @@ def test_a_head_that_could_not_draft_is_not_made(
 ) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         DraftHead.from_target(target, **fields)
+
+
+@pytest.mark.parametrize("maker", [T5Config, BartConfig])
+def test_an_encoder_decoder_gets_no_head(maker: Any) -> None:
+    model = AutoModelForSeq2SeqLM.from_config(maker(vocab_size=64, d_model=32, num_layers=1))
+    with pytest.raises(ValueError, match="is an encoder-decoder, but a head needs a decoder-only target"):
+        DraftHead.from_target(model)
 
 
 @pytest.mark.parametrize("odd", ["meta-llama/Toy", None, torch.nn.Linear(2, 2)], ids=["str", "none", "module"])

@@ -52,6 +52,11 @@ def fresh_config(
     target: PreTrainedModel, draft_vocab_size: int | None, feature_layers: list[int] | None, overrides: dict[str, Any]
 ) -> DraftHeadConfig:
     """The config of a head for `target`, with the user's `overrides`; a `ValueError` where no head can have it."""
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"{_WHERE} got a {type(target).__name__}, which is an encoder-decoder, but a head needs a decoder-only "
+            "target. Call `generate` with `policy='auto'` and without a head: it drafts from the source and the text."
+        )
     unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
     if unknown:
         raise ValueError(
