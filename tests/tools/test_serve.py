@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,15 +37,18 @@ from transformers_resps.tools.cli import main
 from transformers_resps.verifying.invariant.verifier import InvariantVerifier
 
 
-ASKED = [{"role": "user", "content": "abdabdabd"}]
+ASKED: list[dict[str, Any]] = [{"role": "user", "content": "abdabdabd"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+TEXT, IMAGE = {"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
 LENGTH = 64  # positions of the targets
 
 
 class Client:
     """A running server, and what is asked of it over the loopback."""
 
-    def __init__(self, port: int, folder: Path) -> None:
-        self.port, self.folder = port, folder
+    def __init__(self, port: int, folder: Path, models: Any = None) -> None:
+        self.port, self.folder, self.models = port, folder, models
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
     @property
@@ -107,35 +110,35 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     add_mtp_layer(folder / "other")
     torch.manual_seed(1)
     DraftHead.from_target(AutoModelForCausalLM.from_pretrained(folder / "target")).save_pretrained(folder / "head")
-    with serving_from(folder, {"target": str(folder / "head"), "other": "mtp"}) as port:
-        yield Client(port, folder)
+    with serving_from(folder, {"target": str(folder / "head"), "other": "mtp"}) as (port, models):
+        yield Client(port, folder, models)
 
 
 @pytest.fixture(scope="module")
 def invariant_client(client: Client) -> Iterator[Client]:
     """The first of them, in the invariant mode and bfloat16."""
     heads = {"target": str(client.folder / "head")}
-    with serving_from(client.folder, heads, dtype="bfloat16", invariant=True) as port:
+    with serving_from(client.folder, heads, dtype="bfloat16", invariant=True) as (port, _):
         yield Client(port, client.folder)
 
 
 @contextmanager
 def serving_from(
-    folder: Path, heads: dict[str, str], dtype: str | None = None, *, invariant: bool = False
-) -> Iterator[int]:
-    """The port of a server of these targets."""
+    folder: Path, heads: Mapping[str, str | None], dtype: str | None = None, *, invariant: bool = False, **names: Any
+) -> Iterator[tuple[int, serving.AttachedModels]]:
+    """The port of a server of these targets, and what it serves."""
     figures = serving.Figures()
     worker = serving.OneAtATime(figures)
     served = {str(folder / name): head for name, head in heads.items()}
     loading: dict[str, Any] = {"policy": "10,2,9", "compile": None, "device": "cpu", "packed": False}
     loading |= {"dtype": dtype, "invariant": invariant}
-    models = serving.AttachedModels(served, **loading, worker=worker)
+    models = serving.AttachedModels(served, **loading, **names, worker=worker)
     app = serving.build_app(models, worker, figures)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        yield listening.getsockname()[1]
+        yield listening.getsockname()[1], models
         server.should_exit = True
         thread.join(timeout=300)
         assert not thread.is_alive()
@@ -279,6 +282,22 @@ def test_each_model_answers_by_its_name(client: Client) -> None:
     assert answer["choices"][0]["message"]["content"] == client.plain(name="other", max_new_tokens=9)
 
 
+def test_a_folders_name_is_a_name_of_its_model(client: Client) -> None:
+    answer = client.ask({"model": "other", "messages": ASKED, "max_tokens": 9})[1]
+    assert answer["model"] == "other"
+    assert answer["choices"][0]["message"]["content"] == client.plain(name="other", max_new_tokens=9)
+
+
+def test_targets_have_the_names_that_clients_are_told(client: Client) -> None:
+    with serving_from(client.folder, {"target": None, "other": None}, served=["small", "target"]) as (port, _):
+        named = Client(port, client.folder)
+        assert [model.id for model in named.openai.models.list()] == ["small", "target"]
+        for asked, name in (("small", "target"), ("target", "other"), ("other", "other"), (client.target, "target")):
+            answer = named.ask({"model": asked, "messages": ASKED, "max_tokens": 9})[1]
+            assert answer["model"] == asked
+            assert answer["choices"][0]["message"]["content"] == client.plain(name=name, max_new_tokens=9)
+
+
 def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) -> None:
     answer = client.ask({"messages": ASKED})[1]
     assert answer["usage"]["total_tokens"] == LENGTH and answer["choices"][0]["finish_reason"] == "length"
@@ -304,7 +323,14 @@ def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) ->
         ({"generation_config": {"num_return_sequences": 2}}, 400, "`num_return_sequences`"),
         ({"max_tokens": 0}, 400, "max_new_tokens"),
         ({"max_tokens": "many"}, 400, "could not be read"),
-        ({"temperature": -1, "generation_config": {"do_sample": True}}, 400, "temperature"),
+        ({"temperature": -1, "generation_config": {"do_sample": True}}, 400, "The temperature is -1.0"),
+        ({"temperature": -0.5}, 400, "The temperature is -0.5"),
+        ({"generation_config": {"temperature": -2}}, 400, "The temperature is -2"),
+        ({"tools": [TOOL]}, 400, "knows no `tools`"),
+        ({"messages": [*ASKED, CALLED, *ASKED]}, 400, "knows no `tool_calls`"),
+        ({"messages": [{"role": "user", "content": [TEXT, IMAGE]}]}, 400, "'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "'input_audio'"),
+        ({"verbosity": "low"}, 400, "`verbosity`"),
         ({"seed": "5"}, 400, "`seed`"),
         ({"beam": 2}, 422, "Unexpected fields"),
     ],
@@ -313,6 +339,47 @@ def test_a_bad_request_is_told_why(client: Client, body: dict[str, Any], status:
     found, told = client.ask({"messages": ASKED} | body)
     assert found == status and words in told["error"]["message"], told
     assert client.ask({"messages": ASKED, "max_tokens": 2})[0] == 200
+
+
+def test_the_other_endpoints_drop_nothing_either(client: Client) -> None:
+    asked = {
+        "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA"}]}]
+    }
+    flat = {"type": "function", "name": "look", "parameters": {}}
+    for body, path, words in (
+        (asked, "/v1/responses", "'input_image'"),
+        ({"input": "ab", "tools": [flat]}, "/v1/responses", "knows no `tools`"),
+        ({"input": "ab", "conversation": "one"}, "/v1/responses", "`conversation`"),
+        ({"prompt": "ab", "logit_bias": {"3": 1}}, "/v1/completions", "`logit_bias`"),
+        ({"prompt": "ab", "temperature": -1}, "/v1/completions", "The temperature is -1.0"),
+    ):
+        status, told = client.ask(body, path)
+        assert status == 400 and words in told["error"]["message"], told
+
+
+def test_tools_reach_a_template_that_knows_them(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names and no more, as a target reads few tokens here."""
+    processor = client.models.load_model_and_processor(client.target)[1]
+    names = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    monkeypatch.setattr(processor, "chat_template", names + processor.chat_template)
+    without, told = (client.ask({"messages": ASKED, "max_tokens": 2, "tools": tools})[1] for tools in ([], [TOOL]))
+    assert told["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"]
+
+
+def test_parts_of_text_are_read_together(client: Client) -> None:
+    parts = [{"role": "user", "content": [TEXT, TEXT]}]
+    answer = client.ask({"messages": parts, "max_tokens": 9})[1]
+    assert answer["choices"][0]["message"]["content"] == client.plain("ab ab", max_new_tokens=9)
+
+
+def test_the_figures_count_a_refusal_as_refused(client: Client) -> None:
+    """Also where the client closes its connection with the answer, as most do."""
+    names = [f'resps_requests_total{{outcome="{outcome}"}}' for outcome in ("refused", "left")]
+    before = client.metrics()
+    refused: list[dict[str, Any]] = [{"messages": []}, {"n": 2}, {"temperature": -1}, {"tools": [TOOL]}, {"seed": "5"}]
+    assert [client.ask({"messages": ASKED} | body)[0] for body in refused * 2] == [400] * 10
+    after = client.metrics()
+    assert [after.get(name, 0) - before.get(name, 0) for name in names] == [10, 0]
 
 
 def test_a_body_that_is_no_json_or_too_large_is_refused(client: Client) -> None:
@@ -448,6 +515,13 @@ def test_heads_are_one_per_target(client: Client, capsys: pytest.CaptureFixture[
     head = str(client.folder / "head")
     assert main(["serve", client.target, "--head", head, "--head", head]) == 2
     assert "Got 2 heads for 1 targets" in capsys.readouterr().err
+
+
+def test_served_names_are_one_per_target_and_distinct(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--served-model-name", "a", "--served-model-name", "a"]
+    for targets, given in (([client.target], names), ([client.target, client.target], names)):
+        assert main(["serve", *targets, *given]) == 2
+        assert "Got the served names ['a', 'a']" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(

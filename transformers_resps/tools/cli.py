@@ -191,6 +191,8 @@ def _add_serve(commands: Any) -> None:
     add = parser.add_argument
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
     add("--head", type=model, action="append", help=f"{HEAD}; one per target, in their order")
+    told = "what clients call a target instead; one per target, in their order. A folder's own name does, too"
+    add("--served-model-name", action="append", metavar="NAME", help=told)
     named = "folder or Hub id of a policy, 'auto' (the default), or total_tokens,depth,top_k[,lookup]"
     add("--policy", default="auto", help=named)
     compiled = "compiled steps: when they pay, or not"

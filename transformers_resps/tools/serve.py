@@ -17,6 +17,11 @@ def run(args: argparse.Namespace) -> int:
     heads = args.head or []
     if heads and len(heads) != len(args.targets):
         raise ValueError(f"Got {len(heads)} heads for {len(args.targets)} targets. Pass one per target, or none.")
+    served = args.served_model_name or []
+    if served and (len(served) != len(args.targets) or len(set(served)) != len(served)):
+        raise ValueError(
+            f"Got the served names {served} for {len(args.targets)} targets. Pass one per target, all distinct."
+        )
     named_tree(args.policy)  # a mistyped tree shows before models are loaded
     try:
         import uvicorn
@@ -35,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         worker = serving.OneAtATime(figures)
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
+            served=served,
             policy=args.policy,
             compile={"auto": "auto", "always": True, "never": None}[args.compile],
             invariant=args.invariant,

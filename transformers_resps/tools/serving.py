@@ -8,10 +8,12 @@ Stock's classes are private: `check_release` compares what is relied on with the
 import asyncio
 import inspect
 import json
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from threading import Event, Lock
 from typing import Any, cast
 
@@ -75,7 +77,8 @@ class Exchange:
         return "plain" if self.report is None else "speculative"
 
     def leave(self) -> None:
-        self.has_left = True
+        """The client goes; one that has its whole answer is expected to."""
+        self.has_left |= not self.over.is_set()
         self.over.set()
 
 
@@ -247,14 +250,16 @@ class OneManager(utils.GenerationState):
 class AttachedModels(model_manager.ModelManager):
     """The targets of the command line and no others, each loaded once and attached.
 
-    `heads` are the names of the targets and of their heads, `policy` is what `resps` commands name so, `compile` what
-    `attach` takes, and `loading` are keywords of `load_target`. The `worker` is waited for before models are dropped.
+    `heads` are the names of the targets and of their heads, `served` the names that clients are told instead, one for
+    each target in their order; `policy` is what `resps` commands name so, `compile` what `attach` takes, and `loading`
+    are keywords of `load_target`. The `worker` is waited for before models are dropped.
     """
 
     def __init__(
         self,
         heads: Mapping[str, str | None],
         *,
+        served: Sequence[str] = (),
         policy: str | None,
         compile: Any,
         invariant: bool,
@@ -262,7 +267,8 @@ class AttachedModels(model_manager.ModelManager):
         **loading: Any,
     ) -> None:
         super().__init__(model_timeout=-1)  # never unloaded
-        self.names = list(heads)
+        self.names = list(served or heads)
+        self._targets = _targets_by_name(list(heads), self.names)
         self._served = {self.process_model_name(target): (target, head) for target, head in heads.items()}
         self._policy, self._compile, self._worker = policy, compile, worker
         self.is_invariant, self._loading = invariant, loading
@@ -286,6 +292,14 @@ class AttachedModels(model_manager.ModelManager):
             model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
         return model
 
+    def target_of(self, name: Any) -> str:
+        """The target that a request means by `name`, or by none where only one is served."""
+        if name is None and len(self.names) == 1:
+            name = self.names[0]
+        if not isinstance(name, str) or name not in self._targets:
+            raise HTTPException(404, f"The model {name!r} is not served here. Ask for one of {self.names}.")
+        return self._targets[name]
+
     def list_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "resps"} for name in self.names]
 
@@ -296,7 +310,16 @@ class AttachedModels(model_manager.ModelManager):
         super().shutdown()
 
 
-# Fields that stock ignores, by the values with which they ask for nothing. Of any other value the answer would differ.
+def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
+    """The targets by all names of theirs: what the server was told, what clients are told, and their folders' names,
+    where only one has it.
+    """
+    folders = Counter(PurePath(target).name for target in targets)
+    names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
+    return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
+
+
+# Fields that nothing reads, by the values with which they ask for nothing. Of any other value the answer would differ.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "best_of": (1,),
@@ -312,18 +335,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "text": ({"format": {"type": "text"}},),
     "tool_choice": ("auto",),
     "top_logprobs": (0,),
+    "verbosity": ("medium",),
 }
 # Fields that may be ignored: an answer may be the same without them.
 _HINTS = frozenset(
-    ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "reasoning_effort", "service_tier", "store")
+    ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
+    + ("prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier", "service_tier", "store")
     + ("stream_options", "truncation", "user")
 )
+_READ = frozenset(("generation_config", "model", "seed", "stream", "temperature", "top_p"))
+_TEXTS = ("text", "input_text", "output_text")  # kinds of parts of a message
 
 
 class _Handler(utils.BaseHandler):
     """What all three endpoints add to stock's: refusals by name, and `metrics` in every answer."""
 
     needs: str  # the field that holds the prompt
+    reads: frozenset[str]  # further fields
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         exchange = _exchange.get()
@@ -343,7 +371,7 @@ class _Handler(utils.BaseHandler):
         exchange = _exchange.get()
         exchange.policy = _checked_policy(body.pop("policy", None))
         super()._validate_request(body)
-        for name in sorted(self._unused_fields & body.keys() - _HINTS):
+        for name in sorted(body.keys() - _READ - self.reads - _HINTS - {self.needs}):
             if body[name] is not None and body[name] not in _NEUTRAL.get(name, ()):
                 raise HTTPException(400, f"`{name}` with the value {body[name]!r} is not supported. Leave it out.")
         if not isinstance(body.get(self.needs), str | list) or not body[self.needs]:
@@ -351,13 +379,33 @@ class _Handler(utils.BaseHandler):
         body.setdefault("stream", False)  # OpenAI's default; stock streams responses
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
-        names, asked = cast(AttachedModels, self.model_manager).names, body.get("model")
-        if asked is None and len(names) == 1:
-            asked = names[0]
-        if asked not in names:
-            raise HTTPException(404, f"The model {asked!r} is not served here. Ask for one of {names}.")
-        body["model"] = asked
-        return super()._resolve_model(body)
+        asked = body.get("model")
+        body["model"] = target = cast(AttachedModels, self.model_manager).target_of(asked)
+        _, model, processor = super()._resolve_model(body)
+        self._check_tools(body, str(getattr(processor, "chat_template", None)))
+        return asked or target, model, processor
+
+    def _check_tools(self, body: dict[str, Any], template: str) -> None:
+        """Refuse tools, and calls of tools, that the chat template would leave out."""
+        turns = [turn for turn in body[self.needs] if isinstance(turn, dict)]
+        called = any(turn.get("tool_calls") or turn.get("type") == "function_call" for turn in turns)
+        for name, is_asked in (("tools", body.get("tools")), ("tool_calls", called)):
+            if is_asked and not re.search(rf"\b{name}\b", template):
+                told = f"The chat template of this model knows no `{name}`, so it would not see them. Leave them out."
+                raise HTTPException(400, told)
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
+        """As stock's, which leaves out the parts that a model does not take."""
+        read = utils.BaseHandler.get_processor_inputs_from_messages
+        for message in messages:
+            content = message.get("content")
+            for part in content if isinstance(content, list) else ():
+                alone: list[dict[str, Any]] = [{"role": "user", "content": [part]}]
+                if part["type"] not in _TEXTS and not read(alone, modality)[0]["content"]:
+                    told = f"This model reads no parts of the type {part['type']!r}. Send text, or ask another model."
+                    raise HTTPException(400, told)
+        return read(messages, modality)
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         exchange = _exchange.get()
@@ -368,6 +416,10 @@ class _Handler(utils.BaseHandler):
         if isinstance(body.get("generation_config"), dict):  # stock takes JSON in a string
             body["generation_config"] = json.dumps(body["generation_config"])
         config = super()._build_generation_config(body, *args, **kwargs)
+        if config.temperature is not None and not config.temperature >= 0:  # greedy calls never look at it
+            raise HTTPException(
+                400, f"The temperature is {config.temperature}. Write 0 for greedy, or a number above 0."
+            )
         if (body.get("temperature") or 0) > 0:  # stock leaves a greedy model greedy
             config.do_sample = True
         if getattr(config, "invariant", None) is False and cast(AttachedModels, self.model_manager).is_invariant:
@@ -395,18 +447,31 @@ class ChatHandler(_Handler, chat_completion.ChatCompletionHandler):
     """`/v1/chat/completions`."""
 
     needs = "messages"
+    reads = frozenset(
+        (
+            "chat_template_kwargs",
+            "frequency_penalty",
+            "logit_bias",
+            "max_completion_tokens",
+            "max_tokens",
+            "stop",
+            "tools",
+        )
+    )
 
 
 class CompletionHandler(_Handler, completion.CompletionHandler):
     """`/v1/completions`."""
 
     needs = "prompt"
+    reads = frozenset(("frequency_penalty", "max_tokens", "stop", "suffix"))
 
 
 class ResponseHandler(_Handler, response.ResponseHandler):
     """`/v1/responses`."""
 
     needs = "input"
+    reads = frozenset(("chat_template_kwargs", "instructions", "max_output_tokens", "tools"))
 
 
 def _checked_policy(policy: Any) -> str | None:
@@ -555,8 +620,13 @@ class Door:
         async def replay() -> Message:
             return messages.pop() if messages else await asyncio.shield(gone)
 
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                exchange.over.set()  # the server reports a departure as soon as the answer is whole
+            await send(message)
+
         try:
-            await self._app(scope, replay, send)
+            await self._app(scope, replay, answer)
         finally:
             exchange.over.set()  # nothing goes on after its request
             gone.cancel()
@@ -621,6 +691,7 @@ RELIED_ON = {
     utils.BaseHandler.__init__: "self model_manager generation_state chat_template_kwargs",
     utils.BaseHandler._validate_request: "self body",
     utils.BaseHandler._resolve_model: "self body",
+    utils.BaseHandler.get_processor_inputs_from_messages: "messages modality",
     utils.BaseHandler._build_generation_config: "self body model_generation_config use_cb",
     **{
         getattr(handler, method): parameters
