@@ -326,7 +326,18 @@ def test_a_head_that_was_only_tested_is_told_by_what_it_guessed() -> None:
     machine.run(policy, 60)
     tests = sum(record.drafted > 0 for record in machine.records)
     said = policy.explain([PREFILL, *machine.records])
-    assert said is not None and f"0 of {tests} " in said and "no tree was tried" in said
+    assert (
+        said is not None and f"0 of {tests} drafts that were not verified" in said and "so no tree was tried" in said
+    )
+
+
+def test_a_head_that_was_hardly_tested_is_warming_up() -> None:
+    machine, policy = Machine(0.1, 0.1, hit=0.02), default_policy()
+    machine.run(policy, 60)
+    tested, untested = (
+        [record for record in machine.records if bool(record.drafted) is is_so] for is_so in (True, False)
+    )
+    assert policy.explain([PREFILL, *tested[:1], *untested[:9]]) == "Mostly plain: warming up, no tree tried yet."
 
 
 def test_a_policy_that_drafts_has_nothing_to_explain() -> None:

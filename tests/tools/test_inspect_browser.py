@@ -60,6 +60,12 @@ class Page:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", step)
         step.click()
 
+    def unfold(self) -> None:
+        """Show the whole panel, where it began folded."""
+        fold = self.driver.find_element(By.ID, "fold")
+        if fold.is_displayed():
+            fold.click()
+
     def point_at(self, element: Any) -> None:
         ActionChains(self.driver).move_to_element(element).perform()
 
@@ -207,6 +213,7 @@ def test_a_reader_of_screens_is_told_what_a_step_did(browser: Page) -> None:
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_nothing_leaves_the_page_sideways(browser: Page, width: int) -> None:
     browser.open(long_data(), width=width, height=740)
+    browser.unfold()
     for number in (1, 2, 0):
         browser.tap(number)
         assert browser.title.startswith(f"Step {number} of")
@@ -222,6 +229,23 @@ def test_nothing_leaves_the_page_sideways(browser: Page, width: int) -> None:
             == []
         )
     assert browser.ask("parseFloat(getComputedStyle(document.querySelector('#answer .token')).fontSize)") >= 14
+
+
+def test_on_a_phone_the_panel_begins_folded(browser: Page) -> None:
+    browser.open(data(), width=420, height=740)
+    height = "document.getElementById('panel').getBoundingClientRect().height"
+    assert browser.ask(height) < 110 and not browser.text("#tree") and browser.title.startswith("Step ")
+    assert browser.ask("document.getElementById('fold').getAttribute('aria-expanded')") == "false"
+    browser.unfold()
+    assert browser.ask(height) > 300 and browser.text("#fold") == "Hide step"
+    browser.tap(2)
+    browser.driver.find_element(By.ID, "fold").click()
+    assert browser.ask(height) < 110 and browser.title.startswith("Step 2")
+
+
+def test_beside_the_text_the_panel_is_whole(browser: Page) -> None:
+    browser.open(data())
+    assert browser.text("#tree") and not browser.driver.find_element(By.ID, "fold").is_displayed()
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -119,7 +119,7 @@ def test_prompts_fit_what_auto_means(pair: tuple[Any, DraftHead], caplog: pytest
     assert any(one.slope != 1.0 for one in fitted.policy.acceptance.scalings)
     assert AutoPolicy.from_pretrained("run/policy").to_config() == fitted.to_config()  # type: ignore[attr-defined]
     fitted.policy.check_identity(**pair_identity(*pair))
-    assert caplog.text.count("may not be worth using") == 1
+    assert caplog.text.count("Compared on held-out texts") == 1
     assert json.loads(Path("run/policy/metrics.json").read_text())["held_out_texts"] == 2
     assert read_training_prompts("run/policy") == set(map(prompt_fingerprint, WORDS[:4])), "not those it is judged by"
     again = fit_policy("run/policy", config(), TRAIN, **keywords)

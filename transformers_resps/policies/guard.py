@@ -189,11 +189,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             counted = f"{len(trees)} trees gained {gained:.1f} tokens each"
             reasons.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")
         if tests := [step for step in decided if step.drafted and step.verified == 1]:
-            right = sum(max(step.drafted_match) > 0 for step in tests)
-            untried = "" if self._known.knows_trees else ", no tree was tried yet"
-            reasons.append(
-                f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}"
-            )
+            right, is_untried = sum(max(step.drafted_match) > 0 for step in tests), not self._known.knows_trees
+            told = f"{right} of {len(tests)} drafts that were not verified had the target's next token"
+            told += ", so no tree was tried" if is_untried else ""
+            reasons.append("warming up, no tree tried yet" if is_untried and len(tests) < EXPLAINED_STEPS else told)
         if self._head.is_left_out:
             reasons.append("earlier calls of as many rows gained too little by the head for it to read the prompt")
         elif not any(step.drafted for step in decided):

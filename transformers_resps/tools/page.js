@@ -205,6 +205,15 @@
     show(selected);
   }
 
+  // Where there is room for the text or for the panel, the text comes first.
+  function setFolded(isFolded) {
+    byId("panel").classList.toggle("folded", isFolded);
+    byId("fold").setAttribute("aria-expanded", String(!isFolded));
+    byId("fold").textContent = isFolded ? "Show step" : "Hide step";
+  }
+  byId("fold").addEventListener("click", () => setFolded(byId("fold").getAttribute("aria-expanded") === "true"));
+  setFolded(true);
+
   const stepAt = (event) => event.target.closest("[data-step]")?.dataset.step;
   for (const area of [answer, bars]) {
     area.addEventListener("pointerover", (event) => {

@@ -467,15 +467,19 @@ class PolicyComparison:
         }
 
     @property
+    def is_slower(self) -> bool:
+        """Whether it is slower than the best fixed tree beyond chance."""
+        return self.interval[1] < 1.0
+
+    @property
     def doubts(self) -> list[str]:
         """Reasons why the policy is not worth more than the best fixed tree; empty if it is."""
         low, high = self.interval
         reasons = []
         if low <= 1.0:
-            reasons.append(
-                f"it is not faster than the best fixed tree beyond chance ({self.gain:.3f} times its speed, 95% "
-                f"interval {low:.3f} to {high:.3f})"
-            )
+            told = f"{self.gain:.3f} times its speed, 95% interval {low:.3f} to {high:.3f}"
+            compared = "slower" if self.is_slower else "not faster"
+            reasons.append(f"it is {compared} than the best fixed tree beyond chance ({told})")
         if self.distinct_actions == 1:
             reasons.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
         if self.learned_prompts:
@@ -489,7 +493,8 @@ class PolicyComparison:
     def verdict(self) -> str:
         """One sentence for the card."""
         if self.doubts:
-            return f"Not shown to pay: {'; '.join(self.doubts)}."
+            opening = f"{1 - self.gain:.0%} slower, do not use it" if self.is_slower else "Not shown to pay"
+            return f"{opening}: {'; '.join(self.doubts)}."
         low, high = self.interval
         return (
             f"Faster than the best fixed tree: {self.gain:.3f} times its speed, 95% interval {low:.3f} to {high:.3f} "
@@ -499,7 +504,7 @@ class PolicyComparison:
     def warn(self) -> bool:
         """Warn if the policy is not worth more than the best fixed tree; return whether it was doubted."""
         if self.doubts:
-            logger.warning("The policy may not be worth using. %s", self.verdict)
+            logger.warning("Compared on held-out texts: %s", self.verdict)
         return bool(self.doubts)
 
     def save(self, folder: Path) -> None:
