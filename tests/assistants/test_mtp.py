@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
+from tests.conftest import build_target
+from transformers_resps import attach
 from transformers_resps.assistants import MtpHead
 from transformers_resps.hub import checkpoint
 
@@ -173,6 +175,13 @@ def test_a_checkpoint_serves_a_target_that_came_from_elsewhere(tmp_path: Path) -
     assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS + 1]
     with pytest.raises(ValueError, match="does not know where it was loaded from"):
         MtpHead.from_target(target)
+
+
+def test_an_architecture_without_such_layers_is_told_so(tmp_path: Path) -> None:
+    build_target().save_pretrained(tmp_path)
+    target = attach(AutoModelForCausalLM.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"is a llama model without MTP layers.*`policy='auto'` alone"):
+        target.generate(torch.tensor([[1, 5]]), assistant_model="mtp", policy="auto")
 
 
 def test_the_fingerprint_tells_a_trained_module_from_an_untrained_one(tmp_path: Path) -> None:

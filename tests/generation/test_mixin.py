@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration, set_seed
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration, set_seed
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import attach, detach
@@ -98,3 +98,21 @@ def test_detached_it_is_the_stock_model_again(
     assert type(again) is type(stock)
     assert again.generate(PROMPT, max_new_tokens=10).tolist() == stock.generate(PROMPT, max_new_tokens=10).tolist()
     assert PROMPT.max() < VOCABULARY
+
+
+TEXTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a text": ({"inputs": "Hello"}, "the text 'Hello' as a prompt.*Tokenise it"),
+    "by name": ({"input_ids": "Hello"}, "the text 'Hello' as a prompt.*Tokenise it"),
+    "several": ({"inputs": ["Hello", "you"]}, "the text 'Hello' as a prompt.*Tokenise it"),
+    "all of it": ({"inputs": BatchEncoding({"input_ids": PROMPT})}, r"a BatchEncoding.*generate\(\*\*inputs\)"),
+}
+
+
+@pytest.mark.parametrize("policy", [None, "auto"])
+@pytest.mark.parametrize("case", TEXTS)
+def test_what_is_not_tokenised_is_told_how_to_be(
+    case: str, policy: str | None, models: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]
+) -> None:
+    given, message = TEXTS[case]
+    with pytest.raises(ValueError, match=message):
+        models[1].generate(**given, policy=policy)

@@ -100,7 +100,7 @@ def test_layers_that_cannot_be_trained_are_refused_by_name(tmp_path: Path) -> No
         DraftHeadTrainer("mtp", config(tmp_path), texts(12), target=target)
     target.save_pretrained(tmp_path)
     target.config.name_or_path = str(tmp_path)
-    with pytest.raises(ValueError, match="holds no MTP weights"):
+    with pytest.raises(ValueError, match="is a llama model without MTP layers: neither its config"):
         DraftHeadTrainer("mtp", config(tmp_path), texts(12), target=target)
     with pytest.raises(ValueError, match="each of these 2 MTP layers drafts one level. Pass `ttt_steps=2`"):
         DraftHeadTrainer(MtpHead.fresh(target, depths=2), config(tmp_path), texts(12), target=target)

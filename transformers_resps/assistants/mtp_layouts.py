@@ -277,6 +277,11 @@ class MtpCheckpoint:
                 raise ValueError(
                     f"The MTP module of {self.name} {reason}. Draft with a head or a small model instead."
                 )
+        if not (mine or names_mtp(self._config)):
+            raise ValueError(
+                f"{self.name} is a {self._config.get('model_type')} model without MTP layers: neither its config nor "
+                "its files name any. Pass a draft head or a small model, or `policy='auto'` alone to draft by lookup."
+            )
         if "layers.0.eh_proj.weight" not in self.stored:
             found = f"only {', '.join(sorted(mine)[:3])}" if mine else "none"
             raise ValueError(

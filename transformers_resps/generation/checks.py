@@ -170,6 +170,21 @@ def check_room(static: StaticCache, length: int) -> None:
         )
 
 
+def check_prompts(prompts: Any) -> None:
+    """Refuse a text, or all that a tokenizer returned, where token ids are read."""
+    if isinstance(prompts, str) or (isinstance(prompts, list) and any(isinstance(one, str) for one in prompts)):
+        text = prompts if isinstance(prompts, str) else prompts[0]
+        raise ValueError(
+            f"Got the text {text[:40]!r} as a prompt, but `generate` reads token ids. Tokenise it: "
+            "`inputs = tokenizer(text, return_tensors='pt')`, then `model.generate(**inputs)`."
+        )
+    if isinstance(prompts, Mapping):
+        raise ValueError(
+            f"Got a {type(prompts).__name__} as a prompt, but `generate` reads its tensors by name. Call "
+            "`model.generate(**inputs)`."
+        )
+
+
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
     """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()

@@ -21,6 +21,7 @@ from transformers import (
 
 from ..drafting import DraftSource
 from ..policies.base import Policy
+from .checks import check_prompts
 from .decode import decode
 from .output import output
 from .plan import plan, prepare
@@ -114,6 +115,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         # By name, and only what was given: a model class may have a `generate` of its own.
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
+        check_prompts(prompts)
         keywords = Keywords(assistant_model, policy, lockstep, compile, invariant)
         call = Call(keywords, generation_config, arguments, prompts)
         target, state = cast(PreTrainedModel, self), self.speculation_state
