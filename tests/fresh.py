@@ -91,7 +91,10 @@ def jobs() -> dict[str, list[Job]]:
             Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")
         ],
         "": bare_jobs(),
-        "bench": [Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup")],
+        "bench": [
+            Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup"),
+            Job(f"resps bench {SMALL} --methods prompt-lookup --plot"),
+        ],
         "serve": [Job("python ask.py", says="by the openai client")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),

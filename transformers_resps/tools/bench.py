@@ -1,6 +1,6 @@
 """`resps bench`: compares draft trees and policies with plain decoding on your prompts.
 
-`training/benchmark.py` of a clone builds on the same parts: it adds methods, keeps a journal and draws plots.
+`training/benchmark.py` of a clone builds on the same parts: it adds methods, keeps a journal and draws more plots.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..calibration import calibrate
+from ..compat import check_extra
 from ..data import training_prompts_of
 from ..drafting import DraftSource
 from ..generation.attach import attach
@@ -43,6 +44,7 @@ from .methods import (
     policies,
     prompt_lookup,
 )
+from .plots import ratios, save_figure
 from .results import (
     NAMED_NODES,
     SCHEMA_VERSION,
@@ -61,6 +63,7 @@ from .session import Dialogue, Session, check_apart, read_dialogues, spread
 
 
 _ADVICE_CONTEXT = 128  # positions
+_PLOT = "ratios.png"  # beside the results
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ Config = TypeVar("Config", bound=BenchConfig)
 
 def run(args: argparse.Namespace) -> int:
     """Run `resps bench`, whose machine was found quiet before."""
-    return bench(read_options(args, BenchConfig), args.load, as_json="json" in args)
+    if "plot" in args:
+        check_extra("bench")
+    return bench(read_options(args, BenchConfig), args.load, as_json="json" in args, plots="plot" in args)
 
 
 def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
@@ -117,7 +122,7 @@ def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
     return config_type(**{field.name: options[field.name] for field in fields(config_type) if field.name in options})
 
 
-def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False) -> int:
+def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
     """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C."""
     start(config)
     models = BenchModels.load(config)
@@ -146,7 +151,12 @@ def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = Fal
         }
         results = facts | results_of(config, models, session, costs)
         file = write_results(config.output, results)
-    return report(results, file, as_json=as_json)
+    status = report(results, file, as_json=as_json)
+    figure = ratios(results) if plots and results["measurements"] else None
+    if figure is not None:
+        save_figure(figure, file.with_name(_PLOT))
+        print(f"Drawn in {file.with_name(_PLOT)}", file=sys.stderr if as_json else sys.stdout)
+    return status
 
 
 def start(config: BenchConfig) -> None:
