@@ -8,6 +8,7 @@ width of the features (layers that the head reads times the target's hidden size
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf
 from typing import NamedTuple
 
@@ -101,6 +102,21 @@ class Pricing(NamedTuple):
     least_nodes: int = 1
 
 
+# Of one row the tokens, parents (-1 is the root) and probabilities of nodes, of which the tokens may be fewer
+Branches = tuple[Sequence[int], Sequence[int], Sequence[float]]
+
+
+def _levels(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float]) -> list[list[int]]:
+    """The nodes of each level, every parent being before its children."""
+    levels, level_of = list[list[int]](), list[int]()
+    for node in range(len(tokens)):
+        level_of.append(1 + level_of[parents[node]] if parents[node] >= 0 else 0)
+        if level_of[node] == len(levels):
+            levels.append([])
+        levels[level_of[node]].append(node)
+    return levels
+
+
 @dataclass(frozen=True, slots=True)
 class CandidatePool:
     """The continuations of the root that a drafter proposes, every parent before its children.
@@ -110,25 +126,51 @@ class CandidatePool:
         parents: `[b, p]` index of the parent in the pool; -1 is the root.
         scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
         levels: `[p]`, 1 for children of the root.
+        proposers: of each row, flags of who proposed each node, where several searched: see `DraftTree`.
     """
 
     tokens: Tensor
     parents: Tensor
     scores: Tensor
     levels: Tensor
+    proposers: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def from_branches(
+        cls, rows: Sequence[Branches], proposers: Sequence[Sequence[int]] = ()
+    ) -> "CandidatePool":
+        """The nodes of each row, and who proposed each: on the host, in the order of their levels.
+
+        A row with fewer nodes on a level than another is filled up with nodes of no probability.
+        """
+        levels = [_levels(*row) for row in rows]
+        depth = max((len(own) for own in levels), default=0)
+        widths = [max(len(own[level]) if level < len(own) else 0 for own in levels) for level in range(depth)]
+        starts = list(accumulate(widths, initial=0))
+        tokens, parents, probs, flags = list[list[int]](), list[list[int]](), list[list[float]](), list[list[int]]()
+        for index, (own, (own_tokens, own_parents, own_probs)) in enumerate(zip(levels, rows, strict=True)):
+            said = proposers[index] if proposers else ()
+            places = {node: starts[level] + at for level, nodes in enumerate(own) for at, node in enumerate(nodes)}
+            tokens.append([0] * starts[-1])
+            parents.append([starts[level - 1] if level else -1 for level in range(depth) for _ in range(widths[level])])
+            probs.append([0.0] * starts[-1])
+            flags.append([0] * starts[-1])
+            for node, place in places.items():
+                tokens[-1][place], probs[-1][place] = own_tokens[node], own_probs[node]
+                parents[-1][place] = places[own_parents[node]] if own_parents[node] >= 0 else -1
+                if said:
+                    flags[-1][place] = said[node]
+        shape = len(rows), starts[-1]
+        node_tokens, above = (torch.tensor(part, dtype=torch.long).view(shape) for part in (tokens, parents))
+        level_of = torch.arange(1, depth + 1).repeat_interleave(torch.tensor(widths, dtype=torch.long))
+        scores = torch.tensor(probs, dtype=torch.float).view(shape).log()
+        return cls(node_tokens, above, scores, level_of, flags if proposers else ())
 
     @classmethod
     def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
-        """One chain of tokens of each row, and the probability of each path: on the host.
-
-        A row with a shorter chain than another ends with nodes of no probability.
-        """
-        length = max(map(len, chains))
-        tokens, filled = (
-            torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]) for rows in (chains, probs)
-        )
-        levels = torch.arange(1, length + 1)
-        return cls(tokens.long(), (levels - 2).expand(len(chains), -1), filled.float().log(), levels)
+        """One chain of tokens of each row, and the probability of each path."""
+        rows = zip(chains, probs, strict=True)
+        return cls.from_branches([(chain, range(-1, len(chain) - 1), own) for chain, own in rows])
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
@@ -174,13 +216,19 @@ class CandidatePool:
 
     def nodes_along(self, path: Tensor) -> Tensor:
         """Follow `path`, tokens `[b, m]`, from the root down: the nodes `[b, m]`, -1 after it has left the pool."""
-        node, nodes = torch.full_like(path[:, :1], -1), []
-        inside = torch.ones_like(node, dtype=torch.bool)
-        for tokens in path.split(1, dim=1):
-            hits = (self.tokens == tokens) & (self.parents == node) & inside
-            inside, node = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
-            nodes.append(torch.where(inside, node, -1))
-        return torch.cat(nodes, dim=1)
+        return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
+
+    def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Find the nodes of another tree, `[b, m]` with -1 for the root's children: the own ones, -1 for none."""
+        nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root last, as -1 finds it
+        is_there = torch.zeros_like(nodes, dtype=torch.bool)
+        is_there[:, -1] = True
+        for place, (token, parent) in enumerate(zip(tokens.split(1, dim=1), parents.split(1, dim=1), strict=True)):
+            parent = parent.to(nodes.device) % nodes.shape[1]
+            hits = (self.tokens == token) & (self.parents == nodes.gather(1, parent)) & is_there.gather(1, parent)
+            is_there[:, place] = hits.any(-1)
+            nodes[:, place] = torch.where(is_there[:, place], hits.int().argmax(-1), -1)
+        return nodes[:, :-1]
 
     def on_host(self) -> "CandidatePool":
         """The pool in the host's memory, in one read."""
@@ -217,7 +265,8 @@ class DraftTree:
         ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
         scores: `[b, n]` fp32 cumulative log probability, by the source that is surer; 0 for the root.
         level_count: levels below the root, at most: an upper bound that is known without reading a tensor.
-        proposers: of each row, flags of who proposed each node, `FIRST`, `SECOND` or both; empty where the first did.
+        proposers: of each row, flags of who proposed each node, `DRAFTED`, `LOOKED_UP`, `REMEMBERED` or several of
+            them; empty where it was the drafter.
         sizes: of each row, the nodes that count; the others, at its end, are never accepted. Empty where all count.
     """
 
@@ -324,7 +373,8 @@ class DraftTree:
         Rows that gain fewer nodes are filled up with nodes that do not count.
         """
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), strict=True)
-        more = zip(pool.tokens.tolist(), pool.parents.tolist(), pool.scores.tolist(), strict=True)
+        flags = pool.proposers or [[LOOKED_UP] * len(pool.levels)] * len(pool.tokens)
+        more = zip(pool.tokens.tolist(), pool.parents.tolist(), pool.scores.tolist(), flags, strict=True)
         rows = [
             _Nodes(*(part[:size] for part in mine)).with_nodes(*theirs)
             for (size, *mine), theirs in zip(own, more, strict=True)
@@ -403,7 +453,8 @@ def first_children(
     ]
 
 
-FIRST, SECOND = 1, 2  # flags of `DraftTree.proposers`
+# Flags of `DraftTree.proposers`: a head or another drafter, the text of the call, a memory of other texts
+DRAFTED, LOOKED_UP, REMEMBERED = 1, 2, 4
 
 
 class _Nodes:
@@ -411,25 +462,27 @@ class _Nodes:
 
     def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
         self.tokens, self.parents, self.scores = tokens, parents, scores
-        self.proposers = [FIRST] * len(tokens)
+        self.proposers = [DRAFTED] * len(tokens)
         nodes = range(len(tokens) - 1, 0, -1)  # the first child last
         self._places = {(parents[node], tokens[node]): node for node in nodes}
 
-    def with_nodes(self, tokens: list[int], parents: list[int], scores: list[float]) -> "_Nodes":
+    def with_nodes(
+        self, tokens: list[int], parents: list[int], scores: list[float], proposers: Sequence[int]
+    ) -> "_Nodes":
         """Add those of a pool that have a probability."""
         places: list[int] = []
-        for token, parent, score in zip(tokens, parents, scores, strict=True):
-            if score == -inf:
-                break
+        for token, parent, score, flags in zip(tokens, parents, scores, proposers, strict=True):
             above = 0 if parent < 0 else places[parent]
-            place = self._places.get((above, token), len(self.tokens))
+            place = 0 if score == -inf else self._places.get((above, token), len(self.tokens))
+            places.append(place)
+            if score == -inf:
+                continue
             if place == len(self.tokens):
-                self._append(token, above, score, SECOND)
+                self._append(token, above, score, flags)
                 self._places[above, token] = place
             else:
                 self.scores[place] = max(self.scores[place], score)
-                self.proposers[place] |= SECOND
-            places.append(place)
+                self.proposers[place] |= flags
         return self
 
     def fill_up(self, node_count: int) -> None:

@@ -12,7 +12,7 @@ from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.base import Observation, Policy
 from transformers_resps.policies.costs import CostModel
 from transformers_resps.replay import RankedText, depths_of, record_pools
-from transformers_resps.replay.ranked_text import path_ranks
+from transformers_resps.replay.ranked_text import node_ranks
 from transformers_resps.replay.recorded_text import PositionPools
 from transformers_resps.verifying.forward import FeatureTap
 
@@ -99,7 +99,7 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
         pools = PositionPools(bound, caught.concatenated()[:, :-1], text[None, 1:])
         (prefixes, pool), *_ = pools.draft(torch.arange(8, 44), 3, 3)
     upcoming = torch.stack([text[prefix + 1 : prefix + 4] for prefix in prefixes])
-    ranks = path_ranks(pool, upcoming)
+    ranks = node_ranks(pool, upcoming, torch.arange(-1, 2).expand(upcoming.shape))
     for total in range(1, 22):
         tree = DraftTree.from_pool(text[prefixes], pool, total)
         assert (ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1).tolist() == tree.drafted_match(upcoming.tolist())

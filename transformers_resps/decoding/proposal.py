@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..drafting.drafter import Committed, Drafter, DraftRequest
 from ..drafting.level_drafter import MAX_UNREAD
-from ..drafting.prompt_lookup import LookupDrafter, mean_accept_probs
+from ..drafting.prompt_lookup import LookupDrafter, mean_odds
 from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, wants_level
 from ..telemetry import Proposed
-from ..tree import FIRST, SECOND, CandidatePool, DraftTree, Pricing, TreeShape
+from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class Rows(Protocol):
@@ -39,7 +39,7 @@ class Proposal:
         shape: that the policy chose, cut to the room that was left.
         tree: the nodes to verify.
         pool: the drafter's candidates; `None` if it was not asked.
-        looked_up: nodes of the longest looked-up chain.
+        looked_up: nodes of the largest looked-up tree.
     """
 
     shape: TreeShape
@@ -58,8 +58,7 @@ class Proposal:
         flags = self.tree.proposers
         if not flags:
             return Proposed(drafter=len(accepted))
-        proposers = [flags[row][node] for row, node in accepted]
-        return Proposed(proposers.count(FIRST), proposers.count(SECOND), proposers.count(FIRST | SECOND))
+        return Proposed.of([flags[row][node] for row, node in accepted])
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":
@@ -157,9 +156,9 @@ class Proposer:
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
         tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:
-            chains = self._lookup.get_candidates(root[:, None], self._request(shape))
-            looked_up = chains.tokens.shape[1]
-            tree = tree.with_pool(chains) if looked_up else tree
+            found = self._lookup.get_candidates(root[:, None], self._request(shape))
+            looked_up = found.tokens.shape[1]
+            tree = tree.with_pool(found) if looked_up else tree
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
@@ -203,10 +202,10 @@ class Proposer:
         return None
 
     def _row_accept_probs(self) -> list[list[float]]:
-        return [match.prefix_accept_probs for match in self._lookup.matches]
+        return self._lookup.odds
 
     def _prefix_accept_probs(self) -> list[float]:
-        matches = self._lookup.matches
+        rows = self._lookup.odds
         if self._rows.in_lockstep:
-            return min((match.prefix_accept_probs for match in matches), key=lambda probs: probs[:1])
-        return mean_accept_probs(matches, self._rows.row_weights)
+            return min(rows, key=lambda odds: odds[:1])
+        return mean_odds(rows, self._rows.row_weights)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..tree import CandidatePool, TreeShape, followed
+from .continuations import TrackRecord, length_class
 from .drafter import Committed, Drafter, DraftRequest
-from .prompt_lookup import TrackRecord
 from .source import DraftCall, DraftSource
 
 
@@ -35,7 +35,7 @@ class ForeignSource(DraftSource):
 
     def __init__(self, generator: CandidateGenerator) -> None:
         self._generator, self._name = ref(generator), type(generator).__name__
-        self._record = TrackRecord([_FIRST_RATE] * 6)
+        self._record = TrackRecord([_FIRST_RATE] * (1 + length_class(_LONGEST_CHAIN)))
         self._lock = Lock()
 
     @property
@@ -100,9 +100,8 @@ class ForeignDrafter(Drafter):
         with _Named(self._generator, "drafted"):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
         self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
-        pool = CandidatePool.from_chains(
-            [self._chain], [list(accumulate(self._record.rates(1)[: len(self._chain)], mul))]
-        )
+        rates = [self._record.rate(length_class(place)) for place in range(1, len(self._chain) + 1)]
+        pool = CandidatePool.from_chains([self._chain], [list(accumulate(rates, mul))])
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
@@ -119,7 +118,7 @@ class ForeignDrafter(Drafter):
         right = list(map(eq, chain, gained))
         matches = sum(takewhile(bool, right))
         for place, is_right in enumerate(right[: matches + 1], start=1):
-            self._record.add(place, is_right)
+            self._record.add(length_class(place), is_right)
         nodes = followed(committed.tree.tokens[0].tolist(), committed.tree.parents[0].tolist(), chain, 0)
         with _Named(self._generator, "was told of its matches"):
             own = scores[:, [0, *nodes]].float()

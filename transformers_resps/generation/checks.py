@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
-from ..drafting.prompt_lookup import LONGEST_DRAFT
+from ..drafting.continuations import LONGEST_DRAFT
 from ..verifying.attention import is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, given_cache, window_of
 from ..verifying.forward import is_compiled

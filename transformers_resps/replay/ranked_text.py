@@ -8,7 +8,6 @@ Tensor shapes: t positions, d levels, F features.
 """
 
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,17 +15,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..drafting.continuations import LONGEST_DRAFT
 from ..drafting.prompt_lookup import Lookup
 from ..policies.action_grid import ActionGrid
 from ..policies.costs import CostModel
-from ..tree import CandidatePool, TreeShape
+from ..tree import CandidatePool, TreeShape, followed
 from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording
 
 
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
+_LOOKED_UP = 16  # nodes that are ranked; no shape of a grid has more
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
-_TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
+_TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
 _SIZES = ("context_length", "spare_room")
 
 
@@ -38,13 +39,13 @@ class RankedText:
     d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
     """
 
-    FORMAT: ClassVar[int] = 2  # of files
+    FORMAT: ClassVar[int] = 3  # of files
 
     features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
     ranks: Tensor
-    chain_ranks: Tensor  # likewise of the looked-up continuation's nodes
-    lookups: Tensor  # [t] looked-up tokens that the text follows
-    proposed: Tensor  # [t] looked-up tokens, that is nodes to verify, followed or not
+    looked_up_ranks: Tensor  # `[t, K, D, m]` likewise of the looked-up nodes, best first
+    lookups: Tensor  # [t, L] rank of the text's own node of each level among the looked-up ones
+    proposed: Tensor  # [t] looked-up nodes
     top_ks: tuple[int, ...]  # the K that were drafted
     context_length: int  # positions of the text before the first step
     spare_room: int  # how many more tokens the text could have had
@@ -56,12 +57,13 @@ class RankedText:
     def from_recording(cls, text: RecordedText) -> "RankedText":
         """Reduce a recording to what gives the outcome of every shape."""
         upcoming = text.upcoming(text.depth)
-        chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
-        ranks, chain_ranks = (
-            torch.stack([path_ranks(pool, path) for pool in text.pools.values()], dim=1) for path in (upcoming, chains)
+        nodes, lookups, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
+        path = upcoming, torch.arange(-1, text.depth - 1).expand(upcoming.shape)
+        ranks, looked_up_ranks = (
+            torch.stack([node_ranks(pool, *wanted) for pool in text.pools.values()], dim=1) for wanted in (path, nodes)
         )
         top_ks, start = tuple(text.pools), text.prompt_length + 1
-        return cls(text.features, ranks, chain_ranks, followed, proposed, top_ks, start, text.spare_room)
+        return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, start, text.spare_room)
 
     def emitted(self, shape: TreeShape) -> Tensor:
         """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
@@ -75,9 +77,9 @@ class RankedText:
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
                 "levels. Record it again with `record_pools(..., depths=depths_of(grid))`, for a grid that has it."
             )
-        accepted = self.lookups.clamp(max=shape.lookup)
+        accepted = (self.lookups < shape.lookup).sum(-1)
         if shape.asks_head:
-            accepted = torch.maximum(accepted, self._kept(self.ranks, shape))
+            accepted = torch.maximum(accepted, self._kept(self.ranks, shape).sum(-1))
         return (accepted + 1).minimum(self._left)
 
     @property
@@ -85,11 +87,10 @@ class RankedText:
         return len(self) - torch.arange(len(self))
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """`[t]` nodes of a path, from the root on, that the head's tree of `shape` holds."""
+        """`[t, m]` whether the head's tree of `shape` holds each of the nodes."""
         depth = (self._left - 1 + self.spare_room).clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
-        kept = (rows < shape.total_tokens - 1) & (torch.arange(1, rows.shape[-1] + 1) <= depth[:, None])
-        return kept.int().cumprod(-1).sum(-1)
+        return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
         """Tokens and seconds of every action of `grid` at every position; its shapes must have been recorded.
@@ -108,7 +109,7 @@ class RankedText:
         seconds = [[costs.step_seconds(one, int(context) * _CONTEXT_BUCKET) for one in shapes] for context in contexts]
         added = self.proposed.clamp(max=shape.lookup)
         if shape.asks_head:
-            added = (added - self._kept(self.chain_ranks, shape)).clamp(min=0)
+            added = added - self._kept(self.looked_up_ranks[..., : shape.lookup], shape).sum(-1)
         return torch.tensor(seconds, dtype=torch.float64)[bucket_of, added]
 
     def save(self, file: str | Path) -> None:
@@ -132,33 +133,37 @@ def depths_of(grid: ActionGrid) -> dict[int, int]:
     return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
-def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, as in `RankedText.ranks`.
+def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
+    """Ranks of nodes in pools cut to 1, 2, ... levels: `[r, D, m]`, as in `RankedText.ranks`.
 
-    `pool` has r roots and D levels; `upcoming` `[r, D]` are the path's tokens after each root, -1 where it has ended.
+    `pool` has r roots and D levels; `tokens` and `parents` `[r, m]` are those of nodes below each root, a token -1
+    being none.
     """
     scores, levels = pool.scores, pool.levels
-    roots, depth = upcoming.shape
-    order = torch.arange(len(levels))
-    ranks = torch.full((roots, depth, depth), _NEVER, dtype=torch.int32)
-    for level, node in enumerate(pool.nodes_along(upcoming).split(1, dim=1), start=1):
-        score = scores.gather(1, node.clamp(min=0))
+    order, depth = torch.arange(len(levels)), int(levels[-1])
+    ranks = torch.full((len(tokens), depth, tokens.shape[1]), _NEVER, dtype=torch.int32)
+    for place, node in enumerate(pool.nodes_of(tokens, parents).split(1, dim=1)):
+        score, level = scores.gather(1, node.clamp(min=0)), levels[node.clamp(min=0)[:, 0]]
         before = (scores > score) | ((scores == score) & (order < node))  # the stable sort of `DraftTree.from_pool`
-        for drafted in range(level, depth + 1):
-            rank = (before & (levels <= drafted)).sum(-1, keepdim=True)
-            ranks[:, drafted - 1, level - 1] = torch.where(node < 0, _NEVER, rank)[:, 0].int()
+        for drafted in range(1, depth + 1):
+            rank = (before & (levels <= drafted)).sum(-1)
+            is_held = (node[:, 0] >= 0) & (level <= drafted)
+            ranks[:, drafted - 1, place] = torch.where(is_held, rank, _NEVER).int()
     return ranks
 
 
-def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Looked-up tokens `[t, depth]`, -1 after their end; how many of all the text follows, and how many there are."""
+def _lookups(tokens: list[int], prompt_length: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """At each place the looked-up nodes, tokens and parents `[t, m]`, the best first, a token -1 being none; the ranks
+    of the text's own nodes among them `[t, L]`; and how many there are `[t]`.
+    """
     lookup = Lookup()
-    chains, followed, counts = [], [], []
+    nodes, above, ranks, counts = [], [], [], []
     for place in range(prompt_length, len(tokens) - 1):
         lookup.extend(tokens[lookup.length : place + 1])
-        proposed = lookup.match().tokens
-        chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
-        pairs = zip(proposed, tokens[place + 1 :], strict=False)
-        followed.append(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
-        counts.append(len(proposed))
-    return torch.tensor(chains), torch.tensor(followed), torch.tensor(counts)
+        found = lookup.found.grow(_LOOKED_UP)
+        counts.append(len(found.tokens))
+        nodes.append([*found.tokens, *[-1] * (_LOOKED_UP - counts[-1])])
+        above.append([*found.parents, *[-1] * (_LOOKED_UP - counts[-1])])
+        path = followed(found.tokens, found.parents, tokens[place + 1 :], -1)
+        ranks.append([*path, *[_NEVER] * (LONGEST_DRAFT - len(path))])
+    return (torch.tensor(nodes), torch.tensor(above)), torch.tensor(ranks), torch.tensor(counts)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
-from ..tree import Pricing, TreeShape
+from ..tree import DRAFTED, LOOKED_UP, REMEMBERED, Pricing, TreeShape
 from .display import decoder, detokenize_incrementally
 
 
@@ -75,8 +75,15 @@ class Proposed(NamedTuple):
     """Accepted nodes of all rows, by who proposed them."""
 
     drafter: int = 0  # the head, or another source of levels, alone
-    lookup: int = 0  # prompt lookup alone
-    both: int = 0
+    lookup: int = 0  # the text of the call alone
+    both: int = 0  # several of them
+    memory: int = 0  # a memory of other texts alone
+
+    @classmethod
+    def of(cls, flags: Sequence[int]) -> "Proposed":
+        """Count nodes by their `DraftTree.proposers`."""
+        drafter, lookup, memory = map(flags.count, (DRAFTED, LOOKED_UP, REMEMBERED))
+        return cls(drafter, lookup, len(flags) - drafter - lookup - memory, memory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from ..telemetry.display import Decode, decode_after, decoder, detokenize_increm
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import HALF_PRECISIONS, first_difference
-from ..tree import FIRST, SECOND, DraftTree, TreeShape
+from ..tree import DRAFTED, LOOKED_UP, DraftTree, TreeShape
 from .loading import load_policy, load_source, load_target
 from .results import machine
 
@@ -52,12 +52,12 @@ class RecordedStep:
     @property
     def lookup_nodes(self) -> list[int]:
         """Nodes that the lookup alone proposed."""
-        return self._proposed_by(SECOND)
+        return self._proposed_by(LOOKED_UP)
 
     @property
     def shared_nodes(self) -> list[int]:
         """Nodes that both sources proposed."""
-        return self._proposed_by(FIRST | SECOND)
+        return self._proposed_by(DRAFTED | LOOKED_UP)
 
     def _proposed_by(self, flags: int) -> list[int]:
         proposers = self.tree.proposers[0] if self.tree.proposers else ()

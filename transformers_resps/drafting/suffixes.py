@@ -1,0 +1,108 @@
+"""Where texts went on from the same words before: their positions, sorted by what stands before each.
+
+All that end like the present text stand in one run of that order, and a longer match is a narrower run inside it: a
+suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
+"""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+
+LONGEST_MATCH = 32  # tokens that are compared
+LARGEST_TOKEN = 2**31 - 1
+SEPARATOR = 2**32 - 1  # stands between two texts: no match reaches across it
+_BYTES = 4  # of a token
+_MOST_BYTES = LONGEST_MATCH * _BYTES
+_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # comes after all that begins alike
+_FEW = 64  # tokens that are sorted in one by one
+_INTEGER = np.dtype(array("I").typecode)
+
+
+class Suffixes:
+    """A growing text, or several with `SEPARATOR` between them: 12 bytes a token.
+
+    Threads may share one that no longer grows.
+
+    Attributes:
+        tokens: of all texts.
+    """
+
+    def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
+        self.tokens = array("I")
+        self._backwards = bytearray()  # the tokens, newest first and big-endian: bytes compare as contexts do
+        self._order = array("I")  # positions with a token before them and one after
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def context(self) -> bytes:
+        """The end of the text, its newest token first, as `longest` and `run` take it."""
+        return self._context(len(self.tokens))
+
+    def _context(self, position: int) -> bytes:
+        start = len(self._backwards) - _BYTES * position
+        return bytes(self._backwards[start : start + _MOST_BYTES])
+
+    def extend(self, tokens: "Sequence[int] | array[int]") -> None:
+        """Append to the text; what stood before each token is now known to be followed by it."""
+        first, count = len(self.tokens), len(tokens)
+        self.tokens.extend(tokens)
+        room = len(self._backwards) - _BYTES * first  # in front of the text
+        if room < _BYTES * count:
+            spare = max(_BYTES * count, len(self._backwards)) - room if first else _BYTES * count
+            self._backwards[:0] = bytes(spare)
+        end = len(self._backwards) - _BYTES * first
+        self._backwards[end - _BYTES * count : end] = np.array(tokens, ">u4")[::-1].tobytes()
+        if count > max(_FEW, first // 16):
+            self._order = array("I", _sorted(np.frombuffer(self.tokens, _INTEGER)).tobytes())
+            return
+        for position in range(max(first, 1), first + count):
+            place = bisect_right(self._order, self._context(position), key=self._context)
+            self._order.insert(place, position)
+
+    def longest(self, context: bytes) -> int:
+        """How many of the newest tokens of a context stood in these texts side by side, with one after them."""
+        order = self._order
+        place = bisect_left(order, context, key=self._context)
+        neighbours = order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
+        return max((_alike(context, self._context(position)) for position in neighbours), default=0)
+
+    def run(self, context: bytes, length: int, most: int) -> "array[int]":
+        """The positions after the `length` newest tokens of a context: at most so many, evenly over all."""
+        wanted = context[: _BYTES * length]
+        first = bisect_left(self._order, wanted, key=self._context)
+        last = bisect_left(self._order, wanted + _BEYOND, first, key=self._context)
+        return self._order[first : last : max(-(-(last - first) // most), 1)]
+
+
+def _alike(one: bytes, other: bytes) -> int:
+    """Tokens that two contexts begin with alike."""
+    shared = min(len(one), len(other))
+    differing = int.from_bytes(one[:shared]) ^ int.from_bytes(other[:shared])
+    return shared // _BYTES if not differing else (8 * shared - differing.bit_length()) // (8 * _BYTES)
+
+
+def _sorted(tokens: np.ndarray) -> np.ndarray:
+    """Positions but the first, by the tokens before them: as far as the newest one, two, four and so on, by ranks."""
+    count = len(tokens)
+    ranks = np.zeros(count, np.int64)
+    ranks[1:] = tokens[:-1]
+    ranks[1:] += 1  # nothing stands before the first
+    step, order = 1, np.arange(count)
+    while step <= LONGEST_MATCH:
+        before = np.zeros(count, np.int64)
+        if step > 1:
+            half = step // 2
+            before[half:] = ranks[:-half]
+        keys = ranks * (count + 2) + before if step > 1 else ranks
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        ranks[order] = np.concatenate([[0], np.cumsum(keys[1:] != keys[:-1])])
+        step *= 2
+    return order[1:].astype(_INTEGER)
