@@ -25,7 +25,7 @@ ROOMS = {
     "generation": "compat tree compilation assistants verifying heads telemetry policies drafting decoding",
     "calibration": "compat tree verifying heads policies drafting generation",
     "testing": "compat tree verifying heads telemetry policies drafting generation calibration",
-    "__init__": "tree assistants verifying heads telemetry policies generation calibration testing",
+    "__init__": "tree drafting assistants verifying heads telemetry policies generation calibration testing",
     "data": "hub drafting heads",
     "replay": "tree verifying heads telemetry policies drafting decoding",
     "trainers": "compat hub tree verifying heads assistants telemetry policies drafting generation calibration data "

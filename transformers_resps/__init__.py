@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .assistants import MtpHead
     from .calibration import calibrate
+    from .drafting.suffix_memory import SuffixMemory
     from .generation.attach import attach, detach
     from .generation.mixin import ReSpSGenerationMixin
     from .generation.output import SpeculativeOutput
@@ -46,6 +47,7 @@ __all__ = [
     "SpeculationReport",
     "SpeculativeOutput",
     "StepRecord",
+    "SuffixMemory",
     "ThroughputPolicy",
     "TreeShape",
     "assert_lossless",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "assistants": ("MtpHead",),
     "calibration": ("calibrate",),
+    "drafting.suffix_memory": ("SuffixMemory",),
     "generation.attach": ("attach", "detach"),
     "generation.mixin": ("ReSpSGenerationMixin",),
     "generation.output": ("SpeculativeOutput",),

@@ -136,30 +136,24 @@ class CandidatePool:
     proposers: Sequence[Sequence[int]] = ()
 
     @classmethod
-    def from_branches(
-        cls, rows: Sequence[Branches], proposers: Sequence[Sequence[int]] = ()
-    ) -> "CandidatePool":
+    def from_branches(cls, rows: Sequence[Branches], proposers: Sequence[Sequence[int]] = ()) -> "CandidatePool":
         """The nodes of each row, and who proposed each: on the host, in the order of their levels.
 
         A row with fewer nodes on a level than another is filled up with nodes of no probability.
         """
         levels = [_levels(*row) for row in rows]
-        depth = max((len(own) for own in levels), default=0)
-        widths = [max(len(own[level]) if level < len(own) else 0 for own in levels) for level in range(depth)]
+        depth = max(map(len, levels), default=0)
+        widths = [max(len(own[level]) for own in levels if level < len(own)) for level in range(depth)]
         starts = list(accumulate(widths, initial=0))
-        tokens, parents, probs, flags = list[list[int]](), list[list[int]](), list[list[float]](), list[list[int]]()
-        for index, (own, (own_tokens, own_parents, own_probs)) in enumerate(zip(levels, rows, strict=True)):
-            said = proposers[index] if proposers else ()
+        below = [-1 if level == 0 else starts[level - 1] for level, width in enumerate(widths) for _ in range(width)]
+        tokens, flags, probs = ([[filler] * starts[-1] for _ in rows] for filler in (0, 0, 0.0))
+        parents = [below.copy() for _ in rows]
+        for row, (own, (own_tokens, own_parents, own_probs)) in enumerate(zip(levels, rows, strict=True)):
             places = {node: starts[level] + at for level, nodes in enumerate(own) for at, node in enumerate(nodes)}
-            tokens.append([0] * starts[-1])
-            parents.append([starts[level - 1] if level else -1 for level in range(depth) for _ in range(widths[level])])
-            probs.append([0.0] * starts[-1])
-            flags.append([0] * starts[-1])
             for node, place in places.items():
-                tokens[-1][place], probs[-1][place] = own_tokens[node], own_probs[node]
-                parents[-1][place] = places[own_parents[node]] if own_parents[node] >= 0 else -1
-                if said:
-                    flags[-1][place] = said[node]
+                tokens[row][place], probs[row][place] = own_tokens[node], own_probs[node]
+                parents[row][place] = -1 if own_parents[node] < 0 else places[own_parents[node]]
+                flags[row][place] = proposers[row][node] if proposers else 0
         shape = len(rows), starts[-1]
         node_tokens, above = (torch.tensor(part, dtype=torch.long).view(shape) for part in (tokens, parents))
         level_of = torch.arange(1, depth + 1).repeat_interleave(torch.tensor(widths, dtype=torch.long))

@@ -14,7 +14,7 @@ from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.decoding.text import Batch
-from transformers_resps.drafting.prompt_lookup import Match, mean_accept_probs
+from transformers_resps.drafting.prompt_lookup import mean_odds
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -119,12 +119,12 @@ def test_rows_in_lockstep_weigh_the_same(endless: PreTrainedModel) -> None:
 
 def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
     """By hand: two rows, of which the second knows two tokens and lags behind, or runs ahead."""
-    matches = [Match(1, [5], [0.4]), Match(2, [6, 7], [0.8, 0.6])]
+    odds = [[0.4], [0.8, 0.6]]
     for lengths, expected in (((9, 9), [0.6, 0.3]), ((13, 9), [0.692, 0.439]), ((9, 13), [0.508, 0.161])):
         batch = SimpleNamespace(in_lockstep=False, shortest=min(lengths))
         batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
         row_weights = Batch.row_weights.fget(batch)  # type: ignore[attr-defined]  # of a property
-        assert mean_accept_probs(matches, row_weights) == pytest.approx(expected, abs=0.001)
+        assert mean_odds(odds, row_weights) == pytest.approx(expected, abs=0.001)
 
 
 @pytest.mark.parametrize("seed", range(4))

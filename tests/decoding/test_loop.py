@@ -15,7 +15,7 @@ from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, Tree
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.drafting.prompt_lookup import SuffixIndex
+from transformers_resps.drafting.suffixes import Suffixes
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.growing import TreeVerifier
 
@@ -105,13 +105,13 @@ def test_a_head_that_a_policy_does_not_want_reads_nothing_and_the_policy_is_told
 def test_the_prompt_is_indexed_before_the_first_step_where_a_policy_looks_up(
     lookup: int, indexed: float, target: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, extend = FakeClock(), SuffixIndex.extend
+    clock, extend = FakeClock(), Suffixes.extend
 
-    def slow_extend(self: SuffixIndex, tokens: list[int]) -> None:
+    def slow_extend(self: Suffixes, tokens: list[int]) -> None:
         clock.advance(float(len(tokens)))
         extend(self, tokens)
 
-    monkeypatch.setattr(SuffixIndex, "extend", slow_extend)
+    monkeypatch.setattr(Suffixes, "extend", slow_extend)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     options = {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup)), "return_dict_in_generate": True}
     if not lookup:

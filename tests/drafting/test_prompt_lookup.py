@@ -8,51 +8,39 @@ from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.drafting import Committed, DraftRequest
 from transformers_resps.drafting.prompt_lookup import (
-    LONGEST_KEY,
-    LONGEST_MATCH,
-    NO_MATCH,
     Lookup,
     LookupDrafter,
-    SuffixIndex,
 )
-from transformers_resps.tree import FIRST, SECOND, CandidatePool, DraftTree
+from transformers_resps.tree import DRAFTED, LOOKED_UP, CandidatePool, DraftTree
 
 
 NEWEST = torch.empty(0)  # levels are drafted from what was observed
 
 
-def scan(tokens: list[int]) -> tuple[int, int]:
-    """The longest n-gram of up to `LONGEST_KEY` at the end that occurred before, where it last did."""
-    for size in range(LONGEST_KEY, 0, -1):
-        for place in range(len(tokens) - 1, size - 1, -1):
-            if len(tokens) > size and tokens[place - size : place] == tokens[-size:]:
-                length = size
-                while length < min(place, LONGEST_MATCH) and tokens[place - length - 1] == tokens[-length - 1]:
-                    length += 1
-                return length, place
-    return 0, 0
+def likeliest(lookup: Lookup, most: int = 16) -> list[int]:
+    """The tokens of the path of best children, as far as a tree of `most` nodes has it."""
+    found, tokens, node = lookup.found.grow(most), list[int](), -1
+    while node in found.parents[:most]:
+        node = found.parents.index(node)
+        tokens.append(found.tokens[node])
+    return tokens
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_index_finds_what_a_scan_finds(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 4, (80,), generator=generator).tolist()
-    index = SuffixIndex()
-    for end, token in enumerate(tokens, start=1):
-        index.extend([token])
-        assert index.find() == scan(tokens[:end])
+def first_tokens(drafter: LookupDrafter, count: int = 1) -> list[list[int]]:
+    drafter.read()
+    return [likeliest(lookup)[:count] for lookup in drafter._lookups]
 
 
 def test_a_match_that_runs_into_the_end_repeats_itself() -> None:
     lookup = Lookup()
     lookup.extend([1, 2, 3, 1, 2, 3, 1])
-    assert lookup.match(7).tokens == [2, 3, 1, 2, 3, 1, 2]
+    assert likeliest(lookup)[:7] == [2, 3, 1, 2, 3, 1, 2]
 
 
 def test_a_text_that_repeats_nothing_has_no_match() -> None:
     lookup = Lookup()
     lookup.extend([1, 2, 3])
-    assert lookup.match() is NO_MATCH
+    assert lookup.odds == likeliest(lookup) == []
 
 
 def test_hope_follows_the_record() -> None:
@@ -69,16 +57,26 @@ def test_hope_follows_the_record() -> None:
 
 def _hope(lookup: Lookup) -> float:
     lookup.extend([1])
-    return lookup.match().prefix_accept_probs[0]
+    return lookup.odds[0]
 
 
-def test_survival_falls_along_the_draft() -> None:
+def test_odds_fall_and_a_parent_comes_before_its_children() -> None:
     lookup = Lookup()
-    lookup.extend([1, 2, 3, 4, 5, 1, 2])
-    prefix_accept_probs = lookup.match(6).prefix_accept_probs
-    assert all(
-        0 < later < earlier <= 1 for earlier, later in zip(prefix_accept_probs, prefix_accept_probs[1:], strict=False)
-    )
+    lookup.extend([1, 2, 3, 4, 1, 2, 3, 5, 6, 1, 2, 7, 1, 2])
+    found = lookup.found.grow(16)
+    assert 0 < len(found.tokens) <= 16
+    assert all(0 < later <= earlier <= 1 for earlier, later in zip(found.odds, found.odds[1:], strict=False))
+    assert all(parent < node for node, parent in enumerate(found.parents))
+    assert {(3, -1), (7, -1)} < set(zip(found.tokens, found.parents, strict=True)), "both that followed"
+
+
+def test_a_tree_grows_by_its_next_best_nodes() -> None:
+    whole, lookup = Lookup(), Lookup()
+    for one in (whole, lookup):
+        one.extend([1, 2, 3, 4, 1, 2, 3, 5, 6, 1, 2, 7, 1, 2])
+    tokens = list(whole.found.grow(12).tokens)
+    for most in range(1, 13):
+        assert lookup.found.grow(most).tokens[:most] == tokens[:most]
 
 
 def read(drafter: LookupDrafter, *rows: list[int]) -> None:
@@ -91,36 +89,36 @@ def test_rows_start_after_their_padding() -> None:
     drafter = LookupDrafter([0, 2])
     drafter.observe(Committed(torch.tensor([[7, 8, 7], [0, 0, 9]])))
     read(drafter, [8], [9, 9])
-    assert [match.tokens[:1] for match in drafter.matches] == [[7], [9]]
+    assert first_tokens(drafter) == [[7], [9]]
 
 
 def test_a_text_goes_on_as_its_source_does() -> None:
     drafter = LookupDrafter([0, 1, 0], origins=[[4, 5, 6, 2], [7, 8], []])
     drafter.observe(Committed(torch.tensor([[0, 4, 5], [0, 9, 8], [1, 3, 1]])))
-    assert [match.tokens[:2] for match in drafter.matches] == [[6, 2], [9, 8], [3, 1]]
+    assert first_tokens(drafter, 2) == [[6, 2], [9, 8], [3, 1]]
     drafter.keep_rows([2, 0])
     read(drafter, [3], [6])
-    assert [match.tokens[:2] for match in drafter.matches] == [[1, 3], [2, 0]]
+    assert first_tokens(drafter, 2) == [[1, 3], [2, 0]]
 
 
 def test_rows_may_be_dropped_before_their_prompt_was_read() -> None:
     drafter = LookupDrafter([0, 2, 1])
     drafter.observe(Committed(torch.tensor([[7, 8, 7], [0, 0, 9], [0, 5, 5]])))
     drafter.keep_rows([2])
-    assert [match.tokens[:1] for match in drafter.matches] == [[5]]
+    assert first_tokens(drafter) == [[5]]
 
 
 def test_nothing_follows_a_token_that_is_never_drafted() -> None:
     drafter = LookupDrafter([0, 0], never_drafted=frozenset([0]))
     drafter.observe(Committed(torch.tensor([[5, 0, 6, 5], [0, 6, 3, 0]])))
-    assert [match.tokens for match in drafter.matches] == [[], []]
+    assert first_tokens(drafter) == [[], []]
 
 
 def test_neither_source_nor_prompt_is_evidence() -> None:
     drafter, whole = LookupDrafter([0], origins=[[5, 6] * 20]), Lookup()
     drafter.observe(Committed(torch.tensor([[5, 6, 5]])))
     whole.extend([5, 6] * 21 + [5])
-    assert drafter.matches == [whole.match()]
+    assert drafter.odds == [whole.odds]
 
 
 def test_a_pool_holds_a_chain_of_each_row_with_the_probabilities_of_its_paths() -> None:
@@ -128,7 +126,7 @@ def test_a_pool_holds_a_chain_of_each_row_with_the_probabilities_of_its_paths() 
     drafter.observe(Committed(torch.tensor([[1, 2, 1], [5, 6, 7]])))
     pool = drafter.draft(NEWEST, DraftRequest(shape))
     assert pool.tokens[0].tolist() == [2, 1, 2] and pool.parents.tolist() == [[-1, 0, 1]] * 2
-    assert pool.scores[0].exp().tolist() == pytest.approx(drafter.matches[0].prefix_accept_probs[:3])
+    assert pool.scores[0].exp().tolist() == pytest.approx(drafter.odds[0][:3])
     assert pool.scores[1].tolist() == [-torch.inf] * 3, "the other row repeats nothing"
 
 
@@ -138,7 +136,7 @@ def test_a_chain_shares_the_nodes_the_tree_has() -> None:
     assert merged.tokens.tolist() == [[5, 1, 2, 3, 9, 9]]
     assert merged.parents.tolist() == [[0, 0, 0, 1, 3, 4]]
     assert merged.depths.tolist() == [[0, 1, 1, 2, 3, 4]]
-    assert merged.proposers == [[FIRST, FIRST | SECOND, FIRST, FIRST | SECOND, SECOND, SECOND]]
+    assert merged.proposers == [[DRAFTED, DRAFTED | LOOKED_UP, DRAFTED, DRAFTED | LOOKED_UP, LOOKED_UP, LOOKED_UP]]
 
 
 def test_rows_with_shorter_chains_are_filled_up_without_effect() -> None:

@@ -58,7 +58,9 @@ def test_files_that_are_no_recordings_are_refused(
         save_file({"weight": torch.ones(2)}, file, metadata)
     elif damage == "older":
         save_file(
-            {name: held for name, held in tensors.items() if name not in ("looked_up_ranks", "scores.2")}, file, metadata
+            {name: held for name, held in tensors.items() if name not in ("looked_up_ranks", "scores.2")},
+            file,
+            metadata,
         )
     else:
         file.unlink()

@@ -9,7 +9,7 @@ from transformers_resps import DraftTree, SpeculationReport, StepRecord, TreeSha
 from transformers_resps.telemetry import RowCounts
 from transformers_resps.testing import Divergence
 from transformers_resps.tools.inspect import Examination, RecordedStep
-from transformers_resps.tree import FIRST, SECOND
+from transformers_resps.tree import DRAFTED, LOOKED_UP
 
 
 PREFILL = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 0.5, 0.5)
@@ -33,7 +33,7 @@ def merged_step() -> RecordedStep:
     parents = torch.tensor([[0, 0, 0, 1, 3]])
     scores = torch.tensor([[0.0, log(0.9), log(0.25), log(0.6), log(0.3)]])
     tree = DraftTree.from_parents(tokens, parents, scores)
-    step.tree = replace(tree, proposers=[[FIRST, FIRST | SECOND, FIRST, FIRST | SECOND, SECOND]])
+    step.tree = replace(tree, proposers=[[DRAFTED, DRAFTED | LOOKED_UP, DRAFTED, DRAFTED | LOOKED_UP, LOOKED_UP]])
     step.path = [0, 1, 3]
     step.record = StepRecord(TreeShape(4, 2, 2, 3), 9, 5, RowCounts([2]), RowCounts([3]), 0.010, 0.030, 0.045)
     return step

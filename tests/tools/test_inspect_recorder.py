@@ -7,12 +7,17 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, ThroughputPolicy, TreeShape, attach
-from transformers_resps.tools.inspect import Examination, Recorder, examine
+from transformers_resps.tools.inspect import Examination, RecordedStep, Recorder, examine
 
 from .examples import merged_step
 
 
 SHAPE = TreeShape(6, 3, 2, 4)
+
+
+def found_at(step: RecordedStep, source: str) -> list[int]:
+    """The nodes that a source proposed."""
+    return [node for node, own in enumerate(step.sources) if own == source]
 
 
 def examined(target: PreTrainedModel, head: DraftHead | None, policy: Policy, prompt: dict[str, Any]) -> Examination:
@@ -43,15 +48,15 @@ def test_the_accepted_path_of_every_tree_is_the_text(found: Examination) -> None
 
 def test_nodes_of_the_head_have_its_scores_and_the_looked_up_ones_come_last(found: Examination) -> None:
     for step in found.steps:
-        last = step.tree.node_count - len(step.lookup_nodes)
-        assert step.lookup_nodes == list(range(last, step.tree.node_count))
+        last = step.tree.node_count - len(found_at(step, "lookup"))
+        assert found_at(step, "lookup") == list(range(last, step.tree.node_count))
         assert bool((step.tree.scores[0, 1:] < 0).all())
         assert last == 6 or step.record.shape.depth < 3
         proposed = step.record.proposed
-        assert proposed.lookup == len(set(step.path) & set(step.lookup_nodes))
-        assert proposed.both == len(set(step.path) & set(step.shared_nodes))
+        assert proposed.lookup == len(set(step.path) & set(found_at(step, "lookup")))
+        assert proposed.both == len(set(step.path) & set(found_at(step, "both")))
         assert sum(proposed) == int(step.record.accepted)
-    assert any(step.lookup_nodes for step in found.steps)
+    assert any(found_at(step, "lookup") for step in found.steps)
 
 
 def test_levels_are_those_that_were_drafted(
@@ -67,14 +72,14 @@ def test_levels_are_those_that_were_drafted(
     whole = [step for step in found.steps if step.record.shape == SHAPE]
     assert whole and all(step.levels == 2 for step in whole)
     for step in whole:
-        by_the_head = step.tree.node_count - len(step.lookup_nodes)
+        by_the_head = step.tree.node_count - len(found_at(step, "lookup"))
         assert int(step.tree.depths[0, :by_the_head].max()) <= 2
 
 
 def test_a_chain_through_nodes_of_the_head_is_both_sources() -> None:
     step = merged_step()
-    assert step.lookup_nodes == [4]
-    assert step.shared_nodes == [1, 3]
+    assert found_at(step, "lookup") == [4]
+    assert found_at(step, "both") == [1, 3]
 
 
 def test_the_policy_decides_as_if_nobody_looked(
@@ -114,7 +119,7 @@ def test_lookup_alone_needs_no_head(tiny_target: PreTrainedModel, prompt: dict[s
     assert Recorder(FixedPolicy(SHAPE)).needs_head
     found = examined(tiny_target, None, policy, prompt)
     assert found.parts_at is None
-    assert all(len(step.lookup_nodes) == step.tree.node_count - 1 and step.levels == 0 for step in found.steps)
+    assert all(len(found_at(step, "lookup")) == step.tree.node_count - 1 and step.levels == 0 for step in found.steps)
 
 
 def test_a_sampled_examination_equals_plain_sampling_and_leaves_the_generator_alone(

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from benchmarking.provenance import config_sha256, weights_sha256
+from transformers_resps import SuffixMemory
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
 from transformers_resps.hub.upload import CARD, METRICS, RECIPE, RESULTS
@@ -71,6 +72,9 @@ def _file_faults(folder: Path, file: Path, names: tuple[str, ...]) -> Iterator[s
     if name.startswith(f"{CUSTOM_GENERATE}/"):
         if not is_ours(folder, file, names):
             yield f"{name} is code that this release did not write. Delete it: publishing writes it again."
+        return
+    if SuffixMemory.is_saved_in(file):
+        yield f"{name} is a memory, which holds users' texts. Move it away."
         return
     if "/" in name or file.suffix not in KINDS:
         yield (

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformers_resps.drafting.prompt_lookup import LONGEST_MATCH, Lookup
+from transformers_resps.drafting.prompt_lookup import Lookup
+from transformers_resps.drafting.suffixes import LONGEST_MATCH, Suffixes
 from transformers_resps.replay.recorded_text import RecordedText
 from transformers_resps.tree import CandidatePool
 
@@ -121,16 +122,20 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
 
 def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
     """Look up tokens `[t, c]` (-2 for none), their acceptance probabilities `[t, c]`, lengths of the matches `[t]`."""
-    tokens, lookup = text.input_ids.tolist(), Lookup()
+    tokens, lookup, seen = text.input_ids.tolist(), Lookup(), Suffixes()
     chains, accept_probs, lengths = [], [], []
     for root in range(text.prompt_length, text.prompt_length + len(text)):
         lookup.extend(tokens[lookup.length : root + 1])
-        match = lookup.match()
-        tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.prefix_accept_probs[:CHAIN]]
-        chains.append([*tokens_ahead, *[-2] * (CHAIN - len(tokens_ahead))])
+        seen.extend(tokens[len(seen) : root + 1])
+        found, path, node = lookup.found.grow(CHAIN), list[int](), -1
+        while node in found.parents:
+            node = found.parents.index(node)  # the likeliest child
+            path.append(node)
+        alive = [1.0, *(found.odds[node] for node in path)]
+        chains.append([*(found.tokens[node] for node in path), *[-2] * (CHAIN - len(path))])
         accept_prob = [after / before for before, after in zip(alive, alive[1:], strict=False)]
         accept_probs.append([*accept_prob, *[0.0] * (CHAIN - len(accept_prob))])
-        lengths.append(float(match.length))
+        lengths.append(float(seen.longest(seen.context)))
     return torch.tensor(chains), torch.tensor(accept_probs), torch.tensor(lengths)
 
 

@@ -202,10 +202,8 @@ def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
     length = max((part.longest(context) for part in corpus.parts), default=0)
     found = list[_Occurrences]()
     known = 0
-    while length and len(found) < _MATCHES:
-        places = [
-            (part, position) for part in corpus.parts for position in part.run(context, length, _MOST_PLACES)
-        ]
+    while length and len(found) < _MATCHES and known < _MOST_PLACES:
+        places = [(part, position) for part in corpus.parts for position in part.run(context, length, _MOST_PLACES)]
         places = places[:: -(-len(places) // _MOST_PLACES)]
         if len(places) > known:
             found.append(_Occurrences(corpus, length, 0, places))

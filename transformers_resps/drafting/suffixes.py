@@ -7,7 +7,6 @@ suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -65,6 +64,20 @@ class Suffixes:
         for position in range(max(first, 1), first + count):
             place = bisect_right(self._order, self._context(position), key=self._context)
             self._order.insert(place, position)
+
+    def without_first(self, count: int) -> "Suffixes":
+        """The texts that begin after the first `count` tokens, without sorting them anew.
+
+        The separator before them stays: what stood before it decides the order of no match.
+        """
+        tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self._order))
+        first = max(count - 1, 0)
+        cut = first + int(np.argmax(tokens[first:] == SEPARATOR))
+        kept = Suffixes()
+        kept.tokens = self.tokens[cut:]
+        kept._backwards = self._backwards[: len(self._backwards) - _BYTES * cut]
+        kept._order = array("I", (order[order > cut] - _INTEGER.type(cut)).tobytes())
+        return kept
 
     def longest(self, context: bytes) -> int:
         """How many of the newest tokens of a context stood in these texts side by side, with one after them."""

@@ -16,6 +16,7 @@ from ..drafting import DraftCall, Drafter
 from ..drafting.mixed_drafter import together
 from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
 from ..drafting.source import LevelSource
+from ..drafting.suffix_memory import SuffixMemory
 from ..policies.base import Policy
 from ..telemetry import SpeculationReport
 from ..verifying.cache import stop_recording
@@ -24,6 +25,7 @@ from ..verifying.growing import TreeVerifier
 from ..verifying.invariant.verifier import InvariantVerifier
 from ..verifying.lending import evaluation_mode
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
+from ..verifying.rows import leading_pads
 from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
 from ..verifying.verifier import Verifier
 from .plan import Plan, Prepared, Reading, Verifying
@@ -64,6 +66,8 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
     report.reason, report.answers = policy.explain(report.steps), batch.answers(prepared.input_ids.shape[1])
     if plan.lacks_code or (not plan.waits and (state.slot_engine.lacks_code or state.draft_engines.lack_code)):
         _compile_beside(plan, state)
+    if plan.request.memories:
+        _remember(plan.request.memories[0], prepared, report)
     if cache is None and prepared.returns_dict:
         cache = _returned_cache(prepared, decoding.ended, batch.input_ids)
     return batch, report, cache
@@ -124,7 +128,16 @@ def _drafters(
         engines=(state.draft_engines if plan.waits else state.draft_engines.readily) if verifier.is_compiled else None,
         ends=stack,
     )
-    return together([source.drafter(call) for source in sources]), PromptLookup().drafter(call)
+    return together([source.drafter(call) for source in sources]), PromptLookup(plan.request.memories).drafter(call)
+
+
+def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationReport) -> None:
+    """Let a memory have what the call wrote, now that it ended well."""
+    counts = [sum(emitted) for emitted in zip(*(step.emitted for step in report.steps), strict=True)]
+    answers = [answer[:count] for answer, count in zip(report.answers, counts, strict=True)]
+    prompts, mask = prepared.input_ids, prepared.attention_mask
+    pads = [0] * len(prompts) if mask is None else leading_pads(mask[:, mask.shape[1] - prompts.shape[1] :])
+    memory.remember([row[start:] for row, start in zip(prompts.tolist(), pads, strict=True)], answers)
 
 
 def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:

@@ -25,6 +25,7 @@ from ..compilation.beside import CompilerProcess
 from ..drafting import DraftSource
 from ..drafting.engine import DraftEngines
 from ..drafting.foreign import ForeignSource
+from ..drafting.suffix_memory import SuffixMemory
 from ..heads import DraftHead, pair_identity
 from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
@@ -379,6 +380,7 @@ class Request:
     Attributes:
         policy: decides; the name of one until the request is `admitted`, and "plain" where stock decodes.
         sources: what drafts; empty to draft by lookup alone.
+        memories: are looked up beside the text, the nearest first.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
         invariant: whether the text is to be the same in any dtype, whatever drafts.
@@ -389,6 +391,7 @@ class Request:
 
     policy: Policy | str = PLAIN
     sources: tuple[DraftSource, ...] = ()
+    memories: tuple[SuffixMemory, ...] = ()
     lockstep: bool | None = None
     compile: CompileChoice | None = None
     invariant: bool = False
@@ -426,7 +429,7 @@ class Request:
                 state.invariant_calls.admit(target, state.slot_engine, setting, *given)
             for module in modules:
                 check_draws(module)
-            for source in self.sources:
+            for source in (*self.sources, *self.memories):
                 source.prepare(target)
             policy = self._lent_policy(target, state, call.rows, stack)
             if not target.config.is_encoder_decoder:  # whose source is not encoded yet
@@ -448,6 +451,11 @@ class Request:
             raise ValueError(
                 f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
                 "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
+            )
+        if self.memories and not policy.uses_lookup:
+            raise ValueError(
+                f"policy={policy!r} asks for no looked-up nodes, and the call has a memory. Pass a shape with "
+                "`lookup=8`, `policy='auto'`, or no policy."
             )
         if policy.has_identity:
             policy.check_identity(**pair_identity(target, first))
@@ -473,9 +481,13 @@ def resolve(
     if said.asks_trees and not said.assistants and call.asks_mtp(own):
         said, told = replace(said, assistant_model=MTP), {USE_MTP: False}
     said = said.loaded(partial(load, as_source=said.asks_trees))
-    sources, policy = tuple(said.sources), said.policy
-    if policy is None and sources:
-        policy = FixedPolicy(sources[0].default_shape)
+    memories = tuple(source for source in said.sources if isinstance(source, SuffixMemory))
+    sources = tuple(source for source in said.sources if not isinstance(source, SuffixMemory))
+    policy = said.policy
+    if policy is None and said.sources:
+        shape = (*sources, *memories)[0].default_shape
+        looked_up = max((shape.lookup, *(memory.default_shape.lookup for memory in memories)))
+        policy = FixedPolicy(replace(shape, lookup=looked_up))
     elif policy is None and said.invariant and said.assistant_model is None:
         policy = FixedPolicy(TreeShape.plain())
     eval_mode = attached.eval_mode and not (are_suspended or said.is_plain)
@@ -484,7 +496,9 @@ def resolve(
         told = {} if said.assistant_model is None else {"assistant_model": said.assistant_model}
         return Request(eval_mode=eval_mode, is_plain_throughout=said.is_plain, told=told)
     name = os.fspath(policy) if isinstance(policy, str | os.PathLike) else policy
-    return Request(name, sources, said.lockstep, said.compile, bool(said.invariant), eval_mode=eval_mode, told=told)
+    return Request(
+        name, sources, memories, said.lockstep, said.compile, bool(said.invariant), eval_mode=eval_mode, told=told
+    )
 
 
 def _check_stock(keywords: Keywords) -> None:

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, zip_longest
-from operator import mul
+from math import inf
+from operator import itemgetter, mul
 from typing import Any, Self
 
 from torch import Tensor, cat, tensor
@@ -156,23 +157,44 @@ class ThroughputPolicy(SavedPolicy):
         else:
             rows = [row[:most] for row in observation.row_accept_probs()]
         likely = sorted(((prob, row) for row, own in enumerate(rows) for prob in own), reverse=True)
-        count, gain = self._best_prefix([step.factors[row] * prob for prob, row in likely])
+        worth = [step.factors[row] * prob for prob, row in likely]
+        count, gain = self._best_prefix(worth)
+        step.looked_up_gain = gain
         gain -= step.rate * self.costs.lookup_seconds
         self._memory.note_look(max(gain, 0.0))
         if gain <= 0.0:
             return 0
+        if step.is_ragged or observation.row_count == 1:
+            step.looked_up = [(one, prob) for one, (prob, _) in zip(worth[:count], likely, strict=False)]
         self.least_lookup_prob = likely[count - 1][0] if step.is_ragged else 0.0
         chains = [[prob for prob in own if prob >= self.least_lookup_prob] for own in rows]
         chains = chains if step.is_ragged else [rows[0][:count]]
         step.skip_looked_up(sum(map(len, chains)) * step.price, [sum(own[:1]) for own in chains])
         return max(map(len, chains))
 
-    def _best_prefix(self, worth: Sequence[float]) -> tuple[int, float]:
-        """How many nodes of these expected tokens to verify beside the looked-up ones, and what they gain."""
+    def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
+        """How many nodes of these expected tokens to verify beside the looked-up ones, or beside the root alone, and
+        what they gain.
+        """
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
-        seconds = self.costs.verify_curve(most)[step.lookup : most : step.price]
+        seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
         return best_prefix(seconds, worth, step.rate)
+
+    def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
+        """How many nodes of these expected tokens to verify, what they gain beside the looked-up ones, and how many of
+        those keep their places, for which both compete.
+        """
+        step = self._step
+        if not step.looked_up:
+            return *self._best_prefix(worth), 0
+        # by worth, without changing the order of either: a parent comes before its children
+        falling = list(accumulate(worth, min)), [one for one, _ in step.looked_up]
+        order = sorted([(-one, drafted) for drafted, ones in enumerate(falling) for one in ones], key=itemgetter(0))
+        left = iter(worth), iter(falling[1])
+        count, gain = self._best_prefix([next(left[which]) for _, which in order], from_root=True)
+        kept = sum(which for _, which in order[:count])
+        return count - kept, gain - step.looked_up_gain, kept
 
     def _planned_depth(self) -> int:
         """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
@@ -197,13 +219,15 @@ class ThroughputPolicy(SavedPolicy):
         step, level_of = self._step, levels.tolist()
         bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
         ranked, step.level_probs = self._rank(scores, bounds)
-        count, gain = self._best_prefix([worth for worth, _ in ranked])
+        count, gain, kept = self._best_of_both([worth for worth, _ in ranked])
+        if step.looked_up:
+            self.least_lookup_prob = step.looked_up[kept - 1][1] if kept else inf
         step.expected = sum(worth for worth, _ in ranked[:count])
         price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
         self._memory.note_draft(gain, price, step.lookup_hit)
         if step.narrower and (inner := narrowed(scores, bounds, step.width, step.narrower)) is not None:
             ranked_inside, _ = self._rank(*inner)
-            step.wider_gain = gain - self._best_prefix([worth for worth, _ in ranked_inside])[1]
+            step.wider_gain = gain - self._best_of_both([worth for worth, _ in ranked_inside])[1]
         if not step.is_ragged:
             return count + 1
         chosen = Counter(row for _, row in ranked[:count])
@@ -302,6 +326,8 @@ class _Step:
     rate: float = 0.0  # tokens that a second is worth (lambda)
     has_looked: bool = False  # for nodes to look up
     lookup: int = 0  # nodes that come from the lookup, as they are priced
+    looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and odds, where they compete
+    looked_up_gain: float = 0.0  # of these nodes, in tokens
     lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
     width: int = 1  # that was asked for
     narrower: int = 0  # a width that this one is compared with; 0 for none

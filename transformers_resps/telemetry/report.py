@@ -206,6 +206,11 @@ class SpeculationReport:
         return self.tau
 
     @property
+    def accepted_by_source(self) -> Proposed:
+        """The accepted tokens of all rows, by who proposed them."""
+        return Proposed(*map(sum, zip(*(step.proposed for step in self.steps), strict=True)))
+
+    @property
     def seconds(self) -> float:
         return sum(step.step_seconds for step in self.steps)
 
@@ -237,7 +242,9 @@ class SpeculationReport:
         """Return the summary and every step as JSON values."""
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
         names = ("batch_size", *totals, "reason")
-        return {name: getattr(self, name) for name in names} | {"steps": [step.to_dict() for step in self.steps]}
+        told = {"accepted_by_source": self.accepted_by_source._asdict()}
+        told |= {"steps": [step.to_dict() for step in self.steps]}
+        return {name: getattr(self, name) for name in names} | told
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
         """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.

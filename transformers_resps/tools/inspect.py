@@ -30,9 +30,12 @@ from ..telemetry.display import Decode, decode_after, decoder, detokenize_increm
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import HALF_PRECISIONS, first_difference
-from ..tree import DRAFTED, LOOKED_UP, DraftTree, TreeShape
+from ..tree import DRAFTED, LOOKED_UP, REMEMBERED, DraftTree, TreeShape
 from .loading import load_policy, load_source, load_target
 from .results import machine
+
+
+_SOURCES = {DRAFTED: "head", LOOKED_UP: "lookup", REMEMBERED: "memory"}
 
 
 @dataclass(slots=True)
@@ -50,18 +53,10 @@ class RecordedStep:
     record: StepRecord = field(init=False)
 
     @property
-    def lookup_nodes(self) -> list[int]:
-        """Nodes that the lookup alone proposed."""
-        return self._proposed_by(LOOKED_UP)
-
-    @property
-    def shared_nodes(self) -> list[int]:
-        """Nodes that both sources proposed."""
-        return self._proposed_by(DRAFTED | LOOKED_UP)
-
-    def _proposed_by(self, flags: int) -> list[int]:
-        proposers = self.tree.proposers[0] if self.tree.proposers else ()
-        return [node for node, own in enumerate(proposers) if own == flags]
+    def sources(self) -> list[str]:
+        """Who proposed each node, root first: "head", "lookup", "memory" or "both", that is several."""
+        flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
+        return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
 
 class Recorder(PolicyWrapper):
@@ -264,8 +259,9 @@ def _decision(step: RecordedStep) -> dict[str, Any]:
         "chosen": _shape(step.chosen),
         "cut": None if step.record.shape == step.chosen else _shape(step.record.shape),
         "levels": step.levels,
-        "headNodes": step.tree.node_count - 1 - len(step.lookup_nodes),
-        "lookupNodes": len(step.lookup_nodes),
+        "headNodes": step.sources.count("head") + step.sources.count("both"),
+        "lookupNodes": step.sources.count("lookup"),
+        "memoryNodes": step.sources.count("memory"),
     }
 
 
@@ -284,7 +280,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
-    looked_up, shared, accepted = set(step.lookup_nodes), set(step.shared_nodes), set(step.path)
+    sources, accepted = step.sources, set(step.path)
     nodes = []
     for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
         before = paths[parent]
@@ -295,11 +291,10 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
                 "depth": depth,
                 "path": _finite(paths[node]),
                 "probability": _finite(paths[node] / before if before else math.nan),
-                "source": "lookup" if node in looked_up else "both" if node in shared else "head",
+                "source": sources[node],
                 "accepted": node in accepted,
             }
         )
-    nodes[0]["source"] = "root"
     return nodes
 
 

@@ -39,6 +39,7 @@
   // ---- the whole run ------------------------------------------------------------------------------------------
   const { totals, sameText, facts, steps } = data;
   const kept = (step) => step.tokens.length - 1;
+  if (!data.steps.some((step) => step.memoryNodes)) byId("memory-key").remove();
   byId("title").append(facts.target, element("small", { text: facts.head ? `with ${facts.head}` : "with prompt lookup" }));
 
   function whyParted() {
@@ -134,7 +135,7 @@
     else {
       const fill = element("i");
       fill.style.width = `${100 * Math.min(node.probability ?? 0, 1)}%`;
-      const source = { head: "from the head", lookup: "looked up", both: "from head and lookup" }[node.source];
+      const source = { head: "from the head", lookup: "looked up", memory: "remembered", both: "from several sources" }[node.source];
       row.append(
         element("span", { name: "unseen", text: ` ${fate}, ${source}, ` }),
         element("span", { name: "meter", children: [fill], attributes: { "aria-hidden": "true" } }),
@@ -168,7 +169,7 @@
     const bonus = { after, text: step.tokens.at(-1)?.text ?? "" };
     const deepest = Math.max(...nodes.map((node) => node.depth)) + 1;
     tree.style.setProperty("--indent", `${Math.max(8, Math.min(20, 130 / deepest))}px`);
-    const sources = [step.headNodes && `${step.headNodes} from the head`, step.lookupNodes && `${step.lookupNodes} looked up (dashed)`];
+    const sources = [step.headNodes && `${step.headNodes} from the head`, step.lookupNodes && `${step.lookupNodes} looked up (dashed)`, step.memoryNodes && `${step.memoryNodes} remembered (dotted)`];
     key.textContent = nodes.length === 1 ? "Nothing drafted: a plain step." : `${sources.filter(Boolean).join(", ")}; ${kept(step)} accepted.`;
     const titles = element("div", { name: "node titles", children: [element("span", { text: "alone" }), element("span", { text: "path" })] });
     tree.replaceChildren(...(nodes.length > 1 ? [titles] : []), element("ul", { children: [treeNode(nodes, 0, children, bonus)] }));

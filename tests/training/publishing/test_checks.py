@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from publishing import find_faults, write_card, write_custom_generate
 from publishing.checks import read_results
 from publishing.release import check_folder, local_name
+from tests.tokenizers import letter_tokenizer
 from tests.training.publishing.artefacts import changed, complete, policy_folder
-from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps import FixedPolicy, SuffixMemory, TreeShape
 
 
 def faults(folder) -> list[str]:
@@ -62,6 +63,14 @@ def test_weights_whose_training_prompts_nobody_kept_are_refused(folder):
     only(folder, "training_prompts.json is not what `write_training_prompts` writes")
     prompts.unlink()
     only(folder, "training_prompts.json is missing", "measure on prompts", "training script")
+
+
+@pytest.mark.parametrize("name", ["memory.safetensors", "memory", "notes.md"])
+def test_a_folder_that_holds_a_memory_is_refused_whatever_the_file_is_called(folder, name):
+    memory = SuffixMemory()
+    memory.add([[1, 2, 3]])
+    memory.save(folder / name, letter_tokenizer())
+    only(folder, f"{name} is a memory, which holds users' texts")
 
 
 def test_results_of_other_weights_are_refused(folder):

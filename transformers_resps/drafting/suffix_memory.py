@@ -1,0 +1,298 @@
+"""Texts of earlier calls as a source of drafts: what followed there where the text ends like this now."""
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from threading import Lock, Thread
+from typing import Any, Literal, NoReturn, Self
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tree import REMEMBERED, TreeShape
+from .continuations import Corpus, match_record
+from .drafter import Drafter
+from .prompt_lookup import PromptLookup
+from .source import DraftCall, DraftSource
+from .suffixes import LARGEST_TOKEN, SEPARATOR, Suffixes
+
+
+FORMAT = "suffix memory 1"
+_METADATA = "transformers_resps"  # of safetensors
+_NODES = 8  # of the default tree
+_YOUNG = 4096  # tokens of segments that are merged whenever a text is added
+_RATIO = 3  # a segment that is at most so much larger than all newer ones is merged with them
+_SLACK = 16  # a full memory forgets one part of so many at once
+
+
+class SuffixMemory(DraftSource):
+    """Remembers what calls wrote, and drafts what followed where a text ends like one of them.
+
+    It holds its users' texts as token ids, in memory and in the files that `save` writes: whoever may call with a
+    memory can read what it remembers, since drafts and time betray it. Threads may share one.
+
+    Args:
+        max_tokens: that it remembers; the oldest are forgotten first.
+        remember: of each call, its "answers", or "all": the prompts, too.
+
+    Raises:
+        ValueError: an argument has another type or is out of range.
+    """
+
+    def __init__(self, max_tokens: int = 1_000_000, remember: Literal["answers", "all"] = "answers") -> None:
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens <= LARGEST_TOKEN:
+            raise ValueError(
+                f"`max_tokens` must be a positive integer, got {max_tokens!r}. Leave it out for a million."
+            )
+        if remember not in ("answers", "all"):
+            raise ValueError(f"`remember` must be 'answers' or 'all', got {remember!r}. 'all' keeps prompts, too.")
+        self._max_tokens, self._remember = max_tokens, remember
+        self._segments: tuple[Suffixes, ...] = ()  # the oldest first; none of them grows
+        self._record = match_record()
+        self._vocab_size: int | None = None  # of the targets that it drafts for, once there was one
+        self._largest = -1  # token that it was given
+        self._lock = Lock()  # held to change what is above, not to read it nor to sort
+        self._merging = False
+
+    def __repr__(self) -> str:
+        return f"SuffixMemory({len(self)} of {self._max_tokens} tokens)"
+
+    def __len__(self) -> int:
+        """Tokens that it remembers, with one for the end of each text."""
+        return sum(map(len, self._segments))
+
+    def __bool__(self) -> bool:
+        """True, also of an empty one."""
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: a copied model shares the memory."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A memory holds users' texts, so it is not pickled. Write it with `save`.")
+
+    @property
+    def corpus(self) -> Corpus:
+        """What is searched now."""
+        return Corpus(self._segments, self._record, REMEMBERED)
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(1, 0, 1, lookup=_NODES)
+
+    def fingerprint(self) -> str:
+        return "0" * 16
+
+    def identity(self) -> dict[str, Any]:
+        return {"name_or_path": "suffix memory"}
+
+    def drafter(self, call: DraftCall) -> Drafter:
+        """Prompt lookup that searches the memory, too."""
+        return PromptLookup([self]).drafter(call)
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        """As `DraftSource.prepare`: it drafts for targets of one vocabulary."""
+        vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
+        with self._lock:
+            if self._vocab_size not in (None, vocab_size):
+                raise ValueError(
+                    f"The memory is of a vocabulary of {self._vocab_size} tokens, but the target knows {vocab_size}. "
+                    "Keep one memory for each tokenizer."
+                )
+            self._check(self._largest, vocab_size)
+            self._vocab_size = vocab_size
+
+    def add(self, texts: Iterable[Sequence[int] | Tensor]) -> None:
+        """Remember texts, the newest last: token ids such as `tokenizer(texts)["input_ids"]`.
+
+        Raises:
+            ValueError: a text is a string, or has a token that no vocabulary or not that of the targets holds.
+        """
+        if isinstance(texts, str):
+            texts = [texts]  # which is refused
+        joined, largest = array("I"), -1
+        for tokens in map(_as_tokens, texts):
+            if tokens:
+                joined.extend(tokens)
+                joined.append(SEPARATOR)
+                largest = max(largest, *tokens)
+        if not joined:
+            return
+        young = Suffixes(joined[-self._max_tokens :])
+        with self._lock:
+            self._check(largest, self._vocab_size)
+            self._largest = max(self._largest, largest)
+            self._segments = (*self._segments, young)
+            self._forget()
+            self._merge_young()
+            starts = not self._merging and bool(self._to_merge())
+            self._merging = self._merging or starts
+        if starts:
+            Thread(target=self._merge_old, name="suffix memory", daemon=True).start()
+
+    def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+        """Add what a call wrote, as the memory was told to."""
+        whole = self._remember == "all"
+        self.add([[*prompt, *answer] if whole else answer for prompt, answer in zip(prompts, answers, strict=True)])
+
+    def clear(self) -> None:
+        """Forget all texts and what was learned of them."""
+        with self._lock:
+            self._segments, self._record, self._largest = (), match_record(), -1
+
+    def _check(self, largest: int, vocab_size: int | None) -> None:
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"A text has the token {largest}, but the target knows 0 to {vocab_size - 1}. Add texts of the "
+                "target's own tokenizer."
+            )
+
+    def _forget(self) -> None:
+        """Drop the oldest texts of a memory that is too full, some more than needed, so that it is seldom done."""
+        surplus = len(self) - self._max_tokens
+        if surplus <= 0:
+            return
+        surplus += self._max_tokens // _SLACK
+        kept = list(self._segments)
+        while len(kept) > 1 and len(kept[0]) <= surplus:
+            surplus -= len(kept.pop(0))
+        kept[0] = kept[0].without_first(min(surplus, len(kept[0]) - 1))
+        self._segments = tuple(kept)
+
+    def _merge_young(self) -> None:
+        """Sort small segments anew as one, which takes a millisecond."""
+        kept, young = list(self._segments), list[Suffixes]()
+        while kept and len(kept[-1]) + sum(map(len, young)) <= _YOUNG:
+            young.insert(0, kept.pop())
+        if len(young) > 1:
+            self._segments = (*kept, _joined(young))
+
+    def _to_merge(self) -> tuple[Suffixes, ...]:
+        """The newest segments, from one on that is not much larger than the rest: merged so, there are ever few."""
+        segments = self._segments
+        for first in range(len(segments) - 1):
+            if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):
+                return segments[first:]
+        return ()
+
+    def _merge_old(self) -> None:
+        """In a thread, while others draft from the segments as they are and add further ones."""
+        while True:
+            with self._lock:
+                chosen = self._to_merge()
+                self._merging = bool(chosen)
+            if not chosen:
+                return
+            merged = _joined(chosen)
+            with self._lock:
+                first = next((at for at, one in enumerate(self._segments) if one is chosen[0]), len(self._segments))
+                last = first + len(chosen)
+                if self._segments[first:last] == chosen:  # they were not forgotten meanwhile
+                    self._segments = (*self._segments[:first], merged, *self._segments[last:])
+
+    def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write all texts to one file, readable by its owner alone. It replaces an older one at once or not at all.
+
+        Args:
+            path: of the file.
+            tokenizer: of the texts, which `load` asks for.
+
+        Raises:
+            OSError: the file cannot be written; an older one is as it was.
+        """
+        segments, path = self._segments, Path(path)
+        told = {"format": FORMAT, "max_tokens": self._max_tokens, "remember": self._remember}
+        told |= {"vocab_size": self._vocab_size, **_identity(tokenizer)}
+        tokens = np.concatenate([np.array(part.tokens) for part in segments] or [np.zeros(0)]).astype(np.uint32)
+        data = save({"tokens": tokens}, {_METADATA: json.dumps(told)})
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: it is none of a memory, is damaged, or was written with another tokenizer.
+        """
+        told = _told(path)
+        if told is None:
+            raise ValueError(f"{path} is no memory, or was cut off. Copy it again, or begin with an empty one.")
+        identity = _identity(tokenizer)
+        if told["tokenizer"] != identity["tokenizer"]:
+            raise ValueError(
+                f"{path} holds tokens of {told['name'] or 'a tokenizer without a name'}, but is read with "
+                f"{identity['name'] or 'another'}. Load it with its own tokenizer."
+            )
+        memory = cls(told["max_tokens"], told["remember"])
+        memory._vocab_size = told["vocab_size"]
+        with safe_open(path, "np") as opened:
+            tokens = opened.get_tensor("tokens")
+        texts = tokens[tokens != SEPARATOR]
+        largest, known = int(texts.max(initial=0)), told["vocab_size"] or len(tokenizer)
+        if len(texts) and largest >= known:
+            raise ValueError(
+                f"{path} holds the token {largest}, but its tokenizer knows {known}. The file was changed: begin with "
+                "an empty memory."
+            )
+        if len(texts):
+            memory._largest, memory._segments = largest, (Suffixes(array("I", tokens.tobytes())),)
+        return memory
+
+    @staticmethod
+    def is_saved_in(path: str | os.PathLike[str]) -> bool:
+        """Whether a file is a memory, and so holds users' texts."""
+        return _told(path) is not None
+
+
+def _joined(segments: Sequence[Suffixes]) -> Suffixes:
+    tokens = array("I")
+    for one in segments:
+        tokens.extend(one.tokens)
+    return Suffixes(tokens)
+
+
+def _as_tokens(text: Any) -> "array[int]":
+    tokens = text.flatten().tolist() if isinstance(text, Tensor) else text
+    try:
+        found = array("I", tokens) if not isinstance(tokens, str) else None
+    except (TypeError, OverflowError):
+        found = None
+    if found is None or max(found, default=0) > LARGEST_TOKEN:
+        raise ValueError(
+            "A memory takes texts as lists of token ids from 0 to 2147483647, got something else. Pass "
+            '`tokenizer(texts)["input_ids"]`.'
+        )
+    return found
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {"tokenizer": sha256(vocabulary.encode()).hexdigest(), "name": str(tokenizer.name_or_path)}
+
+
+def _told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a memory's file says of itself; `None` for any other."""
+    try:
+        with safe_open(path, "np") as opened:
+            metadata = opened.metadata() or {}
+        told = json.loads(metadata.get(_METADATA, "null"))
+    except (SafetensorError, ValueError):
+        return None
+    return told if isinstance(told, dict) and told.get("format") == FORMAT else None
