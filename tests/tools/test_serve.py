@@ -124,13 +124,20 @@ def invariant_client(client: Client) -> Iterator[Client]:
 
 @contextmanager
 def serving_from(
-    folder: Path, heads: Mapping[str, str | None], dtype: str | None = None, *, invariant: bool = False, **names: Any
+    folder: Path,
+    heads: Mapping[str, str | None],
+    dtype: str | None = None,
+    *,
+    invariant: bool = False,
+    remembers: bool = False,
+    **names: Any,
 ) -> Iterator[tuple[int, serving.AttachedModels]]:
     """The port of a server of these targets, and what it serves."""
     figures = serving.Figures()
-    worker = serving.OneAtATime(figures)
+    worker = serving.OneAtATime(figures, serving.Memories() if remembers else None)
     served = {str(folder / name): head for name, head in heads.items()}
-    loading: dict[str, Any] = {"policy": "10,2,9", "compile": None, "device": "cpu", "packed": False}
+    policy = "10,2,9,8" if remembers else "10,2,9"
+    loading: dict[str, Any] = {"policy": policy, "compile": None, "device": "cpu", "packed": False}
     loading |= {"dtype": dtype, "invariant": invariant}
     models = serving.AttachedModels(served, **loading, **names, worker=worker)
     app = serving.build_app(models, worker, figures)
@@ -509,6 +516,32 @@ def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=200) == 130
         assert "Traceback" not in (told := process.stderr.read()) and "resps serve: stopped." in told
+
+
+def test_each_key_is_drafted_from_what_its_own_requests_wrote(client: Client) -> None:
+    with serving_from(client.folder, {"target": str(client.folder / "head")}, remembers=True) as (port, _):
+
+        def forwards(key: str | None) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+            login = {} if key is None else {"authorization": f"Bearer {key}"}
+            login |= {"content-type": "application/json"}
+            body = {"model": client.target, "messages": ASKED, "max_tokens": 20, "seed": 3, "temperature": 1.0}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), login)
+            told = json.loads(connection.getresponse().read())["metrics"]["speculative_decoding"]
+            return told["num_target_forwards"]
+
+        alone = [forwards(None), forwards("none"), forwards(None)]
+        assert len(set(alone)) == 1, "without a key nothing is remembered"
+        first, second = forwards("one"), forwards("one")
+        assert first == alone[0] and second < 0.7 * first
+        assert forwards("another") == first
+
+
+def test_a_tree_that_never_looks_up_is_refused_beside_memories(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", client.target, "--policy", "10,2,9", "--memory"]) == 2
+    assert "which `--policy 10,2,9` never does. Add a fourth number." in capsys.readouterr().err
 
 
 def test_heads_are_one_per_target(client: Client, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,8 @@ def _add_serve(commands: Any) -> None:
     _add_loading_options(add)
     add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
     _add_invariant_option(add, "answer every request")
+    remembered = "remember the answers to each API key, and draft from them for that key alone"
+    add("--memory", action="store_true", help=remembered)
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
 

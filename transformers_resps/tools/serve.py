@@ -22,7 +22,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"Got the served names {served} for {len(args.targets)} targets. Pass one per target, all distinct."
         )
-    named_tree(args.policy)  # a mistyped tree shows before models are loaded
+    tree = named_tree(args.policy)  # a mistyped tree shows before models are loaded
+    if args.memory and tree is not None and not tree.lookup:
+        raise ValueError(
+            f"`--memory` drafts by lookup, which `--policy {args.policy}` never does. Add a fourth number."
+        )
     try:
         import uvicorn
 
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     server_log.setLevel(logging.ERROR)  # stock warns of every request
     with socket.create_server((args.host, args.port)) as listening:
         figures = serving.Figures()
-        worker = serving.OneAtATime(figures)
+        worker = serving.OneAtATime(figures, serving.Memories() if args.memory else None)
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             served=served,

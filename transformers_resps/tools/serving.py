@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import PurePath
 from threading import Event, Lock
 from typing import Any, cast
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 
+from ..drafting.suffix_memory import SuffixMemory
 from ..generation.attach import attach
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
@@ -40,6 +42,8 @@ from .loading import load_policy, load_source, load_target
 MAX_BODY_BYTES = 32 << 20
 _DEFAULT_NEW_TOKENS = 1024  # stock's own least, where a request names none
 _SHUTDOWN_SECONDS = 60.0  # that the step which runs may take
+_MOST_MEMORIES = 64  # of a million tokens each, 12 bytes a token
+_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # the last is what clients without one send
 _CLIENT_LEFT = 499  # nginx's status for it, seen in logs only
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
@@ -55,6 +59,7 @@ class Exchange:
 
     over: Event = field(default_factory=Event)  # set once no answer is needed any more
     has_left: bool = False  # whether that is because the client has left
+    caller: bytes | None = None  # a hash of its API key
     policy: str | None = None  # that the request asks for: "auto", "plain", or `None` for the server's
     seed: int | None = None
     ended: bool = False  # whether `generate` has returned or failed
@@ -129,11 +134,33 @@ class _Watch(StoppingCriteria):
             self._streamer.end()
 
 
+class Memories:
+    """A memory for each API key and model: no request is drafted from what another key's wrote.
+
+    Those that were used last are kept; a request without a key has none.
+    """
+
+    def __init__(self) -> None:
+        self._of_caller: dict[tuple[bytes, int], SuffixMemory] = {}
+
+    def sources(self, model: PreTrainedModel, exchange: Exchange) -> dict[str, Any]:
+        """Keywords of `generate`."""
+        if exchange.caller is None:
+            return {}
+        key = exchange.caller, id(model)
+        memory = self._of_caller[key] = self._of_caller.pop(key, None) or SuffixMemory()
+        if len(self._of_caller) > _MOST_MEMORIES:
+            del self._of_caller[next(iter(self._of_caller))]
+        return {"assistant_model": [*cast(Any, model).speculation_state.defaults.assistants, memory]}
+
+
 class RequestModel:
     """An attached model as one request sees it: `generate` as stock's server calls it, any other attribute its own."""
 
-    def __init__(self, model: PreTrainedModel, exchange: Exchange, figures: "Figures") -> None:
-        self._model, self._exchange, self._figures = model, exchange, figures
+    def __init__(
+        self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
+    ) -> None:
+        self._model, self._exchange, self._figures, self._memories = model, exchange, figures, memories
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -181,6 +208,8 @@ class RequestModel:
         watching: dict[str, Any] = {"streamer": watch}
         if beams > 1:  # of which stock streams none
             watching = {"stopping_criteria": StoppingCriteriaList([watch])}
+        if self._memories is not None and policy in (None, "auto"):
+            watching |= self._memories.sources(self._model, self._exchange)
         watch.start()
         generate = cast(Any, self._model).generate
         out = generate(**arguments, **watching, policy=policy)
@@ -194,9 +223,9 @@ class RequestModel:
 class OneAtATime(utils.GenerateManager):
     """Runs one request after another, of all models, in one thread: a seed is of the process, and so are the cores."""
 
-    def __init__(self, figures: "Figures") -> None:
+    def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
         cast(Any, super()).__init__()
-        self._figures = figures
+        self._figures, self._memories = figures, memories
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
@@ -212,7 +241,7 @@ class OneAtATime(utils.GenerateManager):
 
     def _of_request(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Any:
         _fit(config, inputs["input_ids"].shape[1], model)
-        return RequestModel(model, _exchange.get(), self._figures)
+        return RequestModel(model, _exchange.get(), self._figures, self._memories)
 
     def drain(self) -> None:
         """Wait for the requests that are here. Those whose clients have left end at once."""
@@ -583,7 +612,8 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange()
+        login = dict(scope["headers"]).get(b"authorization")
+        exchange = Exchange(caller=sha256(login).digest() if login not in _NO_KEY else None)
         _exchange.set(exchange)
         is_counted = scope["path"] in self._ANSWERING
         if is_counted:
