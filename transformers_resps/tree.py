@@ -25,10 +25,11 @@ class TreeShape:
         total_tokens: number of nodes that the target verifies, root included; at least 1.
         depth: number of levels that the head drafts. A step accepts at most one token of each; at least 0.
         top_k: number of children of a node, and of nodes of a level that get children; at least 1.
-        lookup: maximum number of further nodes from prompt lookup, on top of `total_tokens`; at least 0.
+        lookup: maximum number of further nodes that are looked up, in the text and in memories, on top of
+            `total_tokens`; at least 0.
 
     `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
-    `TreeShape(1, 0, 1, lookup=8)` uses prompt lookup without a head.
+    `TreeShape(1, 0, 1, lookup=8)` looks up without a head.
 
     Raises:
         ValueError: a size is below its minimum, or is not an integer.

@@ -57,7 +57,7 @@ def test_hope_follows_the_record() -> None:
 
 def _hope(lookup: Lookup) -> float:
     lookup.extend([1])
-    return lookup.odds[0]
+    return max(lookup.odds, default=0.0)
 
 
 def test_odds_fall_and_a_parent_comes_before_its_children() -> None:

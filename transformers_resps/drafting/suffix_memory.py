@@ -27,7 +27,7 @@ from .suffixes import LARGEST_TOKEN, SEPARATOR, Suffixes
 FORMAT = "suffix memory 1"
 _METADATA = "transformers_resps"  # of safetensors
 _NODES = 8  # of the default tree
-_YOUNG = 4096  # tokens of segments that are merged whenever a text is added
+_LARGE = 16384  # tokens that are sorted in a thread
 _RATIO = 3  # a segment that is at most so much larger than all newer ones is merged with them
 _SLACK = 16  # a full memory forgets one part of so many at once
 
@@ -123,7 +123,7 @@ class SuffixMemory(DraftSource):
             if tokens:
                 joined.extend(tokens)
                 joined.append(SEPARATOR)
-                largest = max(largest, *tokens)
+                largest = max(largest, max(tokens))
         if not joined:
             return
         young = Suffixes(joined[-self._max_tokens :])
@@ -132,11 +132,12 @@ class SuffixMemory(DraftSource):
             self._largest = max(self._largest, largest)
             self._segments = (*self._segments, young)
             self._forget()
-            self._merge_young()
-            starts = not self._merging and bool(self._to_merge())
-            self._merging = self._merging or starts
-        if starts:
-            Thread(target=self._merge_old, name="suffix memory", daemon=True).start()
+            while not self._merging and (chosen := self._to_merge()):
+                if sum(map(len, chosen)) > _LARGE:
+                    self._merging = True
+                    Thread(target=self._merge_large, name="suffix memory", daemon=True).start()
+                else:
+                    self._replace(chosen, _joined(chosen))
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
         """Add what a call wrote, as the memory was told to."""
@@ -167,14 +168,6 @@ class SuffixMemory(DraftSource):
         kept[0] = kept[0].without_first(min(surplus, len(kept[0]) - 1))
         self._segments = tuple(kept)
 
-    def _merge_young(self) -> None:
-        """Sort small segments anew as one, which takes a millisecond."""
-        kept, young = list(self._segments), list[Suffixes]()
-        while kept and len(kept[-1]) + sum(map(len, young)) <= _YOUNG:
-            young.insert(0, kept.pop())
-        if len(young) > 1:
-            self._segments = (*kept, _joined(young))
-
     def _to_merge(self) -> tuple[Suffixes, ...]:
         """The newest segments, from one on that is not much larger than the rest: merged so, there are ever few."""
         segments = self._segments
@@ -183,7 +176,14 @@ class SuffixMemory(DraftSource):
                 return segments[first:]
         return ()
 
-    def _merge_old(self) -> None:
+    def _replace(self, chosen: tuple[Suffixes, ...], merged: Suffixes) -> None:
+        """Put the merged segment in their place, unless they were forgotten meanwhile."""
+        kept = self._segments
+        first = next((at for at, one in enumerate(kept) if one is chosen[0]), len(kept))
+        if kept[first : first + len(chosen)] == chosen:
+            self._segments = (*kept[:first], merged, *kept[first + len(chosen) :])
+
+    def _merge_large(self) -> None:
         """In a thread, while others draft from the segments as they are and add further ones."""
         while True:
             with self._lock:
@@ -193,10 +193,7 @@ class SuffixMemory(DraftSource):
                 return
             merged = _joined(chosen)
             with self._lock:
-                first = next((at for at, one in enumerate(self._segments) if one is chosen[0]), len(self._segments))
-                last = first + len(chosen)
-                if self._segments[first:last] == chosen:  # they were not forgotten meanwhile
-                    self._segments = (*self._segments[:first], merged, *self._segments[last:])
+                self._replace(chosen, merged)
 
     def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Write all texts to one file, readable by its owner alone. It replaces an older one at once or not at all.

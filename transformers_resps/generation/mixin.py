@@ -79,7 +79,8 @@ class ReSpSGenerationMixin(GenerationMixin):
 
         - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; "mtp" the layers
           that came with the model, as `use_mtp=True` with a policy; and with a policy a small causal model, or an
-          assistant of Gemma 4. The sources of a list draft one tree together.
+          assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` is looked up beside the
+          text, and the first of a list remembers what the call writes.
           Without a policy any other assistant is Transformers' own assisted decoding.
         - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
           tree. "auto" weighs every node against its cost, drafts by lookup alone where there is no head, and keeps

@@ -33,9 +33,9 @@ class Observation:
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far and returns
-            P(first i looked-up tokens are accepted) for i = 1, 2, ...; `[]` without a match. Batches: the mean over
-            rows, weighted by `row_weights` (ragged), or the minimum (lockstep).
+        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far, and in memories, and
+            returns P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the
+            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep).
         prompt_seconds: seconds in which head and lookup read the prompt, before the first step. The same at every
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
@@ -66,7 +66,7 @@ class Observation:
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """By how many nodes a step with chains of at most `most` is priced higher, none below a probability."""
+        """By how many nodes a step with at most `most` looked-up ones is priced higher, none below a probability."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -99,7 +99,8 @@ class Policy(ABC):
         grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
             go, which accelerators are fast at. Read after each `choose`.
         probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
-        least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`.
+        least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`, and again
+            after `size`: so nodes of head and lookup can compete.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
         head_identity: likewise the head. Its weights are hashed only for a policy with an identity.

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..decoding.proposal import Proposal, Proposer
 from ..drafting.drafter import Committed, Drafter, DraftRequest
 from ..drafting.prompt_lookup import LookupDrafter
+from ..drafting.suffix_memory import SuffixMemory
 from ..policies.base import Policy
 from ..policies.costs import CostModel
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool, Pricing
+from ..tree import CandidatePool, Pricing, followed
 from .recorded_text import RecordedText
 
 
@@ -25,11 +26,18 @@ class ReplayedStep:
 
     root: int  # place of the newest token before the step
     proposal: Proposal  # what the step would have verified
-    accepted: int  # drafted tokens that the text follows; one token more is emitted
+    path: list[int]  # nodes that the text follows, root first
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that the text follows; one token more is emitted."""
+        return len(self.path) - 1
 
 
-def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> SpeculationReport:
-    """Simulate `policy` on a recorded text, without models; prefill is left out.
+def replay_policy(
+    text: RecordedText, policy: Policy, costs: CostModel, memories: Sequence[SuffixMemory] = ()
+) -> SpeculationReport:
+    """Simulate `policy` on a recorded text, without models; prefill is left out. Memories are looked up as they are.
 
     Returns:
         The report that `generate` would have given, with the seconds of `costs`, for instance a `CostTable`. Nodes
@@ -39,7 +47,7 @@ def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> Specu
         ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
     """
     report = SpeculationReport()
-    for step in decode_again(text, policy, RecordedDrafter(text)):
+    for step in decode_again(text, policy, RecordedDrafter(text), memories):
         record = _record(text, step, costs)
         policy.observe(record)
         report.steps.append(record)
@@ -47,7 +55,7 @@ def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> Specu
 
 
 def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRecord:
-    proposal, pool, emitted_count = step.proposal, step.proposal.pool, step.accepted + 1
+    proposal, pool, emitted_count = step.proposal, step.proposal.pool, len(step.path)
     verify = costs.verify_seconds(proposal.tree.node_count, step.root)
     draft, match = 0.0, 0
     if pool is not None:
@@ -63,10 +71,13 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
         verify_seconds=verify,
         step_seconds=draft + verify + costs.overhead,
         drafted_match=RowCounts([match]),
+        proposed=proposal.proposed([step.path], [True]),
     )
 
 
-def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterator[ReplayedStep]:
+def decode_again(
+    text: RecordedText, policy: Policy, drafter: Drafter, memories: Sequence[SuffixMemory] = ()
+) -> Iterator[ReplayedStep]:
     """Decide the steps from the output's second token to its end, one after the other.
 
     All drafts come from `drafter`, which has not yet observed the prompt's last position; the pools of `text` are not
@@ -76,7 +87,7 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
         ValueError: no step can follow a decision of the policy.
     """
     unknown = text.features.new_empty(1, 1, 0)  # logits
-    proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0]))
+    proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0], memories=memories))
     place = observed = step = 0
     while place < len(text):
         root, left = text.prompt_length + place, len(text) - place
@@ -87,9 +98,10 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
             proposer.read_prompt()
         room = left + text.spare_room
         proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, room, Pricing())
-        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :].tolist())[0], left - 1)
-        yield ReplayedStep(root, proposal, accepted)
-        step, observed, place = step + 1, place + 1, place + accepted + 1
+        tree, rest = proposal.tree, text.input_ids[root + 1 : root + left].tolist()
+        path = [0, *followed(tree.tokens[0].tolist(), tree.parents[0].tolist(), rest, 0)]
+        yield ReplayedStep(root, proposal, path)
+        step, observed, place = step + 1, place + 1, place + len(path)
 
 
 class _OneRow:
