@@ -24,6 +24,7 @@ from ..verifying.forward import Features
 from ..verifying.growing import TreeVerifier
 from ..verifying.invariant.verifier import InvariantVerifier
 from ..verifying.lending import evaluation_mode
+from ..verifying.prepacking import is_prepacked
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.rows import leading_pads
 from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
@@ -82,7 +83,8 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
     names = [source.identity()["name_or_path"] for source in plan.request.sources if isinstance(source, LevelSource)]
     heads = [MTP if name == target.name_or_path else name for name in names if name]
     dtype, rows = str(target.dtype).removeprefix("torch."), min(len(plan.prepared.input_ids), 2)
-    options = "--dtype", dtype, "--threads", str(torch.get_num_threads()), "--rows", str(rows)
+    options = ["--dtype", dtype, "--threads", str(torch.get_num_threads()), "--rows", str(rows)]
+    options += ["--pack"] if is_prepacked(target) else []
     state.compiler.start(identity, target.name_or_path or "", *heads, *options)
 
 

@@ -216,6 +216,7 @@ def _add_compile(commands: Any) -> None:
     add("--dtype", type=dtype, help="auto, float32 (the default), bfloat16 or float16")
     add("--threads", type=positive, help="CPU threads of the calls; default: as torch chooses")
     add("--rows", type=positive, default=1, help="prompts of a call; 2 stands for any batch (default: 1)")
+    add("--pack", action="store_true", help="prepack the target's weights first, as calls do that have them so")
     add("--only-as", help=argparse.SUPPRESS)  # the identity of a model in memory
 
 

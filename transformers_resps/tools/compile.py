@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Decode a few tokens with compiled steps."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    target = attach(load_target(args.target, args.dtype, "cpu"))
+    target = attach(load_target(args.target, args.dtype, "cpu", packed=args.pack))
     engine = target.speculation_state.slot_engine
     with engine.borrow(target) as lent:
         if args.only_as and lent.packages.identity != args.only_as:
