@@ -89,8 +89,9 @@ class ReSpSGenerationMixin(GenerationMixin):
           sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
           rows advance each on its own: faster, with the distribution of plain decoding and other draws.
         - `compile`: whether the target's steps run compiled, on a CPU prompts too and the weights inside the code, on
-          a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; "auto" does when eager steps
-          have taken as long. What cannot be compiled runs as it is, with a warning. A `compile_config` means `True`.
+          a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; with "auto" another process does
+          on a CPU, and calls go on as they are until its code is there. What cannot be compiled runs as it is, with a
+          warning. A `compile_config` means `True`.
         - `invariant`: whether the text is to be the same in any dtype, whatever drafts, whatever the policy decides,
           however the prompt is cut and whichever greedy rows stand beside it. Without head and policy this is plain
           decoding of the same mode, which is what the text is compared to: stock decoding rounds otherwise.
