@@ -1,0 +1,57 @@
+"""`resps compile`, as a call with `compile="auto"` runs it in another process."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.conftest import build_target
+from tests.kernels import needs_compiler
+from tests.targets import VOCABULARY
+from tests.tokenizers import templated
+from transformers_resps import attach
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
+from transformers_resps.tools import cli
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "target"
+    build_target(vocab_size=VOCABULARY, num_hidden_layers=1, eos_token_id=None).save_pretrained(folder)
+    templated().save_pretrained(folder)
+    return folder
+
+
+def written(target: PreTrainedModel) -> list[int]:
+    text = torch.tensor([[3, 4, 5, 3, 4]])
+    tokens: list[int] = target.generate(text, policy="auto", compile="auto", max_new_tokens=12)[0].tolist()
+    return tokens
+
+
+@needs_compiler
+def test_a_call_with_auto_waits_for_nobody_and_a_later_one_takes_up_the_code(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    target = attach(AutoModelForCausalLM.from_pretrained(checkpoint))
+    state = target.speculation_state
+    before = written(target)
+    assert state.compiler.is_running and not state.slot_engine.is_compiled
+    process = state.compiler._process
+    assert process is not None
+    process.wait()
+    assert not state.compiler.is_running, "it has not failed"
+    (package,) = stored_packages(tmp_path / "compiled")
+    assert package.code == "steps, one row"
+    assert written(target) == before and state.slot_engine.is_compiled
+    assert len(stored_packages(tmp_path / "compiled")) == 1, "nothing else was compiled"
+
+
+def test_another_model_than_the_checkpoint_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled
+    assert cli.main(["compile", str(checkpoint), "--only-as", "another"]) == 2
+    assert "the model differs from its checkpoint. Pass `compile=True`" in capsys.readouterr().err
