@@ -1,7 +1,8 @@
-"""The EAGLE-3 draft head, which Transformers' Auto classes know once this room is loaded."""
+"""EAGLE-3 draft heads and block heads, which Transformers' Auto classes know once this room is loaded."""
 
 from transformers import AutoConfig, AutoModel
 
+from .block_head import BlockHead, BlockHeadConfig
 from .config import DraftHeadConfig
 from .identity import parameter_fingerprint
 from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
@@ -9,6 +10,8 @@ from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
 
 __all__ = [
     "Attend",
+    "BlockHead",
+    "BlockHeadConfig",
     "BoundHead",
     "DraftHead",
     "DraftHeadConfig",
@@ -19,3 +22,5 @@ __all__ = [
 
 AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
 AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)
+AutoConfig.register(BlockHeadConfig.model_type, BlockHeadConfig, exist_ok=True)
+AutoModel.register(BlockHeadConfig, BlockHead, exist_ok=True)

@@ -33,6 +33,55 @@ def default_feature_layers(layer_count: int) -> list[int]:
     return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
 
 
+def check_numbers(config: PreTrainedConfig, what: str) -> None:
+    """Refuse a flag that is none, or a size that is not positive; `what` is configured, for messages.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, kind in type(config).__annotations__.items():
+        value = getattr(config, name)
+        is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if kind is bool:
+            is_right, needed = isinstance(value, bool), "True or False"
+        elif kind in (float, float | None):
+            is_right, needed = is_positive, "a positive number"
+        elif kind in (int, int | None) and not name.endswith("_token_id"):
+            is_right, needed = is_positive and isinstance(value, int), "a positive integer"
+        else:
+            continue
+        if not is_right and not (value is None and kind in (int | None, float | None)):
+            raise ValueError(f"A {what} got `{name}={value!r}`, but it must be {needed}. Correct it.")
+
+
+def check_rope(rope: dict[str, Any] | None, what: str) -> None:
+    """Refuse RoPE that no head can have. Raises `ValueError`, which names what is wrong."""
+    rope = rope or {}
+    kind = rope.get("rope_type") or rope.get("type", "default")
+    if kind not in _ROPE_NEEDS:
+        raise ValueError(
+            f"A {what} got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct `rope_parameters`."
+        )
+    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
+    if missing:
+        raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
+    if not rope.get("rope_theta", ROPE_BASE) > 0:
+        raise ValueError(
+            f"A {what} got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number. Correct it."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
+            "but only full rotation is supported. Use another head."
+        )
+
+
+def has_fixed_rope(rope: dict[str, Any] | None) -> bool:
+    """Whether the angles of a position do not depend on the sequence's length."""
+    rope = rope or {}
+    return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
+
+
 class DraftHeadConfig(PreTrainedConfig):
     """Configuration of a `DraftHead`: its sizes, its conventions, and the target it was made for.
 
@@ -125,7 +174,7 @@ class DraftHeadConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_numbers()
+        check_numbers(self, "draft head")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
@@ -137,7 +186,7 @@ class DraftHeadConfig(PreTrainedConfig):
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
         self._check_parts()
-        self._check_rope()
+        check_rope(self.rope_parameters, "draft head")
         self.feature_layers = sorted(self.feature_layers)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
@@ -157,29 +206,13 @@ class DraftHeadConfig(PreTrainedConfig):
     @property
     def has_fixed_rope(self) -> bool:
         """Whether the angles of a position do not depend on the sequence's length."""
-        rope = self.rope_parameters or {}
-        return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
+        return has_fixed_rope(self.rope_parameters)
 
     @property
     def features_width(self) -> int:
         """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
         assert self.feature_layers is not None and self.target_hidden_size is not None
         return len(self.feature_layers) * self.target_hidden_size
-
-    def _check_numbers(self) -> None:
-        for name, kind in DraftHeadConfig.__annotations__.items():
-            value = getattr(self, name)
-            is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-            if kind is bool:
-                is_right, needed = isinstance(value, bool), "True or False"
-            elif kind is float:
-                is_right, needed = is_positive, "a positive number"
-            elif kind in (int, int | None) and not name.endswith("_token_id"):
-                is_right, needed = is_positive and isinstance(value, int), "a positive integer"
-            else:
-                continue
-            if not is_right and not (value is None and kind == int | None):
-                raise ValueError(f"A draft head got `{name}={value!r}`, but it must be {needed}. Correct it.")
 
     def _check_parts(self) -> None:
         assert self.feature_layers is not None and self.default_tree is not None
@@ -206,24 +239,3 @@ class DraftHeadConfig(PreTrainedConfig):
                 "depth, top_k and optionally lookup. Write it like [60, 8, 10]."
             )
         TreeShape(*self.default_tree)
-
-    def _check_rope(self) -> None:
-        rope = self.rope_parameters or {}
-        kind = rope.get("rope_type") or rope.get("type", "default")
-        if kind not in _ROPE_NEEDS:
-            raise ValueError(
-                f"A draft head got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct "
-                "`rope_parameters`."
-            )
-        missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
-        if missing:
-            raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
-        if not rope.get("rope_theta", ROPE_BASE) > 0:
-            raise ValueError(
-                f"A draft head got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number. Correct it."
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
-                "but only full rotation is supported. Use another head."
-            )

@@ -1,9 +1,9 @@
 """Which models something was made for: names, sizes and fingerprints of a target and its head."""
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -25,6 +25,44 @@ def check_is_model(target: Any) -> None:
         raise ValueError(
             f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
             "`AutoModelForCausalLM.from_pretrained` returns."
+        )
+
+
+def check_made_for(
+    target: PreTrainedModel, sizes: dict[str, Any], known: dict[str, Any], feature_layers: list[int]
+) -> None:
+    """Check that a head was made for `target`.
+
+    Args:
+        target: the loaded model.
+        sizes: `vocab_size` and `hidden_size` that the head needs.
+        known: identity of the model that it was made for, as far as it is known.
+        feature_layers: that it reads, ascending.
+
+    Raises:
+        ValueError: a size or the model type differs; the message names both models.
+    """
+    check_is_model(target)
+    theirs = target_identity(target)
+    needed = sizes | {key: known[key] for key in ("num_hidden_layers", "model_type") if key in known}
+    wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
+    if (feature_layers or [0])[-1] > theirs["num_hidden_layers"]:
+        wrong.append(f"the hidden states {feature_layers} (this target: 0 to {theirs['num_hidden_layers']})")
+    if wrong:
+        raise ValueError(
+            f"This head was made for {known.get('name_or_path') or 'another target'}, not for "
+            f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
+            "belongs to this target, or train one with `DraftHeadTrainer`."
+        )
+
+
+def check_beside(head: PreTrainedModel, table: nn.Module) -> None:
+    """Raise a `ValueError` for a head that is on another device than its target's embedding `table`."""
+    device = cast(Tensor, table.weight).device
+    if device != head.device and not hasattr(table, "_hf_hook"):
+        raise ValueError(
+            f"The head is on {head.device}, but the target's embedding is on {device}. "
+            f"Call `head.to('{device}')`, or load the head with `target=model`."
         )
 
 

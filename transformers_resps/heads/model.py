@@ -23,7 +23,7 @@ from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
-from .identity import check_is_model, target_identity
+from .identity import check_beside, check_made_for, target_identity
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
@@ -329,24 +329,9 @@ class DraftHead(TrainableSource, PreTrainedModel):
         Raises:
             ValueError: a size or the model type differs; the message names both models.
         """
-        check_is_model(target)
-        theirs = target_identity(target)
-        ours = self.config.target or {}
-        needed: dict[str, Any] = {
-            "vocab_size": self.config.vocab_size,
-            "hidden_size": self.config.target_hidden_size,
-            **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
-        }
-        wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
-        layers = self.config.feature_layers or [0]
-        if layers[-1] > theirs["num_hidden_layers"]:
-            wrong.append(f"the hidden states {layers} (this target: 0 to {theirs['num_hidden_layers']})")
-        if wrong:
-            raise ValueError(
-                f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
-                f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
-                "belongs to this target, or train one with `DraftHeadTrainer`."
-            )
+        config = self.config
+        needed = {"vocab_size": config.vocab_size, "hidden_size": config.target_hidden_size}
+        check_made_for(target, needed, config.target or {}, config.feature_layers or [])
 
     @classmethod
     def from_target(
@@ -425,26 +410,9 @@ class DraftHead(TrainableSource, PreTrainedModel):
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
-        from .formats.reading import canonical_head, read_checkpoint, split_keywords
-        from .formats.tensor_names import check_exact
+        from .formats.reading import canonical_head, load_head
 
-        hub, loading, overrides = split_keywords(keywords)
-        if target is not None:
-            check_is_model(target)
-        name, stated = pretrained_model_name_or_path, loading.pop("config", None)
-        checkpoint = read_checkpoint(name, stated, loading.pop("state_dict", None), **hub)
-        config, tensors = canonical_head(checkpoint, target, overrides)
-        with torch.device("meta"):
-            wanted = cls(config)
-        check_exact(wanted.state_dict(), tensors, checkpoint.name)
-        if target is not None:
-            wanted.check_target(target)
-            loading.setdefault("dtype", target.dtype)
-        loading.setdefault("dtype", tensors["fc.weight"].dtype)
-        head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
-        head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
-        if target is not None and "device_map" not in loading:
-            head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
+        head: DraftHead = load_head(cls, canonical_head, pretrained_model_name_or_path, target, keywords)
         return head
 
     def save_pretrained(
@@ -569,11 +537,7 @@ class BoundHead(TrainableModel):
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.check_target(target)
         table = target.get_input_embeddings()
-        if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
-            raise ValueError(
-                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
-                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
-            )
+        check_beside(head, table)
         config = head.config
         assert config.head_dim is not None
         self.head = head

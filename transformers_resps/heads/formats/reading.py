@@ -4,19 +4,20 @@ Sizes are those of the tensors; a config or a target that disagrees is refused, 
 """
 
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import DraftHeadConfig
-from ..identity import target_identity
+from ..identity import check_is_model, target_identity
+from .kinds import check_class
 from .publishers import MODELOPT_LAYER, PublishedConfig
-from .tensor_names import canonical_names, check_complete, layer_count
+from .tensor_names import canonical_names, check_complete, check_exact, layer_count
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
@@ -94,6 +95,7 @@ def canonical_head(
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
     """
+    check_class(checkpoint.name, checkpoint.config, checkpoint.tensors, "DraftHead")
     ours = {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
     if checkpoint.config.get("model_type") != DraftHeadConfig.model_type:
         fields, tensors = _PublishedHead(checkpoint, target, overrides).read()
@@ -284,17 +286,20 @@ class _PublishedHead:
         if output is None:
             owns_output_head = offsets is not None or not same_width
         else:
-            owns_output_head = self._stated.get("owns_output_head") is not False and not self._is_targets(output)
+            theirs = None if self._target is None else self._target.get_output_embeddings()
+            owns_output_head = self._stated.get("owns_output_head") is not False and not is_targets(output, theirs)
         if not owns_output_head:
             tensors.pop("lm_head.weight", None)
         owned = {"owns_embedding": owns_embedding, "owns_output_head": owns_output_head}
         return fields | owned | ({"draft_vocab_size": None} if offsets is None else {}), tensors
 
-    def _is_targets(self, weight: Tensor) -> bool:
-        output = None if self._target is None else self._target.get_output_embeddings()
-        if output is None or weight.shape != output.weight.shape:
-            return False
-        return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
+
+def is_targets(weight: Tensor, module: nn.Module | None) -> bool:
+    """Whether a weight of a file is that of a target's embedding or output head."""
+    theirs = None if module is None else cast(Tensor, module.weight)
+    if theirs is None or weight.shape != theirs.shape:
+        return False
+    return torch.equal(weight, theirs.detach().to(device="cpu", dtype=weight.dtype))
 
 
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
@@ -425,18 +430,56 @@ _LOADING = {
 }
 
 
-def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def split_keywords(
+    keywords: dict[str, Any], config_class: type[PreTrainedConfig]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
-    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
+    fields = set(config_class.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
     unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
     if unknown:
         raise ValueError(
-            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
-            f"loading arguments {sorted(HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
+            f"{config_class.__name__.removesuffix('Config')}.from_pretrained got {unknown}, which it does not know. "
+            f"Check the spelling: it takes the loading arguments {sorted(HUB | _LOADING)} and, to correct a head's "
+            f"config, {sorted(fields)}."
         )
     if "torch_dtype" in loading:
         loading["dtype"] = loading.pop("torch_dtype")
     return hub, loading, overrides
+
+
+Canonical = Callable[[Checkpoint, PreTrainedModel | None, dict[str, Any]], tuple[Any, dict[str, Tensor]]]
+
+
+def load_head(
+    kind: Any,
+    canonical: Canonical,
+    name: str | os.PathLike[str] | None,
+    target: PreTrainedModel | None,
+    keywords: dict[str, Any],
+) -> Any:
+    """A head of a class of ours from its files, with every weight read from them; see `DraftHead.from_pretrained`.
+
+    `canonical` makes its config and tensors of a checkpoint.
+    """
+    hub, loading, overrides = split_keywords(keywords, kind.config_class)
+    if target is not None:
+        check_is_model(target)
+    stated = loading.pop("config", None)
+    checkpoint = read_checkpoint(name, stated, loading.pop("state_dict", None), **hub)
+    config, tensors = canonical(checkpoint, target, overrides)
+    with torch.device("meta"):
+        wanted = kind(config)
+    check_exact(wanted.state_dict(), tensors, checkpoint.name)
+    if target is not None:
+        wanted.check_target(target)
+        loading.setdefault("dtype", target.dtype)
+    loading.setdefault("dtype", tensors["fc.weight"].dtype)
+    load: Any = PreTrainedModel.from_pretrained
+    head = load.__func__(kind, None, config=config, state_dict=tensors, **loading)
+    head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
+    if target is not None and "device_map" not in loading:
+        head.to(device=target.device)
+    return head

@@ -1,0 +1,672 @@
+"""The block head: reads the target's features, and fills a block of slots in one pass.
+
+DFlash (arXiv 2602.06036) and what is made of it: DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394), DFlash 2.
+In reading order: the config, the layers, the corrections, the head with its loading and saving, and the head as it
+decodes for one target.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from ..drafting import DraftCall, Drafter, DraftSource, Entries, Places, Wanted, at_wanted
+from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Children
+from ..hub.upload import Destination, plain_card, push_saved, shareable
+from ..tree import TreeShape
+from ..verifying.attention import attend
+from ..verifying.prepacking import PackedWeights
+from .config import ROPE_BASE, check_numbers, check_rope, has_fixed_rope
+from .identity import check_beside, check_made_for, parameter_fingerprint
+from .model import Rope, RotaryEmbedding
+
+
+CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
+_CORRECTED = 64  # of a row's candidates, the likeliest: DominoTree (arXiv 2607.08642)
+
+
+class BlockHeadConfig(PreTrainedConfig):
+    """Configuration of a `BlockHead`: its sizes, its conventions, and the target it was made for.
+
+    Attributes:
+        hidden_size: width h of the head, which is its target's.
+        intermediate_size: width of the MLP inside a layer.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; divides `num_attention_heads`.
+        head_dim: width hd of an attention head.
+        hidden_act: activation of the MLP, by its name in Transformers.
+        rms_norm_eps: epsilon of every RMSNorm.
+        max_position_embeddings: for RoPE types that depend on it.
+        rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
+        initializer_range: standard deviation of fresh weights.
+        attention_bias: whether the projections of the attention have biases.
+        mlp_bias: of the MLP; no known head has them.
+        block_size: slots of a block, the root's included.
+        mask_token_id: of the token that stands in the slots after the root, a row of the target's table.
+        shifted: whether a slot predicts the token after its own position, the root's slot included; otherwise the
+            token at its own position.
+        causal: of each layer, whether a slot sees no later one.
+        windows: of each layer, how many positions a slot sees, its own included; `None` for all.
+        feature_layers: as in `DraftHeadConfig`.
+        vocab_size: the target's vocabulary size v.
+        draft_vocab_size: number d of tokens the head can propose; `None` means all v.
+        owns_embedding: whether the head has its own embedding table; otherwise it reads the rows of the target's, as
+            they are.
+        owns_output_head: whether the head has its own output head; otherwise it uses the target's.
+        embedding_scale: what embeddings are multiplied by.
+        output_multiplier: what logits are multiplied by, before the cap.
+        final_logit_softcapping: cap of the logits; `None` for none.
+        correction: what the token before adds to a slot's logits: "none"; "vanilla", "gated" or "rnn" of DSpark's
+            Markov heads; "selector" of DFlash 2.
+        correction_rank: of its tables.
+        selector_top_k: candidates of a slot that a selector scores.
+        confidence: whether there is a confidence head.
+        confidence_with_markov: whether it reads the row of the token before, too.
+        conv_kernel_size: taps of the convolutions around attention and MLP; `None` without them.
+        conv_group_size: channels that share a kernel of these.
+        default_tree: total_tokens, depth and top_k of the tree that is used without a policy; `None` means the best 32
+            nodes of all paths.
+        target: name and sizes of the model the head was made for; `None` if unknown.
+        source: for an imported head, its publisher's format and its layer ids as published.
+        bos_token_id: the target's.
+        eos_token_id: the target's, one or several.
+        pad_token_id: the target's.
+        tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
+
+    Raises:
+        ValueError: no head can have such a value; the message names the field.
+    """
+
+    model_type = "resps_block"
+
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    block_size: int = 8
+    mask_token_id: int = 0
+    shifted: bool = False
+    causal: list[bool] | None = None
+    windows: list[int | None] | None = None
+    feature_layers: list[int] | None = None
+    vocab_size: int = 49152
+    draft_vocab_size: int | None = None
+    owns_embedding: bool = False
+    owns_output_head: bool = False
+    embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+    correction: str = "none"
+    correction_rank: int | None = None
+    selector_top_k: int | None = None
+    confidence: bool = False
+    confidence_with_markov: bool = False
+    conv_kernel_size: int | None = None
+    conv_group_size: int | None = None
+    default_tree: list[int] | None = None
+    target: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_numbers(self, "block head")
+        if self.causal is None:
+            self.causal = [False] * self.num_hidden_layers
+        if self.windows is None:
+            self.windows = [None] * self.num_hidden_layers
+        if self.feature_layers is None:
+            self.feature_layers = [2, 9, 15, 21, 28]
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
+        check_rope(self.rope_parameters, "block head")
+        for came, needed in self._misfits():
+            raise ValueError(f"A block head got {came}, but {needed}.")
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def _misfits(self) -> Sequence[tuple[str, str]]:
+        """Values that no head can have, and what is needed."""
+        assert self.causal is not None and self.windows is not None and self.feature_layers is not None
+        layers, shortest = self.feature_layers, min(filter(None, self.windows), default=self.block_size)
+        is_markov = self.correction in CORRECTIONS[1:4]
+        has_convolutions, taps = self.conv_kernel_size is not None, self.conv_kernel_size or 0
+        checks = [
+            (
+                self.correction not in CORRECTIONS,
+                f"the correction {self.correction!r}",
+                f"known are {list(CORRECTIONS)}. Use a head with one of them",
+            ),
+            (
+                len(self.causal) != self.num_hidden_layers or len(self.windows) != self.num_hidden_layers,
+                f"causal={self.causal} and windows={self.windows}",
+                f"each needs one value for each of its {self.num_hidden_layers} layers. Pass lists of that length",
+            ),
+            (
+                shortest < self.block_size,
+                f"a window of {shortest} positions",
+                f"its blocks have {self.block_size} slots, which see each other. Correct `windows` or `block_size`",
+            ),
+            (
+                self.block_size < 2 and not self.shifted,
+                f"block_size={self.block_size}",
+                "a head in place needs 2 slots to draft one token. Correct `block_size`",
+            ),
+            (
+                not 0 <= self.mask_token_id < self.vocab_size,
+                f"the mask token {self.mask_token_id}",
+                f"the table has rows 0 to {self.vocab_size - 1}. Correct `mask_token_id`",
+            ),
+            (
+                layers != sorted({layer for layer in layers if isinstance(layer, int) and layer >= 0}) or not layers,
+                f"the feature layers {layers}",
+                "they must be distinct integers from 0 on, ascending, counted as in `output_hidden_states`. Correct "
+                "`feature_layers`",
+            ),
+            (
+                (self.correction == "none") != (self.correction_rank is None),
+                f"correction={self.correction!r} and correction_rank={self.correction_rank}",
+                "a rank goes with a correction. Pass both or none",
+            ),
+            (
+                (self.correction == "selector") != (self.selector_top_k is not None),
+                f"correction={self.correction!r} and selector_top_k={self.selector_top_k}",
+                "a selector, and nothing else, needs the number of its candidates. Correct `selector_top_k`",
+            ),
+            (
+                self.confidence_with_markov and not (self.confidence and is_markov),
+                "confidence_with_markov=True",
+                "that needs a confidence head and a Markov correction. Correct `confidence_with_markov`",
+            ),
+            (
+                has_convolutions and (not self.conv_group_size or self.hidden_size % self.conv_group_size != 0),
+                f"conv_group_size={self.conv_group_size}",
+                f"it must divide the width {self.hidden_size}. Correct `conv_group_size`",
+            ),
+            (
+                taps > self.block_size,
+                f"conv_kernel_size={self.conv_kernel_size}",
+                f"its blocks have {self.block_size} slots. Correct `conv_kernel_size`",
+            ),
+            (
+                self.draft_vocab_size is not None and not self.owns_output_head,
+                f"draft_vocab_size={self.draft_vocab_size} without an output head of its own",
+                "a draft vocabulary needs one. Pass `owns_output_head=True`",
+            ),
+        ]
+        return [(came, needed) for is_wrong, came, needed in checks if is_wrong]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in Transformers, except that of a target's local folder only the name is written."""
+        told = copy(self)
+        told.target = shareable(self.target)
+        super(BlockHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @property
+    def proposable_tokens(self) -> int:
+        """Number of tokens the head can propose: d, or v without a draft vocabulary."""
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
+
+    @property
+    def levels(self) -> int:
+        """Tokens that a block drafts."""
+        return self.block_size if self.shifted else self.block_size - 1
+
+
+# (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
+AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class BlockAttention(nn.Module):
+    """Attention of a block's slots to the text and to each other. Both have keys by the same projections."""
+
+    def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index, self.head_dim = layer_index, config.head_dim
+        widths = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, widths[0], bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, widths[1], bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, widths[1], bias=config.attention_bias)
+        self.o_proj = nn.Linear(widths[0], config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values `[b, kv heads, t, hd]` of states `[b, t, h]`."""
+        keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return rope.turn(keys), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, states: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
+        """`[b, q, h]` -> `[b, q, h]`."""
+        queries = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        attended = attend(self.layer_index, rope.turn(queries), *self.entries(states, rope))
+        return cast(Tensor, self.o_proj(attended.transpose(1, 2).flatten(2)))
+
+
+class GroupedConvolution(nn.Module):
+    """Causal convolutions over the slots of a block, before and after a part of a layer (DFlash 2).
+
+    Each group of channels has a kernel that the part's input adds to a fixed one; both begin as the identity.
+    """
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        taps, group = cast(int, config.conv_kernel_size), cast(int, config.conv_group_size)
+        self._shape = (2, taps, config.hidden_size // group, 1)
+        self.base_kernel = nn.Parameter(torch.zeros(2, taps, config.hidden_size))
+        self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
+
+    def kernels(self, states: Tensor) -> Tensor:
+        """`[b, q, 2, taps, groups, channels]`: those before and after a part that gets `states` `[b, q, h]`."""
+        own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
+        return cast(Tensor, self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype))
+
+    @staticmethod
+    def convolve(states: Tensor, kernels: Tensor) -> Tensor:
+        """`[b, q, h]` by kernels `[b, q, taps, groups, channels]`."""
+        grouped = states.unflatten(-1, (kernels.shape[-2], -1))
+        total = kernels[:, :, 0] * grouped
+        for tap in range(1, min(kernels.shape[2], states.shape[1])):
+            total[:, tap:] += kernels[:, tap:, tap] * grouped[:, :-tap]
+        return cast(Tensor, total.flatten(2))
+
+
+class BlockLayer(nn.Module):
+    """A decoder layer over the slots of a block."""
+
+    def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = BlockAttention(config, layer_index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(cast(LlamaConfig, config))
+        if config.conv_kernel_size is not None:
+            self.attention_conv = GroupedConvolution(config)
+            self.mlp_conv = GroupedConvolution(config)
+        self.has_convolutions = config.conv_kernel_size is not None
+
+    def forward(self, hidden: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
+        """`[b, q, h]` -> `[b, q, h]`."""
+        states = self.input_layernorm(hidden)
+        if not self.has_convolutions:
+            hidden = hidden + self.self_attn(states, rope, attend)
+            return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+        kernels = self.attention_conv.kernels(states)
+        states = self.self_attn(GroupedConvolution.convolve(states, kernels[:, :, 0]), rope, attend)
+        hidden = hidden + GroupedConvolution.convolve(states, kernels[:, :, 1])
+        states = self.post_attention_layernorm(hidden)
+        kernels = self.mlp_conv.kernels(states)
+        states = self.mlp(GroupedConvolution.convolve(states, kernels[:, :, 0]))
+        return hidden + GroupedConvolution.convolve(states, kernels[:, :, 1])
+
+
+class MarkovHead(nn.Module):
+    """What the token before a slot adds to its logits, by tables of a low rank r (DSpark, arXiv 2607.05147).
+
+    "gated" weighs the row of the token by the slot's output, "rnn" keeps a state of all tokens of the block.
+    """
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.kind, rank = config.correction, cast(int, config.correction_rank)
+        self.candidates = min(_CORRECTED, config.proposable_tokens)
+        self.markov_w1 = nn.Embedding(config.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.proposable_tokens, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(config.hidden_size + rank, rank)
+        if self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
+
+    def context(self, before: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is multiplied by a candidate's row, and the state after it.
+
+        Args:
+            before: `[b, w]` target ids of the tokens before the slot, on several paths.
+            hidden: `[b, h]` the slot's output.
+            state: `[b, w, r]` of the paths; `None` at the block's first slot.
+        """
+        row = self.markov_w1(before)
+        hidden = hidden[:, None].expand(-1, row.shape[1], -1)
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat([hidden, row], dim=-1))) * row, None
+        if self.kind == "vanilla":
+            return row, None
+        state = torch.zeros_like(row) if state is None else state
+        gate, new, output = self.joint_proj(torch.cat([state, row, hidden], dim=-1)).chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(output), gate * state + (1.0 - gate) * torch.tanh(new)
+
+    def rows(self, candidates: Tensor) -> Tensor:
+        """`[b, m]` draft ids -> `[b, m, r]`."""
+        return F.embedding(candidates, self.markov_w2.weight)
+
+
+class CandidateSelector(nn.Module):
+    """Scores a slot's likeliest candidates by the token before them (DFlash 2)."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        rank = cast(int, config.correction_rank)
+        self.candidates = min(cast(int, config.selector_top_k), config.proposable_tokens)
+        self.predecessor_codebook = nn.Embedding(config.vocab_size, rank)
+        self.successor_codebook = nn.Embedding(config.proposable_tokens, rank)
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+
+    def context(self, before: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, None]:
+        """As `MarkovHead.context`."""
+        return self.predecessor_codebook(before) * self.hidden_projection(hidden)[:, None], None
+
+    def rows(self, candidates: Tensor) -> Tensor:
+        """As `MarkovHead.rows`."""
+        return cast(Tensor, self.successor_codebook(candidates))
+
+
+class ConfidenceHead(nn.Module):
+    """The share of the draft's probabilities that the target shares: of a sampled token, whether it is accepted."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        rank = cast(int, config.correction_rank) if config.confidence_with_markov else 0
+        self.proj = nn.Linear(config.hidden_size + rank, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[..., h (+ r)]` -> log probabilities `[...]`, fp32."""
+        return F.logsigmoid(self.proj(states).squeeze(-1).float())
+
+
+class BlockHead(DraftSource, PreTrainedModel):
+    """A head that drafts a block of tokens in one pass, of which the target verifies the likeliest paths.
+
+    Load a published head with `from_pretrained` and pass it to `generate` as `assistant_model`. Embedding table and
+    output head are the target's unless the file has others.
+    """
+
+    config_class = BlockHeadConfig
+    config: BlockHeadConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+    _no_split_modules = ["BlockLayer"]
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__(config)
+        assert config.feature_layers is not None
+        self.fc = nn.Linear(len(config.feature_layers) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.owns_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.owns_output_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        if config.correction == "selector":
+            self.candidate_selector = CandidateSelector(config)
+        elif config.correction != "none":
+            self.markov_head = MarkovHead(config)
+        if config.confidence:
+            self.confidence_head = ConfidenceHead(config)
+        self.rotary_emb = RotaryEmbedding(cast(Any, config))
+        self._packed = PackedWeights()
+        self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
+        if name == "generation_config":
+            raise AttributeError(
+                "A `BlockHead` has no `generation_config`: it is not a whole model, as other assistants are. "
+                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
+            )
+        return super().__getattr__(name)
+
+    @property
+    def correction(self) -> MarkovHead | CandidateSelector | None:
+        """What the token before a slot changes; `None` for nothing."""
+        if self.config.correction == "none":
+            return None
+        return self.candidate_selector if self.config.correction == "selector" else self.markov_head
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`, what every layer has keys and values of."""
+        return cast(Tensor, self.hidden_norm(self.fc(features)))
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The angles of RoPE at positions `[b, t]`."""
+        cosine, sine = self.rotary_emb(self.norm.weight, positions)
+        first, second = sine.chunk(2, dim=-1)
+        return Rope(cosine, torch.cat([-first, second], dim=-1))
+
+    def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
+        """Keep the keys and values of fused features `[b, t, h]`, of every layer."""
+        for index, layer in enumerate(cast(Sequence[BlockLayer], self.layers)):
+            entries.update(*layer.self_attn.entries(fused, rope), index)
+
+    def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
+        """Run the layers over the slots of a block.
+
+        Args:
+            embeddings: `[b, q, h]` of the root and of mask tokens.
+            rope: of the slots' positions.
+            attend: attention to the text and to the block.
+
+        Returns:
+            `[b, q, h]` after the final norm.
+        """
+        hidden = embeddings
+        for layer in self.layers:
+            hidden = layer(hidden, rope, attend)
+        return cast(Tensor, self.norm(hidden))
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return self.config.feature_layers or []
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens the head can propose, `[d]`, ascending."""
+        order = torch.arange(self.config.proposable_tokens, device=self.device)
+        return order if self.config.draft_vocab_size is None else order + cast(Tensor, self.d2t)
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(*(self.config.default_tree or (33, self.config.levels, 32)))
+
+    def fingerprint(self) -> str:
+        return parameter_fingerprint(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Its name, its sizes and its `fingerprint`."""
+        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "block_size", "correction")
+        named = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
+        return named | {"fingerprint": self.fingerprint()}
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Check that the head was made for `target`.
+
+        Raises:
+            ValueError: a size or the model type differs; the message names both models.
+        """
+        needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.hidden_size}
+        check_made_for(target, needed, self.config.target or {}, self.feature_layers)
+
+    def bind(self, target: PreTrainedModel) -> "BoundBlockHead":
+        """The head as it drafts for a target. Raises `ValueError` if it belongs to another, or is elsewhere."""
+        return BoundBlockHead(self, target)
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        self.bind(target)
+
+    def drafter(self, call: DraftCall) -> Drafter:
+        return BlockDrafter(self.bind(call.target), call.rows, call.paired_mask, feature_layers=self.feature_layers)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the target is ours
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        target: PreTrainedModel | None = None,
+        **keywords: Any,
+    ) -> "BlockHead":
+        """Load a head saved by this package, or a published one: DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer's.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
+            target: as for `DraftHead.from_pretrained`.
+            keywords: `revision` and the other loading arguments of Transformers. Also any field of `BlockHeadConfig`,
+                or `rope_theta`, to correct the head's config as `resps doctor` suggests.
+
+        Returns:
+            The head, with every weight read from the files: nothing is newly initialized.
+
+        Raises:
+            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
+                not fit `target`.
+        """
+        from .formats.blocks import canonical_block_head
+        from .formats.reading import load_head
+
+        head: BlockHead = load_head(cls, canonical_block_head, pretrained_model_name_or_path, target, keywords)
+        return head
+
+    def push_to_hub(  # type: ignore[override]  # as `DraftHead.push_to_hub`
+        self, repo_id: str, *, commit_message: str = "Upload BlockHead", **where: Any
+    ) -> str:
+        """Publish the head on the Hub in one commit; see `DraftHead.push_to_hub`."""
+        use = f'head = BlockHead.from_pretrained("{repo_id}", target=model)'
+        card = plain_card("block head", "block-head", (self.config.target or {}).get("name_or_path"), use)
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
+
+    def packed_view(self) -> "BlockHead":
+        """See `DraftHead.packed_view`."""
+        return self._packed.view(self)
+
+
+class BoundBlockHead(BlockModel):
+    """A block head as it decodes for one target; see `BoundHead`.
+
+    Raises:
+        ValueError: the head belongs to another target, or is on another device.
+    """
+
+    needs_all_queries = False
+
+    def __init__(self, head: BlockHead, target: PreTrainedModel) -> None:
+        head.check_target(target)
+        table = target.get_input_embeddings()
+        check_beside(head, table)
+        config = head.config
+        assert config.windows is not None and config.causal is not None
+        self.device, self.dtype = head.device, head.dtype
+        self.proposable_tokens, self.block_levels = config.proposable_tokens, config.levels
+        self.has_fixed_places = has_fixed_rope(config.rope_parameters)
+        self.windows, self.causal = config.windows, config.causal
+        self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
+        self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+        self._head, self._config = head.packed_view(), config
+        self._table = head.embed_tokens if config.owns_embedding else table
+        output = self._head.lm_head if config.owns_output_head else target.get_output_embeddings()
+        self._output = cast(nn.Module, output)
+        self._draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self._head, self._table, self._output])
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return self._head.fuse(features)
+
+    def places(self, positions: Tensor) -> Places:
+        return self._head.rope(positions)
+
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        """Keep what slots attend to of committed tokens, paired with fused features, which are the output."""
+        assert hidden is not None
+        self._head.write_context(hidden, Rope(*places), entries)
+        return at_wanted(hidden, wanted)
+
+    def width(self, levels: int) -> int:
+        """All slots, as in training, unless none sees a later one."""
+        return levels + (not self._config.shifted) if all(self.causal) else self._config.block_size
+
+    def fill(
+        self, root: Tensor, levels: int, places: Places, entries: Entries, masks: Sequence[Tensor | None]
+    ) -> BlockSlots:
+        tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self._config.mask_token_id)
+        table = cast(Tensor, self._table.weight)
+        rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
+        embeddings = rows.to(self.device, self.dtype) * self._config.embedding_scale
+
+        def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attend(queries, *entries.update(keys, values, layer), masks[layer])
+
+        output = self._head(embeddings, Rope(*places), attend_block)
+        first = 0 if self._config.shifted else 1
+        hidden = output[:, first : first + levels]
+        return BlockSlots(hidden, self.logits(hidden), output[:, 0] if first else None)
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        weight = cast(Tensor, self._output.weight)
+        logits = cast(Tensor, self._output(output.to(weight.device, weight.dtype))).to(output.device, torch.float32)
+        if self._config.output_multiplier != 1.0:
+            logits = logits * self._config.output_multiplier
+        cap = self._config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_ids if self._draft_token_ids is None else self._draft_token_ids[draft_ids]
+
+    def children_of(
+        self, slots: BlockSlots, level: int, parents: Tensor, state: Tensor | None, top_k: int
+    ) -> Children:
+        """Of a corrected slot, its likeliest candidates alone, whose probabilities together stay as they are."""
+        correction, hidden = self._head.correction, slots.hidden[:, level]
+        logits = slots.logits[:, level]
+        if correction is None:
+            scores, best = logits.log_softmax(-1).topk(top_k, dim=-1)  # [b, k]
+            scores, best, state = scores[:, None], best[:, None], None
+        else:
+            if level == 0 and slots.first is not None:
+                _, state = correction.context(parents, slots.first, None)
+            base, candidates = logits.topk(correction.candidates, dim=-1)  # [b, m]
+            context, state = correction.context(parents, hidden, state)
+            added = (context @ correction.rows(candidates).transpose(1, 2)).float()  # [b, w, m]
+            mass = base.logsumexp(-1) - logits.logsumexp(-1)
+            corrected = (base[:, None] + added).log_softmax(-1) + mass[:, None, None]
+            scores, places = corrected.topk(min(top_k, correction.candidates), dim=-1)
+            best = candidates[:, None].expand(-1, parents.shape[1], -1).gather(2, places)
+        if self._config.confidence:
+            scores = scores + self._confidence(hidden, parents)[..., None]
+        return Children(self.target_ids(best), scores, state)
+
+    def _confidence(self, hidden: Tensor, parents: Tensor) -> Tensor:
+        """`[b, w]` log probabilities: of a token's probability this share is the target's, too, on average."""
+        states = hidden[:, None].expand(-1, parents.shape[1], -1)
+        if self._config.confidence_with_markov:
+            states = torch.cat([states, self._head.markov_head.markov_w1(parents)], dim=-1)
+        return cast(Tensor, self._head.confidence_head(states))
