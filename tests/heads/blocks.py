@@ -38,7 +38,7 @@ class Block:
     confidence: str = ""  # "hidden", "markov"
     convolutions: bool = False
     reduced: bool = False
-    copies: bool = False  # of the target's embedding and output head
+    copies: bool = False  # of the target's embedding and output head, the latter of a fine-tune
     biases: bool = False
     theta: float = 10000.0
     embedding_scale: float = 1.0

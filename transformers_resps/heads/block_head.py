@@ -6,9 +6,12 @@ decodes for one target.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ..drafting import DraftCall, Drafter, DraftSource, Entries, Places, Wanted, at_wanted
+from ..drafting import DraftCall, Entries, LevelSource, Places, Reading, Wanted, at_wanted
 from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Children
-from ..hub.upload import Destination, plain_card, push_saved, shareable
+from ..hub.upload import shareable
 from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
@@ -57,8 +60,6 @@ class BlockHeadConfig(PreTrainedConfig):
         feature_layers: as in `DraftHeadConfig`.
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
-        owns_embedding: whether the head has its own embedding table; otherwise it reads the rows of the target's, as
-            they are.
         owns_output_head: whether the head has its own output head; otherwise it uses the target's.
         embedding_scale: what embeddings are multiplied by.
         output_multiplier: what logits are multiplied by, before the cap.
@@ -71,13 +72,8 @@ class BlockHeadConfig(PreTrainedConfig):
         confidence_with_markov: whether it reads the row of the token before, too.
         conv_kernel_size: taps of the convolutions around attention and MLP; `None` without them.
         conv_group_size: channels that share a kernel of these.
-        default_tree: total_tokens, depth and top_k of the tree that is used without a policy; `None` means the best 32
-            nodes of all paths.
         target: name and sizes of the model the head was made for; `None` if unknown.
         source: for an imported head, its publisher's format and its layer ids as published.
-        bos_token_id: the target's.
-        eos_token_id: the target's, one or several.
-        pad_token_id: the target's.
         tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
 
     Raises:
@@ -107,7 +103,6 @@ class BlockHeadConfig(PreTrainedConfig):
     feature_layers: list[int] | None = None
     vocab_size: int = 49152
     draft_vocab_size: int | None = None
-    owns_embedding: bool = False
     owns_output_head: bool = False
     embedding_scale: float = 1.0
     output_multiplier: float = 1.0
@@ -119,12 +114,8 @@ class BlockHeadConfig(PreTrainedConfig):
     confidence_with_markov: bool = False
     conv_kernel_size: int | None = None
     conv_group_size: int | None = None
-    default_tree: list[int] | None = None
     target: dict[str, Any] | None = None
     source: dict[str, Any] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -138,80 +129,69 @@ class BlockHeadConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
         check_rope(self.rope_parameters, "block head")
-        for came, needed in self._misfits():
-            raise ValueError(f"A block head got {came}, but {needed}.")
+        for is_wrong, came, needed in self._misfits():
+            if is_wrong:
+                raise ValueError(f"A block head got {came}, but {needed}.")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
-    def _misfits(self) -> Sequence[tuple[str, str]]:
-        """Values that no head can have, and what is needed."""
+    def _misfits(self) -> Iterator[tuple[bool, str, str]]:
+        """Whether no head can have some values, these, and what is needed."""
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
-        layers, shortest = self.feature_layers, min(filter(None, self.windows), default=self.block_size)
-        is_markov = self.correction in CORRECTIONS[1:4]
-        has_convolutions, taps = self.conv_kernel_size is not None, self.conv_kernel_size or 0
-        checks = [
-            (
-                self.correction not in CORRECTIONS,
-                f"the correction {self.correction!r}",
-                f"known are {list(CORRECTIONS)}. Use a head with one of them",
-            ),
-            (
-                len(self.causal) != self.num_hidden_layers or len(self.windows) != self.num_hidden_layers,
-                f"causal={self.causal} and windows={self.windows}",
-                f"each needs one value for each of its {self.num_hidden_layers} layers. Pass lists of that length",
-            ),
-            (
-                shortest < self.block_size,
-                f"a window of {shortest} positions",
-                f"its blocks have {self.block_size} slots, which see each other. Correct `windows` or `block_size`",
-            ),
-            (
-                self.block_size < 2 and not self.shifted,
-                f"block_size={self.block_size}",
-                "a head in place needs 2 slots to draft one token. Correct `block_size`",
-            ),
-            (
-                not 0 <= self.mask_token_id < self.vocab_size,
-                f"the mask token {self.mask_token_id}",
-                f"the table has rows 0 to {self.vocab_size - 1}. Correct `mask_token_id`",
-            ),
-            (
-                layers != sorted({layer for layer in layers if isinstance(layer, int) and layer >= 0}) or not layers,
-                f"the feature layers {layers}",
-                "they must be distinct integers from 0 on, ascending, counted as in `output_hidden_states`. Correct "
-                "`feature_layers`",
-            ),
-            (
-                (self.correction == "none") != (self.correction_rank is None),
-                f"correction={self.correction!r} and correction_rank={self.correction_rank}",
-                "a rank goes with a correction. Pass both or none",
-            ),
-            (
-                (self.correction == "selector") != (self.selector_top_k is not None),
-                f"correction={self.correction!r} and selector_top_k={self.selector_top_k}",
-                "a selector, and nothing else, needs the number of its candidates. Correct `selector_top_k`",
-            ),
-            (
-                self.confidence_with_markov and not (self.confidence and is_markov),
-                "confidence_with_markov=True",
-                "that needs a confidence head and a Markov correction. Correct `confidence_with_markov`",
-            ),
-            (
-                has_convolutions and (not self.conv_group_size or self.hidden_size % self.conv_group_size != 0),
-                f"conv_group_size={self.conv_group_size}",
-                f"it must divide the width {self.hidden_size}. Correct `conv_group_size`",
-            ),
-            (
-                taps > self.block_size,
-                f"conv_kernel_size={self.conv_kernel_size}",
-                f"its blocks have {self.block_size} slots. Correct `conv_kernel_size`",
-            ),
-            (
-                self.draft_vocab_size is not None and not self.owns_output_head,
-                f"draft_vocab_size={self.draft_vocab_size} without an output head of its own",
-                "a draft vocabulary needs one. Pass `owns_output_head=True`",
-            ),
-        ]
-        return [(came, needed) for is_wrong, came, needed in checks if is_wrong]
+        count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
+        shortest = min(filter(None, self.windows), default=slots)
+        is_markov, taps, group = self.correction in CORRECTIONS[1:4], self.conv_kernel_size or 0, self.conv_group_size
+        yield (
+            self.correction not in CORRECTIONS,
+            f"the correction {self.correction!r}",
+            f"known are {list(CORRECTIONS)}. Use a head with one of them",
+        )
+        yield (
+            not len(self.causal) == len(self.windows) == count,
+            f"causal={self.causal} and windows={self.windows}",
+            f"each needs one value for each of its {count} layers. Correct them",
+        )
+        yield (
+            shortest < slots,
+            f"a window of {shortest} positions",
+            f"its blocks have {slots} slots, which see each other. Correct `windows` or `block_size`",
+        )
+        yield (
+            self.levels < 1 or taps > slots,
+            f"block_size={slots}",
+            f"it needs {max(2 - self.shifted, taps)} slots at least. Correct `block_size`",
+        )
+        yield (
+            not 0 <= self.mask_token_id < self.vocab_size,
+            f"the mask token {self.mask_token_id}",
+            f"the table has rows 0 to {self.vocab_size - 1}. Correct `mask_token_id`",
+        )
+        yield (
+            not layers or layers != sorted({layer for layer in layers if layer >= 0}),
+            f"the feature layers {layers}",
+            "they must be distinct and ascending, counted as in `output_hidden_states`. Correct `feature_layers`",
+        )
+        yield (
+            (self.correction != "none") != bool(self.correction_rank)
+            or (self.correction == "selector") != bool(self.selector_top_k),
+            f"correction={self.correction!r}, correction_rank={self.correction_rank} and "
+            f"selector_top_k={self.selector_top_k}",
+            "a correction needs a rank, and a selector its number of candidates. Correct them",
+        )
+        yield (
+            self.confidence_with_markov and not (self.confidence and is_markov),
+            "confidence_with_markov=True",
+            "that needs a confidence head and a Markov correction. Correct it",
+        )
+        yield (
+            bool(taps) and (not group or self.hidden_size % group != 0),
+            f"conv_group_size={group}",
+            f"it must divide the width {self.hidden_size}. Correct it",
+        )
+        yield (
+            self.draft_vocab_size is not None and not self.owns_output_head,
+            f"draft_vocab_size={self.draft_vocab_size} without an output head of its own",
+            "a draft vocabulary needs one. Pass `owns_output_head=True`",
+        )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -393,11 +373,35 @@ class ConfidenceHead(nn.Module):
         return F.logsigmoid(self.proj(states).squeeze(-1).float())
 
 
-class BlockHead(DraftSource, PreTrainedModel):
+@dataclass(frozen=True, slots=True)
+class BlockReading(Reading):
+    """One way to read the file of a block head, see `BlockHeadConfig`."""
+
+    loader: ClassVar[str] = "BlockHead"
+
+    feature_layers: tuple[int, ...]
+    shifted: bool
+    causal: tuple[bool, ...]
+    rope_theta: float
+    embedding_scale: float
+
+    @property
+    def told(self) -> dict[str, str]:
+        causal = {True: "yes", False: "no"}.get(all(self.causal)) if len(set(self.causal)) == 1 else "by layer"
+        return {
+            "feature layers": ", ".join(map(str, self.feature_layers)),
+            "slots": "shifted" if self.shifted else "in place",
+            "causal": str(causal),
+            "RoPE base": f"{self.rope_theta:g}",
+            "embedding scale": f"{self.embedding_scale:g}",
+        }
+
+
+class BlockHead(LevelSource, PreTrainedModel):
     """A head that drafts a block of tokens in one pass, of which the target verifies the likeliest paths.
 
-    Load a published head with `from_pretrained` and pass it to `generate` as `assistant_model`. Embedding table and
-    output head are the target's unless the file has others.
+    Load a published head with `from_pretrained` and pass it to `generate` as `assistant_model`. The embedding table is
+    the target's, whose rows are read as they are, and so is the output head unless the head has its own.
     """
 
     config_class = BlockHeadConfig
@@ -413,8 +417,6 @@ class BlockHead(DraftSource, PreTrainedModel):
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if config.owns_embedding:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.owns_output_head:
             self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
         if config.draft_vocab_size is not None:
@@ -488,7 +490,7 @@ class BlockHead(DraftSource, PreTrainedModel):
 
     @property
     def default_shape(self) -> TreeShape:
-        return TreeShape(*(self.config.default_tree or (33, self.config.levels, 32)))
+        return TreeShape(33, self.config.levels, 32)
 
     def fingerprint(self) -> str:
         return parameter_fingerprint(self)
@@ -508,14 +510,50 @@ class BlockHead(DraftSource, PreTrainedModel):
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.hidden_size}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
-    def bind(self, target: PreTrainedModel) -> "BoundBlockHead":
-        """The head as it drafts for a target. Raises `ValueError` if it belongs to another, or is elsewhere."""
-        return BoundBlockHead(self, target)
+    def bind(self, target: PreTrainedModel, forward: "BlockHead | None" = None) -> "BoundBlockHead":
+        """As `TrainableSource.bind`."""
+        return BoundBlockHead(self, target, forward)
 
-    def prepare(self, target: PreTrainedModel) -> None:
-        self.bind(target)
+    def whole(self, target: PreTrainedModel) -> "BlockHead":
+        """As `TrainableSource.whole`."""
+        return self
 
-    def drafter(self, call: DraftCall) -> Drafter:
+    def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
+        """The configured reading, then the others that this target has layers for.
+
+        These are the feature layers as read, one deeper and one shallower, with slots shifted and in place, causal,
+        not causal and as read; then other RoPE bases and scales of embeddings, each alone.
+        """
+        config, text = self.config, target.config.get_text_config()
+        assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
+        theirs = getattr(text, "rope_parameters", None) or {}
+        theirs = theirs.get("full_attention") or theirs
+        base, scale = config.rope_parameters["rope_theta"], config.embedding_scale
+        near = [tuple(layer + shift for layer in config.feature_layers) for shift in (0, 1, -1)]
+        within = [layers for layers in near if layers[0] >= 0 and layers[-1] <= text.num_hidden_layers]
+        alike = [(flag,) * config.num_hidden_layers for flag in (True, False)]
+        kinds = dict.fromkeys([tuple(config.causal), *alike])
+        first = BlockReading(near[0], config.shifted, tuple(config.causal), base, scale)
+        for layers, shifted, causal in product(within, (config.shifted, not config.shifted), kinds):
+            yield BlockReading(layers, shifted, causal, base, scale)
+        others = {other for other in (1e4, 1e6, theirs.get("rope_theta")) if other} - {base}
+        yield from (replace(first, rope_theta=other) for other in sorted(others))
+        yield from (replace(first, embedding_scale=other) for other in {1.0, config.hidden_size**0.5} - {scale})
+
+    def read_as(self, reading: BlockReading, target: PreTrainedModel, whole: "BlockHead") -> "BlockHead":
+        """As `TrainableSource.read_as`."""
+        config = BlockHeadConfig.from_dict(self.config.to_dict())
+        config.feature_layers, config.causal = list(reading.feature_layers), list(reading.causal)
+        config.shifted, config.embedding_scale = reading.shifted, reading.embedding_scale
+        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
+        with torch.device("meta"):
+            variant = BlockHead(config)
+        variant.load_state_dict(whole.state_dict(), assign=True)
+        variant.rotary_emb = RotaryEmbedding(cast(Any, config)).to(self.device)
+        variant.train(False)
+        return variant
+
+    def drafter(self, call: DraftCall) -> BlockDrafter:
         return BlockDrafter(self.bind(call.target), call.rows, call.paired_mask, feature_layers=self.feature_layers)
 
     @classmethod
@@ -546,13 +584,16 @@ class BlockHead(DraftSource, PreTrainedModel):
         head: BlockHead = load_head(cls, canonical_block_head, pretrained_model_name_or_path, target, keywords)
         return head
 
-    def push_to_hub(  # type: ignore[override]  # as `DraftHead.push_to_hub`
-        self, repo_id: str, *, commit_message: str = "Upload BlockHead", **where: Any
-    ) -> str:
-        """Publish the head on the Hub in one commit; see `DraftHead.push_to_hub`."""
-        use = f'head = BlockHead.from_pretrained("{repo_id}", target=model)'
-        card = plain_card("block head", "block-head", (self.config.target or {}).get("name_or_path"), use)
-        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
+    ) -> None:
+        """As `DraftHead.save_pretrained`, with the formats "resps", "z-lab" and "speculators"."""
+        if format == "resps":
+            PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
+            return
+        from .formats.writing import export_block_head
+
+        export_block_head(self.config, self.state_dict(), Path(save_directory), format)
 
     def packed_view(self) -> "BlockHead":
         """See `DraftHead.packed_view`."""
@@ -560,7 +601,7 @@ class BlockHead(DraftSource, PreTrainedModel):
 
 
 class BoundBlockHead(BlockModel):
-    """A block head as it decodes for one target; see `BoundHead`.
+    """A block head as it decodes for one target; see `BoundHead`. A `view` computes in place of its packed copy.
 
     Raises:
         ValueError: the head belongs to another target, or is on another device.
@@ -568,7 +609,7 @@ class BoundBlockHead(BlockModel):
 
     needs_all_queries = False
 
-    def __init__(self, head: BlockHead, target: PreTrainedModel) -> None:
+    def __init__(self, head: BlockHead, target: PreTrainedModel, view: BlockHead | None = None) -> None:
         head.check_target(target)
         table = target.get_input_embeddings()
         check_beside(head, table)
@@ -576,12 +617,13 @@ class BoundBlockHead(BlockModel):
         assert config.windows is not None and config.causal is not None
         self.device, self.dtype = head.device, head.dtype
         self.proposable_tokens, self.block_levels = config.proposable_tokens, config.levels
+        self.mask_token_id = config.mask_token_id
         self.has_fixed_places = has_fixed_rope(config.rope_parameters)
         self.windows, self.causal = config.windows, config.causal
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
         self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-        self._head, self._config = head.packed_view(), config
-        self._table = head.embed_tokens if config.owns_embedding else table
+        self._head, self._config = view or head.packed_view(), config
+        self._table = table
         output = self._head.lm_head if config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
         self._draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
@@ -614,21 +656,36 @@ class BoundBlockHead(BlockModel):
         """All slots, as in training, unless none sees a later one."""
         return levels + (not self._config.shifted) if all(self.causal) else self._config.block_size
 
-    def fill(
-        self, root: Tensor, levels: int, places: Places, entries: Entries, masks: Sequence[Tensor | None]
-    ) -> BlockSlots:
-        tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self._config.mask_token_id)
+    def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Keys and values of fused features, of one layer."""
+        return cast(BlockLayer, self._head.layers[layer]).self_attn.entries(fused, Rope(*places))
+
+    def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
+        """`[b, q]` roots and mask tokens -> `[b, q, h]` normed outputs."""
         table = cast(Tensor, self._table.weight)
         rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
         embeddings = rows.to(self.device, self.dtype) * self._config.embedding_scale
+        return cast(Tensor, self._head(embeddings, Rope(*places), attend))
+
+    def predicting(self, output: Tensor, levels: int) -> Tensor:
+        """Of `[..., q, h]`, the slots that predict the next tokens."""
+        return output.narrow(-2, int(not self._config.shifted), levels)
+
+    def fill(
+        self, root: Tensor, levels: int, places: Places, entries: Entries, masks: Sequence[Tensor | None]
+    ) -> BlockSlots:
+        tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self.mask_token_id)
 
         def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return attend(queries, *entries.update(keys, values, layer), masks[layer])
 
-        output = self._head(embeddings, Rope(*places), attend_block)
-        first = 0 if self._config.shifted else 1
-        hidden = output[:, first : first + levels]
-        return BlockSlots(hidden, self.logits(hidden), output[:, 0] if first else None)
+        output = self.run_block(tokens, places, attend_block)
+        hidden = self.predicting(output, levels)
+        return BlockSlots(hidden, self.logits(hidden), None if self._config.shifted else output[:, 0])
+
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
+        """As `TrainableModel.normed_logits`, without a correction."""
+        return self.logits(normed)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         weight = cast(Tensor, self._output.weight)

@@ -70,6 +70,10 @@ class CheckpointFiles:
         with self._open(name) as file:
             return dict.fromkeys(file.keys(), name)
 
+    def has(self, file: str) -> bool:
+        """Whether there is such a file."""
+        return self._path(file) is not None
+
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
         """Tensor -> what `take` finds of it in its open file; each file is opened once."""
         values: dict[str, Found] = {}

@@ -1,7 +1,7 @@
 """Which class reads a checkpoint: told by its tensors as published, since configs state little."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ..block_head import BlockHeadConfig
 from ..config import DraftHeadConfig
@@ -13,16 +13,9 @@ _SAVED_BY_US = {
     "resps_mtp": "MtpHead",
 }
 _PREFIXES = ("mtp_dspark.", "model.", "draft_model.")
-_QUERY = "layers.0.self_attn.q_proj.weight"
+SHAPING = ("fc.weight", "layers.0.self_attn.q_proj.weight")  # tensors whose shapes tell, by the ends of their names
 # Beginnings of names that tensors of block heads alone have.
 _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidate_selector.", "encoder.fc.")
-
-
-class Shaped(Protocol):
-    """A tensor, or what tells its shape."""
-
-    @property
-    def shape(self) -> Any: ...
 
 
 def raw_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,17 +29,17 @@ def raw_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def class_of(config: dict[str, Any], tensors: Mapping[str, Shaped]) -> str:
+def class_of(config: dict[str, Any], tensors: Mapping[str, Any]) -> str:
     """The class for a checkpoint of a head: "BlockHead" also for one that cannot be read, "DraftHead" for all others.
 
-    A block head fuses features as EAGLE-3's does, but norms them at the top, and no layer of it reads embedding and
-    feature side by side.
+    Of the tensors only the names count, and the shapes of those that end as `SHAPING`. A block head fuses features as
+    EAGLE-3's does, but norms them at the top, and no layer of it reads embedding and feature side by side.
     """
     saved = _SAVED_BY_US.get(config.get("model_type", ""))
     if saved is not None:
         return saved
     names = raw_names(tensors)
-    fused, query = names.get("fc.weight"), names.get(_QUERY)
+    fused, query = (names.get(name) for name in SHAPING)
     is_wide = fused is not None and query is not None and query.shape[1] == 2 * fused.shape[0]
     if is_wide or any("mask_hidden" in name for name in names) or "layers.0.hidden_norm.weight" in names:
         return "DraftHead"
@@ -54,7 +47,7 @@ def class_of(config: dict[str, Any], tensors: Mapping[str, Shaped]) -> str:
     return "BlockHead" if fills_blocks else "DraftHead"
 
 
-def check_class(source: str, config: dict[str, Any], tensors: Mapping[str, Shaped], wanted: str) -> None:
+def check_class(source: str, config: dict[str, Any], tensors: Mapping[str, Any], wanted: str) -> None:
     """Raise a `ValueError` for a checkpoint that another class reads; it names that."""
     found = class_of(config, tensors)
     if found != wanted:

@@ -6,21 +6,23 @@ Sizes are those of the tensors; a config or a target that disagrees is refused, 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import DraftHeadConfig
 from ..identity import check_is_model, target_identity
-from .kinds import check_class
+from .kinds import SHAPING, check_class, class_of
 from .publishers import MODELOPT_LAYER, PublishedConfig
 from .tensor_names import canonical_names, check_complete, check_exact, layer_count
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+_PICKLE = "mask_embedding.pt"  # a trained row for the mask token, beside the weights of some block heads
+_FILES = tuple(file for single in _WEIGHTS for file in (single, f"{single}.index.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,32 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
             f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
             "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
         )
-    places = files.places(*(file for single in _WEIGHTS for file in (single, f"{single}.index.json")))
+    places = files.places(*_FILES)
     if places is None:
         raise ValueError(
             f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their "
             ".index.json. Check that the download is complete, and whether you are offline."
         )
     check_is_head(config, canonical_names(places, name), name)  # before the weights of a whole model are read
+    if class_of(config, dict.fromkeys(places)) == "BlockHead" and files.has(_PICKLE):
+        raise ValueError(
+            f"{name} has a part in {_PICKLE}, a pickle, which could run code. Use a head whose tensors are all in "
+            "safetensors."
+        )
     return config, files.read(places, tensor_of)
+
+
+def class_in(name: str | os.PathLike[str], **hub: Any) -> str:
+    """The class for what a Hub id or folder holds, as `class_of` has it, without its weights; "DraftHead", which tells
+    what is missing, where the files say nothing.
+
+    Raises:
+        ValueError, OSError: as `read_checkpoint`.
+    """
+    files = CheckpointFiles(name, hub)
+    config, places = files.config() or {}, files.places(*_FILES) or {}
+    shaping = {name: place for name, place in places.items() if name.endswith(SHAPING)}
+    return class_of(config, dict.fromkeys(places) | files.read(shaping, tensor_of))
 
 
 # Corrections of what publishers write and our own config says otherwise.
@@ -98,7 +118,7 @@ def canonical_head(
     check_class(checkpoint.name, checkpoint.config, checkpoint.tensors, "DraftHead")
     ours = {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
     if checkpoint.config.get("model_type") != DraftHeadConfig.model_type:
-        fields, tensors = _PublishedHead(checkpoint, target, overrides).read()
+        fields, tensors = PublishedHead.of(checkpoint, target, overrides).read()
         return DraftHeadConfig(**fields | ours), tensors
     fields = checkpoint.config | ours
     if overrides.get("rope_theta") is not None:
@@ -116,15 +136,25 @@ _USUAL_HEADS = 32  # what `LlamaConfig` and `Qwen3Config` leave out of a config.
 _ATTENTION = "layers.0.self_attn."
 
 
-class _PublishedHead:
-    """Another publisher's head, read into the fields of our config and the tensors of our head."""
+class PublishedHead:
+    """Another publisher's head, read into the fields of our config and the tensors of our head.
 
-    def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
-        self._source, self._target = checkpoint.name, target
+    Its `tensors` are under our names.
+    """
+
+    def __init__(
+        self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig
+    ) -> None:
+        self._source, self._target, self._tensors = source, target, tensors
         self._target_config = None if target is None else target.config.get_text_config()
-        self._tensors = canonical_names(checkpoint.tensors, checkpoint.name)
-        self._published = PublishedConfig.of(checkpoint.config, self._tensors, overrides, checkpoint.name)
-        self._stated = self._published.fields
+        self._published, self._stated = published, published.fields
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> "PublishedHead":
+        """An EAGLE-3 head, with the user's corrections."""
+        tensors = canonical_names(checkpoint.tensors, checkpoint.name)
+        published = PublishedConfig.of(checkpoint.config, tensors, overrides, checkpoint.name)
+        return cls(checkpoint.name, target, tensors, published)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_is_head(self._stated, self._tensors, self._source)
@@ -137,8 +167,7 @@ class _PublishedHead:
         sizes, identity = self._sizes(), self._identity()
         count = self._feature_count(sizes["target_hidden_size"])
         fields = {
-            **{key: self._stated.get(key, default) for key, default in _COPIED.items()},
-            **{key: self._stated.get(key) for key in _TOKEN_IDS},
+            **self._copied(),
             **sizes,
             **self._structure(),
             **self._published.norm_flags(),
@@ -150,6 +179,11 @@ class _PublishedHead:
         }
         offsets = draft_offsets(self._tensors, sizes["draft_vocab_size"], sizes["vocab_size"], self._source)
         return self._without_borrowed(fields, offsets)
+
+    def _copied(self) -> dict[str, Any]:
+        """The fields that mean the same everywhere."""
+        copied = {key: self._stated.get(key, default) for key, default in _COPIED.items()}
+        return copied | {key: self._stated.get(key) for key in _TOKEN_IDS}
 
     def _window(self, layer_count: int) -> int | None:
         """How many of the newest tokens the head was trained to see; `None` for all."""
@@ -286,38 +320,43 @@ class _PublishedHead:
         if output is None:
             owns_output_head = offsets is not None or not same_width
         else:
-            theirs = None if self._target is None else self._target.get_output_embeddings()
-            owns_output_head = self._stated.get("owns_output_head") is not False and not is_targets(output, theirs)
+            owns_output_head = self._stated.get("owns_output_head") is not False and not self._is_targets(output)
         if not owns_output_head:
             tensors.pop("lm_head.weight", None)
         owned = {"owns_embedding": owns_embedding, "owns_output_head": owns_output_head}
         return fields | owned | ({"draft_vocab_size": None} if offsets is None else {}), tensors
 
-
-def is_targets(weight: Tensor, module: nn.Module | None) -> bool:
-    """Whether a weight of a file is that of a target's embedding or output head."""
-    theirs = None if module is None else cast(Tensor, module.weight)
-    if theirs is None or weight.shape != theirs.shape:
-        return False
-    return torch.equal(weight, theirs.detach().to(device="cpu", dtype=weight.dtype))
+    def _is_targets(self, weight: Tensor) -> bool:
+        output = None if self._target is None else self._target.get_output_embeddings()
+        if output is None or weight.shape != output.weight.shape:
+            return False
+        return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
 
 
 class WholeModelError(ValueError):
-    """A checkpoint of a whole model, where a head is needed."""
+    """A checkpoint of a whole model, where a head is needed.
+
+    Attributes:
+        model_type: as its config states it.
+    """
+
+    model_type: str | None = None
 
 
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
     """Raise a `WholeModelError` for a whole model, by its config and our `names` of its tensors."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
-        raise WholeModelError(
+        error = WholeModelError(
             f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
             "your model; to draft with this one load it with `AutoModelForCausalLM`, and pass the model as "
             "`assistant_model`, with `policy='auto'` for trees."
         )
+        error.model_type = config.get("model_type")
+        raise error
 
 
 # Parts of tensors' names -> what they are of, where an EAGLE-3 head has none.

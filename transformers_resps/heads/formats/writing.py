@@ -1,4 +1,4 @@
-"""Our canonical head -> the layouts of SpecForge and speculators, which other engines read."""
+"""Our canonical heads -> the layouts of SpecForge, speculators and z-lab, which other engines read."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..block_head import BlockHeadConfig
 from ..config import ROPE_BASE, DraftHeadConfig
 
 
@@ -42,10 +43,128 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
         )
     _check_expressible(config, layout)
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
-    written["dtype"] = written["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+    _write(written, _published_tensors(tensors, config, layout), folder)
+
+
+def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    config["dtype"] = config["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_published_tensors(tensors, config, layout), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
+    """As `export_head`, for a block head: "z-lab" (`dflash_config`, ids of layers) or "speculators".
+
+    Raises:
+        ValueError: the layout is unknown, or cannot express what this head does.
+    """
+    _check_block(config, layout)
+    tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
+    if layout == "z-lab":
+        _write(_zlab_config(config), tensors, folder)
+        return
+    if "d2t" in tensors:
+        tensors["t2d"] = _allowed(tensors["d2t"], config.vocab_size)
+    bare = {name.replace("_codebook.weight", "_codebook"): part for name, part in tensors.items()}
+    _write(_speculators_block_config(config), bare, folder)
+
+
+def _is_sliding(config: BlockHeadConfig) -> list[bool]:
+    """Of each layer; where its kind is not told apart, a sliding layer is causal."""
+    return [window is not None for window in config.windows or ()]
+
+
+def _check_block(config: BlockHeadConfig, layout: str) -> None:
+    """Refuse what other engines would load as another head."""
+    assert config.windows is not None and config.feature_layers is not None and config.causal is not None
+    is_zlab, is_known = layout == "z-lab", layout in ("z-lab", "speculators")
+    has_markov = config.correction not in ("none", "selector")
+    is_scaled = (config.embedding_scale, config.output_multiplier, config.final_logit_softcapping) != (1.0, 1.0, None)
+    is_alike, by_layer = len(set(config.causal)) == 1, config.causal == _is_sliding(config)
+    for cannot, reason in (
+        (not is_known, f"got format={layout!r}; known are z-lab, speculators"),
+        (len({*config.windows} - {None}) > 1, "has several windows, but the layout has one for all sliding layers"),
+        (is_zlab and (config.shifted or has_markov), "is shifted or has a Markov correction: use speculators"),
+        (is_zlab and config.owns_output_head, "has an output head of its own: use speculators"),
+        (is_zlab and 0 in config.feature_layers, "reads the embedding output: use speculators"),
+        (is_zlab and not (is_alike or by_layer), "is causal in layers that the layout cannot name"),
+        (not is_zlab and any(config.causal) and not by_layer, "is causal in full layers: use z-lab"),
+        (not is_zlab and is_scaled, "has scales or a cap, which speculators drops: use z-lab"),
+        (
+            not is_zlab and config.owns_output_head and config.draft_vocab_size is None,
+            "has an output head for all tokens, which speculators takes from the target",
+        ),
+    ):
+        if cannot:
+            raise ValueError(f"This block head {reason}. Save it in our own format, or export another head.")
+
+
+def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
+    """The layers as a Qwen3 config."""
+    is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
+    return {
+        **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.__annotations__},
+        "model_type": "qwen3",
+        "attention_bias": config.attention_bias,
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in is_sliding],
+        "sliding_window": max(filter(None, config.windows or ()), default=None),
+        "use_sliding_window": any(is_sliding),
+        "rope_parameters": rope,
+        "rope_theta": rope.get("rope_theta", ROPE_BASE),
+    }
+
+
+def _block_fields(config: BlockHeadConfig) -> dict[str, Any]:
+    fields = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+    if config.correction != "selector":
+        return fields
+    sizes = {name: getattr(config, name) for name in ("conv_kernel_size", "conv_group_size", "selector_top_k")}
+    return fields | sizes | {"selector_rank": config.correction_rank}
+
+
+def _zlab_config(config: BlockHeadConfig) -> dict[str, Any]:
+    assert config.feature_layers is not None and config.causal is not None
+    depth = (config.target or {}).get("num_hidden_layers")
+    return {
+        **_block_layer(config),
+        **({} if config.causal == _is_sliding(config) else {"is_causal": config.causal[0]}),
+        **({} if depth is None else {"num_target_layers": depth}),
+        "architectures": ["DFlash2DraftModel" if config.correction == "selector" else "DFlashDraftModel"],
+        "dflash_config": {
+            **_block_fields(config),
+            "target_layer_ids": [index - 1 for index in config.feature_layers],
+            "input_embedding_scale": config.embedding_scale,
+            "output_multiplier": config.output_multiplier,
+            "final_logit_softcapping": config.final_logit_softcapping,
+        },
+    }
+
+
+def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
+    kind, name = {"none": ("dflash", "DFlash"), "selector": ("dflash2", "DFlash2")}.get(
+        config.correction, ("dspark", "DSpark")
+    )
+    spark = {
+        "markov_rank": config.correction_rank,
+        "markov_head_type": config.correction,
+        "enable_confidence_head": config.confidence,
+        "confidence_head_with_markov": config.confidence_with_markov,
+    }
+    return {
+        **_block_fields(config),
+        **(spark if kind == "dspark" else {}),
+        "architectures": [f"{name}DraftModel"],
+        "speculators_model_type": kind,
+        "speculators_version": "0.9.0",
+        "aux_hidden_state_layer_ids": config.feature_layers,
+        "draft_vocab_size": config.proposable_tokens,
+        "sample_from_anchor": config.shifted,
+        "sliding_window_non_causal": not any(config.causal or ()),
+        "tie_word_embeddings": False,
+        "transformer_layer_config": _block_layer(config),
+        "speculators_config": _proposal(kind, config.levels, config.target or {}),
+    }
 
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
@@ -86,10 +205,15 @@ def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout
         for name, weight in weights.items():
             tensors.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
     if "d2t" in tensors:
-        allowed = torch.zeros(config.vocab_size, dtype=torch.bool)
-        allowed[torch.arange(len(tensors["d2t"])) + tensors["d2t"]] = True
-        tensors["t2d"] = allowed
+        tensors["t2d"] = _allowed(tensors["d2t"], config.vocab_size)
     return tensors
+
+
+def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
+    """`[v]`, true for the tokens that offsets `[d]` lead to."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[torch.arange(len(offsets)) + offsets] = True
+    return allowed
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
@@ -154,7 +278,6 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
     depth = (config.default_tree or [0, 3])[1]
-    target = config.target or {}
     return {
         **_shared_fields(config),
         "architectures": ["Eagle3Speculator"],
@@ -164,17 +287,16 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
         "embed_requires_grad": config.owns_embedding,
         "tie_word_embeddings": False,
         "transformer_layer_config": _layer_config(config),
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": max(depth, 1),
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": {"name_or_path": target.get("name_or_path"), "architectures": target.get("architectures", [])},
-        },
+        "speculators_config": _proposal("eagle3", max(depth, 1), config.target or {}),
+    }
+
+
+def _proposal(algorithm: str, tokens: int, target: dict[str, Any]) -> dict[str, Any]:
+    """How speculators' readers draft by default, and for whom."""
+    method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    return {
+        "algorithm": algorithm,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [method],
+        "verifier": {"name_or_path": target.get("name_or_path"), "architectures": target.get("architectures", [])},
     }
