@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .assistants import MtpHead
+    from .assistants import AutoDraftHead, MtpHead
     from .calibration import calibrate
     from .drafting.suffix_memory import SuffixMemory
     from .generation.attach import attach, detach
     from .generation.mixin import ReSpSGenerationMixin
     from .generation.output import SpeculativeOutput
-    from .heads import DraftHead, DraftHeadConfig
+    from .heads import BlockHead, BlockHeadConfig, DraftHead, DraftHeadConfig
     from .policies.base import Level, Observation, Policy
     from .policies.costs import CostTable
     from .policies.fixed import FixedPolicy
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "AutoDraftHead",
     "AutoPolicy",
     "BaselineGuard",
+    "BlockHead",
+    "BlockHeadConfig",
     "CostTable",
     "DraftHead",
     "DraftHeadConfig",
@@ -58,13 +61,13 @@ __all__ = [
     "unprepack",
 ]
 _HOMES = {
-    "assistants": ("MtpHead",),
+    "assistants": ("AutoDraftHead", "MtpHead"),
     "calibration": ("calibrate",),
     "drafting.suffix_memory": ("SuffixMemory",),
     "generation.attach": ("attach", "detach"),
     "generation.mixin": ("ReSpSGenerationMixin",),
     "generation.output": ("SpeculativeOutput",),
-    "heads": ("DraftHead", "DraftHeadConfig"),
+    "heads": ("BlockHead", "BlockHeadConfig", "DraftHead", "DraftHeadConfig"),
     "policies.base": ("Level", "Observation", "Policy"),
     "policies.costs": ("CostTable",),
     "policies.fixed": ("FixedPolicy",),

@@ -30,10 +30,14 @@ class GemmaAssistant(LoadedModel):
         self._layer_count: int = target.config.get_text_config(decoder=True).num_hidden_layers
 
     @staticmethod
-    def is_one(model: nn.Module) -> bool:
+    def is_named(model_type: str | None) -> bool:
+        """Whether this type of model is an assistant of Gemma 4."""
+        return model_type in ("gemma4_assistant", "gemma4_unified_assistant")
+
+    @classmethod
+    def is_one(cls, model: nn.Module) -> bool:
         """Whether a loaded model is an assistant of Gemma 4."""
-        config = getattr(model, "config", None)
-        return getattr(config, "model_type", None) in ("gemma4_assistant", "gemma4_unified_assistant")
+        return cls.is_named(getattr(getattr(model, "config", None), "model_type", None))
 
     @property
     def feature_layers(self) -> list[int]:

@@ -27,7 +27,7 @@ from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
-from ..hub.checkpoint import HUB, CheckpointFiles
+from ..hub.checkpoint import HUB
 from ..hub.upload import plain_card
 from ..tree import TreeShape
 from ..verifying.attention import GROUPED
@@ -137,12 +137,6 @@ class MtpHead(TrainableSource, nn.Module):
         """The name of a tensor after the target's own layers."""
         _, depth, rest = name.split(".", 2)
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
-
-    @staticmethod
-    def is_saved_in(id_or_folder: str | os.PathLike[str]) -> bool:
-        """Whether a folder or a Hub repository holds what `save_pretrained` wrote; raises as `from_pretrained`."""
-        config = CheckpointFiles(id_or_folder, {}).config()
-        return config is not None and config.get("model_type") == MODEL_TYPE
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":

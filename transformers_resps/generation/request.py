@@ -19,14 +19,14 @@ from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..assistants import CausalDrafter, GemmaAssistant, MtpHead
+from ..assistants import AutoDraftHead, MtpHead, source_of
 from ..compat import load_model, unwrapped
 from ..compilation.beside import CompilerProcess
 from ..drafting import DraftSource
 from ..drafting.engine import DraftEngines
 from ..drafting.foreign import ForeignSource
 from ..drafting.suffix_memory import SuffixMemory
-from ..heads import DraftHead, pair_identity
+from ..heads import pair_identity
 from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
@@ -234,10 +234,8 @@ def _named_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> D
     """What a folder or a Hub id holds, on the target's device and in its dtype, or for "mtp" what came with it."""
     if name == MTP:
         return MtpHead.from_target(target)
-    if MtpHead.is_saved_in(name):
-        return MtpHead.from_pretrained(name, target)
     try:
-        return DraftHead.from_pretrained(name, target=target)
+        return AutoDraftHead.from_pretrained(name, target)
     except WholeModelError:
         model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
     return cast(PreTrainedModel, model)
@@ -273,8 +271,7 @@ class Assistants:
                 "`AutoModelForCausalLM`, or leave out `policy`."
             )
         if model not in self._sources:
-            kind = GemmaAssistant if GemmaAssistant.is_one(model) else CausalDrafter
-            self._sources[model] = kind(model, target)
+            self._sources[model] = source_of(model, target)
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
