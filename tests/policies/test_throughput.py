@@ -230,3 +230,16 @@ def test_a_changed_cost_is_seen_at_the_next_step() -> None:
         costs.add(1, 0, 1.0, 0.0, 1.0)
         costs.add(9, 0, 12.0, 0.0, 12.0)
     assert policy.choose(observation).lookup == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_one_pass_gives_all_levels_all_are_drafted_and_nobody_asks_between_them(device: str) -> None:
+    """Further levels and children cost nothing there: how many nodes pay is decided afterwards."""
+    shapes = {}
+    for at_once in (False, True):
+        policy = ThroughputPolicy(costs=RunningCosts.starting_from({1: 0.02, 8: 0.03}, 0.02, start_seconds=0.001))
+        seen = Observation(None, 50, 3, 100, list, device_type=device, drafts_at_once=at_once)
+        shapes[at_once] = policy.choose(seen)
+        assert policy.grows is (device == "cpu" and not at_once)
+    assert (shapes[True].depth, shapes[True].top_k) == (8, 10)
+    assert (shapes[False].depth, shapes[False].top_k) != (8, 10)

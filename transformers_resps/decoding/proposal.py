@@ -141,6 +141,7 @@ class Proposer:
             self._rows.row_weights,
             pricing,
             can_draft=self._drafter is not None,
+            drafts_at_once=self._drafter is not None and self._drafter.drafts_at_once,
             row_count=len(root),
             device_type=root.device.type,
             row_accept_probs=self._row_accept_probs if pricing.packs_rows and not self._rows.in_lockstep else None,

@@ -98,6 +98,7 @@ class BlockDrafter(LevelDrafter):
     A shape's `top_k` is the most children of a node. A level keeps as many nodes as the tree may have.
     """
 
+    drafts_at_once = True
     _model: BlockModel
 
     def __init__(

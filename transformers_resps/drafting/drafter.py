@@ -56,6 +56,7 @@ class Drafter(CandidateGenerator, ABC):
         reads_text: whether it wants the whole text with each request; others get the newest token alone.
         proposable_tokens: how many tokens it can propose after a node.
         most_levels: how many levels it can draft; `None` for any number.
+        drafts_at_once: whether one pass gives all levels, so that more of them or of their nodes take next to no time.
         built_tree: of all nodes that the newest draft was asked for; `None` where it gave the pool alone.
         chain_length: tokens of a chain, where Transformers' loop asks.
     """
@@ -64,6 +65,7 @@ class Drafter(CandidateGenerator, ABC):
     reads_text: bool = False
     proposable_tokens: int
     most_levels: int | None = None
+    drafts_at_once: bool = False
     built_tree: DraftTree | None = None
     chain_length: int = 5
     model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # of Transformers' loop

@@ -27,6 +27,7 @@ class MixedDrafter(Drafter):
         self._drafters = drafters
         self.feature_layers = sorted({layer for drafter in drafters for layer in drafter.feature_layers})
         self.reads_text = any(drafter.reads_text for drafter in drafters)
+        self.drafts_at_once = all(drafter.drafts_at_once for drafter in drafters)
         self.proposable_tokens = max(drafter.proposable_tokens for drafter in drafters)
 
     def observe(self, committed: Committed) -> None:

@@ -42,6 +42,7 @@ class Observation:
             weigh more, because a batch ends with its slowest row.
         pricing: what a step costs beside its nodes.
         can_draft: whether there is a head, or another source of levels.
+        drafts_at_once: whether one pass gives all levels: `grow` is not asked, and a wide draft costs as a narrow one.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
         row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
@@ -56,6 +57,7 @@ class Observation:
     row_weights: Sequence[float] = ()
     pricing: Pricing = Pricing()
     can_draft: bool = True
+    drafts_at_once: bool = False
     row_count: int = 1
     device_type: str = "cpu"
     row_accept_probs: Callable[[], list[list[float]]] | None = None

@@ -122,9 +122,9 @@ class ThroughputPolicy(SavedPolicy):
         if not observation.can_draft or not self._memory.asks_head(step.lookup_hit):
             return TreeShape(1, 0, 1, lookup)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
-        self.grows = observation.device_type == "cpu"
+        self.grows = observation.device_type == "cpu" and not observation.drafts_at_once
         step.width = self._width(observation)
-        depth = self._largest.depth if self.grows else self._planned_depth()
+        depth = self._largest.depth if self.grows or observation.drafts_at_once else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
 
     @property
@@ -135,6 +135,8 @@ class ThroughputPolicy(SavedPolicy):
     def _width(self, observation: Observation) -> int:
         rows, most, paths_cost = observation.row_count, self._largest.top_k, observation.pricing.paths_cost
         step = self._step
+        if observation.drafts_at_once and not paths_cost:
+            return most
         if rows == 1 and self.grows and not paths_cost:
             width, step.narrower = self._wider.choose()
             return width
