@@ -24,8 +24,12 @@ from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
 from ..drafting import Reading, TrainableModel, TrainableSource
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
+from ..generation.request import MTP, SpeculationDefaults
+from ..heads import BlockHead
+from ..heads.block_head import BoundBlockHead
+from ..heads.formats.reading import class_in
 from ..telemetry.display import moving
+from ..trainers.blocks import unroll_blocks
 from ..trainers.loading import load_processor, read_head
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
@@ -39,6 +43,7 @@ _LOOK_CHARACTERS = 1 << 16  # of a file, in which the first row begins
 _ROUND = 10  # answers between two verdicts
 
 DEPTHS = 4
+_ANCHORS = 64  # blocks of one pass
 _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
 
 
@@ -96,19 +101,21 @@ class Probe:
     def __init__(
         self,
         target: PreTrainedModel,
-        head: TrainableSource,
+        head: TrainableSource | BlockHead,
         readings: Sequence[Reading] | None = None,
         *,
         has_images: bool = False,
     ) -> None:
-        whole = head.whole(target)
+        source: Any = head
+        whole = source.whole(target)
         self._target = target
-        self._readings = list(head.readings(target, whole, has_images=has_images) if readings is None else readings)
-        self._heads: list[Any] = [head.read_as(reading, target, whole) for reading in self._readings]
+        self._readings = list(source.readings(target, whole, has_images=has_images) if readings is None else readings)
+        self._heads: list[Any] = [source.read_as(reading, target, whole) for reading in self._readings]
         # packing would copy the weights for each reading, and so many rows at once do not need it
-        self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
+        self._drafters: list[TrainableModel | BoundBlockHead] = [head.bind(target, head) for head in self._heads]
         depths = self._drafters[0].depths
-        self._depths = DEPTHS if depths == 1 else min(depths, DEPTHS)
+        blocks = [drafter.block_levels for drafter in self._drafters if isinstance(drafter, BoundBlockHead)]
+        self._depths = min([DEPTHS, *blocks]) if depths == 1 else min(depths, DEPTHS)
         self._tallies: list[list[Tally]] = [[] for _ in self._readings]
         self._agreed = [torch.zeros(self._depths, dtype=torch.long) for _ in self._readings]
         self._seen = 0
@@ -187,14 +194,24 @@ def _pad(answers: list[LabelledText], depths: int) -> _Batch:
 
 
 def _score(
-    drafter: TrainableModel, draft_ids: Tensor, features: Tensor, batch: _Batch, picks: Tensor, depths: int
+    drafter: TrainableModel | BoundBlockHead,
+    draft_ids: Tensor,
+    features: Tensor,
+    batch: _Batch,
+    picks: Tensor,
+    depths: int,
 ) -> tuple[list[Tally], Tensor]:
     """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
     tokens = batch.tokens.to(features.device)
     slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
-    hidden = unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
+    if isinstance(drafter, BoundBlockHead):
+        anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)  # paired with the features before them
+        parts = [unroll_blocks(drafter, features, tokens, some, depths) for some in anchors.split(_ANCHORS, dim=1)]
+        hidden = torch.cat(parts, dim=2)
+    else:
+        hidden = unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
     hits, log_probs = [], []
     for depth in range(depths):
         logits = drafter.normed_logits(hidden[depth][scored], min(depth, drafter.depths - 1))
@@ -212,7 +229,7 @@ def _score(
 
 def refined(
     target: PreTrainedModel,
-    head: TrainableSource,
+    head: TrainableSource | BlockHead,
     source: Source,
     count: int,
     max_new_tokens: int,
@@ -250,7 +267,9 @@ def run(args: argparse.Namespace) -> int:
     """
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
-    head = read_head(args.head, target, revision=args.revision, **corrections(args.set))
+    given = {"revision": args.revision, **corrections(args.set)}
+    is_block = args.head != MTP and class_in(args.head, revision=args.revision) == "BlockHead"
+    head = BlockHead.from_pretrained(args.head, target, **given) if is_block else read_head(args.head, target, **given)
     answers = about_images(args, target, tokenizer)
     has_images = bool(answers)
     conversations = [] if has_images else read_conversations(args, args.answers)
