@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.generation.streamers import BaseStreamer
 
 from tests.assistants.mtp_cases import CASES
+from tests.drafting.test_block_drafter import block_head
 from tests.lossless.hybrids import AnyShape, check_counts, compare
 from tests.pretend.pair import mtp, pair
 from tests.targets import Architecture
@@ -48,8 +49,8 @@ MIXTURES = [
     Mixture(target, tuple(sources.split("+")))
     for target, mixtures in {
         "foretold": "head mtp head+mtp+small",
-        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small",
-        "Qwen3.5": "head mtp small mtp+small",
+        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small block block+head+small",
+        "Qwen3.5": "head mtp small mtp+small block block+mtp",
         "Qwen3-Next": "mtp 3mtp+head",
         "GLM-4.6": "3mtp small mtp+head",
         "DeepSeek-V3": "mtp small 3mtp+small",
@@ -102,6 +103,8 @@ def source_of(name: str, target_name: str) -> Any:
     torch.manual_seed(1)
     if name == "head":
         return pair()[1] if target_name == "foretold" else DraftHead.from_target(target)
+    if name == "block":
+        return block_head(target, correction="rnn", correction_rank=4, windows=[6, None]).to(target.dtype)
     if name == "assistant":
         from tests.assistants.gemma import gemma_assistant
 
