@@ -40,19 +40,21 @@ def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
     alike = [30, 33, 31, 36] * 3
     scattered = [42, 21, 34, 33, 18, 42, 31, 35, 36, 27, 34, 33]
     assert cells(alike, alike).verdict.startswith("The head is read as it was trained")
-    assert cells(alike[:9], alike[:9]).verdict.startswith(
-        "Too little evidence: 9 answers of 360 positions. So far: The"
-    )
+    few = "Too little evidence: 9 answers of 360 positions. So far 0.81 of 2 drafted tokens accepted as configured, "
+    assert cells(alike[:9], alike[:9]).verdict.startswith(few + "and no other settings are surely better")
     doubtful = cells(alike, scattered)
     gain, error = doubtful.gain(doubtful.cells[1])
     assert doubtful.is_healthy and doubtful.possible_gain == pytest.approx(gain + 3 * error)
     assert doubtful.verdict.startswith(
         f"Too little evidence: other settings might accept {doubtful.possible_gain:.2f}"
     )
-    assert "no other settings are better" not in doubtful.verdict
+    for unsure in (doubtful, cells(alike[:9], alike[:9])):
+        assert "as it was trained" not in unsure.verdict and unsure.verdict.endswith("Read more answers.")
     longer = cells([k + 400 for k in alike], [k + 400 for k in scattered])  # the same doubt in longer steps
     assert longer.possible_gain == pytest.approx(doubtful.possible_gain) and longer.has_evidence
     better = [number + 9 for number in alike]
+    early = cells(alike[:9], better[:9]).verdict
+    assert early.startswith("Too little") and "1.03 with `rope_theta=100000.0`" in early and "wrongly" not in early
     assert cells(alike, better).verdict.startswith("The head is read wrongly")
     wrong = cells(alike, better, [number + 9 for number in scattered]).verdict  # surely wrong, but which is right?
     assert wrong.startswith("The head is read wrongly") and "With more answers, other settings might accept" in wrong

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.tools.diagnoses import diagnose
 from transformers_resps.drafting import DraftCache
 from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.doctor import DEPTHS, LabelledText, refined, write_answers
+from transformers_resps.tools.doctor import DEPTHS, Allowance, LabelledText, refined, write_answers
 from transformers_resps.trainers.losses import unroll
 from transformers_resps.verifying.forward import FeatureTap
 from transformers_resps.verifying.prepacking import PackedWeight
@@ -208,6 +209,7 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     printed, told = capsys.readouterr()
     assert "resps doctor: 2 of 12 answers read\n" in told and "12 of 12 answers read" in told, "on a pipe, too"
     assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
+    assert printed.startswith(("The head", "Too little evidence")) and "`--thorough` reads all answers" in printed
     tried, shown = 12, len(re.findall(r"^[> ][* ]\d, \d, \d ", printed, re.MULTILINE))
     assert ("readings were far worse" in printed) is (shown < tried)
     main([*command, "--json"])
@@ -239,9 +241,30 @@ def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
     assert len(found[1].cells) < len(found[0].cells) and found[1].configured.reading == whole.configured.reading
 
 
+def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], fake_clock: Any
+) -> None:
+    """Each answer takes two seconds, so that after the first eight there is time for four more."""
+    target, folder, answers = pair
+    asked = []
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        asked.append((first, end))
+        fake_clock.advance(2.0 * (end - first))
+        return answers[first:end]
+
+    head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])
+    found = list(refined(target, head, source, 24, 20, allowance=Allowance(25.0, fake_clock)))
+    assert asked == [(0, 8), (8, 12)] and [one.answers for one in found] == [8, 12]
+    whole = diagnose(target, head, answers[:12])
+    assert found[-1].configured.agreement == whole.configured.agreement and found[-1].overrides == whole.overrides
+
+
+@pytest.mark.parametrize("signalled", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("rounds", [0, 1])
-def test_ctrl_c_after_the_first_verdict_prints_the_last_one(
+def test_a_signal_after_the_first_verdict_prints_the_last_one(
     rounds: int,
+    signalled: str,
     pair: tuple[PreTrainedModel, Path, list[LabelledText]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -255,11 +278,11 @@ def test_ctrl_c_after_the_first_verdict_prints_the_last_one(
     def stopped(*given: Any) -> list[LabelledText]:
         calls.append(given)
         if len(calls) > rounds:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.Signals[signalled])
         return write_answers(*given)
 
     monkeypatch.setattr("transformers_resps.tools.doctor.write_answers", stopped)
     assert main(["doctor", str(tmp_path), str(folder), "--device", "cpu", "--answers", "12"]) == 130
     printed = capsys.readouterr()
     assert ("resps doctor: stopped before the first verdict." in printed.err) is (rounds == 0)
-    assert printed.out.count("8/12 answers: ") == rounds and printed.out.count("* best") == rounds
+    assert printed.err.count("8/12 answers: ") == rounds and printed.out.count("* best") == rounds

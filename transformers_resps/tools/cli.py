@@ -88,8 +88,9 @@ def _add_doctor(commands: Any) -> None:
     read = "folder or Hub id of a draft head or MTP layers for the target, in any published format; mtp for its own"
     add("head", type=model, help=read)
     add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
-    checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)"
-    add("--max-new-tokens", type=positive, default=256, help=checked)
+    checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 48, thorough: 256)"
+    add("--max-new-tokens", type=positive, help=checked)
+    add("--thorough", action="store_true", help="read all answers, however long it takes; default: about a minute")
     longest = "tokens per conversation; longer ones are cut (default: 320)"
     add("--max-length", type=positive, default=320, help=longest)
     add("--revision", help="of the head")

@@ -155,23 +155,31 @@ class Diagnosis:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     @property
+    def _passed(self) -> str:
+        """The overrides as keywords."""
+        return ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
+
+    @property
     def verdict(self) -> str:
-        """The result in one or two sentences; it begins with the doubt when the evidence is too little."""
+        """The result in one or two sentences; with too little evidence there is a doubt, and no finding."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
         finding = self._finding(accepted)
         if self.has_evidence:
             return finding
-        if self.answers < _FEW_ANSWERS:
-            counts = f"{self.answers} answers of {self.configured.positions} positions"
-            return f"Too little evidence: {counts}. So far: {finding}"
         doubt = f"other settings might accept {self.possible_gain:.2f} tokens more"
+        if self.answers < _FEW_ANSWERS:
+            doubt = f"{self.answers} answers of {self.configured.positions} positions"
+        elif not self.is_healthy:
+            return f"{finding} With more answers, {doubt}."
         if self.is_healthy:
-            return f"Too little evidence: {doubt}. So far: {finding}"
-        return f"{finding} With more answers, {doubt}."
+            so_far = f"{accepted} as configured, and no other settings are surely better"
+        else:
+            so_far = f"{accepted} as configured, {self.best.accepted:.2f} with `{self._passed}`"
+        return f"Too little evidence: {doubt}. So far {so_far}. Read more answers."
 
     def _finding(self, configured: str) -> str:
         if not self.is_healthy:
-            passed = ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
+            passed = self._passed
             gain, error = self.gain(self.best)
             return (
                 f"The head is read wrongly: {configured} as configured, {self.best.accepted:.2f} with `{passed}` "
@@ -183,5 +191,4 @@ class Diagnosis:
                 f"No settings make this head agree with this target ({configured}). It was trained for another "
                 "target, or too little."
             )
-        others = ", and no other settings are better" if self.has_evidence else ""
-        return f"The head is read as it was trained: {configured}{others}."
+        return f"The head is read as it was trained: {configured}, and no other settings are better."

@@ -2,8 +2,13 @@
 
 import argparse
 import json
+import math
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +46,8 @@ from .loading import load_target, questions_in, read_conversations, up_to
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
 _LOOK_CHARACTERS = 1 << 16  # of a file, in which the first row begins
 _ROUND = 10  # answers between two verdicts
+_SECONDS = 45.0  # for answers, unless the examination is thorough; loading takes some, too
+_LONG_TOKENS = 256  # of a thorough one's answers
 
 DEPTHS = 4
 _ANCHORS = 64  # blocks of one pass
@@ -154,6 +161,13 @@ class Probe:
                 self._tallies[number] += tallies
                 self._agreed[number] += agreed
 
+    def follow(self, readings: Sequence[Reading]) -> None:
+        """Leave out all but these readings."""
+        kept = [number for number, reading in enumerate(self._readings) if reading in readings]
+        self._readings, self._heads = [self._readings[n] for n in kept], [self._heads[n] for n in kept]
+        self._drafters, self._tallies = [self._drafters[n] for n in kept], [self._tallies[n] for n in kept]
+        self._agreed = [self._agreed[n] for n in kept]
+
     def diagnosis(self) -> Diagnosis:
         """Compare the readings on all answers so far. Raises `ValueError` when fewer than two were long enough."""
         if not self.is_ready:
@@ -227,6 +241,27 @@ def _score(
     return tallies, agreed.sum(1)
 
 
+class Allowance:
+    """The seconds that an examination may take, and how many more answers they are enough for."""
+
+    def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+        self._per_token = 0.0
+
+    @contextmanager
+    def reading(self, tokens: int) -> Iterator[None]:
+        """Inside, so many tokens are read."""
+        start = self._clock()
+        yield
+        self._per_token = (self._clock() - start) / tokens
+
+    def answers(self, tokens: int) -> int:
+        """How many answers of so many tokens can be read in time, as fast as the last ones were."""
+        seconds = self._per_token * tokens
+        left = max(self._end - self._clock(), 0.0)
+        return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
+
+
 def refined(
     target: PreTrainedModel,
     head: TrainableSource | BlockHead,
@@ -235,58 +270,101 @@ def refined(
     max_new_tokens: int,
     *,
     has_images: bool = False,
+    allowance: Allowance | None = None,
 ) -> Iterator[Diagnosis]:
-    """Diagnose `head` on few and short answers, then on more and more long ones.
+    """Diagnose `head` on few and short answers, then on more and more, which may be longer.
 
-    Readings that the first look finds far worse are dropped, and its short answers do not count later. Ends when more
-    answers would change nothing, or after `count` answers. Raises `ValueError` as `Probe` does.
+    Readings that the first look finds far worse are dropped, and its answers do not count later where those are
+    longer. Ends when more answers would change nothing, after `count` answers, or when the allowance is used up.
+    Raises `ValueError` as `Probe` does.
     """
-    probe = Probe(target, head, has_images=has_images)
+    probe, allowance, start, has_verdict = (
+        Probe(target, head, has_images=has_images),
+        allowance or Allowance(),
+        0,
+        False,
+    )
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
-        probe.add(source(0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)))
+        first, most = min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)
+        with allowance.reading(first * most):
+            probe.add(source(0, first, most))
         readings = None
-        if probe.is_ready:
+        if has_verdict := probe.is_ready:
             look = probe.diagnosis()
             readings = look.worth_following
             yield look
-        probe = Probe(target, head, readings, has_images=has_images)
-    for start in range(0, count, _ROUND):
-        end = min(start + _ROUND, count)
-        probe.add(source(start, end, max_new_tokens))
+        if most < max_new_tokens:
+            probe = Probe(target, head, readings, has_images=has_images)
+        else:
+            start = first
+            if readings is not None:
+                probe.follow(readings)
+    while start < count:
+        fitting = allowance.answers(max_new_tokens)
+        if has_verdict and not fitting:
+            return
+        end = min(start + min(_ROUND, max(fitting, 1)), count)
+        with allowance.reading((end - start) * max_new_tokens):
+            probe.add(source(start, end, max_new_tokens))
+        start = end
         if probe.is_ready or end == count:
-            found = probe.diagnosis()
+            found, has_verdict = probe.diagnosis(), True
             yield found
             if found.is_settled:
                 return
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, as schedulers send it before they kill a process."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+
+    def stop(number: int, _: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better.
 
-    The first verdict comes soon, from few and short answers; 130 when Ctrl-C ends what follows.
+    The first verdict comes soon, from few and short answers, and the last within a minute unless the examination is
+    thorough; 130 when Ctrl-C or SIGTERM ends it.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     given = {"revision": args.revision, **corrections(args.set)}
     is_block = args.head != MTP and class_in(args.head, revision=args.revision) == "BlockHead"
     head = BlockHead.from_pretrained(args.head, target, **given) if is_block else read_head(args.head, target, **given)
-    answers = about_images(args, target, tokenizer)
+    most = args.max_new_tokens or (_LONG_TOKENS if args.thorough else _LOOK_TOKENS)
+    answers = about_images(args, target, tokenizer, most)
     has_images = bool(answers)
     conversations = [] if has_images else read_conversations(args, args.answers)
-    answers = answers or answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
+    answers = answers or answered(conversations, tokenizer, args.max_length, most)
     questions = [] if answers else questions_in(conversations, args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
     count, tried, found, status = len(answers or prompts), 0, None, 0
-    page = sys.stderr if args.json else sys.stdout
-    promise = f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it."
-    print(promise, file=page, flush=True)
+    how_long = "to the end" if args.thorough else "within a minute"
+    promise = f"A first verdict comes from a few answers, better ones from up to {count}, {how_long}; Ctrl-C ends it."
+    print(promise, file=sys.stderr, flush=True)
     with tqdm(desc="Answers", total=count, unit="answer") if sys.stderr.isatty() else Lines(count) as bar:
-        source = source_of(target, answers, prompts, bar)
+        source, allowance = (
+            source_of(target, answers, prompts, bar),
+            Allowance(math.inf if args.thorough else _SECONDS),
+        )
+        verdicts = refined(target, head, source, count, most, has_images=has_images, allowance=allowance)
         try:
-            for found in refined(target, head, source, count, args.max_new_tokens, has_images=has_images):
-                tried = max(tried, len(found.cells))
-                bar.clear()
-                print(f"{found.answers}/{count} answers: {found.verdict}", file=page, flush=True)
+            with interruptible():
+                for found in verdicts:
+                    tried = max(tried, len(found.cells))
+                    bar.clear()
+                    print(f"{found.answers}/{count} answers: {found.verdict}", file=sys.stderr, flush=True)
         except KeyboardInterrupt as interrupt:
             if found is None:
                 raise KeyboardInterrupt("before the first verdict") from interrupt
@@ -296,6 +374,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(told(found)))
     else:
         print_diagnosis(found, tried)
+        if not args.thorough:
+            print("`--thorough` reads all answers, and long ones: a wrong RoPE base shows on these alone.")
     return status or int(not found.is_healthy)
 
 
@@ -396,7 +476,7 @@ def answered(
 
 
 def about_images(
-    args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
 ) -> list[LabelledText]:
     """The first answers of `--dataset` where its rows show images, as trainers read them; otherwise none."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
@@ -416,7 +496,7 @@ def about_images(
         example = Example.of_row(row)
         start = int(example.loss_mask.int().argmax())
         end = start + int(example.loss_mask[start:].int().cumprod(0).sum())
-        tokens = example.input_ids[: min(end, start + args.max_new_tokens)]
+        tokens = example.input_ids[: min(end, start + most)]
         shown = None if example.pictures is None else example.pictures.before(start)
         inputs = {} if processor is None else image_inputs([shown], processor, len(tokens))
         found.append(LabelledText(tokens, start, inputs))
@@ -424,7 +504,8 @@ def about_images(
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
-    """Print a table, best reading first, and the verdict; `tried` readings had the first answers."""
+    """Print the verdict, and a table, best reading first; `tried` readings had the first answers."""
+    print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
@@ -437,7 +518,7 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
         print(row(cell, diagnosis, widths))
     dropped = tried - len(diagnosis.cells)
     left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
-    print(f"\n  > as configured   * best{left_out}\n\nRead on {machine_line()}.\n{diagnosis.verdict}")
+    print(f"\n  > as configured   * best{left_out}")
 
 
 def row(cell: Cell, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
