@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 from transformers.utils.logging import tqdm
 
 from ..compilation.kernels import machine_line
@@ -337,6 +338,8 @@ def run(args: argparse.Namespace) -> int:
     The first verdict comes soon, from few and short answers, and the last within a minute unless the examination is
     thorough; 130 when Ctrl-C or SIGTERM ends it.
     """
+    if not sys.stderr.isatty():  # a log holds no bars
+        transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     given = {"revision": args.revision, **corrections(args.set)}
