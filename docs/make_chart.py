@@ -32,7 +32,8 @@ def measured(card: str) -> dict[str, Any]:
     rows = {
         name: next(r for r in results["pooled"] if r["method"].startswith(start)) for name, start in METHODS.items()
     }
-    return {"prompts": prompts, "rows": rows}
+    processor, _, _ = results["device"].rpartition(",")  # without its vector units
+    return {"prompts": prompts, "rows": rows, "processor": processor}
 
 
 def text(x: float, y: float, words: str, colour: str = INK, more: str = "") -> str:
@@ -59,13 +60,13 @@ def draw() -> str:
     parts, y = [], 58.0
     for target, card in TARGETS.items():
         found = measured(card)
-        parts.append(text(20, y - 7, f"{target}, {found['prompts']} prompts", SOFT))
+        parts.append(text(20, y - 7, f"{target}, {found['prompts']} prompts, {found['processor']}", SOFT))
         for name, row in found["rows"].items():
             parts += bar(y, name, row)
             y += ROW
         y += TITLE - 8
     height, width, plain = y - 6, LABELS + UNIT * MOST + 50, LABELS + UNIT
-    title = "Speed, plain decoding = 1.00; greedy, bfloat16, two CPU cores; whiskers: 95% intervals over prompts"
+    title = "Speed, prepacked plain decoding = 1.00; greedy, bfloat16, two cores; whiskers: 95% intervals"
     frame = [
         f'<rect width="{width:g}" height="{height:g}" rx="10" fill="#fcfbf8"/>',
         text(20, 24, title),
