@@ -43,7 +43,7 @@ class Job:
 def bare_jobs() -> list[Job]:
     """What the base install does, and how it refuses what needs more."""
     return [
-        Job("python quickstart.py", says=quickstart().output),
+        Job("python quickstart.py", says=quickstart().output.splitlines()[0]),
         Job(f"resps calibrate {DECODING}"),
         Job(f"resps doctor {DECODING} --answers 2 --max-new-tokens 16"),
         Job(f"resps verify {DECODING} --prompts 1 --seeds 1 --max-new-tokens 8"),
@@ -88,7 +88,7 @@ def jobs() -> dict[str, list[Job]]:
     """Extra -> its jobs. The demo comes first: it unpacks the target that all others decode with."""
     return {
         "demo": [
-            Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")
+            Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of the first answer")
         ],
         "": bare_jobs(),
         "bench": [

@@ -1,1 +1,1 @@
-"""The demo lets a real chat model answer five prompts, plain and with a draft head."""
+"""The demo lets a real chat model answer five prompts, plainly and with drafts."""

@@ -1,9 +1,8 @@
-"""Answers one prompt twice, plain and with a draft head, and takes the time of both."""
+"""Answers one prompt by one method, takes the time, and judges whether two answers are the same text."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -14,10 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_resps.heads import DraftHead
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.telemetry.report import SpeculationReport
-from transformers_resps.testing import Divergence, explain_divergence
+from transformers_resps.testing import explain_divergence
 from transformers_resps.tools.inspect import Examination, Recorder
 
 
+PLAIN, LOOKUP, TREE, AUTO = "plain", "lookup", "tree", "auto"
 Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens per second so far
 
 
@@ -28,13 +28,11 @@ class TimedAnswer:
     Attributes:
         token_ids: `[t]`, without the prompt.
         seconds: of the whole call, prefill included.
-        token_seconds: median time from one token to the next.
-        speculation: every step; `None` for a plain answer.
+        speculation: every step; `None` for stock decoding.
     """
 
     token_ids: Tensor
     seconds: float
-    token_seconds: float
     speculation: SpeculationReport | None
 
     @property
@@ -44,68 +42,55 @@ class TimedAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Both answers to one prompt; `divergence` says where they part, `examination` holds every step."""
+class Answers:
+    """The answers of several methods to one prompt, the plain one first."""
 
-    kind: str
-    dtype: torch.dtype
-    plain: TimedAnswer
-    speculative: TimedAnswer
-    divergence: Divergence | None
-    examination: Examination | None = None
+    prompt_ids: Tensor
+    by_method: dict[str, TimedAnswer]
+
+    def is_same(self, method: str) -> bool:
+        """Whether a method wrote the plain text, token for token."""
+        return bool(torch.equal(self.by_method[method].token_ids, self.by_method[PLAIN].token_ids))
 
     @property
-    def passed(self) -> bool:
-        """Whether the texts are equal, or rounding explains where they part."""
-        return self.divergence is None or self.divergence.explained
+    def are_same(self) -> bool:
+        return all(map(self.is_same, self.by_method))
 
 
 class _Watch(BaseStreamer):
-    """A streamer that hands every new token on and notes when it came."""
+    """A streamer that hands every new token on."""
 
     def __init__(self, method: str, show: Show) -> None:
         self.method, self.show = method, show
         self.tokens: list[int] | None = None  # the first `put` brings the prompt
         self.started = time.perf_counter()
-        self.arrivals: list[float] = []
 
     def put(self, value: Tensor) -> None:
         if self.tokens is None:
             self.tokens = []
             return
         self.tokens += value.flatten().tolist()
-        self.arrivals.append(time.perf_counter())
-        self.show(self.method, self.tokens, len(self.tokens) / (self.arrivals[-1] - self.started))
+        self.show(self.method, self.tokens, len(self.tokens) / (time.perf_counter() - self.started))
 
     def end(self) -> None:
         """Nothing is buffered."""
 
 
-def compare(
-    kind: str, model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
-) -> Comparison:
-    """Answer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
-    recorder = Recorder(FixedPolicy(head.default_shape))
-    plain = _answer("plain", model, {}, prompt_ids, max_new_tokens, show)
-    drafting = {"assistant_model": head, "policy": recorder}
-    speculative = _answer("with the head", model, drafting, prompt_ids, max_new_tokens, show)
-    divergence = explain_divergence(model, prompt_ids, plain.token_ids, speculative.token_ids)
-    assert speculative.speculation is not None
-    examination = Examination(
-        prompt_ids=prompt_ids,
-        plain_ids=plain.token_ids,
-        plain_seconds=plain.seconds,
-        report=speculative.speculation,
-        seconds=speculative.seconds,
-        steps=recorder.steps,
-        divergence=divergence,
-    )
-    return Comparison(kind, model.dtype, plain, speculative, divergence, examination)
+def drafting(method: str, head: DraftHead) -> dict[str, Any]:
+    """The keywords of `generate` that a method adds."""
+    added: dict[str, dict[str, Any]] = {
+        PLAIN: {},
+        LOOKUP: {"policy": "auto"},
+        TREE: {"assistant_model": head},
+        AUTO: {"assistant_model": head, "policy": "auto"},
+    }
+    return added[method]
 
 
-def _answer(
-    method: str, model: PreTrainedModel, drafting: dict[str, Any], prompt_ids: Tensor, max_new_tokens: int, show: Show
+def answer(
+    method: str, model: PreTrainedModel, added: dict[str, Any], prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> TimedAnswer:
+    """Answer `prompt_ids` `[s]` greedily, with keywords of `generate` that are `added` for the method."""
     watch = _Watch(method, show)
     output: Any = cast(Any, model).generate(
         prompt_ids[None],
@@ -114,9 +99,27 @@ def _answer(
         do_sample=False,
         streamer=watch,
         return_dict_in_generate=True,
-        **drafting,
+        **added,
     )
     seconds = time.perf_counter() - watch.started
-    gaps = [after - before for before, after in zip(watch.arrivals, watch.arrivals[1:], strict=False)]
-    speculation = output.speculation if drafting else None
-    return TimedAnswer(output.sequences[0, len(prompt_ids) :], seconds, median(gaps) if gaps else seconds, speculation)
+    return TimedAnswer(output.sequences[0, len(prompt_ids) :], seconds, getattr(output, "speculation", None))
+
+
+def examine(
+    model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
+) -> tuple[Answers, Examination]:
+    """Answer `prompt_ids` `[s]` by stock `generate` and with the head's own tree, of which every step is kept."""
+    recorder = Recorder(FixedPolicy(head.default_shape))
+    plain = answer(PLAIN, model, {}, prompt_ids, max_new_tokens, show)
+    tree = answer(TREE, model, {"assistant_model": head, "policy": recorder}, prompt_ids, max_new_tokens, show)
+    assert tree.speculation is not None
+    examination = Examination(
+        prompt_ids=prompt_ids,
+        plain_ids=plain.token_ids,
+        plain_seconds=plain.seconds,
+        report=tree.speculation,
+        seconds=tree.seconds,
+        steps=recorder.steps,
+        divergence=explain_divergence(model, prompt_ids, plain.token_ids, tree.token_ids),
+    )
+    return Answers(prompt_ids, {PLAIN: plain, TREE: tree}), examination

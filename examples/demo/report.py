@@ -1,125 +1,80 @@
 """Tells the demo's findings as a table and sentences."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
 
 from rich.box import SIMPLE
 from rich.table import Table
 
-from transformers_resps.telemetry.display import Decode
 from transformers_resps.telemetry.report import SpeculationReport, rate
 
-from .answering import Comparison
+from .answering import AUTO, LOOKUP, PLAIN, TREE, Answers, TimedAnswer
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What a step with a tree costs and gives, next to plain steps of the same machine and dtype.
-
-    Attributes:
-        nodes: verified in most steps.
-        verify_cost: of that forward, in plain steps.
-        step_cost: of all the step, drafting included, in plain steps.
-        gain: tokens that such a step adds on average.
-    """
-
-    nodes: int
-    verify_cost: float
-    step_cost: float
-    gain: float
-
-
-def price_of(comparisons: Sequence[Comparison]) -> Price | None:
-    """Return the price of a tree step, over all prompts; `None` when no step drafted."""
-    steps = [
-        step for c in comparisons if (s := c.speculative.speculation) for step in s.steps[1:] if step.verified > 1
-    ]
-    if not steps:
-        return None
-    ((nodes, _),) = Counter(step.verified for step in steps).most_common(1)
-    usual = [step for step in steps if step.verified == nodes]
-    plain = median(c.plain.token_seconds for c in comparisons)
-    return Price(
-        nodes=nodes,
-        verify_cost=median(step.verify_seconds for step in usual) / plain,
-        step_cost=median(step.step_seconds for step in usual) / plain,
-        gain=SpeculationReport(steps=usual).tau,
-    )
+README_RATIO, README_MACHINE = 1.9, "an AMD EPYC with bfloat16 units"
+_TOLD = {
+    PLAIN: "plain decoding",
+    LOOKUP: 'lookup: policy="auto" alone',
+    TREE: "tree: the head's own",
+    AUTO: 'auto: head, policy="auto"',
+}
+WORDS = (
+    "tau: tokens that one forward of the model yields, 1 when nothing is drafted. nodes: tokens that a forward "
+    "reads at once, the newest and the guesses after it."
+)
+NORMAL_MODE = (
+    "Without `invariant=True` bfloat16 is a little faster, and its text equal up to rounding: docs/lossless.md says "
+    "when two tokens are that near."
+)
+FASTER = 'One line makes it faster, in a process that lives for minutes: attach(model, compile="auto")'
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
-    """Say in one sentence whether a tree pays here, and why."""
-    dtype = _name(comparisons[0])
-    price = price_of(comparisons)
-    if price is None:
-        return f"No step drafted in {dtype}."
-    pays = "pays" if price.gain > price.step_cost else "does not pay"
-    return (
-        f"On this machine in {dtype}, verifying {price.nodes} nodes costs {price.verify_cost:.1f} plain steps; the "
-        f"whole step costs {price.step_cost:.1f} and adds {price.gain:.1f} tokens: this tree {pays}."
-    )
-
-
-def table(comparisons: Sequence[Comparison]) -> Table:
-    """Return a row per prompt, and one for all in the first dtype."""
-    result = Table(title="Tokens per second, plain and with the draft tree, in turn", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("prompt", "dtype", "same text"):
-        result.add_column(name, no_wrap=True)
-    for name in ("plain/s", "tree/s", "ratio", "tau", "nodes"):
+def table(answers: Sequence[Answers]) -> Table:
+    """Return a row per method, over all prompts."""
+    result = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    result.add_column("method", no_wrap=True)
+    for name in ("tokens/s", "times plain", "tau", "nodes", "same text"):
         result.add_column(name, justify="right", no_wrap=True)
-    for comparison in comparisons:
-        result.add_row(*_cells(comparison.kind, _same_text(comparison), [comparison]))
-    first = [c for c in comparisons if c.dtype == comparisons[0].dtype]
-    result.add_section()
-    same = sum(c.divergence is None for c in first)
-    result.add_row(*_cells("all", f"{same} of {len(first)}", first))
+    for method in answers[0].by_method:
+        same = f"{sum(one.is_same(method) for one in answers)} of {len(answers)}"
+        reports = [found for one in of(answers, method) if (found := one.speculation)]
+        told = [f"{rate(of(answers, method)):.1f}", f"{ratio(answers, method):.2f}", f"{tau_of(reports):.2f}"]
+        result.add_row(_TOLD[method], *told, f"{nodes_of(reports):.1f}", same)
     return result
 
 
-def _name(comparison: Comparison) -> str:
-    return str(comparison.dtype).removeprefix("torch.")
+def of(answers: Sequence[Answers], method: str) -> list[TimedAnswer]:
+    """The answers of one method."""
+    return [one.by_method[method] for one in answers]
 
 
-def _same_text(comparison: Comparison) -> str:
-    if comparison.divergence is None:
-        return "yes"
-    reason = "near-tie" if comparison.passed else "UNEXPLAINED"
-    return f"to {comparison.divergence.position}: {reason}"
+def ratio(answers: Sequence[Answers], method: str) -> float:
+    """Tokens per second over those of plain decoding, all tokens over all seconds."""
+    return rate(of(answers, method)) / rate(of(answers, PLAIN))
 
 
-def _cells(kind: str, same: str, comparisons: Sequence[Comparison]) -> list[str]:
-    plain, tree = rate(c.plain for c in comparisons), rate(c.speculative for c in comparisons)
-    reports = [c.speculative.speculation for c in comparisons if c.speculative.speculation]
-    rates = [f"{plain:.1f}", f"{tree:.1f}", f"{tree / plain:.2f}x"]
-    numbers = [*rates, f"{tau_of(reports):.2f}", f"{nodes_of(reports):.1f}"]
-    return [kind, _name(comparisons[0]), same, *numbers]
+def verdict(answers: Sequence[Answers], machine: str) -> str:
+    """Say how much faster the fastest method is here, whether all texts are equal, and why README's figure differs."""
+    fastest = max((method for method in answers[0].by_method if method != PLAIN), key=lambda way: ratio(answers, way))
+    gain = ratio(answers, fastest)
+    speed = (
+        f"{fastest} is {gain:.1f}x plain decoding"
+        if gain > 1
+        else f"nothing is faster than plain ({fastest} {gain:.1f}x)"
+    )
+    same = "and every text is the plain one" if all(one.are_same for one in answers) else "but NOT every text is equal"
+    return (
+        f"On this machine ({machine}) {speed}, {same}. README's {README_RATIO}x is {README_MACHINE}, after more and "
+        "longer answers, from which auto learns."
+    )
 
 
 def tau_of(reports: Sequence[SpeculationReport]) -> float:
-    """Return the mean tokens that a row gained per target forward until it finished, over all calls."""
-    return SpeculationReport(steps=[step for report in reports for step in report.steps]).tau
+    """Return the mean tokens that a row gained per target forward until it finished, over all calls; 1 without any."""
+    steps = [step for report in reports for step in report.steps]
+    return SpeculationReport(steps=steps).tau if steps else 1.0
 
 
 def nodes_of(reports: Sequence[SpeculationReport]) -> float:
     """Return the mean nodes per target forward after the prefill, root included, over all calls; 1 without any."""
     verified = [step.verified for report in reports for step in report.steps[1:]]
     return sum(verified) / len(verified) if verified else 1.0
-
-
-def divergence_line(comparison: Comparison, decode: Decode) -> str:
-    """Say where the texts part: both tokens, the logit gap and the dtype's spacing."""
-    found = comparison.divergence
-    assert found is not None
-
-    def quoted(token: int | None) -> str:
-        return "the end" if token is None else repr(decode([token]))
-
-    dtype = _name(comparison)
-    cause = "rounding at a near-tie" if comparison.passed else f"NOT explained by rounding in {dtype}"
-    return (
-        f"{comparison.kind}: the outputs differ from token {found.position} on: plain {quoted(found.plain_token)}, "
-        f"tree {quoted(found.speculative_token)}. Logit gap {found.gap:.3g}, spacing of {dtype} there "
-        f"{found.spacing:.3g}: {cause}."
-    )

@@ -56,7 +56,7 @@ def answers(
 
 
 @pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("number", [0, 1], ids=["chat", "code"])
+@pytest.mark.parametrize("number", [0, 1], ids=["arithmetic", "code"])
 def test_in_float32_the_text_is_that_of_plain_generate(number: int, is_sampled: bool) -> None:
     sampled = partial(answers, torch.float32, PROMPTS[number], **SAMPLING)
     prompt, plain, out = sampled() if is_sampled else greedy_answers(number)
