@@ -74,7 +74,10 @@ def test_a_run_is_sampled_evenly_over_all_its_places() -> None:
 
 
 @pytest.mark.parametrize("count", [1000, 200_000])
-def test_a_token_takes_twelve_bytes(count: int) -> None:
+def test_a_token_takes_at_most_sixteen_bytes(count: int) -> None:
     text = Suffixes(np.random.default_rng(0).integers(0, 50_000, count).tolist())
-    held = sum(map(sys.getsizeof, (text.tokens, text._backwards, text._order)))
-    assert held < 13 * count + 1000
+    held = sum(map(sys.getsizeof, (text.tokens, text._backwards, text._order, text._marks, *text._marks)))
+    assert held < 16 * count
+    assert [text._key(position) for position in text._order] == sorted(map(text._key, range(1, count)))
+    for position in range(1, count, count // 50):
+        assert text.longest(bytes(text._key(position))) == min(position, LONGEST_MATCH)

@@ -1,7 +1,10 @@
 r"""Draft with a head, with what a memory holds of answers to other prompts, and with both.
 
 Question: what does a memory of earlier answers add to prompt lookup, and to a head?
-Answer: TODO
+Answer: with 200 answers to other questions lookup writes 2.69 tokens per forward in place of 1.85, and with 20 of them
+2.38, with at most eight nodes: nearly as many as the head alone, 2.86. Beside the head a memory adds nothing: 2.98 in
+place of 2.99, and "auto" gets 3.16 tokens in place of 3.13 for a third more nodes, 2.44x plain decoding in place of
+2.56x (SmolLM2, 16 questions of GSM8K, greedy).
 
     python -m training.studies.memories work/smollm2 model_cards/smollm2-135m-instruct-head \
         --dataset eval/gsm8k.jsonl --remember gsm8k_train.jsonl --limit 16 --output work/memories
