@@ -54,7 +54,11 @@ def memory_of(kind: str, target: PreTrainedModel) -> SuffixMemory:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("inputs", [ONE, BATCH], ids=["one", "batch"])
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("policy", [None, FixedPolicy(TreeShape(6, 2, 2, lookup=5)), "auto", AnyShape(3)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [None, FixedPolicy(TreeShape(6, 2, 2, lookup=5)), "auto", AnyShape(3)],
+    ids=["default", "fixed", "auto", "any"],
+)
 def test_a_head_and_a_memory_write_the_plain_text(
     target: PreTrainedModel, head: DraftHead, kind: str, inputs: Any, do_sample: bool, policy: Any
 ) -> None:
