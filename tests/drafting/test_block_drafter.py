@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import build_target
 from transformers_resps.drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest
-from transformers_resps.drafting.block_drafter import BlockModel, BlockSlots, Children, block_pool
+from transformers_resps.drafting.block_drafter import Children, block_pool
 from transformers_resps.heads import BlockHead, BlockHeadConfig
 from transformers_resps.tree import CandidatePool, DraftTree, TreeShape
 
@@ -41,27 +41,22 @@ def target() -> PreTrainedModel:
     return build_target(initializer_range=0.3)
 
 
-class Marginals(BlockModel):
+class Marginals:
     """Slots whose logits are given, `[b, D, v]`; a token may make those of the next slot steeper."""
 
     def __init__(self, logits: Tensor, steeper: Tensor | None = None) -> None:
         self._logits, self._steeper = logits, steeper
 
-    def children_of(
-        self, slots: BlockSlots, level: int, parents: Tensor, state: Tensor | None, top_k: int
-    ) -> Children:
-        logits = self._logits[:, level, None]
-        if self._steeper is not None:
-            logits = logits * self._steeper[parents][..., None]
-        scores, tokens = logits.log_softmax(-1).topk(top_k)
-        return Children(tokens, scores)
-
     def pool(self, top_k: int, most: int) -> CandidatePool:
+        def branch(level: int, parents: Tensor, state: Tensor | None) -> Children:
+            logits = self._logits[:, level, None]
+            if self._steeper is not None:
+                logits = logits * self._steeper[parents][..., None]
+            scores, tokens = logits.log_softmax(-1).topk(top_k)
+            return Children(tokens, scores)
+
         root = torch.zeros(len(self._logits), dtype=torch.long)
-        return block_pool(self, BlockSlots(self._logits, self._logits), root, top_k, most)
-
-
-Marginals.__abstractmethods__ = frozenset()  # only what the pool asks
+        return block_pool(branch, root, self._logits.shape[1], most)
 
 
 def best_first(logits: Tensor, steeper: Tensor | None, budget: int) -> list[tuple[int, ...]]:

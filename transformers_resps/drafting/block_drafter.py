@@ -5,7 +5,7 @@ ranks below the best B of its level is among the best B of all, so the best B of
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,10 @@ class Children(NamedTuple):
     state: Tensor | None = None
 
 
+# (a level, from 0 on; `[b, w]` target ids of the nodes that get children, at first the root; their state) -> children
+Branching = Callable[[int, Tensor, Tensor | None], Children]
+
+
 class BlockModel(StepModel):
     """A source of blocks as it drafts for one target.
 
@@ -79,10 +83,8 @@ class BlockModel(StepModel):
         """
 
     @abstractmethod
-    def children_of(
-        self, slots: BlockSlots, level: int, parents: Tensor, state: Tensor | None, top_k: int
-    ) -> Children:
-        """The children of `parents` `[b, w]`, target ids of the nodes of a level, 0 being that of the root."""
+    def branching(self, slots: BlockSlots, top_k: int) -> Branching:
+        """What grows a tree of at most `top_k` children per node from a block; what its levels share is done once."""
 
     def oldest_seen(self, length: int) -> int:
         """As `StepModel.oldest_seen`, but no position that a slot sees is forgotten."""
@@ -119,7 +121,8 @@ class BlockDrafter(LevelDrafter):
         root = input_ids[:, -1].to(self._device)
         slots = model.fill(root, levels, self._places.at(ahead), entries, self._masks(count))
         most = max(shape.total_tokens - 1, 1)
-        return block_pool(model, slots, root, min(shape.top_k, most, model.proposable_tokens), most)
+        branch = model.branching(slots, min(shape.top_k, most, model.proposable_tokens))
+        return block_pool(branch, root, levels, most)
 
     def _masks(self, count: int) -> list[Tensor | None]:
         """What the slots of a block see, of each layer: `[b or 1, 1, count, count + length]`, the block first."""
@@ -146,17 +149,17 @@ class BlockDrafter(LevelDrafter):
         return torch.cat([block.expand(rows, -1, -1), seen.expand(rows, count, -1)], dim=-1)[:, None]
 
 
-def block_pool(model: BlockModel, slots: BlockSlots, root: Tensor, top_k: int, most: int) -> CandidatePool:
-    """The best `most` nodes of each level, each with at most `top_k` children.
+def block_pool(branch: Branching, root: Tensor, levels: int, most: int) -> CandidatePool:
+    """The best `most` nodes of each level below the root `[b]`.
 
     Source: DDTree (arXiv 2604.12989); with corrections along each path DominoTree (arXiv 2607.08642), level by level.
     """
     parents, state = root[:, None], None
     above = torch.zeros(parents.shape, device=root.device)  # scores
-    start, levels = 0, slots.logits.shape[1]
+    start = 0
     tokens, hung, scores, sizes = list[Tensor](), list[Tensor](), list[Tensor](), list[int]()
     for level in range(levels):
-        found = model.children_of(slots, level, parents, state, top_k)
+        found = branch(level, parents, state)
         width, count = parents.shape[1], found.scores.shape[-1]
         paths = (above[..., None] + found.scores).flatten(1)  # [b, w * k]
         above, best = paths.topk(min(most, paths.shape[1]), dim=-1)

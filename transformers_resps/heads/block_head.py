@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..drafting import DraftCall, Entries, LevelSource, Places, Reading, Wanted, at_wanted
-from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Children
+from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Branching, Children
 from ..hub.upload import shareable
 from ..tree import TreeShape
 from ..verifying.attention import attend
@@ -698,32 +698,41 @@ class BoundBlockHead(BlockModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self._draft_token_ids is None else self._draft_token_ids[draft_ids]
 
-    def children_of(
-        self, slots: BlockSlots, level: int, parents: Tensor, state: Tensor | None, top_k: int
-    ) -> Children:
-        """Of a corrected slot, its likeliest candidates alone, whose probabilities together stay as they are."""
-        correction, hidden = self._head.correction, slots.hidden[:, level]
-        logits = slots.logits[:, level]
+    def branching(self, slots: BlockSlots, top_k: int) -> Branching:
+        correction, logits = self._head.correction, slots.logits
         if correction is None:
-            scores, best = logits.log_softmax(-1).topk(top_k, dim=-1)  # [b, k]
-            scores, best, state = scores[:, None], best[:, None], None
-        else:
+            scores, best = logits.log_softmax(-1).topk(top_k, dim=-1)  # [b, D, k]
+            tokens = self.target_ids(best)
+
+            def branch(level: int, parents: Tensor, state: Tensor | None) -> Children:
+                own = self._sure(scores[:, level, None], slots.hidden[:, level], parents)
+                return Children(tokens[:, level, None], own)
+
+            return branch
+        # Of a corrected slot only the likeliest candidates, whose probabilities together stay as they are
+        base, candidates = logits.topk(correction.candidates, dim=-1)  # [b, D, m]
+        mass = base.logsumexp(-1) - logits.logsumexp(-1)
+        rows = correction.rows(candidates)  # [b, D, m, r]
+
+        def corrected(level: int, parents: Tensor, state: Tensor | None) -> Children:
             if level == 0 and slots.first is not None:
                 _, state = correction.context(parents, slots.first, None)
-            base, candidates = logits.topk(correction.candidates, dim=-1)  # [b, m]
-            context, state = correction.context(parents, hidden, state)
-            added = (context @ correction.rows(candidates).transpose(1, 2)).float()  # [b, w, m]
-            mass = base.logsumexp(-1) - logits.logsumexp(-1)
-            corrected = (base[:, None] + added).log_softmax(-1) + mass[:, None, None]
-            scores, places = corrected.topk(min(top_k, correction.candidates), dim=-1)
-            best = candidates[:, None].expand(-1, parents.shape[1], -1).gather(2, places)
-        if self._config.confidence:
-            scores = scores + self._confidence(hidden, parents)[..., None]
-        return Children(self.target_ids(best), scores, state)
+            context, state = correction.context(parents, slots.hidden[:, level], state)
+            added = (context @ rows[:, level].transpose(1, 2)).float()  # [b, w, m]
+            scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
+            scores, places = scores.topk(min(top_k, correction.candidates), dim=-1)
+            best = candidates[:, level, None].expand(-1, parents.shape[1], -1).gather(2, places)
+            return Children(self.target_ids(best), self._sure(scores, slots.hidden[:, level], parents), state)
 
-    def _confidence(self, hidden: Tensor, parents: Tensor) -> Tensor:
-        """`[b, w]` log probabilities: of a token's probability this share is the target's, too, on average."""
+        return corrected
+
+    def _sure(self, scores: Tensor, hidden: Tensor, parents: Tensor) -> Tensor:
+        """Scores `[b, 1 or w, k]` of children, lowered by what a confidence head says of their parents `[b, w]`: of a
+        token's probability so much is the target's, too, on average.
+        """
+        if not self._config.confidence:
+            return scores
         states = hidden[:, None].expand(-1, parents.shape[1], -1)
         if self._config.confidence_with_markov:
             states = torch.cat([states, self._head.markov_head.markov_w1(parents)], dim=-1)
-        return cast(Tensor, self._head.confidence_head(states))
+        return scores + cast(Tensor, self._head.confidence_head(states))[..., None]
