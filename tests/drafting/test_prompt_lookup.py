@@ -70,6 +70,14 @@ def test_odds_fall_and_a_parent_comes_before_its_children() -> None:
     assert {(3, -1), (7, -1)} < set(zip(found.tokens, found.parents, strict=True)), "both that followed"
 
 
+def test_without_branches_it_is_the_chain_of_the_likeliest() -> None:
+    tree, chain = Lookup(), Lookup(branches=False)
+    for one in (tree, chain):
+        one.extend([1, 2, 3, 4, 1, 2, 3, 5, 6, 1, 2, 7, 1, 2])
+    assert chain.found.grow(16).parents == list(range(-1, len(chain.found.tokens) - 1))
+    assert likeliest(tree)[:3] == chain.found.tokens[:3]
+
+
 def test_a_tree_grows_by_its_next_best_nodes() -> None:
     whole, lookup = Lookup(), Lookup()
     for one in (whole, lookup):

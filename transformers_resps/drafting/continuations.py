@@ -140,6 +140,7 @@ class Continuations:
         text: what may follow.
         corpora: where it is looked for.
         never_drafted: tokens that end a branch.
+        branches: whether it may; otherwise it is a chain of the likeliest.
 
     Attributes:
         tokens: of the nodes, every parent before its children.
@@ -149,10 +150,15 @@ class Continuations:
     """
 
     def __init__(
-        self, text: Suffixes, corpora: Sequence[Corpus], never_drafted: Collection[int] = frozenset()
+        self,
+        text: Suffixes,
+        corpora: Sequence[Corpus],
+        never_drafted: Collection[int] = frozenset(),
+        *,
+        branches: bool = True,
     ) -> None:
         self.tokens, self.parents, self.odds, self.proposers = list[int](), list[int](), list[float](), list[int]()
-        self._never_drafted = never_drafted
+        self._never_drafted, self._branches = never_drafted, branches
         context = text.context
         self._matches = [match for corpus in corpora for match in _matches(corpus, context)]
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
@@ -190,6 +196,8 @@ class Continuations:
             if path_odds >= _LEAST_ODDS:
                 heappush(self._heap, (-path_odds, self._pushed, token, parent, level, below))
                 self._pushed += 1
+        if not self._branches:
+            del self._heap[1:]
 
     def judge(self, token: int) -> None:
         """Learn from what the text went on with, whether or not it was proposed."""

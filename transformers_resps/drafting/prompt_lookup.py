@@ -27,10 +27,17 @@ class Lookup:
     Args:
         never_drafted: tokens at which a continuation ends, such as those that stand for an image; none follows them.
         memories: are searched as well.
+        branches: whether what it proposes may branch, or is a chain.
     """
 
-    def __init__(self, never_drafted: frozenset[int] = frozenset(), memories: Sequence[Remembered] = ()) -> None:
-        self._never_drafted, self._memories = never_drafted, memories
+    def __init__(
+        self,
+        never_drafted: frozenset[int] = frozenset(),
+        memories: Sequence[Remembered] = (),
+        *,
+        branches: bool = True,
+    ) -> None:
+        self._never_drafted, self._memories, self._branches = never_drafted, memories, branches
         self._text = Suffixes()
         self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
@@ -55,7 +62,7 @@ class Lookup:
         """What may follow the text's end."""
         if self._found is None:
             corpora = [self._own, *(memory.corpus for memory in self._memories)]
-            self._found = Continuations(self._text, corpora, self._never_drafted)
+            self._found = Continuations(self._text, corpora, self._never_drafted, branches=self._branches)
         return self._found
 
     @property
@@ -73,6 +80,7 @@ class LookupDrafter(Drafter):
             lie there. `None` for nothing.
         never_drafted: see `Lookup`.
         memories: likewise.
+        branches: likewise.
     """
 
     proposable_tokens = 1
@@ -85,8 +93,9 @@ class LookupDrafter(Drafter):
         origins: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
         memories: Sequence[Remembered] = (),
+        branches: bool = True,
     ) -> None:
-        self._lookups = [Lookup(never_drafted, memories) for _ in pads]
+        self._lookups = [Lookup(never_drafted, memories, branches=branches) for _ in pads]
         self._pads = pads
         self._origins = [[] for _ in pads] if origins is None else origins
         self._unread: list[Tensor | Sequence[Sequence[int]]] = []
@@ -147,7 +156,8 @@ class PromptLookup(DraftSource):
     def drafter(self, call: DraftCall) -> LookupDrafter:
         pads = [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask)
         told: dict[str, Any] = {"origins": call.origins, "never_drafted": call.never_drafted}
-        return LookupDrafter(pads, **told, memories=self._memories)
+        branches = not call.target.config.is_encoder_decoder  # whose decoders count positions by their place
+        return LookupDrafter(pads, **told, memories=self._memories, branches=branches)
 
 
 def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:
