@@ -147,7 +147,8 @@ class CandidatePool:
         widths = [max(len(own[level]) for own in levels if level < len(own)) for level in range(depth)]
         starts = list(accumulate(widths, initial=0))
         below = [-1 if level == 0 else starts[level - 1] for level, width in enumerate(widths) for _ in range(width)]
-        tokens, flags, probs = ([[filler] * starts[-1] for _ in rows] for filler in (0, 0, 0.0))
+        tokens, flags = ([[0] * starts[-1] for _ in rows] for _ in range(2))
+        probs = [[0.0] * starts[-1] for _ in rows]
         parents = [below.copy() for _ in rows]
         for row, (own, (own_tokens, own_parents, own_probs)) in enumerate(zip(levels, rows, strict=True)):
             places = {node: starts[level] + at for level, nodes in enumerate(own) for at, node in enumerate(nodes)}

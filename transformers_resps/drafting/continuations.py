@@ -191,10 +191,10 @@ class Continuations:
             for token, _, below in match.followers():
                 if token not in self._never_drafted:
                     found.setdefault(token, []).append(below)
-        for token, below in found.items():
-            path_odds = odds * max(match.odds for match in below)
+        for token, places in found.items():
+            path_odds = odds * max(place.odds for place in places)
             if path_odds >= _LEAST_ODDS:
-                heappush(self._heap, (-path_odds, self._pushed, token, parent, level, below))
+                heappush(self._heap, (-path_odds, self._pushed, token, parent, level, places))
                 self._pushed += 1
         if not self._branches:
             del self._heap[1:]

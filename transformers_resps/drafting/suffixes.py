@@ -88,7 +88,7 @@ class Suffixes:
         if len(order) > _FEW * _STRIDE:
             self._marks = [bytes(self._key(position)) for position in self._order[::_STRIDE]]
 
-    def _find(self, wanted: bytes) -> int:
+    def _find(self, wanted: "bytes | bytearray") -> int:
         """Where a context stands in the order: among the marks first, which compare faster."""
         first, last = 0, len(self._order)
         if self._marks:

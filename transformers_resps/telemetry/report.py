@@ -242,7 +242,7 @@ class SpeculationReport:
         """Return the summary and every step as JSON values."""
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
         names = ("batch_size", *totals, "reason")
-        told = {"accepted_by_source": self.accepted_by_source._asdict()}
+        told: dict[str, Any] = {"accepted_by_source": self.accepted_by_source._asdict()}
         told |= {"steps": [step.to_dict() for step in self.steps]}
         return {name: getattr(self, name) for name in names} | told
 

@@ -148,7 +148,8 @@ class Memories:
         if exchange.caller is None:
             return {}
         key = exchange.caller, id(model)
-        memory = self._of_caller[key] = self._of_caller.pop(key, None) or SuffixMemory()
+        known = self._of_caller.pop(key, None)
+        memory = self._of_caller[key] = known or SuffixMemory()
         if len(self._of_caller) > _MOST_MEMORIES:
             del self._of_caller[next(iter(self._of_caller))]
         return {"assistant_model": [*cast(Any, model).speculation_state.defaults.assistants, memory]}
