@@ -15,7 +15,7 @@ PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "be
 PAGES.append(ROOT / "training" / "PUBLISHING.md")
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
-MAX_WORDS_OF_DOCS = 13_000  # a cell of a table may hold a hundred
+MAX_WORDS_OF_DOCS = 13_050  # a cell of a table may hold a hundred
 MAX_WORDS = {"README.md": 900, "CHANGELOG.md": 850, "CONTRIBUTING.md": 1300}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {

@@ -76,15 +76,16 @@ class CompilerProcess:
                 flock(lock, LOCK_EX | LOCK_NB)  # the new process holds it with the open file, however it ends
             except BlockingIOError:  # another process compiles this model
                 return
+            modules = os.pathsep.join(path or os.getcwd() for path in sys.path)  # those of this process
             with self._told.open("wb") as told:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _RUN, *command],
+                    [sys.executable, "-P", "-c", _RUN, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=told,
                     pass_fds=[lock.fileno()],
                     process_group=0,  # Ctrl-C ends calls, not this
-                    env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+                    env=os.environ | {"PYTHONPATH": modules, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
                 )
         logger.warning(
             "Another process compiles this model, once, and calls go on as they are until its code can be taken up. "
