@@ -27,7 +27,7 @@ from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import ROPE_BASE, check_numbers, check_rope, has_fixed_rope
 from .identity import check_beside, check_made_for, parameter_fingerprint
-from .model import Rope, RotaryEmbedding
+from .model import HeadModel, Rope, RotaryEmbedding
 
 
 CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
@@ -37,30 +37,15 @@ _CORRECTED = 64  # of a row's candidates, the likeliest: DominoTree (arXiv 2607.
 class BlockHeadConfig(PreTrainedConfig):
     """Configuration of a `BlockHead`: its sizes, its conventions, and the target it was made for.
 
+    Fields that a `DraftHeadConfig` has, too, mean the same; the head is as wide as its target.
+
     Attributes:
-        hidden_size: width h of the head, which is its target's.
-        intermediate_size: width of the MLP inside a layer.
-        num_hidden_layers: number of layers.
-        num_attention_heads: number of query heads.
-        num_key_value_heads: number of key and value heads; divides `num_attention_heads`.
-        head_dim: width hd of an attention head.
-        hidden_act: activation of the MLP, by its name in Transformers.
-        rms_norm_eps: epsilon of every RMSNorm.
-        max_position_embeddings: for RoPE types that depend on it.
-        rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
-        initializer_range: standard deviation of fresh weights.
-        attention_bias: whether the projections of the attention have biases.
-        mlp_bias: of the MLP; no known head has them.
         block_size: slots of a block, the root's included.
         mask_token_id: of the token that stands in the slots after the root, a row of the target's table.
         shifted: whether a slot predicts the token after its own position, the root's slot included; otherwise the
             token at its own position.
         causal: of each layer, whether a slot sees no later one.
         windows: of each layer, how many positions a slot sees, its own included; `None` for all.
-        feature_layers: as in `DraftHeadConfig`.
-        vocab_size: the target's vocabulary size v.
-        draft_vocab_size: number d of tokens the head can propose; `None` means all v.
-        owns_output_head: whether the head has its own output head; otherwise it uses the target's.
         embedding_scale: what embeddings are multiplied by.
         output_multiplier: what logits are multiplied by, before the cap.
         final_logit_softcapping: cap of the logits; `None` for none.
@@ -72,9 +57,6 @@ class BlockHeadConfig(PreTrainedConfig):
         confidence_with_markov: whether it reads the row of the token before, too.
         conv_kernel_size: taps of the convolutions around attention and MLP; `None` without them.
         conv_group_size: channels that share a kernel of these.
-        target: name and sizes of the model the head was made for; `None` if unknown.
-        source: for an imported head, its publisher's format and its layer ids as published.
-        tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
 
     Raises:
         ValueError: no head can have such a value; the message names the field.
@@ -397,7 +379,7 @@ class BlockReading(Reading):
         }
 
 
-class BlockHead(LevelSource, PreTrainedModel):
+class BlockHead(LevelSource, HeadModel):
     """A head that drafts a block of tokens in one pass, of which the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained` and pass it to `generate` as `assistant_model`. The embedding table is
@@ -431,15 +413,6 @@ class BlockHead(LevelSource, PreTrainedModel):
         self._packed = PackedWeights()
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
-        if name == "generation_config":
-            raise AttributeError(
-                "A `BlockHead` has no `generation_config`: it is not a whole model, as other assistants are. "
-                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
-            )
-        return super().__getattr__(name)
-
     @property
     def correction(self) -> MarkovHead | CandidateSelector | None:
         """What the token before a slot changes; `None` for nothing."""
@@ -450,12 +423,6 @@ class BlockHead(LevelSource, PreTrainedModel):
     def fuse(self, features: Tensor) -> Tensor:
         """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`, what every layer has keys and values of."""
         return cast(Tensor, self.hidden_norm(self.fc(features)))
-
-    def rope(self, positions: Tensor) -> Rope:
-        """The angles of RoPE at positions `[b, t]`."""
-        cosine, sine = self.rotary_emb(self.norm.weight, positions)
-        first, second = sine.chunk(2, dim=-1)
-        return Rope(cosine, torch.cat([-first, second], dim=-1))
 
     def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
         """Keep the keys and values of fused features `[b, t, h]`, of every layer."""

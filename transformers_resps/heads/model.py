@@ -153,7 +153,29 @@ class HeadReading(Reading):
         }
 
 
-class DraftHead(TrainableSource, PreTrainedModel):
+class HeadModel(PreTrainedModel):
+    """A head of any kind: no whole model, with angles of RoPE at its positions."""
+
+    norm: nn.RMSNorm
+    rotary_emb: RotaryEmbedding
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
+        if name == "generation_config":
+            raise AttributeError(
+                f"A `{type(self).__name__}` has no `generation_config`: it is no whole model, as others are. "
+                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
+            )
+        return super().__getattr__(name)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The angles of RoPE at positions `[b, t]`, which any number of passes may share."""
+        cosine, sine = self.rotary_emb(self.norm.weight, positions)
+        first, second = sine.chunk(2, dim=-1)
+        return Rope(cosine, torch.cat([-first, second], dim=-1))
+
+
+class DraftHead(TrainableSource, HeadModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -197,15 +219,6 @@ class DraftHead(TrainableSource, PreTrainedModel):
         self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # of which version of `fc`, and what it is
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
-        if name == "generation_config":
-            raise AttributeError(
-                "A `DraftHead` has no `generation_config`: it is not a whole model, as other assistants are. "
-                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
-            )
-        return super().__getattr__(name)
-
     def fuse(self, features: Tensor) -> Tensor:
         """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`."""
         if self.config.norm_before_fc:
@@ -240,12 +253,6 @@ class DraftHead(TrainableSource, PreTrainedModel):
             is_last = count == len(self.layers)
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
-
-    def rope(self, positions: Tensor) -> Rope:
-        """The angles of RoPE at positions `[b, t]`, which any number of passes may share."""
-        cosine, sine = self.rotary_emb(self.norm.weight, positions)
-        first, second = sine.chunk(2, dim=-1)
-        return Rope(cosine, torch.cat([-first, second], dim=-1))
 
     def feedback(self, hidden: Tensor) -> Tensor:
         """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
