@@ -1,14 +1,18 @@
 """A program in parts: equal layers share code, and the parts together compute what the whole does."""
 
 import json
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from tqdm.auto import tqdm
 
 from tests.kernels import HAS_COMPILER, NO_COMPILER
+from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
 from transformers_resps.compilation.parts import UncuttableError, exported_part, parts_of
@@ -96,6 +100,14 @@ def test_what_has_no_equal_layers_is_not_cut() -> None:
 @torch.no_grad()
 @pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 def test_a_package_holds_the_code_of_equal_layers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar moves when the program is traced, and with each piece of code."""
+    bars: list[Any] = []
+
+    def bar(**options: Any) -> Any:
+        bars.append(tqdm(**(options | {"file": StringIO(), "disable": False})))
+        return bars[-1]
+
+    monkeypatch.setattr(packages_module, "tqdm", bar)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     decoder = Decoder()
     for _ in range(2):  # compiled, then loaded
@@ -113,3 +125,5 @@ def test_a_package_holds_the_code_of_equal_layers_once(tmp_path: Path, monkeypat
     (package,) = stored_packages(tmp_path)
     manifest = json.loads((package.path / "package.json").read_text())
     assert (len(manifest["codes"]), len(manifest["calls"])) == (3, 7)
+    (one,) = bars
+    assert (one.desc, one.n, one.total) == ("Compiling the decoder", 4, 4)
