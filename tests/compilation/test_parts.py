@@ -1,6 +1,7 @@
 """A program in parts: equal layers share code, and the parts together compute what the whole does."""
 
 import json
+import zipfile
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.kernels import HAS_COMPILER, NO_COMPILER
 from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
-from transformers_resps.compilation.parts import UncuttableError, exported_part, parts_of
+from transformers_resps.compilation.parts import Part, UncuttableError, exported_part, parts_of
 
 
 class Layer(nn.Module):
@@ -95,6 +96,32 @@ def test_what_has_no_equal_layers_is_not_cut() -> None:
         parts_of(program_of(Decoder(2)))
     with pytest.raises(UncuttableError, match="no list of layers"):
         parts_of(torch.export.export(nn.Linear(3, 2), (torch.rand(2, 3),)))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+def test_what_turns_out_not_to_be_cut_is_compiled_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of the parts before is not kept."""
+    traced: list[Part] = []
+
+    def fails_at_the_second(program: ExportedProgram, part: Part) -> ExportedProgram:
+        traced.append(part)
+        if len(traced) == 2:
+            raise UncuttableError("planted")
+        return exported_part(program, part)
+
+    monkeypatch.setattr(packages_module, "exported_part", fails_at_the_second)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    decoder = Decoder()
+    packages = ModulePackages(lambda: decoder, "the decoder")
+    compiled = CompiledFunction(lambda *tensors: decoder(*tensors), [(1,), (1, 2)], (), packages=packages, name="one")
+    inputs, expected = (inputs_of(decoder) for _ in range(2))
+    torch.testing.assert_close(compiled(inputs[:2], inputs[2:]), decoder(*expected))
+    (package,) = stored_packages(tmp_path)
+    manifest = json.loads((package.path / "package.json").read_text())
+    assert (len(manifest["codes"]), len(manifest["calls"])) == (1, 1)
+    with zipfile.ZipFile(package.path / "code.pt2") as archive:
+        assert sum(name.endswith(".wrapper.so") for name in archive.namelist()) == 1
 
 
 @torch.no_grad()

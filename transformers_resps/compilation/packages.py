@@ -302,19 +302,20 @@ def _compile(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(tensors, dynamic, strict=True)
     )
-    with _compiling, torch.inference_mode(False), torch.no_grad(), zipfile.ZipFile(path, "w") as archive:
+    with _compiling, torch.inference_mode(False), torch.no_grad():
         example = tuple(part.clone() for part in tensors)
         program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
         bar.update()
         try:
-            made = _compile_parts(program, parts_of(program), module, config, archive, bar, alike=alike)
+            parts = parts_of(program)
+            with zipfile.ZipFile(path, "w") as archive:
+                return _compile_parts(program, parts, module, config, archive, bar, alike=alike)
         except UncuttableError:
-            names = {name: name for name in _named(module)}
-            code, limits = _write_code(program, _named(module), config, archive, 0, alike=alike)
-            calls = [{"code": 0, "inputs": list(range(len(tensors))), "weights": names}]
-            outputs = list(range(len(tensors), len(tensors) + len(program.graph_signature.user_outputs)))
-            made = {"codes": [code], "calls": calls, "outputs": outputs, "limits": limits}
-    return made
+            with zipfile.ZipFile(path, "w") as archive:  # without what was compiled of some parts
+                code, limits = _write_code(program, _named(module), config, archive, 0, alike=alike)
+    inputs, ends = len(tensors), len(tensors) + len(program.graph_signature.user_outputs)
+    call = {"code": 0, "inputs": list(range(inputs)), "weights": {name: name for name in _named(module)}}
+    return {"codes": [code], "calls": [call], "outputs": list(range(inputs, ends)), "limits": limits}
 
 
 def _compile_parts(
@@ -347,7 +348,7 @@ def _compile_parts(
             for place, at, least, most in limited:
                 size = str(part.inputs[place].meta["val"].shape[at])
                 if size not in sizes:
-                    raise PackagingError(f"a limit that is no input's: {size}")
+                    raise UncuttableError(f"a limit that is no input's: {size}")
                 limits.append([*sizes[size], least, most])
         inputs = [places[node] for node in part.inputs]
         calls.append({"code": numbers[part.likeness], "inputs": inputs, "weights": weights})

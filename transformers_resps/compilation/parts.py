@@ -51,8 +51,7 @@ def parts_of(program: ExportedProgram) -> list[Part]:
     """
     graph, weights = program.graph, set(weight_names(program))
     stretches = list(_stretches(graph))
-    made_in = {node: number for number, nodes in enumerate(stretches) for node in nodes}
-    read = [_read(nodes, made_in, number) for number, nodes in enumerate(stretches)]
+    read = [_read([*_sizes_read(nodes), *nodes]) for nodes in stretches]
     needed = {node for nodes in read for node in nodes} | set(graph.output_node().all_input_nodes)
     buffers = {_storage(node) for node in graph.find_nodes(op="placeholder") if node.name not in weights}
     parts = []
@@ -62,7 +61,7 @@ def parts_of(program: ExportedProgram) -> list[Part]:
             raise UncuttableError("a layer hands on sizes, or the memory of an input")
         inputs = [node for node in external if node.name not in weights]
         own = [node for node in external if node.name in weights]
-        own_nodes = [*_sizes_read(nodes, made_in), *nodes]
+        own_nodes = [*_sizes_read(nodes), *nodes]
         parts.append(Part(own_nodes, inputs, own, outputs, _likeness(own_nodes, inputs, own, outputs)))
     if max(Counter(part.likeness for part in parts).values()) < _LEAST_EQUAL:
         raise UncuttableError("no layers are equal")
@@ -73,7 +72,7 @@ def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
     """A part as a program of its own, whose weights are called by their numbers.
 
     Raises:
-        UncuttableError: a size that may change is 0 or 1 in the program's example.
+        UncuttableError: it cannot be traced alone, for instance where a size that may change is 1 in the example.
     """
     graph, module, copies = Graph(), nn.Module(), dict[Node, Node]()
     for number, node in enumerate(part.inputs):
@@ -94,9 +93,11 @@ def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
             raise UncuttableError("a size that may change is 0 or 1 in the example")
         examples.append(torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_())
         dynamic.append({place: Dim.DYNAMIC for place in changing})
-    return torch.export.export(
-        _Numbered(GraphModule(module, graph)), tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False
-    )
+    alone, sizes = _Numbered(GraphModule(module, graph)), (tuple(dynamic),)
+    try:
+        return torch.export.export(alone, tuple(examples), dynamic_shapes=sizes, strict=False)
+    except RuntimeError as fault:  # which those of `torch.export` are
+        raise UncuttableError(f"a part cannot be traced alone: {fault}") from fault
 
 
 class _Numbered(nn.Module):
@@ -138,7 +139,8 @@ def _stretches(graph: Graph) -> Iterator[list[Node]]:
             seen.setdefault(number, place)
     end = 1 + max(place for place, number in enumerate(of_list) if number is not None)
     for start, stop in pairwise([0, *seen.values(), end, len(numbered)]):
-        yield [node for node, _ in numbered[start:stop]]
+        if start < stop:
+            yield [node for node, _ in numbered[start:stop]]
 
 
 def _layer_of(node: Node) -> tuple[str, int] | None:
@@ -155,14 +157,13 @@ def _asserts(node: Node) -> bool:
     return "_assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
-def _read(nodes: Sequence[Node], made_in: Mapping[Node, int], number: int) -> list[Node]:
-    """What a stretch reads from elsewhere: tensors, also where it only asks for their sizes."""
-    own = [*_sizes_read(nodes, made_in), *nodes]
-    inside = set(own)
-    return list(dict.fromkeys(read for node in own for read in node.all_input_nodes if read not in inside))
+def _read(nodes: Sequence[Node]) -> list[Node]:
+    """What nodes read of others."""
+    inside = set(nodes)
+    return list(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if read not in inside))
 
 
-def _sizes_read(nodes: Sequence[Node], made_in: Mapping[Node, int]) -> list[Node]:
+def _sizes_read(nodes: Sequence[Node]) -> list[Node]:
     """What computes the sizes that a stretch reads and does not compute itself, in order."""
     inside, found = set(nodes), dict[Node, None]()
 
