@@ -93,9 +93,9 @@ def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
             raise UncuttableError("a size that may change is 0 or 1 in the example")
         examples.append(torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_())
         dynamic.append({place: Dim.DYNAMIC for place in changing})
-    alone, sizes = _Numbered(GraphModule(module, graph)), (tuple(dynamic),)
+    alone, shapes = _Numbered(GraphModule(module, graph)), (tuple(dynamic),)
     try:
-        return torch.export.export(alone, tuple(examples), dynamic_shapes=sizes, strict=False)
+        return torch.export.export(alone, tuple(examples), dynamic_shapes=shapes, strict=False)
     except RuntimeError as fault:  # which those of `torch.export` are
         raise UncuttableError(f"a part cannot be traced alone: {fault}") from fault
 
