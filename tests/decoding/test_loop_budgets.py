@@ -35,7 +35,7 @@ BUDGETS = {
     "auto": (201, 2.7),
     "mtp 8/3/2": (238, 2.0),
     "mtp 8/4/2": (292, 2.0),
-    "lookups": (7, 1.2),
+    "lookups": (7, 1.23),
 }
 MTP_LEVEL = 25  # kernels beside those of the decoder layer
 

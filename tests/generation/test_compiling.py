@@ -489,7 +489,7 @@ def test_auto_lets_another_process_compile_and_goes_on_as_it_is(
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 0 and out.sequences.tolist() == plainly(target)
     target.generate(**prompts(1, rows=2), policy="auto", compile="auto", max_new_tokens=5, pad_token_id=0)
-    options = "--dtype", "float32", "--threads", str(torch.get_num_threads()), "--rows"
+    options = "--dtype", "float64", "--threads", str(torch.get_num_threads()), "--rows"
     assert compiler.asked == [("a folder", "a head", *options, "1"), ("a folder", *options, "2")]
 
 

@@ -21,9 +21,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules that run code, or other programs, from what they read.
 FORBIDDEN_IMPORTS = {"subprocess", "shelve", "marshal", "dill", "cloudpickle", "joblib", "runpy", "pty", "ctypes"}
 # Native code: functions of libc, which is loaded anyhow, packages that this library wrote and sealed, and its own C++,
-# which it compiles into a folder of its own and loads from there.
+# which it compiles into a folder of its own and loads from there. Another Python runs a command of this package.
 COMPILES = "compilation/kernels.py"
 ALLOWED = {
+    "compilation/beside.py": {"subprocess"},
     "compilation/pages.py": {"ctypes"},
     "compilation/packages.py": {"torch._C._aoti.AOTIModelPackageLoader"},
     COMPILES: {"ctypes", "subprocess"},
