@@ -48,6 +48,9 @@ class Decoder(nn.Module):
         return self.norm(states), hidden[2]
 
 
+WEIGHTS = [name for name, _ in Decoder().named_parameters()]
+
+
 def inputs_of(decoder: Decoder, rows: int = 2, width: int = 5) -> tuple[Tensor, ...]:
     torch.manual_seed(1)
     kept = [torch.zeros(rows, 17, 32) for _ in decoder.layers]
@@ -99,9 +102,8 @@ def test_what_has_no_equal_layers_is_not_cut() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 def test_what_turns_out_not_to_be_cut_is_compiled_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of the parts before is not kept."""
+    """Code of the parts before is not kept. A compiler is planted, which writes what it was given."""
     traced: list[Part] = []
 
     def fails_at_the_second(program: ExportedProgram, part: Part) -> ExportedProgram:
@@ -110,18 +112,21 @@ def test_what_turns_out_not_to_be_cut_is_compiled_whole(tmp_path: Path, monkeypa
             raise UncuttableError("planted")
         return exported_part(program, part)
 
+    def write(program: ExportedProgram, weights: Any, config: Any, archive: Any, number: int, *, alike: bool) -> Any:
+        archive.writestr(f"{number}/{len(weights)} weights", "")
+        return {}, []
+
     monkeypatch.setattr(packages_module, "exported_part", fails_at_the_second)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    decoder = Decoder()
-    packages = ModulePackages(lambda: decoder, "the decoder")
-    compiled = CompiledFunction(lambda *tensors: decoder(*tensors), [(1,), (1, 2)], (), packages=packages, name="one")
-    inputs, expected = (inputs_of(decoder) for _ in range(2))
-    torch.testing.assert_close(compiled(inputs[:2], inputs[2:]), decoder(*expected))
-    (package,) = stored_packages(tmp_path)
-    manifest = json.loads((package.path / "package.json").read_text())
-    assert (len(manifest["codes"]), len(manifest["calls"])) == (1, 1)
-    with zipfile.ZipFile(package.path / "code.pt2") as archive:
-        assert sum(name.endswith(".wrapper.so") for name in archive.namelist()) == 1
+    monkeypatch.setattr(packages_module, "_write_code", write)
+    decoder, sizes = Decoder(), [(1,), (1, 2), *[()] * 5]
+    inputs = inputs_of(decoder)
+    made = packages_module._compile(
+        decoder, lambda *tensors: decoder(*tensors), inputs, sizes, {}, tmp_path / "code.pt2", tqdm(), alike=False
+    )
+    assert made["calls"] == [{"code": 0, "inputs": [*range(7)], "weights": {name: name for name in WEIGHTS}}]
+    assert made["outputs"] == [7, 8]
+    with zipfile.ZipFile(tmp_path / "code.pt2") as archive:
+        assert archive.namelist() == ["0/23 weights"]
 
 
 @torch.no_grad()
