@@ -5,7 +5,10 @@ python -m examples.demo.target     # unpacks if needed, prints the folder
 
 import importlib.util
 import shutil
+import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,9 @@ def _check_space(folder: Path) -> None:
 def _unpack(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # a bar that no setting of Transformers switches off would fill a log
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     # The weights are dense now; forget that they were quantised, so that they can be saved.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
