@@ -110,7 +110,7 @@ class BlockDrafter(LevelDrafter):
         self.most_levels = model.block_levels
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """As `Drafter.draft`. A further level costs next to nothing: nobody is asked whether to go on."""
+        """As `Drafter.draft`. All levels come from one pass, so the policy is not asked whether to go on."""
         model, shape = self._model, request.shape
         levels = min(shape.depth, model.block_levels)
         count = model.width(levels)

@@ -216,9 +216,8 @@ class SuffixMemory(DraftSource):
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            finally:  # it is gone where it has replaced the older one
+                Path(file.name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Self:
