@@ -25,6 +25,7 @@ from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, Tree
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.compilation import engine as compile_engine
+from transformers_resps.compilation import packages
 from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
@@ -513,6 +514,22 @@ def test_auto_takes_up_code_that_lies_ready_and_compiles_none_itself(
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
     assert len(compiler.asked) == 2
+
+
+@needs_compiler
+def test_a_call_that_waits_keeps_its_code_where_auto_looks_for_it(
+    target: PreTrainedModel, untraced: CountingBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While it compiles, the target attends by another name."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise packages.PackagingError("planted: nothing is compiled here")
+
+    monkeypatch.setattr(packages, "_compile", refuse)
+    monkeypatch.setenv(packages.FOLDER_VARIABLE, str(tmp_path))
+    speculate(target, None, FixedPolicy(TreeShape.plain()), compile=True)
+    assert untraced.count == 1
+    assert target.speculation_state.slot_engine.identity(target) == SlotEngine().identity(target)
 
 
 def test_what_auto_learns_beside_a_compiler_is_forgotten(

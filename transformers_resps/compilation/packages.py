@@ -111,14 +111,11 @@ class ModulePackages:
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
         self._module, self._name = module, name
+        self._about = _about(module())  # now, since modules attend by other names while code runs
 
     @property
     def are_kept(self) -> bool:
         return packages_folder() is not None
-
-    @cached_property
-    def _about(self) -> dict[str, str]:
-        return _about(self._module())
 
     @property
     def _folder(self) -> Path | None:
