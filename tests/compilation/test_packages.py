@@ -262,6 +262,15 @@ def test_other_weights_are_not_taken_for_the_packaged_ones(folder: Path, compila
     assert len(compilations) == 2
 
 
+def test_a_model_in_another_folder_has_the_same_code(
+    folder: Path, compilations: list[nn.Module], warned: Callable[[], list[str]]
+) -> None:
+    layer = build()
+    layer.name_or_path = "where/it/has/moved"
+    run(layer)
+    assert not compilations and not warned()
+
+
 def test_other_threads_settings_and_patched_modules_have_packages_of_their_own(
     folder: Path, compilations: list[nn.Module], monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]]
 ) -> None:

@@ -49,6 +49,7 @@ _FORMAT = 2
 _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
 _NAME_LENGTH = 24  # hexadecimal digits
+_IN_WORDS = "model"  # what a package tells of its module: its folder may be called otherwise, or have moved
 _compiling = Lock()  # inductor's settings and its folding are the process's
 _SAMPLED = 4  # values of each weight in a folder's name; the manifest has the digest of all
 
@@ -125,7 +126,7 @@ class ModulePackages:
     @property
     def identity(self) -> str:
         """Of the module: its architecture, settings, machine and versions, and of its weights the first values."""
-        return _digest_of(self._about)
+        return _digest_of({name: value for name, value in self._about.items() if name != _IN_WORDS})
 
     def have(self, code: str) -> bool:
         """Whether code of this name lies ready, for some sizes."""
@@ -234,7 +235,8 @@ class PackagedCode:
         manifest = _manifest(path)
         if manifest is None:
             raise UnfitPackageError("it is damaged")
-        different = [name for name, value in identity.items() if manifest["identity"].get(name) != value]
+        given = {name: value for name, value in identity.items() if name != _IN_WORDS}
+        different = [name for name, value in given.items() if manifest["identity"].get(name) != value]
         if different:
             raise UnfitPackageError(f"it was made for other {' and '.join(different)}")
         if _digest_of_file(path / _CODE) != manifest["digest"]:
@@ -552,7 +554,7 @@ def _about(module: nn.Module) -> dict[str, str]:
     settings = torch._inductor.config.save_config_portable()
     settings.pop("aot_inductor.metadata", None)  # which AOTInductor writes there as it compiles
     return _about_here() | {
-        "model": f"{_model_name(module)}, {count} parameters",
+        _IN_WORDS: f"{_model_name(module)}, {count} parameters",
         "modules": _digest_of([str(module), _configs(module), _sources(module), weights]),
         "threads": str(torch.get_num_threads()),
         "inductor settings": _digest_of(settings),
