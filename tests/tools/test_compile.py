@@ -53,5 +53,14 @@ def test_another_model_than_the_checkpoint_is_refused(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled
+    monkeypatch.setenv(FOLDER_VARIABLE, str(checkpoint))
     assert cli.main(["compile", str(checkpoint), "--only-as", "another"]) == 2
     assert "the model differs from its checkpoint. Pass `compile=True`" in capsys.readouterr().err
+
+
+def test_where_no_code_is_kept_nothing_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, "0")
+    assert cli.main(["compile", "no/model"]) == 2
+    assert f"{FOLDER_VARIABLE} is off" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import argparse
 import torch
 from transformers import AutoTokenizer
 
-from ..compilation.packages import packages_folder
+from ..compilation.packages import FOLDER_VARIABLE, packages_folder
 from ..generation.attach import attach
 from ..policies.fixed import FixedPolicy
 from ..tree import TreeShape
@@ -18,7 +18,14 @@ _NEW_TOKENS = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode a few tokens with compiled steps."""
+    """Decode a few tokens with compiled steps.
+
+    Raises:
+        ValueError: the code cannot be made, or cannot be kept.
+    """
+    folder = packages_folder()
+    if folder is None:
+        raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
     target = attach(load_target(args.target, args.dtype, "cpu", packed=args.pack))
@@ -41,5 +48,6 @@ def run(args: argparse.Namespace) -> int:
             do_sample=False,
         )
     if not engine.is_stored(target, is_batch=args.rows > 1):
-        raise ValueError(engine.obstacle or f"its code cannot be kept in {packages_folder()}")
+        raise ValueError(engine.obstacle or f"its code cannot be kept in {folder}")
+    print(f"The code lies in {folder}.")
     return 0
