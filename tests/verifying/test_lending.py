@@ -3,6 +3,10 @@
 import threading
 from types import SimpleNamespace
 
+from transformers import PreTrainedModel
+
+from transformers_resps.verifying.attention import STOCK, use_gqa_attention
+from transformers_resps.verifying.invariant.attention import INVARIANT, use_invariant_attention
 from transformers_resps.verifying.lending import Change, Lent
 
 
@@ -16,6 +20,29 @@ def test_the_newest_value_counts_and_the_last_call_gives_back_what_was_there() -
     assert owner.name == "own 2"
     second.__exit__(None, None, None)
     assert owner.name == "own"
+
+
+def test_the_largest_rank_counts_whoever_came_last() -> None:
+    lent, owner = Lent(), SimpleNamespace(name="own")
+    high, low = (lent.holding(Change(owner, "name", lambda own, n=n: n, rank=n)) for n in (1, 0))  # type: ignore[misc]
+    high.__enter__()
+    low.__enter__()
+    assert owner.name == 1
+    high.__exit__(None, None, None)
+    assert owner.name == 0
+    low.__exit__(None, None, None)
+    assert owner.name == "own"
+
+
+def test_the_attention_of_the_exact_mode_outranks_that_of_a_call_in_another_thread(
+    tiny_target: PreTrainedModel,
+) -> None:
+    target = tiny_target
+    with use_invariant_attention(target), use_gqa_attention(target):
+        assert target.config._attn_implementation == INVARIANT
+    with use_gqa_attention(target), use_invariant_attention(target):
+        assert target.config._attn_implementation == INVARIANT
+    assert target.config._attn_implementation == STOCK
 
 
 def test_what_anyone_else_sets_meanwhile_stays() -> None:

@@ -529,6 +529,8 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
     """Inside, `target`, which attends by `sdpa` or knows no other than `eager`, attends by `invariant_attention`. One
     thread at a time.
+
+    That outranks `use_gqa_attention` in another thread, which knows no `BlockReads`.
     """
-    with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT)):
+    with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield
