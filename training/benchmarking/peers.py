@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
             drafter = HuggingFaceDrafter(name, target.device, target.dtype, temperature, draft_model)
         config = FlashSpecConfig(
             device=str(target.device),
-            dtype=str(target.dtype).removeprefix("torch."),
+            dtype=cast(Any, str(target.dtype).removeprefix("torch.")),  # which it types as literals
             sampling=SamplingConfig(gamma=_DRAFTED_TOKENS, temperature=temperature),
         )
         return SpeculativeEngine(config, [drafter], verifier)
