@@ -12,7 +12,7 @@ ROOT = README.parent
 STUDIES = ROOT / "training" / "studies"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", STUDIES / "HEADROOM.md"]
 PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
-PAGES.append(ROOT / "training" / "PUBLISHING.md")
+PAGES += [ROOT / "training" / name for name in ("PUBLISHING.md", "PROTOCOL.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
 MAX_WORDS_OF_DOCS = 13_050  # a cell of a table may hold a hundred
