@@ -156,7 +156,7 @@ MUTATIONS = (
         "query rows are not filled up",
         "verifying.invariant.attention:invariant_attention",
         leave_a_rest_of_rows,
-        f"{UNIT}::test_no_number_of_query_rows_changes_a_bit",
+        f"{UNIT}::test_a_kernel_is_asked_for_no_rest_of_fewer_than_eight_rows",
     ),
     Mutation("a node sees the next one", "verifying.invariant.attention:BlockReads._shown", see_the_next_token, PATHS),
     Mutation(
