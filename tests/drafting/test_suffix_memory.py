@@ -112,7 +112,7 @@ def test_many_additions_find_what_one_scan_finds_in_few_segments() -> None:
     joined = [token for part in parts for token in part.tokens]
     for end in texts[::250]:
         context = Suffixes(end[:40]).context
-        found = {part: list(part.run(context, 2, 10**6)) for part in parts}
+        found = {part: list(part.search(context).run(2, 10**6)) for part in parts}
         assert sum(map(len, found.values())) == len(scan(joined, end[:40], 2))
 
 

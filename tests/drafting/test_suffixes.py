@@ -39,10 +39,11 @@ def test_it_finds_what_a_scan_finds_however_the_text_grew(
     longest = max(
         (size for size in range(LONGEST_MATCH + 1) if len(end) >= size and scan(tokens, end, size)), default=0
     )
-    assert text.longest(context) == longest
-    for length in range(1, longest + 1):
-        found = list(text.run(context, length, len(tokens)))
-        assert sorted(found) == scan(tokens, end, length)
+    assert text.search(context).longest == longest
+    search = text.search(context)
+    for length in range(longest, 0, -1):
+        alone = list(text.search(context).run(length, len(tokens)))
+        assert sorted(alone) == sorted(search.run(length, len(tokens))) == scan(tokens, end, length)
 
 
 @given(texts=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=30), min_size=2, max_size=8), cut=st.data())
@@ -60,15 +61,15 @@ def test_no_match_reaches_across_texts_and_the_oldest_go_as_if_they_had_never_be
     for held, tokens in ((all_texts, joined), (kept, list(kept.tokens))):
         for end in texts:
             context = Suffixes(end).context
-            longest = held.longest(context)
+            longest = held.search(context).longest
             assert longest == max(size for size in range(len(end) + 1) if not size or scan(tokens, end, size))
             for length in range(1, longest + 1):
-                assert sorted(held.run(context, length, len(tokens))) == scan(tokens, end, length)
+                assert sorted(held.search(context).run(length, len(tokens))) == scan(tokens, end, length)
 
 
 def test_a_run_is_sampled_evenly_over_all_its_places() -> None:
     text = Suffixes([7, *range(10)] * 100)
-    found = text.run(Suffixes([7]).context, 1, 24)
+    found = text.search(Suffixes([7]).context).run(1, 24)
     assert 12 <= len(found) <= 24 and set(found) <= set(scan(list(text.tokens), [7], 1))
     assert max(found) - min(found) > 900
 
@@ -80,4 +81,4 @@ def test_a_token_takes_at_most_sixteen_bytes(count: int) -> None:
     assert held < 16 * count
     assert [text._key(position) for position in text._order] == sorted(map(text._key, range(1, count)))
     for position in range(1, count, count // 50):
-        assert text.longest(bytes(text._key(position))) == min(position, LONGEST_MATCH)
+        assert text.search(bytes(text._key(position))).longest == min(position, LONGEST_MATCH)

@@ -207,14 +207,14 @@ class Continuations:
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
     """Where the text ended as now, by the longest match and by shorter ones that were found at more places."""
-    parts = [(part.longest(context), part) for part in corpus.parts]
-    length = max((longest for longest, _ in parts), default=0)
+    searches = [(part, part.search(context)) for part in corpus.parts]
+    length = max((search.longest for _, search in searches), default=0)
     found, known = list[_Occurrences](), 0
     while length and len(found) < _MATCHES and known < _MOST_PLACES:
         places = list[Place]()
-        for longest, part in parts:
-            if longest >= length and len(places) < _MOST_PLACES:
-                places += [(part, position) for position in part.run(context, length, _MOST_PLACES)]
+        for part, search in searches:
+            if search.longest >= length and len(places) < _MOST_PLACES:
+                places += [(part, position) for position in search.run(length, _MOST_PLACES)]
         places = places[:: -(-len(places) // _MOST_PLACES)]
         if len(places) > known:
             found.append(_Occurrences(corpus, length, 0, places))

@@ -7,6 +7,7 @@ suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from struct import pack
 
 import numpy as np
 
@@ -16,7 +17,6 @@ LARGEST_TOKEN = 2**31 - 1
 SEPARATOR = 2**32 - 1  # stands between two texts: no match reaches across it
 _BYTES = 4  # of a token
 _MOST_BYTES = LONGEST_MATCH * _BYTES
-_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # comes after all that begins alike
 _FEW = 64  # tokens that are sorted in one by one
 _STRIDE = 128  # positions between two marks
 _INTEGER = np.dtype(array("I").typecode)
@@ -43,7 +43,7 @@ class Suffixes:
 
     @property
     def context(self) -> bytes:
-        """The end of the text, its newest token first, as `longest` and `run` take it."""
+        """The end of the text, its newest token first, as `search` takes it."""
         return bytes(self._key(len(self.tokens)))
 
     def _key(self, position: int) -> bytearray:
@@ -60,7 +60,7 @@ class Suffixes:
             spare = max(_BYTES * count, len(self._backwards)) - room if first else _BYTES * count
             self._backwards[:0] = bytes(spare)
         end = len(self._backwards) - _BYTES * first
-        self._backwards[end - _BYTES * count : end] = np.array(tokens, ">u4")[::-1].tobytes()
+        self._backwards[end - _BYTES * count : end] = pack(f">{count}I", *reversed(tokens))
         if count > max(_FEW, first // 16):
             self._set_order(_sorted(np.frombuffer(self.tokens, _INTEGER)))
             return
@@ -96,18 +96,49 @@ class Suffixes:
             first, last = max(mark - 1, 0) * _STRIDE, min(mark * _STRIDE, last)
         return bisect_left(self._order, wanted, first, last, key=self._key)
 
-    def longest(self, context: bytes) -> int:
-        """How many of the newest tokens of a context stood in these texts side by side, with one after them."""
-        order = self._order
-        place = self._find(context)
-        neighbours = order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
-        return max((_alike(context, self._key(position)) for position in neighbours), default=0)
+    def search(self, context: bytes) -> "Search":
+        """Where these texts ended as a context does."""
+        return Search(self._order, self._backwards, context, self._find(context))
 
-    def run(self, context: bytes, length: int, most: int) -> "array[int]":
-        """The positions after the `length` newest tokens of a context: at most so many, evenly over all."""
-        wanted = context[: _BYTES * length]
-        first, last = self._find(wanted), self._find(wanted + _BEYOND)
-        return self._order[first : last : max(-(-(last - first) // most), 1)]
+
+class Search:
+    """The positions of some texts around the place of a context.
+
+    Attributes:
+        longest: how many of its newest tokens stood there side by side, with one after them.
+    """
+
+    __slots__ = ("_backwards", "_context", "_first", "_last", "_order", "longest")
+
+    def __init__(self, order: "array[int]", backwards: bytearray, context: bytes, place: int) -> None:
+        self._order, self._backwards, self._context = order, backwards, context
+        self._first = self._last = place
+        neighbours = order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
+        starts = [len(backwards) - _BYTES * position for position in neighbours]
+        self.longest = max((_alike(context, backwards[at : at + _MOST_BYTES]) for at in starts), default=0)
+
+    def run(self, length: int, most: int) -> "array[int]":
+        """The positions after the `length` newest tokens: at most so many, evenly over all.
+
+        The next length that is asked for is shorter: its run holds this one.
+        """
+        order, begins, wanted, end = self._order, self._backwards.startswith, self._context, len(self._backwards)
+        wanted = wanted[: _BYTES * length]
+
+        def is_other(position: int) -> bool:
+            return not begins(wanted, end - _BYTES * position)
+
+        reach, first, last = 1, self._first, self._last
+        while first >= reach and not is_other(order[first - reach]):
+            reach *= 2
+        self._first = bisect_left(
+            order, True, max(first - reach, 0), first - reach // 2, key=lambda at: not is_other(at)
+        )
+        reach = 1
+        while last + reach <= len(order) and not is_other(order[last + reach - 1]):
+            reach *= 2
+        self._last = bisect_left(order, True, last + reach // 2, min(last + reach, len(order)), key=is_other)
+        return order[self._first : self._last : max(-(-(self._last - self._first) // most), 1)]
 
 
 def _alike(one: bytes, other: bytearray) -> int:
