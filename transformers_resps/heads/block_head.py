@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ..drafting import DraftCall, Entries, LevelSource, Places, Reading, Wanted, at_wanted
+from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
 from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Branching, Children
 from ..hub.upload import shareable
 from ..tree import TreeShape
@@ -27,7 +27,7 @@ from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import ROPE_BASE, check_numbers, check_rope, has_fixed_rope
 from .identity import check_beside, check_made_for, parameter_fingerprint
-from .model import HeadModel, Rope, RotaryEmbedding
+from .model import DraftHead, HeadModel, Rope, RotaryEmbedding
 
 
 CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
@@ -317,9 +317,14 @@ class MarkovHead(nn.Module):
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * state + (1.0 - gate) * torch.tanh(new)
 
+    @property
+    def table(self) -> Tensor:
+        """The rows of all candidates, `[d, r]`."""
+        return self.markov_w2.weight
+
     def rows(self, candidates: Tensor) -> Tensor:
         """`[b, m]` draft ids -> `[b, m, r]`."""
-        return F.embedding(candidates, self.markov_w2.weight)
+        return F.embedding(candidates, self.table)
 
 
 class CandidateSelector(nn.Module):
@@ -337,9 +342,14 @@ class CandidateSelector(nn.Module):
         """As `MarkovHead.context`."""
         return self.predecessor_codebook(before) * self.hidden_projection(hidden)[:, None], None
 
+    @property
+    def table(self) -> Tensor:
+        """As `MarkovHead.table`."""
+        return self.successor_codebook.weight
+
     def rows(self, candidates: Tensor) -> Tensor:
         """As `MarkovHead.rows`."""
-        return cast(Tensor, self.successor_codebook(candidates))
+        return F.embedding(candidates, self.table)
 
 
 class ConfidenceHead(nn.Module):
@@ -351,8 +361,8 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """`[..., h (+ r)]` -> log probabilities `[...]`, fp32."""
-        return F.logsigmoid(self.proj(states).squeeze(-1).float())
+        """`[..., h (+ r)]` -> logits `[...]`, fp32."""
+        return cast(Tensor, self.proj(states).squeeze(-1).float())
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,11 +389,12 @@ class BlockReading(Reading):
         }
 
 
-class BlockHead(LevelSource, HeadModel):
+class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass, of which the target verifies the likeliest paths.
 
-    Load a published head with `from_pretrained` and pass it to `generate` as `assistant_model`. The embedding table is
-    the target's, whose rows are read as they are, and so is the output head unless the head has its own.
+    Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
+    `assistant_model`. The embedding table is the target's, whose rows are read as they are, and so is the output head
+    unless the head has its own.
     """
 
     config_class = BlockHeadConfig
@@ -391,6 +402,7 @@ class BlockHead(LevelSource, HeadModel):
     base_model_prefix = ""
     main_input_name = "features"
     _no_split_modules = ["BlockLayer"]
+    sizing_fields = (*DraftHead.sizing_fields, "block_size", "mask_token_id", "shifted", "causal", "correction")
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__(config)
@@ -446,16 +458,6 @@ class BlockHead(LevelSource, HeadModel):
         return cast(Tensor, self.norm(hidden))
 
     @property
-    def feature_layers(self) -> list[int]:
-        return self.config.feature_layers or []
-
-    @property
-    def draft_token_ids(self) -> Tensor:
-        """Target ids of the tokens the head can propose, `[d]`, ascending."""
-        order = torch.arange(self.config.proposable_tokens, device=self.device)
-        return order if self.config.draft_vocab_size is None else order + cast(Tensor, self.d2t)
-
-    @property
     def default_shape(self) -> TreeShape:
         return TreeShape(33, self.config.levels, 32)
 
@@ -477,13 +479,39 @@ class BlockHead(LevelSource, HeadModel):
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.hidden_size}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
-    def bind(self, target: PreTrainedModel, forward: "BlockHead | None" = None) -> "BoundBlockHead":
+    def confidence(self, hidden: Tensor, before: Tensor) -> Tensor:
+        """What the confidence head says of slots `[..., h]` after the tokens `[...]`: fp32 logits `[...]`."""
+        if self.config.confidence_with_markov:
+            hidden = torch.cat([hidden, self.markov_head.markov_w1(before)], dim=-1)
+        return cast(Tensor, self.confidence_head(hidden))
+
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundBlockHead":
         """As `TrainableSource.bind`."""
         return BoundBlockHead(self, target, forward)
 
-    def whole(self, target: PreTrainedModel) -> "BlockHead":
-        """As `TrainableSource.whole`."""
-        return self
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        draft_vocab_size: int | None = None,
+        *,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
+        feature_layers: list[int] | None = None,
+        **overrides: Any,
+    ) -> "BlockHead":
+        """As `DraftHead.from_target`, with the fields of `BlockHeadConfig`.
+
+        By default it is small: two causal layers, which begin as the target's last ones, over five features as
+        DFlash's, and a Markov correction, which begins with nothing.
+        """
+        from .fresh import block_fields, fresh_head, start_layers
+
+        fields = block_fields(target, feature_layers, overrides)
+        head = fresh_head(cls, target, draft_vocab_size, draft_token_ids, fields)
+        start_layers(head.layers, head.hidden_norm, target)
+        if isinstance(head.correction, MarkovHead):
+            nn.init.zeros_(head.correction.table)
+        return head
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
         """The configured reading, then the others that this target has layers for.
@@ -567,8 +595,8 @@ class BlockHead(LevelSource, HeadModel):
         return self._packed.view(self)
 
 
-class BoundBlockHead(BlockModel):
-    """A block head as it decodes for one target; see `BoundHead`. A `view` computes in place of its packed copy.
+class BoundBlockHead(BlockModel, TrainableModel):
+    """A block head as it decodes for one target; see `BoundHead`.
 
     Raises:
         ValueError: the head belongs to another target, or is on another device.
@@ -576,7 +604,7 @@ class BoundBlockHead(BlockModel):
 
     needs_all_queries = False
 
-    def __init__(self, head: BlockHead, target: PreTrainedModel, view: BlockHead | None = None) -> None:
+    def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.check_target(target)
         table = target.get_input_embeddings()
         check_beside(head, table)
@@ -589,7 +617,8 @@ class BoundBlockHead(BlockModel):
         self.windows, self.causal = config.windows, config.causal
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
         self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-        self._head, self._config = view or head.packed_view(), config
+        self._head, self._config = head.packed_view() if forward is None else head, config
+        self._forward = forward or self._head
         self._table = table
         output = self._head.lm_head if config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
@@ -632,7 +661,7 @@ class BoundBlockHead(BlockModel):
         table = cast(Tensor, self._table.weight)
         rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
         embeddings = rows.to(self.device, self.dtype) * self._config.embedding_scale
-        return cast(Tensor, self._head(embeddings, Rope(*places), attend))
+        return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
         """Of `[..., q, h]`, the slots that predict the next tokens."""
@@ -650,15 +679,17 @@ class BoundBlockHead(BlockModel):
         hidden = self.predicting(output, levels)
         return BlockSlots(hidden, self.logits(hidden), None if self._config.shifted else output[:, 0])
 
+    def normed(self, output: Tensor, depth: int = 0) -> Tensor:
+        multiplier = self._config.output_multiplier
+        return output if multiplier == 1.0 else output * multiplier
+
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        return cast(Tensor, self._output.weight), cast(Tensor | None, getattr(self._output, "bias", None))
+
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """As `TrainableModel.normed_logits`, without a correction."""
-        return self.logits(normed)
-
-    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         weight = cast(Tensor, self._output.weight)
-        logits = cast(Tensor, self._output(output.to(weight.device, weight.dtype))).to(output.device, torch.float32)
-        if self._config.output_multiplier != 1.0:
-            logits = logits * self._config.output_multiplier
+        logits = cast(Tensor, self._output(normed.to(weight.device, weight.dtype))).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -700,6 +731,4 @@ class BoundBlockHead(BlockModel):
         if not self._config.confidence:
             return scores
         states = hidden[:, None].expand(-1, parents.shape[1], -1)
-        if self._config.confidence_with_markov:
-            states = torch.cat([states, self._head.markov_head.markov_w1(parents)], dim=-1)
-        return scores + cast(Tensor, self._head.confidence_head(states))[..., None]
+        return scores + F.logsigmoid(self._head.confidence(states, parents))[..., None]

@@ -1,17 +1,19 @@
-"""A fresh head for a target: its draft vocabulary and its config."""
+"""A fresh head for a target: its draft vocabulary, its config, and the weights that it begins with."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import DraftHeadConfig, default_feature_layers
+from ..verifying.forward import decoder_layers
+from .config import ROPE_BASE, default_feature_layers
 from .identity import check_is_model, target_identity
+from .model import HeadModel
 
 
-_WHERE = "DraftHead.from_target"
+Head = TypeVar("Head", bound=HeadModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
@@ -48,58 +50,127 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     return ordered.long()
 
 
-def fresh_config(
-    target: PreTrainedModel, draft_vocab_size: int | None, feature_layers: list[int] | None, overrides: dict[str, Any]
-) -> DraftHeadConfig:
-    """The config of a head for `target`, with the user's `overrides`; a `ValueError` where no head can have it."""
+def fresh_head(
+    kind: type[Head],
+    target: PreTrainedModel,
+    draft_vocab_size: int | None,
+    draft_token_ids: Tensor | Sequence[int] | None,
+    fields: dict[str, Any],
+) -> Head:
+    """As `DraftHead.from_target`, with `fields` of the config of a `kind`."""
+    rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
+    head = kind(_config(kind, target, None if rows is None else len(rows), fields))
+    head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
+    _start(head, target, rows)
+    return head
+
+
+def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
+    """The config of a head for `target`, with the user's `fields`; a `ValueError` where no head can have it."""
+    where, of = f"{kind.__name__}.from_target", kind.config_class
     if target.config.is_encoder_decoder:
         raise ValueError(
-            f"{_WHERE} got a {type(target).__name__}, which is an encoder-decoder, but a head needs a decoder-only "
+            f"{where} got a {type(target).__name__}, which is an encoder-decoder, but a head needs a decoder-only "
             "target. Call `generate` with `policy='auto'` and without a head: it drafts from the source and the text."
         )
-    unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
+    unknown = sorted(set(fields) - set(of.__annotations__))
     if unknown:
         raise ValueError(
-            f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
-            f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
+            f"{where} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
+            f"`{of.__name__}`, {sorted(of.__annotations__)}."
         )
     theirs = _target_sizes(target)
-    if feature_layers is None:
-        feature_layers = default_feature_layers(theirs["target"]["num_hidden_layers"])
-    config = DraftHeadConfig(
-        **{
-            **theirs,
-            "feature_layers": feature_layers,
-            "draft_vocab_size": draft_vocab_size,
-            "owns_output_head": draft_vocab_size is not None,
-            **overrides,
-        }
-    )
+    chosen = {
+        "feature_layers": default_feature_layers(theirs["target"]["num_hidden_layers"]),
+        "draft_vocab_size": draft_vocab_size,
+        "owns_output_head": draft_vocab_size is not None,
+    }
+    config = of(**{name: theirs[name] for name in theirs if name in of.__annotations__} | chosen | fields)
     for came, mend in _misfits(config, theirs):
-        raise ValueError(f"{_WHERE} got {came}. {mend}.")
+        raise ValueError(f"{where} got {came}. {mend}.")
     return config
 
 
-def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+@torch.no_grad()
+def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
+    """Begin with the deepest feature unchanged and with the target's output `rows`, which trains faster."""
+    width = head.config.hidden_size
+    if width == target.config.get_text_config().hidden_size:
+        head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
+    if rows is not None:
+        head.d2t.copy_(rows - torch.arange(len(rows)))
+    output: Any = target.get_output_embeddings()
+    if output is None or output.weight.shape[-1] != width:
+        return
+    if head.config.owns_output_head:
+        head.lm_head.weight.copy_(output.weight if rows is None else output.weight[rows.to(output.weight.device)])
+    if (norm := _plain_norm(target)) is not None:
+        head.norm.weight.copy_(norm)
+
+
+def _plain_norm(target: PreTrainedModel) -> Tensor | None:
+    """The weight of the target's final norm, where that multiplies by it."""
+    norm: Any = getattr(target.get_decoder(), "norm", None)
+    name = type(norm).__name__
+    return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma's adds 1
+
+
+def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a small block head for `target`, with those that were `given`."""
+    check_is_model(target)
+    config = target.config.get_text_config()
+    depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
+    spread = {min(max(round(1 + place * (depth - 4) / 4) + 1, 0), depth) for place in range(5)}  # as in DFlash's code
+    fields = {
+        "feature_layers": feature_layers or sorted(spread),
+        "shifted": True,
+        "causal": [True] * given.get("num_hidden_layers", 2),
+        "correction": "vanilla",
+        "mask_token_id": _stated(config, "bos_token_id", config.vocab_size - 1),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theirs.get("rope_theta", ROPE_BASE)},
+    } | given
+    ranked = {"correction_rank": 64, "selector_top_k": 16} if fields["correction"] == "selector" else {}
+    ranked = {"correction_rank": 64} if fields["correction"] in ("vanilla", "gated", "rnn") else ranked
+    return ranked | fields
+
+
+@torch.no_grad()
+def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
+    """Begin with the target's last layers, as far as their parts are the same.
+
+    The context has at first the keys and values that it has in the first of these layers, but for their norms.
+    """
+    if _plain_norm(target) is None:
+        return
+    theirs: Any = decoder_layers(target)[-len(layers) :]
+    for own, other in zip(layers, theirs, strict=False):
+        mine, found = own.state_dict(), other.state_dict()
+        same = {name: found[name] for name in mine if name in found and found[name].shape == mine[name].shape}
+        own.load_state_dict(same, strict=False)
+    hidden_norm.load_state_dict(layers[0].input_layernorm.state_dict())
+
+
+def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Fields that are valid alone, but not together or with this target: (what came and is needed, what to do)."""
     layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
     if layers[-1] > depth:
         yield (
             f"the feature layers {layers}, but this target has the hidden states 0 to {depth}",
-            "Count them as in `output_hidden_states`, or leave them out for EAGLE-3's",
+            "Count them as in `output_hidden_states`, or leave them out",
         )
-    if config.target_hidden_size != width:
+    if getattr(config, "target_hidden_size", width) != width:
         yield f"`target_hidden_size={config.target_hidden_size}`, but the target's is {width}", "Leave it out"
     if config.vocab_size != theirs["vocab_size"]:
         yield (
             f"`vocab_size={config.vocab_size}`, but the target's is {theirs['vocab_size']}",
             "Leave it out; `draft_vocab_size` is what the head can propose",
         )
-    if config.hidden_size != width and not (config.owns_embedding and config.owns_output_head):
+    may_differ = hasattr(config, "owns_embedding")
+    if config.hidden_size != width and not (may_differ and config.owns_embedding and config.owns_output_head):
         yield (
             f"`hidden_size={config.hidden_size}`, but what it borrows from the target is {width} wide",
-            "Leave it out, or pass `owns_embedding=True` and `owns_output_head=True`",
+            "Leave it out" + ", or pass `owns_embedding=True` and `owns_output_head=True`" * may_differ,
         )
     if config.draft_vocab_size is not None and not config.owns_output_head:
         yield (

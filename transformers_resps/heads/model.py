@@ -153,9 +153,15 @@ class HeadReading(Reading):
         }
 
 
-class HeadModel(PreTrainedModel):
-    """A head of any kind: no whole model, with angles of RoPE at its positions."""
+class HeadModel(TrainableSource, PreTrainedModel):
+    """A head of any kind: no whole model, with angles of RoPE at its positions.
 
+    Attributes:
+        sizing_fields: those of its config that a resumed run cannot change.
+    """
+
+    sizing_fields: ClassVar[tuple[str, ...]]
+    config: Any
     norm: nn.RMSNorm
     rotary_emb: RotaryEmbedding
 
@@ -174,8 +180,66 @@ class HeadModel(PreTrainedModel):
         first, second = sine.chunk(2, dim=-1)
         return Rope(cosine, torch.cat([-first, second], dim=-1))
 
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens the head can propose, `[d]`, ascending."""
+        order = torch.arange(self.config.proposable_tokens, device=self.device)
+        return order if self.config.draft_vocab_size is None else order + cast(Tensor, self.d2t)
 
-class DraftHead(TrainableSource, HeadModel):
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
+        self.config.target = self.config.target or {}
+        return self.config.target
+
+    @property
+    def output_heads(self) -> list[nn.Module]:
+        return [self.lm_head] if self.config.owns_output_head else []
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return self.config.feature_layers or []
+
+    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
+        self, repo_id: str, *, commit_message: str | None = None, **where: Any
+    ) -> str:
+        """Publish the head on the Hub in one commit, with a plain model card if there is none.
+
+        Args:
+            repo_id: the repository; made if missing.
+            commit_message: subject of the commit; names the class by default.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the Hub refused, or the connection broke; nothing was committed.
+        """
+        card, message = self.plain_card(repo_id), commit_message or f"Upload {type(self).__name__}"
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
+        use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
+        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+
+    def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
+        saved = type(self).from_pretrained(folder, dtype=self.dtype)
+        for name in self.sizing_fields:
+            before, now = getattr(saved.config, name), getattr(self.config, name)
+            if before != now:
+                raise ValueError(
+                    f"{folder} holds a head with {name} {before}, but this run trains one with {now}. Pass the "
+                    "settings of that run, or another `output_dir`."
+                )
+        self.load_state_dict(saved.state_dict())
+
+
+class DraftHead(HeadModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -193,6 +257,7 @@ class DraftHead(TrainableSource, HeadModel):
     base_model_prefix = ""
     main_input_name = "features"
     _no_split_modules = ["DraftLayer"]
+    sizing_fields = ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers")
 
     def __init__(self, config: DraftHeadConfig) -> None:
         super().__init__(config)
@@ -261,31 +326,6 @@ class DraftHead(TrainableSource, HeadModel):
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
         """The head's own embeddings; `None` where it reads the target's."""
         return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
-
-    @property
-    def draft_token_ids(self) -> Tensor:
-        """Target ids of the tokens the head can propose, `[d]`, ascending."""
-        if self.config.draft_vocab_size is None:
-            return torch.arange(self.config.vocab_size, device=self.device)
-        offsets = cast(Tensor, self.d2t)
-        return torch.arange(len(offsets), device=offsets.device) + offsets
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
-        self.config.target = self.config.target or {}
-        return self.config.target
-
-    @property
-    def output_heads(self) -> list[nn.Module]:
-        return [self.lm_head] if self.config.owns_output_head else []
-
-    @property
-    def feature_layers(self) -> list[int]:
-        return self.config.feature_layers or []
 
     @property
     def before_deepstack(self) -> bool:  # type: ignore[override]  # the config tells
@@ -366,32 +406,10 @@ class DraftHead(TrainableSource, HeadModel):
             ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
                 config.
         """
-        from .fresh import draft_vocabulary, fresh_config
+        from .fresh import fresh_head
 
-        rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
-        head = cls(fresh_config(target, None if rows is None else len(rows), feature_layers, overrides))
-        head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
-        head._start_from(target, rows)
-        return head
-
-    @torch.no_grad()
-    def _start_from(self, target: PreTrainedModel, rows: Tensor | None) -> None:
-        """Begin with the deepest feature unchanged and with the target's output `rows`, which trains faster."""
-        config = self.config
-        if config.target_hidden_size == config.hidden_size:
-            weight = self.fc.weight
-            weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
-        if rows is not None:
-            cast(Tensor, self.d2t).copy_(rows - torch.arange(len(rows)))
-        output = cast(nn.Module | None, target.get_output_embeddings())
-        if output is None or cast(Tensor, output.weight).shape[-1] != config.hidden_size:
-            return
-        if config.owns_output_head:
-            theirs = cast(Tensor, output.weight)
-            self.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
-        norm: Any = getattr(target.get_decoder(), "norm", None)
-        if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # Gemma's adds 1
-            self.norm.weight.copy_(norm.weight)
+        layers = {} if feature_layers is None else {"feature_layers": feature_layers}
+        return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the target is ours
@@ -449,41 +467,6 @@ class DraftHead(TrainableSource, HeadModel):
         from .formats.writing import export_head
 
         export_head(self.config, self.state_dict(), Path(save_directory), format)
-
-    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
-        self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
-    ) -> str:
-        """Publish the head on the Hub in one commit, with a plain model card if there is none.
-
-        Args:
-            repo_id: the repository; made if missing.
-            commit_message: subject of the commit.
-            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            OSError: the Hub refused, or the connection broke; nothing was committed.
-        """
-        card = self.plain_card(repo_id)
-        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
-
-    def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""
-        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
-        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
-
-    def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        saved = DraftHead.from_pretrained(folder, dtype=self.dtype)
-        for name in ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers"):
-            before, now = getattr(saved.config, name), getattr(self.config, name)
-            if before != now:
-                raise ValueError(
-                    f"{folder} holds a head with {name} {before}, but this run trains one with {now}. Pass the "
-                    "settings of that run, or another `output_dir`."
-                )
-        self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
         """The configured reading first, then the others that this target has layers for.

@@ -4,12 +4,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads.block_head import BoundBlockHead
+from ..heads.block_head import BoundBlockHead, CandidateSelector, MarkovHead
 from ..verifying.attention import attend
+from .losses import Teacher
+
+
+def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Draw the roots of a batch's blocks: where a token is learned from, and the next one, too.
+
+    Args:
+        predicted: `[b, t]` bool, the tokens that are learned from.
+        share: of these roots; 1 takes all, and draws nothing.
+
+    Returns:
+        `[b, m]` positions, and `[b, m]` bool which of them are roots: texts with fewer are filled up.
+    """
+    may = predicted[:, :-1] & predicted[:, 1:]
+    counts = (may.sum(-1, keepdim=True) * share).ceil().long()
+    order = torch.zeros_like(may, dtype=torch.float32) if share == 1 else torch.rand_like(may, dtype=torch.float32)
+    anchors = order.masked_fill(~may, 2.0).argsort(dim=-1, stable=True)[:, : max(int(counts.max()), 1)]
+    return anchors, torch.arange(anchors.shape[1], device=anchors.device) < counts
 
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
-    """Fill a block below each anchor, in one pass.
+    """Fill a block below each anchor, in one pass; see `run_blocks`.
+
+    Returns:
+        `[levels, b, m, h]`, normed.
+    """
+    slots = run_blocks(model, features, tokens, anchors, levels)
+    return model.normed(model.predicting(slots, levels)).movedim(2, 0)
+
+
+def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
+    """The outputs of all slots of a block below each anchor.
 
     A block sees the features of the positions before its anchor, strictly, and itself; no other block (DFlash, arXiv
     2602.06036, section 3). An anchor at the end of its text predicts nothing of use.
@@ -22,7 +50,7 @@ def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, ancho
         levels: tokens to predict after each.
 
     Returns:
-        `[levels, b, m, h]`, after the final norm.
+        `[b, m, q, h]`, after the final norm.
     """
     (rows, length), blocks, count = tokens.shape, anchors.shape[1], model.width(levels)
     fused, order = model.fuse(features.to(model.dtype)), torch.arange(length, device=features.device)
@@ -52,4 +80,87 @@ def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, ancho
 
     roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)
     output = model.run_block(roots, model.places(positions.flatten(0, 1)), attend_block)
-    return model.predicting(output.unflatten(0, (rows, blocks)), levels).movedim(2, 0)
+    return output.unflatten(0, (rows, blocks))
+
+
+def contexts_of(
+    correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
+) -> Tensor:
+    """What a correction multiplies its table by after the true tokens.
+
+    Args:
+        correction: of the head.
+        hidden: `[k, n, h]` outputs that predict the tokens of n paths.
+        before: `[k, n]` the true token before each.
+        first: `[n, h]` output of the root's slot, where that predicts nothing.
+
+    Returns:
+        `[k, n, r]`.
+    """
+    state = None if first is None else correction.context(before[0, :, None], first, None)[1]
+    found = []
+    for states, tokens in zip(hidden, before, strict=True):
+        context, state = correction.context(tokens[:, None], states, state)
+        found.append(context[:, 0])
+    return torch.stack(found)
+
+
+def selection_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    selector: CandidateSelector,
+    contexts: Tensor,
+    chunk_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of a selector's scores of a slot's likeliest candidates, whose own logits are not trained by it.
+
+    Args:
+        hidden: `[n, h]` normed outputs.
+        weight: `[d, h]` output rows.
+        teacher: the target's distribution at the n tokens.
+        selector: of the head.
+        contexts: `[n, r]`, see `contexts_of`.
+        chunk_size: slots whose logits are alive at once.
+        bias: `[d]` of the output rows.
+
+    Returns:
+        Loss of each slot, `[n]`; the less of the target's probability the candidates have, the less it is.
+    """
+    losses = []
+    for start in range(0, max(len(hidden), 1), chunk_size):
+        rows = slice(start, start + chunk_size)
+        with torch.no_grad():
+            logits = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
+            base, candidates = logits.topk(selector.candidates, dim=-1)
+            wanted = teacher.probabilities(rows).gather(1, candidates)
+        scores = base + (selector.rows(candidates) @ contexts[rows, :, None].to(selector.table.dtype))[..., 0].float()
+        losses.append(-(wanted * scores.log_softmax(-1)).sum(-1))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def shared_probability(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    chunk_size: int,
+    bias: Tensor | None = None,
+    added: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The share of a slot's probabilities that the target shares, 1 - L1 / 2: what a confidence head learns.
+
+    Arguments as for `soft_cross_entropy`, of one level. Source: DSpark (arXiv 2607.05147).
+
+    Returns:
+        fp32 `[n]`.
+    """
+    shares = []
+    for start in range(0, max(len(hidden), 1), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
+        if added is not None:
+            logits += F.linear(added[0][rows].to(added[1].dtype), added[1]).float()
+        shares.append(torch.minimum(logits.softmax(-1), teacher.probabilities(rows)).sum(-1))
+    return torch.cat(shares)
