@@ -91,7 +91,7 @@ def test_checkpoints_and_exports_load_as_heads(tmp_path):
 @pytest.mark.parametrize(("held_out", "asked", "measured"), [(100, 8, 8), (15, 8, 8), (5, 8, 5), (5, 0, 0)])
 def test_tau_is_measured_on_as_many_texts_as_asked(tmp_path, monkeypatch, held_out, asked, measured):
     monkeypatch.setattr(
-        "transformers_resps.trainers.head_trainer.simulated_tau", lambda bound, rows, shape: len(list(rows))
+        "transformers_resps.trainers.head_trainer.simulated_tau", lambda head, target, rows, shape: len(list(rows))
     )
     target, head = fresh()
     sets = texts(), texts(held_out)

@@ -35,7 +35,7 @@ def test_the_signature_is_that_of_trls_trainer_and_the_target() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": 3}, "`model` is a int, but must be a `DraftHead` or `MtpHead`. Pass"),
+        ({"model": 3}, "`model` is a int, but must be a `DraftHead` or `BlockHead` or `MtpHead`. Pass"),
         ({"model": build_target()}, "`model` is a LlamaForCausalLM, .*Pass this model as `target`, and `None`"),
         (
             {"args": TrainingArguments("x", use_cpu=True)},

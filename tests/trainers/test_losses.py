@@ -41,6 +41,20 @@ def test_loss_and_gradients_equal_the_textbook_formula(softcap, biased):
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_what_is_added_to_the_logits_is_learned_with_them():
+    """As if states and rows were side by side."""
+    torch.manual_seed(0)
+    shapes = (2, 9, 8), (13, 8), (2, 9, 3), (13, 3)
+    hidden, weight, states, rows = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in shapes)
+    teacher, factors = Teacher(torch.randn(9, 8), torch.randn(13, 8)), torch.rand(2, 9)
+    side_by_side = torch.cat([hidden, states], dim=-1), torch.cat([weight, rows], dim=-1)
+    expected = soft_cross_entropy(*side_by_side, teacher, factors, 4)
+    found = soft_cross_entropy(hidden, weight, teacher, factors, 4, added=(states, rows))
+    torch.testing.assert_close(found, expected)
+    leaves = [hidden, weight, states, rows]
+    torch.testing.assert_close(torch.autograd.grad(found[0], leaves), torch.autograd.grad(expected[0], leaves))
+
+
 def test_fp32_gradients_equal_those_of_float64_up_to_rounding():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 70, 16), torch.randn(300, 16)

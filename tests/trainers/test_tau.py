@@ -5,7 +5,6 @@ import torch
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.heads import BoundHead
 from transformers_resps.trainers import FrozenTarget, simulated_tau
 
 
@@ -29,5 +28,5 @@ def test_simulated_tau_is_that_of_decoding(prompt):
     text = {"input_ids": tokens, "loss_mask": is_answer, "features": read.features[0]}
     steps = [int(step.emitted) for step in out.speculation.steps]
     assert max(steps) > 1, "the head must guess something for this to mean anything"
-    tau = simulated_tau(BoundHead(head, target), [text], shape)
+    tau = simulated_tau(head, target, [text], shape)
     assert tau == pytest.approx(sum(steps) / len(steps), rel=0.05), steps

@@ -50,7 +50,7 @@ def simulated(target: Any, source: TrainableSource, answers: list[LabelledText],
         }
         for answer in answers
     ]
-    return round(simulated_tau(source.bind(target), texts, tree), 3)
+    return round(simulated_tau(source, target, texts, tree), 3)
 
 
 def main() -> None:

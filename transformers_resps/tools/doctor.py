@@ -30,10 +30,8 @@ from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
 from ..drafting import Reading, TrainableModel, TrainableSource
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import MTP, SpeculationDefaults
-from ..heads import BlockHead
+from ..generation.request import SpeculationDefaults
 from ..heads.block_head import BoundBlockHead
-from ..heads.formats.reading import class_in
 from ..telemetry.display import moving
 from ..trainers.blocks import unroll_blocks
 from ..trainers.loading import load_processor, read_head
@@ -109,7 +107,7 @@ class Probe:
     def __init__(
         self,
         target: PreTrainedModel,
-        head: TrainableSource | BlockHead,
+        head: TrainableSource,
         readings: Sequence[Reading] | None = None,
         *,
         has_images: bool = False,
@@ -120,7 +118,7 @@ class Probe:
         self._readings = list(source.readings(target, whole, has_images=has_images) if readings is None else readings)
         self._heads: list[Any] = [source.read_as(reading, target, whole) for reading in self._readings]
         # packing would copy the weights for each reading, and so many rows at once do not need it
-        self._drafters: list[TrainableModel | BoundBlockHead] = [head.bind(target, head) for head in self._heads]
+        self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
         depths = self._drafters[0].depths
         blocks = [drafter.block_levels for drafter in self._drafters if isinstance(drafter, BoundBlockHead)]
         self._depths = min([DEPTHS, *blocks]) if depths == 1 else min(depths, DEPTHS)
@@ -209,7 +207,7 @@ def _pad(answers: list[LabelledText], depths: int) -> _Batch:
 
 
 def _score(
-    drafter: TrainableModel | BoundBlockHead,
+    drafter: TrainableModel,
     draft_ids: Tensor,
     features: Tensor,
     batch: _Batch,
@@ -265,7 +263,7 @@ class Allowance:
 
 def refined(
     target: PreTrainedModel,
-    head: TrainableSource | BlockHead,
+    head: TrainableSource,
     source: Source,
     count: int,
     max_new_tokens: int,
@@ -343,8 +341,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     given = {"revision": args.revision, **corrections(args.set)}
-    is_block = args.head != MTP and class_in(args.head, revision=args.revision) == "BlockHead"
-    head = BlockHead.from_pretrained(args.head, target, **given) if is_block else read_head(args.head, target, **given)
+    head = read_head(args.head, target, **given)
     most = args.max_new_tokens or (_LONG_TOKENS if args.thorough else _LOOK_TOKENS)
     answers = about_images(args, target, tokenizer, most)
     has_images = bool(answers)

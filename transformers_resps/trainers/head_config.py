@@ -61,7 +61,10 @@ class DraftHeadTrainingConfig(TrainingArguments):
     )
     new_head: str = field(
         default="eagle3",
-        metadata={"help": "What a new head is: eagle3, or mtp for a layer such as many checkpoints bring along."},
+        metadata={
+            "help": "What a new head is: eagle3; block, which drafts ttt_steps tokens in one pass; or mtp for a layer "
+            "such as many checkpoints bring along."
+        },
     )
     draft_vocab_size: int = field(
         default=8192,
@@ -82,6 +85,9 @@ class DraftHeadTrainingConfig(TrainingArguments):
     )
     ttt_step_decay: float = field(
         default=0.8, metadata={"help": "Weight of the loss of level k is ttt_step_decay ** k."}
+    )
+    anchor_share: float = field(
+        default=0.5, metadata={"help": "Share of an answer's tokens below which a block is learned in each epoch."}
     )
     loss_chunk_size: int = field(
         default=1024,
@@ -121,8 +127,9 @@ class DraftHeadTrainingConfig(TrainingArguments):
         for name, least in {"max_length": 3, "dataset_num_proc": 1}.items():
             if getattr(self, name) is not None:
                 check_count(self, name, least, " or None")
-        check_setting(self, "new_head", self.new_head in ("eagle3", "mtp"), '"eagle3" or "mtp"')
-        check_setting(self, "ttt_step_decay", 0 < self.ttt_step_decay <= 1, "above 0 and at most 1")
+        check_setting(self, "new_head", self.new_head in ("eagle3", "block", "mtp"), '"eagle3", "block" or "mtp"')
+        for name in ("ttt_step_decay", "anchor_share"):
+            check_setting(self, name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         for name in ("model_init_kwargs", "target_init_kwargs"):
             check_mapping(self, name)
         has_own = "draft_vocab_size" not in (self.model_init_kwargs or {})

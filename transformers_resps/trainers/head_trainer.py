@@ -1,9 +1,9 @@
-"""Train a draft head on a target's own distribution; the maths is in `losses`."""
+"""Train a draft head on a target's own distribution; what it learns from a batch is in `objectives`."""
 
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
-from ..drafting import TrainableModel, TrainableSource
+from ..drafting import TrainableSource
 from ..heads import DraftHead
 from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import prepack
@@ -28,8 +28,8 @@ from .data import HeadTexts, check_dataset, counted_examples, is_streamed, quest
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
 from .loading import HEADS, as_target, default_folder, load_head, new_head
-from .losses import pack, soft_cross_entropy, unroll
 from .muon import muon_for
+from .objectives import Loss, objective_for
 from .tau import simulated_tau
 
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trains a `DraftHead` or `MtpHead` on a target's outputs: EAGLE-3's training-time test, soft cross-entropy loss.
+    """Trains a `DraftHead`, `BlockHead` or `MtpHead` on a target's outputs, by soft cross entropy of all draft levels.
 
     The signature is that of TRL's `SFTTrainer`, and the target. Datasets have the columns `messages`; `prompt` and
     `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
@@ -61,7 +61,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     Raises:
         ValueError: the head was made for another target, or an argument cannot be used.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; for blocks DFlash (arXiv 2602.06036) section 3.
     """
 
     args: DraftHeadTrainingConfig
@@ -98,7 +98,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         held_out = self._data.prepare(eval_dataset, "eval_dataset")
         if head is None:
             examples = [] if rows is None else counted_examples(rows)
-            head = new_head(loaded, examples, self.tokenizer, args.draft_vocab_size, args.new_head, **settings)
+            head = new_head(loaded, examples, self.tokenizer, args, **settings)
         elif rows is not None:  # a head that could learn nothing is refused
             vocabulary_of(unwrapped(head), counted_examples(rows))
         self._origin: str = unwrapped(head).name_or_path  # folder or Hub id; empty for a new head
@@ -107,7 +107,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
             head = get_peft_model(head, peft_config)
         freeze_output_head(unwrapped(head), args.freeze_output_head)
-        _check_levels(unwrapped(head), args)
+        objective = objective_for(unwrapped(head), args)
         super().__init__(
             model=head,
             args=args,
@@ -121,6 +121,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
         reads = self.head
         self.target = FrozenTarget(loaded, reads.feature_layers, before_deepstack=reads.before_deepstack)
+        self._objective = objective(self.target, args)
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
@@ -147,7 +148,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     @property
     def head(self) -> Any:
-        """The `DraftHead` or `MtpHead` in training, without adapters' or processes' wrappers."""
+        """The head in training, without adapters' or processes' wrappers."""
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
@@ -168,42 +169,21 @@ class DraftHeadTrainer(ArtefactTrainer):
         """The weighted loss of all levels, per predicted token of the optimiser step."""
         if model.training:
             self._pace.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
-        loss, losses, hits, predicted = self._levels(model, inputs)
+        loss, losses, hits, predicted = self._loss(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
         counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
         loss = loss / count * (self.accelerator.num_processes if counted_together else 1)
         return (loss, {}) if return_outputs else loss
 
-    def _levels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
-        head: TrainableSource = self.head
-        bound = head.bind(self.target.model, self.head)
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Loss:
+        predicted = inputs["labels"] != IGNORED
         if "features" in inputs:
             read = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         else:
-            predicted = inputs["labels"] != IGNORED
             read = self.target.read(inputs["input_ids"], predicted, inputs.get("image_inputs"))
-        rows, positions = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
-        levels = torch.arange(self.args.ttt_steps, device=positions.device)[:, None]
-        slots = positions - 2 - levels  # [k, n]
-        exists = slots >= 0
-        token_ids = head.draft_token_ids
-        learnt = torch.isin(read.picks[rows, positions - 1], token_ids)  # other picks have no loss at any level
-        rows, positions, slots = rows[learnt], positions[learnt], slots[:, learnt]
-        packed, columns = pack(rows, slots, read.picks.shape)
-        first_pass = head.bind(self.target.model, model).run  # gradient hooks wait for a forward of what wraps it
-        teacher = self.target.teacher(read.hidden[rows, positions - 1], token_ids)
-        factors = (self.args.ttt_step_decay**levels * exists[:, learnt]).float()
         with self.accelerator.autocast():
-            hidden = unroll(bound, read.features, inputs["input_ids"], len(levels), packed, first_pass=first_pass)
-            hidden = hidden[levels, rows, columns]  # [k, m, h]
-            parts = [
-                soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.args.loss_chunk_size, bias)
-                for one, (weight, bias) in _by_output_head(bound, len(levels))
-            ]
-        loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
-        return loss.sum(), losses, hits, exists.sum(-1)
+            return self._objective(self.head, model, inputs["input_ids"], predicted, read)
 
     def evaluation_loop(
         self,
@@ -270,7 +250,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
         head = self.head
         with evaluation_mode(head), bar:
-            return round(simulated_tau(head.bind(self.target.model), bar, head.default_shape), 3)
+            return round(simulated_tau(head, self.target.model, bar, head.default_shape), 3)
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
         tensors = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
@@ -349,14 +329,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         write_training_prompts(folder, asked, earlier=earlier or ())
 
 
-def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
-    """Levels that share an output head, and its rows."""
-    if model.depths == 1:
-        yield list(range(levels)), model.output_rows()
-    else:
-        yield from (([level], model.output_rows(level)) for level in range(levels))
-
-
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:
     """Check what `DraftHeadTrainer` is given before anything is loaded."""
     check_type("args", args, DraftHeadTrainingConfig)
@@ -393,14 +365,6 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
         raise ValueError(
             "`feature_cache_dir` is set, but features of an `IterableDataset` are not cached. Leave it out, or pass a "
             "`Dataset`."
-        )
-
-
-def _check_levels(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
-    if 1 < head.depths < args.ttt_steps:
-        raise ValueError(
-            f"`ttt_steps` is {args.ttt_steps}, but each of these {head.depths} MTP layers drafts one level. Pass "
-            f"`ttt_steps={head.depths}`."
         )
 
 

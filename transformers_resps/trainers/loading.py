@@ -23,14 +23,16 @@ from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..drafting import TrainableSource
 from ..generation.attach import attach
-from ..heads import DraftHead, DraftHeadConfig, pair_identity
-from ..heads.formats.reading import WholeModelError
+from ..heads import BlockHead, DraftHead, DraftHeadConfig, pair_identity
+from ..heads.formats.reading import WholeModelError, class_in
 from .base import check_type
+from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
-HEADS = DraftHead, MtpHead  # the kinds that are trained
+HEADS = DraftHead, BlockHead, MtpHead  # the kinds that are trained
 MTP = "mtp"  # names the layers that came with a target, or a new one
+BLOCK = "block"  # names a new block head
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -126,44 +128,47 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
 
 
 def read_head(name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load the head or the MTP layers of a folder or Hub id; "mtp" names those that came with the target.
+    """Load a head of any kind from a folder or Hub id; "mtp" names the MTP layers that came with the target.
 
     Raises as their `from_pretrained`.
     """
     if name == MTP:
         return MtpHead.from_target(target, **{key: value for key, value in init_kwargs.items() if value is not None})
-    if _holds_mtp(name, **_where(init_kwargs)):
+    where = _where(init_kwargs)
+    if names_mtp(PreTrainedConfig.get_config_dict(name, **where)[0]):
         return MtpHead.from_pretrained(name, target, **init_kwargs)
-    return DraftHead.from_pretrained(name, target=target, **init_kwargs)
-
-
-def _holds_mtp(name: str, **hub: Any) -> bool:
-    return name == MTP or names_mtp(PreTrainedConfig.get_config_dict(name, **hub)[0])
+    kind = BlockHead if class_in(name, **where) == "BlockHead" else DraftHead
+    return kind.from_pretrained(name, target=target, **init_kwargs)
 
 
 def new_head(
     target: PreTrainedModel,
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase | None,
-    draft_vocab_size: int,
-    architecture: str,
+    args: DraftHeadTrainingConfig,
     **init_kwargs: Any,
 ) -> TrainableSource:
-    """A head for `target` in float32 with the fields `init_kwargs` of its config; `architecture` is "eagle3" or "mtp".
+    """A head for `target` in float32, as `args` ask for it, with the fields `init_kwargs` of its config.
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
-    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
+    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it. A block drafts as many
+    tokens as there are levels in training.
     """
     everything: int = target.config.get_text_config().vocab_size
     ids = None
-    if draft_vocab_size:
+    if args.draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
-        ids = choose_draft_vocabulary(examples, everything, draft_vocab_size, always).token_ids
-    if architecture == MTP:
-        return MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs).to(torch.float32)
-    fields = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
-    head = DraftHead.from_target(target, draft_token_ids=ids, **fields)
-    return cast(DraftHead, head.to(torch.float32))  # type: ignore[arg-type]  # wrapped by Transformers
+        ids = choose_draft_vocabulary(examples, everything, args.draft_vocab_size, always).token_ids
+    head: Any
+    if args.new_head == MTP:
+        head = MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs)
+    elif args.new_head == BLOCK:
+        slots = args.ttt_steps + (not init_kwargs.get("shifted", True))
+        head = BlockHead.from_target(target, draft_token_ids=ids, **{"block_size": slots, **init_kwargs})
+    else:
+        fields = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
+        head = DraftHead.from_target(target, draft_token_ids=ids, **fields)
+    return cast(TrainableSource, head.to(torch.float32))
 
 
 def holds_head(name: str, **hub: Any) -> bool:

@@ -30,7 +30,8 @@ class Teacher:
 
     def probabilities(self, rows: slice) -> Tensor:
         """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
-        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
             if self.scale != 1.0:
                 part.mul_(self.scale)
@@ -47,6 +48,7 @@ def soft_cross_entropy(
     row_weights: Tensor,
     chunk_size: int = 1024,
     bias: Tensor | None = None,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of every level's logits against the target's probabilities.
 
@@ -57,6 +59,7 @@ def soft_cross_entropy(
         row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
         chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
         bias: `[d]` of the output rows, if they are borrowed and have one; not trained.
+        added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
 
     Under autocast to bf16 the head's products are in bf16; the teacher's are always in its own dtype, and what is
     summed over the draft vocabulary in fp32.
@@ -68,53 +71,62 @@ def soft_cross_entropy(
     Gradients are formed with the logits, as in fused linear losses.
     """
     device = hidden.device.type
+    pairs = [hidden, weight, *(added or ())]
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
-        weight, bias = weight.bfloat16(), bias if bias is None else bias.bfloat16()
+        pairs[1::2] = [rows.bfloat16() for rows in pairs[1::2]]
+        bias = bias if bias is None else bias.bfloat16()
     with torch.autocast(device, enabled=False):
-        return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size, bias)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+        return _SoftCrossEntropy.apply(teacher, row_weights, chunk_size, bias, *pairs)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
         teacher: Teacher,
         row_weights: Tensor,
         chunk_size: int,
         bias: Tensor | None,
+        *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        losses, hits = row_weights.new_zeros(len(hidden)), row_weights.new_zeros(len(hidden))
+        """`pairs` are states and rows in turn: the logits are the sum of their products."""
+        trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
+        grads = [
+            torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None
+            for place, part in enumerate(pairs)
+        ]
+        losses, hits = row_weights.new_zeros(len(row_weights)), row_weights.new_zeros(len(row_weights))
         total = row_weights.new_zeros(())
-        logits_of = packed_linear(weight, bias)
-        for start in range(0, hidden.shape[1], chunk_size):
+        products = [packed_linear(weight, None if place else bias) for place, weight in enumerate(weights)]
+        for start in range(0, row_weights.shape[1], chunk_size):
             rows = slice(start, start + chunk_size)
             probabilities = teacher.probabilities(rows)  # [c, d]
             best = probabilities.argmax(-1)
-            for level in range(len(hidden)):
-                states, factors = hidden[level, rows].to(weight.dtype), row_weights[level, rows]
-                logits = logits_of(states)  # [c, d]
+            for level, factors in enumerate(row_weights[:, rows]):
+                states = [part[level, rows].to(weight.dtype) for part, weight in zip(pairs[::2], weights, strict=True)]
+                logits = products[0](states[0])  # [c, d]
+                for product, part in zip(products[1:], states[1:], strict=True):
+                    logits += product(part)
                 loss, is_hit = _compared(logits, probabilities, best)
                 losses[level] += (loss * (factors != 0)).sum()
                 hits[level] += (is_hit & (factors != 0)).sum()
                 total += (loss * factors).sum()
                 slopes, factors = logits, factors[:, None]
-                if hidden_grad is not None:
-                    hidden_grad[level, rows] = (slopes @ weight) * factors
-                if weight_grad is not None:
-                    weight_grad += slopes.T @ (states * factors).to(weight.dtype)
-        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+                for part, weight, into, into_rows in zip(states, weights, grads[::2], grads[1::2], strict=True):
+                    if into is not None:
+                        into[level, rows] = (slopes @ weight) * factors
+                    if into_rows is not None:
+                        into_rows += slopes.T @ (part * factors).to(weight.dtype)
+        ctx.save_for_backward(
+            *(None if grad is None else grad.to(part.dtype) for grad, part in zip(grads, pairs, strict=True))
+        )
         ctx.mark_non_differentiable(losses, hits)
         return total, losses, hits
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * slope.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return None, None, None, None, *grads
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan, "Muon" (2
 _ITERATIONS = 5
 _SMALLEST = 1e-7  # norm that a matrix of zeros is divided by
 _MOMENTUM = 0.95  # decay rate of Nesterov's momentum
+_TABLES = ("lm_head", "embed", "markov_w", "codebook")
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -115,11 +116,11 @@ class Muon(Optimizer):
 
 
 def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
-    """Muon for a model's trained matrices; embeddings, output rows and vectors go to AdamW."""
+    """Muon for a model's trained matrices; what has a row for each token, and vectors, go to AdamW."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
+            is_matrix = parameter.ndim == 2 and not any(table in name for table in _TABLES)
             groups[is_matrix].append(parameter)
     return Muon(
         [{"params": found, "matrices": is_matrix} for is_matrix, found in groups.items() if found],

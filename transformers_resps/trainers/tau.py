@@ -5,22 +5,25 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..drafting import Committed, StepModel
-from ..drafting.level_drafter import LevelDrafter
+from ..drafting import Committed, DraftCall, LevelSource
 from ..policies.fixed import FixedPolicy
 from ..replay import RecordedText, ReplayedStep, decode_again
 from ..tree import TreeShape
 
 
 @torch.no_grad()
-def simulated_tau(model: StepModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape) -> float:
+def simulated_tau(
+    source: LevelSource, target: PreTrainedModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape
+) -> float:
     """Simulate tau, the mean acceptance length: tokens per target forward when `shape` is drafted at every step.
 
     Exact for texts that the target itself wrote, greedily or sampled.
 
     Args:
-        model: what drafts for the target.
+        source: what drafts.
+        target: the model that wrote the texts; it does not run.
         texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The last run of true `loss_mask`
             is the output, and its first token comes from prefill.
         shape: nodes, depth and width of every tree; its `lookup` is not simulated.
@@ -28,14 +31,16 @@ def simulated_tau(model: StepModel, texts: Iterable[dict[str, Tensor]], shape: T
     Returns:
         Tau, at least 1; 1 without texts.
     """
-    emitted = [step.accepted + 1 for text in texts for step in _decoded_again(model, text, shape)]
+    emitted = [step.accepted + 1 for text in texts for step in _decoded_again(source, target, text, shape)]
     return sum(emitted) / len(emitted) if emitted else 1.0
 
 
-def _decoded_again(model: StepModel, text: dict[str, Tensor], shape: TreeShape) -> Iterator[ReplayedStep]:
+def _decoded_again(
+    source: LevelSource, target: PreTrainedModel, text: dict[str, Tensor], shape: TreeShape
+) -> Iterator[ReplayedStep]:
     """The engine's own drafting over an output, with trees of `shape`; none is cut at the end."""
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
-    drafter = LevelDrafter(model, 1, None)
+    drafter = source.drafter(DraftCall(target))
     if begins > 1:
         drafter.observe(Committed(tokens[None, :begins], features[None, : begins - 1]))
     known = RecordedText(tokens, begins, features[begins - 1 : len(tokens) - 2], {}, spare_room=shape.depth)

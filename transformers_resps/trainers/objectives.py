@@ -1,0 +1,180 @@
+"""What a head learns from a batch: levels that read each other, or blocks that are filled at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..drafting import TrainableModel, TrainableSource
+from ..heads import BlockHead
+from ..heads.block_head import BoundBlockHead, CandidateSelector
+from .blocks import contexts_of, draw_anchors, run_blocks, selection_loss, shared_probability
+from .features import FrozenTarget, TargetFeatures
+from .head_config import DraftHeadTrainingConfig
+from .losses import Teacher, pack, soft_cross_entropy, unroll
+
+
+class Loss(NamedTuple):
+    """Of a batch."""
+
+    total: Tensor  # weighted sum over all levels and tokens
+    losses: Tensor  # [k] sum of each level
+    hits: Tensor  # [k] how often the best token is the target's pick
+    predicted: Tensor  # [k] tokens that are predicted, in the draft vocabulary or not
+
+
+class Objective(ABC):
+    """How a head is trained for a target."""
+
+    def __init__(self, target: FrozenTarget, args: DraftHeadTrainingConfig) -> None:
+        self._target, self._levels, self._decay = target, args.ttt_steps, args.ttt_step_decay
+        self._chunk_size, self._anchor_share = args.loss_chunk_size, args.anchor_share
+
+    @abstractmethod
+    def __call__(
+        self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
+    ) -> Loss:
+        """The loss of a batch of texts.
+
+        Args:
+            head: in training.
+            model: the same as training wraps it: gradient hooks wait for its forward.
+            tokens: `[b, t]`, padded on the right.
+            predicted: `[b, t]` bool, the tokens to learn from.
+            read: what the target makes of the texts.
+        """
+
+
+class LevelObjective(Objective):
+    """EAGLE-3's training-time test: every token is predicted by all levels."""
+
+    def __call__(
+        self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
+    ) -> Loss:
+        bound = head.bind(self._target.model, head)  # type: ignore[arg-type]  # a module, too
+        rows, positions = predicted.nonzero(as_tuple=True)  # the n predicted tokens
+        levels = torch.arange(self._levels, device=positions.device)[:, None]
+        slots = positions - 2 - levels  # [k, n]
+        exists = slots >= 0
+        token_ids = head.draft_token_ids
+        learnt = torch.isin(read.picks[rows, positions - 1], token_ids)  # other picks have no loss at any level
+        rows, positions, slots = rows[learnt], positions[learnt], slots[:, learnt]
+        packed, columns = pack(rows, slots, read.picks.shape)
+        first_pass = head.bind(self._target.model, model).run
+        teacher = self._target.teacher(read.hidden[rows, positions - 1], token_ids)
+        factors = (self._decay**levels * exists[:, learnt]).float()
+        hidden = unroll(bound, read.features, tokens, len(levels), packed, first_pass=first_pass)
+        hidden = hidden[levels, rows, columns]  # [k, m, h]
+        parts = [
+            soft_cross_entropy(hidden[one], weight, teacher, factors[one], self._chunk_size, bias)
+            for one, (weight, bias) in _by_output_head(bound, len(levels))
+        ]
+        loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
+        return Loss(loss.sum(), losses, hits, exists.sum(-1))
+
+
+class BlockObjective(Objective):
+    """Blocks below anchors that are drawn anew for every batch; in evaluation below all.
+
+    A slot learns the target's distribution, with what its correction adds after the true token before; DFlash's decay
+    exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. A block ends with its answer.
+
+    Source: DFlash (arXiv 2602.06036) section 3, DSpark (arXiv 2607.05147).
+    """
+
+    def __call__(
+        self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
+    ) -> Loss:
+        assert isinstance(head, BlockHead)
+        bound, correction = head.bind(self._target.model, model), head.correction
+        share = self._anchor_share if model.training else 1.0
+        anchors, drawn = draw_anchors(predicted, share)
+        slots = run_blocks(bound, read.features, tokens, anchors, self._levels)
+        hidden = bound.predicting(slots, self._levels).movedim(2, 0)  # [k, b, m, h]
+        levels = torch.arange(self._levels, device=tokens.device)[:, None, None]
+        texts, ends = torch.arange(len(tokens), device=tokens.device)[:, None], anchors + 1 + levels
+        places = ends.clamp(max=tokens.shape[1] - 1)  # [k, b, m] of the predicted tokens
+        exists = (predicted[texts, places] & (places == ends) & drawn).cumprod(0).bool()
+        before, token_ids = tokens[texts, places - 1], head.draft_token_ids
+        learnt = exists & torch.isin(read.picks[texts, places - 1], token_ids)
+        contexts = None
+        if correction is not None:
+            first = None if head.config.shifted else slots[:, :, 0].flatten(0, 1)
+            contexts = contexts_of(correction, hidden.flatten(1, 2), before.flatten(1), first).view(*before.shape, -1)
+        teacher, parts = self._target.teacher(read.hidden[texts, places - 1], token_ids), []
+        for level, rows in enumerate(learnt):
+            of_level = replace(teacher, hidden=teacher.hidden[level][rows])
+            context = None if contexts is None else contexts[level][rows]
+            found = self._of_slots(head, bound, hidden[level][rows], context, before[level][rows], of_level)
+            parts.append((found[0] * self._decay**level / share, *found[1:]))
+        loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
+        return Loss(loss.sum(), losses, hits, exists.sum((1, 2)))
+
+    def _of_slots(
+        self,
+        head: BlockHead,
+        bound: BoundBlockHead,
+        states: Tensor,
+        context: Tensor | None,
+        before: Tensor,
+        teacher: Teacher,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `soft_cross_entropy`, of outputs `[n, h]` after tokens `[n]`; with what else the head has to learn."""
+        normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
+        added = None if context is None or isinstance(correction, CandidateSelector) else (context, correction.table)
+        total, losses, hits = soft_cross_entropy(
+            normed[None],
+            weight,
+            teacher,
+            torch.ones(1, len(normed), device=normed.device),
+            self._chunk_size,
+            bias,
+            None if added is None else (added[0][None], added[1]),
+        )
+        if isinstance(correction, CandidateSelector):
+            assert context is not None
+            chosen = selection_loss(normed, weight, teacher, correction, context, self._chunk_size, bias)
+            total = total + chosen.sum()
+        if head.config.confidence:
+            wanted = shared_probability(normed, weight, teacher, self._chunk_size, bias, added)
+            sure = head.confidence(states, before)
+            total = total + F.binary_cross_entropy_with_logits(sure, wanted, reduction="sum")
+        return total, losses, hits
+
+
+def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
+    """Levels that share an output head, and its rows."""
+    if model.depths == 1:
+        yield list(range(levels)), model.output_rows()
+    else:
+        yield from (([level], model.output_rows(level)) for level in range(levels))
+
+
+def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
+    """How a head is trained.
+
+    Raises:
+        ValueError: not with these settings.
+    """
+    if isinstance(head, BlockHead):
+        if args.ttt_steps > head.config.levels:
+            raise ValueError(
+                f"`ttt_steps` is {args.ttt_steps}, but a block of this head drafts {head.config.levels} tokens. Pass "
+                f"`ttt_steps={head.config.levels}`."
+            )
+        if head.config.final_logit_softcapping is not None:
+            raise ValueError(
+                f"This head caps its logits at {head.config.final_logit_softcapping}, and such a head is not trained "
+                "here. Start from another head, or from a new one."
+            )
+        return BlockObjective
+    if 1 < head.depths < args.ttt_steps:
+        raise ValueError(
+            f"`ttt_steps` is {args.ttt_steps}, but each of these {head.depths} MTP layers drafts one level. Pass "
+            f"`ttt_steps={head.depths}`."
+        )
+    return LevelObjective
