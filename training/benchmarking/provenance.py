@@ -1,5 +1,6 @@
 """With what code and what weights something was measured: what is needed to repeat it."""
 
+import ast
 import hashlib
 import json
 import subprocess
@@ -17,16 +18,31 @@ _UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothi
 
 
 def code() -> dict[str, Any]:
-    """Return the commit that the package runs from, whether its files differ from it, and a hash of them all.
+    """Return the commit that the package runs from, whether its files differ from it, and a hash of what they do.
 
     Outside a checkout `commit` is `None` and `dirty` is false.
     """
     commit = _git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")
-    files = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        files.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
     changed = commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    return {"commit": commit, "dirty": bool(changed), "code_sha256": files.hexdigest()}
+    return {"commit": commit, "dirty": bool(changed), "code_sha256": code_sha256(PACKAGE)}
+
+
+def code_sha256(package: Path) -> str:
+    """Hash the Python of a package as its syntax trees, so that comments and docstrings may change, and its C++."""
+    files = hashlib.sha256()
+    for file in sorted([*package.rglob("*.py"), *package.rglob("*.cpp")]):
+        does = file.read_text(encoding="utf-8") if file.suffix == ".cpp" else ast.dump(_undocumented(file))
+        files.update(f"{file.relative_to(package)}\n{does}\n".encode())
+    return files.hexdigest()
+
+
+def _undocumented(file: Path) -> ast.Module:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
 
 
 def weights_sha256(id_or_folder: str | Path) -> str | None:

@@ -1,0 +1,88 @@
+"""The prompts of the protocol: ours, EAGLE's five sets, and SPEED-Bench where a machine has it."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers_resps.tools.session import Dialogue, read_dialogues, spread
+
+
+OURS = Path(__file__).with_name("prompts.jsonl")
+CATEGORIES = (  # of SPEED-Bench (arXiv 2604.09557), section "qualitative"
+    "coding", "humanities", "math", "multilingual", "qa", "rag", "reasoning", "roleplay", "stem", "summarization",
+    "writing",
+)  # fmt: skip
+EAGLE_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "cnn_dm")
+SPEED_BENCH = "speed-bench"  # the word that asks for it by its id
+_SPEED_BENCH_ID, _SPEED_BENCH_CONFIG = "nvidia/SPEED-Bench", "qualitative"
+
+
+def read_prompts(source: str | None, each: int) -> list[Dialogue]:
+    """Read prompts of every category, spread evenly over it, named `category/row`.
+
+    Args:
+        source: `None` for ours; a `.jsonl` file whose rows may have a `category`; a folder with EAGLE's five sets, or
+            one of SPEED-Bench's files; `speed-bench` for the dataset on the Hub.
+        each: of a category, at most.
+
+    Raises:
+        ValueError: there is nothing of that name, or a row has no user turn.
+    """
+    path = OURS if source is None else Path(source)
+    if path.is_dir() and all((path / f"{name}.jsonl").is_file() for name in EAGLE_SETS):
+        return [one for name in EAGLE_SETS for one in spread(read_dialogues(str(path / f"{name}.jsonl")), each)]
+    categories: dict[str, list[Dialogue]] = defaultdict(list)
+    for row in _rows(path, source):
+        own = categories[str(row.get("category") or path.stem)]
+        own.append(Dialogue.of(f"{row.get('category') or path.stem}/{len(own)}", _messages(row)))
+    return [one for own in categories.values() for one in spread(own, each)]
+
+
+def quickest(dialogues: Sequence[Dialogue], count: int) -> list[Dialogue]:
+    """The `count` prompts with the shortest first turns, each of another category."""
+    by_category = {one.name.rpartition("/")[0]: one for one in sorted(dialogues, key=_length, reverse=True)}
+    return sorted(by_category.values(), key=_length)[:count]
+
+
+def _length(dialogue: Dialogue) -> int:
+    return len(dialogue.turns[0])
+
+
+def _rows(path: Path, source: str | None) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        yield from _lines(path)
+    elif path.is_dir() and (files := sorted(path.rglob("*.jsonl"))):
+        for file in files:
+            yield from _lines(file)
+    elif source == SPEED_BENCH or path.is_dir():
+        yield from _dataset(_SPEED_BENCH_ID if source == SPEED_BENCH else str(path))
+    else:
+        raise ValueError(
+            f"There is no file or folder {source}. Pass a .jsonl file, a folder with "
+            f"{', '.join(EAGLE_SETS)} as .jsonl, a folder of SPEED-Bench's files, or `{SPEED_BENCH}`."
+        )
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield json.loads(line)
+
+
+def _dataset(name: str) -> Iterable[dict[str, Any]]:
+    """SPEED-Bench as `datasets` reads it: its licence lets it be loaded for evaluation, never shipped."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"{name} needs the package `datasets`. Install transformers-resps[train], or pass its .jsonl files."
+        ) from error
+    rows: Iterable[dict[str, Any]] = load_dataset(name, _SPEED_BENCH_CONFIG, split="test")
+    return rows
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    told = row["messages"] if "messages" in row else row.get("turns", [])
+    return [{"role": "user", "content": one} if isinstance(one, str) else one for one in told]
