@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -111,7 +112,8 @@ def speed_and_tau(
     how: dict[str, Any] = {} if head is None else {"assistant_model": head, "policy": policy}
     emitted, forwards, start = 0, 0, time.process_time()
     for prompt in prompts:
-        out = target.generate(prompt[None], max_new_tokens=most, return_dict_in_generate=True, **how, **sampling(0.0))
+        asked = {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt[None])}
+        out = target.generate(**asked, max_new_tokens=most, return_dict_in_generate=True, **how, **sampling(0.0))
         count = out.sequences.shape[1] - len(prompt)
         emitted, forwards = emitted + count, forwards + (count if head is None else out.speculation.target_forwards)
     return [round(emitted / (time.process_time() - start), 2), round(emitted / forwards, 3)]
