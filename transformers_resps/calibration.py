@@ -295,8 +295,10 @@ def _time_drafting(
 
 
 def _of_one(several: float, one: float, more: int) -> float:
-    """Seconds of a level, from those of a draft of one and of one with `more`; noise may hide what it takes."""
-    return max(several - one, 0.0) / more
+    """Seconds of a level, from those of a draft of one and of one with `more`; noise may hide what it takes, and a
+    block of one level has none.
+    """
+    return max(several - one, 0.0) / max(more, 1)
 
 
 def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: int, *, invariant: bool) -> float:

@@ -71,6 +71,10 @@ class ActionGrid:
         """Every shape with every number of looked-up nodes in `lookups`."""
         return ActionGrid(tuple(replace(shape, lookup=lookup) for shape, lookup in product(self.shapes, lookups)))
 
+    def within(self, levels: int) -> "ActionGrid":
+        """The shapes of at most so many levels."""
+        return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
+
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
         """The shapes that could pay: at best they emit `depth + 1` tokens in fewer `seconds` than plain steps."""
         plain = seconds(TreeShape.plain())

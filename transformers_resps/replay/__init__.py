@@ -3,11 +3,12 @@
 from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, Oracle, OutcomeTable, TextOutcomes
 from .ranked_text import RankedText, depths_of
-from .recorded_text import RecordedText, record_pools
+from .recorded_text import MOST_NODES, RecordedText, record_pools
 from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
 
 
 __all__ = [
+    "MOST_NODES",
     "HeldOutcomes",
     "Oracle",
     "OutcomeTable",

@@ -28,7 +28,7 @@ _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _LOOKED_UP = 16  # nodes that are ranked; no shape of a grid has more
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
-_SIZES = ("context_length", "spare_room")
+_SIZES = ("context_length", "spare_room", "block_nodes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class RankedText:
     d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
     """
 
-    FORMAT: ClassVar[int] = 3  # of files
+    FORMAT: ClassVar[int] = 4  # of files
 
     features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
     ranks: Tensor
@@ -49,6 +49,7 @@ class RankedText:
     top_ks: tuple[int, ...]  # the K that were drafted
     context_length: int  # positions of the text before the first step
     spare_room: int  # how many more tokens the text could have had
+    block_nodes: int = 0  # see `RecordedText`
 
     def __len__(self) -> int:
         return len(self.features)
@@ -63,7 +64,8 @@ class RankedText:
             torch.stack([node_ranks(pool, *wanted) for pool in text.pools.values()], dim=1) for wanted in (path, nodes)
         )
         top_ks, start = tuple(text.pools), text.prompt_length + 1
-        return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, start, text.spare_room)
+        sizes = start, text.spare_room, text.block_nodes
+        return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, *sizes)
 
     def emitted(self, shape: TreeShape) -> Tensor:
         """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
@@ -71,11 +73,13 @@ class RankedText:
         Raises:
             ValueError: the text was not recorded for such a shape.
         """
-        most_levels = self.ranks.shape[-1]
-        if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
+        most_levels, nodes = self.ranks.shape[-1], self.block_nodes
+        is_larger = shape.depth > most_levels or 0 < nodes < shape.total_tokens - 1
+        if shape.asks_head and (shape.top_k not in self.top_ks or is_larger):
+            kept = f"up to {most_levels} levels" + f" and {nodes} nodes" * bool(nodes)
             raise ValueError(
-                f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
-                "levels. Record it again with `record_pools(..., depths=depths_of(grid))`, for a grid that has it."
+                f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and {kept}. Record it again "
+                "with `record_pools(..., depths=depths_of(grid))`, for a grid that has it."
             )
         accepted = (self.lookups < shape.lookup).sum(-1)
         if shape.asks_head:

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting import DraftCache, StepModel
+from ..drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest, StepModel
 from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool, sprout
-from ..heads import DraftHead
-from ..tree import CandidatePool
+from ..heads import BlockHead, DraftHead
+from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import FeatureTap
 
 
+MOST_NODES = 64  # of a tree, that a recording of blocks has by default: what "auto" asks for
 _MAX_QUERIES = 256  # nodes in one pass of the head
 
 
@@ -43,6 +44,7 @@ class RecordedText:
     features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
     pools: dict[int, CandidatePool]  # for each `top_k`, those of all positions, [t, p]
     spare_room: int = 0  # how many more tokens the output could have had
+    block_nodes: int = 0  # of blocks, the most nodes below a root of a tree that the pools hold; 0 of other pools
 
     def __len__(self) -> int:
         return len(self.features)
@@ -67,7 +69,7 @@ class RecordedText:
         for k, pool in self.pools.items():
             tensors |= {f"tokens.{k}": pool.tokens.int(), f"parents.{k}": pool.parents.int()}
             tensors |= {f"scores.{k}": pool.scores, f"levels.{k}": pool.levels}
-        metadata = {"prompt_length": str(self.prompt_length), "spare_room": str(self.spare_room)}
+        metadata = {name: str(getattr(self, name)) for name in ("prompt_length", "spare_room", "block_nodes")}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
     @classmethod
@@ -83,18 +85,20 @@ class RecordedText:
                 for k in top_ks
             }
             prompt_length, spare_room = int(metadata["prompt_length"]), int(metadata["spare_room"])
-            return cls(read("input_ids"), prompt_length, read("features"), pools, spare_room)
+            block_nodes = int(metadata.get("block_nodes", 0))  # recordings of draft heads stay readable
+            return cls(read("input_ids"), prompt_length, read("features"), pools, spare_room, block_nodes)
 
 
 @torch.no_grad()
 def record_pools(
     target: PreTrainedModel,
-    head: DraftHead,
+    head: DraftHead | BlockHead,
     input_ids: Tensor,
     prompt_length: int,
     *,
     depths: dict[int, int],
     spare_room: int = 0,
+    block_nodes: int = MOST_NODES,
 ) -> RecordedText:
     """Record what the head would draft at every position of one text `[s]`, written by `target` or not, on the CPU.
 
@@ -103,8 +107,9 @@ def record_pools(
         head: drafts from every position.
         input_ids: prompt and output.
         prompt_length: tokens of the prompt.
-        depths: for each `top_k` to draft, the number of levels.
+        depths: for each `top_k` to draft, the number of levels. Blocks are drafted whole.
         spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+        block_nodes: of a block head, the most nodes below a root of the trees that will be asked for.
 
     Raises:
         ValueError: the output has fewer than two tokens, or `depths` is empty.
@@ -116,16 +121,36 @@ def record_pools(
             "recording needs a prompt, two tokens of answer and a pool. Leave this text out, or pass other `depths`."
         )
     text = input_ids[None].to(target.device)
-    with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
+    with FeatureTap(target, head.feature_layers) as tap, tap.record() as caught:
         target.get_decoder()(input_ids=text, use_cache=False)
     features = caught.concatenated()[:, :-1]
-    drafter = PositionPools(head.bind(target), features, text[:, 1:])
     prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
-    pools = {
-        top_k: _joined([pool for _, pool in drafter.draft(prefixes, top_k, depth)]) for top_k, depth in depths.items()
-    }
     newest = features[0, prefixes.to(features.device) - 1].cpu()
+    drafter = head.drafter(DraftCall(target))
+    if drafter.drafts_at_once:
+        shapes = [TreeShape(block_nodes + 1, drafter.most_levels or 1, top_k) for top_k in depths]
+        drafts = _drafted(drafter, features, text[:, 1:], prompt_length, shapes)
+        return RecordedText(input_ids.cpu(), prompt_length, newest, drafts, spare_room, block_nodes)
+    positions = PositionPools(head.bind(target), features, text[:, 1:])
+    pools = {
+        top_k: _joined([pool for _, pool in positions.draft(prefixes, top_k, depth)])
+        for top_k, depth in depths.items()
+    }
     return RecordedText(input_ids.cpu(), prompt_length, newest, pools, spare_room)
+
+
+def _drafted(
+    drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
+) -> dict[int, CandidatePool]:
+    """What a drafter drafts of each shape from `start` on, after each token more; as for `PositionPools`."""
+    pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
+    known = 0
+    for length in range(start, tokens.shape[1]):
+        drafter.observe(Committed(tokens[:, known:length], features[:, known:length]))
+        known = length
+        for shape in shapes:
+            pools[shape.top_k].append(drafter.draft(tokens[:, length - 1 : length], DraftRequest(shape)))
+    return {top_k: _joined(parts) for top_k, parts in pools.items()}
 
 
 def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:

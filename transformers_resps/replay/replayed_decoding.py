@@ -118,6 +118,8 @@ class RecordedDrafter(Drafter):
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
         self.proposable_tokens = max(text.pools)
+        self.drafts_at_once = text.block_nodes > 0
+        self.most_levels = text.depth if self.drafts_at_once else None
 
     def observe(self, committed: Committed) -> None:
         assert committed.features is not None
@@ -130,16 +132,18 @@ class RecordedDrafter(Drafter):
         """The recorded pool, cut where the policy stops it; raises `ValueError` when none was recorded."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
-        pool = self._text.pools.get(top_k)
-        if pool is None or shape.depth > int(pool.levels[-1]):
+        pool, most = self._text.pools.get(top_k), self._text.block_nodes
+        depth = min(shape.depth, self.most_levels or shape.depth)
+        if pool is None or depth > int(pool.levels[-1]) or 0 < most < shape.total_tokens - 1:
+            kept = f"up to {self._text.depth} levels" + f" and {most} nodes" * bool(most)
             raise ValueError(
-                f"The policy asks for {shape}, but the text was recorded for top_k {sorted(self._text.pools)} and up "
-                f"to {self._text.depth} levels. Record it again with `record_pools(..., depths=...)`."
+                f"The policy asks for {shape}, but the text was recorded for top_k {sorted(self._text.pools)} and "
+                f"{kept}. Record it again with `record_pools`."
             )
         here = slice(self._place, self._place + 1)
         ends = pool.levels.bincount().cumsum(0).tolist()  # nodes of the first 0, 1, 2, ... levels
         levels, frontier = 1, pool.scores[here, : ends[1]]
-        while levels < shape.depth and (goes_on is None or goes_on(levels, frontier)):
+        while levels < depth and (goes_on is None or goes_on(levels, frontier)):
             level = pool.scores[here, ends[levels] : ends[levels + 1]]
             frontier = level.topk(min(top_k, level.shape[1])).values
             levels += 1

@@ -21,10 +21,10 @@ from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, c
 from ..data.conversations import as_messages
 from ..data.preparation import shows_images
 from ..generation.output import sampling
-from ..heads import DraftHead, parameter_fingerprint
+from ..heads import BlockHead, DraftHead, parameter_fingerprint
 from ..policies.action_grid import ActionGrid
 from ..policies.costs import CostTable
-from ..replay import OutcomeTable, RankedText, RecordedText, depths_of, record_pools
+from ..replay import MOST_NODES, OutcomeTable, RankedText, RecordedText, depths_of, record_pools
 from .base import written
 from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
@@ -217,11 +217,12 @@ class Recorder(Generic[Recorded]):
     """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there."""
 
     target: Any
-    head: DraftHead
+    head: DraftHead | BlockHead
     recording: type[Recorded]  # what is kept of an answer
     depths: dict[int, int]  # as for `record_pools`
     folder: Path
     generation: dict[str, Any]  # passed to `generate`: JSON values, with `max_new_tokens`
+    block_nodes: int = MOST_NODES  # as for `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
         """Recordings of all prompts `[s]` with an answer of at least two tokens, in their order.
@@ -259,6 +260,7 @@ class Recorder(Generic[Recorded]):
         recording: Any = self.recording
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
         kept = [self.head.fingerprint(), recording.__name__, recording.FORMAT, sorted(self.depths.items())]
+        kept += [self.block_nodes] * (self.block_nodes != MOST_NODES)
         return digest(answered + kept)[:8]
 
     def _answer(self, prompt: Tensor) -> Recorded | None:
@@ -272,7 +274,8 @@ class Recorder(Generic[Recorded]):
         if answered < 2:
             return None
         room = self.generation["max_new_tokens"] - answered
-        pools = record_pools(self.target, self.head, text, len(prompt), depths=self.depths, spare_room=room)
+        how: dict[str, Any] = {"depths": self.depths, "spare_room": room, "block_nodes": self.block_nodes}
+        pools = record_pools(self.target, self.head, text, len(prompt), **how)
         return self.recording.from_recording(pools)
 
 
@@ -348,13 +351,16 @@ class PolicyData:
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
-            texts = self.record(name, RankedText, depths_of(grid))
+            most = max(shape.total_tokens - 1 for shape in grid.shapes)
+            texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 
-    def record(self, name: str, recording: type[Recorded], depths: dict[int, int]) -> list[Recorded]:
-        folder = self._folder / "replay"
-        recorder = Recorder(self.pair.target, self.pair.head, recording, depths, folder, self._generation)
+    def record(
+        self, name: str, recording: type[Recorded], depths: dict[int, int], block_nodes: int = MOST_NODES
+    ) -> list[Recorded]:
+        how = depths, self._folder / "replay", self._generation, block_nodes
+        recorder = Recorder(self.pair.target, self.pair.head, recording, *how)
         return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:

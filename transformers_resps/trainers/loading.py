@@ -201,7 +201,7 @@ class Pair:
     """An attached target, its head, and the target's tokenizer."""
 
     target: Any
-    head: DraftHead
+    head: DraftHead | BlockHead
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -216,20 +216,23 @@ class Pair:
 
     @classmethod
     def of(
-        cls, target: PreTrainedModel | str, head: DraftHead | str, tokenizer: Any, args: PolicyTrainingConfig
+        cls,
+        target: PreTrainedModel | str,
+        head: DraftHead | BlockHead | str,
+        tokenizer: Any,
+        args: PolicyTrainingConfig,
     ) -> "Pair":
         """Load what is given by name, the target to the device of `args`, and attach the target."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)
-        loaded = load_head("head", head, model) if isinstance(head, str) else head
-        check_type("head", unwrapped(loaded), DraftHead)
-        head = cast(DraftHead, loaded)
-        unwrapped(head).check_target(model)
+        loaded: Any = load_head("head", head, model) if isinstance(head, str) else head
+        check_type("head", unwrapped(loaded), DraftHead, BlockHead)
+        unwrapped(loaded).check_target(model)
         reads = load_tokenizer(model, tokenizer)
         if reads is None:
             raise ValueError(
                 f"There is no tokenizer where the target came from ({model.config.name_or_path or 'nowhere'}), but "
                 "prompts are text. Pass it as `processing_class`."
             )
-        return cls(model, head.eval(), reads)  # type: ignore[no-untyped-call]  # wrapped by Transformers
+        return cls(model, loaded.eval(), reads)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from ..data import write_training_prompts
-from ..heads import DraftHead
+from ..drafting import DraftCall
+from ..heads import BlockHead, DraftHead
 from ..policies.action_grid import ActionGrid
 from ..policies.base import Policy
 from ..policies.costs import CostModel
@@ -225,7 +226,7 @@ class PolicyTrainer(RolloutTrainer):
         processing_class: the target's tokenizer; `None` loads it from where the target came from.
         callbacks: added to the usual ones.
         target: the model that decodes, attached or not, or its folder or Hub id.
-        head: its draft head, or the folder or Hub id of it.
+        head: its draft head or block head, or the folder or Hub id of it.
         reward_func: what the policy maximises. "tokens_per_second": total tokens over total seconds. "mean_rate":
             mean of the steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of
             keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens and seconds of an action while
@@ -247,7 +248,7 @@ class PolicyTrainer(RolloutTrainer):
         callbacks: list[TrainerCallback] | None = None,
         *,
         target: PreTrainedModel | str,
-        head: DraftHead | str,
+        head: DraftHead | BlockHead | str,
         reward_func: str | RewardFunc = "tokens_per_second",
         **kwargs: Any,
     ) -> None:
@@ -323,7 +324,7 @@ def fit_policy(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     *,
     target: PreTrainedModel | str,
-    head: DraftHead | str,
+    head: DraftHead | BlockHead | str,
 ) -> BaselineGuard:
     """Fit what `policy="auto"` means to your prompts: how often the head's drafts are accepted, for any machine.
 
@@ -392,7 +393,8 @@ def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
     """Replay held-out texts with a copy of a policy, which learns as in use, and the best fixed tree of `searched`."""
-    grid = ActionGrid.small().with_lookups(_LOOKUPS)
+    small = ActionGrid.small()
+    grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
         Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts]))
         for texts in (searched, held_out)
@@ -417,6 +419,9 @@ def without_guard(model: Any) -> tuple[Any, bool]:
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
     """A fresh Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
+    levels = pair.head.drafter(DraftCall(pair.target)).most_levels
+    if levels is not None:
+        grid = every = every.within(levels)
     if args.drop_hopeless:
         grid = every.affordable(lambda shape: costs.step_seconds(shape, context))
     if len(grid.shapes) == 1:
@@ -424,7 +429,7 @@ def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, c
             f"None of the {len(every.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
             "with `policy='auto'`, or set `drop_hopeless=False`."
         )
-    width = pair.head.config.features_width
+    width = len(pair.head.feature_layers) * pair.target.config.get_text_config().hidden_size
     config = ReSpSConfig.paper(width) if args.preset == "paper" else ReSpSConfig(width)
     in_use: dict[str, Any] = {"grid": grid, "persistence": args.persistence_in_use, **pair.identity}
     return ReSpSPolicy(replace(config, **in_use), seed=args.seed)

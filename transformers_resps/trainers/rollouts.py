@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..compat import unwrapped
 from ..generation.mixin import ReSpSGenerationMixin
-from ..heads import DraftHead
+from ..heads import BlockHead, DraftHead
 from ..policies.base import Observation, Policy
 from ..policies.resps import ReSpSPolicy
 from ..replay import HeldOutcomes, Oracle, OutcomeTable
@@ -218,7 +218,7 @@ class LiveRollouts(Rollouts):
     def __init__(
         self,
         target: PreTrainedModel,
-        head: DraftHead,
+        head: DraftHead | BlockHead,
         prompts: Sequence[Tensor],
         *,
         includes_drafting: bool = True,
@@ -226,10 +226,10 @@ class LiveRollouts(Rollouts):
     ) -> None:
         if not prompts:
             raise ValueError("Got no prompts, but live rollouts decode some. Pass a dataset with prompts.")
-        if not isinstance(target, ReSpSGenerationMixin) or not isinstance(unwrapped(head), DraftHead):
+        if not isinstance(target, ReSpSGenerationMixin) or not isinstance(unwrapped(head), DraftHead | BlockHead):
             raise ValueError(
-                f"Live rollouts need an attached target and a `DraftHead`, got {type(target).__name__} and "
-                f"{type(head).__name__}. Pass `attach(model)` and the head of that model."
+                "Live rollouts need an attached target and a `DraftHead` or `BlockHead`, got "
+                f"{type(target).__name__} and {type(head).__name__}. Pass `attach(model)` and the head of that model."
             )
         self._target: Any = target
         self._head, self._prompts = head, prompts
