@@ -226,6 +226,13 @@ class CandidatePool:
             nodes[:, place] = torch.where(is_there[:, place], hits.int().argmax(-1), -1)
         return nodes[:, :-1]
 
+    def discounted(self, discounts: Sequence[float]) -> "CandidatePool":
+        """With something added to the scores of each level, falling; deeper levels have the last."""
+        if not discounts:
+            return self
+        of_levels = self.scores.new_tensor(discounts)[(self.levels - 1).clamp(max=len(discounts) - 1)]
+        return replace(self, scores=self.scores + of_levels)
+
     def on_host(self) -> "CandidatePool":
         """The pool in the host's memory, in one read."""
         if self.tokens.device.type == "cpu":

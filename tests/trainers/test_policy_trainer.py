@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from tests.conftest import FakeClock
+from tests.drafting.test_block_drafter import block_head
 from tests.image_processors import image_processor, image_prompt, image_target, picture
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer, turns
@@ -75,6 +76,31 @@ def config(**changes: Any) -> PolicyTrainingConfig:
 
 def resps(pair: tuple[Any, DraftHead], **changes: Any) -> ReSpSPolicy:
     return ReSpSPolicy(ReSpSConfig(pair[1].config.features_width, GRID, persistence=1, **changes))
+
+
+def test_a_block_head_has_policies_too(pair: tuple[Any, DraftHead]) -> None:
+    """Re-SpS learns over trees of its block, and what "auto" means is fitted with a scaling for each of its levels."""
+    target, _ = pair
+    head = block_head(target, block_size=7)
+    given: dict[str, Any] = {"train_dataset": TRAIN, "eval_dataset": HELD_OUT, "target": target, "head": head}
+    trainer = PolicyTrainer("resps", config(drop_hopeless=False), **given)
+    trainer.train()
+    policy = AutoPolicy.from_pretrained("run/policy")
+    assert isinstance(policy, ReSpSPolicy) and max(shape.depth for shape in policy.config.grid.shapes) == 6
+    assert math.isfinite(trainer.evaluate()["eval_tokens_per_second"])
+    auto = fit_policy("auto", config(), **given).policy
+    assert isinstance(auto, ThroughputPolicy) and len(auto.acceptance.scalings) == 6
+    for one in (policy, AutoPolicy.from_pretrained("run/policy")):
+        prompt = torch.tensor([[5, 6, 7, 8]])
+        call = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 16}
+        assert (
+            attach(target).generate(prompt, **call, assistant_model=head, policy=one).tolist()
+            == target.generate(prompt, **call).tolist()
+        )
+    short = block_head(target, block_size=4)
+    assert (
+        max(s.depth for s in PolicyTrainer("resps", config(), **given | {"head": short}).policy.config.grid.shapes) < 4
+    )
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:

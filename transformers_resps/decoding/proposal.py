@@ -142,6 +142,7 @@ class Proposer:
             pricing,
             can_draft=self._drafter is not None,
             drafts_at_once=self._drafter is not None and self._drafter.drafts_at_once,
+            most_levels=None if self._drafter is None else self._drafter.most_levels,
             row_count=len(root),
             device_type=root.device.type,
             row_accept_probs=self._row_accept_probs if pricing.packs_rows and not self._rows.in_lockstep else None,
@@ -155,6 +156,7 @@ class Proposer:
             return Proposal(shape, DraftTree.root_only(root))
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
+        pool = None if pool is None else pool.discounted(self._policy.discounts)
         tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:
             found = self._lookup.get_candidates(root[:, None], self._request(shape))
@@ -171,7 +173,7 @@ class Proposer:
             most = min(total_tokens, 1 + pool.tokens.shape[1])
             sizes = [min(max(count, 1), most) for count in count_nodes(self._policy, pool.scores, pool.levels)]
             total_tokens = max(sizes)
-            built = None if self._drafter is None else self._drafter.built_tree
+            built = None if self._drafter is None or self._policy.discounts else self._drafter.built_tree
             if built is not None and built.node_count == total_tokens and built.tokens.device == device:
                 return built
             if total_tokens > 1:

@@ -29,6 +29,8 @@ class MixedDrafter(Drafter):
         self.reads_text = any(drafter.reads_text for drafter in drafters)
         self.drafts_at_once = all(drafter.drafts_at_once for drafter in drafters)
         self.proposable_tokens = max(drafter.proposable_tokens for drafter in drafters)
+        levels = [drafter.most_levels for drafter in drafters]
+        self.most_levels = None if None in levels else max(filter(None, levels))
 
     def observe(self, committed: Committed) -> None:
         for drafter, own in zip(self._drafters, self._apart(committed), strict=True):

@@ -42,7 +42,9 @@ class Observation:
             weigh more, because a batch ends with its slowest row.
         pricing: what a step costs beside its nodes.
         can_draft: whether there is a head, or another source of levels.
-        drafts_at_once: whether one pass gives all levels: `grow` is not asked, and a wide draft costs as a narrow one.
+        drafts_at_once: whether one pass gives all levels: `grow` is not asked, and a wide or deep draft costs as a
+            narrow one.
+        most_levels: that can be drafted; `None` for any number.
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
         row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
@@ -58,6 +60,7 @@ class Observation:
     pricing: Pricing = Pricing()
     can_draft: bool = True
     drafts_at_once: bool = False
+    most_levels: int | None = None
     row_count: int = 1
     device_type: str = "cpu"
     row_accept_probs: Callable[[], list[list[float]]] | None = None
@@ -103,6 +106,8 @@ class Policy(ABC):
         probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
         least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`, and again
             after `size`: so nodes of head and lookup can compete.
+        discounts: of each level, what is added to the scores of its nodes before the best are picked; deeper levels
+            have the last, and none is above the one before. Read after each `choose`; `size` sees what was added.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
         head_identity: likewise the head. Its weights are hashed only for a policy with an identity.
@@ -114,6 +119,7 @@ class Policy(ABC):
     grows: bool = True
     probes_head: bool = False
     least_lookup_prob: float = 0.0
+    discounts: Sequence[float] = ()
     costs: RunningCosts | None = None
     target_identity: Identity | None = None
     head_identity: Identity | None = None
@@ -207,6 +213,7 @@ class PolicyWrapper(Policy):
     grows: bool = _of_wrapped("grows")
     probes_head: bool = _of_wrapped("probes_head")
     least_lookup_prob: float = _of_wrapped("least_lookup_prob")
+    discounts: Sequence[float] = _of_wrapped("discounts")
     costs: RunningCosts | None = _of_wrapped("costs")
     target_identity: Identity | None = _of_wrapped("target_identity")
     head_identity: Identity | None = _of_wrapped("head_identity")

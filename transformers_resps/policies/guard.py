@@ -258,12 +258,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if not shape.asks_head:
             return looked_up
         self._width, probes_head = shape.top_k, self.probes_head
-        by_level = probes_head and self.grows
-        depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
-        while depth and self._drafting(shape.top_k, depth) > self._limits.total:
-            depth -= 1
+        by_level, at_once = probes_head and self.grows, observation.drafts_at_once
+        # A policy that does not stop in between pays for all levels at once, a block has one price
+        depth = 1 if by_level else shape.depth
+        while depth and self._drafting(shape.top_k, 1 if at_once else depth) > self._limits.total:
+            depth = 0 if at_once else depth - 1
         nodes = min(1 + (shape.total_tokens - 1) * price, most - added) if depth else 1
-        drafting = self._drafting(shape.top_k, depth)
+        drafting = self._drafting(shape.top_k, min(depth, 1) if at_once else depth)
         free = self._verifying(1 + added)  # nodes that cost nothing are verified: they may earn their draft
         while nodes > 1 and drafting + (verifying := self._verifying(nodes + added)) > self._limits.tree:
             if verifying <= free:
@@ -273,8 +274,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             nodes -= (nodes - 1) % price
         if depth == 0 or (nodes == 1 and not probes_head):
             return looked_up
-        deepest = shape.depth if by_level else depth if nodes > 1 else 1
-        self._levels, self._nodes = 1 if self.grows else deepest, nodes  # `grow` counts further levels, where asked
+        deepest = shape.depth if by_level else depth if nodes > 1 or at_once else 1
+        self._nodes = nodes
+        self._levels = 1 if self.grows or at_once else deepest  # `grow` counts further levels, where asked
         if probes_head:
             return TreeShape(shape.total_tokens, deepest, shape.top_k, lookup)
         return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)

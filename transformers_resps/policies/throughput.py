@@ -4,7 +4,8 @@ A node is worth its probability of acceptance, in tokens. A second costs lambda 
 (the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but
 at most twice the rate of plain steps. Copied text runs at ten times that rate; at such a price the head would not be
 asked for a long time after it. Step costs and the calibration of the head's scores are learned while decoding, from a
-start that may be fitted or measured beforehand.
+start that may be fitted or measured beforehand. Over a block head the choice of nodes is that of CaDDTree (arXiv
+2606.01813), but for any costs: those measured here are not convex, so that all sizes are compared.
 """
 
 from bisect import bisect_right
@@ -20,7 +21,7 @@ from torch import Tensor, cat, tensor
 
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
-from .acceptance_model import LEVELS, AcceptanceModel, PlattScaling
+from .acceptance_model import AcceptanceModel, PlattScaling
 from .base import MAX_NODES, Identity, Level, Observation, Trials, check_identity_values
 from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
@@ -51,7 +52,8 @@ class ThroughputPolicy(SavedPolicy):
     instance for one call at a time.
 
     Args:
-        depth: maximum number of drafted levels. How many pay is found from measured costs, as for the next two.
+        depth: maximum number of levels that are drafted one after the other; a block is drafted whole. How many pay is
+            found from measured costs, as for the next two.
         top_k: maximum number of children per node.
         most_nodes: maximum number of nodes from the head, below 4096.
         costs: known costs of this machine in seconds, as from `CostTable.running`; `None` learns them from the first
@@ -114,7 +116,8 @@ class ThroughputPolicy(SavedPolicy):
         return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
-        step = self._step = _Step.of(observation)
+        step, self.discounts = _Step.of(observation), ()
+        self._step = step
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
@@ -124,7 +127,11 @@ class ThroughputPolicy(SavedPolicy):
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
         self.grows = observation.device_type == "cpu" and not observation.drafts_at_once
         step.width = self._width(observation)
-        depth = self._largest.depth if self.grows or observation.drafts_at_once else self._planned_depth()
+        if observation.drafts_at_once:
+            depth = observation.most_levels or self._largest.depth
+            self.discounts = step.discounts = self.acceptance.discounts(depth)
+        else:
+            depth = self._largest.depth if self.grows else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
 
     @property
@@ -225,7 +232,7 @@ class ThroughputPolicy(SavedPolicy):
         if step.looked_up:
             self.least_lookup_prob = step.looked_up[kept - 1][1] if kept else inf
         step.expected = sum(worth for worth, _ in ranked[:count])
-        price = step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1)
+        price = step.rate * self.costs.draft_seconds(step.width, step.passes(len(bounds) - 1))
         self._memory.note_draft(gain, price, step.lookup_hit)
         if step.narrower and (inner := narrowed(scores, bounds, step.width, step.narrower)) is not None:
             ranked_inside, _ = self._rank(*inner)
@@ -246,7 +253,9 @@ class ThroughputPolicy(SavedPolicy):
             nodes: list[tuple[float, float]] = []
             level_probs = []
             for level, (start, stop) in enumerate(pairwise(bounds), start=1):
-                probs = self.acceptance.probabilities(row[start:stop], level)
+                added = step.discounts[level - 1] if step.discounts else 0.0
+                claimed = [score - added for score in row[start:stop]] if added else row[start:stop]
+                probs = self.acceptance.probabilities(claimed, level)
                 level_probs.append(min(sum(probs), 1.0))
                 nodes += [node for node in zip(row[start:stop], probs, strict=True) if node[1]]
             nodes.sort(reverse=True)
@@ -263,7 +272,8 @@ class ThroughputPolicy(SavedPolicy):
         levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         looks = {"looks_up": record.verified > 1 and not record.shape.asks_head, "has_looked": step.has_looked}
-        self.costs.add(record.computed, levels, *times, width=step.width, rows=record.rows_of_a_node, **looks)
+        passes, rows = step.passes(levels), record.rows_of_a_node
+        self.costs.add(record.computed, passes, *times, width=step.width, rows=rows, **looks)
         step.has_looked = False  # a guard may take the next step without asking
         self._memory.add(record)
         if step.paths_cost and levels and record.verified > 1:
@@ -304,14 +314,14 @@ class ThroughputPolicy(SavedPolicy):
 
 
 def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
-    has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
+    has_shape = saved is not None and saved.ndim == 2 and len(saved) > 0 and saved.shape[1] == 2
     rows = saved.tolist() if saved is not None and has_shape else []
     is_bounded = all(isinstance(value, float) and abs(value) <= _MAX_FITTED for row in rows for value in row)
     if not has_shape or not is_bounded:
         came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
         raise ValueError(
-            f"The weights of a throughput policy hold {came}, but must hold an intercept and a slope for each of "
-            f"{LEVELS} levels, none beyond {_MAX_FITTED:g}. Download or save the policy again."
+            f"The weights of a throughput policy hold {came}, but must hold an intercept and a slope for each "
+            f"level, none beyond {_MAX_FITTED:g}. Download or save the policy again."
         )
     return AcceptanceModel([PlattScaling(intercept, slope) for intercept, slope in rows])
 
@@ -322,8 +332,10 @@ class _Step:
 
     row_weights: Sequence[float] = ()  # see `Observation`, and `Pricing` for `paths_cost`
     paths_cost: bool = False
+    drafts_at_once: bool = False
     row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
     is_ragged: bool = False  # whether each row gets as many as pay
+    discounts: Sequence[float] = ()  # see `Policy`
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
     rate: float = 0.0  # tokens that a second is worth (lambda)
     has_looked: bool = False  # for nodes to look up
@@ -340,7 +352,8 @@ class _Step:
 
     @classmethod
     def of(cls, observation: Observation) -> "_Step":
-        step = cls(observation.row_weights, observation.pricing.paths_cost, observation.node_price)
+        pricing, at_once = observation.pricing, observation.drafts_at_once
+        step = cls(observation.row_weights, pricing.paths_cost, at_once, observation.node_price)
         if observation.row_accept_probs is not None:
             step.is_ragged = True
             rows = observation.row_count
@@ -351,6 +364,10 @@ class _Step:
     def price(self) -> int:
         """By how many nodes the step is priced higher for each node of `worth`."""
         return 1 if self.is_ragged else self.row_price
+
+    def passes(self, levels: int) -> int:
+        """By how many levels a draft is priced: one pass gives all of a block, whose price hardly depends on them."""
+        return min(levels, 1) if self.drafts_at_once else levels
 
     def skip_looked_up(self, nodes: int, hits: list[float]) -> None:
         """Count looked-up nodes, which the head gains nothing from where they are right: with `hits` of each row."""

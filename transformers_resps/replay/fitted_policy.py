@@ -40,8 +40,10 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
     scalings = []
-    for level in range(1, LEVELS + 1):
-        here = levels >= level if level == LEVELS else levels == level
+    # What slots of a block claim together is further from the truth with every level
+    most = max(LEVELS, texts[0].depth) if texts[0].block_nodes else LEVELS
+    for level in range(1, most + 1):
+        here = levels >= level if level == most else levels == level
         scalings.append(fit_platt_scaling(scores[here], accepted[here]))
     return ThroughputPolicy(top_k=top_k, acceptance=AcceptanceModel(scalings), **settings)
 
