@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from transformers_resps import DraftHead, attach
+from transformers_resps import AutoDraftHead, BlockHead, DraftHead, attach
 from transformers_resps.data import load_conversations, to_tokens
 from transformers_resps.generation.output import sampling
 from transformers_resps.heads import parameter_fingerprint
@@ -25,6 +25,7 @@ from transformers_resps.trainers.data import Recorder
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
+BLOCKS = {1: 1, 10: 1}  # likewise of block heads, whose blocks are drafted whole
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -44,14 +45,20 @@ def read_prompts(source: str, tokenizer: Any, limit: int, max_tokens: int) -> li
 
 
 def record(
-    target: Any, head: DraftHead, prompts: list[Tensor], temperature: float, folder: Path, max_new_tokens: int
+    target: Any,
+    head: DraftHead | BlockHead,
+    prompts: list[Tensor],
+    temperature: float,
+    folder: Path,
+    max_new_tokens: int,
 ) -> None:
     """One file per prompt with an answer of at least two tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = json.dumps([head.fingerprint(), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
+    depths = BLOCKS if isinstance(head, BlockHead) else DEPTHS
+    made_with = json.dumps([head.fingerprint(), max_new_tokens, list(depths.items()), str(target.dtype)])
     check_folder(folder, parameter_fingerprint(target), made_with)
     generation = {"max_new_tokens": max_new_tokens, **sampling(temperature)}
-    Recorder(target, head, RecordedText, DEPTHS, folder, generation).record(prompts, folder.name)
+    Recorder(target, head, RecordedText, depths, folder, generation).record(prompts, folder.name)
 
 
 def check_folder(folder: Path, target: str, made_with: str) -> None:
@@ -85,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target: Any = attach(load_target(args.target, args.dtype, "cpu"))
-    head = DraftHead.from_pretrained(args.head, target=target)
+    head: Any = AutoDraftHead.from_pretrained(args.head, target)
     jobs = [("fit", source, args.fit_limit) for source in args.fit]
     jobs += [("evaluate", source, args.limit) for source in args.evaluate]
     for temperature in TEMPERATURES:

@@ -88,9 +88,9 @@ def without_drafting(table: CostTable) -> CostTable:
 
 
 def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPolicy:
-    """Train a policy on replayed texts."""
+    """Train a policy on replayed texts, over their trees."""
     width = rollouts.table.features.shape[1]
-    use = {"grid": GRID, "persistence": variant.in_use}
+    use = {"grid": rollouts.table.grid, "persistence": variant.in_use}
     config = ReSpSConfig.paper(width, **use) if variant.is_paper else ReSpSConfig(width, **use)
     policy = ReSpSPolicy(config, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
