@@ -31,9 +31,19 @@ def code_sha256(package: Path) -> str:
     """Hash the Python of a package as its syntax trees, so that comments and docstrings may change, and its C++."""
     files = hashlib.sha256()
     for file in sorted([*package.rglob("*.py"), *package.rglob("*.cpp")]):
-        does = file.read_text(encoding="utf-8") if file.suffix == ".cpp" else ast.dump(_undocumented(file))
+        does = file.read_text(encoding="utf-8") if file.suffix == ".cpp" else _syntax(_undocumented(file))
         files.update(f"{file.relative_to(package)}\n{does}\n".encode())
     return files.hexdigest()
+
+
+def _syntax(node: Any) -> str:
+    """A syntax tree in words, the same under every Python: what a release adds is empty in code for an older one."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_syntax, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    told = (f"{name}={_syntax(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+    return f"{type(node).__name__}({', '.join(told)})"
 
 
 def _undocumented(file: Path) -> ast.Module:

@@ -1,0 +1,56 @@
+"""Results files of made-up experiments."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.evidence.experiments import EXPERIMENTS, Experiment
+from training.evidence.sealed import seal
+
+
+CODE = "c0de" * 16
+ZEN = "AMD EPYC, AVX512"
+
+
+def experiment(name: str) -> Experiment:
+    return next(one for one in EXPERIMENTS if one.name == name)
+
+
+def rows_of(
+    arms: Sequence[str],
+    seconds: dict[str, float],
+    prompts: int = 4,
+    number: int = 0,
+    steps: dict[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Ten tokens of every arm and prompt; an arm takes `seconds`, or one."""
+    return [
+        {"arm": arm, "prompt": f"a/{prompt}", "turn": 1, "tokens": 10, "forwards": 5, "first": 0.1, "same": True,
+         "seconds": seconds.get(arm, 1.0) * (1 + 0.01 * prompt + 0.001 * number), "steps": steps or {"4/1": 5}}
+        for prompt in range(prompts) for arm in arms
+    ]  # fmt: skip
+
+
+def write(folder: Path, name: str, number: int = 0, seconds: dict[str, float] | None = None, **changes: Any) -> Path:
+    """A whole file of an experiment of the protocol, with some fields changed."""
+    one, file = experiment(name), folder / f"{name}-{number}.json"
+    results = {
+        "experiment": name,
+        "process": number,
+        "code": {"code_sha256": CODE, "commit": "1234", "dirty": False},
+        "weights": {"target": ["aa", "bb"]},
+        "machine": {"device": ZEN},
+        "settings": {"prompts": {"a/0": "ff"}},
+        "arms": list(one.arms),
+        "left_out": {},
+        "quiet": {"reasons": []},
+        "rows": rows_of(one.arms, seconds or {}, number=number),
+    }
+    seal(file, results | changes)
+    return file
+
+
+def write_all(folder: Path, name: str, seconds: dict[str, float] | None = None, **changes: Any) -> None:
+    """Files of all its processes."""
+    for number in range(experiment(name).processes):
+        write(folder, name, number, seconds, **changes)

@@ -1,0 +1,136 @@
+"""What is measured: the experiments of `training/PROTOCOL.md` with their arms, and what each takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+STOCK, PLAIN, STOCK_LOOKUP = "stock", "plain", "stock's prompt lookup"
+FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
+PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
+OPENVINO = ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
+VLLM = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
+LLAMA_CPP = "llama.cpp, its own arithmetic"
+RANDOM_HEAD, USELESS_MEMORY, EXACT = "`auto`, random head", "`auto`, useless memory", "`auto`, exact"
+EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
+    "plain, exact",
+    "`auto` with a memory, exact",
+    "`auto` with a block head, exact",
+)
+
+POLICIES = (PLAIN, FIXED, AUTO, FITTED, PUBLISHED, REPAIRED)
+ENGINES = (STOCK, PLAIN, STOCK_LOOKUP, AUTO, *OPENVINO, *VLLM, LLAMA_CPP)
+BUDGETS = (4, 8, 16, 32, 64)
+TREES = (PLAIN, *(f"{kind} of {nodes}" for nodes in BUDGETS for kind in ("chain", "tree")))
+QUESTIONS = {
+    1: "Is it the same text?",
+    2: "Does a policy beat fixed trees?",
+    3: "Is it faster?",
+    4: "Do trees over block heads gain more?",
+    5: "Is it never slower?",
+}
+
+TIMED, TEXTS, SAMPLES, ANSWERS = "timed", "texts", "samples", "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One row of a table.
+
+    Attributes:
+        name: of its results files.
+        question: of `QUESTIONS`.
+        title: in the table.
+        target: "smollm2", "qwen", or "random" for random weights that read 32k tokens.
+        arms: the first is the one that the others are compared with.
+        kind: `TIMED`; `TEXTS` compares texts, `SAMPLES` sampled ones, `ANSWERS` those of GSM8K; these are not timed.
+        drafts: who drafts for our arms.
+        context: tokens of random prompts; 0 for the prompts of the protocol.
+        each: prompts of each category.
+        tokens: new ones of an answer, at most.
+        neighbour: whether another process disturbs it.
+    """
+
+    name: str
+    question: int
+    title: str
+    target: str
+    arms: Sequence[str]
+    kind: str = TIMED
+    drafts: str = "head and lookup"
+    temperature: float = 0.0
+    batch: int = 1
+    context: int = 0
+    each: int = 10
+    tokens: int = 96
+    processes: int = 3
+    neighbour: bool = False
+
+    @property
+    def is_timed(self) -> bool:
+        return self.kind == TIMED
+
+    def quick(self) -> "Experiment":
+        """As `make evidence-quick` runs it: it proves nothing."""
+        return replace(self, each=1, tokens=min(self.tokens, 32), processes=1, context=min(self.context, 1024))
+
+
+def _policies() -> list[Experiment]:
+    found = []
+    for target, called in (("smollm2", "SmolLM2"), ("qwen", "Qwen")):
+        for heat in (0.0, 1.0):
+            name, title = f"policy-{target}-t{heat:g}", f"{called}, temperature {heat:g}"
+            found.append(Experiment(name, 2, title, target, POLICIES, temperature=heat))
+    short = {"head": "head alone", "memory": "head and memory", "block": "block head"}
+    found += [
+        Experiment(f"policy-smollm2-{name}", 2, f"SmolLM2, {drafts}", "smollm2", POLICIES, drafts=drafts)
+        for name, drafts in short.items()
+    ]
+    batch = (PLAIN, FIXED, AUTO, FITTED)
+    return [*found, Experiment("policy-smollm2-batch4", 2, "SmolLM2, batch 4", "smollm2", batch, batch=4)]
+
+
+def _never_slower() -> list[Experiment]:
+    lengths = [
+        Experiment(
+            f"length-{context}", 5, f"random weights, {context:,} tokens", "random", (PLAIN, RANDOM_HEAD),
+            context=context, tokens=128, each=1,
+        )
+        for context in (1024, 4096, 16384, 32000)
+    ]  # fmt: skip
+    hard = (PLAIN, RANDOM_HEAD, USELESS_MEMORY)
+    return [
+        Experiment("hard-drafters", 5, "SmolLM2, drafters that are no use", "smollm2", hard),
+        Experiment("other-domain", 5, "SmolLM2, languages that its head never read", "smollm2", (PLAIN, AUTO)),
+        Experiment("neighbour", 5, "SmolLM2, a noisy neighbour", "smollm2", (PLAIN, AUTO), neighbour=True),
+        *lengths,
+    ]
+
+
+EXPERIMENTS = (
+    Experiment(
+        "exact-smollm2", 1, "exact mode, SmolLM2", "smollm2", (EXACT_PLAIN, EXACT, EXACT_MEMORY, EXACT_BLOCK), TEXTS,
+        each=1000, tokens=256, processes=1,
+    ),
+    Experiment(
+        "exact-qwen", 1, "exact mode, Qwen", "qwen", (EXACT_PLAIN, EXACT), TEXTS, each=200, tokens=256, processes=1,
+    ),
+    Experiment(
+        "normal-smollm2", 1, "normal mode, SmolLM2", "smollm2", (STOCK, STOCK_LOOKUP, AUTO), TEXTS, processes=1,
+    ),
+    Experiment(
+        "samples-smollm2", 1, "temperature 1, SmolLM2", "smollm2", (STOCK, "stock, other seeds", AUTO), SAMPLES,
+        temperature=1.0, each=1, tokens=8, processes=1,
+    ),
+    Experiment("gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, tokens=320, processes=1),
+    *_policies(),
+    Experiment("engines-smollm2", 3, "SmolLM2", "smollm2", ENGINES),
+    Experiment("engines-qwen", 3, "Qwen", "qwen", ENGINES),
+    Experiment("budgets-smollm2", 4, "SmolLM2", "smollm2", TREES, drafts="block head"),
+    *_never_slower(),
+)  # fmt: skip
+QUICK = ("normal-smollm2", "policy-smollm2-t0", "engines-smollm2", "hard-drafters", "length-1024")
+
+
+def experiments(*, quick: bool) -> list[Experiment]:
+    """All of the protocol, or a few small ones."""
+    return [one.quick() for one in EXPERIMENTS if one.name in QUICK] if quick else list(EXPERIMENTS)
