@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 STOCK, PLAIN, STOCK_LOOKUP = "stock", "plain", "stock's prompt lookup"
 FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
 PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
+ORACLE = "oracle"
 OPENVINO = ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
 VLLM = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
 LLAMA_CPP = "llama.cpp, its own arithmetic"
@@ -29,7 +30,17 @@ QUESTIONS = {
     5: "Is it never slower?",
 }
 
-TIMED, TEXTS, SAMPLES, ANSWERS = "timed", "texts", "samples", "answers"
+# Tokens a second of SmolLM2 on two quiet Zen 4 cores, to tell beforehand how long a run takes; Qwen takes 2.5 times as
+# long. Re-SpS as published verifies 32 nodes or more.
+_RATES = {STOCK: 20.0, STOCK_LOOKUP: 29.0, PLAIN: 80.0, AUTO: 130.0, FIXED: 110.0, PUBLISHED: 60.0, OPENVINO[0]: 50.0}
+_RATE, _SLOWER = 65.0, {"smollm2": 1.0, "qwen": 2.5, "random": 1.0}
+_TURNS = 1.13  # of a prompt
+_READ = 150.0  # tokens of a long prompt that are read in a second
+_OF_A_BATCH = 0.4  # times as long as alone, a row of eight
+_START = 45.0  # seconds of a process: to load, compile or load compiled code, and warm up
+
+TIMED, TEXTS, SAMPLES, ANSWERS, REPLAY = "timed", "texts", "samples", "answers", "replay"
+COSTS = ("Zen 4", "H100", "A100")  # planted
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,9 @@ class Experiment:
         title: in the table.
         target: "smollm2", "qwen", or "random" for random weights that read 32k tokens.
         arms: the first is the one that the others are compared with.
-        kind: `TIMED`; `TEXTS` compares texts, `SAMPLES` sampled ones, `ANSWERS` those of GSM8K; these are not timed.
+        kind: `TIMED`; `TEXTS` compares texts, `SAMPLES` sampled ones, `ANSWERS` those of GSM8K, `REPLAY` decides again
+            under planted costs; these are not timed.
+        costs: of `COSTS`, for `REPLAY`.
         drafts: who drafts for our arms.
         context: tokens of random prompts; 0 for the prompts of the protocol.
         each: prompts of each category.
@@ -64,10 +77,19 @@ class Experiment:
     tokens: int = 96
     processes: int = 3
     neighbour: bool = False
+    costs: str = ""
 
     @property
     def is_timed(self) -> bool:
         return self.kind == TIMED
+
+    def minutes(self, prompts: int) -> float:
+        """Estimate what one of its processes takes on two quiet cores."""
+        if self.kind == SAMPLES:
+            return 3 * 200 * prompts * self.tokens / 20.0 / 60
+        seconds = sum(self.tokens / _RATES.get(arm, _RATE) + self.context / _READ for arm in self.arms)
+        seconds *= _SLOWER[self.target] * (_OF_A_BATCH if self.batch > 1 else _TURNS)
+        return (_START + prompts * seconds) / 60
 
     def quick(self) -> "Experiment":
         """As `make evidence-quick` runs it: it proves nothing."""
@@ -86,7 +108,14 @@ def _policies() -> list[Experiment]:
         for name, drafts in short.items()
     ]
     batch = (PLAIN, FIXED, AUTO, FITTED)
-    return [*found, Experiment("policy-smollm2-batch4", 2, "SmolLM2, batch 4", "smollm2", batch, batch=4)]
+    found.append(Experiment("policy-smollm2-batch4", 2, "SmolLM2, batch 4", "smollm2", batch, batch=4))
+    return found + [
+        Experiment(
+            f"planted-smollm2-{costs.lower().replace(' ', '')}", 2, f"SmolLM2, planted costs: {costs}", "smollm2",
+            (*POLICIES, ORACLE), REPLAY, costs=costs, processes=1,
+        )
+        for costs in COSTS
+    ]  # fmt: skip
 
 
 def _never_slower() -> list[Experiment]:
@@ -109,10 +138,11 @@ def _never_slower() -> list[Experiment]:
 EXPERIMENTS = (
     Experiment(
         "exact-smollm2", 1, "exact mode, SmolLM2", "smollm2", (EXACT_PLAIN, EXACT, EXACT_MEMORY, EXACT_BLOCK), TEXTS,
-        each=1000, tokens=256, processes=1,
+        batch=8, each=1000, tokens=256, processes=1,
     ),
     Experiment(
-        "exact-qwen", 1, "exact mode, Qwen", "qwen", (EXACT_PLAIN, EXACT), TEXTS, each=200, tokens=256, processes=1,
+        "exact-qwen", 1, "exact mode, Qwen", "qwen", (EXACT_PLAIN, EXACT), TEXTS, batch=8, each=200, tokens=256,
+        processes=1,
     ),
     Experiment(
         "normal-smollm2", 1, "normal mode, SmolLM2", "smollm2", (STOCK, STOCK_LOOKUP, AUTO), TEXTS, processes=1,
@@ -121,7 +151,9 @@ EXPERIMENTS = (
         "samples-smollm2", 1, "temperature 1, SmolLM2", "smollm2", (STOCK, "stock, other seeds", AUTO), SAMPLES,
         temperature=1.0, each=1, tokens=8, processes=1,
     ),
-    Experiment("gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, tokens=320, processes=1),
+    Experiment(
+        "gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, each=200, tokens=320, processes=1,
+    ),
     *_policies(),
     Experiment("engines-smollm2", 3, "SmolLM2", "smollm2", ENGINES),
     Experiment("engines-qwen", 3, "Qwen", "qwen", ENGINES),

@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from string import ascii_uppercase
 
 from . import experiments as named
 from .experiments import QUESTIONS, Experiment, experiments
@@ -34,6 +35,7 @@ class Found:
         reason: why; else `None`.
         left_out: arms that were not measured, with reasons.
         processor: its name.
+        mark: after titles, where there are several processors.
     """
 
     experiment: Experiment
@@ -41,6 +43,11 @@ class Found:
     reason: str | None
     left_out: dict[str, str]
     processor: str
+    mark: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.experiment.title + self.mark
 
     @classmethod
     def read(cls, experiment: Experiment, folder: Path, code: str, page: Path, *, quick: bool) -> "Found":
@@ -87,11 +94,12 @@ def _rate(rows: Iterable[Row], arm: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What stands below one question: columns, rows of cells, and bars of the picture."""
+    """What stands below one question: columns, rows of cells, bars of the picture, and a sentence below the table."""
 
     columns: Sequence[str]
     rows: list[list[str]]
     bars: list[tuple[str, Speed]]
+    note: str = ""
 
 
 def same_text(found: Sequence[Found]) -> Answer:
@@ -112,8 +120,8 @@ def same_text(found: Sequence[Found]) -> Answer:
                     place = f"token {median(row['position'] for row in parted):.0f}" if parted else ""
                     gap = f"{max(row['gap'] for row in parted):.2f}" if parted else ""
                     share = f"{low:.1%} to {high:.1%}"
-                    rows.append([one.experiment.title, arm, str(len(own)), str(good), share, place, gap])
-                    bars.append((f"{one.experiment.title}, {arm}", Speed(good / len(own), low, high, low, high)))
+                    rows.append([one.title, arm, str(len(own)), str(good), share, place, gap])
+                    bars.append((f"{one.title}, {arm}", Speed(good / len(own), low, high, low, high)))
     return Answer(columns, rows, bars)
 
 
@@ -129,12 +137,19 @@ def _sampled(one: Found) -> Iterable[list[str]]:
             distances.append(distance)
             chances.append(chance)
         told = f"variation {median(distances):.3f}, least p {min(chances):.2f} of {len(chances)}"
-        yield [one.experiment.title, arm, str(len(one.of(arm))), told, "", "", ""]
+        yield [one.title, arm, str(len(one.of(arm))), told, "", "", ""]
 
 
 def policies(found: Sequence[Found]) -> Answer:
     """Every policy over the best fixed tree."""
-    columns = ["setting", "prompts", f"{named.FIXED} over plain", *LEARNED, "processes, `auto`"]
+    columns = [
+        "setting",
+        "prompts",
+        f"{named.FIXED} over plain",
+        *LEARNED,
+        "processes, `auto`",
+        "oracle, `auto`'s share",
+    ]
     rows, bars = [], []
     for one in found:
         if not one.rows:
@@ -142,12 +157,20 @@ def policies(found: Sequence[Found]) -> Answer:
             continue
         fixed = one.over(named.FIXED, named.PLAIN)
         learned = {arm: one.over(arm, named.FIXED) for arm in LEARNED}
-        auto = learned[named.AUTO]
-        apart = "" if auto is None else f"{auto.lowest:.2f} to {auto.highest:.2f}"
-        cells = [_speed(value) for value in learned.values()]
-        rows.append([one.experiment.title, str(one.prompts), _speed(fixed), *cells, apart])
-        bars += [(f"{one.experiment.title}, {arm}", value) for arm, value in learned.items() if value]
+        auto, oracle = learned[named.AUTO], one.over(named.ORACLE, named.FIXED)
+        apart = "" if auto is None or len(one.rows) == 1 else f"{auto.lowest:.2f} to {auto.highest:.2f}"
+        cells = [*map(_speed, learned.values()), apart, _gap(auto, oracle)]
+        rows.append([one.title, str(one.prompts), _speed(fixed), *cells])
+        bars += [(f"{one.title}, {arm}", value) for arm, value in learned.items() if value]
     return Answer(columns, rows, bars)
+
+
+def _gap(policy: Speed | None, oracle: Speed | None) -> str:
+    """The oracle over the best fixed tree, and how much of that gap a policy takes."""
+    if policy is None or oracle is None:
+        return ""
+    share = f", {(policy.ratio - 1) / (oracle.ratio - 1):.0%}" if oracle.ratio > 1.03 else ""
+    return f"{oracle.ratio:.2f}{share}"
 
 
 def engines(found: Sequence[Found]) -> Answer:
@@ -173,7 +196,7 @@ def engines(found: Sequence[Found]) -> Answer:
             mean = tau(one.rows, arm)
             first = 1e3 * median(row["first"] for row in one.of(arm))
             cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}", _positions(one.of(arm))]
-            title = f"{one.experiment.title}, {arm}"
+            title = f"{one.title}, {arm}"
             rows.append([title, _speed(stock), _speed(plain), *cells])
             bars.append((title, stock))
     return Answer(columns, rows, bars)
@@ -183,6 +206,7 @@ def budgets(found: Sequence[Found]) -> Answer:
     """Chains and trees of one block head by their nodes, measured and priced for GPUs."""
     columns = ["nodes", "chain", "tree", "tau, chain", "tau, tree"]
     columns += [f"planted {gpu.name}: {kind}" for gpu in GPUS for kind in ("chain", "tree")]
+    pays: dict[str, int] = dict.fromkeys(("here", *(f"at planted costs of an {gpu.name}" for gpu in GPUS)), 0)
     rows, bars = [], []
     for one in found:
         if not one.rows:
@@ -190,15 +214,19 @@ def budgets(found: Sequence[Found]) -> Answer:
             continue
         for nodes in named.BUDGETS:
             arms = [f"{kind} of {nodes}" for kind in ("chain", "tree")]
-            speeds = [one.over(arm, named.PLAIN) for arm in arms]
-            taus = [
-                "" if value is None else f"{tau(one.rows, arm):.2f}" for arm, value in zip(arms, speeds, strict=True)
-            ]
-            planted = ["" if value is None else f"{gpu.block_speed(*_counted(one.of(arm))):.2f}"
-                       for gpu in GPUS for arm, value in zip(arms, speeds, strict=True)]  # fmt: skip
-            rows.append([str(nodes), *map(_speed, speeds), *taus, *planted])
-            bars += [(arm, value) for arm, value in zip(arms, speeds, strict=True) if value]
-    return Answer(columns, rows, bars)
+            pairs = [(arm, one.over(arm, named.PLAIN)) for arm in arms]
+            taus = ["" if value is None else f"{tau(one.rows, arm):.2f}" for arm, value in pairs]
+            planted = [None if value is None else gpu.block_speed(*_counted(one.of(arm)))
+                       for gpu in GPUS for arm, value in pairs]  # fmt: skip
+            measured = [None if value is None else value.ratio for _, value in pairs]
+            for where, ratio in zip(pays, [measured[1], *planted[1::2]], strict=True):
+                pays[where] = nodes if ratio is not None and ratio > 1 else pays[where]
+            priced = ["" if ratio is None else f"{ratio:.2f}" for ratio in planted]
+            rows.append([str(nodes), *(_speed(value) for _, value in pairs), *taus, *priced])
+            bars += [(arm, value) for arm, value in pairs if value]
+    told = ", ".join(f"{where} to {nodes}" if nodes else f"{where} never" for where, nodes in pays.items())
+    note = f"Break-even, in nodes: trees are faster than plain decoding {told}."
+    return Answer(columns, rows, bars, note if bars else "")
 
 
 def never_slower(found: Sequence[Found]) -> Answer:
@@ -214,8 +242,8 @@ def never_slower(found: Sequence[Found]) -> Answer:
             if value is not None:
                 verdict = "yes" if value.ratio >= LEAST else "**no**"
                 apart = f"{value.lowest:.2f} to {value.highest:.2f}"
-                rows.append([one.experiment.title, arm, _speed(value), apart, verdict])
-                bars.append((f"{one.experiment.title}, {arm}", value))
+                rows.append([one.title, arm, _speed(value), apart, verdict])
+                bars.append((f"{one.title}, {arm}", value))
     return Answer(columns, rows, bars)
 
 
@@ -238,22 +266,28 @@ def write_page(page: Path, measured: Path, code: str, *, quick: bool) -> None:
         UnfitResultsError: a file is of other code, was edited, lacks an arm, or is of another processor than its row.
     """
     folders = sorted({file.parent for file in measured.rglob("*.json")}) or [measured]
-    found = [
-        Found.read(one, folder, code, page, quick=quick) for folder in folders for one in experiments(quick=quick)
-    ]
+    found: list[Found] = []
+    for place, folder in enumerate(folders):
+        own = [Found.read(one, folder, code, page, quick=quick) for one in experiments(quick=quick)]
+        mark = f", {ascii_uppercase[place]}" if len(folders) > 1 else ""
+        found += [replace(one, mark=mark) for one in own if one.rows or not place]  # empty cells once
     lines = [*_head(found, code, quick=quick)]
     for number, question in QUESTIONS.items():
         own = [one for one in found if one.experiment.question == number]
         answer = MAKERS[number](own)
         picture = page.with_name(f"question-{number}.svg")
-        lines += ["", f"## {number}. {question}", "", SAYS[number], ""]
+        lines += ["", f"## {number}. {question}", "", SAYS[number]]
         if answer.bars:
             picture.write_text(draw(answer.bars, question), encoding="utf-8")
-            lines += [f"![{question}]({picture.name})", ""]
-        lines += _table(answer)
-        left_out = {reason: arm for one in own for arm, reason in one.left_out.items()}
+            lines.append(f"![{question}]({picture.name})")
+        lines += ["", *_table(answer)]
+        lines += ["", answer.note] if answer.note else []
+        left_out: dict[str, dict[str, None]] = {}
+        for arm, reason in (pair for one in own for pair in one.left_out.items()):
+            left_out.setdefault(reason, {})[arm] = None
         if left_out:
-            lines += ["", "Not measured: " + "; ".join(f"{arm}: {reason}" for reason, arm in left_out.items()) + "."]
+            told = (f"{', '.join(arms)}: {reason}" for reason, arms in left_out.items())
+            lines += ["", f"Not measured: {'; '.join(told)}."]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -265,32 +299,32 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
     if quick:
         yield "**This proves nothing**: five prompts in one process, on a machine that may be busy."
         yield ""
-    yield verdict([one for one in found if one.experiment.question == 2])
+    yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
     yield ""
-    yield "[The protocol](../training/PROTOCOL.md) was written before the runs: arms, prompts, what counts as quiet,"
-    yield "statistic. Speeds are total tokens over total seconds, with a paired 95% interval over requests and"
+    yield "[The protocol](../training/PROTOCOL.md), with arms, prompts, what counts as quiet and the statistic, was made"
+    yield "before the runs. Speeds are total tokens over total seconds, with a paired 95% interval over requests and"
     yield "processes. An empty cell names its reason. `make evidence` measures all of it on your machine."
-    for processor in dict.fromkeys(one.processor for one in found if one.rows):
-        yield f"Measured on {processor}, two models in bfloat16."
+    for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
+        yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."
     if any(0 < one.prompts < FEW_PROMPTS for one in found):
         yield f"Intervals over fewer than {FEW_PROMPTS} prompts are too narrow."
 
 
 def verdict(found: Sequence[Found]) -> str:
     """Say whether a learned policy gains over the best fixed tree, and what to do if none does."""
-    gains = {(one.experiment.title, arm): value for one in found for arm in LEARNED
+    gains = {(one.title, arm): value for one in found for arm in LEARNED
              if (value := one.over(arm, named.FIXED)) is not None}  # fmt: skip
     if not gains:
         return "Whether a policy gains over the best fixed tree was not measured."
-    clear = [f"{arm} {value} ({title})" for (title, arm), value in gains.items() if value.low > 1]
+    settings = Counter(arm for _, arm in gains)
+    clear = Counter(arm for (_, arm), value in gains.items() if value.low > 1)
+    told = ", ".join(f"{arm} in {clear[arm]} of {count} settings" for arm, count in settings.items())
     if not clear:
-        return (
-            "No learned policy gains over the best fixed tree here. Find that tree with `resps bench --shapes`, and "
-            "pass it as `policy`; `auto` needs no search."
-        )
-    return (
-        f"Over the best fixed tree these gain: {'; '.join(clear)}. The other {len(gains) - len(clear)} cells do not."
-    )
+        advice = "find that tree with `resps bench --shapes`, and pass it as `policy`; `auto` needs no search"
+        return f"**No learned policy gains over the best fixed tree here**: {advice}."
+    if not clear.keys() - {named.AUTO}:
+        return f'**No trained policy gains over the best fixed tree here; pass `policy="auto"`**, which gains: {told}.'
+    return f"Gains over the best fixed tree: {told}."
 
 
 def _speed(value: Speed | None) -> str:
@@ -298,7 +332,7 @@ def _speed(value: Speed | None) -> str:
 
 
 def _empty(one: Found, columns: Sequence[str]) -> list[str]:
-    return [one.experiment.title, *[""] * (len(columns) - 2), str(one.reason)]
+    return [one.title, *[""] * (len(columns) - 2), str(one.reason)]
 
 
 def _positions(rows: Sequence[Row]) -> str:
@@ -322,7 +356,8 @@ def _counted(rows: Sequence[Row]) -> tuple[int, dict[str, int]]:
 
 
 def _table(answer: Answer) -> list[str]:
-    cells = [list(answer.columns), ["---", *["---:"] * (len(answer.columns) - 1)], *answer.rows]
+    words = 1 + (answer.columns[1] == "arm")
+    cells = [list(answer.columns), ["---"] * words + ["---:"] * (len(answer.columns) - words), *answer.rows]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 

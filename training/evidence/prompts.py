@@ -16,6 +16,7 @@ CATEGORIES = (  # of SPEED-Bench (arXiv 2604.09557), section "qualitative"
 )  # fmt: skip
 EAGLE_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "cnn_dm")
 SPEED_BENCH = "speed-bench"  # the word that asks for it by its id
+_PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # for texts that its licence keeps out
 _SPEED_BENCH_ID, _SPEED_BENCH_CONFIG = "nvidia/SPEED-Bench", "qualitative"
 
 
@@ -28,7 +29,7 @@ def read_prompts(source: str | None, each: int) -> list[Dialogue]:
         each: of a category, at most.
 
     Raises:
-        ValueError: there is nothing of that name, or a row has no user turn.
+        ValueError: there is nothing of that name, or a row has no user turn, or a placeholder for one.
     """
     path = OURS if source is None else Path(source)
     if path.is_dir() and all((path / f"{name}.jsonl").is_file() for name in EAGLE_SETS):
@@ -85,4 +86,10 @@ def _dataset(name: str) -> Iterable[dict[str, Any]]:
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
     told = row["messages"] if "messages" in row else row.get("turns", [])
-    return [{"role": "user", "content": one} if isinstance(one, str) else one for one in told]
+    messages = [{"role": "user", "content": one} if isinstance(one, str) else one for one in told]
+    if any(_PLACEHOLDER in message["content"] for message in messages):
+        raise ValueError(
+            "SPEED-Bench's rows hold placeholders in place of texts. Prepare it with its own script, and pass the "
+            "folder of the .jsonl files that this writes."
+        )
+    return messages

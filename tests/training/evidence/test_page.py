@@ -63,16 +63,42 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
 def test_the_first_line_says_whether_a_learned_policy_gains(tmp_path: Path) -> None:
     folder = tmp_path / "measured" / "zen"
     write_all(folder, MAIN, {named.FIXED: 0.5})
-    assert "No learned policy gains over the best fixed tree here." in page_of(tmp_path)
+    assert "**No learned policy gains over the best fixed tree here**: find that tree" in page_of(tmp_path)
     write_all(folder, MAIN, {named.FIXED: 0.5, named.AUTO: 0.4})
-    assert f"Over the best fixed tree these gain: {named.AUTO} 1.25" in page_of(tmp_path)
+    page = page_of(tmp_path)
+    assert "**No trained policy gains" in page and f"{named.AUTO} in 1 of 1 settings" in page
+    write_all(folder, MAIN, {named.FIXED: 0.5, named.REPAIRED: 0.4})
+    assert f"{named.AUTO} in 0 of 1 settings" in page_of(tmp_path)
+
+
+def test_trees_break_even_where_their_steps_still_pay(tmp_path: Path) -> None:
+    write_all(
+        tmp_path / "measured" / "zen", "budgets-smollm2", {"tree of 4": 0.5, "tree of 8": 0.8, "tree of 16": 1.2}
+    )
+    page = page_of(tmp_path)
+    assert "trees are faster than plain decoding here to 8, at planted costs of an H100 to 64" in page
+
+
+def test_rows_of_two_processors_stand_apart_and_say_which(tmp_path: Path) -> None:
+    write_all(tmp_path / "measured" / "one", MAIN)
+    write_all(tmp_path / "measured" / "two", MAIN, machine={"device": "Intel Xeon, AMX"})
+    page = page_of(tmp_path)
+    assert row_of(page, f"{experiment(MAIN).title}, A")[1] == row_of(page, f"{experiment(MAIN).title}, B")[1] == "4"
+    assert f"Measured on {ZEN}, in bfloat16: A." in page and "Measured on Intel Xeon, AMX, in bfloat16: B." in page
+
+
+def test_arms_of_one_reason_are_named_together(tmp_path: Path) -> None:
+    arms = experiment(MAIN).arms
+    left_out = dict.fromkeys(arms[-2:], "none was trained")
+    write_all(tmp_path / "measured" / "zen", MAIN, rows=rows_of(arms[:-2], {}), left_out=left_out)
+    assert f"Not measured: {', '.join(left_out)}: none was trained." in page_of(tmp_path)
 
 
 def test_a_run_that_was_not_quiet_gives_no_figure_but_its_reason(tmp_path: Path) -> None:
     folder = tmp_path / "measured" / "zen"
     write_all(folder, MAIN)
     write(folder, MAIN, 1, quiet={"reasons": ["the probes differ by 20%"]})
-    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 6 + ["not quiet: the probes differ by 20%"]
+    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 7 + ["not quiet: the probes differ by 20%"]
     write(folder, MAIN, 1, {named.PLAIN: 1.3})
     assert row_of(page_of(tmp_path), experiment(MAIN).title)[-1] == "not quiet: its processes lie 30% apart"
 

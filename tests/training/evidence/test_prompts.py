@@ -51,6 +51,13 @@ def test_eagles_sets_and_speed_benchs_files_are_read_from_folders(tmp_path: Path
     assert found[0].fingerprint == prompt_fingerprint("a")
 
 
+def test_placeholders_of_speed_bench_are_refused(tmp_path: Path) -> None:
+    text = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+    (tmp_path / "qualitative.jsonl").write_text(json.dumps({"category": "qa", "turns": [text]}))
+    with pytest.raises(ValueError, match="placeholders in place of texts"):
+        read_prompts(str(tmp_path), 1)
+
+
 def test_a_name_that_is_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no file or folder nowhere"):
         read_prompts("nowhere", 1)
