@@ -5,7 +5,7 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers_resps
 from transformers_resps.hub.download import folder_of
@@ -49,9 +49,9 @@ def _syntax(node: Any) -> str:
 def _undocumented(file: Path) -> ast.Module:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
+        has_body = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_body and ast.get_docstring(cast(ast.Module, node), clean=False) is not None:
+            del cast(ast.Module, node).body[0]
     return tree
 
 

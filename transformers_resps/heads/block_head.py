@@ -535,8 +535,8 @@ class BlockHead(HeadModel):
         yield from (replace(first, rope_theta=other) for other in sorted(others))
         yield from (replace(first, embedding_scale=other) for other in {1.0, config.hidden_size**0.5} - {scale})
 
-    def read_as(self, reading: BlockReading, target: PreTrainedModel, whole: "BlockHead") -> "BlockHead":
-        """As `TrainableSource.read_as`."""
+    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "BlockHead") -> "BlockHead":
+        assert isinstance(reading, BlockReading)
         config = BlockHeadConfig.from_dict(self.config.to_dict())
         config.feature_layers, config.causal = list(reading.feature_layers), list(reading.causal)
         config.shifted, config.embedding_scale = reading.shifted, reading.embedding_scale

@@ -1,7 +1,7 @@
 """A fresh head for a target: its draft vocabulary, its config, and the weights that it begins with."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def fresh_head(
 
 def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
     """The config of a head for `target`, with the user's `fields`; a `ValueError` where no head can have it."""
-    where, of = f"{kind.__name__}.from_target", kind.config_class
+    where, of = f"{kind.__name__}.from_target", cast(Any, kind.config_class)
     if target.config.is_encoder_decoder:
         raise ValueError(
             f"{where} got a {type(target).__name__}, which is an encoder-decoder, but a head needs a decoder-only "

@@ -153,7 +153,7 @@ class HeadReading(Reading):
         }
 
 
-class HeadModel(TrainableSource, PreTrainedModel):
+class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each kind saves in its own way
     """A head of any kind: no whole model, with angles of RoPE at its positions.
 
     Attributes:
@@ -188,12 +188,12 @@ class HeadModel(TrainableSource, PreTrainedModel):
 
     @property
     def vocab_size(self) -> int:
-        return self.config.vocab_size
+        return cast(int, self.config.vocab_size)
 
     @property
     def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
         self.config.target = self.config.target or {}
-        return self.config.target
+        return cast(dict[str, Any], self.config.target)
 
     @property
     def output_heads(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..drafting import TrainableModel, TrainableSource
 from ..heads import BlockHead
-from ..heads.block_head import BoundBlockHead, CandidateSelector
+from ..heads.block_head import BoundBlockHead, CandidateSelector, MarkovHead
 from .blocks import contexts_of, draw_anchors, run_blocks, selection_loss, shared_probability
 from .features import FrozenTarget, TargetFeatures
 from .head_config import DraftHeadTrainingConfig
@@ -125,7 +125,7 @@ class BlockObjective(Objective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `soft_cross_entropy`, of outputs `[n, h]` after tokens `[n]`; with what else the head has to learn."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
-        added = None if context is None or isinstance(correction, CandidateSelector) else (context, correction.table)
+        added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         total, losses, hits = soft_cross_entropy(
             normed[None],
             weight,
