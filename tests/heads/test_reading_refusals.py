@@ -71,7 +71,7 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head.*or train one with `DraftHeadTrainer`"),
     ("ViSpec", FLAT, vispec, "is a ViSpec head: its adaptor.*or train one with `DraftHeadTrainer`"),
     ("MLA", {}, mla, "MLA attention"),
-    ("P-EAGLE tensor", {}, changed(mask_hidden=torch.zeros(1, H)), "P-EAGLE"),
+    ("P-EAGLE without its token", {}, changed(mask_hidden=torch.zeros(1, 3 * H)), "P-EAGLE.*no `mask_token_id`"),
     ("P-EAGLE config", {"parallel_drafting": True}, GOOD, "P-EAGLE"),
     ("P-EAGLE architecture", {"architectures": ["PEagleDraftModel"]}, GOOD, "P-EAGLE"),
     ("ModelOpt parallel", {"eagle_config": {"parallel_draft_step": 4}}, GOOD, "P-EAGLE"),

@@ -54,6 +54,21 @@ def test_the_invariant_text_is_the_same_with_and_without_it(target: PreTrainedMo
     assert written(half, CALLS[call], invariant=True, assistant_model=head.to(torch.bfloat16), policy=policy) == plain
 
 
+def test_a_block_longer_than_the_room_left_is_cut(target: PreTrainedModel) -> None:
+    """A step writes a token more than it accepts, so that the last of them are not drafted."""
+    ids, left = torch.tensor([[1, 17, 23, 5, 42, 17, 23]]), 6
+    options: dict[str, Any] = {"assistant_model": block_head(target), "policy": FixedPolicy(TreeShape(5, 4, 1))}
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": False, "return_dict_in_generate": True}
+    out = target.generate(ids, **call, **options, max_new_tokens=left, min_new_tokens=left)
+    drafted = []
+    for step in out.speculation.steps:
+        if step is not out.speculation.steps[0]:
+            assert step.drafted == step.verified - 1 == min(4, left - 1)
+            drafted.append(step.drafted)
+        left -= step.emitted_total
+    assert left == 0 and min(drafted) < 4
+
+
 @pytest.mark.parametrize("window", [5, 256])
 @torch.no_grad()
 def test_its_best_path_is_the_chain_of_transformers(target: PreTrainedModel, window: int) -> None:

@@ -49,8 +49,8 @@ MIXTURES = [
     Mixture(target, tuple(sources.split("+")))
     for target, mixtures in {
         "foretold": "head mtp head+mtp+small",
-        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small block block+head+small",
-        "Qwen3.5": "head mtp small mtp+small block block+mtp",
+        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small block block+head+small parallel parallel+block",
+        "Qwen3.5": "head mtp small mtp+small block block+mtp parallel",
         "Qwen3-Next": "mtp 3mtp+head",
         "GLM-4.6": "3mtp small mtp+head",
         "DeepSeek-V3": "mtp small 3mtp+small",
@@ -103,6 +103,8 @@ def source_of(name: str, target_name: str) -> Any:
     torch.manual_seed(1)
     if name == "head":
         return pair()[1] if target_name == "foretold" else DraftHead.from_target(target)
+    if name == "parallel":
+        return redrawn(DraftHead.from_target(target, mask_token_id=2, parallel_levels=4, num_hidden_layers=2), 4)
     if name == "block":
         return block_head(target, correction="rnn", correction_rank=4, windows=[6, None]).to(target.dtype)
     if name == "assistant":

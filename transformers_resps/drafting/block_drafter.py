@@ -70,21 +70,33 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def fill(
-        self, root: Tensor, levels: int, places: Places, entries: Entries, masks: Sequence[Tensor | None]
+        self,
+        newest: Tensor,
+        root: Tensor,
+        levels: int,
+        places: Places,
+        entries: Entries,
+        masks: Sequence[Tensor | None],
     ) -> BlockSlots:
         """One pass over a block.
 
         Args:
-            root: `[b]` the newest tokens.
+            newest: `[b, 1, h]` what `run` gave of the newest tokens.
+            root: `[b]` these.
             levels: tokens to predict.
             places: of the block's slots.
             entries: of the text, and room for the block's.
             masks: of each layer, `[b or 1, 1, q, s]` bool over the entries; `None` where each slot sees all.
         """
 
-    @abstractmethod
     def branching(self, slots: BlockSlots, top_k: int) -> Branching:
-        """What grows a tree of at most `top_k` children per node from a block; what its levels share is done once."""
+        """What grows a tree of at most `top_k` children per node from a block; what its levels share is done once.
+
+        Here each slot is guessed apart, whatever the path to it.
+        """
+        scores, best = slots.logits.log_softmax(-1).topk(top_k, dim=-1)  # [b, D, k]
+        tokens = self.target_ids(best)
+        return lambda level, parents, state: Children(tokens[:, level, None], scores[:, level, None])
 
     def oldest_seen(self, length: int) -> int:
         """As `StepModel.oldest_seen`, but no position that a slot sees is forgotten."""
@@ -119,7 +131,7 @@ class BlockDrafter(LevelDrafter):
         self._cache.reserve(length, tree=count)
         entries = self._cache.attend_from(-count, None, end=length)
         root = input_ids[:, -1].to(self._device)
-        slots = model.fill(root, levels, self._places.at(ahead), entries, self._masks(count))
+        slots = model.fill(self._newest, root, levels, self._places.at(ahead), entries, self._masks(count))
         most = max(shape.total_tokens - 1, 1)
         branch = model.branching(slots, min(shape.top_k, most, model.proposable_tokens))
         return block_pool(branch, root, levels, most)

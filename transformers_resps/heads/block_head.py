@@ -668,7 +668,13 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(
-        self, root: Tensor, levels: int, places: Places, entries: Entries, masks: Sequence[Tensor | None]
+        self,
+        newest: Tensor,
+        root: Tensor,
+        levels: int,
+        places: Places,
+        entries: Entries,
+        masks: Sequence[Tensor | None],
     ) -> BlockSlots:
         tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self.mask_token_id)
 

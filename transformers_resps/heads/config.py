@@ -120,6 +120,9 @@ class DraftHeadConfig(PreTrainedConfig):
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); excludes `norm_before_fc`.
         feedback_post_norm: whether the next level reads the output after `norm` instead of before it (EAGLE-3.1).
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
+        mask_token_id: of the token in the placeholders of a P-EAGLE head, which drafts all levels in one pass; `None`
+            for any other head.
+        parallel_levels: tokens that a P-EAGLE head drafts.
         default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is used without a policy;
             `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
         target: name and sizes of the model the head was made for; `None` if unknown.
@@ -165,6 +168,8 @@ class DraftHeadConfig(PreTrainedConfig):
     fc_norm: bool = False
     feedback_post_norm: bool = False
     qk_norm: bool = False
+    mask_token_id: int | None = None
+    parallel_levels: int | None = None
     default_tree: list[int] | None = None
     target: dict[str, Any] | None = None
     source: dict[str, Any] | None = None
@@ -232,6 +237,12 @@ class DraftHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "A draft head got both `norm_before_fc` and `fc_norm`, but features are normed once. Keep the one "
                 "that it was trained with."
+            )
+        is_parallel = self.mask_token_id is not None
+        if is_parallel != (self.parallel_levels is not None) or not 0 <= (self.mask_token_id or 0) < self.vocab_size:
+            raise ValueError(
+                f"A draft head got mask_token_id={self.mask_token_id} and parallel_levels={self.parallel_levels}, but "
+                f"a P-EAGLE head needs both, and a token from 0 to {self.vocab_size - 1}. Correct them."
             )
         if not 3 <= len(self.default_tree) <= 4:
             raise ValueError(

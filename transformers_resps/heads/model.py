@@ -18,9 +18,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
-from ..drafting import DraftSource, Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting import (
+    DraftCall,
+    DraftSource,
+    Entries,
+    Places,
+    Reading,
+    TrainableModel,
+    TrainableSource,
+    Wanted,
+    at_wanted,
+)
+from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots
+from ..drafting.level_drafter import LevelDrafter
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
+from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_beside, check_made_for, target_identity
@@ -274,6 +287,8 @@ class DraftHead(HeadModel):
         self.fc = nn.Linear(config.features_width, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.mask_token_id is not None:
+            self.mask_hidden = nn.Parameter(torch.zeros(config.features_width))
         if config.owns_output_head:
             self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
         if config.draft_vocab_size is not None:
@@ -358,7 +373,13 @@ class DraftHead(HeadModel):
         return identity
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundHead":
-        return BoundHead(self, target, forward)
+        return (BoundHead if self.config.mask_token_id is None else BoundParallelHead)(self, target, forward)
+
+    def drafter(self, call: DraftCall) -> LevelDrafter:
+        model = self.bind(call.target)
+        if isinstance(model, BoundParallelHead):
+            return BlockDrafter(model, call.rows, call.paired_mask, feature_layers=self.feature_layers)
+        return super().drafter(call)
 
     def packed_view(self) -> "DraftHead":
         """The head with layers that multiply by packed weights; this very head where that is no faster.
@@ -589,6 +610,53 @@ class BoundHead(TrainableModel):
         if torch.compiler.is_compiling():  # later processes can make constants of the head's own buffers alone
             return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
         return self.draft_token_ids[draft_ids]
+
+
+class BoundParallelHead(BoundHead, BlockModel):
+    """A P-EAGLE head (arXiv 2602.01469, section 3) as it decodes for one target.
+
+    The newest pair predicts a token, and so does each placeholder after it: a learnt feature beside the mask token,
+    which sees all pairs and the placeholders before it. Keys are kept of true pairs alone, in every layer.
+
+    Raises:
+        ValueError: as `BoundHead`; or it is to be trained or read in several ways.
+    """
+
+    is_compilable = False
+
+    def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
+        if forward is not None:
+            raise ValueError(
+                "This is a P-EAGLE head, which can draft, but neither be trained nor diagnosed here. Train an EAGLE-3 "
+                "head or a block head with `DraftHeadTrainer`."
+            )
+        super().__init__(head, target)
+        config = head.config
+        assert config.parallel_levels is not None and config.mask_token_id is not None
+        self.block_levels, self.mask_token_id = config.parallel_levels, config.mask_token_id
+        self.windows = [config.sliding_window] * config.num_hidden_layers
+        self.causal = [True] * config.num_hidden_layers
+
+    def width(self, levels: int) -> int:
+        return max(levels - 1, 1)
+
+    def fill(
+        self,
+        newest: Tensor,
+        root: Tensor,
+        levels: int,
+        places: Places,
+        entries: Entries,
+        masks: Sequence[Tensor | None],
+    ) -> BlockSlots:
+        def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attend(queries, *entries.update(keys, values, layer), masks[layer])
+
+        tokens = root.new_full((len(root), self.width(levels)), self.mask_token_id)
+        hidden = self.fuse(self.head.mask_hidden.expand(*tokens.shape, -1))
+        output = self._forward(hidden, self.embed(tokens), Rope(*places), attend_block, slice(None))
+        normed = self.normed(torch.cat([newest, output], dim=1)[:, :levels])
+        return BlockSlots(normed, self.normed_logits(normed))
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:

@@ -204,15 +204,15 @@ class PublishedConfig:
             theta = ROPE_BASE
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
-    def norm_flags(self) -> dict[str, bool]:
-        """`norm_before_residual` and `feedback_post_norm`.
+    def norm_flags(self, *, is_parallel: bool = False) -> dict[str, bool]:
+        """`norm_before_residual` and `feedback_post_norm`; a P-EAGLE head that states neither has neither.
 
         `norm_output` means the latter only in speculators files; in SpecForge's it says that logits are normed, which
         they always are.
         """
         is_speculators = self.publisher is Publisher.SPECULATORS
         before = self.fields.get("norm_before_residual")
-        if before is None and is_speculators:
+        if before is None and is_speculators and not is_parallel:
             logger.warning("%s: true is used for the missing `norm_before_residual`. %s", self.source, _TRY_DOCTOR)
             before = True
         after = self.fields.get("feedback_post_norm")

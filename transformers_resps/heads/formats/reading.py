@@ -134,6 +134,8 @@ _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _USUAL_HEADS = 32  # what `LlamaConfig` and `Qwen3Config` leave out of a config.json that they write
 _ATTENTION = "layers.0.self_attn."
+_MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
+_PARALLEL_LEVELS = 8  # of P-EAGLE heads that do not state them: speculators' default
 
 
 class PublishedHead:
@@ -170,10 +172,11 @@ class PublishedHead:
             **self._copied(),
             **sizes,
             **self._structure(),
-            **self._published.norm_flags(),
+            **self._published.norm_flags(is_parallel=self._is_parallel),
             "rope_parameters": self._published.rope_parameters(),
             "feature_layers": self._published.feature_layers(count, identity.get("num_hidden_layers")),
             "sliding_window": self._window(sizes["num_hidden_layers"]),
+            **self._parallel(),
             "target": identity,
             "source": {"format": str(self._published.publisher), "layer_ids": self._published.layer_ids},
         }
@@ -290,6 +293,26 @@ class PublishedHead:
         }
         return {flag: is_there or stated.get(flag) is True for flag, is_there in flags.items()}
 
+    @property
+    def _is_parallel(self) -> bool:
+        return "mask_hidden" in self._tensors
+
+    def _parallel(self) -> dict[str, Any]:
+        """What a P-EAGLE head has beside EAGLE-3's: learnt placeholders, and as many levels as it was trained for."""
+        stated = self._stated
+        if not self._is_parallel:
+            return {}
+        self._tensors["mask_hidden"] = self._tensors["mask_hidden"].flatten()
+        token = next((stated[name] for name in _MASK_TOKENS if name in stated), None)
+        if token is None:
+            raise ValueError(
+                f"{self._source} is a P-EAGLE head, but states no `mask_token_id`. Pass `mask_token_id=`, the token "
+                "of its placeholders."
+            )
+        methods = stated.get("speculators_config", {}).get("proposal_methods") or [{}]
+        levels = stated.get("parallel_levels") or methods[0].get("speculative_tokens") or _PARALLEL_LEVELS
+        return {"mask_token_id": int(token), "parallel_levels": levels, "default_tree": [33, levels, 8]}
+
     def _identity(self) -> dict[str, Any]:
         """The given target's identity, or what the config says about it."""
         layer_count = self._stated.get("num_target_layers")
@@ -313,6 +336,7 @@ class PublishedHead:
             tensors["d2t"] = offsets
         same_width = fields["hidden_size"] == fields["target_hidden_size"]
         is_trained = self._stated.get("owns_embedding") or self._stated.get("embed_requires_grad")
+        is_trained = is_trained or (self._is_parallel and "embed_tokens.weight" in tensors)
         owns_embedding = not same_width or bool(is_trained)
         if not owns_embedding:
             tensors.pop("embed_tokens.weight", None)  # the target's own, or a stale copy of it
@@ -376,18 +400,17 @@ _OTHER_PARTS = {
 
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """Why this drafter would not load, or load and draft nonsense; nothing for an EAGLE-3 head."""
-    if (
-        any("mask_hidden" in name or "parallel_draft_heads" in name for name in tensors)
+    is_parallel = "mask_hidden" in tensors
+    if not is_parallel and (
+        any("parallel_draft_heads" in name for name in tensors)
         or config.get("parallel_drafting")
         or config.get("speculators_model_type") == "peagle"
         or any(name.startswith("PEagle") for name in config.get("architectures", []))
         or config.get("parallel_draft_step", 1) > 1
     ):
-        yield (
-            "is a P-EAGLE (parallel) head: it drafts several tokens in one pass, but draft trees grow level by level."
-        )
+        yield "is a parallel head without the learnt feature of P-EAGLE's placeholders (`mask_hidden`)."
     kind = config.get("speculators_model_type", "eagle3")
-    if kind != "eagle3":
+    if kind not in ("eagle3", "peagle" if is_parallel else "eagle3"):
         yield f"is a speculators model of the kind {kind!r}, but only `eagle3` is an EAGLE-3 head."
     for parts, reason in _OTHER_PARTS.items():
         if any(part in name for name in tensors for part in parts):

@@ -174,6 +174,11 @@ def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
     outer_biases = config.attention_output_bias or config.mlp_bias
     for cannot, reason, way_out in (
         (
+            config.mask_token_id is not None,
+            "is a P-EAGLE head, which is read but not written in other layouts",
+            "Copy the files that it was read from.",
+        ),
+        (
             config.before_deepstack,
             "reads features before DeepStack adds to them, but other engines read them after it",
             "Train one with `before_deepstack=False`.",
