@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import build_target
 from transformers_resps.drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest
-from transformers_resps.drafting.block_drafter import Children, block_pool
+from transformers_resps.drafting.blocks import Branching, best_paths, bounds
 from transformers_resps.heads import BlockHead, BlockHeadConfig
 from transformers_resps.tree import CandidatePool, DraftTree, TreeShape
 
@@ -48,15 +48,20 @@ class Marginals:
         self._logits, self._steeper = logits, steeper
 
     def pool(self, top_k: int, most: int) -> CandidatePool:
-        def branch(level: int, parents: Tensor, state: Tensor | None) -> Children:
+        rows, levels, vocabulary = self._logits.shape
+
+        def scores(level: int, chosen: Tensor | None, state: Tensor | None) -> tuple[Tensor, None]:
             logits = self._logits[:, level, None]
             if self._steeper is not None:
+                parents = torch.zeros(rows, 1, dtype=torch.long) if chosen is None else chosen % vocabulary
                 logits = logits * self._steeper[parents][..., None]
-            scores, tokens = logits.log_softmax(-1).topk(top_k)
-            return Children(tokens, scores)
+            kept, tokens = logits.log_softmax(-1).topk(top_k)
+            return torch.full_like(logits, -torch.inf).scatter_(2, tokens, kept), None
 
-        root = torch.zeros(len(self._logits), dtype=torch.long)
-        return block_pool(branch, root, self._logits.shape[1], most)
+        branching = Branching(torch.arange(vocabulary).expand(self._logits.shape), scores)
+        shape = TreeShape(most + 1, levels, top_k)
+        above, _ = bounds(shape, rows, torch.device("cpu"))
+        return best_paths(branching, above, levels).pool(shape)
 
 
 def best_first(logits: Tensor, steeper: Tensor | None, budget: int) -> list[tuple[int, ...]]:
@@ -89,6 +94,7 @@ def test_the_tree_has_the_likeliest_paths_of_all(
     logits = 3 * torch.randn(1, levels, vocabulary, generator=generator)
     steeper = torch.rand(vocabulary, generator=generator) * 2 if depends else None
     pool = Marginals(logits, steeper).pool(min(vocabulary, budget), budget)
+    assert bool((pool.scores > -torch.inf).all())
     tree = DraftTree.from_pool(torch.zeros(1, dtype=torch.long), pool, budget + 1)
     assert paths_of(tree) == set(best_first(logits[0], steeper, budget))
     assert pool.levels.tolist() == sorted(pool.levels.tolist()) and bool(

@@ -13,7 +13,7 @@ from tests.drafting.test_block_drafter import KINDS, block_head
 from tests.tools.diagnoses import diagnose
 from tests.tools.test_doctor import BASE, LAYERS, LENGTH, PERIOD, periodic_texts, train_target
 from transformers_resps.drafting import Committed, DraftCall, DraftRequest
-from transformers_resps.drafting.block_drafter import BlockSlots
+from transformers_resps.drafting.blocks import BlockSlots
 from transformers_resps.heads import BlockHead
 from transformers_resps.heads.block_head import BoundBlockHead
 from transformers_resps.tools.doctor import LabelledText

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +14,7 @@ from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from ..tree import CandidatePool, DraftTree, TreeShape
+from .blocks import BlockInputs, BlockPass, BlockPaths
 from .cache import DraftCache
 from .levels import LEAST_TOKENS, DraftFunction, LevelForward, PassFunction, PassInputs
 from .pool_growth import Frontier, Growth, RunLevel
@@ -21,13 +23,10 @@ from .step_model import StepModel
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
-# The dimensions of a pass's inputs and of its buffers that change, with several rows. `itself` has none.
-_PASS_SIZES, _BUFFER_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1)), (0, 2)
-
 
 class DraftEngine(CompileEngine[StepModel]):
     """Captures whole drafts of one source, each shape once; or compiles a pass, once for all sizes, and once more for
-    newest pairs whose features it fuses by weights.
+    newest pairs whose features it fuses by weights. A pass over a block is a whole draft.
 
     Args:
         capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
@@ -76,24 +75,24 @@ class DraftEngine(CompileEngine[StepModel]):
         return self._capture is not None or self.owner.device.type == "cuda"
 
     def draft(
-        self, shape: TreeShape, cache: DraftCache, inputs: tuple[Tensor, ...]
+        self, kind: type[DraftFunction], shape: TreeShape, cache: DraftCache, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
         """Draft over the cache of this engine with one launch, or capture first.
 
-        `inputs` are those of a `DraftFunction`: features, tokens, slots, positions and what is shown. Returns the
-        model's output at the newest pair, the pool and the tree, until the next draft; `None` where capturing fails.
+        `inputs` are `NewestPairs`. Returns the model's output at the newest pair, the pool and the tree, until the
+        next draft; `None` where capturing fails.
         """
         tree_room, pairs = cache.tree_room, inputs[1].shape[1]
 
         def draft(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return DraftFunction(self.owner, shape, tree_room)(*tensors)
+            return kind(self.owner, shape, tree_room)(*tensors)
 
         def make() -> Code:
             fast = (self._capture or CapturedFunction)(draft)
-            return Code(draft, fast, DraftFunction.scores, "log probabilities", cache.buffers[0].dtype)
+            return Code(draft, fast, kind.scores, "log probabilities", cache.buffers[0].dtype)
 
         outputs = self.run(self.code((shape, pairs, tree_room), make), inputs, cache.buffers)
-        return None if outputs is None else DraftFunction(self.owner, shape, tree_room).unpack(outputs)
+        return None if outputs is None else kind(self.owner, shape, tree_room).unpack(outputs)
 
     def levels(self, forward: LevelForward) -> RunLevel:
         """The levels of one draft, compiled; as they are where that fails, or where whole drafts are captured."""
@@ -111,37 +110,52 @@ class DraftEngine(CompileEngine[StepModel]):
 
         Returns `None` where that fails, or is not worth a compilation, or where whole drafts are captured.
         """
+        grown: tuple[Tensor, Growth] | None = self._run_pass(PassFunction, cache, inputs, fuses=fuses)
+        return grown
+
+    def fill(self, cache: DraftCache, inputs: BlockInputs, levels: int) -> tuple[Tensor, BlockPaths] | None:
+        """As `grow`, over a block of so many levels; see `BlockPass`."""
+        filled: tuple[Tensor, BlockPaths] | None = self._run_pass(BlockPass, cache, inputs, levels=levels)
+        return filled
+
+    def _run_pass(
+        self,
+        kind: type[PassFunction | BlockPass],
+        cache: DraftCache,
+        inputs: PassInputs | BlockInputs,
+        **setting: int,
+    ) -> Any:
         if not self.compiles or not cache.buffers:
             return None
         is_batch, tensors = len(inputs.tokens) > 1, inputs.filled_up()
-        code = self._pass_code(cache, is_batch, fuses)
-        outputs: tuple[Tensor, Growth] | None = self.run_packaged(code, tensors, cache.buffers)
+        code = self._pass_code(kind, cache, is_batch, setting)
+        outputs = self.run_packaged(code, tensors, cache.buffers)
         if outputs is not None:
             return outputs
         is_ready = code.fast.is_ready(tensors, cache.buffers)
         if not is_ready:
-            if is_batch is not self._in_batch:  # what is left of a batch is not worth a compilation
+            if is_batch is not self._in_batch or code in self._missing:  # the rest of a batch is not worth it
                 return None
-            self.prepare(code, *_example(tensors, cache.buffers))
-        outputs = self.run(code, tensors, cache.buffers, is_ready=is_ready)
-        return outputs
+            self.prepare(code, *_example(inputs, cache.buffers))
+        return self.run(code, tensors, cache.buffers, is_ready=is_ready)
 
-    def _pass_code(self, cache: DraftCache, is_batch: bool, fuses: bool) -> Code:
+    def _pass_code(
+        self, kind: type[PassFunction | BlockPass], cache: DraftCache, is_batch: bool, setting: dict[str, int]
+    ) -> Code:
         tree_room = cache.tree_room
 
-        def draft_pass(*tensors: Tensor) -> tuple[Tensor, Growth]:
-            return PassFunction(self.owner, tree_room, fuses=fuses)(*tensors)
+        def draft_pass(*tensors: Tensor) -> tuple[Tensor, Any]:
+            return kind(self.owner, tree_room, **setting)(*tensors)
 
         def make() -> Code:
-            sizes = (*_PASS_SIZES, _BUFFER_SIZES)
-            *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
-            dynamic.append((0, 1))  # `itself` has no rows
-            reads = "features" if fuses else "levels"
-            name = f"{reads} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
+            *own, of_last = kind.dynamic  # which has no rows
+            rows, of_buffers = ((0,), (0, 2)) if is_batch else ((), (2,))
+            dynamic = [*((*rows, *sizes) for sizes in own), of_last]
+            name = f"{kind.__name__} {setting} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
             fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name)
-            return Code(draft_pass, fast, PassFunction.scores, "log probabilities", cache.buffers[0].dtype)
+            return Code(draft_pass, fast, kind.scores, "log probabilities", cache.buffers[0].dtype)
 
-        return self.code((tree_room, is_batch, fuses), make)
+        return self.code((kind, tree_room, is_batch, *setting.values()), make)
 
 
 def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
@@ -159,22 +173,10 @@ def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
     return Growth(growth.tokens[:, :1, :1], growth.scores[:, :1, :1], growth.best[:, :1], narrow)
 
 
-def _example(inputs: PassInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
-    tokens, hidden, slots, positions, drafted, seen, scores, itself = inputs
-    rows, asking, children, count, entries, length = min(len(tokens), 2), 3, 4, 5, 7, 11
-    made = [
-        tokens[:1, :1].expand(rows, count),
-        hidden[:1, :1].expand(rows, count, -1),
-        torch.arange(-entries, count - entries, device=slots.device).expand(rows, -1),
-        positions[:1, :1].expand(rows, count),
-        drafted.new_ones(rows, count, entries),
-        seen.new_ones(rows, length),
-        scores.new_zeros(rows, asking),
-        torch.eye(children, dtype=torch.bool, device=itself.device),
-    ]
+def _example(inputs: PassInputs | BlockInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    made = inputs.example()
     return [part.clone(memory_format=torch.contiguous_format) for part in made], [
-        part[:rows].clone(memory_format=torch.contiguous_format) for part in buffers
+        part[: len(made[0])].clone(memory_format=torch.contiguous_format) for part in buffers
     ]
 
 

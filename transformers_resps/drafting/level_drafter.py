@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tree import CandidatePool, TreeShape
+from ..tree import CandidatePool, DraftTree, TreeShape
 from ..verifying.rows import SlotMap
 from .cache import DraftCache
 from .drafter import Committed, Drafter, DraftRequest
 from .engine import DraftEngine
-from .levels import LEAST_TOKENS, DepthForward, LevelForward, PassInputs, at_positions
+from .levels import LEAST_TOKENS, DepthForward, DraftFunction, LevelForward, PassInputs, at_positions
 from .pool_growth import RunLevel, first_level, grow_pool, sprout
 from .step_model import Entries, Places, StepModel
 
@@ -57,6 +57,8 @@ class LevelDrafter(Drafter):
         target_entries: what a model with `reads_target` attends to below the newest token.
         feature_layers: see `Drafter`.
     """
+
+    _function: type[DraftFunction] = DraftFunction  # a whole draft
 
     def __init__(
         self,
@@ -154,30 +156,40 @@ class LevelDrafter(Drafter):
         return LevelForward(model, self._cache, places, length, text)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
-        """Read the tokens that wait and draft below them, in one launch. Each number of them is another function.
+        """Read the tokens that wait and draft below them, in one launch. A capture is of one number of them.
 
         Returns `None` where they are none, or more than a step leaves, or where no layer has a buffer yet.
         """
-        width, device = self._waiting, self._device
-        if not 0 < width <= shape.depth + 1 or not self._cache.buffers:
+        most = shape.depth + 1 if engine.captures else MAX_UNREAD
+        if not 0 < self._waiting <= most or not self._cache.buffers:
             return None
         self._forget()
-        width, before = self._waiting, self._slots
-        self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
+        before = self._slots
+        self._cache.reserve(before.length + self._waiting, tree=self._tree_room(shape))
         self._slots = copy.copy(before)
-        slots = self._slots.take([part.counts for part in self._unread], device).expand(self._rows, -1)
-        shown = self._slots.visible(self._cache.capacity, device)
+        slots = self._slots.take([part.counts for part in self._unread], self._device).expand(self._rows, -1)
         tokens, features = self._joined()
         assert features is not None
         positions = slots + self._forgotten if self._forgotten else slots
-        inputs = features, tokens, slots, positions, self._all_shown if shown is None else shown
-        drafted = engine.draft(shape, self._cache, inputs)
+        drafted = self._launch(engine, shape, (features, tokens, slots, positions))
         if drafted is None:
             self._slots = before
             return None
         self._unread.clear()
         self._newest, pool, self.built_tree = drafted
         return pool
+
+    def _launch(
+        self, engine: DraftEngine, shape: TreeShape, read: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, CandidatePool, DraftTree | None] | None:
+        """A whole draft; `read` are `NewestPairs` but for the slots that are shown."""
+        shown = self._slots.visible(self._cache.capacity, self._device)
+        inputs = *read, self._all_shown if shown is None else shown
+        return engine.draft(self._function, shape, self._cache, inputs)
+
+    def _tree_room(self, shape: TreeShape) -> int:
+        """Of the cache, what a whole draft needs."""
+        return (shape.depth - 1) * shape.top_k
 
     def read(self, at_least: int = 1) -> None:
         """Extend the cache by the tokens committed since it was last read, in one pass, if `at_least` wait.

@@ -124,10 +124,28 @@ class PassInputs(NamedTuple):
 
     def filled_up(self) -> "PassInputs":
         """With the last token repeated where there are too few."""
-        if self.tokens.shape[1] >= LEAST_TOKENS:
-            return self
-        filled = [part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in self[:5]]
-        return PassInputs._make((*filled, *self[5:]))
+        return PassInputs._make((*filled_up(self[:5]), *self[5:]))
+
+    def example(self) -> list[Tensor]:
+        """Of sizes that all differ: equal ones would be compiled as always equal."""
+        tokens, hidden, slots, positions, drafted, seen, scores, itself = self
+        rows, asking, children, count, entries, length = min(len(tokens), 2), 3, 4, 5, 7, 11
+        return [
+            tokens[:1, :1].expand(rows, count),
+            hidden[:1, :1].expand(rows, count, -1),
+            torch.arange(-entries, count - entries, device=slots.device).expand(rows, -1),
+            positions[:1, :1].expand(rows, count),
+            drafted.new_ones(rows, count, entries),
+            seen.new_ones(rows, length),
+            scores.new_zeros(rows, asking),
+            torch.eye(children, dtype=torch.bool, device=itself.device),
+        ]
+
+
+def filled_up(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors `[b, t, ...]` with the last token repeated where there are too few."""
+    missing = LEAST_TOKENS - parts[0].shape[1]
+    return [part if missing <= 0 else part[:, -1:].expand(-1, LEAST_TOKENS, *part.shape[2:]) for part in parts]
 
 
 class PassFunction:
@@ -138,6 +156,9 @@ class PassFunction:
         tree_room: of the cache.
         fuses: whether it gets features, as those of newest pairs.
     """
+
+    # The dimensions of its inputs that change, beside those of rows, which all have but the last
+    dynamic = ((1,), (1,), (1,), (1,), (1, 2), (1,), (1,), (0, 1))
 
     def __init__(self, model: StepModel, tree_room: int, *, fuses: bool) -> None:
         self._model, self._tree_room, self._fuses = model, tree_room, fuses
@@ -240,13 +261,68 @@ class DepthForward:
         return torch.cat([seen, text], dim=-1)[:, None]
 
 
+class NewestPairs(NamedTuple):
+    """Pairs that a draft reads first, as tensors whose sizes may be fixed.
+
+    Attributes:
+        features: `[b, m, F]` of the newest m pairs, the newest last. A row that has fewer begins with any values.
+        tokens: `[b, m]` of the pairs.
+        slots: `[b, m]` where the pairs go, ascending. A pair that is none goes to the cache's last slot, which no text
+            may reach.
+        positions: `[b, m]` of the pairs: their slots, and what was forgotten before slot 0.
+        shown: `[b or 1, s or 1]` bool, false where a slot of the text is padding, and any value after the text.
+    """
+
+    features: Tensor
+    tokens: Tensor
+    slots: Tensor
+    positions: Tensor
+    shown: Tensor
+
+
+class ReadText(NamedTuple):
+    """A text that is read, and what follows it.
+
+    Attributes:
+        cache: holds its entries, and room for those of a draft.
+        length: slots of the cache that hold it.
+        places: of the positions after it.
+        seen: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
+        ends: `[b or 1, 1]` the slot after each row's text; `None` where that is `length` of all.
+    """
+
+    cache: DraftCache
+    length: int
+    places: Places
+    seen: Tensor | None
+    ends: Tensor | None
+
+
+def read_pairs(
+    model: StepModel, cache: DraftCache, pairs: NewestPairs, length: int, ahead: int
+) -> tuple[Tensor, ReadText]:
+    """Read pairs into the first `length` slots of a cache. Returns the model's output `[b, 1, h]` at the newest, and
+    the text with the places of `ahead` positions.
+    """
+    features, tokens, slots, positions, shown = pairs
+    width, order, ends = tokens.shape[1], torch.arange(length, device=slots.device), slots[:, -1:] + 1
+    later = positions[:, -1:] + 1 + torch.arange(ahead, device=slots.device)
+    places = model.places(torch.cat([positions, later], dim=1))
+    here, after = at_positions(places, slice(width)), at_positions(places, slice(width, None))
+    queries = width if model.needs_all_queries else 1
+    mask = (order <= slots[:, -queries:, None]) & shown[:, None]
+    entries = cache.attend_at(slots, length, mask[:, None])
+    newest = model.run(0, tokens, model.fuse(features), here, entries, wanted=slice(-1, None))
+    return newest, ReadText(cache, length, after, (order < ends) & shown, ends)
+
+
 class DraftFunction:
     """Reads the newest pairs, grows a pool and builds its tree, without a decision on values in between.
 
     Every size is fixed by the shape, the number of pairs and the capacity of the cache; the text's length is a
-    value. It gives what `LevelDrafter.draft` and `DraftTree.from_pool` give.
+    value. It gives what a drafter and `DraftTree.from_pool` give.
 
-    `tree_room` is that of the cache, at least `(shape.depth - 1) * shape.top_k`.
+    `tree_room` is that of the cache, as much as the shape's draft needs.
     """
 
     def __init__(self, model: StepModel, shape: TreeShape, tree_room: int) -> None:
@@ -255,43 +331,33 @@ class DraftFunction:
     def __call__(
         self, features: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor, shown: Tensor, *buffers: Tensor
     ) -> tuple[Tensor, ...]:
-        """Draft below the last of the tokens.
-
-        Args:
-            features: `[b, m, F]` of the newest m pairs, the newest last. A row that has fewer begins with any values.
-            tokens: `[b, m]` of the pairs.
-            slots: `[b, m]` where the pairs go, ascending. A pair that is none goes to the cache's last slot, which no
-                text may reach.
-            positions: `[b, m]` of the pairs: their slots, and what was forgotten before slot 0.
-            shown: `[b or 1, capacity or 1]` bool, false where a slot of the text is padding.
-            buffers: of the cache, written in place.
+        """Draft below the last of the tokens, see `NewestPairs`; the buffers of the cache are written in place.
 
         Returns:
             The model's output `[b, 1, h]` at the newest pair, the tensors of `CandidatePool` without its levels, then
             those of `DraftTree`; see `unpack`.
         """
-        model, cache, width = self._model, DraftCache(buffers, self._tree_room), tokens.shape[1]
-        capacity, ends = cache.capacity, slots[:, -1:] + 1
-        order = torch.arange(capacity, device=slots.device)
-        ahead = torch.arange(max(self._shape.depth - 1, 1), device=slots.device)
-        places = model.places(torch.cat([positions, positions[:, -1:] + 1 + ahead], dim=1))
-        queries = width if model.needs_all_queries else 1
-        mask = (order <= slots[:, -queries:, None]) & shown[:, None]
-        newest = model.run(
-            0,
-            tokens,
-            model.fuse(features),
-            at_positions(places, slice(width)),
-            cache.attend_at(slots, capacity, mask[:, None]),
-            wanted=slice(-1, None),
-        )
-        text = (order < ends) & shown
-        levels = LevelForward(model, cache, at_positions(places, slice(width, None)), capacity, text)
-        depth, top_k = self._shape.depth, min(self._shape.top_k, model.proposable_tokens)
-        pool = grow_pool(sprout(model, newest, top_k, depth == 1), depth, levels)
-        tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, depth)
+        pairs = NewestPairs(features, tokens, slots, positions, shown)
+        newest, pool = self._draft(pairs, DraftCache(buffers, self._tree_room))
+        tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, self._shape.depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return newest, pool.tokens, pool.parents, pool.scores, *ranked
+
+    def _draft(self, pairs: NewestPairs, cache: DraftCache) -> tuple[Tensor, CandidatePool]:
+        """The model's output at the newest pair, and the pool."""
+        model, depth = self._model, self._shape.depth
+        newest, text = read_pairs(model, cache, pairs, cache.capacity, max(depth - 1, 1))
+        first = sprout(model, newest, self._width, depth == 1)
+        return newest, grow_pool(first, depth, LevelForward(model, cache, text.places, text.length, text.seen))
+
+    @property
+    def _width(self) -> int:
+        return min(self._shape.top_k, self._model.proposable_tokens)
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Nodes of each level of the pool."""
+        return [self._width] + [self._width**2] * (self._shape.depth - 1)
 
     @staticmethod
     def scores(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -300,8 +366,12 @@ class DraftFunction:
 
     def unpack(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, CandidatePool, DraftTree]:
         """The model's output, the pool and the tree that a call returns."""
-        width, depth = min(self._shape.top_k, self._model.proposable_tokens), self._shape.depth
-        levels = torch.arange(1, depth + 1).repeat_interleave(torch.tensor([width] + [width**2] * (depth - 1)))
         newest, pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
-        tree = DraftTree(tokens, parents, depths, ancestors, scores, min(depth, tokens.shape[1] - 1))
-        return newest, CandidatePool(pool_tokens, pool_parents, pool_scores, levels), tree
+        level_count = min(self._shape.depth, tokens.shape[1] - 1)
+        tree = DraftTree(tokens, parents, depths, ancestors, scores, level_count)
+        return newest, CandidatePool(pool_tokens, pool_parents, pool_scores, numbered(self.level_sizes)), tree
+
+
+def numbered(sizes: Sequence[int]) -> Tensor:
+    """The level of each node of a pool, 1 for the first, from the sizes of its levels."""
+    return torch.arange(1, len(sizes) + 1).repeat_interleave(torch.tensor(sizes))

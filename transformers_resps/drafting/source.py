@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..tree import TreeShape
 from ..verifying.verifier import Verifier
 from .drafter import Drafter
-from .engine import DraftEngines
+from .engine import DraftEngine, DraftEngines
 from .level_drafter import LevelDrafter
 from .step_model import StepModel, TrainableModel
 
@@ -46,6 +46,10 @@ class DraftCall:
     never_drafted: frozenset[int] = frozenset()
     engines: DraftEngines | None = None
     ends: ExitStack = field(default_factory=ExitStack)
+
+    def engine(self, source: "DraftSource", model: StepModel) -> DraftEngine | None:
+        """What is lent to a source that drafts as `model`, until the call ends."""
+        return None if self.engines is None else self.ends.enter_context(self.engines.borrow(source, model))
 
 
 class DraftSource(ABC):
@@ -125,9 +129,9 @@ class LevelSource(DraftSource):
 
     def drafter(self, call: DraftCall) -> LevelDrafter:
         model = self.bind(call.target)
-        engine = None if call.engines is None else call.ends.enter_context(call.engines.borrow(self, model))
         entries = partial(model.target_entries, call.verifier) if model.reads_target and call.verifier else None
         mask = call.paired_mask if model.reads_features else call.text_mask
+        engine = call.engine(self, model)
         return LevelDrafter(model, call.rows, mask, engine, entries, feature_layers=self.feature_layers)
 
 

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
-from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots, Branching, Children
+from ..drafting.block_drafter import BlockDrafter
+from ..drafting.blocks import BlockModel, BlockSlots, Branching
 from ..hub.upload import shareable
 from ..tree import TreeShape
 from ..verifying.attention import attend
@@ -298,22 +299,31 @@ class MarkovHead(nn.Module):
         if self.kind == "rnn":
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
-    def context(self, before: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is multiplied by a candidate's row, and the state after it.
+    def before(self, tokens: Tensor) -> Tensor:
+        """Target ids `[...]` of the tokens before slots -> `[..., r]`."""
+        return cast(Tensor, self.markov_w1(tokens))
+
+    def context(self, before: Tensor, hidden: Tensor) -> Tensor:
+        """What is multiplied by a candidate's row.
 
         Args:
-            before: `[b, w]` target ids of the tokens before the slot, on several paths.
-            hidden: `[b, h]` the slot's output.
-            state: `[b, w, r]` of the paths; `None` at the block's first slot.
+            before: `[b, D, w, r]` of the tokens before each slot, on several paths.
+            hidden: `[b, D, h]` the slots' outputs.
         """
-        row = self.markov_w1(before)
-        hidden = hidden[:, None].expand(-1, row.shape[1], -1)
-        if self.kind == "gated":
-            return torch.sigmoid(self.gate_proj(torch.cat([hidden, row], dim=-1))) * row, None
         if self.kind == "vanilla":
-            return row, None
-        state = torch.zeros_like(row) if state is None else state
-        gate, new, output = self.joint_proj(torch.cat([state, row, hidden], dim=-1)).chunk(3, dim=-1)
+            return before
+        hidden = hidden[:, :, None].expand(*before.shape[:-1], -1)
+        return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
+
+    def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
+        """`[b, 1, r]` before the first slot, after the `first` output `[b, h]` where another slot gave it."""
+        state = torch.zeros_like(root)
+        return state if first is None else self.step(root, first, state)[1]
+
+    def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As `context` at one slot, `[b, w, r]` and `[b, h]`, by the state of each path, and the state after it."""
+        hidden = hidden[:, None].expand(-1, before.shape[1], -1)
+        gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * state + (1.0 - gate) * torch.tanh(new)
 
@@ -323,7 +333,7 @@ class MarkovHead(nn.Module):
         return self.markov_w2.weight
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """`[b, m]` draft ids -> `[b, m, r]`."""
+        """Draft ids `[...]` -> `[..., r]`."""
         return F.embedding(candidates, self.table)
 
 
@@ -338,9 +348,13 @@ class CandidateSelector(nn.Module):
         self.successor_codebook = nn.Embedding(config.proposable_tokens, rank)
         self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
 
-    def context(self, before: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, None]:
+    def before(self, tokens: Tensor) -> Tensor:
+        """As `MarkovHead.before`."""
+        return cast(Tensor, self.predecessor_codebook(tokens))
+
+    def context(self, before: Tensor, hidden: Tensor) -> Tensor:
         """As `MarkovHead.context`."""
-        return self.predecessor_codebook(before) * self.hidden_projection(hidden)[:, None], None
+        return before * cast(Tensor, self.hidden_projection(hidden))[:, :, None]
 
     @property
     def table(self) -> Tensor:
@@ -479,10 +493,13 @@ class BlockHead(HeadModel):
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.hidden_size}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
-    def confidence(self, hidden: Tensor, before: Tensor) -> Tensor:
-        """What the confidence head says of slots `[..., h]` after the tokens `[...]`: fp32 logits `[...]`."""
+    def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
+        """What the confidence head says of slots `[..., h]` after tokens with the correction's rows `[..., r]`: fp32
+        logits `[...]`.
+        """
         if self.config.confidence_with_markov:
-            hidden = torch.cat([hidden, self.markov_head.markov_w1(before)], dim=-1)
+            assert before is not None
+            hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
         return cast(Tensor, self.confidence_head(hidden))
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundBlockHead":
@@ -549,7 +566,9 @@ class BlockHead(HeadModel):
         return variant
 
     def drafter(self, call: DraftCall) -> BlockDrafter:
-        return BlockDrafter(self.bind(call.target), call.rows, call.paired_mask, feature_layers=self.feature_layers)
+        model = self.bind(call.target)
+        engine = call.engine(self, model)
+        return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the target is ours
@@ -602,6 +621,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         ValueError: the head belongs to another target, or is on another device.
     """
 
+    is_compilable = True
     needs_all_queries = False
 
     def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
@@ -612,6 +632,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         assert config.windows is not None and config.causal is not None
         self.device, self.dtype = head.device, head.dtype
         self.proposable_tokens, self.block_levels = config.proposable_tokens, config.levels
+        self.most_children = self.proposable_tokens if head.correction is None else head.correction.candidates
         self.mask_token_id = config.mask_token_id
         self.has_fixed_places = has_fixed_rope(config.rope_parameters)
         self.windows, self.causal = config.windows, config.causal
@@ -660,7 +681,9 @@ class BoundBlockHead(BlockModel, TrainableModel):
         """`[b, q]` roots and mask tokens -> `[b, q, h]` normed outputs."""
         table = cast(Tensor, self._table.weight)
         rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
-        embeddings = rows.to(self.device, self.dtype) * self._config.embedding_scale
+        embeddings = rows.to(self.device, self.dtype)
+        if self._config.embedding_scale != 1.0:
+            embeddings = embeddings * self._config.embedding_scale
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
@@ -700,41 +723,67 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        return draft_ids if self._draft_token_ids is None else self._draft_token_ids[draft_ids]
+        if self._draft_token_ids is None:
+            return draft_ids
+        if torch.compiler.is_compiling():  # later processes can make constants of the head's own buffers alone
+            return draft_ids + cast(Tensor, self._head.d2t)[draft_ids]
+        return self._draft_token_ids[draft_ids]
 
-    def branching(self, slots: BlockSlots, top_k: int) -> Branching:
+    def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
         correction, logits = self._head.correction, slots.logits
         if correction is None:
-            scores, best = logits.log_softmax(-1).topk(top_k, dim=-1)  # [b, D, k]
-            tokens = self.target_ids(best)
-
-            def branch(level: int, parents: Tensor, state: Tensor | None) -> Children:
-                own = self._sure(scores[:, level, None], slots.hidden[:, level], parents)
-                return Children(tokens[:, level, None], own)
-
-            return branch
+            scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
+            scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
+            return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
         # Of a corrected slot only the likeliest candidates, whose probabilities together stay as they are
-        base, candidates = logits.topk(correction.candidates, dim=-1)  # [b, D, m]
-        mass = base.logsumexp(-1) - logits.logsumexp(-1)
-        rows = correction.rows(candidates)  # [b, D, m, r]
+        base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
+        mass = base.logsumexp(-1)
+        tokens, rows = self.target_ids(candidates), correction.rows(candidates)  # [b, D, m, r]
+        # [b, D, m, r] of the token before each slot, whichever it is
+        before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
-        def corrected(level: int, parents: Tensor, state: Tensor | None) -> Children:
-            if level == 0 and slots.first is not None:
-                _, state = correction.context(parents, slots.first, None)
-            context, state = correction.context(parents, slots.hidden[:, level], state)
-            added = (context @ rows[:, level].transpose(1, 2)).float()  # [b, w, m]
+        def corrected(context: Tensor, level: slice) -> Tensor:
+            """`[b, D', w, r]` of paths to slots -> `[b, D', w, m]`."""
+            added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
-            scores, places = scores.topk(min(top_k, correction.candidates), dim=-1)
-            best = candidates[:, level, None].expand(-1, parents.shape[1], -1).gather(2, places)
-            return Children(self.target_ids(best), self._sure(scores, slots.hidden[:, level], parents), state)
+            kept, best = scores.topk(ranks.shape[0], dim=-1)
+            return torch.full_like(scores, -torch.inf).scatter_(-1, best, kept + ranks)
 
-        return corrected
+        if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
+            context = correction.context(before, slots.hidden)
+            table = self._sure(corrected(context, slice(None)), slots.hidden[:, :, None], before)
 
-    def _sure(self, scores: Tensor, hidden: Tensor, parents: Tensor) -> Tensor:
-        """Scores `[b, 1 or w, k]` of children, lowered by what a confidence head says of their parents `[b, w]`: of a
-        token's probability so much is the target's, too, on average.
+            def looked_up(level: int, chosen: Tensor | None, state: Tensor | None) -> tuple[Tensor, None]:
+                own = table[:, level]
+                return own[:, :1] if chosen is None else _rows_at(own, chosen.remainder(own.shape[-1])), None
+
+            return Branching(tokens, looked_up)
+
+        def followed(level: int, chosen: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            own, count, here = before[:, level], tokens.shape[-1], slice(level, level + 1)
+            if chosen is None:
+                own, state = own[:, :1], correction.state_at(own[:, :1], slots.first)
+            else:
+                assert state is not None
+                own = _rows_at(own, chosen.remainder(count))
+                origin = chosen.div(count, rounding_mode="floor")
+                state = _rows_at(state, origin) if level > 1 else state.expand(-1, own.shape[1], -1)
+            context, state = correction.step(own, slots.hidden[:, level], state)
+            scores = corrected(context[:, None], here)[:, 0]
+            return self._sure(scores, slots.hidden[:, level, None], own), state
+
+        return Branching(tokens, followed)
+
+    def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Scores `[..., w, k]` of children, lowered by what a confidence head says of their parents, by the slot's
+        output `[..., 1, h]` and the rows `[..., w, r]` of these: of a token's probability so much is the target's,
+        too, on average.
         """
         if not self._config.confidence:
             return scores
-        states = hidden[:, None].expand(-1, parents.shape[1], -1)
-        return scores + F.logsigmoid(self._head.confidence(states, parents))[..., None]
+        return scores + F.logsigmoid(self._head.confidence(hidden, before))[..., None]
+
+
+def _rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """`[b, p, n]` -> `[b, w, n]`."""
+    return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))

@@ -29,7 +29,8 @@ from ..drafting import (
     Wanted,
     at_wanted,
 )
-from ..drafting.block_drafter import BlockDrafter, BlockModel, BlockSlots
+from ..drafting.block_drafter import BlockDrafter
+from ..drafting.blocks import BlockModel, BlockSlots
 from ..drafting.level_drafter import LevelDrafter
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
@@ -378,7 +379,8 @@ class DraftHead(HeadModel):
     def drafter(self, call: DraftCall) -> LevelDrafter:
         model = self.bind(call.target)
         if isinstance(model, BoundParallelHead):
-            return BlockDrafter(model, call.rows, call.paired_mask, feature_layers=self.feature_layers)
+            engine = call.engine(self, model)
+            return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
         return super().drafter(call)
 
     def packed_view(self) -> "DraftHead":
@@ -622,8 +624,6 @@ class BoundParallelHead(BoundHead, BlockModel):
         ValueError: as `BoundHead`; or it is to be trained or read in several ways.
     """
 
-    is_compilable = False
-
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         if forward is not None:
             raise ValueError(
@@ -634,6 +634,7 @@ class BoundParallelHead(BoundHead, BlockModel):
         config = head.config
         assert config.parallel_levels is not None and config.mask_token_id is not None
         self.block_levels, self.mask_token_id = config.parallel_levels, config.mask_token_id
+        self.most_children = self.proposable_tokens
         self.windows = [config.sliding_window] * config.num_hidden_layers
         self.causal = [True] * config.num_hidden_layers
 

@@ -99,10 +99,12 @@ def contexts_of(
     Returns:
         `[k, n, r]`.
     """
-    state = None if first is None else correction.context(before[0, :, None], first, None)[1]
-    found = []
-    for states, tokens in zip(hidden, before, strict=True):
-        context, state = correction.context(tokens[:, None], states, state)
+    rows = correction.before(before)
+    if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
+        return correction.context(rows[:, :, None], hidden)[:, :, 0]
+    state, found = correction.state_at(rows[0, :, None], first), []
+    for states, own in zip(hidden, rows, strict=True):
+        context, state = correction.step(own[:, None], states, state)
         found.append(context[:, 0])
     return torch.stack(found)
 

@@ -141,7 +141,7 @@ class BlockObjective(Objective):
             total = total + chosen.sum()
         if head.config.confidence:
             wanted = shared_probability(normed, weight, teacher, self._chunk_size, bias, added)
-            sure = head.confidence(states, before)
+            sure = head.confidence(states, None if correction is None else correction.before(before))
             total = total + F.binary_cross_entropy_with_logits(sure, wanted, reduction="sum")
         return total, losses, hits
 
