@@ -38,6 +38,16 @@ BUDGETS = {
     "lookups": (7, 1.23),
 }
 MTP_LEVEL = 25  # kernels beside those of the decoder layer
+# Kernels of a block draft of seven levels beside those of its layers; a correction follows each path.
+BLOCKS = {
+    "block": 40,
+    "causal block of a window": 40,
+    "block of a draft vocabulary": 40,
+    "corrected block": 58,
+    "corrected block with confidence": 66,
+    "selected block": 60,
+}
+BLOCK_CAPTURED = 4  # a launch, and what tells it where to write
 
 # Kernels per recurrent layer that reading any tree adds to a plain step, in which what has a kernel of its own counts
 # once, and those that keeping nodes launches for three such layers, at most. Neither waits.
@@ -56,6 +66,10 @@ def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding()
         assert counted["kernels"] <= kernels and counted["waits"] <= waits, (call, counted)
     deep, shallow = (found["counts"][f"mtp 8/{depth}/2"]["kernels"] for depth in (4, 3))
     assert found["layer"] > 0 and deep - shallow <= found["layer"] + MTP_LEVEL, (deep, shallow, found["layer"])
+    for head, kernels in BLOCKS.items():
+        drafted, captured = found["blocks"][head]["drafted"], found["blocks"][head]["captured"]
+        assert drafted["layers"] > 0 and drafted["kernels"] <= kernels and drafted["waits"] == 0, (head, drafted)
+        assert captured["kernels"] <= BLOCK_CAPTURED and captured["waits"] == 0, (head, captured)
     for target, counted in found["hybrids"].items():
         (read, kept), plain = RECURRENT[target], counted["plain"]["verify"]
         for tree in TREES:

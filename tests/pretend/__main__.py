@@ -17,4 +17,9 @@ texts = {name: contract.texts(name) for name in ([] if sys.argv[1:] else contrac
 layer = 0 if sys.argv[1:] else steps.count_layer()
 names = [] if sys.argv[1:] or not HAS_RECURRENT_STATES else mixers.TARGETS
 hybrids = {name: mixers.asked(name) for name in names}
-print(json.dumps({"counts": counts, "texts": texts, "hybrids": hybrids, "layer": layer}, indent=None if texts else 1))
+blocks = {
+    name: {"drafted": steps.count_block(name), "captured": steps.count_block(name, captures=True)}
+    for name in ([] if sys.argv[1:] else steps.BLOCKS)
+}
+found = {"counts": counts, "texts": texts, "hybrids": hybrids, "layer": layer, "blocks": blocks}
+print(json.dumps(found, indent=None if texts else 1))

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers_resps import DraftHead, attach
 from transformers_resps.assistants.mtp import MtpHead
 from transformers_resps.assistants.mtp_layouts import MtpConfig
+from transformers_resps.heads import BlockHead, BlockHeadConfig
 
 
 VOCABULARY = 128
@@ -60,6 +61,14 @@ def mtp(target: LlamaForCausalLM) -> MtpHead:
     layer.block.self_attn.o_proj.weight.zero_()
     layer.block.mlp.down_proj.weight.zero_()
     return module
+
+
+def block(target: LlamaForCausalLM, **fields: Any) -> BlockHead:
+    """A block head of seven levels that knows nothing."""
+    sizes = {"hidden_size": VOCABULARY, "intermediate_size": VOCABULARY, "num_attention_heads": 4, "head_dim": 32}
+    rest = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "feature_layers": [1, 2, 3], "block_size": 8}
+    torch.manual_seed(0)
+    return BlockHead(BlockHeadConfig(**{**sizes, **rest, **fields})).eval().requires_grad_(False)
 
 
 def _plant_target(target: LlamaForCausalLM) -> None:

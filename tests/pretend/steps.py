@@ -15,14 +15,16 @@ from transformers import LlamaForCausalLM
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting import Committed, DraftCall, DraftRequest
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
+from transformers_resps.heads import BlockHead
 from transformers_resps.verifying.invariant import calls
 from transformers_resps.verifying.slots.forwards import SlotForward
 from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 from .counting import Count
 from .device import move, on_device
-from .pair import VOCABULARY, cycle, mtp, pair
+from .pair import VOCABULARY, block, cycle, mtp, pair
 
 
 _NEW_TOKENS = 48
@@ -211,6 +213,52 @@ def count_layer() -> int:
     with counts:
         generate((target, None), on_device(prompt()), assistant_model=module, policy=FixedPolicy(TreeShape(8, 4, 2)))
     return max(found)
+
+
+# What a block head adds to a plain one
+BLOCKS: dict[str, dict[str, Any]] = {
+    "block": {},
+    "causal block of a window": {"causal": [True, True], "windows": [64, 64]},
+    "block of a draft vocabulary": {"draft_vocab_size": 112, "owns_output_head": True},
+    "corrected block": {"correction": "vanilla", "correction_rank": 8},
+    "corrected block with confidence": {
+        "correction": "gated",
+        "correction_rank": 8,
+        "confidence": True,
+        "confidence_with_markov": True,
+    },
+    "selected block": {"correction": "selector", "correction_rank": 8, "selector_top_k": 16},
+}
+
+
+def count_block(name: str, *, captures: bool = False) -> dict[str, int]:
+    """Kernels of one block draft below two new tokens, those of its layers apart, and host synchronisations."""
+    target, _ = moved_pair()
+    head, counts = block(target, **BLOCKS[name]), Count()
+    move(head)
+    write = BlockHead.write_context
+
+    def layers(run: Callable[..., Any], *given: Any) -> Any:
+        before = counts.enter_region("layers")
+        found = run(*given)
+        counts.enter_region(before)
+        return found
+
+    engines = DraftEngines(partial(DraftEngine, lambda function: _Captured(function, counts))) if captures else None
+    tokens, width = on_device(prompt()), 3 * VOCABULARY
+    features = on_device(torch.randn(1, tokens.shape[1], width))
+    request = DraftRequest(TreeShape(33, 7, 32))
+    with torch.no_grad(), counts, ExitStack() as stack:
+        stack.enter_context(patch.object(BlockHead, "write_context", lambda *given: layers(write, *given)))
+        for layer in head.layers:
+            stack.enter_context(patch.object(layer, "forward", partial(layers, layer.forward)))
+        drafter = head.drafter(DraftCall(target, engines=engines, ends=stack))
+        for start, end in ((0, -2), (-2, tokens.shape[1])):
+            counts.kernels.clear()
+            counts.waits.clear()
+            drafter.observe(Committed(tokens[:, start:end], features[:, start:end]))
+            drafter.draft(tokens[:, :end], request)
+    return {"kernels": counts.kernels["step"], "layers": counts.kernels["layers"], "waits": sum(counts.waits.values())}
 
 
 def count(name: str) -> StepCount:
