@@ -1,6 +1,7 @@
 """What a command line names."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.assistants.kinds import pair_of
+from tests.drafting.test_block_drafter import block_head
 from transformers_resps import DraftHead, FixedPolicy, MtpHead, TreeShape
+from transformers_resps.heads import BlockHead
 from transformers_resps.tools.loading import load_policy, load_source, short_name
 
 
@@ -39,6 +42,14 @@ def test_a_name_loads_whatever_drafts_and_the_target_keeps_it(kind: str, tmp_pat
     assert type(source).__name__ == kind.split()[-1] and source is load_source(name, target)
     assert str(load_policy(None, source)) == f"FixedPolicy({source.default_shape})"
     assert target.generate(torch.tensor([[3, 4]]), assistant_model=source, max_new_tokens=2).shape == (1, 4)
+
+
+@pytest.mark.parametrize("make", [block_head, DraftHead.from_target])
+def test_a_head_of_any_kind_is_loaded_at_a_revision(
+    make: Callable[..., DraftHead | BlockHead], tiny_target: PreTrainedModel, tmp_path: Path
+) -> None:
+    make(tiny_target, feature_layers=[0, 1]).save_pretrained(tmp_path)
+    assert type(load_source(str(tmp_path), tiny_target, "main")) is type(load_source(str(tmp_path), tiny_target))
 
 
 def test_no_name_is_no_drafter_and_a_missing_one_is_refused(tiny_target: PreTrainedModel) -> None:

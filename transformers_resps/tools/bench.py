@@ -79,6 +79,7 @@ class BenchConfig:
     methods: Sequence[str] | None = None
     shapes: Sequence[TreeShape] = ()
     draft_model: str | None = None
+    revision: str | None = None
     split: str = "test"
     limit: int = 10
     temperatures: Sequence[float] = (0.0,)
@@ -184,7 +185,7 @@ class BenchModels:
         """Load what `config` names. Raises `ValueError` when something is missing or does not fit the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
-        head = load_source(config.head, target)
+        head = load_source(config.head, target, config.revision)
         loaded = load_policies(config.policies, target, head)
         small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
         named = zip(loaded, config.policies, strict=True)

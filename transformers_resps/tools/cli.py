@@ -160,6 +160,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add = parser.add_argument
     add("target", type=model, help="folder or Hub id of the target")
     add("head", type=model, nargs="?", default=None, help=f"{HEAD}; without one, drafts by lookup")
+    add("--revision", help="of a draft head")
     add("--output", type=Path, help="folder for the results; default: results/bench")
 
     add = parser.add_argument_group("methods to compare (plain decoding is always included)").add_argument

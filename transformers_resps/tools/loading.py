@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from ..assistants.auto import AutoDraftHead
 from ..compat import load_model
 from ..data import Conversation, load_conversations
 from ..drafting import DraftSource
 from ..generation.attach import attach
 from ..generation.request import Assistants
-from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
@@ -62,7 +62,7 @@ def load_source(name: str | None, target: Any, revision: str | None = None) -> D
     assistants: Assistants = attach(target).speculation_state.assistants
     if name is None or revision is None:
         return assistants.source(target, name)
-    return DraftHead.from_pretrained(name, target=target, revision=revision)
+    return assistants.source(target, AutoDraftHead.from_pretrained(name, target, revision=revision))
 
 
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
