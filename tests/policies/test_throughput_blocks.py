@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.policies.machine import COMPILED, SLOPING
 from transformers_resps import BaselineGuard, ThroughputPolicy, TreeShape
-from transformers_resps.drafting.block_drafter import Children, block_pool
+from transformers_resps.drafting.blocks import Branching, best_paths, bounds
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostTable
 from transformers_resps.replay import Oracle, OutcomeTable, RankedText, RecordedText, replay_policy
@@ -49,10 +48,9 @@ def text_of(seed: int) -> RecordedText:
     children = torch.where(torch.arange(TOP_K) == ranks[..., None], own, wrong)
 
     def pool(top_k: int) -> CandidatePool:
-        def branch(level: int, parents: Tensor, state: Tensor | None) -> Children:
-            return Children(*(part[:, level, None, :top_k] for part in (children, claims.log())))
-
-        return block_pool(branch, tokens[1 : 1 + TOKENS], LEVELS, MOST)
+        shape, scores = TreeShape(MOST + 1, LEVELS, top_k), claims.log()[:, :, None, :top_k]
+        branching = Branching(children[..., :top_k], lambda level, chosen, state: (scores[:, level], state))
+        return best_paths(branching, bounds(shape, TOKENS, tokens.device)[0], LEVELS).pool(shape)
 
     pools = {top_k: pool(top_k) for top_k in (1, TOP_K)}
     return RecordedText(tokens[: TOKENS + 2], 1, torch.zeros(TOKENS, 2), pools, spare_room=100, block_nodes=MOST)

@@ -183,6 +183,7 @@ def _mask(text: ReadText, count: int, is_causal: bool, window: int | None, devic
     block = block.tril() if is_causal else block
     seen = torch.ones(1, 1, length, dtype=torch.bool, device=device) if seen is None else seen[:, None]
     if is_cut:
+        assert window is not None
         own = torch.arange(count, device=device) + (length if ends is None else ends)  # [(b or 1,) count]
         seen = seen & (own[..., None] - torch.arange(length, device=device) < window)
     return torch.cat([block.expand(seen.shape[0], -1, -1), seen.expand(-1, count, -1)], dim=-1)[:, None]

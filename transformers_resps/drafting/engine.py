@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -142,10 +142,11 @@ class DraftEngine(CompileEngine[StepModel]):
     def _pass_code(
         self, kind: type[PassFunction | BlockPass], cache: DraftCache, is_batch: bool, setting: dict[str, int]
     ) -> Code:
-        tree_room = cache.tree_room
+        tree_room, make_pass = cache.tree_room, cast(Any, kind)
 
         def draft_pass(*tensors: Tensor) -> tuple[Tensor, Any]:
-            return kind(self.owner, tree_room, **setting)(*tensors)
+            drafted: tuple[Tensor, Any] = make_pass(self.owner, tree_room, **setting)(*tensors)
+            return drafted
 
         def make() -> Code:
             *own, of_last = kind.dynamic  # which has no rows

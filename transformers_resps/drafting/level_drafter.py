@@ -170,7 +170,8 @@ class LevelDrafter(Drafter):
         slots = self._slots.take([part.counts for part in self._unread], self._device).expand(self._rows, -1)
         tokens, features = self._joined()
         assert features is not None
-        positions = slots + self._forgotten if self._forgotten else slots
+        # One tensor twice would be compiled as always one
+        positions = slots + self._forgotten if self._forgotten else slots.view_as(slots)
         drafted = self._launch(engine, shape, (features, tokens, slots, positions))
         if drafted is None:
             self._slots = before
