@@ -83,11 +83,10 @@ def test_auto_is_as_fast_as_the_best_fixed_depth_and_budget(
     assert own <= 1.02 * float(held_out.fixed_seconds[:, searched.best_fixed].sum())
 
 
-def test_a_block_is_priced_as_a_whole_and_drafted_whole() -> None:
+def test_a_block_is_priced_as_a_whole_and_drafted_whole(texts: list[RecordedText]) -> None:
     """The first draft does not tell what a level costs, so that none is left out for its price."""
-    policy = BaselineGuard(ThroughputPolicy(depth=4))
+    policy = ThroughputPolicy(depth=4, top_k=TOP_K, most_nodes=MOST)
     table = CostTable({128: {1: 1.0, 64: 1.1}}, {1: 0.0}, {}, draft_start={1: 0.4})
-    report = replay_policy(text_of(0), policy, table)
-    drafts = [step for step in report.steps if step.shape.asks_head and step.shape.depth < LEVELS]
-    assert not drafts, "a draft was shallower than its block"
-    assert policy.policy.costs.draft_seconds(TOP_K, 1) == pytest.approx(0.4)
+    steps = replay_policy(texts[0], BaselineGuard(policy), table).steps
+    assert {step.shape.depth for step in steps if step.shape.asks_head} == {LEVELS}
+    assert policy.costs.draft_seconds(TOP_K, 1) == pytest.approx(0.4)

@@ -28,7 +28,7 @@ _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _LOOKED_UP = 16  # nodes that are ranked; no shape of a grid has more
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
-_SIZES = ("context_length", "spare_room", "block_nodes")
+_SIZES = ("context_length", "spare_room")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class RankedText:
     d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
     """
 
-    FORMAT: ClassVar[int] = 4  # of files
+    FORMAT: ClassVar[int] = 3  # of files
 
     features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
     ranks: Tensor
@@ -118,7 +118,7 @@ class RankedText:
 
     def save(self, file: str | Path) -> None:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        sizes = {name: str(getattr(self, name)) for name in _SIZES}
+        sizes = {name: str(getattr(self, name)) for name in (*_SIZES, "block_nodes")}
         save_file(tensors, file, sizes | {"top_ks": ",".join(map(str, self.top_ks))})
 
     @classmethod
@@ -127,6 +127,7 @@ class RankedText:
         with open_recording(file, "ranks") as (opened, metadata):
             read: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
             read |= {name: int(metadata[name]) for name in _SIZES}
+            read["block_nodes"] = int(metadata.get("block_nodes", 0))  # recordings of draft heads stay readable
             return cls(**read, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
 
 
