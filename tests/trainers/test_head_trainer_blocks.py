@@ -98,6 +98,9 @@ def test_a_published_head_is_tuned(name: str, tmp_path: Path) -> None:
         part for part in before if torch.equal(before[part], after[part]) and part not in ("lm_head.weight", "d2t")
     ]
     assert BlockHead.from_pretrained(tmp_path / "head", target=target).config.source == published.config.source
+    for folder in ("head", "published"):
+        with pytest.raises(ValueError, match="which is a draft head. Pass the model"):
+            DraftHeadTrainer(None, args, texts(12), target=str(tmp_path / folder))
 
 
 def test_adapters_of_a_block_head_are_trained_and_merged(tmp_path: Path) -> None:
@@ -105,7 +108,8 @@ def test_adapters_of_a_block_head_are_trained_and_merged(tmp_path: Path) -> None
     head = block_head(target)
     before = bits(head)
     adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    trainer = DraftHeadTrainer(head, config(tmp_path, tau_texts=0), texts(12), peft_config=adapters, target=target)
+    args = config(tmp_path, tau_texts=0, learning_rate=0.1)
+    trainer = DraftHeadTrainer(head, args, texts(12), peft_config=adapters, target=target)
     trainer.train()
     after = bits(BlockHead.from_pretrained(tmp_path / "head", target=target))
     moved = {name for name, weight in before.items() if not torch.equal(weight.bfloat16().float(), after[name])}

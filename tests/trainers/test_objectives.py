@@ -13,7 +13,7 @@ from tests.heads.blocks import CASES, LAYERS, Block, random_tensors, reference_o
 from tests.trainers.heads import config
 from transformers_resps import BlockHead
 from transformers_resps.trainers.blocks import draw_anchors
-from transformers_resps.trainers.features import FrozenTarget
+from transformers_resps.trainers.features import FrozenTarget, TargetFeatures
 from transformers_resps.trainers.objectives import BlockObjective
 
 
@@ -25,22 +25,24 @@ NAMES += ("speculators DSpark, reduced", "DFlash 2, z-lab")
 
 
 def textbook(
-    case: Block, w: dict[str, Tensor], features: Tensor, logits: Tensor, rows: Tensor, table: Tensor
+    case: Block, w: dict[str, Tensor], read: TargetFeatures, logits: Tensor, rows: Tensor, table: Tensor
 ) -> Tensor:
-    """Loss of all blocks, of features, target logits and texts `[b, t, ...]`; `rows` are the output head's."""
+    """Loss of all blocks, with what the target makes of the texts; `rows` are the output head's."""
     ids = w["t2d"].nonzero().squeeze(-1) if case.reduced else torch.arange(len(rows))
     total = torch.zeros(())
-    for text, predicted, read, wants in zip(TOKENS, PREDICTED, features, logits, strict=True):
+    for text, predicted, features, picks, wants in zip(
+        TOKENS, PREDICTED, read.features, read.picks, logits, strict=True
+    ):
         for anchor in range(len(text) - 1):
             if not (predicted[anchor] and predicted[anchor + 1]):
                 continue
             root = int(text[anchor])
-            outputs = reference_outputs(case, w, read[:anchor], root, table)
+            outputs = reference_outputs(case, w, features[:anchor], root, table)
             for level in range(LEVELS):
                 place = anchor + 1 + level
                 if place >= len(text) or not predicted[place]:
                     break
-                if int(wants[place - 1].argmax()) not in ids.tolist():
+                if int(picks[place - 1]) not in ids.tolist():
                     continue
                 wanted, path = wants[place - 1][ids].softmax(-1), text[anchor + 1 : place].tolist()
                 total = total + DECAY**level * of_slot(case, w, outputs, rows, root, path, wanted)
@@ -73,12 +75,13 @@ def test_the_loss_of_blocks_is_that_of_each_slot_alone(name: str, tmp_path: Path
     head = BlockHead.from_pretrained(tmp_path, target=target).eval()
     frozen = FrozenTarget(target, head.feature_layers)
     read = frozen.read(TOKENS)
+    read.picks[:, ::2] = head.draft_token_ids[0]  # others may lie outside a draft vocabulary
     args = config(tmp_path, ttt_steps=LEVELS, ttt_step_decay=DECAY, loss_chunk_size=3)
     found = BlockObjective(frozen, args)(head, head, TOKENS, PREDICTED, read)
     own = target.get_output_embeddings().weight
     with torch.no_grad():
         rows, table = tensors.get("lm_head.weight", own), target.get_input_embeddings().weight
-        expected = textbook(case, tensors, read.features, read.hidden @ own.T, rows, table)
+        expected = textbook(case, tensors, read, read.hidden @ own.T, rows, table)
     torch.testing.assert_close(found.total, expected, atol=1e-3, rtol=1e-4)
     assert expected > 1
     assert found.predicted.tolist() == [9, 6, 3]  # blocks end with their answer

@@ -23,7 +23,7 @@ from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..drafting import TrainableSource
 from ..generation.attach import attach
-from ..heads import BlockHead, DraftHead, DraftHeadConfig, pair_identity
+from ..heads import BlockHead, BlockHeadConfig, DraftHead, DraftHeadConfig, pair_identity
 from ..heads.formats.reading import WholeModelError, class_in
 from .base import check_type
 from .head_config import DraftHeadTrainingConfig
@@ -33,6 +33,8 @@ from .policy_config import PolicyTrainingConfig
 HEADS = DraftHead, BlockHead, MtpHead  # the kinds that are trained
 MTP = "mtp"  # names the layers that came with a target, or a new one
 BLOCK = "block"  # names a new block head
+# What a head's type or class is called by us, and by others.
+_MARKS = (DraftHeadConfig.model_type, BlockHeadConfig.model_type, "eagle", "dflash", "dspark")
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -46,8 +48,10 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
     """The target itself, or the one with this name, by default in its own dtype."""
     if not isinstance(target, str):
         check_type("target", target, PreTrainedModel)
-        if isinstance(target, DraftHead):
-            raise ValueError("`target` is a `DraftHead`, but must be the model that the head drafts for.")
+        if isinstance(target, TrainableSource):
+            raise ValueError(
+                f"`target` is a `{type(target).__name__}`, but must be the model that the head drafts for."
+            )
         if init_kwargs:
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
@@ -178,7 +182,7 @@ def holds_head(name: str, **hub: Any) -> bool:
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     names = [config.get("model_type"), *(config.get("architectures") or ())]
-    is_named = any(one == DraftHeadConfig.model_type or "eagle" in str(one).lower() for one in names)
+    is_named = any(mark in str(one).lower() for one in names for mark in _MARKS)
     return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
 
 
