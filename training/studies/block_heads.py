@@ -102,6 +102,7 @@ def train(args: argparse.Namespace) -> None:
     texts, held_out = Dataset.from_list(rows[HELD_OUT:]), Dataset.from_list(rows[:HELD_OUT])
     trainer = DraftHeadTrainer(None, config, texts, held_out, callbacks=[budget], target=args.target)
     trainer.train(resume_from_checkpoint=newest_checkpoint(args.output))
+    trainer.write_artefact(args.output / "head")
     print(budget.spent, trainer.evaluate(), flush=True)
 
 
