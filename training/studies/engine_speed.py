@@ -10,19 +10,22 @@ may draft 8,192 tokens `auto` keeps 0.78, at a tau of 2.0 (`mtp-0.1b-engine.json
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
     python -m training.studies.engine_speed --shape 0.1b --drafter mtp --tau 2 2.5 3 --draft-vocabulary 8192
+    python -m training.studies.engine_speed --drafter block --tau 1 --trees 33,7,32 9,1,8 --draft-vocabulary 12288
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
     python -m training.studies.engine_speed --tau 2.5 --prompt-tokens 16384 --compiled --limit 1 --repeats 1
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
 Method: targets of random weights (`random_target`) and, rigged to each tau (`rigged_head`), a head that drafts as a
 trained one of EAGLE-3's sizes does, or with `--drafter mtp` a layer as checkpoints bring along: either is right as
-often as tau needs. Greedy, one prompt at a time, every way in turn, total tokens over total seconds. Chains draft
-`2 tau - 1` tokens; trees are as deep, yield what their first chain yields, and show what width costs. Prompt lookup
-never finds a match in these texts: its row shows what looking costs. `auto` meets the same heads, and is not held to
+often as tau needs. A block head of two layers and eight slots knows nothing, and shows what its drafts cost. Greedy,
+one prompt at a time, every way in turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as
+deep, yield what their first chain yields, and show what width costs. Prompt lookup never finds a match in these texts:
+its row shows what looking costs. `auto` meets the same heads, and is not held to
 a tau. A first pass, which compiles, is thrown away. Where layers are recurrent, Transformers has no prompt lookup.
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +38,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.assistants import MtpHead
+from transformers_resps.heads import BlockHead
 from transformers_resps.tools.cli import device, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.methods import (
@@ -55,12 +59,12 @@ from transformers_resps.verifying.prepacking import prepack
 
 from .experiment import Experiment, execute
 from .random_target import SHAPES, following, random_target
-from .rigged_head import hit_rate_for, rigged_head, rigged_mtp
+from .rigged_head import hit_rate_for, rigged_head, rigged_mtp, untrained_block
 
 
 DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
 _WARM_UP = 64  # tokens of a prompt: one code serves longer ones
-DRAFTERS = {"head": rigged_head, "mtp": rigged_mtp}
+DRAFTERS = {"head": rigged_head, "mtp": rigged_mtp, "block": untrained_block}
 
 
 class Way(NamedTuple):
@@ -82,7 +86,7 @@ def tree_of(tau: float, device: str) -> TreeShape:
 
 
 def ways_of(
-    heads: dict[float, DraftHead | MtpHead],
+    heads: dict[float, DraftHead | MtpHead | BlockHead],
     shapes: dict[float, Sequence[TreeShape]],
     *,
     compiles: bool,
@@ -122,17 +126,19 @@ class EngineRun:
         planted: the tau of the way.
         timing: names the way.
         same: whether the text is that of plain decoding.
+        draft_seconds: of a step, the median; `None` where no step is told.
     """
 
     model: str
     planted: float | None
     timing: AnswerTiming
     same: bool
+    draft_seconds: float | None = None
 
 
 def rig(
     target: Any, texts: Sequence[Tensor], tau: float, drafter: str, draft_vocabulary: int | None
-) -> DraftHead | MtpHead:
+) -> DraftHead | MtpHead | BlockHead:
     """Make one of `DRAFTERS` whose chain of `tau` yields as much on `texts`."""
     hit_rate, vocab_size = hit_rate_for(tau, chain_of(tau).depth), target.config.vocab_size
     if draft_vocabulary is None and drafter == "head":
@@ -199,7 +205,8 @@ class EngineBench:
         prompt, answer = self.texts[number].tensor_split([self.prompt_tokens])
         run = self.bench.decode(Prompt(f"random/{number}", prompt[:most]), way.method, repeat)
         same = run.token_ids.tolist() == answer.tolist()
-        return EngineRun(self.model, way.tau, run.timing, same)
+        taken = [step.draft_seconds for step in run.steps[2:]]  # the prefill, and a draft that reads the prompt
+        return EngineRun(self.model, way.tau, run.timing, same, statistics.median(taken) if taken else None)
 
 
 def _after_prompt(timing: AnswerTiming) -> AnswerTiming:
@@ -210,7 +217,7 @@ def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
     """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts.
 
     `after_prompt` is the ratio to plain decoding, or to compiled plain decoding where there is one, of what follows
-    the first token: a long prompt takes longer than its answer.
+    the first token: a long prompt takes longer than its answer. `draft_to_plain` is a draft over such a plain step.
     """
     timed = [run for run in runs if run.timing.repeat >= 0]
     rows = []
@@ -218,11 +225,15 @@ def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
         own = [run for run in timed if (run.model, run.timing.method) == (model, way)]
         timings = [run.timing for run in timed if run.model == model]
         found = asdict(summarise(timings, way))
-        late = summarise([_after_prompt(timing) for timing in timings], way)
+        after = [_after_prompt(timing) for timing in timings]
+        late, base = summarise(after, way), {"plain, compiled", "plain"} & {timing.method for timing in timings}
+        step = 1 / summarise(after, max(base)).tokens_per_second
+        drafts = [run.draft_seconds for run in own if run.draft_seconds is not None]
         rows.append(
             {"model": model, "way": found.pop("method"), "planted": own[0].planted}
             | {name: value for name, value in found.items() if name != "temperature"}
             | {"after_prompt": late.ratio if late.compiled_ratio is None else late.compiled_ratio}
+            | {"draft_to_plain": statistics.median(drafts) / step if drafts else None}
             | {"same_text": sum(run.same for run in own) / len(own)}
         )
     return rows

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers_resps import DraftHead
 from transformers_resps.assistants.mtp import MtpHead, MtpLayer
 from transformers_resps.assistants.mtp_layouts import MtpConfig
-from transformers_resps.heads import Attend, Rope
+from transformers_resps.heads import Attend, BlockHead, BlockHeadConfig, Rope
 from transformers_resps.heads.model import DraftLayer, Wanted
 
 
@@ -146,6 +146,33 @@ def rigged_mtp(
     head = head.to(target.dtype).requires_grad_(False).eval()
     rows = cast(Any, target.get_output_embeddings()).weight[known.ids.to(target.device)]
     return Rigged(head, _plant(layer, rows, known, hit_rate, seed))
+
+
+def untrained_block(
+    target: PreTrainedModel,
+    following: Tensor,
+    hit_rate: float,
+    *,
+    tokens: Tensor | None = None,
+    draft_vocab_size: int | None = None,
+    seed: int = 0,
+) -> Rigged:
+    """Make a block head of two of the target's layers and eight slots that knows nothing, whatever `hit_rate` asks."""
+    text = target.config.get_text_config()
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    sizes = {name: getattr(text, name) for name in names}
+    sizes["head_dim"] = text.hidden_size // text.num_attention_heads
+    last = text.num_hidden_layers
+    config = BlockHeadConfig(
+        **sizes,
+        feature_layers=[1, last // 2, last - 1],
+        draft_vocab_size=draft_vocab_size,
+        owns_output_head=draft_vocab_size is not None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head: Any = BlockHead(config).to(target.device, target.dtype)
+    return Rigged(head.requires_grad_(False).eval(), torch.zeros(len(following), dtype=torch.bool))
 
 
 class _Known(NamedTuple):
