@@ -20,6 +20,7 @@ EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
 
 POLICIES = (PLAIN, FIXED, AUTO, FITTED, PUBLISHED, REPAIRED)
 ENGINES = (STOCK, PLAIN, STOCK_LOOKUP, AUTO, *OPENVINO, *VLLM, LLAMA_CPP)
+HOLDING = (STOCK, PLAIN, AUTO, *OPENVINO)
 BUDGETS = (4, 8, 16, 32, 64)
 TREES = (PLAIN, *(f"{kind} of {nodes}" for nodes in BUDGETS for kind in ("chain", "tree")))
 QUESTIONS = {
@@ -40,6 +41,7 @@ _OF_A_BATCH = 0.4  # times as long as alone, a row of eight
 _START = 45.0  # seconds of a process: to load, compile or load compiled code, and warm up
 
 TIMED, TEXTS, SAMPLES, ANSWERS, REPLAY = "timed", "texts", "samples", "answers", "replay"
+MEMORY = "memory"
 COSTS = ("Zen 4", "H100", "A100")  # planted
 
 
@@ -54,7 +56,7 @@ class Experiment:
         target: "smollm2", "qwen", or "random" for random weights that read 32k tokens.
         arms: the first is the one that the others are compared with.
         kind: `TIMED`; `TEXTS` compares texts, `SAMPLES` sampled ones, `ANSWERS` those of GSM8K, `REPLAY` decides again
-            under planted costs; these are not timed.
+            under planted costs, `MEMORY` notes the most that a process holds; these are not timed.
         costs: of `COSTS`, for `REPLAY`.
         drafts: who drafts for our arms.
         context: tokens of random prompts; 0 for the prompts of the protocol.
@@ -157,6 +159,8 @@ EXPERIMENTS = (
     *_policies(),
     Experiment("engines-smollm2", 3, "SmolLM2", "smollm2", ENGINES),
     Experiment("engines-qwen", 3, "Qwen", "qwen", ENGINES),
+    Experiment("memory-smollm2", 3, "SmolLM2", "smollm2", HOLDING, MEMORY, each=4, processes=1),
+    Experiment("memory-qwen", 3, "Qwen", "qwen", HOLDING, MEMORY, each=4, processes=1),
     Experiment("budgets-smollm2", 4, "SmolLM2", "smollm2", TREES, drafts="block head"),
     *_never_slower(),
 )  # fmt: skip

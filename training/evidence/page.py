@@ -118,7 +118,9 @@ def same_text(found: Sequence[Found]) -> Answer:
                     low, high = wilson(good, len(own))
                     parted = [row for row in own if "position" in row]
                     place = f"token {median(row['position'] for row in parted):.0f}" if parted else ""
+                    odd = sum(not row["explained"] for row in parted)
                     gap = f"{max(row['gap'] for row in parted):.2f}" if parted else ""
+                    gap += f", {odd} unexplained" if odd else ""
                     share = f"{low:.1%} to {high:.1%}"
                     rows.append([one.title, arm, str(len(own)), str(good), share, place, gap])
                     bars.append((f"{one.title}, {arm}", Speed(good / len(own), low, high, low, high)))
@@ -175,17 +177,14 @@ def _gap(policy: Speed | None, oracle: Speed | None) -> str:
 
 def engines(found: Sequence[Found]) -> Answer:
     """Every engine over stock `generate` and over compiled plain decoding, and what of tau became speed."""
-    columns = [
-        "target, arm",
-        "over stock",
-        "over plain",
-        "tau",
-        "over plain / tau",
-        "first token, ms",
-        "accepted at 1, 2, 3",
-    ]
+    columns = ["target, arm", "over stock", "over plain", "tau", "over plain / tau", "first token, ms", "peak MiB"]
+    columns.append("accepted at 1, 2, 3")
+    peaks = {f"{one.title}, {row['arm']}": row["mib"] for one in found if one.experiment.kind == named.MEMORY
+             for own in one.rows for row in own}  # fmt: skip
     rows, bars = [], []
     for one in found:
+        if one.experiment.kind == named.MEMORY:
+            continue
         if not one.rows:
             rows.append(_empty(one, columns))
             continue
@@ -193,11 +192,10 @@ def engines(found: Sequence[Found]) -> Answer:
             stock, plain = one.over(arm, named.STOCK), one.over(arm, named.PLAIN)
             if stock is None or plain is None:
                 continue
-            mean = tau(one.rows, arm)
-            first = 1e3 * median(row["first"] for row in one.of(arm))
-            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}", _positions(one.of(arm))]
-            title = f"{one.title}, {arm}"
-            rows.append([title, _speed(stock), _speed(plain), *cells])
+            title, mean = f"{one.title}, {arm}", tau(one.rows, arm)
+            first, peak = 1e3 * median(row["first"] for row in one.of(arm)), peaks.get(title)
+            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}", "" if peak is None else f"{peak:.0f}"]
+            rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of(arm))])
             bars.append((title, stock))
     return Answer(columns, rows, bars)
 
@@ -301,8 +299,8 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
         yield ""
     yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
     yield ""
-    yield "[The protocol](../training/PROTOCOL.md), with arms, prompts, what counts as quiet and the statistic, was made"
-    yield "before the runs. Speeds are total tokens over total seconds, with a paired 95% interval over requests and"
+    yield "[The protocol](../training/PROTOCOL.md), with arms, prompts and what counts as quiet, was made before any"
+    yield "run. Speeds are total tokens over total seconds, with a paired 95% interval over requests and"
     yield "processes. An empty cell names its reason. `make evidence` measures all of it on your machine."
     for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
         yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."

@@ -26,7 +26,8 @@ def rows_of(
     """Ten tokens of every arm and prompt; an arm takes `seconds`, or one."""
     return [
         {"arm": arm, "prompt": f"a/{prompt}", "turn": 1, "tokens": 10, "forwards": 5, "first": 0.1, "same": True,
-         "seconds": seconds.get(arm, 1.0) * (1 + 0.01 * prompt + 0.001 * number), "steps": steps or {"4/1": 5}}
+         "mib": 670.0, "seconds": seconds.get(arm, 1.0) * (1 + 0.01 * prompt + 0.001 * number),
+         "steps": steps or {"4/1": 5}}
         for prompt in range(prompts) for arm in arms
     ]  # fmt: skip
 

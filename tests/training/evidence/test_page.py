@@ -79,6 +79,13 @@ def test_trees_break_even_where_their_steps_still_pay(tmp_path: Path) -> None:
     assert "trees are faster than plain decoding here to 8, at planted costs of an H100 to 64" in page
 
 
+def test_the_memory_of_a_process_stands_beside_its_speed(tmp_path: Path) -> None:
+    write_all(tmp_path / "measured" / "zen", "engines-smollm2")
+    assert row_of(page_of(tmp_path), "SmolLM2, plain")[6] == ""
+    write_all(tmp_path / "measured" / "zen", "memory-smollm2")
+    assert row_of(page_of(tmp_path), "SmolLM2, plain")[6] == "670"
+
+
 def test_rows_of_two_processors_stand_apart_and_say_which(tmp_path: Path) -> None:
     write_all(tmp_path / "measured" / "one", MAIN)
     write_all(tmp_path / "measured" / "two", MAIN, machine={"device": "Intel Xeon, AMX"})
