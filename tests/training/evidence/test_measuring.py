@@ -1,0 +1,145 @@
+"""Each kind of experiment from its models to its results file, on a tiny target."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.tools.conversations import save_models, save_rows
+from training.evidence import arms, measuring, replaying
+from training.evidence import experiments as named
+from training.evidence.__main__ import is_valid, parser
+from training.evidence.experiments import Experiment
+from training.evidence.sealed import Measured
+from transformers_resps import DraftHead, TreeShape
+from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.policies.action_grid import ActionGrid
+
+
+Run = Callable[[Experiment], Measured]
+
+
+@pytest.fixture
+def options(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> Namespace:
+    target, _ = save_models(tmp_path, tiny_target, tiny_head)
+    tiny_head.save_pretrained(tmp_path / "smollm2-135m-instruct-head")
+    prompts = save_rows(tmp_path / "mine.jsonl", [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"]])
+    given = ["--target", target, "--prompts", prompts, "--work", str(tmp_path / "work"), "--accept-noise"]
+    return parser().parse_args([*given, "--each", "4"])
+
+
+@pytest.fixture
+def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Measures an experiment in this process. What is compiled runs as it is: compilation takes half a minute."""
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(arms, "CARDS", tmp_path)
+    monkeypatch.setattr(arms, "load_target", lambda name, dtype, device: load(name))
+    monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(4, 2, 2)))
+    monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uvwx"]]))
+    monkeypatch.setattr(measuring, "_SAMPLED", 4)
+
+    def load(name: str) -> Any:
+        from transformers_resps.tools.loading import load_target
+
+        return load_target(name, "float32", "cpu")
+
+    def measure(experiment: Experiment) -> Measured:
+        measuring.run(experiment, 0, options, tmp_path / "out" / f"{experiment.name}-0.json")
+        return Measured.read(tmp_path / "out" / f"{experiment.name}-0.json")
+
+    return measure
+
+
+def small(name: str, **changes: Any) -> Experiment:
+    one = next(one for one in named.EXPERIMENTS if one.name == name)
+    return replace(one, tokens=6, **changes)
+
+
+def test_every_arm_answers_every_turn_and_one_that_is_missing_says_why(run: Run) -> None:
+    found = run(small("policy-smollm2-t0"))
+    found.check_arms(named.POLICIES)
+    answered = [(row["prompt"], row["turn"], row["arm"]) for row in found.data["rows"]]
+    assert len(answered) == len(set(answered)) == 5 * 3
+    assert found.data["left_out"] == dict.fromkeys(
+        (named.FITTED, named.PUBLISHED, named.REPAIRED), "no such policy was trained for this target"
+    )
+    assert all(row["same"] for row in found.data["rows"])  # in float32
+    drafted = [row for row in found.data["rows"] if row["arm"] == named.FIXED]
+    assert all(sum(row["steps"].values()) == row["forwards"] - 1 for row in drafted)
+    assert found.data["settings"]["best"] in ("3/2/1", "4/2/2")
+
+
+def test_texts_go_on_where_a_process_was_stopped_and_what_is_timed_begins_anew(
+    run: Run, options: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = measuring.JournaledBench.decode, []
+
+    def stopped(self: Any, prompt: Any, method: Any, *args: Any, **options: Any) -> Any:
+        if not options:  # no warm-up
+            calls.append(method.name)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+        return decode(self, prompt, method, *args, **options)
+
+    monkeypatch.setattr(measuring.JournaledBench, "decode", stopped)
+    monkeypatch.setattr(measuring, "FOREIGN_PROMPTS", str(tmp_path / "mine.jsonl"))
+    with pytest.raises(KeyboardInterrupt):
+        run(small("normal-smollm2"))
+    [journal] = (tmp_path / "work").glob("normal-smollm2-0-*/journal.jsonl")
+    assert len(journal.read_text().splitlines()) == 1 + 4
+    texts = run(small("normal-smollm2"))
+    assert len(texts.data["rows"]) == 5 * 3 and all(row["same"] for row in texts.data["rows"])
+    timed = small("other-domain")
+    first, again = run(timed).data["rows"], run(timed).data["rows"]
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in again]
+    assert [row["seconds"] for row in first] != [row["seconds"] for row in again]
+
+
+def test_a_file_is_valid_for_its_code_alone_and_where_it_was_quiet(run: Run, tmp_path: Path) -> None:
+    experiment = small("normal-smollm2")
+    found, file = run(experiment), tmp_path / "out" / "normal-smollm2-0.json"
+    assert is_valid(file, found.code, experiment)  # it is not timed
+    assert not is_valid(file, "other code", experiment) and not is_valid(tmp_path / "none", found.code, experiment)
+
+
+def test_texts_of_the_exact_mode_are_compared_with_its_plain_ones(run: Run) -> None:
+    found = run(small("exact-smollm2", batch=2))
+    assert found.data["left_out"] == {named.EXACT_BLOCK: "no block head was given (`--block-head`)"}
+    assert {row["arm"] for row in found.data["rows"]} == {named.EXACT_PLAIN, named.EXACT, named.EXACT_MEMORY}
+    assert all(row["same"] for row in found.data["rows"]) and not found.reasons
+
+
+def test_samples_of_each_arm_have_seeds_of_their_own(run: Run, options: Namespace) -> None:
+    options.each = 1
+    rows = run(small("samples-smollm2")).data["rows"]
+    assert len(rows) == 3 * 4 and all(len(row["ids"]) == 6 for row in rows)
+
+
+def test_a_batch_is_one_request(run: Run) -> None:
+    rows = run(small("policy-smollm2-batch4", arms=(named.PLAIN, named.AUTO))).data["rows"]
+    assert [row["prompt"] for row in rows] == ["mine/0 and 3 more"] * 2
+    assert all(row["tokens"] > 6 for row in rows)
+
+
+def test_policies_decide_again_under_planted_costs_and_none_beats_the_oracle(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaying, "grid_of", lambda name: ActionGrid.small())
+    rows = run(small("planted-smollm2-h100")).data["rows"]
+    seconds = {arm: sum(row["seconds"] for row in rows if row["arm"] == arm) for arm in (named.FIXED, named.ORACLE)}
+    assert seconds[named.ORACLE] <= seconds[named.FIXED]
+
+
+def test_the_answer_of_a_question_is_its_last_number_or_what_follows_the_mark(tmp_path: Path) -> None:
+    assert measuring.last_number("so 3 + 4 = 7 apples.") == 7.0
+    assert measuring.last_number("1,200 it is\n#### 1,250") == 1250.0
+    assert measuring.last_number("none") is None
+    file = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": "a", "answer": "x #### 5"}, {"turns": ["b"], "reference": ["y\n#### 6"]}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert measuring.right_answers(str(file)) == {"gsm8k/0": 5.0, "gsm8k/1": 6.0}
