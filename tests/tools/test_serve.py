@@ -482,8 +482,9 @@ def test_the_figures_of_the_server_are_the_sums_of_its_answers(client: Client) -
     assert gained("resps_emitted_tokens_total") == 16
     assert gained("resps_prompt_tokens_total") == sum(answer["usage"]["prompt_tokens"] for answer in answers)
     assert gained("resps_target_forwards_total") == told["num_target_forwards"]
-    assert gained("resps_draft_tokens_total") == told["num_draft_tokens"]
-    assert gained("resps_accepted_tokens_total") == told["num_accepted_draft_tokens"]
+    assert gained("vllm:spec_decode_num_drafts_total") == told["num_spec_steps"]
+    assert gained("vllm:spec_decode_num_draft_tokens_total") == told["num_draft_tokens"]
+    assert gained("vllm:spec_decode_num_accepted_tokens_total") == told["num_accepted_draft_tokens"]
     assert (
         gained('resps_requests_total{outcome="speculative"}') == gained('resps_requests_total{outcome="plain"}') == 1
     )

@@ -552,8 +552,10 @@ class Figures:
         "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
         "resps_emitted_tokens_total": "Tokens of the answers.",
         "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
-        "resps_draft_tokens_total": "Drafted tokens that the target verified.",
-        "resps_accepted_tokens_total": "Drafted tokens that the target accepted.",
+        # As vLLM names them: AIPerf's matrix is made of these three
+        "vllm:spec_decode_num_drafts_total": "Steps after the prompt, of answers with draft trees.",
+        "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that the target verified.",
+        "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that the target accepted.",
         "resps_speculation_seconds_total": "Seconds of the steps of answers with draft trees.",
         "resps_requests_in_progress": "Requests that wait or are answered.",
     }
@@ -572,8 +574,9 @@ class Figures:
         if exchange.report is not None:
             told = exchange.report.acceptance()
             added["resps_target_forwards_total"] = told["num_target_forwards"]
-            added["resps_draft_tokens_total"] = told["num_draft_tokens"]
-            added["resps_accepted_tokens_total"] = told["num_accepted_draft_tokens"]
+            added["vllm:spec_decode_num_drafts_total"] = told["num_spec_steps"]
+            added["vllm:spec_decode_num_draft_tokens_total"] = told["num_draft_tokens"]
+            added["vllm:spec_decode_num_accepted_tokens_total"] = told["num_accepted_draft_tokens"]
             added["resps_speculation_seconds_total"] = exchange.report.seconds
         with self._lock:
             self._counts.update(cast(Any, added))
