@@ -77,8 +77,8 @@ def test_a_run_is_sampled_evenly_over_all_its_places() -> None:
 @pytest.mark.parametrize("count", [1000, 200_000])
 def test_a_token_takes_at_most_sixteen_bytes(count: int) -> None:
     text = Suffixes(np.random.default_rng(0).integers(0, 50_000, count).tolist())
-    held = sum(map(sys.getsizeof, (text.tokens, text._backwards, text._order, text._marks, *text._marks)))
+    held = sum(map(sys.getsizeof, (text.tokens, text._backwards, text.order, text._marks, *text._marks)))
     assert held < 16 * count
-    assert [text._key(position) for position in text._order] == sorted(map(text._key, range(1, count)))
+    assert [text.before(position) for position in text.order] == sorted(map(text.before, range(1, count)))
     for position in range(1, count, count // 50):
-        assert text.search(bytes(text._key(position))).longest == min(position, LONGEST_MATCH)
+        assert text.search(bytes(text.before(position))).longest == min(position, LONGEST_MATCH)

@@ -5,7 +5,7 @@ suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts
 """
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from struct import pack
 
@@ -17,6 +17,8 @@ LARGEST_TOKEN = 2**31 - 1
 SEPARATOR = 2**32 - 1  # stands between two texts: no match reaches across it
 _BYTES = 4  # of a token
 _MOST_BYTES = LONGEST_MATCH * _BYTES
+_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # comes after all that begins alike
+_NEAR = 4  # positions that are looked at one by one
 _FEW = 64  # tokens that are sorted in one by one
 _STRIDE = 128  # positions between two marks
 _INTEGER = np.dtype(array("I").typecode)
@@ -29,13 +31,15 @@ class Suffixes:
 
     Attributes:
         tokens: of all texts.
+        order: positions with a token before them and one after, by what stands before them.
     """
 
     def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
         self.tokens = array("I")
         self._backwards = bytearray()  # the tokens, newest first and big-endian: bytes compare as contexts do
-        self._order = array("I")  # positions with a token before them and one after
+        self.order = array("I")
         self._marks = list[bytes]()  # what stands before each 128th of them, of many that were sorted at once
+        self._newest: tuple[bytes, int] | None = None  # the end of the text and its place, once it was searched for
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -44,9 +48,12 @@ class Suffixes:
     @property
     def context(self) -> bytes:
         """The end of the text, its newest token first, as `search` takes it."""
-        return bytes(self._key(len(self.tokens)))
+        if self._newest is None:
+            context = bytes(self.before(len(self.tokens)))
+            self._newest = context, self.find(context)
+        return self._newest[0]
 
-    def _key(self, position: int) -> bytearray:
+    def before(self, position: int) -> bytearray:
         """What stands before a position, its newest token first."""
         start = len(self._backwards) - _BYTES * position
         return self._backwards[start : start + _MOST_BYTES]
@@ -62,19 +69,23 @@ class Suffixes:
         end = len(self._backwards) - _BYTES * first
         self._backwards[end - _BYTES * count : end] = pack(f">{count}I", *reversed(tokens))
         if count > max(_FEW, first // 16):
+            self._newest = None
             self._set_order(_sorted(np.frombuffer(self.tokens, _INTEGER)))
             return
         self._marks = []
         for position in range(max(first, 1), first + count):
-            place = bisect_right(self._order, self._key(position), key=self._key)
-            self._order.insert(place, position)
+            if self._newest is not None:
+                place, self._newest = self._newest[1], None
+            else:
+                place = bisect_left(self.order, self.before(position), key=self.before)
+            self.order.insert(place, position)
 
     def without_first(self, count: int) -> "Suffixes":
         """The texts that begin after the first `count` tokens, without sorting them anew.
 
         The separator before them stays: what stood before it decides the order of no match.
         """
-        tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self._order))
+        tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self.order))
         first = max(count - 1, 0)
         cut = first + int(np.argmax(tokens[first:] == SEPARATOR))
         kept = Suffixes()
@@ -84,21 +95,27 @@ class Suffixes:
         return kept
 
     def _set_order(self, order: np.ndarray) -> None:
-        self._order = array("I", order.tobytes())
+        self.order = array("I", order.tobytes())
         if len(order) > _FEW * _STRIDE:
-            self._marks = [bytes(self._key(position)) for position in self._order[::_STRIDE]]
+            self._marks = [bytes(self.before(position)) for position in self.order[::_STRIDE]]
 
-    def _find(self, wanted: "bytes | bytearray") -> int:
+    def find(self, wanted: "bytes | bytearray") -> int:
         """Where a context stands in the order: among the marks first, which compare faster."""
-        first, last = 0, len(self._order)
+        first, last = 0, len(self.order)
         if self._marks:
             mark = bisect_left(self._marks, wanted)
             first, last = max(mark - 1, 0) * _STRIDE, min(mark * _STRIDE, last)
-        return bisect_left(self._order, wanted, first, last, key=self._key)
+        return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
         """Where these texts ended as a context does."""
-        return Search(self._order, self._backwards, context, self._find(context))
+        newest = self._newest
+        place = newest[1] if newest is not None and newest[0] is context else self.find(context)
+        return Search(self, context, place)
+
+    def begins(self, position: int, wanted: bytes) -> bool:
+        """Whether what stands before a position begins so."""
+        return self._backwards.startswith(wanted, len(self._backwards) - _BYTES * position)
 
 
 class Search:
@@ -108,37 +125,27 @@ class Search:
         longest: how many of its newest tokens stood there side by side, with one after them.
     """
 
-    __slots__ = ("_backwards", "_context", "_first", "_last", "_order", "longest")
+    __slots__ = ("_context", "_first", "_last", "_text", "longest")
 
-    def __init__(self, order: "array[int]", backwards: bytearray, context: bytes, place: int) -> None:
-        self._order, self._backwards, self._context = order, backwards, context
+    def __init__(self, text: Suffixes, context: bytes, place: int) -> None:
+        self._text, self._context = text, context
         self._first = self._last = place
-        neighbours = order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
-        starts = [len(backwards) - _BYTES * position for position in neighbours]
-        self.longest = max((_alike(context, backwards[at : at + _MOST_BYTES]) for at in starts), default=0)
+        neighbours = text.order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
+        self.longest = max((_alike(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":
         """The positions after the `length` newest tokens: at most so many, evenly over all.
 
         The next length that is asked for is shorter: its run holds this one.
         """
-        order, begins, wanted, end = self._order, self._backwards.startswith, self._context, len(self._backwards)
-        wanted = wanted[: _BYTES * length]
-
-        def is_other(position: int) -> bool:
-            return not begins(wanted, end - _BYTES * position)
-
-        reach, first, last = 1, self._first, self._last
-        while first >= reach and not is_other(order[first - reach]):
-            reach *= 2
-        self._first = bisect_left(
-            order, True, max(first - reach, 0), first - reach // 2, key=lambda at: not is_other(at)
-        )
-        reach = 1
-        while last + reach <= len(order) and not is_other(order[last + reach - 1]):
-            reach *= 2
-        self._last = bisect_left(order, True, last + reach // 2, min(last + reach, len(order)), key=is_other)
-        return order[self._first : self._last : max(-(-(self._last - self._first) // most), 1)]
+        text, order, wanted = self._text, self._text.order, self._context[: _BYTES * length]
+        first, last = self._first, self._last
+        while first and text.begins(order[first - 1], wanted):
+            first = first - 1 if self._first - first < _NEAR else text.find(wanted)
+        while last < len(order) and text.begins(order[last], wanted):
+            last = last + 1 if last - self._last < _NEAR else text.find(wanted + _BEYOND)
+        self._first, self._last = first, last
+        return order[first : last : max(-(-(last - first) // most), 1)]
 
 
 def _alike(one: bytes, other: bytearray) -> int:
