@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trees import VOCABULARY, batches, path_of, pools, random_tokens, texts_of, trees
-from transformers_resps.tree import CandidatePool, DraftTree, TreeShape, moved
+from transformers_resps.tree import Branches, CandidatePool, DraftTree, TreeShape, moved
 
 
 @settings(max_examples=500)
@@ -45,13 +45,16 @@ def test_a_child_is_found_by_its_token_and_the_root_is_nobodys_child() -> None:
     assert tree.children() == [{(0, 5): 1, (0, 6): 2, (1, 5): 3}]
 
 
-def chains_of(chains: list[list[int]]) -> CandidatePool:
-    return CandidatePool.from_chains(chains, [[0.5**length for length in range(1, len(one) + 1)] for one in chains])
+def chains_of(chains: list[list[int]]) -> list[Branches]:
+    return [
+        Branches(chain, range(-1, len(chain) - 1), [0.5**length for length in range(1, len(chain) + 1)])
+        for chain in chains
+    ]
 
 
 @given(trees(8), st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))
 def test_no_node_lies_deeper_than_a_tree_says(tree: DraftTree, chain: list[int]) -> None:
-    merged = tree.with_pool(chains_of([chain]))
+    merged = tree.with_branches(chains_of([chain]))
     for one in (tree, merged, merged.row(0), merged.padded(20)):
         assert int(one.depths.max()) <= one.level_count < one.node_count
 
@@ -70,7 +73,7 @@ def test_a_child_is_the_first_that_carries_the_token(tree: DraftTree) -> None:
 @settings(max_examples=500)
 @given(trees(), st.lists(st.integers(0, VOCABULARY - 1), max_size=6))
 def test_a_merged_chain_adds_its_texts_and_nothing_else(tree: DraftTree, chain: list[int]) -> None:
-    merged = tree.with_pool(chains_of([chain]))
+    merged = tree.with_branches(chains_of([chain]))
     count = tree.node_count
     assert texts_of(merged) == texts_of(tree) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
     assert torch.equal(merged.tokens[:, :count], tree.tokens) and torch.equal(merged.parents[:, :count], tree.parents)
@@ -86,7 +89,7 @@ def test_rows_that_gain_chains_of_different_lengths_keep_nodes_of_their_own(
     tree: DraftTree, data: st.DataObject
 ) -> None:
     chains = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=5)) for _ in tree.tokens]
-    merged = tree.with_pool(chains_of(chains))
+    merged = tree.with_branches(chains_of(chains))
     sizes = merged.row_sizes
     for row, chain in enumerate(chains):
         expected = texts_of(tree, row) | {tuple(chain[:length]) for length in range(len(chain) + 1)}

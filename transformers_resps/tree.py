@@ -9,9 +9,10 @@ width of the features (layers that the head reads times the target's hidden size
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import inf
+from math import inf, log
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -103,15 +104,27 @@ class Pricing(NamedTuple):
     least_nodes: int = 1
 
 
-# Of one row the tokens, parents (-1 is the root) and probabilities of nodes, of which the tokens may be fewer
-Branches = tuple[Sequence[int], Sequence[int], Sequence[float]]
+class Branches(NamedTuple):
+    """Nodes of one row, every parent before its children.
+
+    Attributes:
+        tokens: of each node.
+        parents: likewise; -1 is the root.
+        probs: of each path. None: a node that stands for none, but tells that it was found.
+        proposers: flags of `DraftTree.proposers`; empty for lookup.
+    """
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    probs: Sequence[float]
+    proposers: Sequence[int] = ()
 
 
-def _levels(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float]) -> list[list[int]]:
+def _levels(parents: Sequence[int]) -> list[list[int]]:
     """The nodes of each level, every parent being before its children."""
     levels, level_of = list[list[int]](), list[int]()
-    for node in range(len(tokens)):
-        level_of.append(1 + level_of[parents[node]] if parents[node] >= 0 else 0)
+    for node, parent in enumerate(parents):
+        level_of.append(1 + level_of[parent] if parent >= 0 else 0)
         if level_of[node] == len(levels):
             levels.append([])
         levels[level_of[node]].append(node)
@@ -127,46 +140,41 @@ class CandidatePool:
         parents: `[b, p]` index of the parent in the pool; -1 is the root.
         scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
         levels: `[p]`, 1 for children of the root.
-        proposers: of each row, flags of who proposed each node, where several searched: see `DraftTree`.
     """
 
     tokens: Tensor
     parents: Tensor
     scores: Tensor
     levels: Tensor
-    proposers: Sequence[Sequence[int]] = ()
 
     @classmethod
-    def from_branches(cls, rows: Sequence[Branches], proposers: Sequence[Sequence[int]] = ()) -> "CandidatePool":
-        """The nodes of each row, and who proposed each: on the host, in the order of their levels.
+    def from_branches(cls, rows: Sequence[Branches]) -> "CandidatePool":
+        """The nodes of each row: on the host, in the order of their levels.
 
         A row with fewer nodes on a level than another is filled up with nodes of no probability.
         """
-        levels = [_levels(*row) for row in rows]
+        levels = [_levels(row.parents) for row in rows]
         depth = max(map(len, levels), default=0)
         widths = [max(len(own[level]) for own in levels if level < len(own)) for level in range(depth)]
         starts = list(accumulate(widths, initial=0))
         below = [-1 if level == 0 else starts[level - 1] for level, width in enumerate(widths) for _ in range(width)]
-        tokens, flags = ([[0] * starts[-1] for _ in rows] for _ in range(2))
-        probs = [[0.0] * starts[-1] for _ in rows]
+        tokens, probs = [[0] * starts[-1] for _ in rows], [[0.0] * starts[-1] for _ in rows]
         parents = [below.copy() for _ in rows]
-        for row, (own, (own_tokens, own_parents, own_probs)) in enumerate(zip(levels, rows, strict=True)):
-            places = {node: starts[level] + at for level, nodes in enumerate(own) for at, node in enumerate(nodes)}
+        for row, (own, nodes) in enumerate(zip(levels, rows, strict=True)):
+            places = {node: starts[level] + at for level, part in enumerate(own) for at, node in enumerate(part)}
             for node, place in places.items():
-                tokens[row][place], probs[row][place] = own_tokens[node], own_probs[node]
-                parents[row][place] = -1 if own_parents[node] < 0 else places[own_parents[node]]
-                flags[row][place] = proposers[row][node] if proposers else 0
+                tokens[row][place], probs[row][place] = nodes.tokens[node], nodes.probs[node]
+                parents[row][place] = -1 if nodes.parents[node] < 0 else places[nodes.parents[node]]
         shape = len(rows), starts[-1]
         node_tokens, above = (torch.tensor(part, dtype=torch.long).view(shape) for part in (tokens, parents))
         level_of = torch.arange(1, depth + 1).repeat_interleave(torch.tensor(widths, dtype=torch.long))
-        scores = torch.tensor(probs, dtype=torch.float).view(shape).log()
-        return cls(node_tokens, above, scores, level_of, flags if proposers else ())
+        return cls(node_tokens, above, torch.tensor(probs, dtype=torch.float).view(shape).log(), level_of)
 
     @classmethod
     def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
         """One chain of tokens of each row, and the probability of each path."""
         rows = zip(chains, probs, strict=True)
-        return cls.from_branches([(chain, range(-1, len(chain) - 1), own) for chain, own in rows])
+        return cls.from_branches([Branches(chain, range(-1, len(chain) - 1), own) for chain, own in rows])
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
@@ -370,31 +378,25 @@ class DraftTree:
         ancestors = seen > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
-    def with_pool(self, pool: CandidatePool) -> "DraftTree":
-        """Add the nodes of another source's pool, which is on the host as the tree is; a node that both have is one.
+    def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
+        """Add the nodes of another source to a tree on the host; a node that both have is one.
 
         Rows that gain fewer nodes are filled up with nodes that do not count.
         """
-        own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), strict=True)
-        flags = pool.proposers or [[LOOKED_UP] * len(pool.levels)] * len(pool.tokens)
-        more = zip(pool.tokens.tolist(), pool.parents.tolist(), pool.scores.tolist(), flags, strict=True)
-        rows = [
-            _Nodes(*(part[:size] for part in mine)).with_nodes(*theirs)
-            for (size, *mine), theirs in zip(own, more, strict=True)
-        ]
-        sizes = [len(row.tokens) for row in rows]
+        own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
+        found = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
+        sizes = [len(row.tokens) for row in found]
         node_count = max(sizes)
-        for row in rows:
+        for row in found:
             row.fill_up(node_count)
-        scores, proposers = torch.tensor([row.scores for row in rows]), [row.proposers for row in rows]
+        depths, ancestors = _lines([row.parents for row in found])
+        # by way of NumPy, which reads lists three times as fast
+        parts = [row.tokens for row in found], [row.parents for row in found], depths
+        tokens, parents, distances = (torch.from_numpy(np.array(part, np.int64)) for part in parts)
+        scores = torch.from_numpy(np.array([row.scores for row in found], np.float32))
+        proposers = [row.proposers for row in found]
         sizes = [] if min(sizes) == node_count else sizes
-        if node_count == self.node_count and list(self.sizes) == sizes:
-            return replace(self, scores=scores, proposers=proposers)
-        tokens, parents = (
-            torch.tensor(part) for part in zip(*((row.tokens, row.parents) for row in rows), strict=True)
-        )
-        tree = self._derive(tokens, parents, scores, max(self.level_count, int(pool.levels[-1])))
-        return replace(tree, proposers=proposers, sizes=sizes)
+        return DraftTree(tokens, parents, distances, ancestors, scores, max(map(max, depths)), proposers, sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
         """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
@@ -443,6 +445,22 @@ def _itself(tokens: Tensor, node_count: int, dtype: torch.dtype) -> Tensor:
     return itself.expand(len(tokens), -1, -1).contiguous()  # no copy of one row's
 
 
+def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
+    """Depths of nodes, and their ancestors `[b, n, n]`: what `_derive` finds, faster for a few nodes on the host."""
+    depths, seen = list[list[int]](), bytearray()
+    for parents in rows:
+        lines, levels = [bytearray(len(parents))], [0]
+        lines[0][0] = 1
+        for node, parent in enumerate(parents[1:], start=1):
+            line = lines[parent].copy()
+            line[node] = 1
+            lines.append(line)
+            levels.append(levels[parent] + 1)
+        depths.append(levels)
+        seen += b"".join(lines)
+    return depths, torch.frombuffer(seen, dtype=torch.bool).view(len(rows), -1, len(rows[0]))
+
+
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
@@ -469,22 +487,20 @@ class _Nodes:
         nodes = range(len(tokens) - 1, 0, -1)  # the first child last
         self._places = {(parents[node], tokens[node]): node for node in nodes}
 
-    def with_nodes(
-        self, tokens: list[int], parents: list[int], scores: list[float], proposers: Sequence[int]
-    ) -> "_Nodes":
-        """Add those of a pool that have a probability."""
+    def with_branches(self, more: Branches) -> "_Nodes":
+        """Add those that have a probability; of others, mark those that are there."""
         places: list[int] = []
-        for token, parent, score, flags in zip(tokens, parents, scores, proposers, strict=True):
+        for token, parent, prob, flags in zip(
+            *more[:3], more.proposers or [LOOKED_UP] * len(more.tokens), strict=True
+        ):
             above = 0 if parent < 0 else places[parent]
-            place = 0 if score == -inf else self._places.get((above, token), len(self.tokens))
+            place = self._places.get((above, token), -1 if prob == 0.0 else len(self.tokens))
             places.append(place)
-            if score == -inf:
-                continue
             if place == len(self.tokens):
-                self._append(token, above, score, flags)
+                self._append(token, above, log(prob), flags)
                 self._places[above, token] = place
-            else:
-                self.scores[place] = max(self.scores[place], score)
+            elif place > 0:
+                self.scores[place] = max(self.scores[place], log(prob) if prob else -inf)
                 self.proposers[place] |= flags
         return self
 

@@ -11,7 +11,7 @@ from transformers_resps.drafting.prompt_lookup import (
     Lookup,
     LookupDrafter,
 )
-from transformers_resps.tree import DRAFTED, LOOKED_UP, CandidatePool, DraftTree
+from transformers_resps.tree import DRAFTED, LOOKED_UP, Branches, CandidatePool, DraftTree
 
 
 NEWEST = torch.empty(0)  # levels are drafted from what was observed
@@ -49,10 +49,11 @@ def test_hope_follows_the_record() -> None:
     for lookup in (faithful, fickle):
         lookup.extend([1, 2, 3, 4])
     before = _hope(faithful)
-    faithful.extend([1, 2, 3, 4] * 10)
     for step in range(20):
-        fickle.extend([1, 5 + step])
-    assert _hope(fickle) < before < _hope(faithful)
+        faithful.extend([2, 3, 4])
+        fickle.extend([5 + step])
+        hopes = _hope(fickle), _hope(faithful)
+    assert hopes[0] < before < hopes[1]
 
 
 def _hope(lookup: Lookup) -> float:
@@ -85,6 +86,54 @@ def test_a_tree_grows_by_its_next_best_nodes() -> None:
     tokens = list(whole.found.grow(12).tokens)
     for most in range(1, 13):
         assert lookup.found.grow(most).tokens[:most] == tokens[:most]
+
+
+def beside(lookup: Lookup, tokens: list[int], parents: list[int], most: int = 8) -> dict[int, float]:
+    """The odds of the nodes that a drafter with these nodes lacks, by token."""
+    found = lookup.found.grow(most)
+    found.weigh_beside(tokens, parents, most)
+    assert found.odds_beside is not None
+    return {token: odds for token, odds in zip(found.tokens, found.odds_beside, strict=True) if odds}
+
+
+def test_what_a_drafter_does_not_propose_is_less_likely_and_what_it_does_is_not_counted_twice() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 9, 1])  # so 2, 3, 9 may follow
+    alone = dict(zip(lookup.found.grow(3).tokens, lookup.found.odds, strict=True))
+    assert beside(lookup, [8, 7], [-1, 0], 3)[2] < 0.5 * alone[2], "the drafter proposes 8 only"
+    assert beside(lookup, [8, 2], [-1, -1], 3) == pytest.approx({3: alone[3], 9: alone[9]}), "nor does it go on"
+    assert set(lookup.found.shared) == {1} and lookup.found.shared[1] == alone[2]
+    further = beside(lookup, [8, 2, 6], [-1, -1, 1], 3)
+    assert further[3] < 0.5 * alone[3], "it goes on otherwise"
+    assert further[9] / further[3] == pytest.approx(alone[9] / alone[3])
+
+
+@pytest.mark.parametrize(("token", "rises"), [(2, True), (8, False), (7, False)])
+def test_how_likely_a_node_is_that_a_drafter_lacks_is_learned(token: int, rises: bool) -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 9, 1])
+    before = beside(lookup, [8], [-1])[2]
+    for _ in range(5):
+        beside(lookup, [8], [-1])
+        lookup.found.judge([token])
+    lookup._found = None
+    assert (beside(lookup, [8], [-1])[2] > before) is rises
+
+
+def test_the_rest_of_a_drafters_nodes_are_marked_alone() -> None:
+    """Of the nodes that are looked up, those that pay join the tree, and those above them."""
+    drafter = LookupDrafter([0])
+    drafter.observe(Committed(torch.tensor([[1, 2, 3, 9, 1]])))
+    pool = drafter.weigh_beside(CandidatePool.from_chains([[2, 6]], [[0.1, 0.05]]), 3)
+    assert drafter.shared == [[0]] and pool.scores.exp()[0].tolist() == pytest.approx(
+        [drafter._lookups[0].found.odds[0], 0.05]
+    )
+    shape, (left,) = TreeShape(1, 0, 1, lookup=3), drafter.odds
+    tree = DraftTree.from_parents(torch.tensor([[1, 2]]), torch.tensor([[0, 0]]))
+    for least, tokens in ((0.0, [1, 2, 3, 9]), (left[0], [1, 2, 3]), (1.0, [1, 2])):
+        merged = tree.with_branches(drafter.branches(DraftRequest(shape, least_prob=least)))
+        assert merged.tokens[0].tolist() == tokens
+        assert merged.proposers[0][1] == DRAFTED | LOOKED_UP
 
 
 def read(drafter: LookupDrafter, *rows: list[int]) -> None:
@@ -140,7 +189,7 @@ def test_a_pool_holds_a_chain_of_each_row_with_the_probabilities_of_its_paths() 
 
 def test_a_chain_shares_the_nodes_the_tree_has() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 1, 2, 3]]), torch.tensor([[0, 0, 0, 1]]))
-    merged = tree.with_pool(CandidatePool.from_chains([[1, 3, 9, 9]], [[0.9, 0.8, 0.5, 0.4]]))
+    merged = tree.with_branches([Branches([1, 3, 9, 9], [-1, 0, 1, 2], [0.9, 0.8, 0.5, 0.4])])
     assert merged.tokens.tolist() == [[5, 1, 2, 3, 9, 9]]
     assert merged.parents.tolist() == [[0, 0, 0, 1, 3, 4]]
     assert merged.depths.tolist() == [[0, 1, 1, 2, 3, 4]]
@@ -148,8 +197,8 @@ def test_a_chain_shares_the_nodes_the_tree_has() -> None:
 
 
 def test_rows_with_shorter_chains_are_filled_up_without_effect() -> None:
-    tree = DraftTree.root_only(torch.tensor([5, 6])).with_pool(
-        CandidatePool.from_chains([[1, 2], []], [[0.5, 0.4], []])
+    tree = DraftTree.root_only(torch.tensor([5, 6])).with_branches(
+        [Branches([1, 2], [-1, 0], [0.5, 0.4]), Branches([], [], [])]
     )
     assert tree.tokens.shape == (2, 3)
     first, second = tree.children()

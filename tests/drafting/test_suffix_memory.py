@@ -88,7 +88,7 @@ def test_a_hostile_memory_is_soon_distrusted_and_a_good_one_trusted() -> None:
     def odds(end: list[int], token: int | None = None) -> float:
         found = Continuations(Suffixes(end), [memory.corpus])
         if token is not None:
-            found.judge(token)
+            found.judge([token])
         return max(found.grow(1).odds, default=0.0)
 
     before, beside = odds([1, 2, 3]), odds([1, 2, 3, 4, 5, 6])

@@ -31,3 +31,18 @@ def test_weak_looked_up_nodes_give_their_places_to_better_ones_of_the_head() -> 
     assert drafted >= 2 and 0 < looked_up < 6
     _, drafted, looked_up = chosen(policy_on(slope=0.03), odds, [0.01])
     assert (drafted, looked_up) == (0, 6)
+
+
+def test_a_draft_is_worth_what_it_adds_to_the_looked_up_nodes_as_it_shows_them() -> None:
+    """What the head has, too, is no gain of the head; nor is what it shows to be unlikely a loss."""
+    odds = [0.6, 0.3]
+    gains = {}
+    for name, left, shared in (("agrees", [], [[0, 1]]), ("differs", [0.06, 0.03], [[]])):
+        policy = policy_on(slope=0.03)
+        told = iter([odds, left])
+        policy.choose(Observation(None, 100, 0, 50, lambda told=told: next(told), shared=lambda shared=shared: shared))
+        before = policy._memory._gains[True]
+        size = policy.size(torch.tensor([[0.6, 0.3]]).log(), torch.tensor([1, 2]))
+        assert size == 3, "both nodes of the head"
+        gains[name] = policy._memory._gains[True] - before
+    assert gains["agrees"] < gains["differs"]

@@ -1,5 +1,7 @@
 """Policies on recordings against the same policies in `generate`."""
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps import DraftHead, FixedPolicy, SuffixMemory, TreeShape, attach
 from transformers_resps.policies.base import Level, Observation, Policy
 from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import RecordedText, record_pools, replay_policy
 from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.tree import CandidatePool
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -113,3 +117,50 @@ def test_what_no_step_could_follow_is_refused_as_live(
     monkeypatch.setattr(policy, method, lambda *_: answer)
     with pytest.raises(ValueError, match=refusal):
         replay_policy(text, policy, COSTS)
+
+
+class Phrasebook:
+    """Texts of common phrases and rare words, and a head that is right about four of five tokens, and says so."""
+
+    def __init__(self) -> None:
+        self.draws = random.Random(0)
+        self.phrases = [self.words(length) for length in (2, 3, 4, 5, 6) * 8]
+
+    def words(self, count: int) -> list[int]:
+        return [self.draws.randrange(5000) for _ in range(count)]
+
+    def text(self, length: int) -> list[int]:
+        return [token for part in self._parts(length) for token in part][:length]
+
+    def _parts(self, length: int) -> Iterator[list[int]]:
+        for _ in range(length):
+            yield self.draws.choice(self.phrases) if self.draws.random() < 0.6 else self.words(2)
+
+    def recorded(self, length: int, depth: int = 3) -> RecordedText:
+        tokens = self.text(length)
+        coming = [[*tokens[at + 1 :], *self.words(depth)][:depth] for at in range(9, length - 1)]
+        chains = [[one if self.draws.random() < 0.8 else one + 1 for one in chain] for chain in coming]
+        pool = CandidatePool.from_chains(chains, [[0.8**level for level in range(1, depth + 1)]] * len(chains))
+        return RecordedText(torch.tensor(tokens), 9, torch.zeros(len(chains), 1), {1: pool})
+
+
+def test_no_memory_slows_the_head_down() -> None:
+    """Neither one that knows many texts of the kind, nor random words, nor known contexts with wrong continuations."""
+    book = Phrasebook()
+    texts = [book.recorded(300) for _ in range(4)]
+    known = [text.input_ids.tolist() for text in texts]
+    hostile = [[*own[at - 1 : at + 1], *book.words(6)] for own in known for at in range(1, 300)]
+    memories = {
+        "none": [],
+        "of the kind": [book.text(300) for _ in range(40)],
+        "random": [book.words(300) for _ in range(40)],
+        "hostile": hostile,
+    }
+    costs = CostTable({100: {1: 1.0, 41: 2.6}}, {1: 0.08}, {}, 0.0)
+    seconds = dict[str, float]()
+    for name, remembered in memories.items():
+        memory, policy = SuffixMemory(), ThroughputPolicy(depth=3, top_k=1, most_nodes=16)
+        memory.add(remembered)
+        seconds[name] = sum(replay_policy(text, policy, costs, [memory]).seconds for text in texts)
+    assert seconds["of the kind"] < 0.995 * seconds["none"]
+    assert seconds["random"] < 1.005 * seconds["none"] and seconds["hostile"] < 1.02 * seconds["none"], seconds

@@ -279,9 +279,9 @@ def forget_where_a_chunk_began(read: Function) -> Function:
     return wrong
 
 
-def hide_ancestors_of_a_chain(with_pool: Function) -> Function:
-    def wrong(self: DraftTree, pool: Any) -> DraftTree:
-        tree = with_pool(self, pool)
+def hide_ancestors_of_a_chain(with_branches: Function) -> Function:
+    def wrong(self: DraftTree, rows: Any) -> DraftTree:
+        tree = with_branches(self, rows)
         tree.ancestors[:, 1:, 0] = False
         return tree
 
@@ -303,7 +303,7 @@ def test_without_such_a_fault_the_same_examination_passes(target: Any, head: Dra
         ("generation.plan:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
         ("verifying.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
         ("decoding.text:StopConditions.of", one_end_token_of_several, "greedy, ends inside trees"),
-        ("tree:DraftTree.with_pool", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
+        ("tree:DraftTree.with_branches", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],
 )
 def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(

@@ -145,6 +145,7 @@ class Proposer:
             most_levels=None if self._drafter is None else self._drafter.most_levels,
             row_count=len(root),
             device_type=root.device.type,
+            shared=lambda: self._lookup.shared,
             row_accept_probs=self._row_accept_probs if pricing.packs_rows and not self._rows.in_lockstep else None,
         )
         shape = choose_shape(
@@ -157,11 +158,13 @@ class Proposer:
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
         pool = None if pool is None else pool.discounted(self._policy.discounts)
+        if pool is not None and shape.lookup:
+            pool = self._lookup.weigh_beside(pool, shape.lookup)
         tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:
-            found = self._lookup.get_candidates(root[:, None], self._request(shape))
-            looked_up = found.tokens.shape[1]
-            tree = tree.with_pool(found) if looked_up else tree
+            found = self._lookup.branches(self._request(shape))
+            looked_up = max(len(row.tokens) for row in found)
+            tree = tree.with_branches(found) if looked_up else tree
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:

@@ -4,12 +4,14 @@ A tree of frequencies, best first, is that of SuffixDecoding (arXiv 2411.04975, 
 is no probability, so the odds are those that tokens of like evidence turned out to have.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol
 
+from ..tree import Branches
 from .suffixes import SEPARATOR, Suffixes
 
 
@@ -22,6 +24,8 @@ _LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # shortest match of each class
 _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # acceptance of what followed at the only place, by class of length
 _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # at two or three places, or more
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # at some; from the benchmarks' kind of texts
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter proposes only others
+_NOWHERE = -2  # no node of a drafter
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 0.98  # weight of the record when an outcome is added
 
@@ -52,9 +56,12 @@ class TrackRecord:
 
 
 def match_record() -> TrackRecord:
-    """By length of the match and count: of tokens that followed at so many of so many places."""
+    """By length of the match and count: of tokens that followed at so many of so many places. At its end by these
+    odds, of those beside which a drafter proposed only others.
+    """
     priors = zip(_ONCE, _ALWAYS, strict=True)
-    return TrackRecord([rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)])
+    rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
+    return TrackRecord([*rates, *_OPPOSED])
 
 
 def _class_of(length: int, count: int, places: int) -> int:
@@ -89,48 +96,61 @@ class Remembered(Protocol):
         ...
 
 
-Place = tuple[Suffixes, int]
+Place = tuple["array[int]", int]  # tokens, and where in them the text ended alike
 
 
 class _Occurrences:
-    """Places of one corpus where the text ended alike, `depth` tokens ago."""
+    """Places of one corpus where the text ended alike, `depth` tokens ago.
 
-    __slots__ = ("_corpus", "_depth", "_followers", "_length", "_places", "odds")
+    Attributes:
+        corpus: where.
+        odds: of the newest of these tokens.
+    """
 
-    def __init__(self, corpus: Corpus, length: int, depth: int, places: Sequence[Place], odds: float = 1.0) -> None:
-        self._corpus, self._length, self._depth, self._places = corpus, length, depth, places
-        self.odds = odds  # of the newest of these tokens
-        self._followers: list[tuple[int, int, _Occurrences]] | None = None
+    __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
+
+    def __init__(self, corpus: Corpus, length: int, depth: int, places: Sequence[Place], index: int = 0) -> None:
+        self.corpus, self._length, self._depth, self._places = corpus, length, depth, places
+        self._class, self.odds = index, corpus.record.rate(index)
+        self._followers: dict[int, _Occurrences] | None = None
 
     @property
-    def proposer(self) -> int:
-        return self._corpus.proposer
+    def opposed_odds(self) -> float:
+        """Of the newest token, where a drafter proposes only others."""
+        return self.corpus.record.rate(self._opposed_class)
 
-    def followers(self) -> list[tuple[int, int, "_Occurrences"]]:
-        """The tokens that follow at more than a few places, their classes in the record, and where they do."""
+    @property
+    def _opposed_class(self) -> int:
+        return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
+
+    def followers(self) -> "dict[int, _Occurrences]":
+        """Where the tokens follow that do at more than a few places."""
         if self._followers is not None:
             return self._followers
         found: dict[int, list[Place]] = {}
         for place in self._places:
-            part, position = place
-            tokens, depth = part.tokens, self._depth
-            if position + depth >= len(tokens):  # a match that runs into the text's end goes on by repeating itself
-                depth %= len(tokens) - position
-            found.setdefault(tokens[position + depth], []).append(place)
-        self._followers, total = [], len(self._places)
-        for token, places in found.items():
-            if token == SEPARATOR or len(places) < _LEAST_SHARE * total:
-                continue
-            index = _class_of(self._length, len(places), total)
-            odds = self._corpus.record.rate(index)
-            below = _Occurrences(self._corpus, self._length + 1, self._depth + 1, places, odds)
-            self._followers.append((token, index, below))
+            tokens, position = place
+            at = position + self._depth
+            if at >= len(tokens):  # a match that runs into the text's end goes on by repeating itself
+                at = position + self._depth % (len(tokens) - position)
+            found.setdefault(tokens[at], []).append(place)
+        found.pop(SEPARATOR, None)
+        corpus, length, below, total = self.corpus, self._length, self._depth + 1, len(self._places)
+        self._followers = {
+            token: _Occurrences(corpus, length + 1, below, places, _class_of(length, len(places), total))
+            for token, places in found.items()
+            if len(places) >= _LEAST_SHARE * total
+        }
         return self._followers
 
-    def judge(self, token: int) -> None:
-        """Record which of the followers the text went on with."""
-        for own, index, _ in self.followers():
-            self._corpus.record.add(index, own == token)
+    def judge(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
+        """Record which of the followers the text went on with, beside what a drafter proposed; where it did."""
+        record, followers = self.corpus.record, self.followers()
+        for own, below in followers.items():
+            record.add(below._class, own == token)
+            if drafted and own not in drafted:
+                record.add(below._opposed_class, own == token)
+        return [followers[token]] if token in followers else []
 
 
 class Continuations:
@@ -147,6 +167,8 @@ class Continuations:
         parents: of each node; -1 is the text's end.
         odds: that the text goes on along the whole path to a node; falling.
         proposers: flags of the corpora that each node was found in.
+        odds_beside: of the nodes that a drafter does not have, 0 for others; `None` until `weigh_beside` tells of it.
+        shared: the drafter's nodes that are among these, and the odds here.
     """
 
     def __init__(
@@ -164,6 +186,10 @@ class Continuations:
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
         self._heap: list[tuple[float, int, int, int, int, list[_Occurrences]]] | None = None
         self._pushed = 0
+        self._found = list[list[_Occurrences]]()  # of each node
+        self._drafted: dict[int, dict[int, int]] = {}  # children of a drafter's nodes
+        self.odds_beside: list[float] | None = None
+        self.shared: dict[int, float] = {}
 
     def grow(self, most: int) -> "Continuations":
         """The same, with `most` nodes where there are so many."""
@@ -175,11 +201,12 @@ class Continuations:
             odds, _, token, parent, level, found = heappop(self._heap)
             proposers = 0
             for match in found:
-                proposers |= match.proposer
+                proposers |= match.corpus.proposer
             self.tokens.append(token)
             self.parents.append(parent)
             self.odds.append(-odds)
             self.proposers.append(proposers)
+            self._found.append(found)
             if level < LONGEST_DRAFT:
                 self._push(found, len(self.tokens) - 1, -odds, level + 1)
         return self
@@ -188,21 +215,53 @@ class Continuations:
         assert self._heap is not None
         found: dict[int, list[_Occurrences]] = {}
         for match in matches:
-            for token, _, below in match.followers():
-                if token not in self._never_drafted:
-                    found.setdefault(token, []).append(below)
+            for token, below in match.followers().items():
+                found.setdefault(token, []).append(below)
         for token, places in found.items():
-            path_odds = odds * max(place.odds for place in places)
-            if path_odds >= _LEAST_ODDS:
+            path_odds = odds * max([place.odds for place in places])
+            if path_odds >= _LEAST_ODDS and token not in self._never_drafted:
                 heappush(self._heap, (-path_odds, self._pushed, token, parent, level, places))
                 self._pushed += 1
         if not self._branches:
             del self._heap[1:]
 
-    def judge(self, token: int) -> None:
+    def weigh_beside(self, tokens: Sequence[int], parents: Sequence[int], most: int) -> None:
+        """Weigh the best nodes beside those of a drafter, whose parents are -1 for the text's end.
+
+        Where it proposes only other tokens, a node is far less likely; how far, the record tells.
+        """
+        self._drafted, self.shared, self.odds_beside = {}, {}, []
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            self._drafted.setdefault(parent, {}).setdefault(token, node)
+        twins, reached = {-1: -1}, {-1: 1.0}
+        for node, (token, parent) in enumerate(zip(self.tokens[:most], self.parents, strict=False)):
+            others, odds = self._drafted.get(twins.get(parent, _NOWHERE), {}), self.odds[node]
+            if token in others:
+                twins[node], reached[node], self.shared[others[token]] = others[token], odds, odds
+            elif others:
+                reached[node] = reached[parent] * max(place.opposed_odds for place in self._found[node])
+            else:
+                reached[node] = reached[parent] * odds / (self.odds[parent] if parent >= 0 else 1.0)
+            self.odds_beside.append(0.0 if node in twins else reached[node])
+
+    def branches(self, most: int, least_prob: float) -> Branches:
+        """The best nodes, and those above them: others have no probability."""
+        count = min(most, len(self.grow(most).tokens))
+        beside = self.odds if self.odds_beside is None else self.odds_beside
+        kept = [odds >= least_prob for odds in beside[:count]]
+        for node in range(count - 1, -1, -1):
+            if kept[node] and self.parents[node] >= 0:
+                kept[self.parents[node]] = True
+        probs = [odds if is_kept else 0.0 for odds, is_kept in zip(self.odds, kept, strict=False)]
+        return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
+
+    def judge(self, tokens: Sequence[int]) -> None:
         """Learn from what the text went on with, whether or not it was proposed."""
-        for match in self._matches:
-            match.judge(token)
+        matches, twin = self._matches, -1
+        for token in tokens:
+            drafted = self._drafted.get(twin, {})
+            matches = [below for match in matches for below in match.judge(token, drafted)]
+            twin = drafted.get(token, _NOWHERE)
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
@@ -214,7 +273,7 @@ def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
         places = list[Place]()
         for part, search in searches:
             if search.longest >= length and len(places) < _MOST_PLACES:
-                places += [(part, position) for position in search.run(length, _MOST_PLACES)]
+                places += [(part.tokens, position) for position in search.run(length, _MOST_PLACES)]
         places = places[:: -(-len(places) // _MOST_PLACES)]
         if len(places) > known:
             found.append(_Occurrences(corpus, length, 0, places))

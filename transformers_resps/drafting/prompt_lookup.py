@@ -4,13 +4,16 @@ The index grows with the text and is never rebuilt; a query costs microseconds.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
+from math import log
 from operator import mul
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..tree import LOOKED_UP, CandidatePool, TreeShape
+from ..tree import LOOKED_UP, Branches, CandidatePool, TreeShape
 from ..verifying.rows import leading_pads
 from .continuations import LONGEST_DRAFT, Continuations, Corpus, Remembered, match_record
 from .drafter import Committed, Drafter, DraftRequest
@@ -48,14 +51,11 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append committed tokens, and record for each whether the proposals there were right."""
-        if not len(self._text):  # the prompt was not written by the target: it is no evidence
-            self._text.extend(tokens)
-            return
-        for token in tokens:
-            self.found.judge(token)
-            self._text.extend([token])
+        """Append committed tokens, and record whether what was looked up before them was right."""
+        if self._found is not None:
+            self._found.judge(tokens)
             self._found = None
+        self._text.extend(tokens)
 
     @property
     def found(self) -> Continuations:
@@ -67,7 +67,10 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Of the best nodes that may follow, falling."""
+        """Of the best nodes that may follow, falling; once weighed beside a drafter's, of those that it lacks."""
+        beside = self.found.odds_beside
+        if beside is not None:
+            return sorted(filter(None, beside), reverse=True)
         return self.found.grow(_SEEN_NODES).odds[:_SEEN_NODES]
 
 
@@ -117,14 +120,34 @@ class LookupDrafter(Drafter):
         self.read()
         return [lookup.odds for lookup in self._lookups]
 
-    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """A tree of at most `lookup` nodes of each row, on the host; see `CandidatePool.from_branches`."""
+    def weigh_beside(self, pool: CandidatePool, most: int) -> CandidatePool:
+        """Weigh `most` nodes of each row beside those of another drafter, on the host.
+
+        Returns:
+            The other's pool. Nodes that were looked up, too, have the better score.
+        """
         self.read()
-        most, least = request.shape.lookup, request.least_prob
-        found = [lookup.found.grow(most) for lookup in self._lookups]
-        counts = [sum(odds >= least for odds in one.odds[:most]) for one in found]
-        branches = [(one.tokens[:count], one.parents, one.odds) for one, count in zip(found, counts, strict=True)]
-        return CandidatePool.from_branches(branches, [one.proposers for one in found])
+        scores = pool.scores.tolist()
+        rows = zip(self._lookups, pool.tokens.tolist(), pool.parents.tolist(), scores, strict=True)
+        for lookup, tokens, parents, own in rows:
+            lookup.found.grow(most).weigh_beside(tokens, parents, most)
+            for node, odds in lookup.found.shared.items():
+                own[node] = max(own[node], log(odds))
+        return replace(pool, scores=torch.tensor(scores))
+
+    @property
+    def shared(self) -> list[list[int]]:
+        """Of every row, the other drafter's nodes that were looked up, too; see `weigh_beside`."""
+        return [list(lookup.found.shared) for lookup in self._lookups]
+
+    def branches(self, request: DraftRequest) -> list[Branches]:
+        """At most `lookup` nodes of each row."""
+        self.read()
+        return [lookup.found.branches(request.shape.lookup, request.least_prob) for lookup in self._lookups]
+
+    def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
+        """These nodes as a pool on the host; see `CandidatePool.from_branches`."""
+        return CandidatePool.from_branches(self.branches(request))
 
     def keep_rows(self, rows: list[int]) -> None:
         self.read()

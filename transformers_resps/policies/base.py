@@ -35,7 +35,8 @@ class Observation:
         room: tokens that the sequence may still gain; a deeper tree is cut.
         prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far, and in memories, and
             returns P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the
-            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep).
+            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). In `size` it tells of the
+            chosen nodes that the drafter's pool lacks, which are less likely.
         prompt_seconds: seconds in which head and lookup read the prompt, before the first step. The same at every
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
@@ -48,6 +49,7 @@ class Observation:
         row_count: rows that are decoded.
         device_type: where the target runs, such as "cpu".
         row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
+        shared: callable for `size`; of each row, the pool's nodes that were looked up, too.
     """
 
     features: Tensor | None
@@ -64,6 +66,7 @@ class Observation:
     row_count: int = 1
     device_type: str = "cpu"
     row_accept_probs: Callable[[], list[list[float]]] | None = None
+    shared: Callable[[], list[list[int]]] = list
 
     @property
     def node_price(self) -> int:

@@ -10,7 +10,7 @@ start that may be fitted or measured beforehand. Over a block head the choice of
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, zip_longest
 from math import inf
@@ -156,15 +156,12 @@ class ThroughputPolicy(SavedPolicy):
 
     def _look_up(self, observation: Observation) -> int:
         """Choose the looked-up nodes; returns those of the row that has most."""
-        step, most = self._step, observation.room - 1
+        step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
         if not step.has_looked:
             return 0
-        if observation.row_accept_probs is None:
-            rows = [observation.prefix_accept_probs()[:most]]
-        else:
-            rows = [row[:most] for row in observation.row_accept_probs()]
+        rows = step.odds()
         likely = sorted(((prob, row) for row, own in enumerate(rows) for prob in own), reverse=True)
         worth = [step.factors[row] * prob for prob, row in likely]
         count, gain = self._best_prefix(worth)
@@ -174,11 +171,12 @@ class ThroughputPolicy(SavedPolicy):
         if gain <= 0.0:
             return 0
         if step.is_ragged or observation.row_count == 1:
-            step.looked_up = [(one, prob) for one, (prob, _) in zip(worth[:count], likely, strict=False)]
+            step.competes = True
         self.least_lookup_prob = likely[count - 1][0] if step.is_ragged else 0.0
         chains = [[prob for prob in own if prob >= self.least_lookup_prob] for own in rows]
         chains = chains if step.is_ragged else [rows[0][:count]]
-        step.skip_looked_up(sum(map(len, chains)) * step.price, [sum(own[:1]) for own in chains])
+        step.lookup, step.chains = sum(map(len, chains)) * step.price, chains
+        step.lookup_hit = sum(sum(own[:1]) for own in chains) / len(chains)
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
@@ -195,7 +193,7 @@ class ThroughputPolicy(SavedPolicy):
         those keep their places, for which both compete.
         """
         step = self._step
-        if not step.looked_up:
+        if not step.competes:
             return *self._best_prefix(worth), 0
         # by worth, without changing the order of either: a parent comes before its children
         falling = list(accumulate(worth, min)), [one for one, _ in step.looked_up]
@@ -208,7 +206,8 @@ class ThroughputPolicy(SavedPolicy):
     def _planned_depth(self) -> int:
         """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
         step, gains = self._step, list[float]()
-        worth = [step.factors[0] * prob for prob in self.acceptance.reach(self._largest.depth)]
+        reach = enumerate(self.acceptance.reach(self._largest.depth), start=1)
+        worth = [step.left_at(level)[0] * prob for level, prob in reach]
         for depth in range(1, self._largest.depth + 1):
             _, gain = self._best_prefix(worth[:depth])
             gains.append(gain - step.rate * self.costs.draft_seconds(step.width, depth))
@@ -219,17 +218,20 @@ class ThroughputPolicy(SavedPolicy):
         step, width = self._step, level.scores.shape[-1]
         probs = step.apart([self.acceptance.probabilities(row, level.depth) for row in level.scores.tolist()])
         children = [self.acceptance.children_of(row, level.depth, width) for row in probs]
-        step.node_worth = sorted(step.node_worth + [worth for worth, _ in step.worth(probs)], reverse=True)
-        with_children = sorted(step.node_worth + [worth for worth, _ in step.worth(children)], reverse=True)
+        here, below = (step.left_at(depth) for depth in (level.depth, level.depth + 1))
+        step.node_worth = sorted(step.node_worth + [worth for worth, _ in step.worth(probs, here)], reverse=True)
+        with_children = sorted(step.node_worth + [worth for worth, _ in step.worth(children, below)], reverse=True)
         more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_worth)[1]
         return more - gain > step.rate * self.costs.level_seconds(step.width)
 
     def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
         step, level_of = self._step, levels.tolist()
+        if step.competes:
+            self._weigh_again(scores, level_of)
         bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
         ranked, step.level_probs = self._rank(scores, bounds)
         count, gain, kept = self._best_of_both([worth for worth, _ in ranked])
-        if step.looked_up:
+        if step.competes:
             self.least_lookup_prob = step.looked_up[kept - 1][1] if kept else inf
         step.expected = sum(worth for worth, _ in ranked[:count])
         price = step.rate * self.costs.draft_seconds(step.width, step.passes(len(bounds) - 1))
@@ -241,6 +243,18 @@ class ThroughputPolicy(SavedPolicy):
             return count + 1
         chosen = Counter(row for _, row in ranked[:count])
         return [1 + chosen[row] for row in range(len(scores))]
+
+    def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
+        """Take the looked-up nodes as they stand beside the head's, which tells what each of these adds."""
+        step = self._step
+        alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
+        step.looked_up = sorted(alone, reverse=True)
+        both = [(row, node) for row, nodes in enumerate(step.shared()) for node in nodes]
+        probs = [self.acceptance.probabilities([float(scores[at])], level_of[at[1]])[0] for at in both]
+        worth = [one for one, _ in alone] + [
+            step.factors[row] * prob for (row, _), prob in zip(both, probs, strict=True)
+        ]
+        step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
         """The expected tokens of a pool's nodes, best first, and whose they are; and of each row the probability that
@@ -262,7 +276,7 @@ class ThroughputPolicy(SavedPolicy):
             probs = [prob for _, prob in nodes[: self._largest.total_tokens - 1]]
             best.append(list(accumulate(probs, min)) if step.is_ragged else probs)  # a parent before its children
             held.append(level_probs)
-        ranked = step.worth(step.apart(best))
+        ranked = step.worth(step.apart(best), step.factors if step.competes else step.left_at(1))
         if step.is_ragged:
             ranked.sort(reverse=True)
         return ranked, held
@@ -336,11 +350,15 @@ class _Step:
     row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
     is_ragged: bool = False  # whether each row gets as many as pay
     discounts: Sequence[float] = ()  # see `Policy`
+    odds: Callable[[], list[list[float]]] = list  # of nodes that are looked up, of each row or of all
+    shared: Callable[[], list[list[int]]] = list  # see `Observation`
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
     rate: float = 0.0  # tokens that a second is worth (lambda)
     has_looked: bool = False  # for nodes to look up
     lookup: int = 0  # nodes that come from the lookup, as they are priced
-    looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and odds, where they compete
+    chains: list[list[float]] = field(default_factory=list)  # the odds of these nodes, of each row or of all
+    competes: bool = False  # whether these nodes and the head's compete for their places
+    looked_up: list[tuple[float, float]] = field(default_factory=list)  # their expected tokens and odds, best first
     looked_up_gain: float = 0.0  # of these nodes, in tokens
     lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
     width: int = 1  # that was asked for
@@ -358,6 +376,9 @@ class _Step:
             step.is_ragged = True
             rows = observation.row_count
             step.factors = [weight / rows for weight in observation.row_weights or [1.0] * rows]
+        most, rows_odds, odds = observation.room - 1, observation.row_accept_probs, observation.prefix_accept_probs
+        step.shared = observation.shared
+        step.odds = lambda: [row[:most] for row in ([odds()] if rows_odds is None else rows_odds())]
         return step
 
     @property
@@ -369,18 +390,20 @@ class _Step:
         """By how many levels a draft is priced: one pass gives all of a block, whose price hardly depends on them."""
         return min(levels, 1) if self.drafts_at_once else levels
 
-    def skip_looked_up(self, nodes: int, hits: list[float]) -> None:
-        """Count looked-up nodes, which the head gains nothing from where they are right: with `hits` of each row."""
-        self.lookup, self.lookup_hit = nodes, sum(hits) / len(hits)
-        self.factors = [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
+    def left_at(self, level: int) -> list[float]:
+        """The `factors` less what looked-up nodes gain at a level: the head gains nothing where they are right."""
+        if not self.chains:
+            return self.factors
+        hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
+        return [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
 
     def apart(self, rows: list[list[float]]) -> list[list[float]]:
         """Probabilities of each row's nodes, or those of a node in all rows."""
         return rows if self.is_ragged else [self.mean(rows)]
 
-    def worth(self, rows: list[list[float]]) -> list[tuple[float, int]]:
+    def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
         """The expected tokens of these nodes, and whose they are."""
-        return [(factor * prob, row) for row, factor in enumerate(self.factors) for prob in rows[row]]
+        return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
         """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
