@@ -169,6 +169,20 @@ def test_a_saved_memory_comes_back_and_proposes_the_same(tmp_path: Path) -> None
     assert texts_of(loaded)[-1] == [1, 2, 3]
 
 
+def test_what_is_saved_while_others_add_is_what_was_there(tmp_path: Path) -> None:
+    memory, file, texts = SuffixMemory(), tmp_path / "memory", drawn(8, 300, 60, 19)
+    adding = threading.Thread(target=lambda: [memory.add([text]) for text in texts])
+    adding.start()
+    while True:
+        is_last = not adding.is_alive()
+        memory.save(file, letter_tokenizer())
+        found = texts_of(SuffixMemory.load(file, letter_tokenizer()))
+        assert found == texts[: len(found)]
+        if is_last:
+            break
+    assert found == texts
+
+
 def test_an_empty_memory_comes_back_empty(tmp_path: Path) -> None:
     SuffixMemory().save(tmp_path / "memory", letter_tokenizer())
     assert len(SuffixMemory.load(tmp_path / "memory", letter_tokenizer())) == 0
@@ -261,6 +275,13 @@ def test_a_process_that_dies_while_it_saves_leaves_the_old_file(tmp_path: Path) 
     run = subprocess.run([sys.executable, "-c", program, str(file)], env=dict(os.environ), check=False)
     assert run.returncode == -signal.SIGKILL
     assert texts_of(SuffixMemory.load(file, letter_tokenizer())) == [[1, 2, 3]]
+    (left,) = tmp_path.glob(".memory.*.unfinished")
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600, "for its owner alone"
+    memory.save(file, letter_tokenizer())
+    assert left.exists(), "another process may be writing it"
+    os.utime(left, (0, 0))
+    memory.save(file, letter_tokenizer())
+    assert os.listdir(tmp_path) == ["memory"]
 
 
 def test_an_error_while_saving_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

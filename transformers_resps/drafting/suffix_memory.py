@@ -4,10 +4,13 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Lock, Thread
+from time import time
 from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
@@ -26,6 +29,8 @@ from .suffixes import LARGEST_TOKEN, SEPARATOR, Suffixes
 
 FORMAT = "suffix memory 1"
 _METADATA = "transformers_resps"  # of safetensors
+_KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # beside the format
+_UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0  # of files that are being saved
 _NODES = 8  # of the default tree
 _LARGE = 16384  # tokens that are sorted in a thread
 _RATIO = 3  # a segment that is at most so much larger than all newer ones is merged with them
@@ -210,7 +215,12 @@ class SuffixMemory(DraftSource):
         told |= {"vocab_size": self._vocab_size, **_identity(tokenizer)}
         tokens = np.concatenate([np.array(part.tokens) for part in segments] or [np.zeros(0)]).astype(np.uint32)
         data = save({"tokens": tokens}, {_METADATA: json.dumps(told)})
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        prefix = f".{path.name}."
+        for left in path.parent.glob(f"{escape(prefix)}*{_UNFINISHED}"):  # by a process that died
+            with suppress(FileNotFoundError):
+                if time() - left.stat().st_mtime > _DEAD_SECONDS:
+                    left.unlink()
+        with NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=_UNFINISHED, delete=False) as file:
             try:
                 file.write(data)
                 file.flush()
@@ -291,4 +301,4 @@ def _told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         told = json.loads(metadata.get(_METADATA, "null"))
     except (SafetensorError, ValueError):
         return None
-    return told if isinstance(told, dict) and told.get("format") == FORMAT else None
+    return told if isinstance(told, dict) and told.get("format") == FORMAT and told.keys() >= _KEYS else None
