@@ -23,7 +23,7 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import SuffixMemory
 from transformers_resps.drafting.continuations import Continuations
-from transformers_resps.drafting.suffixes import SEPARATOR, Suffixes
+from transformers_resps.drafting.suffixes import LONGEST_MATCH, SEPARATOR, Suffixes
 
 
 def settled(memory: SuffixMemory) -> SuffixMemory:
@@ -123,6 +123,51 @@ def test_a_full_memory_forgets_the_oldest_and_learns_on() -> None:
         assert len(memory) <= 50_000
     assert texts_of(settled(memory)) == drawn(1, 1500, 99)[-len(texts_of(memory)) :]
     assert len(memory) > 40_000
+
+
+def test_of_a_conversation_each_turn_is_remembered_once() -> None:
+    memory, other = SuffixMemory(remember="all"), SuffixMemory(remember="all")
+    turns = drawn(6, 20, 150)
+    for memory_, order in ((memory, range(10)), (other, [0, 0, 1, 1, 2])):
+        for turn in order:
+            spoken = [token for part in turns[:turn] for token in part]
+            memory_.remember([[*spoken, *turns[turn][:50]]], [turns[turn][50:]])
+    assert len(memory) == 1500 + 9 * LONGEST_MATCH + 10, "a turn begins with what a match before it needs"
+    assert len(other) == 450 + 2 * LONGEST_MATCH + 3, "nor is the same call"
+    assert texts_of(other)[1] == [*turns[0][-LONGEST_MATCH:], *turns[1]]
+    for turn in range(9):
+        end = [*turns[turn][-LONGEST_MATCH:], *turns[turn + 1][:2]]
+        assert proposed(memory, end)[0] == (turns[turn + 1][2], -1)
+
+
+def test_what_was_forgotten_of_a_conversation_is_remembered_anew() -> None:
+    memory, (first, second) = SuffixMemory(remember="all"), drawn(7, 2, 100)
+    memory.remember([first[:50]], [first[50:]])
+    memory.advance(keep=0)
+    memory.remember([[*first, *second[:50]]], [second[50:]])
+    assert texts_of(memory) == [[*first, *second]]
+    memory.clear()
+    memory.remember([first], [second])
+    assert texts_of(memory) == [[*first, *second]]
+
+
+@given(
+    ages=st.lists(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), max_size=4), max_size=12),
+    keep=st.integers(0, 4),
+)
+@settings(max_examples=80, deadline=None)
+def test_only_the_newest_ages_are_remembered(ages: list[list[list[int]]], keep: int) -> None:
+    memory = SuffixMemory()
+    for number, texts in enumerate(ages, start=1):
+        memory.add(texts)
+        memory.advance(keep)
+        assert texts_of(memory) == [text for age in ages[max(number - keep, 0) : number] for text in age]
+
+
+def test_ages_are_counted() -> None:
+    for wrong in (-1, True, 1.5, None):
+        with pytest.raises(ValueError, match="`keep` must be an integer of at least 0"):
+            SuffixMemory().advance(wrong)  # type: ignore[arg-type]
 
 
 def test_a_cleared_memory_proposes_nothing_even_while_it_merges() -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import FixedPolicy, StepRecord, TreeShape, attach
+from transformers_resps import FixedPolicy, StepRecord, SuffixMemory, TreeShape, attach
 
 
 ROWS = 4
@@ -71,7 +72,13 @@ def train(tmp_path: Path) -> Callable[..., Training]:
     """Train a float32 target for three steps."""
 
     def run(
-        trainer: Any, config: Any, lora: LoraConfig | None = None, bf16: bool = False, seed: int = 0, **given: Any
+        trainer: Any,
+        config: Any,
+        lora: LoraConfig | None = None,
+        bf16: bool = False,
+        seed: int = 0,
+        callbacks: list[TrainerCallback] | None = None,
+        **given: Any,
     ) -> Training:
         found, sizes = Training(), {"max_position_embeddings": 128, "eos_token_id": 2}
         model: Any = Architecture("llama", sizes).build("sdpa", seed).float()
@@ -97,6 +104,7 @@ def train(tmp_path: Path) -> Callable[..., Training]:
             train_dataset=Dataset.from_dict({"prompt": [letters[i : i + 3] + letters[i : i + 2] for i in range(13)]}),
             processing_class=letter_tokenizer(),
             peft_config=lora,
+            callbacks=callbacks,
         )
         trained.train()
         found.steps = [(row["loss"], row["grad_norm"]) for row in trained.state.log_history if "loss" in row]
@@ -122,6 +130,32 @@ def test_three_steps_are_those_of_plain_training(way: str, train: Any) -> None:
     plain = train(**WAYS[way], seed=seed)
     assert found.completions == plain.completions
     assert found.steps == plain.steps and len(plain.steps) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found.weights, plain.weights, strict=True))
+
+
+class Forgetting(TrainerCallback):
+    """Remembers the rollouts of the newest step alone."""
+
+    def __init__(self, memory: SuffixMemory) -> None:
+        self.memory, self.held = memory, list[int]()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.memory.advance(keep=1)
+        self.held.append(len(self.memory))
+
+
+def test_a_memory_of_rollouts_changes_no_training(train: Any) -> None:
+    for seed in range(SEEDS):
+        memory, policy = SuffixMemory(), Counted()
+        forgetting = Forgetting(memory)
+        found = train(**GRPO, assistant_model=memory, policy=policy, seed=seed, callbacks=[forgetting])
+        assert len(forgetting.held) == 3 and all(0 < held <= ROWS * 33 for held in forgetting.held)
+        if found.shows_something and sum(step.proposed.memory for step in policy.steps):
+            break
+    else:
+        pytest.fail(f"Of {SEEDS} targets none kept a remembered token, wrote several texts and learned.")
+    plain = train(**GRPO, seed=seed)
+    assert found.completions == plain.completions and found.steps == plain.steps
     assert all(torch.equal(one, other) for one, other in zip(found.weights, plain.weights, strict=True))
 
 

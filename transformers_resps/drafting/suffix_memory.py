@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from glob import escape
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Lock, Thread
@@ -24,7 +25,7 @@ from .continuations import Corpus, match_record
 from .drafter import Drafter
 from .prompt_lookup import PromptLookup
 from .source import DraftCall, DraftSource
-from .suffixes import LARGEST_TOKEN, SEPARATOR, Suffixes
+from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
 
 
 FORMAT = "suffix memory 1"
@@ -34,6 +35,7 @@ _UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0  # of files that are being sav
 _NODES = 8  # of the default tree
 _LARGE = 16384  # tokens that are sorted in a thread
 _RATIO = 3  # a segment that is at most so much larger than all newer ones is merged with them
+_CONVERSATIONS = 64  # whose next turn is known by its beginning
 _SLACK = 16  # a full memory forgets one part of so many at once
 
 
@@ -63,6 +65,8 @@ class SuffixMemory(DraftSource):
         self._record = match_record()
         self._vocab_size: int | None = None  # of the targets that it drafts for, once there was one
         self._largest = -1  # token that it was given
+        self._added, self._ages = 0, list[int]()  # tokens so far, and when each age ended
+        self._conversations: list[array[int]] = []  # that it holds, by their newest turns
         self._lock = Lock()  # held to change what is above, not to read it nor to sort
         self._merging = False
 
@@ -135,8 +139,9 @@ class SuffixMemory(DraftSource):
         with self._lock:
             self._check(largest, self._vocab_size)
             self._largest = max(self._largest, largest)
-            self._segments = (*self._segments, young)
-            self._forget()
+            self._segments, self._added = (*self._segments, young), self._added + len(joined)
+            if len(self) > self._max_tokens:  # some more than needed, so that it is seldom done
+                self._forget(len(self) - self._max_tokens + self._max_tokens // _SLACK)
             while not self._merging and (chosen := self._to_merge()):
                 if sum(map(len, chosen)) > _LARGE:
                     self._merging = True
@@ -145,14 +150,40 @@ class SuffixMemory(DraftSource):
                     self._replace(chosen, _joined(chosen))
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Add what a call wrote, as the memory was told to."""
-        whole = self._remember == "all"
-        self.add([[*prompt, *answer] if whole else answer for prompt, answer in zip(prompts, answers, strict=True)])
+        """Add what a call wrote, as the memory was told to: of a conversation, the turns that came since the last."""
+        if self._remember == "answers":
+            self.add(answers)
+            return
+        for prompt, answer in zip(prompts, answers, strict=True):
+            text = _as_tokens([*prompt, *answer])
+            lengths = [(_shared(text, one), one) for one in self._conversations]
+            known, last = max(lengths, key=itemgetter(0), default=(0, text))
+            if known < len(text):
+                self.add([text[max(known - LONGEST_MATCH, 0) :]])  # with what stands before
+                with self._lock:
+                    others = [one for one in self._conversations if one is not last or known < len(one)]
+                    self._conversations = [*others, text][-_CONVERSATIONS:]
+
+    def advance(self, keep: int) -> None:
+        """Begin another age, such as that of the next weights of a model in training, and forget all texts but those
+        of the `keep` newest ages that have ended.
+
+        Raises:
+            ValueError: `keep` is no integer, or negative.
+        """
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+            raise ValueError(f"`keep` must be an integer of at least 0, got {keep!r}. It counts ages.")
+        with self._lock:
+            self._ages.append(self._added)
+            del self._ages[: -keep - 1]
+            if len(self._ages) > keep:
+                self._forget(len(self) - self._added + self._ages[0])
 
     def clear(self) -> None:
         """Forget all texts and what was learned of them."""
         with self._lock:
             self._segments, self._record, self._largest = (), match_record(), -1
+            self._conversations = []
 
     def _check(self, largest: int, vocab_size: int | None) -> None:
         if vocab_size is not None and largest >= vocab_size:
@@ -161,16 +192,16 @@ class SuffixMemory(DraftSource):
                 "target's own tokenizer."
             )
 
-    def _forget(self) -> None:
-        """Drop the oldest texts of a memory that is too full, some more than needed, so that it is seldom done."""
-        surplus = len(self) - self._max_tokens
+    def _forget(self, surplus: int) -> None:
+        """Drop so many of the oldest tokens, and the rest of their last text."""
         if surplus <= 0:
             return
-        surplus += self._max_tokens // _SLACK
+        self._conversations = []  # which may be gone
         kept = list(self._segments)
-        while len(kept) > 1 and len(kept[0]) <= surplus:
+        while kept and len(kept[0]) <= surplus:
             surplus -= len(kept.pop(0))
-        kept[0] = kept[0].without_first(min(surplus, len(kept[0]) - 1))
+        if kept and surplus > 0:
+            kept[0] = kept[0].without_first(surplus)
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
@@ -272,6 +303,13 @@ def _joined(segments: Sequence[Suffixes]) -> Suffixes:
     for one in segments:
         tokens.extend(one.tokens)
     return Suffixes(tokens)
+
+
+def _shared(one: "array[int]", other: "array[int]") -> int:
+    """Tokens that both begin with."""
+    count = min(len(one), len(other))
+    differing = np.flatnonzero(np.array(one[:count]) != np.array(other[:count]))
+    return int(differing[0]) if len(differing) else count
 
 
 def _as_tokens(text: Any) -> "array[int]":
