@@ -3,8 +3,8 @@ r"""Draft with a head, with what a memory holds of answers to other prompts, and
 Question: what does a memory of earlier answers add to prompt lookup, and to a head?
 Answer: with 200 answers to other questions lookup writes 2.64 tokens per forward in place of 1.78, and with 20 of them
 2.34, with at most eight nodes: nearly as many as the head alone, 2.85. Beside the head a memory adds next to nothing:
-"auto" gets 3.08 tokens in place of 3.05, 2.58x plain decoding in place of 2.56x, and no less with a memory of random or
-misleading texts, for what the head does not propose either is hardly ever right: one node in 200 (SmolLM2, 16 questions
+"auto" gets 3.08 tokens in place of 3.05, 2.58x plain decoding in place of 2.56x, and no less with a memory of random
+or misleading texts: what the head does not propose either is hardly ever right, one node in 200 (SmolLM2, 16 questions
 of GSM8K, greedy).
 
     python -m training.studies.memories work/smollm2 model_cards/smollm2-135m-instruct-head \

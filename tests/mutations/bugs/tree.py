@@ -55,6 +55,14 @@ def nodes_without_themselves(derive: Function) -> Function:
     return wrong
 
 
+def blind_to_all_above(lines: Function) -> Function:
+    def wrong(rows: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+        depths, ancestors = lines(rows)
+        return depths, ancestors & torch.eye(len(rows[0]), dtype=torch.bool)
+
+    return wrong
+
+
 def chain_as_a_star(append: Function) -> Function:
     def wrong(self: Any, token: int, parent: int, score: float, proposers: int) -> None:
         append(self, token, 0, score, proposers)
@@ -107,6 +115,7 @@ MUTATIONS = (
     Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
     Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
     Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
+    Mutation("a looked-up node lacks its ancestors", "tree:_lines", blind_to_all_above, CHAIN),
     Mutation("a merged chain becomes a star", "tree:_Nodes._append", chain_as_a_star, CHAIN),
     Mutation("a merged chain is shared with cousins", "tree:_Nodes.__init__", shared_with_cousins, CHAIN),
     Mutation("a pool's better score is lost", "tree:CandidatePool.merged", the_first_ones_score, MERGED),
