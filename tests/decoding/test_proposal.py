@@ -52,9 +52,10 @@ class Sized(FixedPolicy):
     """Verifies three nodes of any pool; keeps what it saw."""
 
     seen: Observation
+    odds: list[float]
 
     def choose(self, observation: Observation) -> TreeShape:
-        self.seen = observation
+        self.seen, self.odds = observation, observation.prefix_accept_probs()
         return super().choose(observation)
 
     def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
@@ -71,7 +72,8 @@ def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> 
     assert (proposal.candidates, proposal.looked_up) == (3, 2)
     assert policy.seen.features is not None and policy.seen.features.tolist() == [[4]], "the newest ones"
     assert (policy.seen.step, policy.seen.context_length, policy.seen.room) == (4, 6, 10)
-    assert len(policy.seen.prefix_accept_probs()) > 2
+    assert len(policy.odds) > 2
+    assert policy.seen.shared() == [[0]] and len(policy.seen.prefix_accept_probs()) == 1, "5 is not in the pool"
 
 
 def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
