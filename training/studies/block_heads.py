@@ -1,16 +1,29 @@
-"""Compare a small block head with an EAGLE-3 head that was trained for as long, on the same texts.
+r"""Compare a small block head with an EAGLE-3 head that was trained for as long, on the same texts.
 
 Question: which head should a small budget train, one that fills a block at once or one that drafts level by level?
-Answer: not measured yet.
+Answer: either. After 16 processor minutes each on 336 answers of SmolLM2 the EAGLE-3 head agrees more with its target,
+the block head drafts in less time, and they are about as fast. Tokens per processor second and tau in bfloat16, of 400
+tokens to five prompts each; plain decoding has 17.9 and 18.0, and "auto" drafts by lookup, too:
+
+| tree | GSM8K, EAGLE-3 | GSM8K, block | MT-Bench, EAGLE-3 | MT-Bench, block |
+|---|---|---|---|---|
+| 5/4/1, a chain | 30.2, 1.98 | 30.7, 1.87 | 18.3, 1.24 | 19.0, 1.16 |
+| 8/4/4 | 30.3, 2.35 | 31.0, 2.16 | 17.3, 1.38 | 20.0, 1.26 |
+| 16/4/4 | 27.5, 2.55 | 27.2, 2.40 | 15.9, 1.41 | 16.8, 1.29 |
+| auto | 35.8, 2.67 | 37.2, 2.34 | 26.0, 1.70 | 28.3, 1.37 |
+
+Agreement with the target's pick on held-out answers, by level: EAGLE-3 0.600 0.564 0.544 0.522 after 9.8 epochs, block
+0.526 0.461 0.444 0.411 after 7.9. Both learned GSM8K alone, by heart: on what they learned from it is 0.92 and 0.84 at
+the first level. So few prompts on a busy machine do not tell differences below a twentieth.
 
     python -m training.studies.block_heads train block work/smollm2 --dataset work/answers.jsonl \
-        --minutes 25 --output work/block
+        --minutes 16 --output work/block
     python -m training.studies.block_heads train eagle3 work/smollm2 --dataset work/answers.jsonl \
-        --minutes 25 --output work/eagle3
+        --minutes 16 --output work/eagle3
     python -m training.studies.block_heads compare work/smollm2 work/eagle3/head work/block/head \
-        --dataset eval/gsm8k.jsonl eval/mt_bench.jsonl --output smollm2-block-heads.json
+        --dataset eval/gsm8k.jsonl eval/mt_bench.jsonl --limit 5 --max-new-tokens 80 --output smollm2-blocks.json
 
-The texts are greedy answers to training questions of GSM8K:
+The texts are greedy answers to training questions of GSM8K, 360 when the command was stopped:
 
     python training/generate_dataset.py --target work/smollm2 --prompts train/gsm8k.jsonl --output work/answers.jsonl \
         --limit 900 --temperatures 0 --max-new-tokens 160 --max-prompt-tokens 192 --dtype bfloat16 --seed 5
@@ -146,15 +159,15 @@ def main() -> None:
     one = commands.add_parser("train", help="a new head")
     one.add_argument("kind", choices=["eagle3", "block"])
     one.add_argument("target", help="folder or Hub id")
-    one.add_argument("--minutes", type=positive, default=25, help="of a processor")
+    one.add_argument("--minutes", type=positive, default=16, help="of a processor")
     one.add_argument("--draft-vocab-size", type=positive, default=4096)
     one.set_defaults(run=train)
     two = commands.add_parser("compare", help="trained heads")
     two.add_argument("target", help="folder or Hub id")
     two.add_argument("heads", nargs="+", help="folders or Hub ids of draft heads for the target")
-    two.add_argument("--limit", type=positive, default=8, help="prompts of each file, spread evenly")
+    two.add_argument("--limit", type=positive, default=5, help="prompts of each file, spread evenly")
     two.add_argument("--shapes", nargs="+", type=shape, default=TREES, help="as 16,4,4")
-    two.add_argument("--max-new-tokens", type=positive, default=96)
+    two.add_argument("--max-new-tokens", type=positive, default=80)
     two.add_argument("--dtype", default="bfloat16")
     two.set_defaults(run=compare)
     for command in (one, two):
