@@ -18,9 +18,7 @@ from transformers_resps.trainers.loading import read_head
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"correction": "none"},
     "vanilla, confident": {"confidence": True, "confidence_with_markov": True},
-    "gated": {"correction": "gated"},
     "rnn in place": {"correction": "rnn", "shifted": False, "causal": [False, False]},
     "selector": {"correction": "selector", "selector_top_k": 12, "correction_rank": 8, "confidence": True},
 }
