@@ -14,7 +14,7 @@ Method: replays greedy answers under planted costs, so nothing is timed. Trees a
 policies trained on `fit/` alone; all figures are of `evaluate/`. Ways, each with its interval over texts:
 
 - best fixed: depth, budget and children of the fastest tree on `fit/`; its chain: the fastest of one child.
-- auto: guarded, after it has decoded some of `fit/`; first call: a new one for each text.
+- auto: guarded, over the head alone, after it has decoded some of `fit/`; first call: a new one for each text.
 - re-sps: the repaired variant of `ablations` over the same trees.
 - BlockPilot (arXiv 2606.31315): one chain for each prompt, by a network that reads the target's features once.
 - saturation: the tail of paths is cut where their probability falls below a threshold (Jella et al. 2026, "Following
@@ -38,13 +38,15 @@ from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import Observation, Policy
 from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import OutcomeTable, RankedText, RecordedText, replay_policy
 from transformers_resps.telemetry.report import Timing, bootstrap_interval, rate
 from transformers_resps.trainers import ReplayRollouts
 
 from .ablations import REPAIRED, score, train
 from .experiment import print_table
-from .headroom import load_folder
+from .headroom import Only, load_folder
 from .step_costs import read_tables
 
 
@@ -141,8 +143,9 @@ def decode(fit: Sequence[RecordedText], texts: Sequence[RecordedText], costs: Co
     for name, part in (("best fixed", grid), ("its chain", chains)):
         best = min(part.shapes, key=lambda shape: float(found.fixed_seconds[:, grid.shapes.index(shape)].sum()))
         ways[name] = Decoded(by_shape[:, grid.shapes.index(best)].tolist(), str(best))
-    ways["auto"] = Decoded(replayed(default_policy, fit[:8], texts, costs))
-    ways["auto, first call"] = Decoded([replayed(default_policy, [], [text], costs)[0] for text in texts])
+    ways["auto"] = Decoded(replayed(without_lookup, fit[:8], texts, costs))
+    ways["auto, first call"] = Decoded([replayed(without_lookup, [], [text], costs)[0] for text in texts])
+    ways["auto and lookup"] = Decoded(replayed(default_policy, fit[:8], texts, costs))
     ways["re-sps"], ways["BlockPilot"] = trained(grid, 1), trained(chains, WHOLE_TEXT)
     for name, top_k in (("saturation, chain", 1), ("saturation, tree", max(fit[0].pools))):
         shape = TreeShape(1 + (fit[0].depth if top_k == 1 else fit[0].block_nodes), fit[0].depth, top_k)
@@ -151,6 +154,11 @@ def decode(fit: Sequence[RecordedText], texts: Sequence[RecordedText], costs: Co
         ways[name] = Decoded(replayed(lambda rule=best_rule: rule, [], texts, costs), str(best_rule.threshold))
     ways["oracle"] = Decoded(hindsight.best_seconds.tolist())
     return ways
+
+
+def without_lookup() -> Policy:
+    """What "auto" means, over the block head alone, as all other ways."""
+    return BaselineGuard(Only(ThroughputPolicy(), "head"))
 
 
 def replayed(
