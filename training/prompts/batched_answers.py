@@ -50,10 +50,12 @@ def answer(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    **more: Any,
 ) -> list[list[int]]:
     """The answers of an attached model to prompts of any lengths, each up to its first end token.
 
-    At temperature 0 each is what plain `generate` writes to its prompt alone, exactly in float32.
+    At temperature 0 each is what plain `generate` writes to its prompt alone, exactly in float32. `more` is for
+    `generate`.
     """
     ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
     drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
@@ -66,5 +68,6 @@ def answer(
         pad_token_id=min(ends, default=0),
         **sampling(temperature),
         **drafting,
+        **more,
     )
     return [up_to_end(row, ends) for row in written[:, ids.shape[1] :].tolist()]
