@@ -1,0 +1,159 @@
+r"""Time what a memory gains, and what one costs that knows nothing or misleads.
+
+Question: how much faster is `generate` with a memory of earlier calls, and how much slower with a useless one?
+Answer: not measured yet on a quiet machine. Counted tokens per forward are in the study `memories`.
+
+    python -m training.studies.memory_speed work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head --pack \
+        --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --limit 4 --output work/speed-agents
+    python -m training.studies.memory_speed work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
+        --dtype bfloat16 --dataset gsm8k.jsonl --remember gsm8k_train.jsonl --harm --limit 6 --output work/speed-harm
+
+Method: every conversation is answered by all ways in an order of its own, once. Each way has an "auto" and a memory of
+its own, which learn from answer to answer; a warm memory begins with answers to other conversations. A useless memory
+holds a million random tokens, a hostile one the contexts of these answers and what never follows; both stay so.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from transformers_resps import BaselineGuard, SuffixMemory
+from transformers_resps.policies.throughput import ThroughputPolicy
+from transformers_resps.telemetry.report import bootstrap_interval, rate
+from transformers_resps.tools.methods import Answer, Bench, Generate, plain
+from transformers_resps.tools.results import PLAIN, Run
+from transformers_resps.tools.session import Session, read_dialogues, spread
+
+from .experiment import Experiment, add_options, execute
+from .memories import Grammar, Turn, Written, add_memory_options, others
+
+
+_USELESS, _WRONG = 1_000_000, 8  # tokens
+
+
+class KeptAuto(BaselineGuard):
+    """What "auto" stands for, of one way alone: answers share it."""
+
+    def __init__(self) -> None:
+        super().__init__(ThroughputPolicy())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptAuto":
+        return self
+
+
+class Unchanged(SuffixMemory):
+    """A memory that calls do not add to."""
+
+    def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Obedient(Generate):
+    """A way whose answers obey a grammar."""
+
+    grammar: Grammar | None = None
+
+    def prepare(self, *call: Any) -> Callable[[], Answer]:
+        assert self.grammar is not None
+        return Generate(self.name, {**self.keywords, "logits_processor": self.grammar.processors()}).prepare(*call)
+
+
+def useless(vocab_size: int) -> SuffixMemory:
+    memory, draw = Unchanged(_USELESS), random.Random(0)
+    memory.add([[draw.randrange(vocab_size) for _ in range(_USELESS - 1)]])
+    return memory
+
+
+def hostile(turns: Sequence[Turn], vocab_size: int) -> SuffixMemory:
+    """After the last two tokens of every place, and more often after the last one, what does not follow there."""
+    memory, draw, texts = Unchanged(), random.Random(0), []
+    for turn in turns:
+        text = [*turn.prompt[-2:], *turn.answer]
+        for before, last, right in zip(text, text[1:], text[2:], strict=False):
+            wrong = [(right + draw.randrange(1, vocab_size)) % vocab_size for _ in range(_WRONG)]
+            texts += [[before, last, *wrong]] * 4 + [[last, *wrong]] * 8
+    memory.add(texts)
+    return memory
+
+
+def ways_of(
+    given: Experiment, remembered: Sequence[list[int]], harmed: Sequence[Turn], grammar: Grammar | None
+) -> list[Generate]:
+    """All ways, with policies and memories that have learned nothing yet."""
+    warm, beside = SuffixMemory(), SuffixMemory()
+    for memory in (warm, beside):
+        memory.add(remembered)
+    drafting: dict[str, Any] = {
+        "lookup": {},
+        "memory, empty at first": {"assistant_model": SuffixMemory()},
+        "memory, warm": {"assistant_model": warm},
+        "head": {"assistant_model": given.head},
+        "head and memory, warm": {"assistant_model": [given.head, beside]},
+    }
+    if harmed:
+        vocab_size = given.target.config.vocab_size
+        drafting["memory, useless"] = {"assistant_model": useless(vocab_size)}
+        drafting["memory, hostile"] = {"assistant_model": hostile(harmed, vocab_size)}
+    ways = [plain(), *(Generate(name, {**how, "policy": KeptAuto()}) for name, how in drafting.items())]
+    return ways if grammar is None else [Obedient(way.name, way.keywords, grammar=grammar) for way in ways]
+
+
+def row_of(name: str, own: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
+    """A way against plain decoding of the same prompts in the same order."""
+    pairs = [(run.timing, other.timing) for run, other in zip(own, base, strict=True)]
+    conversations = dict.fromkeys(timing.prompt for timing, _ in pairs)
+    grouped = [[[pair[side] for pair in pairs if pair[0].prompt == one] for one in conversations] for side in (0, 1)]
+    interval = bootstrap_interval(grouped[0], grouped[1])
+    later = [timing.prefill_seconds - other.prefill_seconds for timing, other in pairs]
+    return {
+        "way": name,
+        "tokens/s": rate(timing for timing, _ in pairs),
+        "to plain": rate(timing for timing, _ in pairs) / rate(other for _, other in pairs),
+        "95% interval": "{:.2f} to {:.2f}".format(*interval),
+        "tokens per forward": sum(timing.tokens for timing, _ in pairs)
+        / sum(timing.target_forwards for timing, _ in pairs),
+        "first token later, ms": 1e3 * median(later),
+        "same text": sum(_is_same(run, other) for run, other in zip(own, base, strict=True)) / len(pairs),
+    }
+
+
+def _is_same(run: Run, other: Run) -> bool:
+    return bool(run.token_ids.tolist() == other.token_ids.tolist())
+
+
+def run(args: argparse.Namespace) -> int:
+    given = Experiment.load(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    grammar = None if args.schema is None else Grammar(args.schema, tokenizer, given.target.config.vocab_size)
+    written = Written(args.output, given.target, tokenizer, 0.0, args.max_new_tokens, grammar)
+    evaluated = spread(read_dialogues(str(args.dataset)), args.limit)
+    remembered = [turn.answer for turn in written.turns(others(evaluated, args.remember, max(args.remembered)))]
+    harmed = written.turns(evaluated) if args.harm else []
+    bench = Bench(given.target, args.max_new_tokens)
+    Session(bench, tokenizer, evaluated, ways_of(given, remembered, harmed, grammar)).warm_up()
+    ways = ways_of(given, remembered, harmed, grammar)
+    session = Session(bench, tokenizer, evaluated, ways)
+    for _ in session.run():
+        pass
+    rows = [row_of(way.name, session.runs_of(way.name), session.runs_of(PLAIN)) for way in ways]
+    unexplained = [] if grammar is not None else session.judge.unexplained  # the judge knows of no grammar
+    given.report(args, rows, session.timings, remembered=len(remembered), unexplained=unexplained)
+    return int(bool(unexplained))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, "work/memory-speed")
+    add_memory_options(parser)
+    parser.add_argument("--harm", action="store_true", help="also useless and hostile memories")
+    return execute(parser, arguments, run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
