@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from training.benchmarking.provenance import config_sha256, weights_sha256
 from training.studies.guard_speed import HeadAlone, untrained
 from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach
+from transformers_resps.compilation.native import keeps_rows_apart
 from transformers_resps.drafting import DraftSource
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import PolicyWrapper
@@ -159,7 +161,7 @@ def arms_of(
 
 
 def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | None, options: Any) -> Method:
-    drafts, exact = experiment.drafts, lambda method: invariant(compiled(method))
+    drafts, exact = experiment.drafts, partial(_exact, models.target.dtype)
     plainly: dict[str, Callable[[], Method]] = {
         named.STOCK: plain,
         "stock, other seeds": plain,
@@ -190,6 +192,11 @@ def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | No
     if name == named.LLAMA_CPP:
         raise LeftOut("a peer for llama.cpp is not yet written")
     return compiled(_budget(name, models))
+
+
+def _exact(dtype: torch.dtype, method: Generate) -> Generate:
+    """Put a method into the exact mode, compiled where a processor keeps rows apart in compiled code."""
+    return invariant(compiled(method) if keeps_rows_apart(dtype) else method)
 
 
 def _saved(name: str, experiment: Experiment, models: Models) -> Generate:

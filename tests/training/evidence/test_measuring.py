@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.tools.conversations import save_models, save_rows
-from training.evidence import arms, measuring, replaying
+from training.evidence import arms, measuring, quiet, replaying
 from training.evidence import experiments as named
 from training.evidence.__main__ import is_valid, parser
 from training.evidence.experiments import Experiment
@@ -19,6 +19,8 @@ from training.evidence.sealed import Measured
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.policies.action_grid import ActionGrid
+
+from .files import CODE
 
 
 Run = Callable[[Experiment], Measured]
@@ -42,6 +44,9 @@ def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(4, 2, 2)))
     monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uvwx"]]))
     monkeypatch.setattr(measuring, "_SAMPLED", 4)
+    monkeypatch.setattr(measuring, "code", lambda: {"code_sha256": CODE, "commit": None, "dirty": False})
+    monkeypatch.setattr(quiet, "probe", lambda: [1.0] * 9)
+    monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
 
     def load(name: str) -> Any:
         from transformers_resps.tools.loading import load_target
