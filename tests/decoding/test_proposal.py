@@ -51,6 +51,7 @@ def proposer_of(policy: Policy, drafter: Drafter | None, tokens: list[int]) -> P
 class Sized(FixedPolicy):
     """Verifies three nodes of any pool; keeps what it saw."""
 
+    weighs_lookup = True
     seen: Observation
     odds: list[float]
 

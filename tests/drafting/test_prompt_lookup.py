@@ -115,7 +115,7 @@ def test_how_likely_a_node_is_that_a_drafter_lacks_is_learned(token: int, rises:
     before = beside(lookup, [8], [-1])[2]
     for _ in range(5):
         beside(lookup, [8], [-1])
-        lookup.found.judge([token])
+        lookup.found.judge_beside([token])
     lookup._found = None
     assert (beside(lookup, [8], [-1])[2] > before) is rises
 

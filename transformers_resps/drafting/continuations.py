@@ -96,7 +96,7 @@ class Remembered(Protocol):
         ...
 
 
-Place = tuple["array[int]", int]  # tokens, and where in them the text ended alike
+Place = tuple["array[int]", int, int]  # tokens, where in them the text ended alike, and how many there were then
 
 
 class _Occurrences:
@@ -129,10 +129,10 @@ class _Occurrences:
             return self._followers
         found: dict[int, list[Place]] = {}
         for place in self._places:
-            tokens, position = place
+            tokens, position, count = place
             at = position + self._depth
-            if at >= len(tokens):  # a match that runs into the text's end goes on by repeating itself
-                at = position + self._depth % (len(tokens) - position)
+            if at >= count:  # a match that runs into the text's end goes on by repeating itself
+                at = position + self._depth % (count - position)
             found.setdefault(tokens[at], []).append(place)
         found.pop(SEPARATOR, None)
         corpus, length, below, total = self.corpus, self._length, self._depth + 1, len(self._places)
@@ -143,12 +143,18 @@ class _Occurrences:
         }
         return self._followers
 
-    def judge(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """Record which of the followers the text went on with, beside what a drafter proposed; where it did."""
+    def judge(self, token: int) -> "list[_Occurrences]":
+        """Record which of the followers the text went on with; returns where it did."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             record.add(below._class, own == token)
-            if drafted and own not in drafted:
+        return [followers[token]] if token in followers else []
+
+    def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
+        """As `judge`, of those that a drafter lacked which proposed others."""
+        record, followers = self.corpus.record, self.followers()
+        for own, below in followers.items():
+            if own not in drafted:
                 record.add(below._opposed_class, own == token)
         return [followers[token]] if token in followers else []
 
@@ -257,10 +263,18 @@ class Continuations:
 
     def judge(self, tokens: Sequence[int]) -> None:
         """Learn from what the text went on with, whether or not it was proposed."""
+        matches = self._matches
+        for token in tokens:
+            matches = [below for match in matches for below in match.judge(token)]
+
+    def judge_beside(self, tokens: Sequence[int]) -> None:
+        """Learn how often nodes were right that the drafter lacked beside which they were weighed."""
         matches, twin = self._matches, -1
         for token in tokens:
-            drafted = self._drafted.get(twin, {})
-            matches = [below for match in matches for below in match.judge(token, drafted)]
+            drafted = self._drafted.get(twin)
+            if not drafted:
+                return
+            matches = [below for match in matches for below in match.judge_beside(token, drafted)]
             twin = drafted.get(token, _NOWHERE)
 
 
@@ -273,7 +287,8 @@ def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
         places = list[Place]()
         for part, search in searches:
             if search.longest >= length and len(places) < _MOST_PLACES:
-                places += [(part.tokens, position) for position in search.run(length, _MOST_PLACES)]
+                tokens, count = part.tokens, len(part.tokens)
+                places += [(tokens, position, count) for position in search.run(length, _MOST_PLACES)]
         places = places[:: -(-len(places) // _MOST_PLACES)]
         if len(places) > known:
             found.append(_Occurrences(corpus, length, 0, places))

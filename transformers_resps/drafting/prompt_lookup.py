@@ -22,6 +22,7 @@ from .suffixes import Suffixes
 
 
 _SEEN_NODES = 16  # whose odds a policy sees
+_STRIDE = 3  # tokens between two places at which a record learns
 
 
 class Lookup:
@@ -44,6 +45,7 @@ class Lookup:
         self._text = Suffixes()
         self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
+        self._judged: tuple[int, Continuations] | None = None  # the place that the record learns at next
 
     @property
     def length(self) -> int:
@@ -51,11 +53,28 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append committed tokens, and record whether what was looked up before them was right."""
+        """Append committed tokens, and record whether what could be looked up before them was right.
+
+        The record learns at every few places, so that it tells of the text alone, and not of the steps that wrote it;
+        the prompt was not written by the target, and is no evidence.
+        """
         if self._found is not None:
-            self._found.judge(tokens)
+            self._found.judge_beside(tokens)
+        start = 0
+        if self._judged is not None:
+            while (end := self._judged[0] + _STRIDE - self.length + start) <= len(tokens):
+                self._append(tokens[start:end])
+                place, continuations = self._judged
+                continuations.judge(self._text.tokens[place:])
+                self._judged, start = (self.length, self.found), end
+        self._append(tokens[start:])
+        if self._judged is None:
+            self._judged = self.length, self.found
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        if tokens:
+            self._text.extend(tokens)
             self._found = None
-        self._text.extend(tokens)
 
     @property
     def found(self) -> Continuations:

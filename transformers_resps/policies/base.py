@@ -109,6 +109,8 @@ class Policy(ABC):
         probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
         least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`, and again
             after `size`: so nodes of head and lookup can compete.
+        weighs_lookup: whether looked-up nodes are weighed beside what was drafted before `size`: a node that the
+            drafter lacks is less likely, and one that both have counts once. Fixed shapes take the best of each.
         discounts: of each level, what is added to the scores of its nodes before the best are picked; deeper levels
             have the last, and none is above the one before. Read after each `choose`; `size` sees what was added.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
@@ -122,6 +124,7 @@ class Policy(ABC):
     grows: bool = True
     probes_head: bool = False
     least_lookup_prob: float = 0.0
+    weighs_lookup: bool = False
     discounts: Sequence[float] = ()
     costs: RunningCosts | None = None
     target_identity: Identity | None = None
@@ -216,6 +219,7 @@ class PolicyWrapper(Policy):
     grows: bool = _of_wrapped("grows")
     probes_head: bool = _of_wrapped("probes_head")
     least_lookup_prob: float = _of_wrapped("least_lookup_prob")
+    weighs_lookup: bool = _of_wrapped("weighs_lookup")
     discounts: Sequence[float] = _of_wrapped("discounts")
     costs: RunningCosts | None = _of_wrapped("costs")
     target_identity: Identity | None = _of_wrapped("target_identity")

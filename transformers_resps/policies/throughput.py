@@ -69,6 +69,7 @@ class ThroughputPolicy(SavedPolicy):
     policy_type = "throughput"
     costs: RunningCosts
     needs_head = False
+    weighs_lookup = True
     probes_head = True  # learns from one drafted level, whether or not any of it is verified
 
     def __init__(

@@ -81,7 +81,7 @@ class RankedText:
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and {kept}. Record it again "
                 "with `record_pools(..., depths=depths_of(grid))`, for a grid that has it."
             )
-        accepted = (self.lookups < shape.lookup).sum(-1)
+        accepted = (self.lookups < self._room.clamp(max=shape.lookup)[:, None]).sum(-1)
         if shape.asks_head:
             accepted = torch.maximum(accepted, self._kept(self.ranks, shape).sum(-1))
         return (accepted + 1).minimum(self._left)
@@ -90,9 +90,14 @@ class RankedText:
     def _left(self) -> Tensor:
         return len(self) - torch.arange(len(self))
 
+    @property
+    def _room(self) -> Tensor:
+        """`[t]` how many levels a draft may have, and how many nodes are looked up at most."""
+        return self._left - 1 + self.spare_room
+
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
         """`[t, m]` whether the head's tree of `shape` holds each of the nodes."""
-        depth = (self._left - 1 + self.spare_room).clamp(max=shape.depth)  # [t]
+        depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
