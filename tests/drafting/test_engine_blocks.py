@@ -1,7 +1,6 @@
 """Block drafts compiled, and as one launch: the pools of eager ones, at every length and shape, by one code."""
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from tests.drafting.test_block_drafter import KINDS, assert_same, block_head, te
 from tests.drafting.test_engine import FakeCapture
 from tests.drafting.test_engine_levels import Compiler
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.drafting import Committed, DraftCall, Drafter, DraftRequest
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.heads import BlockHead
@@ -113,30 +111,6 @@ def test_one_code_serves_rows_that_gain_different_counts(
         both.observe(max(counts), counts)
         both.agree(shape)
     assert compiler.count == 1
-
-
-@pytest.mark.parametrize("kind", ["a draft vocabulary", "rnn"])
-@torch.no_grad()
-def test_code_is_kept_for_later_processes(
-    target: PreTrainedModel,
-    kind: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """By PyTorch's own compiler."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    caplog.set_level("INFO", "transformers")
-    head = head_for(target, kind)
-    for _ in range(2):
-        engines = DraftEngines()
-        both = Both(head, target, engines)
-        for shape in SHAPES:
-            both.observe(4)
-            both.agree(shape)
-        assert not engines.lack_code and both.ends.close() is None
-    assert len(stored_packages(tmp_path)) == 1
-    assert sum("Compiling the draft head" in line for line in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}])

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
+from tests.drafting.test_block_drafter import block_head
 from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
@@ -47,6 +48,25 @@ def test_a_call_with_auto_waits_for_nobody_and_a_later_one_takes_up_the_code(
     assert package.code == "steps, one row"
     assert written(target) == before and state.slot_engine.is_compiled
     assert len(stored_packages(tmp_path / "compiled")) == 1, "nothing else was compiled"
+
+
+@needs_compiler
+def test_drafts_of_a_block_head_are_compiled_for_later_calls(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    target = attach(AutoModelForCausalLM.from_pretrained(checkpoint))
+    sizes = {"feature_layers": [0], "draft_vocab_size": 11, "owns_output_head": True, "confidence": True}
+    block_head(target, **sizes).save_pretrained(tmp_path / "head")
+    assert cli.main(["compile", str(checkpoint), str(tmp_path / "head")]) == 0
+    codes = [package.code.split()[0] for package in stored_packages(tmp_path / "compiled")]
+    assert sorted(codes) == ["BlockPass", "steps,"]
+    call = {"max_new_tokens": 12, "do_sample": False}
+    text, drafts = torch.tensor([[3, 4, 5, 3, 4]]), {"assistant_model": str(tmp_path / "head"), "compile": "auto"}
+    assert target.generate(text, **call, **drafts).tolist() == target.generate(text, **call).tolist()
+    state = target.speculation_state
+    assert state.slot_engine.is_compiled and not state.draft_engines.lack_code and not state.compiler.is_running
+    assert len(stored_packages(tmp_path / "compiled")) == 2, "nothing else was compiled"
 
 
 def test_another_model_than_the_checkpoint_is_refused(
