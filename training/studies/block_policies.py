@@ -51,6 +51,7 @@ from .step_costs import read_tables
 
 
 NODES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 65)
+BUDGETS = (4, 8, 16, 32, 64)  # nodes beside the root
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 WHOLE_TEXT = 10**6  # steps of a decision that is kept
 RESULTS = Path("training/studies/measurements/block_policies.json")
@@ -123,6 +124,23 @@ def study(fit: Sequence[RecordedText], texts: Sequence[RecordedText], costs: Cos
     return rows
 
 
+def budgets(texts: Sequence[RecordedText], costs: CostTable) -> list[dict[str, Any]]:
+    """One row for each budget: the speed of a chain and of a tree of whole blocks, in that of plain decoding.
+
+    A chain ends with its block, so that further nodes are not drafted.
+    """
+    depth, plain = texts[0].depth, TreeShape.plain()
+    chain, *_, tree = sorted(texts[0].pools)
+    ranked = [RankedText.from_recording(text) for text in texts]
+    rows = []
+    for budget in BUDGETS:
+        shapes = TreeShape(1 + min(budget, depth), depth, chain), TreeShape(1 + budget, depth, tree)
+        outcomes = OutcomeTable([text.outcomes(ActionGrid((plain, *shapes)), costs) for text in ranked])
+        base, *taken = ReplayRollouts(outcomes).oracle.fixed_seconds.sum(0).tolist()
+        rows.append({"nodes": budget, "chain": base / taken[0], "tree": base / taken[1]})
+    return rows
+
+
 def decode(fit: Sequence[RecordedText], texts: Sequence[RecordedText], costs: CostTable) -> dict[str, Decoded]:
     known, held_out = ([RankedText.from_recording(text) for text in part] for part in (fit, texts))
 
@@ -183,7 +201,10 @@ def main() -> None:
         found = study(fit, texts, table)
         print(f"\n### {name}")
         print_table(found)
-        rows += [{"costs": name, **row} for row in found]
+        swept = budgets(texts, table)
+        print()
+        print_table(swept)
+        rows += [{"costs": name, **row} for row in [*found, *swept]]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     facts = {"fit": len(fit), "texts": len(texts), "tokens": sum(map(len, texts)), "rows": rows}
     args.results.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from tests.conftest import build_target
 from tests.drafting.test_block_drafter import block_head
 from training.prompts import recordings
 from training.studies import ablations, block_policies
-from training.studies.block_policies import COSTS, Saturation, grid_of, study
+from training.studies.block_policies import COSTS, Saturation, budgets, grid_of, study
 from transformers_resps import TreeShape, attach
 from transformers_resps.replay import replay_policy
 
@@ -29,5 +29,8 @@ def test_the_best_fixed_tree_and_the_oracle_bound_what_any_way_takes(
     rows = {row["way"]: row["speed"] for row in study(texts, texts, table)}
     assert rows["plain"] == 1.0 and rows["its chain"] <= rows["best fixed"] <= rows["oracle"]
     assert all(rows["saturation, chain"] > 0 for _ in rows) and rows["BlockPilot"] <= rows["oracle"]
+    monkeypatch.setattr(block_policies, "BUDGETS", (4, 8))
+    chain, longer = budgets(texts, table)
+    assert chain["chain"] == longer["chain"] <= rows["oracle"] and longer["tree"] <= rows["oracle"]
     with pytest.raises(ValueError, match="Record it again"):
         replay_policy(texts[0], Saturation(TreeShape(9, 3, 2), 0.2), table)
