@@ -152,7 +152,7 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[Pr
     target, head = small_vocabulary
     with pytest.raises(ValueError, match="Got no prompts.*Pass a dataset"):
         LiveRollouts(target, head, [])
-    with pytest.raises(ValueError, match="`DraftHead`, got .* and NoneType.*Pass `attach"):
+    with pytest.raises(ValueError, match="`DraftHead` or `BlockHead`, got .* and NoneType.*Pass `attach"):
         LiveRollouts(target, None, [torch.arange(3)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="attached target.*, got LlamaForCausalLM and .*Pass `attach"):
         LiveRollouts(detach(target), head, [torch.arange(3)])

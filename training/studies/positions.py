@@ -135,7 +135,7 @@ def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
         chains.append([*(found.tokens[node] for node in path), *[-2] * (CHAIN - len(path))])
         accept_prob = [after / before for before, after in zip(alive, alive[1:], strict=False)]
         accept_probs.append([*accept_prob, *[0.0] * (CHAIN - len(accept_prob))])
-        lengths.append(float(seen.longest(seen.context)))
+        lengths.append(float(seen.search(seen.context).longest))
     return torch.tensor(chains), torch.tensor(accept_probs), torch.tensor(lengths)
 
 

@@ -160,7 +160,7 @@ class DraftEngine(CompileEngine[StepModel]):
 
 
 def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
-    """Without the nodes that a level of one was filled up with."""
+    """Without the nodes that a level of one was filled up with, from which the best child may come as well."""
     following = growth.frontier
     if frontier.tokens.shape[1] > 1 or growth.best is None or following is None or following.hidden is None:
         return growth
@@ -171,7 +171,7 @@ def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
         following.hidden[:, :1],
         torch.cat([seen[..., :1], seen[..., LEAST_TOKENS:]], dim=-1),
     )
-    return Growth(growth.tokens[:, :1, :1], growth.scores[:, :1, :1], growth.best[:, :1], narrow)
+    return Growth(narrow.tokens[:, None], narrow.scores[:, None], torch.zeros_like(growth.best[:, :1]), narrow)
 
 
 def _example(inputs: PassInputs | BlockInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -251,7 +251,10 @@ class ThroughputPolicy(SavedPolicy):
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
         both = [(row, node) for row, nodes in enumerate(step.shared()) for node in nodes]
-        probs = [self.acceptance.probabilities([float(scores[at])], level_of[at[1]])[0] for at in both]
+        probs = [
+            self.acceptance.probabilities([float(scores[at]) - step.discount(level_of[at[1]])], level_of[at[1]])[0]
+            for at in both
+        ]
         worth = [one for one, _ in alone] + [
             step.factors[row] * prob for (row, _), prob in zip(both, probs, strict=True)
         ]
@@ -268,7 +271,7 @@ class ThroughputPolicy(SavedPolicy):
             nodes: list[tuple[float, float]] = []
             level_probs = []
             for level, (start, stop) in enumerate(pairwise(bounds), start=1):
-                added = step.discounts[level - 1] if step.discounts else 0.0
+                added = step.discount(level)
                 claimed = [score - added for score in row[start:stop]] if added else row[start:stop]
                 probs = self.acceptance.probabilities(claimed, level)
                 level_probs.append(min(sum(probs), 1.0))
@@ -290,6 +293,7 @@ class ThroughputPolicy(SavedPolicy):
         passes, rows = step.passes(levels), record.rows_of_a_node
         self.costs.add(record.computed, passes, *times, width=step.width, rows=rows, **looks)
         step.has_looked = False  # a guard may take the next step without asking
+        step.odds = step.shared = list  # which know the text
         self._memory.add(record)
         if step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + step.expected, record.step_seconds)
@@ -386,6 +390,10 @@ class _Step:
     def price(self) -> int:
         """By how many nodes the step is priced higher for each node of `worth`."""
         return 1 if self.is_ragged else self.row_price
+
+    def discount(self, level: int) -> float:
+        """What was added to the scores of a level."""
+        return self.discounts[min(level, len(self.discounts)) - 1] if self.discounts else 0.0
 
     def passes(self, levels: int) -> int:
         """By how many levels a draft is priced: one pass gives all of a block, whose price hardly depends on them."""
