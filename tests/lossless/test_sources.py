@@ -49,8 +49,8 @@ MIXTURES = [
     Mixture(target, tuple(sources.split("+")))
     for target, mixtures in {
         "foretold": "head mtp head+mtp+small",
-        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small block block+head+small parallel parallel+block",
-        "Qwen3.5": "head mtp small mtp+small block block+mtp parallel",
+        "qwen3": "head mtp 3mtp small head+mtp+small 3mtp+small block block+head+small",
+        "Qwen3.5": "head mtp small mtp+small block block+mtp",
         "Qwen3-Next": "mtp 3mtp+head",
         "GLM-4.6": "3mtp small mtp+head",
         "DeepSeek-V3": "mtp small 3mtp+small",
@@ -58,6 +58,8 @@ MIXTURES = [
     }.items()
     for sources in mixtures.split()
 ]
+MIXTURES += [Mixture("qwen3", ("parallel",)), Mixture("qwen3", ("parallel", "block"))]
+MIXTURES.append(Mixture("Qwen3.5", ("parallel",)))
 MTP: dict[tuple[str, str], dict[str, Any]] = {  # what a module does otherwise than most
     ("qwen3", "mtp"): {"draft_token_ids": (1, 2, 4, 6)},
     ("qwen3", "3mtp"): {"fed_back": "target"},
