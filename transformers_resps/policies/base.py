@@ -35,8 +35,8 @@ class Observation:
         room: tokens that the sequence may still gain; a deeper tree is cut.
         prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far, and in memories, and
             returns P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the
-            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). In `size` it tells of the
-            chosen nodes that the drafter's pool lacks, which are less likely.
+            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). In the `size` of a policy
+            that weighs them it tells of the nodes that the drafter's pool lacks, which are less likely.
         prompt_seconds: seconds in which head and lookup read the prompt, before the first step. The same at every
             step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
