@@ -77,6 +77,20 @@ def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> 
     assert policy.seen.shared() == [[0]] and len(policy.seen.prefix_accept_probs()) == 1, "5 is not in the pool"
 
 
+def test_what_both_propose_is_verified_even_where_the_drafters_own_tree_is_cut_to_nothing() -> None:
+    class Cut(Sized):
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+            self.least_lookup_prob = 1.0  # nothing that is looked up alone
+            return 1
+
+    policy = Cut(TreeShape(8, 2, 2, lookup=2))
+    proposal = proposer_of(policy, OneChild(), [1, 2, 7, 5, 1, 2]).propose(
+        torch.tensor([2]), step=4, context_length=6, room=10, pricing=Pricing()
+    )
+    assert policy.seen.shared() == [[0]]
+    assert proposal.tree.tokens.tolist() == [[2, 7]], "a guard may allow looked-up nodes alone: 7, not 5"
+
+
 def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
     policy, drafter = Sized(TreeShape(8, 2, 2)), OneChild()
     proposal = proposer_of(policy, drafter, [1, 2]).propose(torch.tensor([2]), 0, 2, room=1, pricing=Pricing())

@@ -251,10 +251,12 @@ class Continuations:
             self.odds_beside.append(0.0 if node in twins else reached[node])
 
     def branches(self, most: int, least_prob: float) -> Branches:
-        """The best nodes, and those above them: others have no probability."""
+        """The best nodes, and those above them: others have no probability. Those that the drafter has, too, are kept,
+        for a policy may cut its tree short.
+        """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
-        kept = [odds >= least_prob for odds in beside[:count]]
+        kept = [odds == 0.0 or odds >= least_prob for odds in beside[:count]]
         for node in range(count - 1, -1, -1):
             if kept[node] and self.parents[node] >= 0:
                 kept[self.parents[node]] = True
