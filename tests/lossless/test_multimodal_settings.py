@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.lossless.hybrids import SAMPLED, answer, check_counts
+from tests.drafting.test_block_drafter import KINDS, block_head
+from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare
 from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
 from tests.multimodal_targets import IMAGE, MARKS, START, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
 from transformers_resps import FixedPolicy, TreeShape, attach
@@ -42,6 +43,13 @@ MIXED = {
 def test_rows_hold_as_many_media_as_they_like_anywhere(kind: MultimodalTarget, rows: tuple[str, ...]) -> None:
     inputs = kind.prompt(*(row.replace("x", kind.letter) for row in rows))
     check_counts(check(kind, inputs), *(check(kind, inputs, 1, **SAMPLED) for _ in range(ALL)))
+
+
+@pytest.mark.parametrize(("name", "how"), [("qwen3_vl", "in place"), ("gemma3", "windows"), ("llava", "rnn")])
+def test_a_block_head_reads_what_the_target_sees(name: str, how: str) -> None:
+    kind = target_named(name)
+    target, inputs = target_of(kind), kind.prompt(f"..{kind.letter * 2}..", f".{kind.letter}.")
+    check_counts(compare(target, block_head(target, **KINDS[how]), inputs, policy=AnyShape(0)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DRAFTED if len(kind.media) > 1], ids=str)
