@@ -30,8 +30,8 @@ from .experiments import AUTO, FIXED, ORACLE, PLAIN, Experiment
 from .planted import GPUS
 
 
-# A quiet Zen 4's, prepacked: `resps calibrate` in bfloat16, the median of three.
-KEPT = Path("training/studies/measurements/headroom/smollm2-135m-instruct-head/costs.json")
+# A quiet Zen 4's: `python -m training.studies.compiled_costs` of SmolLM2 and its head in bfloat16
+KEPT = Path("training/evidence/zen4_costs.json")
 _LOOKUPS = (0, 4, 8)
 _WIDTHS = {"Zen 4": (5, 4, 16)}  # depth, top_k and nodes of "auto"; as it asks for beyond a CPU elsewhere
 _WIDE = (8, 10, 60)
