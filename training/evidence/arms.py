@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, CompileConfig
 
 from training.benchmarking.peers import check_installed, load_peers, vllm_peers
 from training.benchmarking.provenance import config_sha256, weights_sha256
@@ -18,10 +19,13 @@ from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach
 from transformers_resps.compilation.native import keeps_rows_apart
 from transformers_resps.drafting import DraftSource
+from transformers_resps.generation.output import sampling
+from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import PolicyWrapper
 from transformers_resps.tools.loading import load_source, load_target
 from transformers_resps.tools.methods import (
+    Answer,
     Generate,
     Method,
     compiled,
@@ -38,7 +42,9 @@ from .experiments import Experiment
 
 CARDS = Path("model_cards")
 CALLED = {"smollm2": "smollm2-135m-instruct", "qwen": "qwen2.5-coder-0.5b-instruct"}
-SAVED = {named.FITTED: "throughput", named.REPAIRED: "policy", named.PUBLISHED: "policy-paper"}
+SAVED = {named.FITTED: "throughput", named.PUBLISHED: "policy-paper"}
+LEARNED = (*SAVED, named.REPAIRED)
+REPAIRED = Path("training/evidence/policies")  # trained at the costs of compiled steps
 CANDIDATES = tuple(  # that the best fixed tree is found among; on a CPU wide trees cost what they gain
     TreeShape(*shape, lookup)
     for shape in ((3, 2, 1), (4, 3, 1), (6, 5, 1), (4, 2, 2), (6, 2, 4), (8, 3, 4), (12, 4, 4), (16, 5, 4))
@@ -63,6 +69,39 @@ class Kept(PolicyWrapper):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
         return self
+
+
+@dataclass(frozen=True)
+class StockCompiled(Method):
+    """`generate` as its documentation compiles it: with a static cache, and on a CPU only if it is told to.
+
+    Every text that is longer than all before makes another cache, which compiles again: so it is written once before.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def reports_steps(self) -> bool:
+        return True  # a hook that notes when forwards begin would be compiled with the layers
+
+    def prepare(
+        self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
+    ) -> Callable[[], Answer]:
+        asked = CompileConfig(mode="default", fullgraph=False)
+        asked._compile_all_devices = True
+        keywords = {"cache_implementation": "static", "compile_config": asked, **sampling(temperature)}
+
+        def answer() -> Answer:
+            with SpeculationDefaults.suspended():
+                mask = torch.ones_like(input_ids)
+                ids = target.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **keywords)
+            tokens = ids[0, input_ids.shape[1] :].tolist()
+            return Answer(tokens, target_forwards=len(tokens))
+
+        if input_ids.shape[1] + max_new_tokens > max(self.lengths):
+            self.lengths.append(input_ids.shape[1] + max_new_tokens)
+            answer()
+        return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +205,7 @@ def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | No
         named.STOCK: plain,
         "stock, other seeds": plain,
         named.PLAIN: lambda: compiled(plain_steps()),
+        named.STOCK_COMPILED: lambda: StockCompiled(named.STOCK_COMPILED),
         named.STOCK_LOOKUP: prompt_lookup,
         named.AUTO: lambda: compiled(auto(models, drafts)),
         named.EXACT_PLAIN: lambda: exact(plain_steps()),
@@ -187,7 +227,7 @@ def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | No
         if best is None:
             raise LeftOut("no tree was searched")
         return fixed(experiment, models, best)
-    if name in SAVED:
+    if name in LEARNED:
         return compiled(_saved(name, experiment, models))
     if name == named.LLAMA_CPP:
         raise LeftOut("a peer for llama.cpp is not yet written")
@@ -200,7 +240,8 @@ def _exact(dtype: torch.dtype, method: Generate) -> Generate:
 
 
 def _saved(name: str, experiment: Experiment, models: Models) -> Generate:
-    folder = CARDS / f"{CALLED[experiment.target]}-{SAVED[name]}"
+    called = CALLED[experiment.target]
+    folder = REPAIRED / called if name == named.REPAIRED else CARDS / f"{called}-{SAVED[name]}"
     if experiment.drafts == "block head":
         raise LeftOut("no such policy was trained for a block head")
     if experiment.drafts == "head alone" and name == named.FITTED:

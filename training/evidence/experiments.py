@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 
 STOCK, PLAIN, STOCK_LOOKUP = "stock", "plain", "stock's prompt lookup"
+STOCK_COMPILED = "stock, compiled"
 FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
 PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
 ORACLE = "oracle"
@@ -19,7 +20,7 @@ EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
 )
 
 POLICIES = (PLAIN, FIXED, AUTO, FITTED, PUBLISHED, REPAIRED)
-ENGINES = (STOCK, PLAIN, STOCK_LOOKUP, AUTO, *OPENVINO, *VLLM, LLAMA_CPP)
+ENGINES = (STOCK, PLAIN, STOCK_COMPILED, STOCK_LOOKUP, AUTO, *OPENVINO, *VLLM, LLAMA_CPP)
 HOLDING = (STOCK, PLAIN, AUTO, *OPENVINO)
 BUDGETS = (4, 8, 16, 32, 64)
 TREES = (PLAIN, *(f"{kind} of {nodes}" for nodes in BUDGETS for kind in ("chain", "tree")))

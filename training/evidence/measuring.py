@@ -35,7 +35,7 @@ from transformers_resps.tools.methods import Bench, Generate, Method, Prompt
 from transformers_resps.tools.results import AnswerTiming, Run, machine, plain_spread
 from transformers_resps.tools.session import Dialogue, check_apart, read_dialogues, spread
 
-from .arms import SAVED, Kept, LeftOut, Models, arms_of, candidates
+from .arms import LEARNED, Kept, LeftOut, Models, arms_of, candidates
 from .experiments import (
     ANSWERS,
     AUTO,
@@ -366,7 +366,9 @@ def decided_again(
     options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Replay the saved policies among `arms`, the best fixed tree, "auto" and the oracle on first turns."""
-    saved = {name: arm.keywords["policy"] for name, arm in arms.items() if name in SAVED and isinstance(arm, Generate)}
+    saved = {
+        name: arm.keywords["policy"] for name, arm in arms.items() if name in LEARNED and isinstance(arm, Generate)
+    }
     assert isinstance(models.source, DraftHead)
     prompts, others = (
         [(one.name, first_prompt(one, models.tokenizer).input_ids) for one in part]

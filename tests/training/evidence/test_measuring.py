@@ -40,6 +40,7 @@ def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
     """Measures an experiment in this process. What is compiled runs as it is: compilation takes half a minute."""
     monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(arms, "CARDS", tmp_path)
+    monkeypatch.setattr(arms, "REPAIRED", tmp_path)
     monkeypatch.setattr(arms, "load_target", lambda name, dtype, device: load(name))
     monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(4, 2, 2)))
     monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uvwx"]]))
