@@ -12,16 +12,21 @@ from transformers_resps.tools.quiet import MAX_LOAD, other_load
 
 
 MAX_NEIGHBOURS = 0.1  # processors that others use on average while a process measures
-MAX_PROBE_SPREAD = 0.1  # interquartile range over median of one probe
-MAX_DRIFT = 0.05  # of the second probe's median from the first's
+MAX_PROBE_SPREAD = 0.15  # interquartile range over median of one probe
+MAX_DRIFT = 0.1  # of the second probe's median from the first's
 MAX_PLAIN_SPREAD = 0.1  # interquartile range over median of plain decoding's rates
 MAX_APART = 0.1  # of the processes' plain rates: highest over lowest, minus one
-_PROBES = 9
+_PROBES = 60
+_PAUSE = 0.1  # seconds between them: on a shared host the speed of memory moves within seconds
 _SIZE = 1024
 
 
-def probe(work: Callable[[], Any] | None = None, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Time fixed work nine times after a first one: a product of two matrices, and a copy of 64 MiB."""
+def probe(
+    work: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[float]:
+    """Time fixed work 60 times within some seconds, after a first one: a product of two matrices, a copy of 64 MiB."""
     work = work or _fixed_work()
     work()
     seconds = []
@@ -29,14 +34,15 @@ def probe(work: Callable[[], Any] | None = None, clock: Callable[[], float] = ti
         started = clock()
         work()
         seconds.append(clock() - started)
+        sleep(_PAUSE)
     return seconds
 
 
 def _fixed_work() -> Callable[[], Any]:
     import torch
 
-    matrix, memory = torch.ones(_SIZE, _SIZE), torch.ones(16 << 20)
-    return lambda: (matrix @ matrix, memory.clone())
+    matrix, memory, copied = torch.ones(_SIZE, _SIZE), torch.ones(16 << 20), torch.ones(16 << 20)
+    return lambda: (matrix @ matrix, copied.copy_(memory))
 
 
 @dataclass

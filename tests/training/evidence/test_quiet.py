@@ -40,8 +40,8 @@ def test_processes_that_lie_apart_are_a_reason() -> None:
     assert apart([100.0, 120.0]) == ["its processes lie 20% apart"]
 
 
-def test_the_probe_times_fixed_work_nine_times_after_a_first_one() -> None:
-    calls: list[int] = []
-    times = iter(range(100))
-    assert probe(lambda: calls.append(1), lambda: float(next(times))) == [1.0] * 9
-    assert len(calls) == 10 and spread_of([1.0] * 3) is None and drift_of([], [1.0]) is None
+def test_the_probe_times_fixed_work_for_some_seconds_after_a_first_time() -> None:
+    calls, pauses = list[int](), list[float]()
+    times = iter(range(200))
+    assert probe(lambda: calls.append(1), lambda: float(next(times)), pauses.append) == [1.0] * 60
+    assert len(calls) == 61 and sum(pauses) > 3 and spread_of([1.0] * 3) is None and drift_of([], [1.0]) is None
