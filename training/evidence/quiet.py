@@ -13,7 +13,7 @@ from transformers_resps.tools.quiet import MAX_LOAD, other_load
 
 MAX_NEIGHBOURS = 0.1  # processors that others use on average while a process measures
 MAX_PROBE_SPREAD = 0.2  # interquartile range over median of one probe
-MAX_DRIFT = 0.1  # of the second probe's median from the first's
+MAX_DRIFT = 0.2  # of the second probe's median from the first's
 MAX_PLAIN_SPREAD = 0.15  # interquartile range over median of plain decoding's rates
 MAX_APART = 0.1  # of the processes' plain rates: highest over lowest, minus one
 _PROBES = 60

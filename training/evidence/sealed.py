@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .quiet import Watch
+
 
 AGAIN = "Measure it again with `make evidence`, or restore it."
 _CHECKSUM = "checksum"
@@ -46,8 +48,10 @@ class Measured:
 
     @property
     def reasons(self) -> list[str]:
-        """Why its figures may not be shown; empty for a quiet run."""
-        return list(self.data["quiet"]["reasons"])
+        """Why its figures may not be shown by the present limits of the protocol; empty for a quiet run."""
+        told = dict(self.data["quiet"])
+        was_judged = bool(told.pop("reasons"))
+        return Watch(**told).reasons if was_judged else []
 
     def check_code(self, code: str, page: str) -> None:
         """Raises `UnfitResultsError` when it was measured with other code than the page is of."""

@@ -9,6 +9,7 @@ from training.evidence.sealed import seal
 
 
 CODE = "c0de" * 16
+DRIFTED = {"reasons": ["the probes differ by 30%"], "before": [1.0] * 4, "after": [1.3] * 4}
 ZEN = "AMD EPYC, AVX512"
 
 

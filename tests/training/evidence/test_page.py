@@ -10,7 +10,7 @@ from training.evidence.experiments import EXPERIMENTS, QUESTIONS
 from training.evidence.page import write_page
 from training.evidence.planted import GPUS
 
-from .files import CODE, ZEN, experiment, rows_of, write, write_all
+from .files import CODE, DRIFTED, ZEN, experiment, rows_of, write, write_all
 
 
 MAIN = "policy-smollm2-t0"
@@ -104,8 +104,8 @@ def test_arms_of_one_reason_are_named_together(tmp_path: Path) -> None:
 def test_a_run_that_was_not_quiet_gives_no_figure_but_its_reason(tmp_path: Path) -> None:
     folder = tmp_path / "measured" / "zen"
     write_all(folder, MAIN)
-    write(folder, MAIN, 1, quiet={"reasons": ["the probes differ by 20%"]})
-    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 7 + ["not quiet: the probes differ by 20%"]
+    write(folder, MAIN, 1, quiet=DRIFTED)
+    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 7 + ["not quiet: the probes differ by 30%"]
     write(folder, MAIN, 1, {named.PLAIN: 1.3})
     assert row_of(page_of(tmp_path), experiment(MAIN).title)[-1] == "not quiet: its processes lie 30% apart"
 
@@ -116,7 +116,7 @@ def test_fewer_processes_than_the_protocol_asks_for_give_no_figure(tmp_path: Pat
 
 
 def test_a_quick_page_says_that_it_proves_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "measured" / "zen", MAIN, 0, quiet={"reasons": ["the probes differ by 20%"]})
+    write(tmp_path / "measured" / "zen", MAIN, 0, quiet=DRIFTED)
     page = page_of(tmp_path, quick=True)
     assert "**This proves nothing**" in page and row_of(page, experiment(MAIN).title)[1] == "4"
 

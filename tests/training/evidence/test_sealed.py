@@ -7,7 +7,7 @@ import pytest
 from training.evidence.page import write_page
 from training.evidence.sealed import Measured, UnfitResultsError, seal
 
-from .files import CODE, experiment, rows_of, write, write_all
+from .files import CODE, DRIFTED, experiment, rows_of, write, write_all
 
 
 NAME = "hard-drafters"
@@ -79,3 +79,9 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         seal(file, {"rows": object()})
     assert file.read_text() == before
+
+
+def test_a_run_is_judged_by_the_present_limits(tmp_path: Path) -> None:
+    drifted = Measured.read(write(tmp_path, NAME, quiet=DRIFTED))
+    assert drifted.reasons == ["the probes differ by 30%"]
+    assert Measured.read(write(tmp_path, NAME, quiet=DRIFTED | {"after": [1.1] * 4})).reasons == []
