@@ -31,7 +31,7 @@ from transformers_resps.verifying.invariant import experts
 from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 
 
-CALLS = 240 if os.environ.get("RESPS_INVARIANT") == "all" else 24
+CALLS = 240 if os.environ.get("RESPS_INVARIANT") == "all" else 12
 LAYERS = {"full": {}, "window": {"sliding_window": 40}}
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
 WIDE = FixedPolicy(TreeShape(40, 3, 8))
