@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, CompileConfig
 
 from training.benchmarking.peers import check_installed, load_peers, vllm_peers
 from training.benchmarking.provenance import config_sha256, weights_sha256
-from training.studies.guard_speed import HeadAlone, untrained
 from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach
 from transformers_resps.compilation.native import keeps_rows_apart
@@ -22,7 +21,8 @@ from transformers_resps.drafting import DraftSource
 from transformers_resps.generation.output import sampling
 from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.policies.auto import default_policy
-from transformers_resps.policies.base import PolicyWrapper
+from transformers_resps.policies.base import Observation, PolicyWrapper
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.tools.loading import load_source, load_target
 from transformers_resps.tools.methods import (
     Answer,
@@ -51,6 +51,15 @@ CANDIDATES = tuple(  # that the best fixed tree is found among; on a CPU wide tr
     for lookup in (0, 4)
 )
 _FORGETTABLE = 20_000  # random tokens of a useless memory
+
+
+class HeadAlone(ThroughputPolicy):
+    """Drafts as "auto" does, without prompt lookup."""
+
+    uses_lookup = False
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return super().choose(replace(observation, prefix_accept_probs=list))
 
 
 class LeftOut(ValueError):  # noqa: N818 - no failure: an empty cell, with its reason
@@ -254,7 +263,13 @@ def _saved(name: str, experiment: Experiment, models: Models) -> Generate:
 
 
 def _random_head(models: Models) -> Generate:
-    head = models.source if models.tokenizer is None else untrained(models.target, models.source)  # type: ignore[arg-type]
+    """Of the same sizes; its embedding and vocabulary are real."""
+    head = models.source
+    if models.tokenizer is not None:
+        assert isinstance(head, DraftHead)
+        torch.manual_seed(0)
+        real = {"draft_token_ids": head.draft_token_ids, "feature_layers": head.config.feature_layers}
+        head = DraftHead.from_target(models.target, **real).eval()
     return Generate(named.RANDOM_HEAD, {"assistant_model": head, "policy": Kept(default_policy)})
 
 

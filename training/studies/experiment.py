@@ -1,4 +1,4 @@
-"""Part of the studies `batches`, `guard_speed`, `planted_batches`, `engine_speed`: what they share.
+"""Part of the studies `batches`, `engine_speed`: what they share.
 
 Each decodes some prompts with one target and its head, prints a table (as `ablations` does) and writes `results.json`.
 """
