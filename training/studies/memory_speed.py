@@ -4,8 +4,8 @@ Question: how much faster is `generate` with a memory of earlier calls, and how 
 Answer: over plain decoding, on a quiet Zen 4, eager, each once (measurements/memory-*.json). Edits of code (Qwen, two
 conversations of 256 tokens a turn): lookup 3.30, with a warm memory 4.48; a head 3.55, with the memory 4.32.
 Conversations with tools (Qwen, four; half of the time reads prompts): 1.68 and 1.75; 1.65 and 1.71. GSM8K (SmolLM2,
-eight): 1.63 and 1.89; a head 2.20, with the memory 1.97, the one loss: looked-up nodes seem likelier than they are, and
-the head is asked too seldom. A useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
+eight): 1.63 and 1.89; a head 2.20, with the memory 1.97. That is the one loss: looked-up nodes seem likelier than they
+are, and the head is asked too seldom. A useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
 
     python -m training.studies.memory_speed work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head --pack \
         --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --limit 4 --output work/speed-agents
