@@ -167,7 +167,6 @@ docs: .venv/dev/.filled
 	$(DEV) -m training.evidence --render
 	$(DEV) docs/make_benchmarks.py
 	PYTHONPATH=. $(DEV) docs/make_picture.py
-	$(DEV) docs/make_chart.py
 
 # The pages with the API reference and search, to read without a network: site/html/index.html.
 site: .venv/dev/.filled

@@ -3,15 +3,21 @@
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from training.evidence.__main__ import MEASURED
+from training.evidence.__main__ import main as evidence
+from training.evidence.page import PAGE as NAME
+
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "make_benchmarks.py"))
 PAGE: Path = SCRIPT["PAGE"]
+EVIDENCE = ROOT / NAME
 MARKS = [mark[2] for mark in SCRIPT["MARK"].finditer(PAGE.read_text(encoding="utf-8"))]
 
 
@@ -24,6 +30,16 @@ def test_every_figure_in_a_table_stands_between_marks() -> None:
     prose = SCRIPT["MARK"].sub("", PAGE.read_text(encoding="utf-8"))
     assert prose.count("<!--") == 0, "a mark is not closed, or stands inside another"
     assert not re.findall(r"^\|.*\d\.\d.*$", prose, re.MULTILINE)
+
+
+def test_the_page_of_the_protocol_is_what_its_results_files_say(tmp_path: Path) -> None:
+    """Pictures, too; `make docs` writes them."""
+    for kept in [EVIDENCE, *EVIDENCE.parent.glob("question-*.svg")]:
+        shutil.copy(kept, tmp_path)
+    assert evidence(["--render", "--page", str(tmp_path / EVIDENCE.name), "--measured", str(ROOT / MEASURED)]) == 0
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_text(encoding="utf-8") == (EVIDENCE.parent / drawn.name).read_text(encoding="utf-8")
+    assert len(EVIDENCE.read_text(encoding="utf-8").splitlines()) <= 110
 
 
 @pytest.mark.parametrize("mark", MARKS, ids=lambda value: str(value)[-60:])

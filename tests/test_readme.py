@@ -1,74 +1,43 @@
-"""The README's quickstart, figures and picture are what the code and the results files give."""
+"""The README's quickstart, figures and picture are what the code and the protocol's results give."""
 
 import io
-import json
 import re
 import runpy
 from contextlib import redirect_stdout
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from examples.demo.target import prepared_target
 from tests.readme import README, quickstart
-from transformers_resps.tools.results import AnswerTiming, compare
+from training.evidence.experiments import AUTO, OPENVINO, PLAIN, STOCK, STOCK_COMPILED, STOCK_LOOKUP, experiments
+from training.evidence.page import Found
 
 
 ROOT = README.parent
-HEADS = ("smollm2-135m-instruct-head", "qwen2.5-coder-0.5b-instruct-head")
-
-
-def measured(head: str) -> list[dict[str, float]]:
-    file = ROOT / "model_cards" / head / "results.json"
-    rows: list[dict[str, float]] = json.loads(file.read_text())["pooled"]
-    return rows
-
-
-def row_of(head: str, method: str) -> dict[str, float]:
-    return next(row for row in measured(head) if str(row["method"]).startswith(method))
-
-
-CHART = runpy.run_path(str(ROOT / "docs" / "make_chart.py"))
-
-
-def test_the_chart_is_drawn_from_the_results_files() -> None:
-    kept = CHART["CHART"].read_text(encoding="utf-8")
-    assert CHART["draw"]() == kept, "results have changed: run `make docs` and look at the difference"
-    figures = re.findall(r">(\d\.\d\d)</text>", kept)
-    assert figures == [f"{row_of(head, start)['ratio']:.2f}" for head in HEADS for start in CHART["METHODS"].values()]
-
-
-def test_what_is_said_of_auto_and_a_fixed_tree_is_what_the_results_files_say() -> None:
-    said = re.findall(r"(\d\.\d\d)x[^()]*\((\d\.\d\d) to (\d\.\d\d)\)", README.read_text())
-    assert said == [tuple(f"{value:.2f}" for value in over_best_fixed(head)) for head in HEADS]
-
-
-def over_best_fixed(head: str) -> tuple[float, float, float]:
-    """How much faster "auto" is than the best fixed tree, and its 95% interval over prompts."""
-    results = json.loads((ROOT / "model_cards" / head / "results.json").read_text())
-    names = [field.name for field in fields(AnswerTiming)]
-    timings = [AnswerTiming(**{name: one[name] for name in names if name in one}) for one in results["measurements"]]
-    fixed = str(row_of(head, "best fixed")["method"])
-    found = compare(timings, "auto", fixed)
-    return found.ratio, found.low, found.high
+MEASURED = ROOT / "training" / "evidence" / "measured"
+ROWS = {  # of the table of speeds -> arm
+    "stock, compiled": STOCK_COMPILED,
+    "stock's prompt lookup": STOCK_LOOKUP,
+    "OpenVINO with its prompt lookup": OPENVINO[1],
+    "compiled, plain": PLAIN,
+    "**compiled, `auto`**": AUTO,
+}
 
 
 def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -> None:
-    """Over stock `generate`, but for prepacked weights, which were measured beside prepacked plain decoding alone."""
-    measurements = ROOT / "training" / "studies" / "measurements"
-    files = [json.loads((measurements / f"smollm2-{name}.json").read_text()) for name in ("zen4-compiled", "compiled")]
-    assert [(file["packed"], file["dtype"], len(file["settings"]["prompts"])) for file in files] == [
-        (False, "bfloat16", 20)
-    ] * 2
-    assert [re.findall(r"family (\d+)", file["device"]) for file in files] == [["25"], ["26"]]  # Zen 4, Zen 5
-    found = [{row["method"]: f"{row['ratio']:.1f}" for row in file["pooled"]} for file in files]
-    eager, compiled, alone = ([one[name] for one in found] for name in ("auto", "auto, compiled", "plain, compiled"))
-    page = README.read_text(encoding="utf-8")
-    assert f"| as it is | {eager[0]} | {eager[1]} |" in page
-    assert f"| `compile` | {compiled[0]} | {compiled[1]} | {alone[0]}, {alone[1]} |" in page
-    assert f"`auto` is {row_of(HEADS[0], 'auto')['ratio']:.1f} over prepacked plain, Zen 4" in page
-    assert re.findall(r"\*\*(\d\.\d)x", page) == [min(eager)]
+    page, benchmarks = README.read_text(encoding="utf-8"), ROOT / "docs" / "benchmarks.md"
+    said = re.search(r"<!-- evidence of code (\w+) -->", benchmarks.read_text(encoding="utf-8"))
+    assert said is not None
+    [asked] = (one for one in experiments(quick=False) if one.name == "engines-smollm2")
+    [folder] = {file.parent for file in MEASURED.rglob("engines-smollm2-0.json")}
+    found = Found.read(asked, folder, said[1], benchmarks, quick=False)
+    for row, arm in ROWS.items():
+        speed = found.over(arm, STOCK)
+        assert f"| {row} | {'' if speed is None else f'{speed.ratio:.1f}'} |" in page
+    auto = found.over(AUTO, STOCK)
+    assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"]
+    assert f"{found.prompts} prompts" in page
 
 
 @pytest.mark.real
