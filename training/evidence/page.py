@@ -251,7 +251,8 @@ MAKERS: dict[int, Callable[[Sequence[Found]], Answer]] = {
 SAYS = {
     1: "Texts that equal the first arm's to the last token; right answers for GSM8K.",
     2: "Speed over the best fixed tree, which was found on other prompts. A gain has a lower end above 1. Re-SpS drafts "
-    "with the head alone, the others also look up the text, unless the setting says head alone.",
+    "with the head alone; the others look up the text, too, but not where a setting says head alone, nor fixed trees over "
+    "a block head.",
     3: "Speed over stock `generate` and over our compiled plain decoding; efficiency is the latter over tau.",
     4: "Speed over compiled plain decoding. Planted columns price the counted steps by a GPU's data sheet.",
     5: f"Speed over compiled plain decoding where drafting cannot pay; {LEAST} is asked of each.",
