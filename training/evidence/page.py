@@ -194,7 +194,8 @@ def engines(found: Sequence[Found]) -> Answer:
                 continue
             title, mean = f"{one.title}, {arm}", tau(one.rows, arm)
             first, peak = 1e3 * median(row["first"] for row in one.of(arm)), peaks.get(title)
-            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}", "" if peak is None else f"{peak:.0f}"]
+            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}" if first else ""]
+            cells.append("" if peak is None else f"{peak:.0f}")
             rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of(arm))])
             bars.append((title, stock))
     return Answer(columns, rows, bars)
