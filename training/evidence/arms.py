@@ -175,11 +175,7 @@ def fixed(experiment: Experiment, models: Models, shape: TreeShape) -> Generate:
 def candidates(experiment: Experiment, models: Models) -> dict[TreeShape, Method]:
     """Return the fixed trees of which the fastest on other prompts becomes an arm."""
     looks_up = experiment.drafts != "head alone"
-    return {
-        shape: fixed(experiment, models, shape)
-        for shape in CANDIDATES
-        if (looks_up or not shape.lookup) and not (shape.lookup and experiment.drafts == "block head")
-    }
+    return {shape: fixed(experiment, models, shape) for shape in CANDIDATES if looks_up or not shape.lookup}
 
 
 def arms_of(

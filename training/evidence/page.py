@@ -1,6 +1,7 @@
 """`docs/benchmarks.md` from results files: five questions, a table and a picture each, empty cells with reasons."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -251,9 +252,8 @@ MAKERS: dict[int, Callable[[Sequence[Found]], Answer]] = {
 }  # fmt: skip
 SAYS = {
     1: "Texts that equal the first arm's to the last token; right answers for GSM8K.",
-    2: "Speed over the best fixed tree, which was found on other prompts. A gain has a lower end above 1. Re-SpS drafts "
-    "with the head alone; the others look up the text, too, but not where a setting says head alone, nor fixed trees over "
-    "a block head.",
+    2: "Speed over the best fixed tree, which was found on other prompts. A gain has a lower end above 1. Re-SpS "
+    "drafts with the head alone, others also look up the text; repaired, it learned one tree for all steps.",
     3: "Speed over stock `generate` and over our compiled plain decoding; efficiency is the latter over tau.",
     4: "Speed over compiled plain decoding. Planted columns price the counted steps by a GPU's data sheet.",
     5: f"Speed over compiled plain decoding where drafting cannot pay; {LEAST} is asked of each.",
@@ -302,9 +302,8 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
         yield ""
     yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
     yield ""
-    yield "[The protocol](../training/PROTOCOL.md), with arms, prompts and what counts as quiet, was made before any"
-    yield "run. Speeds are total tokens over total seconds, with a paired 95% interval over requests and"
-    yield "processes. An empty cell names its reason. `make evidence` measures all of it on your machine."
+    yield "[The protocol](../training/PROTOCOL.md) was made before any run. Speeds are total tokens over total seconds,"
+    yield "with a paired 95% interval over requests and processes. `make evidence` measures all of it on your machine."
     for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
         yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."
     if any(0 < one.prompts < FEW_PROMPTS for one in found):
@@ -359,7 +358,7 @@ def _counted(rows: Sequence[Row]) -> tuple[int, dict[str, int]]:
 def _table(answer: Answer) -> list[str]:
     words = 1 + (answer.columns[1] == "arm")
     cells = [list(answer.columns), ["---"] * words + ["---:"] * (len(answer.columns) - words), *answer.rows]
-    return [f"| {' | '.join(row)} |" for row in cells]
+    return [re.sub(r"\|  (?=\|)", "|", f"| {' | '.join(row)} |") for row in cells]
 
 
 _LABELS, _UNIT, _ROW = 430, 130, 22  # pixels
