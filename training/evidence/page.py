@@ -302,8 +302,9 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
         yield ""
     yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
     yield ""
-    yield "[The protocol](../training/PROTOCOL.md) was made before any run. Speeds are total tokens over total seconds,"
-    yield "with a paired 95% interval over requests and processes. `make evidence` measures all of it on your machine."
+    yield "[The protocol](../training/PROTOCOL.md) was made before any run; its limits of quiet rose later, with reasons."
+    yield "Speeds are total tokens over total seconds, with a paired 95% interval over requests and processes. `make"
+    yield "evidence` measures all of it on your machine."
     for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
         yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."
     if any(0 < one.prompts < FEW_PROMPTS for one in found):
