@@ -302,9 +302,9 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
         yield ""
     yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
     yield ""
-    yield "[The protocol](../training/PROTOCOL.md) was made before any run; its limits of quiet rose later, with reasons."
-    yield "Speeds are total tokens over total seconds, with a paired 95% interval over requests and processes. `make"
-    yield "evidence` measures all of it on your machine."
+    yield "[The protocol](../training/PROTOCOL.md) was made before any run; its limits of quiet rose later, with"
+    yield "reasons. Speeds are total tokens over total seconds, with paired 95% intervals over requests and processes."
+    yield "`make evidence` measures all of it on your machine."
     for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
         yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."
     if any(0 < one.prompts < FEW_PROMPTS for one in found):
@@ -325,7 +325,8 @@ def verdict(found: Sequence[Found]) -> str:
         return f"**No learned policy gains over the best fixed tree here**: {advice}."
     if not clear.keys() - {named.AUTO}:
         return f'**No trained policy gains over the best fixed tree here; pass `policy="auto"`**, which gains: {told}.'
-    return f"Gains over the best fixed tree: {told}."
+    won = ", ".join(f"{arm} in {clear[arm]} of {count} settings" for arm, count in settings.items() if clear[arm])
+    return f'Gains over the best fixed tree: {won}, no other. Pass `policy="auto"`, which needs no search or training.'
 
 
 def _speed(value: Speed | None) -> str:
