@@ -105,7 +105,7 @@ def tiny(text: str) -> str:
     text = re.sub(r"\bFOLDER\b", "artefact", text)
     text = text.replace("google/gemma-3-4b-it", "seeing")
     text = re.sub(r"max_steps=\d+", "max_steps=4", text)
-    text = text.replace('"policy-run", ', '"policy-run", drop_hopeless=False, ')  # a busy machine finds that no tree pays
+    text = text.replace('"policy-run", ', '"policy-run", drop_hopeless=False, ')  # a clock may say that none pays
     text = re.sub(r"draft_vocab_size=\d+", "draft_vocab_size=12", text)
     text = re.sub(r'(?<=")cuda(?=")|(?<=--device )mps', "cpu", text)
     head = r"model_cards/smollm2-135m-instruct-head|RedHatAI/Qwen3-8B-speculator\.eagle3|\bHEAD\b"
