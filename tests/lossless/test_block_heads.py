@@ -8,7 +8,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.drafting.test_block_drafter import KINDS, block_head
-from tests.lossless.hybrids import AnyShape
+from tests.lossless.hybrids import SAMPLED, AnyShape, check_counts, compare, padded
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import FixedPolicy, TreeShape, attach
 
 
@@ -43,6 +44,16 @@ def test_any_policy_writes_what_plain_generate_writes(target: PreTrainedModel, k
     for policy in (None, "auto", FixedPolicy(TreeShape(24, 3, 8, lookup=4)), AnyShape(1, 64)):
         for lockstep in (None, True):
             assert written(target, CALLS[call], assistant_model=head, policy=policy, lockstep=lockstep) == plain
+
+
+@NEEDS_STATES
+@pytest.mark.parametrize("hybrid", recurrent("qwen3_next", "falcon_h1-clamped", "lfm3"), ids=str)
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_hybrid_writes_what_it_writes_plainly(hybrid: Any, options: dict[str, Any]) -> None:
+    target = attach(hybrid.build())
+    head = block_head(target, feature_layers=[1, 2])
+    reports = [compare(target, head, padded(3, seed), seed, **options) for seed in range(2)]
+    check_counts(*reports, in_a_row=1)
 
 
 @pytest.mark.parametrize("call", CALLS)
