@@ -10,7 +10,16 @@ import pytest
 
 from examples.demo.target import prepared_target
 from tests.readme import README, quickstart
-from training.evidence.experiments import AUTO, OPENVINO, PLAIN, STOCK, STOCK_COMPILED, STOCK_LOOKUP, experiments
+from training.evidence.experiments import (
+    AUTO,
+    FIXED,
+    OPENVINO,
+    PLAIN,
+    STOCK,
+    STOCK_COMPILED,
+    STOCK_LOOKUP,
+    experiments,
+)
 from training.evidence.page import Found
 
 
@@ -25,19 +34,25 @@ ROWS = {  # of the table of speeds -> arm
 }
 
 
-def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -> None:
-    page, benchmarks = README.read_text(encoding="utf-8"), ROOT / "docs" / "benchmarks.md"
+def found_in(name: str) -> Found:
+    benchmarks = ROOT / "docs" / "benchmarks.md"
     said = re.search(r"<!-- evidence of code (\w+) -->", benchmarks.read_text(encoding="utf-8"))
     assert said is not None
-    [asked] = (one for one in experiments(quick=False) if one.name == "engines-smollm2")
-    [folder] = {file.parent for file in MEASURED.rglob("engines-smollm2-0.json")}
-    found = Found.read(asked, folder, said[1], benchmarks, quick=False)
+    [asked] = (one for one in experiments(quick=False) if one.name == name)
+    [folder] = {file.parent for file in MEASURED.rglob(f"{name}-0.json")}
+    return Found.read(asked, folder, said[1], benchmarks, quick=False)
+
+
+def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -> None:
+    page, found = README.read_text(encoding="utf-8"), found_in("engines-smollm2")
     for row, arm in ROWS.items():
         speed = found.over(arm, STOCK)
         assert f"| {row} | {'' if speed is None else f'{speed.ratio:.1f}'} |" in page
     auto = found.over(AUTO, STOCK)
     assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"]
     assert f"{found.prompts} prompts" in page
+    policies = found_in("policy-smollm2-t0").over(AUTO, FIXED)
+    assert policies is not None and f"{policies.ratio:.2f} times ({policies.low:.2f} to {policies.high:.2f})" in page
 
 
 @pytest.mark.real

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from training.studies.step_costs import read_tables
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, TreeShape
 from transformers_resps.policies.action_grid import ActionGrid
-from transformers_resps.policies.costs import CostModel
+from transformers_resps.policies.costs import CostModel, CostTable
 from transformers_resps.policies.resps import ReSpSPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import (
@@ -40,7 +39,7 @@ _WIDE = (8, 10, 60)
 def costs_of(name: str) -> CostModel:
     """Return the table of a "Zen 4", or of a planted GPU by its name."""
     if name == "Zen 4":
-        return next(iter(read_tables([KEPT]).values()))
+        return CostTable.load(KEPT)
     return next(gpu for gpu in GPUS if gpu.name == name)
 
 
