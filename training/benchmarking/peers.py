@@ -2,8 +2,8 @@
 
 flashspec and economize draft with the draft model where there is one, and otherwise with what followed earlier in the
 text. OpenVINO GenAI decodes plainly and with its prompt lookup; it reads a copy of the target that another package
-converts. vLLM decodes plainly, with its prompt lookup and with our head, in a process of its own. None of them takes
-processors or streamers.
+converts. vLLM decodes plainly, with its prompt lookup, with our head or with suffixes of earlier answers, each in a
+process of its own. None of them takes processors or streamers.
 """
 
 import json
@@ -29,6 +29,8 @@ from transformers_resps.tools.methods import Answer, Method
 
 MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "openvino_genai"}
 PEERS = tuple(MODULES)  # what `--peers` takes
+VLLM_WAYS = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
+VLLM_SUFFIX = "vLLM (suffix)"  # which needs arctic-inference, too
 CONVERTED = "-openvino"  # after the name of the target's folder
 _DRAFTED_TOKENS = 4  # of a step, the default of flashspec and economize
 _LOOKED_UP, _LONGEST_MATCH = 10, 3  # as in OpenVINO's documentation; Transformers' prompt lookup drafts ten, too
@@ -222,6 +224,7 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_PLUGINS": "",  # arctic-inference would change more than its suffixes
         }
         not_ours = ("PYTHONPATH", "OMP_NUM_THREADS")
         alone = {name: value for name, value in os.environ.items() if name not in not_ours}
@@ -269,13 +272,16 @@ class Vllm:
 
 
 @contextmanager
-def vllm_peers(python: Path, target: Any, head: DraftHead) -> Iterator[tuple[list[Peer], str]]:
+def vllm_peers(
+    python: Path, target: Any, head: DraftHead, names: Sequence[str] = VLLM_WAYS
+) -> Iterator[tuple[list[Peer], str]]:
     """Yield vLLM's ways as methods, each with a process of its own, and its version.
 
     Args:
         python: see `Vllm`.
         target: loaded from a folder, on a CPU.
         head: that one of them drafts with.
+        names: of the ways, in the order in which they start.
 
     Raises:
         OSError: vLLM cannot be started.
@@ -286,12 +292,12 @@ def vllm_peers(python: Path, target: Any, head: DraftHead) -> Iterator[tuple[lis
     with TemporaryDirectory() as folder, ExitStack() as running:
         head.save_pretrained(folder, format="speculators")
         drafts = {"method": "eagle3", "num_speculative_tokens": _VLLM_DRAFTED, "model": folder}
-        ways = {"plain": None, "prompt lookup": lookup, "head": drafts}
+        ways = dict(zip((*VLLM_WAYS, VLLM_SUFFIX), (None, lookup, drafts, {"method": "suffix"}), strict=True))
         engines = {
-            f"vLLM ({name})": running.enter_context(
-                Vllm(python, shared | {"speculative_config": way}, torch.get_num_threads())
+            name: running.enter_context(
+                Vllm(python, shared | {"speculative_config": ways[name]}, torch.get_num_threads())
             )
-            for name, way in ways.items()
+            for name in names
         }
         peers = [Peer(name, engine.answer, effort=6, seed_exact=False) for name, engine in engines.items()]
         yield peers, next(iter(engines.values())).version

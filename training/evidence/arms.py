@@ -280,28 +280,28 @@ def _useless_memory(models: Models) -> Generate:
 def _peers(
     experiment: Experiment, models: Models, options: Any, running: ExitStack
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """Start each other engine that the experiment asks for, once."""
+    """Start each other engine that the experiment asks for, once. One that does not start takes no other with it."""
     found: dict[str, Method] = {}
     left_out: dict[str, str] = {}
-    for names, start in ((named.OPENVINO, _openvino), (named.VLLM, _vllm)):
+    for names, start in ((named.OPENVINO, _openvino), *(((name,), _vllm) for name in named.VLLM)):
         if names[0] in experiment.arms:
             try:
-                found |= {peer.name: peer for peer in start(models, options, running)}
+                found |= {peer.name: peer for peer in start(names, models, options, running)}
             except (ValueError, OSError, ImportError) as error:
                 left_out |= dict.fromkeys(names, str(error).split("\n")[0])
     return found, left_out
 
 
-def _openvino(models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
+def _openvino(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
     check_installed(["openvino"])
     return load_peers(["openvino"], models.target, None)
 
 
-def _vllm(models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
+def _vllm(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
     if options.vllm is None:
         raise LeftOut("vLLM's Python was not given (`--vllm`)")
     assert isinstance(models.source, DraftHead)
-    peers, _ = running.enter_context(vllm_peers(Path(options.vllm), models.target, models.source))
+    peers, _ = running.enter_context(vllm_peers(Path(options.vllm), models.target, models.source, names))
     return peers
 
 

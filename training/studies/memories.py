@@ -62,7 +62,7 @@ WAYS: dict[str, Callable[[], Policy]] = {  # at most eight nodes beside the root
     "auto": lambda: BaselineGuard(ThroughputPolicy(DEPTH, TOP_K, 2 * NODES)),
 }
 GROWS = "grows"
-_BATCH = 16  # prompts that are answered together
+_BATCH = 64  # prompts that are answered together
 
 
 class Grammar:

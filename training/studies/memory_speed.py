@@ -20,12 +20,15 @@ holds a million random tokens, a hostile one the contexts of these answers and w
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from training.benchmarking.peers import VLLM_SUFFIX, VLLM_WAYS, Peer, load_peers, vllm_peers
 from transformers_resps import BaselineGuard, SuffixMemory
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry.report import bootstrap_interval, rate
@@ -108,6 +111,15 @@ def ways_of(
     return ways if grammar is None else [Obedient(way.name, way.keywords, grammar=grammar) for way in ways]
 
 
+def peers_of(given: Experiment, vllm: Path | None, running: ExitStack) -> list[Peer]:
+    """Other engines that look up or remember, and plainly; vLLM keeps what it wrote, from an empty memory on."""
+    found = load_peers(["openvino"], given.target, None)
+    if vllm is not None:
+        names = (VLLM_WAYS[0], VLLM_WAYS[1], VLLM_SUFFIX)
+        found += running.enter_context(vllm_peers(vllm, given.target, given.head, names))[0]
+    return found
+
+
 def row_of(name: str, own: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     """A way against plain decoding of the same prompts in the same order."""
     pairs = [(run.timing, other.timing) for run, other in zip(own, base, strict=True)]
@@ -140,11 +152,13 @@ def run(args: argparse.Namespace) -> int:
     remembered = [turn.answer for turn in written.turns(others(evaluated, args.remember, max(args.remembered)))]
     harmed = written.turns(evaluated) if args.harm else []
     bench = Bench(given.target, args.max_new_tokens)
-    Session(bench, tokenizer, evaluated, ways_of(given, remembered, harmed, grammar)).warm_up()
-    ways = ways_of(given, remembered, harmed, grammar)
-    session = Session(bench, tokenizer, evaluated, ways)
-    for _ in session.run():
-        pass
+    with ExitStack() as running:
+        peers = peers_of(given, args.vllm, running) if args.peers else []
+        Session(bench, tokenizer, evaluated, [*ways_of(given, remembered, harmed, grammar), *peers]).warm_up()
+        ways = [*ways_of(given, remembered, harmed, grammar), *peers]
+        session = Session(bench, tokenizer, evaluated, ways)
+        for _ in session.run():
+            pass
     rows = [row_of(way.name, session.runs_of(way.name), session.runs_of(PLAIN)) for way in ways]
     unexplained = [] if grammar is not None else session.judge.unexplained  # the judge knows of no grammar
     given.report(args, rows, session.timings, remembered=len(remembered), unexplained=unexplained)
@@ -156,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser, "work/memory-speed")
     add_memory_options(parser)
     parser.add_argument("--harm", action="store_true", help="also useless and hostile memories")
+    parser.add_argument("--peers", action="store_true", help="also OpenVINO")
+    parser.add_argument("--vllm", type=Path, help="of them, Python of an environment with vLLM and arctic-inference")
     return execute(parser, arguments, run)
 
 

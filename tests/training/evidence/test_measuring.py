@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.tools.conversations import save_models, save_rows
+from training.benchmarking import peers
 from training.evidence import arms, measuring, quiet, replaying
 from training.evidence import experiments as named
 from training.evidence.__main__ import is_valid, parser
@@ -19,6 +20,7 @@ from training.evidence.sealed import Measured
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.tools.methods import Answer
 
 from .files import CODE
 
@@ -78,6 +80,31 @@ def test_every_arm_answers_every_turn_and_one_that_is_missing_says_why(run: Run)
     drafted = [row for row in found.data["rows"] if row["arm"] == named.FIXED]
     assert all(sum(row["steps"].values()) == row["forwards"] - 1 for row in drafted)
     assert found.data["settings"]["best"] in ("3/2/1", "4/2/2")
+
+
+def test_an_engine_that_does_not_start_takes_no_other_with_it(
+    run: Run, options: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started:
+        version = "0.0"
+
+        def __init__(self, python: Path, told: dict[str, Any], threads: int) -> None:
+            if told["speculative_config"] and told["speculative_config"]["method"] == "eagle3":
+                raise OSError("vLLM ended before it had answered.")
+
+        def __enter__(self) -> "Started":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def answer(self, input_ids: Any, most: int, *_: Any) -> Answer:
+            return Answer([3] * most, target_forwards=most)
+
+    monkeypatch.setattr(peers, "Vllm", Started)
+    options.vllm = "python"
+    found = run(small("engines-smollm2", arms=(named.PLAIN, *named.VLLM)))
+    assert found.data["left_out"] == {"vLLM (head)": "vLLM ended before it had answered."}
+    assert {row["arm"] for row in found.data["rows"]} == {named.PLAIN, *named.VLLM[:2]}
 
 
 def test_texts_go_on_where_a_process_was_stopped_and_what_is_timed_begins_anew(

@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 from tests.conftest import build_target
 from tests.lossless.test_grammars import COLORS, VOCABULARY, tokenizer
 from tests.tools.conversations import save_models, save_rows
+from training.benchmarking.peers import Peer
 from training.studies import memories, memory_speed
 from transformers_resps import DraftHead, attach
+from transformers_resps.generation.request import SpeculationDefaults
+from transformers_resps.tools.methods import Answer
 
 
 __all__ = ["tokenizer"]  # the fixture
@@ -61,9 +64,23 @@ def test_harmful_memories_know_nothing_of_use_and_stay_so() -> None:
     assert len(memory) == before == 3 * (4 * (2 + 8 + 1) + 8 * (1 + 8 + 1))
 
 
-def test_every_way_is_timed_and_writes_the_plain_text(given: list[str], tmp_path: Path) -> None:
+def test_every_way_and_other_engines_are_timed_and_write_the_plain_text(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(names: list[str], target: Any, draft_model: None) -> list[Peer]:
+        def answer(input_ids: torch.Tensor, most: int, *_: Any) -> Answer:
+            with SpeculationDefaults.suspended():
+                mask = torch.ones_like(input_ids)
+                out = target.generate(input_ids, attention_mask=mask, max_new_tokens=most, do_sample=False)
+            return Answer(out[0, input_ids.shape[1] :].tolist(), target_forwards=most)
+
+        return [Peer(f"{name} (plain)", answer) for name in names]
+
+    monkeypatch.setattr(memory_speed, "load_peers", load)
     same = save_rows(tmp_path / "same.jsonl", [["nop"]])
-    assert memory_speed.main([*given, "--limit", "2", "--remember", same]) == 0
+    assert memory_speed.main([*given, "--limit", "2", "--remember", same, "--peers"]) == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert {"plain", "lookup", "memory, warm", "head and memory, warm"} <= {row["way"] for row in rows}
+    assert {"plain", "lookup", "memory, warm", "head and memory, warm", "openvino (plain)"} <= {
+        row["way"] for row in rows
+    }
     assert all(row["same text"] == 1.0 for row in rows)
