@@ -30,7 +30,7 @@ from transformers_resps.replay import (
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 COSTS = Path("training/studies/measurements/headroom")
 CARDS = Path("model_cards")
-DEPTHS = {1: 6, 2: 6, 4: 6}
+DEPTHS = {1: 6, 2: 6, 3: 6, 4: 6}
 NEW_TOKENS = 64
 GRID = ActionGrid.from_bins((2, 3, 4, 6, 8, 12), (1, 2, 3, 4, 6), (1, 2, 4))
 
