@@ -174,8 +174,9 @@ def fixed(experiment: Experiment, models: Models, shape: TreeShape) -> Generate:
 
 def candidates(experiment: Experiment, models: Models) -> dict[TreeShape, Method]:
     """Return the fixed trees of which the fastest on other prompts becomes an arm."""
-    looks_up = experiment.drafts != "head alone"
-    return {shape: fixed(experiment, models, shape) for shape in CANDIDATES if looks_up or not shape.lookup}
+    others = {"head alone": lambda shape: shape.lookup, "head and memory": lambda shape: not shape.lookup}
+    is_other = others.get(experiment.drafts, lambda shape: False)
+    return {shape: fixed(experiment, models, shape) for shape in CANDIDATES if not is_other(shape)}
 
 
 def arms_of(
@@ -254,6 +255,8 @@ def _saved(name: str, experiment: Experiment, models: Models) -> Generate:
     if not folder.is_dir():
         raise LeftOut("no such policy was trained for this target")
     policy = AutoPolicy.from_pretrained(folder)
+    if experiment.drafts == "head and memory" and not policy.uses_lookup:
+        raise LeftOut("it never looks anything up")
     models.folders[name] = str(folder)
     return Generate(name, {**assistants(models, experiment.drafts), "policy": policy})
 
