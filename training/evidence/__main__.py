@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             return print_list(options)
         missing = measure_all(options, given)
+        write_page(options.page, options.measured, code()["code_sha256"], quick=options.quick)
     except (ValueError, OSError) as error:
         print(f"make evidence: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130
-    write_page(options.page, options.measured, code()["code_sha256"], quick=options.quick)
     print(f"Written: {options.page}")
     return 1 if missing else 0
 

@@ -115,7 +115,7 @@ def peers_of(given: Experiment, vllm: Path | None, running: ExitStack) -> list[P
     """Other engines that look up or remember, and plainly; vLLM keeps what it wrote, from an empty memory on."""
     found = load_peers(["openvino"], given.target, None)
     if vllm is not None:
-        names = (VLLM_WAYS[0], VLLM_WAYS[1], VLLM_SUFFIX)
+        names = (VLLM_WAYS[0], VLLM_SUFFIX)
         found += running.enter_context(vllm_peers(vllm, given.target, given.head, names))[0]
     return found
 

@@ -45,6 +45,15 @@ def test_docs_refuse_a_file_of_another_commit_by_name(
     assert f"{NAME}-0.json was measured with the code of 1234" in capsys.readouterr().err
 
 
+def test_a_run_beside_a_file_of_another_commit_ends_with_its_name(
+    tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "measured" / "zen", NAME, code={"commit": "1234", "dirty": False, "code_sha256": "beef" * 16})
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    assert command.main(given) == 2
+    assert f"make evidence: {tmp_path / 'measured' / 'zen' / NAME}-0.json was measured" in capsys.readouterr().err
+
+
 def test_only_what_is_missing_is_measured_each_in_a_process_of_its_own(
     tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
