@@ -22,7 +22,7 @@ from tests.drafting.test_suffixes import scan
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import SuffixMemory
-from transformers_resps.drafting.continuations import Continuations, best_record
+from transformers_resps.drafting.continuations import Continuations
 from transformers_resps.drafting.suffixes import LONGEST_MATCH, SEPARATOR, Suffixes
 
 
@@ -46,7 +46,7 @@ def texts_of(memory: SuffixMemory) -> list[list[int]]:
 
 
 def proposed(memory: SuffixMemory, end: list[int], most: int = 8) -> list[tuple[int, int]]:
-    found = Continuations(Suffixes(end), [memory.corpus], best_record()).grow(most)
+    found = Continuations(Suffixes(end), [memory.corpus]).grow(most)
     return list(zip(found.tokens, found.parents, strict=True))
 
 
@@ -86,7 +86,7 @@ def test_a_hostile_memory_is_soon_distrusted_and_a_good_one_trusted() -> None:
     memory.add([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
 
     def odds(end: list[int], token: int | None = None) -> float:
-        found = Continuations(Suffixes(end), [memory.corpus], best_record())
+        found = Continuations(Suffixes(end), [memory.corpus])
         if token is not None:
             found.judge([token])
         return max(found.grow(1).odds, default=0.0)
@@ -100,27 +100,6 @@ def test_a_hostile_memory_is_soon_distrusted_and_a_good_one_trusted() -> None:
     for _ in range(60):
         odds([1, 2, 3], 4)
     assert odds([1, 2, 3]) > before
-
-
-def test_the_best_of_several_matches_is_corrected_by_what_such_ones_turned_out_to_be() -> None:
-    best, end = best_record(), [1, 2, 3]
-
-    def found() -> Continuations:
-        memory = SuffixMemory()  # of a record that knows nothing, so that only `best` learns
-        memory.add([[1, 2, 3, 4, 5]])
-        return Continuations(Suffixes(end), [memory.corpus], best)
-
-    first, second = found().grow(2).odds
-    right, expected = 4.0, 4.0
-    for _ in range(10):
-        found().judge([9])
-        right, expected = 0.98 * right, 0.98 * expected + first
-    assert found().grow(1).odds == pytest.approx([first * right / expected])
-    now = found().grow(2).odds
-    assert now[1] / now[0] == pytest.approx(second / first), "no second token was judged"
-    for _ in range(200):
-        found().judge([4])
-    assert 0.9 < found().grow(1).odds[0] <= 0.98
 
 
 def test_many_additions_find_what_one_scan_finds_in_few_segments() -> None:

@@ -91,7 +91,7 @@ def test_what_was_written_once_is_written_again_in_few_forwards(target: PreTrain
     for _ in range(2):
         found = written(target, do_sample=True, assistant_model=memory, **ONE)
         forwards.append(found.speculation.target_forwards)
-    assert forwards[1] < 0.7 * forwards[0]
+    assert forwards[1] < 0.6 * forwards[0]
     report = found.speculation
     by_source = report.accepted_by_source
     assert by_source.memory > 5 and by_source.drafter == 0

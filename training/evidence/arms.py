@@ -174,9 +174,8 @@ def fixed(experiment: Experiment, models: Models, shape: TreeShape) -> Generate:
 
 def candidates(experiment: Experiment, models: Models) -> dict[TreeShape, Method]:
     """Return the fixed trees of which the fastest on other prompts becomes an arm."""
-    others = {"head alone": lambda shape: shape.lookup, "head and memory": lambda shape: not shape.lookup}
-    is_other = others.get(experiment.drafts, lambda shape: False)
-    return {shape: fixed(experiment, models, shape) for shape in CANDIDATES if not is_other(shape)}
+    looks_up = {"head alone": (False,), "head and memory": (True,)}.get(experiment.drafts, (False, True))
+    return {shape: fixed(experiment, models, shape) for shape in CANDIDATES if (shape.lookup > 0) in looks_up}
 
 
 def arms_of(

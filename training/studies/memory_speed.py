@@ -5,8 +5,8 @@ Answer: over plain decoding, on a quiet Zen 4, eager, each once (measurements/me
 conversations of 256 tokens a turn): lookup 3.30, with a warm memory 4.48; a head 3.55, with the memory 4.32.
 Conversations with tools (Qwen, four; half of the time reads prompts): 1.66 and 1.75; 1.64 and 1.71. OpenVINO's prompt
 lookup gets 1.91 and vLLM's suffix decoding 1.96: both draft less (2.8 tokens a forward, the memory 4.4), and read
-prompts 130 to 180 ms sooner than eager layers. GSM8K (SmolLM2, twelve): 1.55 and 1.89; a head 2.08, with the memory
-2.02. A useless memory reaches 1.54, a hostile one 1.52, as lookup alone.
+prompts 130 to 180 ms sooner than eager layers. GSM8K (SmolLM2, eight): 1.63 and 1.89; a head 2.20, with the memory
+1.97: the one loss. A useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
 
     python -m training.studies.memory_speed work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head --pack \
         --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --limit 4 --output work/speed-agents

@@ -26,7 +26,6 @@ _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # at two or three places, or mo
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # at some; from the benchmarks' kind of texts
 _ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter proposes only others
 _NOWHERE = -2  # no node of a drafter
-_SUREST = 0.98
 _PRIOR_WEIGHT = 4.0
 _MEMORY = 0.98  # weight of the record when an outcome is added
 
@@ -37,10 +36,10 @@ def length_class(length: int) -> int:
 
 
 class TrackRecord:
-    """How often something of a class was right, over how often it was expected to be. Recent outcomes weigh more.
+    """How often something of a class was right. Recent outcomes weigh more.
 
     Args:
-        priors: that ratio in each class before anything is known.
+        priors: the share in each class before anything is known.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -48,12 +47,12 @@ class TrackRecord:
         self._tried = [_PRIOR_WEIGHT] * len(priors)
 
     def rate(self, index: int) -> float:
-        """The probability that one of a class is right, or what corrects the one that was expected."""
+        """The probability that one of a class is right."""
         return self._right[index] / self._tried[index]
 
-    def add(self, index: int, right: bool, expected: float = 1.0) -> None:
+    def add(self, index: int, right: bool) -> None:
         self._right[index] = self._right[index] * _MEMORY + right
-        self._tried[index] = self._tried[index] * _MEMORY + expected
+        self._tried[index] = self._tried[index] * _MEMORY + 1.0
 
 
 def match_record() -> TrackRecord:
@@ -63,19 +62,6 @@ def match_record() -> TrackRecord:
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
     return TrackRecord([*rates, *_OPPOSED])
-
-
-def best_record() -> TrackRecord:
-    """By odds, of first tokens and of others: of the likeliest match of each, which as the best of several estimates
-    claims too much.
-    """
-    return TrackRecord([1.0] * 2 * (len(_ODDS) + 1))
-
-
-def _best_of(places: "Sequence[_Occurrences]", level: int) -> tuple[float, int]:
-    """The best odds of places of one token, and their class in a `best_record`."""
-    odds = max([place.odds for place in places])
-    return odds, bisect_right(_ODDS, odds) + (level > 1) * (len(_ODDS) + 1)
 
 
 def _class_of(length: int, count: int, places: int) -> int:
@@ -179,7 +165,6 @@ class Continuations:
     Args:
         text: what may follow.
         corpora: where it is looked for.
-        best: how often the likeliest matches were right.
         never_drafted: tokens that end a branch.
         branches: whether it may; otherwise it is a chain of the likeliest.
 
@@ -196,13 +181,12 @@ class Continuations:
         self,
         text: Suffixes,
         corpora: Sequence[Corpus],
-        best: TrackRecord,
         never_drafted: Collection[int] = frozenset(),
         *,
         branches: bool = True,
     ) -> None:
         self.tokens, self.parents, self.odds, self.proposers = list[int](), list[int](), list[float](), list[int]()
-        self._best, self._never_drafted, self._branches = best, never_drafted, branches
+        self._never_drafted, self._branches = never_drafted, branches
         context = text.context
         self._matches = [match for corpus in corpora for match in _matches(corpus, context)]
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
@@ -235,9 +219,12 @@ class Continuations:
 
     def _push(self, matches: Sequence[_Occurrences], parent: int, odds: float, level: int) -> None:
         assert self._heap is not None
-        for token, places in _by_token(matches).items():
-            claimed, index = _best_of(places, level)
-            path_odds = odds * min(self._best.rate(index) * claimed, _SUREST)
+        found: dict[int, list[_Occurrences]] = {}
+        for match in matches:
+            for token, below in match.followers().items():
+                found.setdefault(token, []).append(below)
+        for token, places in found.items():
+            path_odds = odds * max([place.odds for place in places])
             if path_odds >= _LEAST_ODDS and token not in self._never_drafted:
                 heappush(self._heap, (-path_odds, self._pushed, token, parent, level, places))
                 self._pushed += 1
@@ -279,10 +266,7 @@ class Continuations:
     def judge(self, tokens: Sequence[int]) -> None:
         """Learn from what the text went on with, whether or not it was proposed."""
         matches = self._matches
-        for level, token in enumerate(tokens, start=1):
-            for own, places in _by_token(matches).items():
-                claimed, index = _best_of(places, level)
-                self._best.add(index, own == token, claimed)
+        for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
@@ -294,15 +278,6 @@ class Continuations:
                 return
             matches = [below for match in matches for below in match.judge_beside(token, drafted)]
             twin = drafted.get(token, _NOWHERE)
-
-
-def _by_token(matches: Sequence[_Occurrences]) -> dict[int, list[_Occurrences]]:
-    """What may follow all of these: each token with the places where it does."""
-    found: dict[int, list[_Occurrences]] = {}
-    for match in matches:
-        for token, below in match.followers().items():
-            found.setdefault(token, []).append(below)
-    return found
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..tree import LOOKED_UP, Branches, CandidatePool, TreeShape
 from ..verifying.rows import leading_pads
-from .continuations import LONGEST_DRAFT, Continuations, Corpus, Remembered, best_record, match_record
+from .continuations import LONGEST_DRAFT, Continuations, Corpus, Remembered, match_record
 from .drafter import Committed, Drafter, DraftRequest
 from .source import DraftCall, DraftSource
 from .suffixes import Suffixes
@@ -43,7 +43,7 @@ class Lookup:
     ) -> None:
         self._never_drafted, self._memories, self._branches = never_drafted, memories, branches
         self._text = Suffixes()
-        self._own, self._best = Corpus([self._text], match_record(), LOOKED_UP), best_record()
+        self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
         self._judged: tuple[int, Continuations] | None = None  # the place that the record learns at next
 
@@ -81,8 +81,7 @@ class Lookup:
         """What may follow the text's end."""
         if self._found is None:
             corpora = [self._own, *(memory.corpus for memory in self._memories)]
-            told = self._text, corpora, self._best, self._never_drafted
-            self._found = Continuations(*told, branches=self._branches)
+            self._found = Continuations(self._text, corpora, self._never_drafted, branches=self._branches)
         return self._found
 
     @property

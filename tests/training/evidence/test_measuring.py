@@ -82,6 +82,18 @@ def test_every_arm_answers_every_turn_and_one_that_is_missing_says_why(run: Run)
     assert found.data["settings"]["best"] in ("3/2/1", "4/2/2")
 
 
+def test_beside_a_memory_only_what_looks_up_is_measured(
+    run: Run, tiny_target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(3, 2, 1, 2)))
+    never = ReSpSPolicy(PolicyConfig(grid=ActionGrid((TreeShape(4, 2, 2),))))
+    never.save_pretrained(tmp_path / "smollm2-135m-instruct-policy-paper")
+    found = run(small("policy-smollm2-memory"))
+    assert found.data["settings"]["best"] == "3/2/1+2"
+    assert found.data["left_out"][named.PUBLISHED] == "it never looks anything up"
+    assert named.AUTO in {row["arm"] for row in found.data["rows"]}
+
+
 def test_an_engine_that_does_not_start_takes_no_other_with_it(
     run: Run, options: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
