@@ -20,6 +20,7 @@ from training.evidence.sealed import Measured
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.tools.methods import Answer
 
 from .files import CODE
@@ -83,10 +84,10 @@ def test_every_arm_answers_every_turn_and_one_that_is_missing_says_why(run: Run)
 
 
 def test_beside_a_memory_only_what_looks_up_is_measured(
-    run: Run, tiny_target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_head: DraftHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(3, 2, 1, 2)))
-    never = ReSpSPolicy(PolicyConfig(grid=ActionGrid((TreeShape(4, 2, 2),))))
+    never = ReSpSPolicy(ReSpSConfig(tiny_head.config.features_width, ActionGrid((TreeShape(4, 2, 2),))))
     never.save_pretrained(tmp_path / "smollm2-135m-instruct-policy-paper")
     found = run(small("policy-smollm2-memory"))
     assert found.data["settings"]["best"] == "3/2/1+2"
