@@ -3,15 +3,20 @@ r"""Time what a memory gains, and what one costs that knows nothing or misleads.
 Question: how much faster is `generate` with a memory of earlier calls, and how much slower with a useless one?
 Answer: over plain decoding, on a quiet Zen 4, eager, each once (measurements/memory-*.json). Edits of code (Qwen, two
 conversations of 256 tokens a turn): lookup 3.30, with a warm memory 4.48; a head 3.55, with the memory 4.32.
-Conversations with tools (Qwen, four; half of the time reads prompts): 1.66 and 1.75; 1.64 and 1.71. OpenVINO's prompt
-lookup gets 1.91 and vLLM's suffix decoding 1.96: both draft less (2.8 tokens a forward, the memory 4.4), and read
-prompts 130 to 180 ms sooner than eager layers. GSM8K (SmolLM2, eight): 1.63 and 1.89; a head 2.20, with the memory
+Conversations with tools (Qwen, four; half of the time reads prompts): 1.64 and 1.70; 1.58 and 1.65. OpenVINO's prompt
+lookup gets 1.85 and vLLM's suffix decoding 1.95: both draft less (2.8 tokens a forward, the memory 4.5), and read
+prompts 110 to 200 ms sooner than our eager layers. GSM8K (SmolLM2, eight): 1.63 and 1.89; a head 2.20, with the memory
 1.97: the one loss. A useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
 
     python -m training.studies.memory_speed work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head --pack \
-        --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --limit 4 --output work/speed-agents
+        --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --remembered 8 --limit 4 --max-new-tokens 96 \
+        --peers --vllm .venv/vllm/bin/python --output work/speed-agents
     python -m training.studies.memory_speed work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dtype bfloat16 --dataset gsm8k.jsonl --remember gsm8k_train.jsonl --harm --limit 6 --output work/speed-harm
+
+OpenVINO reads a converted copy of the target beside it, see `training/benchmarking/peers.py`. For vLLM's suffixes:
+`make .venv/vllm/.filled`, then by its Python `-m pip install nanobind==2.9.2 cmake ninja`, and with its `bin` in PATH
+`-m pip install --no-deps --no-build-isolation arctic-inference==0.1.1`.
 
 Method: every conversation is answered by all ways in an order of its own, once. Each way has an "auto" and a memory of
 its own, which learn from answer to answer; a warm memory begins with answers to other conversations. A useless memory
