@@ -285,16 +285,16 @@ def _peers(
     """Start each other engine that the experiment asks for, once. One that does not start takes no other with it."""
     found: dict[str, Method] = {}
     left_out: dict[str, str] = {}
-    for names, start in ((named.OPENVINO, _openvino), *(((name,), _vllm) for name in named.VLLM)):
+    for names, start in ((named.OPENVINO, _openvino), *(((name,), partial(_vllm, (name,))) for name in named.VLLM)):
         if names[0] in experiment.arms:
             try:
-                found |= {peer.name: peer for peer in start(names, models, options, running)}
+                found |= {peer.name: peer for peer in start(models, options, running)}
             except (ValueError, OSError, ImportError) as error:
                 left_out |= dict.fromkeys(names, str(error).split("\n")[0])
     return found, left_out
 
 
-def _openvino(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
+def _openvino(models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
     check_installed(["openvino"])
     return load_peers(["openvino"], models.target, None)
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from training.benchmarking.peers import VLLM_WAYS as VLLM
+
 
 STOCK, PLAIN, STOCK_LOOKUP = "stock", "plain", "stock's prompt lookup"
 STOCK_COMPILED = "stock, compiled"
@@ -10,7 +12,6 @@ FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
 PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
 ORACLE = "oracle"
 OPENVINO = ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
-VLLM = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
 LLAMA_CPP = "llama.cpp, its own arithmetic"
 RANDOM_HEAD, USELESS_MEMORY, EXACT = "`auto`, random head", "`auto`, useless memory", "`auto`, exact"
 EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
