@@ -1,19 +1,20 @@
 """Other libraries that decode the same target with their own loops; each is imported when it is asked for.
 
 flashspec and economize draft with the draft model where there is one, and otherwise with what followed earlier in the
-text. OpenVINO GenAI decodes plainly and with its prompt lookup; it reads a copy of the target that another package
-converts. vLLM decodes plainly, with its prompt lookup, with our head or with suffixes of earlier answers, each in a
-process of its own. None of them takes processors or streamers.
+text. OpenVINO GenAI decodes plainly and with its prompt lookup, llama.cpp plainly and in its own arithmetic; both read
+a copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup, with our head or with
+suffixes of earlier answers, each in a process of its own. None of them takes processors or streamers.
 """
 
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,11 +28,13 @@ from transformers_resps.heads import DraftHead
 from transformers_resps.tools.methods import Answer, Method
 
 
-MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "openvino_genai"}
+MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "openvino_genai", "llama.cpp": "llama_cpp"}
 PEERS = tuple(MODULES)  # what `--peers` takes
+BUILT = {"llama.cpp": "llama"}  # which pip compiles for minutes: in an extra of its own
 VLLM_WAYS = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
 VLLM_SUFFIX = "vLLM (suffix)"  # which needs arctic-inference, too
-CONVERTED = "-openvino"  # after the name of the target's folder
+LLAMA_CPP = "llama.cpp, its own arithmetic"
+CONVERTED, GGUF = "-openvino", ".gguf"  # after the name of the target's folder
 _DRAFTED_TOKENS = 4  # of a step, the default of flashspec and economize
 _LOOKED_UP, _LONGEST_MATCH = 10, 3  # as in OpenVINO's documentation; Transformers' prompt lookup drafts ten, too
 _VLLM_DRAFTED = 3  # tokens of a step from a head, as in most of vLLM's examples
@@ -75,6 +78,8 @@ def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel |
     for name in names:
         if name == "openvino":
             found |= _openvino(target)
+        elif name == "llama.cpp":
+            found[LLAMA_CPP] = _llama_cpp(target)
         else:
             load = {"flashspec": _flashspec, "economize": _economize}[name]
             found[f"{name} ({how})"] = load(target, draft_model)
@@ -83,17 +88,18 @@ def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel |
 
 def check_installed(names: Sequence[str]) -> None:
     """Raises ValueError naming those of `names` that cannot be imported."""
-    missing = [MODULES[name] for name in names if find_spec(MODULES[name]) is None]
+    missing = {MODULES[name]: BUILT.get(name, "peers") for name in names if find_spec(MODULES[name]) is None}
     if missing:
         raise ValueError(
-            f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install '.[peers]'`, or leave it "
-            "out of --peers."
+            f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install "
+            f"'.[{','.join(sorted(set(missing.values())))}]'`, or leave it out of --peers."
         )
 
 
 def peer_versions(names: Sequence[str]) -> dict[str, str]:
     """Return the versions of the libraries that are compared."""
-    return {name: version(MODULES[name]) for name in names}
+    distributions = packages_distributions()
+    return {name: version(distributions[MODULES[name]][0]) for name in names}
 
 
 def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
@@ -198,6 +204,43 @@ def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Answ
         told = found.perf_metrics.raw_metrics
         prefill = _MICROSECOND * told.m_times_to_first_token[0]
         return Answer(found.tokens[0], target_forwards=len(told.token_infer_durations), prefill_seconds=prefill)
+
+    return answer
+
+
+def _llama_cpp(target: Any) -> AnswerFn:
+    """Decode by llama.cpp, whose weights have the file's precision, and keys and values 16 bits.
+
+    Raises:
+        ValueError: the target is not converted, or not on a CPU.
+    """
+    file = Path(f"{str(target.name_or_path).rstrip('/')}{GGUF}")
+    if not file.is_file():
+        precision = _PRECISIONS.get(target.dtype, "bf16")
+        raise ValueError(
+            f"`--peers llama.cpp` needs the converted target in {file}, which is no file. In a clone of it, run "
+            f"`python convert_hf_to_gguf.py {target.name_or_path} --outtype {precision} --outfile {file}`."
+        )
+    if target.device.type != "cpu":
+        raise ValueError(
+            f"`--peers llama.cpp` is measured on a CPU, but the target is on {target.device}. Pass `--device cpu`."
+        )
+    from llama_cpp import Llama
+
+    threads, context = torch.get_num_threads(), target.config.get_text_config().max_position_embeddings
+    model = Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:
+        model.reset()  # no other method keeps what an earlier call has read
+        if temperature:
+            model.set_seed(int(torch.randint(2**31, ())))  # of the seed that the bench has set
+        started, tokens, first = time.perf_counter(), [], 0.0
+        for token in model.generate(input_ids[0].tolist(), temp=temperature, top_k=0, top_p=1.0, min_p=0.0):
+            first = first or time.perf_counter() - started
+            tokens.append(token)
+            if token in ends or len(tokens) == max_new_tokens:
+                break
+        return Answer(tokens, target_forwards=len(tokens), prefill_seconds=first)
 
     return answer
 

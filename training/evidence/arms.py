@@ -234,8 +234,6 @@ def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | No
         return fixed(experiment, models, best)
     if name in LEARNED:
         return compiled(_saved(name, experiment, models))
-    if name == named.LLAMA_CPP:
-        raise LeftOut("a peer for llama.cpp is not yet written")
     return compiled(_budget(name, models))
 
 
@@ -285,7 +283,8 @@ def _peers(
     """Start each other engine that the experiment asks for, once. One that does not start takes no other with it."""
     found: dict[str, Method] = {}
     left_out: dict[str, str] = {}
-    for names, start in ((named.OPENVINO, _openvino), *(((name,), partial(_vllm, (name,))) for name in named.VLLM)):
+    libraries = ((named.OPENVINO, partial(_library, "openvino")), ((named.LLAMA_CPP,), partial(_library, "llama.cpp")))
+    for names, start in (*libraries, *(((name,), partial(_vllm, (name,))) for name in named.VLLM)):
         if names[0] in experiment.arms:
             try:
                 found |= {peer.name: peer for peer in start(models, options, running)}
@@ -294,9 +293,9 @@ def _peers(
     return found, left_out
 
 
-def _openvino(models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
-    check_installed(["openvino"])
-    return load_peers(["openvino"], models.target, None)
+def _library(name: str, models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
+    check_installed([name])
+    return load_peers([name], models.target, None)
 
 
 def _vllm(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:

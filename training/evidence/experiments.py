@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from training.benchmarking.peers import LLAMA_CPP
 from training.benchmarking.peers import VLLM_WAYS as VLLM
 
 
@@ -12,7 +13,6 @@ FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
 PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
 ORACLE = "oracle"
 OPENVINO = ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
-LLAMA_CPP = "llama.cpp, its own arithmetic"
 RANDOM_HEAD, USELESS_MEMORY, EXACT = "`auto`, random head", "`auto`, useless memory", "`auto`, exact"
 EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
     "plain, exact",

@@ -28,6 +28,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,8 +39,8 @@ from training.benchmarking.peers import VLLM_SUFFIX, VLLM_WAYS, Peer, load_peers
 from transformers_resps import BaselineGuard, SuffixMemory
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry.report import bootstrap_interval, rate
-from transformers_resps.tools.methods import Answer, Bench, Generate, plain
-from transformers_resps.tools.results import PLAIN, Run
+from transformers_resps.tools.methods import Answer, Bench, Generate, compiled, plain, plain_steps
+from transformers_resps.tools.results import COMPILED_PLAIN, PLAIN, Run
 from transformers_resps.tools.session import Session, read_dialogues, spread
 
 from .experiment import Experiment, add_options, execute
@@ -96,9 +97,14 @@ def hostile(turns: Sequence[Turn], vocab_size: int) -> SuffixMemory:
 
 
 def ways_of(
-    given: Experiment, remembered: Sequence[list[int]], harmed: Sequence[Turn], grammar: Grammar | None
+    given: Experiment,
+    remembered: Sequence[list[int]],
+    harmed: Sequence[Turn],
+    grammar: Grammar | None,
+    *,
+    compile: bool = False,
 ) -> list[Generate]:
-    """All ways, with policies and memories that have learned nothing yet."""
+    """All ways, with policies and memories that have learned nothing yet; ours compiled or not."""
     warm, beside = SuffixMemory(), SuffixMemory()
     for memory in (warm, beside):
         memory.add(remembered)
@@ -113,7 +119,8 @@ def ways_of(
         vocab_size = given.target.config.vocab_size
         drafting["memory, useless"] = {"assistant_model": useless(vocab_size)}
         drafting["memory, hostile"] = {"assistant_model": hostile(harmed, vocab_size)}
-    ways = [plain(), *(Generate(name, {**how, "policy": KeptAuto()}) for name, how in drafting.items())]
+    ways = [Generate(name, {**how, "policy": KeptAuto()}) for name, how in drafting.items()]
+    ways = [plain(), *map(compiled, [plain_steps(), *ways])] if compile else [plain(), *ways]
     return ways if grammar is None else [Obedient(way.name, way.keywords, grammar=grammar) for way in ways]
 
 
@@ -160,12 +167,14 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(given.target, args.max_new_tokens)
     with ExitStack() as running:
         peers = peers_of(given, args.vllm, running) if args.peers else []
-        Session(bench, tokenizer, evaluated, [*ways_of(given, remembered, harmed, grammar), *peers]).warm_up()
-        ways = [*ways_of(given, remembered, harmed, grammar), *peers]
+        new = partial(ways_of, given, remembered, harmed, grammar, compile=args.compile)
+        Session(bench, tokenizer, evaluated, [*new(), *peers]).warm_up()
+        ways = [*new(), *peers]
         session = Session(bench, tokenizer, evaluated, ways)
         for _ in session.run():
             pass
-    rows = [row_of(way.name, session.runs_of(way.name), session.runs_of(PLAIN)) for way in ways]
+    base = session.runs_of(COMPILED_PLAIN if args.compile else PLAIN)
+    rows = [row_of(way.name, session.runs_of(way.name), base) for way in ways]
     unexplained = [] if grammar is not None else session.judge.unexplained  # the judge knows of no grammar
     given.report(args, rows, session.timings, remembered=len(remembered), unexplained=unexplained)
     return int(bool(unexplained))
@@ -176,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser, "work/memory-speed")
     add_memory_options(parser)
     parser.add_argument("--harm", action="store_true", help="also useless and hostile memories")
+    parser.add_argument("--compile", action="store_true", help="compile our steps; plain decoding is both")
     parser.add_argument("--peers", action="store_true", help="also OpenVINO")
     parser.add_argument("--vllm", type=Path, help="of them, Python of an environment with vLLM and arctic-inference")
     return execute(parser, arguments, run)

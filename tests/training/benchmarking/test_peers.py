@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarking import vllm_side
 from benchmarking.command import main
-from benchmarking.peers import MODULES, PEERS, Peer, load_peers, peer_versions, vllm_peers
+from benchmarking.peers import LLAMA_CPP, MODULES, PEERS, Peer, load_peers, peer_versions, vllm_peers
 from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, attach
 from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
@@ -64,7 +64,8 @@ def test_a_library_that_is_not_there_is_named_before_any_work(
     monkeypatch.setitem(sys.modules, MODULES[name], None)
     assert main(["nowhere", "nothing", "--dataset", "x.jsonl", "--peers", name], "") == 2
     error = capsys.readouterr().err
-    assert f"--peers needs {MODULES[name]}" in error and "pip install '.[peers]'" in error
+    extra = "llama" if name == "llama.cpp" else "peers"
+    assert f"--peers needs {MODULES[name]}" in error and f"pip install '.[{extra}]'" in error
 
 
 def test_a_python_that_is_not_there_is_named_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +159,49 @@ def test_openvino_without_a_converted_target_says_how_to_convert_it(
     with pytest.raises(ValueError, match="in torch.float64. Pass `--device cpu`"):
         load_peers(["openvino"], tiny_target.double(), None)
     assert not openvino.made
+
+
+class Llama:
+    """Stands for llama.cpp's: writes sevens, and after three the end; keeps what it is told."""
+
+    told: list[Any] = []
+
+    def __init__(self, file: str, **options: Any) -> None:
+        self.told += [file, options["n_ctx"], options["n_threads"]]
+
+    def reset(self) -> None:
+        self.told.append("reset")
+
+    def set_seed(self, seed: int) -> None:
+        self.told.append(seed)
+
+    def generate(self, tokens: list[int], **sampling: Any) -> Iterator[int]:
+        self.told += [tokens, sampling["temp"]]
+        yield from (7, 7, 7, 2)
+        raise AssertionError("asked for more than the end")
+
+
+def test_llama_cpp_decodes_the_converted_target_and_keeps_nothing_between_calls(
+    tiny_target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))  # type: ignore[arg-type]
+    monkeypatch.setattr(Llama, "told", [])
+    model: Any = attach(tiny_target)
+    model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
+    with pytest.raises(ValueError, match=r"convert_hf_to_gguf.py .*tiny --outtype f32 --outfile .*tiny\.gguf"):
+        load_peers(["llama.cpp"], model, None)
+    (tmp_path / "tiny.gguf").touch()
+    (one,) = load_peers(["llama.cpp"], model, None)
+    assert one.name == LLAMA_CPP
+    ids, bench = PROMPT.input_ids.tolist(), Bench(model, 12, Ticking())
+    run = bench.decode(PROMPT, one)
+    assert run.token_ids.tolist() == [7, 7, 7, 2] and run.timing.target_forwards == 4
+    assert run.timing.prefill_seconds > 0
+    assert Bench(model, 2, Ticking()).decode(PROMPT, one, 5, 0.5).token_ids.tolist() == [7, 7]
+    *made, seed, asked, heat = Llama.told
+    context = model.config.max_position_embeddings
+    assert made == [str(tmp_path / "tiny.gguf"), context, torch.get_num_threads(), "reset", ids, 0.0, "reset"]
+    assert (asked, heat) == (ids, 0.5) and isinstance(seed, int)
 
 
 class Engine:

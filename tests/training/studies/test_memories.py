@@ -1,5 +1,6 @@
 """The studies of memories on a tiny target: what they count, and what they keep."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from tests.lossless.test_grammars import COLORS, VOCABULARY, tokenizer
 from tests.tools.conversations import save_models, save_rows
 from training.benchmarking.peers import Peer
 from training.studies import memories, memory_speed
+from training.studies.experiment import Experiment, add_options
 from transformers_resps import DraftHead, attach
 from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.tools.methods import Answer
+from transformers_resps.tools.results import COMPILED_PLAIN, PLAIN
 
 
 __all__ = ["tokenizer"]  # the fixture
@@ -62,6 +65,16 @@ def test_harmful_memories_know_nothing_of_use_and_stay_so() -> None:
     ids = torch.tensor([[5, 6, 7]])
     target.generate(ids, assistant_model=memory, max_new_tokens=4, do_sample=False)
     assert len(memory) == before == 3 * (4 * (2 + 8 + 1) + 8 * (1 + 8 + 1))
+
+
+def test_compiled_ways_stand_beside_plain_decoding_that_is_compiled_too(given: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, "")
+    ways = memory_speed.ways_of(Experiment.load(parser.parse_args(given)), [], [], None, compile=True)
+    plain, compiled_plain, *others = ways
+    assert (plain.name, compiled_plain.name) == (PLAIN, COMPILED_PLAIN) and "compile" not in plain.keywords
+    assert all(way.keywords["compile"] for way in (compiled_plain, *others))
+    assert {"lookup, compiled", "memory, warm, compiled"} <= {way.name for way in others}
 
 
 def test_every_way_and_other_engines_are_timed_and_write_the_plain_text(
