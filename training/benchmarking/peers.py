@@ -6,6 +6,7 @@ a copy of the target that another program converts. vLLM decodes plainly, with i
 suffixes of earlier answers, each in a process of its own. None of them takes processors or streamers.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -228,7 +229,9 @@ def _llama_cpp(target: Any) -> AnswerFn:
     from llama_cpp import Llama
 
     threads, context = torch.get_num_threads(), target.config.get_text_config().max_position_embeddings
-    model = Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+    options: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "flash_attn": True, "verbose": False}
+    model: Any = Llama(str(file), n_ctx=context, **options)
+    atexit.register(model.close)  # left to the interpreter's end, it fails
 
     def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:
         model.reset()  # no other method keeps what an earlier call has read

@@ -175,6 +175,9 @@ class Llama:
     def set_seed(self, seed: int) -> None:
         self.told.append(seed)
 
+    def close(self) -> None:
+        pass
+
     def generate(self, tokens: list[int], **sampling: Any) -> Iterator[int]:
         self.told += [tokens, sampling["temp"]]
         yield from (7, 7, 7, 2)
