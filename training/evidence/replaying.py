@@ -75,6 +75,7 @@ def replayed(
     depths = {width: depth for width in (1, 2, 4, 8, top_k) if width <= top_k}
     for shapes in (grid, *(policy.config.grid for policy in saved.values() if isinstance(policy, ReSpSPolicy))):
         depths |= {width: max(levels, depths.get(width, 0)) for width, levels in depths_of(shapes).items()}
+    depths = dict.fromkeys(depths, max(depths.values()))  # outcomes are those of pools that are equally deep
     others = [text for _, text in _recorded(bench, head, writes, searched, depths)]
     totals = sum(Oracle(_outcomes(text, grid, costs)).fixed_seconds.sum(0) for text in others)
     best = grid[int(torch.as_tensor(totals).argmin())]
