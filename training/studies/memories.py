@@ -4,18 +4,19 @@ Question: what does a memory of earlier answers add to prompt lookup, and to a h
 Answer: much where answers repeat a form, hardly anything beside a head elsewhere. Tool calls that obey a schema:
 lookup writes 2.15 tokens per forward, 3.88 with 20 earlier calls and 3.70 with a memory that grows from nothing,
 "auto" with a head 2.01 and 4.18, 2.12x and 3.47x plain decoding (Qwen, 40 calls). Conversations with tools: lookup
-3.98, and 4.64 with a growing memory, "auto" 4.13 and 5.52, 3.96x and 4.45x (Qwen, 20). GSM8K: lookup 1.78, 2.35 with
-20 answers to other questions and 2.61 with 200, the head alone 2.85; beside it "auto" gets 2.53x, 2.59x and 2.54x,
-where 1% is noise: what the head does not propose either is hardly ever right (SmolLM2, 16 questions). HumanEval:
-lookup 2.37 and 3.07, "auto" 3.23x and 3.19x; MT-Bench: 1.77 and 1.93, 2.38x and 2.38x, with 64 answers to others
-(SmolLM2, 8 each). All greedy, of eight nodes or "auto" of 16. GSM8K at temperature 1: lookup 1.22, 1.37 with 20
-answers and 1.48 with 200; beside the head "auto" gets 1.50x, 1.48x and 1.48x.
+3.98, and 4.64 with a growing memory, "auto" 4.13 and 5.52, 3.96x and 4.45x (Qwen, 20). GSM8K: lookup 1.77, with 20,
+200 and 2,000 answers to other questions 2.26, 2.55 and 2.65, the head alone 2.81; beside it "auto" gets 2.46x, 2.46x,
+2.49x and 2.42x, where 2% is noise: what the head does not propose either is hardly ever right (SmolLM2 in bfloat16, 16
+questions). HumanEval: lookup 2.37 and 3.07, "auto" 3.23x and 3.19x; MT-Bench: 1.77 and 1.93, 2.38x and 2.38x, with 64
+answers to others (SmolLM2, 8 each). All greedy, of eight nodes or "auto" of 16. GSM8K at temperature 1: lookup 1.22,
+1.37 with 20 answers and 1.48 with 200; beside the head "auto" gets 1.50x, 1.48x and 1.48x.
 Of the tokens of these calls the schema forces 67% by their characters, but 0.1% as the only legal token beside the
 end. The memory leaves 7% of all tokens undrafted that were forced: a grammar that drafted these would give at most
 5.45 tokens per forward in place of 3.88.
 
     python -m training.studies.memories work/smollm2 model_cards/smollm2-135m-instruct-head \
-        --dataset eval/gsm8k.jsonl --remember gsm8k_train.jsonl --limit 16 --output work/memories
+        --dataset eval/gsm8k.jsonl --remember gsm8k_train.jsonl --limit 16 --dtype bfloat16 \
+        --remembered 20 200 2000 --output work/memories
     python -m training.studies.memories work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head \
         --dataset calls.jsonl --schema call.schema.json --limit 40 --output work/memories-calls
 
