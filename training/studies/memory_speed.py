@@ -1,16 +1,16 @@
 r"""Time what a memory gains, and what one costs that knows nothing or misleads.
 
 Question: how much faster is `generate` with a memory of earlier calls, and how much slower with a useless one?
-Answer: over plain decoding, on a quiet Zen 4, eager, each once (measurements/memory-*.json). Edits of code (Qwen, two
-conversations of 256 tokens a turn): lookup 3.30, with a warm memory 4.48; a head 3.55, with the memory 4.32.
-Conversations with tools (Qwen, four; half of the time reads prompts): 1.64 and 1.70; 1.58 and 1.65. OpenVINO's prompt
-lookup gets 1.85 and vLLM's suffix decoding 1.95: both draft less (2.8 tokens a forward, the memory 4.5), and read
-prompts 110 to 200 ms sooner than our eager layers. GSM8K (SmolLM2, eight): 1.63 and 1.89; a head 2.20, with the memory
-1.97: the one loss. A useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
+Answer: over plain decoding, on a quiet Zen 4, each once (measurements/memory-*.json). Conversations with tools (Qwen,
+four; most of the time reads prompts), compiled: lookup 1.39, with a warm memory 1.46; a head 1.38, with the memory
+1.37. OpenVINO's prompt lookup gets 1.22 and vLLM's suffix decoding 1.26: they draft 2.8 tokens a forward, the memory
+4.2. Eager, edits of code (Qwen, two conversations of 256 tokens a turn): lookup 3.30, with a warm memory 4.48; a head
+3.55, with the memory 4.32. GSM8K (SmolLM2, eight): 1.63 and 1.89; a head 2.20, with the memory 1.97: the one loss. A
+useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
 
     python -m training.studies.memory_speed work/qwen model_cards/qwen2.5-coder-0.5b-instruct-head --pack \
         --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --remembered 8 --limit 4 --max-new-tokens 96 \
-        --peers --vllm .venv/vllm/bin/python --output work/speed-agents
+        --compile --peers --vllm .venv/vllm/bin/python --output work/speed-agents
     python -m training.studies.memory_speed work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dtype bfloat16 --dataset gsm8k.jsonl --remember gsm8k_train.jsonl --harm --limit 6 --output work/speed-harm
 
