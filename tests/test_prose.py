@@ -15,7 +15,8 @@ PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "be
 PAGES += [ROOT / "training" / name for name in ("PUBLISHING.md", "PROTOCOL.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
-MAX_WORDS_OF_DOCS = 13_050  # a cell of a table may hold a hundred
+MAX_WORDS_OF_DOCS = 11_870  # a cell of a table may hold a hundred
+MEASURED, MAX_LINES_OF_MEASURED = "benchmarks.md", 110  # written from results files, a row for each that is there
 MAX_WORDS = {"README.md": 900, "CHANGELOG.md": 850, "CONTRIBUTING.md": 1300}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {
@@ -55,8 +56,9 @@ def test_a_page_stays_short(name: str) -> None:
 
 
 def test_the_docs_stay_short() -> None:
-    pages = (ROOT / "docs").glob("*.md")
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != MEASURED]
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= MAX_WORDS_OF_DOCS
+    assert len((ROOT / "docs" / MEASURED).read_text(encoding="utf-8").splitlines()) <= MAX_LINES_OF_MEASURED
 
 
 def test_a_picture_stays_light() -> None:
