@@ -12,7 +12,8 @@ useless memory reaches 1.66, a hostile one 1.76, as lookup alone or better.
         --dtype bfloat16 --dataset agents.jsonl --remember agents.jsonl --remembered 8 --limit 4 --max-new-tokens 96 \
         --compile --peers --vllm .venv/vllm/bin/python --output work/speed-agents
     python -m training.studies.memory_speed work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
-        --dtype bfloat16 --dataset gsm8k.jsonl --remember gsm8k_train.jsonl --harm --limit 6 --output work/speed-harm
+        --dtype bfloat16 --dataset gsm8k.jsonl --remember gsm8k_train.jsonl --remembered 20 --harm --limit 8 \
+        --max-new-tokens 96 --output work/speed-gsm8k
 
 OpenVINO reads a converted copy of the target beside it, see `training/benchmarking/peers.py`. For vLLM's suffixes:
 `make .venv/vllm/.filled`, then by its Python `-m pip install nanobind==2.9.2 cmake ninja`, and with its `bin` in PATH

@@ -133,4 +133,5 @@ def test_a_planted_gpu_decodes_as_fast_as_was_published_and_nodes_are_free_until
     assert 1 / h100.verify_seconds(1, 0) == pytest.approx(158.34)
     assert a100.verify_seconds(1, 0) == pytest.approx(h100.verify_seconds(1, 0) * 3.35 / 2.039)
     assert h100.verify_seconds(256, 0) == h100.verify_seconds(1, 0) < h100.verify_seconds(512, 0)
+    assert a100.verify_seconds(153, 0) == a100.verify_seconds(1, 0) < a100.verify_seconds(154, 0)
     assert h100.block_speed(20, {"8/3": 5}) == pytest.approx(4 / (1 + h100.block_seconds * 158.34))
