@@ -24,6 +24,7 @@ REASONS = "reasons.json"  # why an experiment has no file, beside the files
 LEAST = 0.97  # that the fifth question asks of each arm
 LEARNED = (named.AUTO, named.FITTED, named.PUBLISHED, named.REPAIRED)
 FEW_PROMPTS = 25  # below, bootstrap intervals are too narrow
+LEAST_PROMPTS = 4  # or groups of a batch; below, no gain is claimed of other prompts
 _NOT_RUN = "not measured here"
 
 
@@ -314,7 +315,7 @@ def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
 
 def verdict(found: Sequence[Found]) -> str:
     """Say whether a learned policy gains over the best fixed tree, and what to do if none does."""
-    gains = {(one.title, arm): value for one in found for arm in LEARNED
+    gains = {(one.title, arm): value for one in found if one.prompts >= LEAST_PROMPTS for arm in LEARNED
              if (value := one.over(arm, named.FIXED)) is not None}  # fmt: skip
     if not gains:
         return "Whether a policy gains over the best fixed tree was not measured."

@@ -69,6 +69,9 @@ def test_the_first_line_says_whether_a_learned_policy_gains(tmp_path: Path) -> N
     assert "**No trained policy gains" in page and f"{named.AUTO} in 1 of 1 settings" in page
     write_all(folder, MAIN, {named.FIXED: 0.5, named.REPAIRED: 0.4})
     assert f"{named.REPAIRED} in 1 of 1 settings, no other. Pass" in page_of(tmp_path)
+    few = rows_of(experiment(MAIN).arms, {named.FIXED: 0.5, named.REPAIRED: 0.4}, prompts=2)
+    write_all(folder, MAIN, rows=few)
+    assert "best fixed tree was not measured." in page_of(tmp_path)
 
 
 def test_trees_break_even_where_their_steps_still_pay(tmp_path: Path) -> None:
