@@ -156,7 +156,8 @@ EXPERIMENTS = (
         temperature=1.0, each=1, tokens=8, processes=1,
     ),
     Experiment(
-        "gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, each=200, tokens=320, processes=1,
+        "gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, batch=4, each=200, tokens=320,
+        processes=1,
     ),
     *_policies(),
     Experiment("engines-smollm2", 3, "SmolLM2", "smollm2", ENGINES),

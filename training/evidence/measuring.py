@@ -50,7 +50,7 @@ from .experiments import (
     USELESS_MEMORY,
     Experiment,
 )
-from .prompts import EAGLE_SETS, OURS, quickest, read_prompts
+from .prompts import EAGLE_SETS, OURS, quickest, read_prompts, read_rows
 from .quiet import Watch
 from .replaying import replayed
 from .sealed import seal
@@ -61,7 +61,7 @@ DEMO_PROMPTS = "examples/demo/prompts.jsonl"
 FOREIGN_PROMPTS = "training/recipes/foreign_prompts.jsonl"
 _WARM_UP_TOKENS = 12
 _SEARCHED, _SEARCH_TOKENS = 8, 64  # prompts and tokens that the best fixed tree is found with
-_SAMPLED = 200  # texts of each arm and prompt at temperature 1
+_SAMPLED, _SAMPLED_AT_ONCE = 200, 25  # texts of each arm and prompt at temperature 1, and of stock in one call
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _BURST, _PAUSE = 0.5, 0.5  # seconds of the noisy neighbour
 
@@ -93,7 +93,7 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
         warm_up(bench, timed, first_prompt(asked[0], models.tokenizer))
         running.enter_context(noise(experiment.neighbour))
         if experiment.kind == SAMPLES:
-            rows = list(sampled(bench, arms, asked, models.tokenizer))
+            rows = list(sampled(bench, journal, arms, asked, models.tokenizer))
         elif experiment.kind == MEMORY:
             rows = list(held(experiment, models, arms, options))
         elif experiment.kind == REPLAY:
@@ -164,7 +164,10 @@ def prompts_of(experiment: Experiment, options: Any, learned: Container[str]) ->
         found = read_prompts(options.prompts, experiment.each)
         found += read_prompts(options.sets, experiment.each) if options.sets else []
         found += gsm8k_of(options, learned) if options.gsm8k else []
-        return found[: options.each or experiment.each]
+        once: dict[str, Dialogue] = {}
+        for one in found:  # the sets hold questions of GSM8K, too
+            once.setdefault(one.name, one)
+        return list(once.values())[: options.each or experiment.each]
     found = read_prompts(options.prompts, options.each or experiment.each)
     return quickest(found, QUICK_PROMPTS) if options.quick else found
 
@@ -237,21 +240,16 @@ class Process:
                 for name in self._order(one.name)
             }
             other = runs[base].token_ids.tolist()
-            for answered in runs.values():
-                own = answered.token_ids.tolist()
-                row = row_of(answered) | {"same": own == other}
-                if experiment.kind == TEXTS and own != other:
-                    row |= difference(self.bench.target, prompt, other, own, exact=False)
-                if experiment.kind == ANSWERS:
-                    text = self.tokenizer.decode(answered.token_ids, skip_special_tokens=True)
-                    row["right"] = last_number(text) == self.right[one.name]
-                rows.append(row)
+            rows += [
+                row_of(answered) | self._judged(name, prompt, answered.token_ids.tolist(), other)
+                for name, answered in runs.items()
+            ]
             if self.tokenizer is not None:
                 told.append(self.tokenizer.decode(runs[base].token_ids, skip_special_tokens=True))
         return rows
 
     def _together(self, group: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """First turns in one call. A group that is timed is one request; of compared texts each has its row."""
+        """First turns in one call. A group that is timed is one request; texts that are judged have a row each."""
         experiment, found = self.experiment, {}
         for name in self._order(group[0].name):
             key = f"{group[0].name} {name}"
@@ -259,15 +257,25 @@ class Process:
                 told = together(self.bench, group, self.arms[name], self.number, experiment.temperature)
                 self.journal.note(key, told)
             found[name] = self.journal.notes[key]
-        if experiment.kind != TEXTS:
+        if experiment.is_timed:
             return [row for row, _ in found.values()]
         base = found[experiment.arms[0]][1]
         return [
-            {"arm": name, "prompt": prompt.name, "turn": 1, "tokens": len(own), "same": own == other}
-            | ({} if own == other else difference(self.bench.target, prompt, other, own, exact="exact" in name))
+            {"arm": name, "prompt": prompt.name, "turn": 1, "tokens": len(own)}
+            | self._judged(name, prompt, own, other)
             for name, (_, texts) in found.items()
             for prompt, own, other in zip(group, texts, base, strict=True)
         ]
+
+    def _judged(self, arm: str, prompt: Prompt, own: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+        """Whether a text is that of the first arm, and what else the experiment asks of it."""
+        told: dict[str, Any] = {"same": own == other}
+        if self.experiment.kind == ANSWERS:
+            text = self.tokenizer.decode(own, skip_special_tokens=True)
+            told["right"] = last_number(text) == self.right[prompt.name]
+        if self.experiment.kind == TEXTS and own != other:
+            told |= difference(self.bench.target, prompt, other, own, exact="exact" in arm)
+        return told
 
 
 def row_of(run: Run) -> dict[str, Any]:
@@ -327,15 +335,21 @@ def difference(
 
 
 def sampled(
-    bench: Bench, arms: Mapping[str, Method], asked: Sequence[Dialogue | Prompt], tokenizer: Any
+    bench: Bench, journal: Journal, arms: Mapping[str, Method], asked: Sequence[Dialogue | Prompt], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
-    """Yield samples of each arm and prompt, with seeds that no other arm has: equal seeds would give equal texts."""
+    """Yield samples of each arm and prompt, with seeds that no other arm has: equal seeds would give equal texts.
+
+    Stock's are rows of a batch, which are drawn apart; ours are written one by one, because in a batch we draft less.
+    """
     for one in tqdm(asked, desc="Sampling"):
         prompt = first_prompt(one, tokenizer)
         for place, (name, method) in enumerate(arms.items()):
-            for seed in range(place * _SAMPLED, (place + 1) * _SAMPLED):
-                run = bench.decode(prompt, method, seed, 1.0)
-                ids = run.token_ids.tolist()
+            size = 1 if method.reports_steps else min(_SAMPLED_AT_ONCE, _SAMPLED)
+            seeds = range(place * _SAMPLED, (place + 1) * _SAMPLED, size)
+            if (key := f"{prompt.name} {name}") not in journal.notes:
+                drawn = [together(bench, [prompt] * size, method, seed, 1.0)[1] for seed in seeds]
+                journal.note(key, [text for texts in drawn for text in texts])
+            for ids in journal.notes[key]:
                 yield {"arm": name, "prompt": prompt.name, "ids": ids + [-1] * (bench.max_new_tokens - len(ids))}
 
 
@@ -420,8 +434,7 @@ def spread_of_plain(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def right_answers(file: str) -> dict[str, float | None]:
     """Return the number that answers each question of a file of GSM8K, by the names that `read_dialogues` gives."""
-    rows = [json.loads(line) for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
-    told = (row["answer"] if "answer" in row else row["reference"][0] for row in rows)
+    told = (row["answer"] if "answer" in row else row["reference"][0] for row in read_rows(Path(file)))
     return {f"{Path(file).stem}/{number}": last_number(answer) for number, answer in enumerate(told)}
 
 

@@ -53,10 +53,10 @@ def _length(dialogue: Dialogue) -> int:
 
 def _rows(path: Path, source: str | None) -> Iterator[dict[str, Any]]:
     if path.is_file():
-        yield from _lines(path)
+        yield from read_rows(path)
     elif path.is_dir() and (files := sorted(path.rglob("*.jsonl"))):
         for file in files:
-            yield from _lines(file)
+            yield from read_rows(file)
     elif source == SPEED_BENCH or path.is_dir():
         yield from _dataset(_SPEED_BENCH_ID if source == SPEED_BENCH else str(path))
     else:
@@ -66,10 +66,12 @@ def _rows(path: Path, source: str | None) -> Iterator[dict[str, Any]]:
         )
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield json.loads(line)
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a `.jsonl` file. A text may hold characters at which `splitlines` would cut it."""
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield json.loads(line)
 
 
 def _dataset(name: str) -> Iterable[dict[str, Any]]:

@@ -16,6 +16,7 @@ from training.evidence import arms, measuring, quiet, replaying
 from training.evidence import experiments as named
 from training.evidence.__main__ import is_valid, parser
 from training.evidence.experiments import Experiment
+from training.evidence.prompts import EAGLE_SETS
 from training.evidence.sealed import Measured
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
@@ -160,10 +161,32 @@ def test_texts_of_the_exact_mode_are_compared_with_its_plain_ones(run: Run) -> N
     assert all(row["same"] for row in found.data["rows"]) and not found.reasons
 
 
+def test_a_question_that_two_files_hold_is_asked_once(options: Namespace, tmp_path: Path) -> None:
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    options.sets, options.gsm8k, options.each = str(sets), save_rows(tmp_path / "gsm8k.jsonl", [["a"], ["b"]]), 20
+    for name in EAGLE_SETS:
+        save_rows(sets / f"{name}.jsonl", [["a"]])
+    asked = measuring.prompts_of(small("exact-smollm2"), options, set())
+    names = [one.name for one in asked]
+    assert len(names) == len(set(names)) and names[-1] == "gsm8k/1"
+
+
 def test_samples_of_each_arm_have_seeds_of_their_own(run: Run, options: Namespace) -> None:
     options.each = 1
     rows = run(small("samples-smollm2")).data["rows"]
     assert len(rows) == 3 * 4 and all(len(row["ids"]) == 6 for row in rows)
+    assert len({tuple(row["ids"]) for row in rows}) > 4
+
+
+def test_answers_of_a_batch_are_judged_one_by_one(run: Run, options: Namespace, tmp_path: Path) -> None:
+    rows = [{"turns": ["kl"], "reference": ["no number"]}, {"turns": ["mn"], "reference": ["#### 5"]}]
+    questions = tmp_path / "gsm8k.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    options.gsm8k = str(questions)
+    found = run(small("gsm8k-qwen", target="smollm2", batch=2)).data["rows"]
+    assert len(found) == 2 * 3 and all(row["same"] for row in found)
+    assert {(row["prompt"], row["right"]) for row in found} == {("gsm8k/0", True), ("gsm8k/1", False)}
 
 
 def test_a_batch_is_one_request(run: Run) -> None:
@@ -187,6 +210,6 @@ def test_the_answer_of_a_question_is_its_last_number_or_what_follows_the_mark(tm
     assert measuring.last_number("1,200 it is\n#### 1,250") == 1250.0
     assert measuring.last_number("none") is None
     file = tmp_path / "gsm8k.jsonl"
-    rows = [{"question": "a", "answer": "x #### 5"}, {"turns": ["b"], "reference": ["y\n#### 6"]}]
-    file.write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"question": "a", "answer": "x\u2028 #### 5"}, {"turns": ["b"], "reference": ["y\n#### 6"]}]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
     assert measuring.right_answers(str(file)) == {"gsm8k/0": 5.0, "gsm8k/1": 6.0}
