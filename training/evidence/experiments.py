@@ -90,7 +90,7 @@ class Experiment:
     def minutes(self, prompts: int) -> float:
         """Estimate what one of its processes takes on two quiet cores."""
         if self.kind == SAMPLES:
-            return 3 * 200 * prompts * self.tokens / 20.0 / 60
+            return 3 * 200 * prompts * self.tokens / 50.0 / 60
         seconds = sum(self.tokens / _RATES.get(arm, _RATE) + self.context / _READ for arm in self.arms)
         seconds *= _SLOWER[self.target] * (_OF_A_BATCH if self.batch > 1 else _TURNS)
         return (_START + prompts * seconds) / 60
