@@ -51,7 +51,7 @@ def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -
     auto = found.over(AUTO, STOCK)
     assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"]
     assert f"{found.prompts} prompts" in page
-    for name in ("policy-smollm2-t0", "policy-qwen-t0"):
+    for name in ("policy-smollm2-t0", "policy-qwen-t0", "policy-qwen-t1"):
         gain = found_in(name).over(AUTO, FIXED)
         assert gain is not None and f"{gain.ratio:.2f} times ({gain.low:.2f} to {gain.high:.2f})" in page
 
