@@ -13,11 +13,13 @@ from tests.readme import README, quickstart
 from training.evidence.experiments import (
     AUTO,
     FIXED,
+    LLAMA_CPP,
     OPENVINO,
     PLAIN,
     STOCK,
     STOCK_COMPILED,
     STOCK_LOOKUP,
+    VLLM,
     experiments,
 )
 from training.evidence.page import Found
@@ -28,7 +30,9 @@ MEASURED = ROOT / "training" / "evidence" / "measured"
 ROWS = {  # of the table of speeds -> arm
     "stock, compiled": STOCK_COMPILED,
     "stock's prompt lookup": STOCK_LOOKUP,
+    "vLLM with its prompt lookup": VLLM[1],
     "OpenVINO with its prompt lookup": OPENVINO[1],
+    "llama.cpp, plain": LLAMA_CPP,
     "compiled, plain": PLAIN,
     "**compiled, `auto`**": AUTO,
 }
