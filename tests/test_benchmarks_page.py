@@ -32,6 +32,11 @@ def test_every_figure_in_a_table_stands_between_marks() -> None:
     assert not re.findall(r"^\|.*\d\.\d.*$", prose, re.MULTILINE)
 
 
+def test_the_matrix_of_aiperf_is_its_file() -> None:
+    matrix = ROOT / "training" / "studies" / "measurements" / "smollm2-aiperf.csv"
+    assert f"```text\n{matrix.read_text(encoding='utf-8')}```" in PAGE.read_text(encoding="utf-8")
+
+
 def test_the_page_of_the_protocol_is_what_its_results_files_say(tmp_path: Path) -> None:
     """Pictures, too; `make docs` writes them."""
     for kept in [EVIDENCE, *EVIDENCE.parent.glob("question-*.svg")]:
