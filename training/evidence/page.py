@@ -183,7 +183,7 @@ def engines(found: Sequence[Found]) -> Answer:
     columns.append("accepted at 1, 2, 3")
     peaks = {f"{one.title}, {row['arm']}": row["mib"] for one in found if one.experiment.kind == named.MEMORY
              for own in one.rows for row in own}  # fmt: skip
-    rows, bars = [], []
+    rows, bars, phases = [], [], []
     for one in found:
         if one.experiment.kind == named.MEMORY:
             continue
@@ -200,7 +200,16 @@ def engines(found: Sequence[Found]) -> Answer:
             cells.append("" if peak is None else f"{peak:.0f}")
             rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of(arm))])
             bars.append((title, stock))
-    return Answer(columns, rows, bars)
+        phases.append(f"{one.title}: {_phases(one.of(named.AUTO))}")
+    note = f"Where the seconds of `auto` go. {'. '.join(phases)}."
+    return Answer(columns, rows, bars, note if phases else "")
+
+
+def _phases(rows: Sequence[Row]) -> str:
+    shares = {"prompt": "first", "draft": "draft", "verification": "verify"}
+    total = sum(row["seconds"] for row in rows)
+    parts = {phase: sum(row[name] for row in rows) / total for phase, name in shares.items()}
+    return ", ".join(f"{phase} {part:.0%}" for phase, part in {**parts, "rest": 1 - sum(parts.values())}.items())
 
 
 def budgets(found: Sequence[Found]) -> Answer:

@@ -28,7 +28,7 @@ def rows_of(
     return [
         {"arm": arm, "prompt": f"a/{prompt}", "turn": 1, "tokens": 10, "forwards": 5, "first": 0.1, "same": True,
          "mib": 670.0, "seconds": seconds.get(arm, 1.0) * (1 + 0.01 * prompt + 0.001 * number),
-         "steps": steps or {"4/1": 5}}
+         "draft": 0.2, "verify": 0.3, "steps": steps or {"4/1": 5}}
         for prompt in range(prompts) for arm in arms
     ]  # fmt: skip
 

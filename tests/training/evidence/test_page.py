@@ -89,6 +89,11 @@ def test_the_memory_of_a_process_stands_beside_its_speed(tmp_path: Path) -> None
     assert row_of(page_of(tmp_path), "SmolLM2, plain")[6] == "670"
 
 
+def test_the_seconds_of_auto_are_told_by_phase(tmp_path: Path) -> None:
+    write_all(tmp_path / "measured" / "zen", "engines-smollm2", {named.AUTO: 2.0})
+    assert "SmolLM2: prompt 5%, draft 10%, verification 15%, rest 70%." in page_of(tmp_path)
+
+
 def test_rows_of_two_processors_stand_apart_and_say_which(tmp_path: Path) -> None:
     write_all(tmp_path / "measured" / "one", MAIN)
     write_all(tmp_path / "measured" / "two", MAIN, machine={"device": "Intel Xeon, AMX"})
