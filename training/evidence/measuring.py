@@ -394,7 +394,8 @@ def decided_again(
 
 def best_fixed(experiment: Experiment, models: Models, options: Any) -> TreeShape:
     """Find the fixed tree that is fastest on other prompts; once for all processes, with this code."""
-    about = [experiment.target, experiment.drafts, experiment.temperature, code()["code_sha256"], options.quick]
+    about = [experiment.target, experiment.drafts, experiment.batch, experiment.temperature]
+    about += [code()["code_sha256"], options.quick]
     file = options.work / "best_fixed.json"
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if (key := json.dumps(about)) not in known:
@@ -403,14 +404,25 @@ def best_fixed(experiment: Experiment, models: Models, options: Any) -> TreeShap
         tried = candidates(experiment, models)
         if options.quick:
             tried, others = dict(list(tried.items())[::6]), others[:2]
+        asked = [one.prompt(models.tokenizer) for one in others]
         for shape, method in tqdm(tried.items(), desc="Looking for the best fixed tree"):
-            runs = [bench.decode(one.prompt(models.tokenizer), method, 0, experiment.temperature) for one in others]
-            timings[shape] = rate(Timing(run.timing.tokens, run.timing.seconds) for run in runs)
+            timings[shape] = rate(timings_of(bench, asked, method, experiment))
         best = max(timings, key=lambda shape: timings[shape])
         known[key] = [best.total_tokens, best.depth, best.top_k, best.lookup]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=1), "utf-8")
     return TreeShape(*known[key])
+
+
+def timings_of(bench: Bench, asked: Sequence[Prompt], method: Method, experiment: Experiment) -> Iterator[Timing]:
+    """Yield the timing of each prompt, or of each group where the experiment asks a batch."""
+    size = experiment.batch
+    if size == 1:
+        found = (bench.decode(prompt, method, 0, experiment.temperature).timing for prompt in asked)
+        yield from (Timing(one.tokens, one.seconds) for one in found)
+    for start in range(0, len(asked), size) if size > 1 else ():
+        row, _ = together(bench, asked[start : start + size], method, 0, experiment.temperature)
+        yield Timing(row["tokens"], row["seconds"])
 
 
 def searched_prompts(options: Any) -> list[Dialogue]:

@@ -195,6 +195,30 @@ def test_a_batch_is_one_request(run: Run) -> None:
     assert all(row["tokens"] > 6 for row in rows)
 
 
+def test_the_fixed_tree_of_a_batch_is_searched_for_in_such_batches(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], TreeShape | None]] = []
+
+    def together(bench: Any, group: Any, method: Any, *more: Any) -> Any:
+        policy = method.keywords.get("policy")
+        asked.append(([prompt.name for prompt in group], getattr(policy, "shape", None)))
+        row, texts = answer(bench, group, method, *more)
+        return row | {"seconds": 1.0 if asked[-1][1] == TreeShape(4, 2, 2) else 2.0}, texts
+
+    answer = measuring.together
+    monkeypatch.setattr(measuring, "together", together)
+    monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uv"], ["wx"], ["yz"]]))
+    found = run(small("policy-smollm2-batch4", arms=(named.PLAIN, named.FIXED), batch=2)).data
+    assert found["settings"]["best"] == str(TreeShape(4, 2, 2))
+    searched = [(names, shape) for names, shape in asked if names[0].startswith("other")]
+    assert searched == [
+        (names, shape)
+        for shape in (TreeShape(3, 2, 1), TreeShape(4, 2, 2))
+        for names in (["other/0", "other/1"], ["other/2"])
+    ]
+
+
 def test_policies_decide_again_under_planted_costs_and_none_beats_the_oracle(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
