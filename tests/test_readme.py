@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.report import README_RATIO
 from examples.demo.target import prepared_target
 from tests.readme import README, quickstart
 from training.evidence.experiments import (
@@ -53,7 +54,7 @@ def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -
         speed = found.over(arm, STOCK)
         assert f"| {row} | {'' if speed is None else f'{speed.ratio:.1f}'} |" in page
     auto = found.over(AUTO, STOCK)
-    assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"]
+    assert auto is not None and re.findall(r"\*\*(\d\.\d)x", page) == [f"{auto.ratio:.1f}"] == [str(README_RATIO)]
     assert f"{found.prompts} prompts" in page
     for name in ("policy-smollm2-t0", "policy-qwen-t0", "policy-qwen-t1"):
         gain = found_in(name).over(AUTO, FIXED)
