@@ -14,7 +14,6 @@ takes SPEED-Bench itself where a machine has it.
 
 import argparse
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,18 +35,17 @@ _NAME = "target"  # of the model in the server, and in AIPerf's report
 @contextmanager
 def served(args: argparse.Namespace) -> Iterator[str]:
     """Serve the target and its head from another process; yields the address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     tree = args.shape
     policy = f"{tree.total_tokens},{tree.depth},{tree.top_k},{tree.lookup}"
     command = [sys.executable, "-m", "resps", "serve", args.target, "--served-model-name", _NAME, "--head", args.head]
-    command += ["--policy", policy, "--port", str(port), *(["--dtype", args.dtype] if args.dtype else [])]
+    command += ["--policy", policy, "--port", "0", *(["--dtype", args.dtype] if args.dtype else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            if not any(line.startswith("Serving") for line in server.stdout):
+            told = next((line for line in server.stdout if line.startswith("Serving")), None)
+            if told is None:
                 raise ValueError("The server did not start. Its own lines above say why.")
-            yield f"http://127.0.0.1:{port}"
+            yield told.partition(" at ")[2].partition("/v1")[0]
         finally:
             server.terminate()
 
