@@ -288,7 +288,7 @@ def write_page(page: Path, measured: Path, code: str, *, quick: bool) -> None:
         own = [one for one in found if one.experiment.question == number]
         answer = MAKERS[number](own)
         picture = page.with_name(f"question-{number}.svg")
-        lines += ["", f"## {number}. {question}", "", SAYS[number]]
+        lines += ["", f"## {number}. {question}", SAYS[number]]
         if answer.bars:
             picture.write_text(draw(answer.bars, question), encoding="utf-8")
             lines.append(f"![{question}]({picture.name})")
