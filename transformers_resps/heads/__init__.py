@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .block_head import BlockHead, BlockHeadConfig
-from .config import DraftHeadConfig
+from .block_head import BlockHead
+from .config import BlockHeadConfig, DraftHeadConfig
 from .identity import parameter_fingerprint
 from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
 

@@ -1,13 +1,12 @@
 """The block head: reads the target's features, and fills a block of slots in one pass.
 
 DFlash (arXiv 2602.06036) and what is made of it: DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394), DFlash 2.
-In reading order: the config, the layers, the corrections, the head with its loading and saving, and the head as it
-decodes for one target.
+In reading order: the layers, the corrections, the head with its loading and saving, and the head as it decodes for one
+target.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,183 +15,25 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
 from ..drafting.block_drafter import BlockDrafter
 from ..drafting.blocks import BlockModel, BlockSlots, Branching
-from ..hub.upload import shareable
 from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
-from .config import ROPE_BASE, check_numbers, check_rope, has_fixed_rope
+from .config import BlockHeadConfig, has_fixed_rope
+from .formats.blocks import canonical_block_head
+from .formats.reading import load_head
+from .formats.writing import export_block_head
+from .fresh import block_fields, fresh_head, start_layers
 from .identity import check_beside, check_made_for, parameter_fingerprint
 from .model import DraftHead, HeadModel, Rope, RotaryEmbedding
 
 
-CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
 _CORRECTED = 64  # of a row's candidates, the likeliest: DominoTree (arXiv 2607.08642)
-
-
-class BlockHeadConfig(PreTrainedConfig):
-    """Configuration of a `BlockHead`: its sizes, its conventions, and the target it was made for.
-
-    Fields that a `DraftHeadConfig` has, too, mean the same; the head is as wide as its target.
-
-    Attributes:
-        block_size: slots of a block, the root's included.
-        mask_token_id: of the token that stands in the slots after the root, a row of the target's table.
-        shifted: whether a slot predicts the token after its own position, the root's slot included; otherwise the
-            token at its own position.
-        causal: of each layer, whether a slot sees no later one.
-        windows: of each layer, how many positions a slot sees, its own included; `None` for all.
-        embedding_scale: what embeddings are multiplied by.
-        output_multiplier: what logits are multiplied by, before the cap.
-        final_logit_softcapping: cap of the logits; `None` for none.
-        correction: what the token before adds to a slot's logits: "none"; "vanilla", "gated" or "rnn" of DSpark's
-            Markov heads; "selector" of DFlash 2.
-        correction_rank: of its tables.
-        selector_top_k: candidates of a slot that a selector scores.
-        confidence: whether there is a confidence head.
-        confidence_with_markov: whether it reads the row of the token before, too.
-        conv_kernel_size: taps of the convolutions around attention and MLP; `None` without them.
-        conv_group_size: channels that share a kernel of these.
-
-    Raises:
-        ValueError: no head can have such a value; the message names the field.
-    """
-
-    model_type = "resps_block"
-
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    head_dim: int = 64
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
-    rope_parameters: dict[str, Any] | None = None
-    initializer_range: float = 0.02
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    block_size: int = 8
-    mask_token_id: int = 0
-    shifted: bool = False
-    causal: list[bool] | None = None
-    windows: list[int | None] | None = None
-    feature_layers: list[int] | None = None
-    vocab_size: int = 49152
-    draft_vocab_size: int | None = None
-    owns_output_head: bool = False
-    embedding_scale: float = 1.0
-    output_multiplier: float = 1.0
-    final_logit_softcapping: float | None = None
-    correction: str = "none"
-    correction_rank: int | None = None
-    selector_top_k: int | None = None
-    confidence: bool = False
-    confidence_with_markov: bool = False
-    conv_kernel_size: int | None = None
-    conv_group_size: int | None = None
-    target: dict[str, Any] | None = None
-    source: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        check_numbers(self, "block head")
-        if self.causal is None:
-            self.causal = [False] * self.num_hidden_layers
-        if self.windows is None:
-            self.windows = [None] * self.num_hidden_layers
-        if self.feature_layers is None:
-            self.feature_layers = [2, 9, 15, 21, 28]
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
-        check_rope(self.rope_parameters, "block head")
-        for is_wrong, came, needed in self._misfits():
-            if is_wrong:
-                raise ValueError(f"A block head got {came}, but {needed}.")
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
-
-    def _misfits(self) -> Iterator[tuple[bool, str, str]]:
-        """Whether no head can have some values, these, and what is needed."""
-        assert self.causal is not None and self.windows is not None and self.feature_layers is not None
-        count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
-        shortest = min(filter(None, self.windows), default=slots)
-        is_markov, taps, group = self.correction in CORRECTIONS[1:4], self.conv_kernel_size or 0, self.conv_group_size
-        yield (
-            self.correction not in CORRECTIONS,
-            f"the correction {self.correction!r}",
-            f"known are {list(CORRECTIONS)}. Use a head with one of them",
-        )
-        yield (
-            not len(self.causal) == len(self.windows) == count,
-            f"causal={self.causal} and windows={self.windows}",
-            f"each needs one value for each of its {count} layers. Correct them",
-        )
-        yield (
-            shortest < slots,
-            f"a window of {shortest} positions",
-            f"its blocks have {slots} slots, which see each other. Correct `windows` or `block_size`",
-        )
-        yield (
-            self.levels < 1 or taps > slots,
-            f"block_size={slots}",
-            f"it needs {max(2 - self.shifted, taps)} slots at least. Correct `block_size`",
-        )
-        yield (
-            not 0 <= self.mask_token_id < self.vocab_size,
-            f"the mask token {self.mask_token_id}",
-            f"the table has rows 0 to {self.vocab_size - 1}. Correct `mask_token_id`",
-        )
-        yield (
-            not layers or layers != sorted({layer for layer in layers if layer >= 0}),
-            f"the feature layers {layers}",
-            "they must be distinct and ascending, counted as in `output_hidden_states`. Correct `feature_layers`",
-        )
-        yield (
-            (self.correction != "none") != bool(self.correction_rank)
-            or (self.correction == "selector") != bool(self.selector_top_k),
-            f"correction={self.correction!r}, correction_rank={self.correction_rank} and "
-            f"selector_top_k={self.selector_top_k}",
-            "a correction needs a rank, and a selector its number of candidates. Correct them",
-        )
-        yield (
-            self.confidence_with_markov and not (self.confidence and is_markov),
-            "confidence_with_markov=True",
-            "that needs a confidence head and a Markov correction. Correct it",
-        )
-        yield (
-            bool(taps) and (not group or self.hidden_size % group != 0),
-            f"conv_group_size={group}",
-            f"it must divide the width {self.hidden_size}. Correct it",
-        )
-        yield (
-            self.draft_vocab_size is not None and not self.owns_output_head,
-            f"draft_vocab_size={self.draft_vocab_size} without an output head of its own",
-            "a draft vocabulary needs one. Pass `owns_output_head=True`",
-        )
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """As in Transformers, except that of a target's local folder only the name is written."""
-        told = copy(self)
-        told.target = shareable(self.target)
-        super(BlockHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    @property
-    def proposable_tokens(self) -> int:
-        """Number of tokens the head can propose: d, or v without a draft vocabulary."""
-        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
-
-    @property
-    def levels(self) -> int:
-        """Tokens that a block drafts."""
-        return self.block_size if self.shifted else self.block_size - 1
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
@@ -521,8 +362,6 @@ class BlockHead(HeadModel):
         By default it is small: two causal layers, which begin as the target's last ones, over five features as
         DFlash's, and a Markov correction, which begins with nothing.
         """
-        from .fresh import block_fields, fresh_head, start_layers
-
         fields = block_fields(target, feature_layers, overrides)
         head = fresh_head(cls, target, draft_vocab_size, draft_token_ids, fields)
         start_layers(head.layers, head.hidden_norm, target)
@@ -592,9 +431,6 @@ class BlockHead(HeadModel):
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
-        from .formats.blocks import canonical_block_head
-        from .formats.reading import load_head
-
         head: BlockHead = load_head(cls, canonical_block_head, pretrained_model_name_or_path, target, keywords)
         return head
 
@@ -605,8 +441,6 @@ class BlockHead(HeadModel):
         if format == "resps":
             PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
             return
-        from .formats.writing import export_block_head
-
         export_block_head(self.config, self.state_dict(), Path(save_directory), format)
 
     def packed_view(self) -> "BlockHead":

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from ..verifying.forward import decoder_layers
 from .config import ROPE_BASE, default_feature_layers
 from .identity import check_is_model, target_identity
-from .model import HeadModel
 
 
-Head = TypeVar("Head", bound=HeadModel)
+Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:

@@ -1,8 +1,7 @@
 """The EAGLE-3 draft head: reads the target's features and proposes tokens.
 
 In reading order: the angles of RoPE, the decoder layer, the head with its loading and saving, and the head as it
-decodes for one target. Decoding needs neither published formats nor fresh weights: they are imported where they are
-asked for. Source: EAGLE-3 (arXiv 2503.01840) section 3.
+decodes for one target. Source: EAGLE-3 (arXiv 2503.01840) section 3.
 """
 
 import hashlib
@@ -37,6 +36,9 @@ from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
+from .formats.reading import canonical_head, load_head
+from .formats.writing import export_head
+from .fresh import fresh_head
 from .identity import check_beside, check_made_for, target_identity
 
 
@@ -429,8 +431,6 @@ class DraftHead(HeadModel):
             ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
                 config.
         """
-        from .fresh import fresh_head
-
         layers = {} if feature_layers is None else {"feature_layers": feature_layers}
         return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
 
@@ -458,8 +458,6 @@ class DraftHead(HeadModel):
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
-        from .formats.reading import canonical_head, load_head
-
         head: DraftHead = load_head(cls, canonical_head, pretrained_model_name_or_path, target, keywords)
         return head
 
@@ -487,8 +485,6 @@ class DraftHead(HeadModel):
                 f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
                 "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
             )
-        from .formats.writing import export_head
-
         export_head(self.config, self.state_dict(), Path(save_directory), format)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..block_head import BlockHeadConfig
+from ..config import BlockHeadConfig
 from .kinds import check_class, raw_names
 from .publishers import PublishedConfig, Publisher
 from .reading import PUBLISHED_ONLY, Checkpoint, PublishedHead, draft_offsets

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..block_head import BlockHeadConfig
-from ..config import DraftHeadConfig
+from ..config import BlockHeadConfig, DraftHeadConfig
 
 
 _SAVED_BY_US = {

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..block_head import BlockHeadConfig
-from ..config import ROPE_BASE, DraftHeadConfig
+from ..config import ROPE_BASE, BlockHeadConfig, DraftHeadConfig
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
