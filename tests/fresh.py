@@ -104,7 +104,6 @@ def jobs() -> dict[str, list[Job]]:
                 says="flashspec",
             )
         ],
-        "ablations": [Job("python embed.py", says="embeds True")],
     }
 
 
@@ -142,10 +141,6 @@ def make_desk(folder: Path) -> Path:
         f"    answer = client.chat.completions.create(model={TARGET!r}, messages=turns, max_tokens=16)\n"
         "    print(answer.choices[0].message.content, answer.model_extra['metrics'], 'by the openai client')\n"
         "    server.terminate()\n"
-    )
-    (desk / "embed.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'training' / 'studies')!r})\nimport text_state\n"
-        "print('embeds', text_state.embeds_text())\n"
     )
     return desk
 

@@ -2,8 +2,8 @@
 
 flashspec and economize draft with the draft model where there is one, and otherwise with what followed earlier in the
 text. OpenVINO GenAI decodes plainly and with its prompt lookup, llama.cpp plainly and in its own arithmetic; both read
-a copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup, with our head or with
-suffixes of earlier answers, each in a process of its own. None of them takes processors or streamers.
+a copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup or with our head, each
+in a process of its own. None of them takes processors or streamers.
 """
 
 import atexit
@@ -33,7 +33,6 @@ MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "open
 PEERS = tuple(MODULES)  # what `--peers` takes
 BUILT = {"llama.cpp": "llama"}  # which pip compiles for minutes: in an extra of its own
 VLLM_WAYS = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
-VLLM_SUFFIX = "vLLM (suffix)"  # which needs arctic-inference, too
 LLAMA_CPP = "llama.cpp, its own arithmetic"
 CONVERTED, GGUF = "-openvino", ".gguf"  # after the name of the target's folder
 _DRAFTED_TOKENS = 4  # of a step, the default of flashspec and economize
@@ -270,7 +269,7 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_PLUGINS": "",  # arctic-inference would change more than its suffixes
+            "VLLM_PLUGINS": "",
         }
         not_ours = ("PYTHONPATH", "OMP_NUM_THREADS")
         alone = {name: value for name, value in os.environ.items() if name not in not_ours}
@@ -338,7 +337,7 @@ def vllm_peers(
     with TemporaryDirectory() as folder, ExitStack() as running:
         head.save_pretrained(folder, format="speculators")
         drafts = {"method": "eagle3", "num_speculative_tokens": _VLLM_DRAFTED, "model": folder}
-        ways = dict(zip((*VLLM_WAYS, VLLM_SUFFIX), (None, lookup, drafts, {"method": "suffix"}), strict=True))
+        ways = dict(zip(VLLM_WAYS, (None, lookup, drafts), strict=True))
         engines = {
             name: running.enter_context(
                 Vllm(python, shared | {"speculative_config": ways[name]}, torch.get_num_threads())

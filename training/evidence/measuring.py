@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
 from training.benchmarking.journal import Journal, JournaledBench
+from training.benchmarking.peers import load_peers
 from training.benchmarking.provenance import code
-from training.studies.peak_memory import peak_mib
-from transformers_resps import DraftHead, TreeShape
+from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.data import training_prompts_of
 from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 from transformers_resps.telemetry.report import Timing, rate
 from transformers_resps.testing import explain_divergence
-from transformers_resps.tools.methods import Bench, Generate, Method, Prompt
+from transformers_resps.tools.loading import load_source, load_target
+from transformers_resps.tools.methods import Bench, Generate, Method, Prompt, compiled, plain, plain_steps, policies
 from transformers_resps.tools.results import AnswerTiming, Run, machine, plain_spread
 from transformers_resps.tools.session import Dialogue, check_apart, read_dialogues, spread
 
@@ -42,6 +44,7 @@ from .experiments import (
     EXACT_PLAIN,
     FIXED,
     MEMORY,
+    OPENVINO,
     PLAIN,
     REPLAY,
     SAMPLES,
@@ -355,20 +358,31 @@ def sampled(
 
 def held(experiment: Experiment, models: Models, arms: Mapping[str, Method], options: Any) -> Iterator[dict[str, Any]]:
     """Yield the most memory that a process of each arm ever held, which decodes a few prompts and nothing else."""
-    ways = {STOCK: "plain", PLAIN: "plain, compiled", AUTO: "auto, compiled"}
-    given = Namespace(
-        target=models.folders["target"],
-        head=models.folders["head"],
-        dtype="bfloat16",
-        dataset=OURS,
-        limit=experiment.each,
-        max_new_tokens=experiment.tokens,
-        threads=torch.get_num_threads(),
-    )
+    given = experiment, models.folders["target"], models.folders["head"], torch.get_num_threads()
     for arm in arms:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            peak = process.submit(peak_mib, ways.get(arm, arm), given).result()
+            peak = process.submit(peak_mib, arm, *given).result()
         yield {"arm": arm, "prompt": "all", "turn": 1, "tokens": 1, "seconds": 1.0, "mib": peak}
+
+
+def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: int) -> float:
+    """Decode in this process; return the most memory that it ever held (`VmHWM`, Linux): code, weights and caches."""
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    if arm in OPENVINO:  # which needs to know the target alone
+        model: Any = Namespace(name_or_path=target, device=torch.device("cpu"), dtype=torch.bfloat16)
+        (method,) = (peer for peer in load_peers(["openvino"], model, None) if peer.name == arm)
+    else:
+        model = attach(load_target(target, "bfloat16", "cpu"))
+        if arm == AUTO:
+            method = compiled(*policies(load_source(head, model), {AUTO: "auto"}))
+        else:
+            method = plain() if arm == STOCK else compiled(plain_steps())
+    for dialogue in spread(read_dialogues(str(OURS)), experiment.each):
+        prompt = dialogue.prompt(tokenizer).input_ids[None]
+        method.prepare(model, prompt, experiment.tokens, 0.0, [tokenizer.eos_token_id])()
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 def decided_again(

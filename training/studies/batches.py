@@ -2,7 +2,7 @@
 
 Question: what do draft trees gain in a batch, with ragged rows and in lockstep?
 Answer: less the larger the batch. With a chain of three drafted tokens ragged rows reach 1.86x plain decoding at batch
-size 1, 1.29x at 4 and 1.13x at 8; in lockstep 0.82x and 0.67x (SmolLM2, GSM8K; docs/benchmarks.md).
+size 1, 1.29x at 4 and 1.13x at 8; in lockstep 0.82x and 0.67x (SmolLM2, GSM8K).
 
     python -m training.studies.batches TARGET HEAD --dataset prompts.jsonl --dtype bfloat16 --pack --shape 4,3,1
     python -m training.studies.batches TARGET HEAD --dataset prompts.jsonl --dtype bfloat16 --compile --temperature 1

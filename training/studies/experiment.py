@@ -1,7 +1,4 @@
-"""Part of the studies `batches`, `engine_speed`: what they share.
-
-Each decodes some prompts with one target and its head, prints a table (as `ablations` does) and writes `results.json`.
-"""
+"""Part of the studies `batches`, `engine_speed`, `vllm_exports`: their models, options, table and `results.json`."""
 
 import argparse
 import json

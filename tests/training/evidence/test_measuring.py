@@ -1,6 +1,7 @@
 """Each kind of experiment from its models to its results file, on a tiny target."""
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tests.tools.conversations import save_models, save_rows
@@ -217,6 +219,15 @@ def test_the_fixed_tree_of_a_batch_is_searched_for_in_such_batches(
         for shape in (TreeShape(3, 2, 1), TreeShape(4, 2, 2))
         for names in (["other/0", "other/1"], ["other/2"])
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")
+def test_a_process_says_the_most_memory_that_it_held(
+    options: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "OURS", tmp_path / "mine.jsonl")
+    given = small("memory-smollm2", each=1), options.target, str(tmp_path / "head"), torch.get_num_threads()
+    assert 100 < measuring.peak_mib(named.STOCK, *given) < 10_000  # PyTorch alone takes more than the least
 
 
 def test_policies_decide_again_under_planted_costs_and_none_beats_the_oracle(
