@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .compat import CACHE_KEYWORD
+from .compat import CACHE_KEYWORD, text_config
 from .drafting import Committed, DraftCall, DraftRequest, DraftSource, LevelSource
 from .generation.attach import attached
 from .generation.checks import check_model, setting_of
@@ -91,7 +91,7 @@ def calibrate(
         table.check_here(identity)
         return table
 
-    room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    room = getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
     sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
     kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each tree
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
@@ -147,7 +147,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, *, invarian
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
-        "attention": INVARIANT if invariant else config.get_text_config()._attn_implementation,
+        "attention": INVARIANT if invariant else text_config(target)._attn_implementation,
         "packed": is_prepacked(target),
         "head": None if source is None else _size_of(source, target),
     }
@@ -221,7 +221,7 @@ def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
 ) -> dict[int, _Measured]:
     """Number of nodes -> seconds at one context length."""
-    vocabulary = target.config.get_text_config().vocab_size
+    vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
@@ -251,7 +251,7 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
     positions = torch.arange(context + 1, device=target.device)[None]
-    tokens = positions.remainder(target.config.get_text_config().vocab_size)
+    tokens = positions.remainder(text_config(target).vocab_size)
     options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
 
     def decode() -> None:

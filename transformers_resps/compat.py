@@ -1,4 +1,5 @@
-"""What differs between installations: releases and Auto classes of Hugging Face, the CPU, a PEFT wrapper, the extras.
+"""Differences between installations (releases of Transformers, PEFT wrappers, the CPU, our extras), and the types that
+Transformers leaves out of its models, configs and caches.
 
 Each line about a release says when it can go.
 """
@@ -7,11 +8,23 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+
+if TYPE_CHECKING:  # `resps --help` loads this module: torch takes seconds
+    from torch import Tensor, nn
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+    class TextConfig(PreTrainedConfig):
+        """Fields that the config of every decoder has."""
+
+        vocab_size: int
+        hidden_size: int
+        num_hidden_layers: int
 
 
 try:
@@ -26,23 +39,63 @@ _INSTALLED = Version(transformers.__version__)
 # `past_key_values` became `cache` in 5.24. Goes when 5.24 is the lowest release we support.
 CACHE_KEYWORD = "cache" if Version("5.24") <= _INSTALLED else "past_key_values"
 
-# Recurrent layers find their states through the cache that they are given since 5.24. Goes with `CACHE_KEYWORD`.
+# Since 5.24 recurrent layers find their states through the cache of the call. Goes with `CACHE_KEYWORD`.
 HAS_RECURRENT_STATES = Version("5.24") <= _INSTALLED
 
-# Of some layers as `output_hidden_states` older releases leave out what enters the first, and count from there. Goes
-# when 5.23 is the lowest release we support.
+# Since 5.23 `output_hidden_states` takes a list of layers that counts the embeddings as 0; older releases leave them
+# out and count from the first layer. Goes when 5.23 is the lowest release we support.
 SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
 
 _CONFIG_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 
-# A broken connection, as huggingface_hub reports it. Goes when the lowest release we support has moved to httpx2.
+# huggingface_hub raises this when a connection breaks. Goes when the lowest release we support has moved to httpx2.
 TransportError = httpx.HTTPError
 
 
-def load_model(name: str, **options: Any) -> Any:
-    """A model from a folder or the Hub that writes text, with its towers where `AutoModelForCausalLM` has no class.
+class CacheLayer(Protocol):
+    """A filled layer of a `Cache`, with the fields of all kinds: attention, sliding attention and recurrent states."""
 
-    `options` are of `from_pretrained`.
+    keys: "Tensor"  # [b, kv heads, s, hd]
+    values: "Tensor"
+    is_initialized: bool
+    is_sliding: bool
+    sliding_window: int
+    cumulative_length: int
+    record_past: bool
+    conv_states: "dict[int, Tensor | None]"
+    recurrent_states: "dict[int, Tensor | None]"
+    has_previous_state: dict[int, bool]
+
+    def get_seq_length(self) -> int: ...
+    def crop(self, tokens_to_remove: int) -> None: ...
+    def reorder_cache(self, beam_idx: "Tensor") -> None: ...
+    def batch_select_indices(self, indices: "Tensor") -> None: ...
+
+
+def cache_layers(cache: "Cache") -> list[CacheLayer]:
+    """List the layers of a decoder's cache, typed."""
+    return cast(list[CacheLayer], cache.layers)
+
+
+def text_config(model: "PreTrainedModel") -> "TextConfig":
+    """Return the decoder's config, which multimodal configs nest."""
+    return cast("TextConfig", model.config.get_text_config())
+
+
+def input_embedding(model: "PreTrainedModel") -> "nn.Embedding":
+    """Return the table of token embeddings, `weight` `[vocabulary, hidden]`."""
+    return cast("nn.Embedding", model.get_input_embeddings())
+
+
+def output_layer(model: "PreTrainedModel") -> "nn.Linear | None":
+    """Return the projection to logits, `weight` `[vocabulary, hidden]`; `None` in a model without a language head."""
+    return cast("nn.Linear | None", model.get_output_embeddings())
+
+
+def load_model(name: str, **options: Any) -> Any:
+    """Load a model that writes text from a folder or the Hub, with `options` of `from_pretrained`.
+
+    Classes that `AutoModelForCausalLM` does not know come with their vision and audio towers.
     """
     from transformers import (  # only here: half a second
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -52,24 +105,20 @@ def load_model(name: str, **options: Any) -> Any:
         AutoModelForMultimodalLM,
     )
 
-    kept = {key: options[key] for key in _CONFIG_OPTIONS & options.keys()}
-    kind = type(AutoConfig.from_pretrained(name, **kept))
-    sees = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    config_options = {key: options[key] for key in _CONFIG_OPTIONS & options.keys()}
+    config_class = type(AutoConfig.from_pretrained(name, **config_options))
+    sees = config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING and config_class not in MODEL_FOR_CAUSAL_LM_MAPPING
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
-FLAGS_VARIABLE = "RESPS_CPU_FLAGS"
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # limits `cpu_flags` to the names in it, so that this machine acts as a weaker one
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of this machine, by Linux's names; empty where the system does not list them.
-
-    If `RESPS_CPU_FLAGS` is set, those that it names, with blanks between, and no others: this machine then stands in
-    for a weaker one.
-    """
-    bound = os.environ.get(FLAGS_VARIABLE)
-    return _all_cpu_flags() if bound is None else _all_cpu_flags() & set(bound.split())
+    """List this machine's instruction sets by Linux's names; empty where the system does not list them."""
+    allowed = os.environ.get(FLAGS_VARIABLE)
+    return _all_cpu_flags() if allowed is None else _all_cpu_flags() & set(allowed.split())
 
 
 def _all_cpu_flags() -> set[str]:
@@ -84,15 +133,12 @@ def _all_cpu_flags() -> set[str]:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself, from inside an adapter's wrapper or as it is."""
+    """Return the model inside a PEFT wrapper, or `model` itself without one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_extra(extra: str) -> None:
-    """Refuse to start what would fail in the middle.
-
-    Args:
-        extra: its name in `pyproject.toml`.
+    """Check that the packages of `extra`, a name in `pyproject.toml`, are installed.
 
     Raises:
         ValueError: names the packages that are missing or too old, and the extra that installs them.
@@ -106,10 +152,10 @@ def check_extra(extra: str) -> None:
 
 
 def _packages_of(extra: str) -> Iterator[Requirement]:
-    """The requirements that `extra` adds, and those of the extras that it names; none where nothing is installed."""
+    """List the requirements of `extra` and of the extras that it includes."""
     try:
         listed = requires(_DISTRIBUTION) or []
-    except PackageNotFoundError:  # run from a checkout's folder: what is missing shows when it is imported
+    except PackageNotFoundError:  # run from a clone that is not installed: a missing package shows at its import
         return
     for needed in map(Requirement, listed):
         marker, needed.marker = needed.marker, None

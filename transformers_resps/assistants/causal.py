@@ -112,14 +112,14 @@ class _Steps(StepModel):
     counts_padding = False
 
     def __init__(self, model: PreTrainedModel, target_vocab_size: int) -> None:
-        self._model, self._decoder = model, cast(Any, model.get_decoder())
-        self._output = cast(nn.Module, model.get_output_embeddings())
+        self._model, self._decoder = model, model.get_decoder()
+        self._output = model.get_output_embeddings()
         config = self._config = model.config.get_text_config(decoder=True)
         self._known_tokens = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         self._has_unknown = target_vocab_size > self._known_tokens
         self.proposable_tokens = min(target_vocab_size, _vocab_size(model))
         kinds: list[str | None] = getattr(config, "layer_types", None) or [None]
-        layers = cast(Any, DynamicCache(config=config))
+        layers = DynamicCache(config=config)
         self._windows = {kind: window_of(layers, kinds.index(kind)) for kind in kinds}
         self._last_position = last_position(config, 0)
         self.device, self.dtype = model.device, model.dtype
@@ -158,7 +158,7 @@ class _Steps(StepModel):
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of the tokens that the target has, too; scaled and capped as some families do after the output head."""
-        config, logits = self._config, cast(Tensor, self._output(output)).float()
+        config, logits = self._config, self._output(output).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
         logits = logits / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
@@ -213,7 +213,7 @@ def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
         output = steps.run(0, tokens, None, steps.places(positions), _Shown(mask[None, None]))
         found = steps.logits(output)[0, [3, 5]]
         texts = tokens[:, [0, 1, 2, 3]], tokens[:, [0, 1, 2, 4, 5]]
-        alone = [cast(Any, model)(input_ids=text, use_cache=False).logits[0, -1] for text in texts]
+        alone = [model(input_ids=text, use_cache=False).logits[0, -1] for text in texts]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as failure:
         raise ValueError(
             f"{name} fails on a draft tree's cache, positions and mask ({type(failure).__name__}: {failure}). Leave "

@@ -136,14 +136,14 @@ class _Queries(StepModel):
             use_cache=False,
             logits_to_keep=None,  # a number, 0 too, would cut inputs for each layer, of which an assistant has none
         )
-        return cast(Tensor, outputs.last_hidden_state)[:, wanted]
+        return outputs.last_hidden_state[:, wanted]
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of the tokens that are possible after each output: all or, of a large vocabulary, those of the centroids
         that are nearest to it.
         """
         if self._embedder is None:
-            return cast(Tensor, self._model.lm_head(output)).float()
+            return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
@@ -156,10 +156,10 @@ class _Queries(StepModel):
     def _nearest(self, output: Tensor) -> Tensor:
         """Token ids `[b, q, d]`."""
         nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
-        return cast(Tensor, self._by_centroid[nearest]).flatten(-2)
+        return self._by_centroid[nearest].flatten(-2)
 
     def _scores(self, output: Tensor, tokens: Tensor) -> Tensor:
-        return cast(Tensor, self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
+        return (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
 
     def feedback(self, output: Tensor) -> Tensor:
-        return cast(Tensor, self._model.post_projection(output))
+        return self._model.post_projection(output)

@@ -58,7 +58,7 @@ class MtpLayer(nn.Module):
         """`[b, t, h]` embeddings and hidden states of the tokens before -> `[b, t, h]`, before the own norm."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+        return output[0] if isinstance(output, tuple) else output
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
@@ -252,7 +252,7 @@ class MtpHead(TrainableSource, nn.Module):
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
         """Begin with the target's own state as the output, and its last such layer, which adds nothing yet."""
-        norm, shift = cast(Tensor, target.get_decoder().norm.weight), int(_is_zero_centred(target))
+        norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
             alike = [one for one in decoder_layers(target) if _sizes(one) == _sizes(layer.block)]
@@ -400,7 +400,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     def forward(self, depth: int, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
         """One depth over pairs; see `MtpLayer`."""
-        return cast(Tensor, self.layers[depth](embeddings, hidden, **block))
+        return self.layers[depth](embeddings, hidden, **block)
 
     @property
     def draft_token_ids(self) -> Tensor:
@@ -409,7 +409,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        return cast(int, self.target["vocab_size"])
+        return self.target["vocab_size"]
 
     @property
     def output_heads(self) -> list[nn.Module]:
@@ -518,12 +518,12 @@ class BoundMtp(TrainableModel):
         rows: KeptRows,
         forward: Callable[..., Tensor] | None = None,
     ) -> None:
-        config, decoder, text = head.settings, cast(Any, target.get_decoder()), target.config.get_text_config()
+        config, decoder, text = head.settings, target.get_decoder(), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
         self.device, self.dtype = head.device, head.dtype
-        table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
+        table, output = target.get_input_embeddings(), target.get_output_embeddings()
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
         is_normed = config.feature_layer is not None and config.fed == "after"
@@ -546,7 +546,7 @@ class BoundMtp(TrainableModel):
         return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
+        return self._final_norm(features).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
         """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
@@ -584,7 +584,7 @@ class BoundMtp(TrainableModel):
         return output if self._config.fed_back == "before" else self._normed(output, depth)
 
     def _normed(self, output: Tensor, depth: int) -> Tensor:
-        return cast(Tensor, self._layers[depth].norm(output))
+        return self._layers[depth].norm(output)
 
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
         return self._normed(output, depth) if self._config.fed_back == "before" else output
@@ -597,11 +597,11 @@ class BoundMtp(TrainableModel):
         else:
             assert self._ids is not None
             project = self._rows.of(head, self._ids, depth)
-        return cast(Tensor, project(normed.to(head.weight.device, head.weight.dtype))).to(self.device, torch.float32)
+        return project(normed.to(head.weight.device, head.weight.dtype)).to(self.device, torch.float32)
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
         head = self._outputs[depth]
-        parts = cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
+        parts = head.weight, getattr(head, "bias", None)
         weight, bias = (part if part is None or self._ids is None else part[self._ids] for part in parts)
         assert weight is not None
         return weight, bias

@@ -240,9 +240,7 @@ class Text:
             tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
         self._ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.length += 1
-        self.unfinished = self.unfinished & ~self._stopping_criteria(
-            cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
-        )
+        self.unfinished = self.unfinished & ~self._stopping_criteria(self.input_ids, self.scores)
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
         self.finished = bool(self.unfinished.max() == 0)

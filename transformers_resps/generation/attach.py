@@ -59,8 +59,8 @@ def attach(
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
-    state = cast(SpeculationState, vars(inner).get("speculation_state") or SpeculationState())  # as `attached` left it
-    target = cast(PreTrainedModel, inner)
+    state: SpeculationState = vars(inner).get("speculation_state") or SpeculationState()  # as `attached` left it
+    target: PreTrainedModel = inner
     load = functools.partial(state.assistants.load, target)
     defaults = defaults.loaded(functools.partial(load, as_source=False))
     if defaults.has_stock_assistant:
@@ -73,7 +73,7 @@ def attach(
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
         state.defaults = defaults
-        cast(ReSpSGenerationMixin, inner).speculation_state = state
+        inner.speculation_state = state
     return model
 
 

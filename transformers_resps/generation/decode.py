@@ -158,7 +158,7 @@ def _returned_cache(prepared: Prepared, ended: dict[int, EndedRow], tokens: Tens
     """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
     cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
     if not ended:
-        return cast(Cache, cache) if static is None else fill_static(static, cache)
+        return cache if static is None else fill_static(static, cache)
     target, mask = prepared.target, prepared.attention_mask
 
     def make() -> Cache:

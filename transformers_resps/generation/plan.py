@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,12 @@ class Prepared:
     @property
     def attention_mask(self) -> Tensor | None:
         """`[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache already holds."""
-        return cast(Tensor | None, self.model_kwargs["attention_mask"])
+        return self.model_kwargs["attention_mask"]
 
     @property
     def position_ids(self) -> Tensor:
         """`[b or 1, s]`, or `[planes, b or 1, s]`."""
-        return cast(Tensor, self.model_kwargs["position_ids"])
+        return self.model_kwargs["position_ids"]
 
     @property
     def hold_more_than_tokens(self) -> bool:

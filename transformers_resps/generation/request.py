@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
@@ -238,7 +238,7 @@ def _named_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> D
         return AutoDraftHead.from_pretrained(name, target)
     except WholeModelError:
         model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
-    return cast(PreTrainedModel, model)
+    return model
 
 
 class Assistants:
@@ -289,7 +289,7 @@ class Assistants:
                 f"`head` must be what drafts: a loaded draft head, another source or model, or a name, got {got}. "
                 f"{_instead_of_assistant(head)}"
             )
-        return cast(DraftSource, unwrapped(self.load(target, head, as_source=True)))
+        return unwrapped(self.load(target, head, as_source=True))
 
 
 class SpeculationState:

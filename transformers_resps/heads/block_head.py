@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
@@ -63,7 +63,7 @@ class BlockAttention(nn.Module):
         """`[b, q, h]` -> `[b, q, h]`."""
         queries = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         attended = attend(self.layer_index, rope.turn(queries), *self.entries(states, rope))
-        return cast(Tensor, self.o_proj(attended.transpose(1, 2).flatten(2)))
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 class GroupedConvolution(nn.Module):
@@ -82,7 +82,7 @@ class GroupedConvolution(nn.Module):
     def kernels(self, states: Tensor) -> Tensor:
         """`[b, q, 2, taps, groups, channels]`: those before and after a part that gets `states` `[b, q, h]`."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
-        return cast(Tensor, self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype))
+        return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
 
     @staticmethod
     def convolve(states: Tensor, kernels: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class GroupedConvolution(nn.Module):
         total = kernels[:, :, 0] * grouped
         for tap in range(1, min(kernels.shape[2], states.shape[1])):
             total[:, tap:] += kernels[:, tap:, tap] * grouped[:, :-tap]
-        return cast(Tensor, total.flatten(2))
+        return total.flatten(2)
 
 
 class BlockLayer(nn.Module):
@@ -102,7 +102,7 @@ class BlockLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = BlockAttention(config, layer_index)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(cast(LlamaConfig, config))
+        self.mlp = LlamaMLP(config)
         if config.conv_kernel_size is not None:
             self.attention_conv = GroupedConvolution(config)
             self.mlp_conv = GroupedConvolution(config)
@@ -113,7 +113,7 @@ class BlockLayer(nn.Module):
         states = self.input_layernorm(hidden)
         if not self.has_convolutions:
             hidden = hidden + self.self_attn(states, rope, attend)
-            return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
         kernels = self.attention_conv.kernels(states)
         states = self.self_attn(GroupedConvolution.convolve(states, kernels[:, :, 0]), rope, attend)
         hidden = hidden + GroupedConvolution.convolve(states, kernels[:, :, 1])
@@ -142,7 +142,7 @@ class MarkovHead(nn.Module):
 
     def before(self, tokens: Tensor) -> Tensor:
         """Target ids `[...]` of the tokens before slots -> `[..., r]`."""
-        return cast(Tensor, self.markov_w1(tokens))
+        return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
         """What is multiplied by a candidate's row.
@@ -191,11 +191,11 @@ class CandidateSelector(nn.Module):
 
     def before(self, tokens: Tensor) -> Tensor:
         """As `MarkovHead.before`."""
-        return cast(Tensor, self.predecessor_codebook(tokens))
+        return self.predecessor_codebook(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
         """As `MarkovHead.context`."""
-        return before * cast(Tensor, self.hidden_projection(hidden))[:, :, None]
+        return before * self.hidden_projection(hidden)[:, :, None]
 
     @property
     def table(self) -> Tensor:
@@ -217,7 +217,7 @@ class ConfidenceHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., h (+ r)]` -> logits `[...]`, fp32."""
-        return cast(Tensor, self.proj(states).squeeze(-1).float())
+        return self.proj(states).squeeze(-1).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ class BlockHead(HeadModel):
 
     def fuse(self, features: Tensor) -> Tensor:
         """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`, what every layer has keys and values of."""
-        return cast(Tensor, self.hidden_norm(self.fc(features)))
+        return self.hidden_norm(self.fc(features))
 
     def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
         """Keep the keys and values of fused features `[b, t, h]`, of every layer."""
@@ -310,7 +310,7 @@ class BlockHead(HeadModel):
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)
-        return cast(Tensor, self.norm(hidden))
+        return self.norm(hidden)
 
     @property
     def default_shape(self) -> TreeShape:
@@ -341,7 +341,7 @@ class BlockHead(HeadModel):
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
-        return cast(Tensor, self.confidence_head(hidden))
+        return self.confidence_head(hidden)
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundBlockHead":
         """As `TrainableSource.bind`."""
@@ -476,7 +476,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         self._forward = forward or self._head
         self._table = table
         output = self._head.lm_head if config.owns_output_head else target.get_output_embeddings()
-        self._output = cast(nn.Module, output)
+        self._output = output
         self._draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
 
     @property
@@ -547,12 +547,12 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return output if multiplier == 1.0 else output * multiplier
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        return cast(Tensor, self._output.weight), cast(Tensor | None, getattr(self._output, "bias", None))
+        return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """As `TrainableModel.normed_logits`, without a correction."""
-        weight = cast(Tensor, self._output.weight)
-        logits = cast(Tensor, self._output(normed.to(weight.device, weight.dtype))).to(normed.device, torch.float32)
+        weight = self._output.weight
+        logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

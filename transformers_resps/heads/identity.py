@@ -1,9 +1,9 @@
 """Which models something was made for: names, sizes and fingerprints of a target and its head."""
 
 import hashlib
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -58,7 +58,7 @@ def check_made_for(
 
 def check_beside(head: PreTrainedModel, table: nn.Module) -> None:
     """Raise a `ValueError` for a head that is on another device than its target's embedding `table`."""
-    device = cast(Tensor, table.weight).device
+    device = table.weight.device
     if device != head.device and not hasattr(table, "_hf_hook"):
         raise ValueError(
             f"The head is on {head.device}, but the target's embedding is on {device}. "

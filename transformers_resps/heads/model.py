@@ -204,12 +204,12 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 
     @property
     def vocab_size(self) -> int:
-        return cast(int, self.config.vocab_size)
+        return self.config.vocab_size
 
     @property
     def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
         self.config.target = self.config.target or {}
-        return cast(dict[str, Any], self.config.target)
+        return self.config.target
 
     @property
     def output_heads(self) -> list[nn.Module]:
@@ -309,7 +309,7 @@ class DraftHead(HeadModel):
         if self.config.fc_norm:
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return cast(Tensor, self.fc(features))
+        return self.fc(features)
 
     def forward(
         self,
@@ -339,7 +339,7 @@ class DraftHead(HeadModel):
 
     def feedback(self, hidden: Tensor) -> Tensor:
         """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
-        return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden
+        return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
         """The head's own embeddings; `None` where it reads the target's."""
@@ -559,8 +559,8 @@ class BoundHead(TrainableModel):
         self._forward = forward or self._fast.forward
         self.embed_tokens = head.embed_tokens if config.owns_embedding else table
         output = self._fast.lm_head if config.owns_output_head else target.get_output_embeddings()
-        self._output = cast(nn.Module, output)
-        self._output_weight = cast(Tensor, output.weight)
+        self._output = output
+        self._output_weight = output.weight
         self.draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
 
     @property
@@ -569,7 +569,7 @@ class BoundHead(TrainableModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
-        return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
+        return self.embed_tokens(tokens).to(self.head.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
         return self._fast.fuse(features)
@@ -590,14 +590,14 @@ class BoundHead(TrainableModel):
         return self._forward(hidden, self.embed(tokens), Rope(*places), entries, wanted)
 
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
-        return cast(Tensor, self.head.norm(output))
+        return self.head.norm(output)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        logits = cast(Tensor, self._output(normed.to(self._output_weight.dtype)))
+        logits = self._output(normed.to(self._output_weight.dtype))
         return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        return self._output_weight, cast(Tensor | None, getattr(self._output, "bias", None))  # some targets have one
+        return self._output_weight, getattr(self._output, "bias", None)  # some targets have one
 
     def feedback(self, output: Tensor) -> Tensor:
         return self.head.feedback(output)

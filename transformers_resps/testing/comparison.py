@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class ModelUnderTest:
     @property
     def target(self) -> PreTrainedModel:
         """The model itself, without what PEFT puts around it."""
-        return cast(PreTrainedModel, unwrapped(self.model))
+        return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
         """The reference, for prompts `[s]`: stock `generate`, or plain decoding of the invariant mode."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..calibration import identity_of
-from ..compat import unwrapped
+from ..compat import text_config, unwrapped
 from ..drafting import DraftSource
 from ..generation.request import AUTO, Assistants, Keywords
 from ..policies.base import Observation, Policy
@@ -148,7 +148,7 @@ def assert_lossless(
     assistants = Assistants()  # keeps what it loads
     source = assistants.source(unwrapped(model), head)
     under_test = ModelUnderTest(model, source, AUTO if head is None and policy is None else policy, invariant)
-    vocabulary = under_test.target.config.get_text_config().vocab_size
+    vocabulary = text_config(under_test.target).vocab_size
     ids = [_token_ids(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
         raise ValueError(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -242,7 +242,7 @@ def load_draft_model(name: str, target: Any) -> PreTrainedModel:
             f"The draft model {name} has a vocabulary of {own} tokens, the target one of {other}. Pass a small model "
             "of the target's family."
         )
-    return cast(PreTrainedModel, small.to(target.device))
+    return small.to(target.device)
 
 
 def read_datasets(config: BenchConfig) -> list[list[Dialogue]]:

@@ -195,17 +195,17 @@ class RequestModel:
                 exchange.plain_reason = str(refusal)
             else:
                 exchange.report = out.speculation
-                return cast(Tensor, out.sequences)
+                return out.sequences
         else:
             exchange.plain_reason = "The request asks for it."
-        return cast(Tensor, self._decode(watch, arguments, policy=plain).sequences)
+        return self._decode(watch, arguments, policy=plain).sequences
 
     def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: Policy | str | None) -> Any:
         if self._exchange.seed is not None:
             torch.manual_seed(self._exchange.seed)
         config = arguments["generation_config"]
         config.return_dict_in_generate = True
-        beams = config.num_beams or cast(Any, self._model.generation_config).num_beams or 1
+        beams = config.num_beams or self._model.generation_config.num_beams or 1
         watching: dict[str, Any] = {"streamer": watch}
         if beams > 1:  # of which stock streams none
             watching = {"stopping_criteria": StoppingCriteriaList([watch])}
@@ -508,7 +508,7 @@ def _checked_policy(policy: Any) -> str | None:
     """A request names no folder and no repository that the server would have to load."""
     if policy not in (None, "auto", "plain"):
         raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
-    return cast(str | None, policy)
+    return policy
 
 
 async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
@@ -579,7 +579,7 @@ class Figures:
             added["vllm:spec_decode_num_accepted_tokens_total"] = told["num_accepted_draft_tokens"]
             added["resps_speculation_seconds_total"] = exchange.report.seconds
         with self._lock:
-            self._counts.update(cast(Any, added))
+            self._counts.update(added)
 
     def begin(self) -> None:
         with self._lock:

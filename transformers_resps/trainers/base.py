@@ -139,7 +139,7 @@ class ArtefactTrainer(Trainer):
         state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
         is_best_kept = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._load_from_checkpoint(cast(str, state.best_model_checkpoint) if is_best_kept else checkpoint)
+        self._load_from_checkpoint(state.best_model_checkpoint if is_best_kept else checkpoint)
         logger.warning("The run has taken its %d steps before: nothing is trained.", state.global_step)
         return TrainOutput(state.global_step, 0.0, {})
 

@@ -1,7 +1,5 @@
 """Block heads over whole texts: blocks below many anchors at once, as in training."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,7 +80,7 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
 
     roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)
     output = model.run_block(roots, model.places(positions.flatten(0, 1)), attend_block)
-    return cast(Tensor, output.unflatten(0, (rows, blocks)))
+    return output.unflatten(0, (rows, blocks))
 
 
 def contexts_of(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from ..calibration import calibrate, device_name, identity_of
+from ..compat import text_config
 from ..data import Example, prepare_dataset, to_tokens
 from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, collate
 from ..data.conversations import as_messages
@@ -76,7 +77,7 @@ class HeadTexts:
                 f"`max_length` is {args.max_length}, but the target reads at most {context} tokens. Lower "
                 "`max_length`."
             )
-        self._vocab_size: int = target.config.get_text_config().vocab_size
+        self._vocab_size = text_config(target).vocab_size
         self._max_length: int = args.max_length or context
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from ..compat import output_layer, text_config
 from ..data.batches import IGNORED, PreparedTexts, TokenBudgetBatches, collate
 from ..data.image_texts import cast_for
 from ..data.preparation import Example
@@ -48,15 +49,16 @@ class FrozenTarget:
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: list[int], *, before_deepstack: bool = False) -> None:
-        self._output: Any = model.get_output_embeddings()
-        if self._output is None:
+        output = output_layer(model)
+        if output is None:
             raise ValueError(
                 f"{type(model).__name__} has no output head, but a draft head learns from the target's distribution. "
                 "Load the target with AutoModelForCausalLM."
             )
+        self._output = output
         self.model = model.eval().requires_grad_(False)
         self.feature_layers, self.before_deepstack = feature_layers, before_deepstack
-        config = model.config.get_text_config()
+        config = text_config(model)
         multiplied, divided = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self.scale = float(multiplied) / float(divided)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

@@ -278,7 +278,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return sums
-        return cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).cpu()
+        return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.train_dataset is None:
@@ -307,8 +307,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._data.texts(rows, self.target), shuffle=False)
 
     def _loader(self, texts: PreparedTexts | StreamedBatches, *, shuffle: bool) -> DataLoader[Any]:
-        loader = self._data.loader(texts, cast(Any, self.data_collator), shuffle=shuffle)
-        return cast(DataLoader[Any], self.accelerator.prepare(loader))
+        loader = self._data.loader(texts, self.data_collator, shuffle=shuffle)
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.args.optim != MUON or self.optimizer_cls_and_kwargs is not None:
@@ -318,7 +318,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self.optimizer
 
     def plain_card(self, repo_id: str) -> str:
-        return cast(str, self.head.plain_card(repo_id))
+        return self.head.plain_card(repo_id)
 
     def write_artefact(self, folder: Path) -> None:
         """Write the head in bf16, and the fingerprints of the prompts it learned from."""

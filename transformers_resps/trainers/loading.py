@@ -19,7 +19,7 @@ from transformers import (
 
 from ..assistants import MtpHead
 from ..assistants.mtp_layouts import names_mtp
-from ..compat import load_model, unwrapped
+from ..compat import load_model, text_config, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..drafting import TrainableSource
 from ..generation.attach import attach
@@ -57,7 +57,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
         return target
     options = init_kwargs or {}
     check_target_name(target, **_where(options))
-    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **options}))
+    return load_model(target, **{"dtype": "auto", **options})
 
 
 def check_target_name(target: str, **hub: Any) -> None:
@@ -71,7 +71,7 @@ def check_target_name(target: str, **hub: Any) -> None:
 
 def context_of(target: PreTrainedModel) -> int:
     """How many positions a target reads at most."""
-    return getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
@@ -97,7 +97,7 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
             f"it gives other ids to the tokens of {target.config.name_or_path or type(target).__name__}. Pass the "
             "target's own, or leave `processing_class` out."
         )
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return tokenizer
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
@@ -114,7 +114,7 @@ def load_processor(target: PreTrainedModel, processing_class: Any = None) -> Pro
 def end_tokens(target: PreTrainedModel) -> set[int]:
     """Ids that end a text, as the target's configs say."""
     token_ids: set[int] = set()
-    for config in (target.config.get_text_config(), target.generation_config):
+    for config in (text_config(target), target.generation_config):
         ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
         token_ids |= {ids} if isinstance(ids, int) else set(ids or ())
     return token_ids
@@ -158,7 +158,7 @@ def new_head(
     (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it. A block drafts as many
     tokens as there are levels in training.
     """
-    everything: int = target.config.get_text_config().vocab_size
+    everything = text_config(target).vocab_size
     ids = None
     if args.draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
@@ -172,7 +172,7 @@ def new_head(
     else:
         fields = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
         head = DraftHead.from_target(target, draft_token_ids=ids, **fields)
-    return cast(TrainableSource, head.to(torch.float32))
+    return head.to(torch.float32)
 
 
 def holds_head(name: str, **hub: Any) -> bool:
@@ -195,7 +195,7 @@ def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | N
     if not name:
         return None
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **where))
+        return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError):  # the target was loaded from elsewhere, or has none
         return None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
+from ..compat import text_config
 from ..data import write_training_prompts
 from ..drafting import DraftCall
 from ..heads import BlockHead, DraftHead
@@ -429,7 +430,7 @@ def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, c
             f"None of the {len(every.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
             "with `policy='auto'`, or set `drop_hopeless=False`."
         )
-    width = len(pair.head.feature_layers) * pair.target.config.get_text_config().hidden_size
+    width = len(pair.head.feature_layers) * text_config(pair.target).hidden_size
     config = ReSpSConfig.paper(width) if args.preset == "paper" else ReSpSConfig(width)
     in_use: dict[str, Any] = {"grid": grid, "persistence": args.persistence_in_use, **pair.identity}
     return ReSpSPolicy(replace(config, **in_use), seed=args.seed)

@@ -132,7 +132,7 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
             f"`reward_func` returned {came if not is_fit else 'infinite values or NaN'} for outcomes of shape "
             f"{list(outcomes.emitted.shape)}, but must return a finite tensor of that shape: one reward per outcome."
         )
-    return cast(Tensor, rewards).double()
+    return rewards.double()
 
 
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class FeatureTap:
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
         self._decoder_layers = decoder_layers(target)
-        self._final_norm = cast(nn.Module | None, getattr(target.get_decoder(), "norm", None))
+        self._final_norm = getattr(target.get_decoder(), "norm", None)
         self._layers, self.before_deepstack = layers, before_deepstack
         self._hooks = ExitStack()
         most = len(self._decoder_layers) + (self._final_norm is not None)
@@ -250,7 +250,7 @@ class TargetForward:
     def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
-            return self.catch(lambda: cast(Any, self.target)(**inputs))
+            return self.catch(lambda: self.target(**inputs))
         places = output_places(self.target, self.layers)
         outputs: Any = self.target(**inputs, **hidden_states_asked(places))
         features = Features(self.layers)

@@ -77,11 +77,11 @@ class PrepackedLinear(nn.Linear):
 
 
 def _reordered(weight: Tensor) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
 
 
 def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, blocks, bias, "none", [], ""))
+    return torch.ops.mkldnn._linear_pointwise(input, blocks, bias, "none", [], "")
 
 
 class PackedWeights:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         if self._pattern is None or self._pattern[0] != kind:
             cache = DynamicCache(config=target.config.get_text_config(decoder=True))
             token = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-            cast(Any, target)(input_ids=token, use_cache=True, **{CACHE_KEYWORD: cache})
+            target(input_ids=token, use_cache=True, **{CACHE_KEYWORD: cache})
             self._pattern = kind, cache
         return self._pattern[1]
 
