@@ -80,36 +80,26 @@ _REFUSED = {
     "mtp_dspark.": "is a block head (DSpark), which drafts several tokens at once",
 }
 
-_STEM = re.compile(r"^(?:(?:model|language_model)\.)*")
-_NUMBERED = re.compile(r"layers\.(\d+)\.")  # above the target's own layers
-# How other names begin -> depth and part.
+# How published names begin -> as if all of the module's layers stood in `mtp.layers`.
 _ROOTS = {
-    r"mtp[._]layers\.(\d+)\.": r"\1.",
-    r"mtp\.fc\.": "0.eh_proj.",
-    r"mtp\.pre_fc_norm_embedding\.": "0.enorm.",
-    r"mtp\.pre_fc_norm_hidden\.": "0.hnorm.",
-    r"mtp\.norm\.": "0.norm.",
-    r"mtp\.embed_tokens\.": "0.embed_tokens.",
-    r"mtp_block\.(\d+)\.": r"\1.block.",
-    r"mtp_emb_norm\.(\d+)\.": r"\1.enorm.",
-    r"mtp_hidden_norm\.(\d+)\.": r"\1.hnorm.",
-    r"mtp_linear_proj\.(\d+)\.": r"\1.eh_proj.",
+    r"^(?:(?:model|language_model)\.)+": "",
+    r"^mtp\.(?=(?:fc|norm|embed_tokens|pre_fc_norm_(?:embedding|hidden))\.)": "mtp.layers.0.",
+    r"^mtp_(block|emb_norm|hidden_norm|linear_proj)\.(\d+)\.": r"mtp.layers.\2.\1.",
 }
-# How the rest begins -> our part; what is not here is of the decoder layer, `block`.
+# A layer of the module by its depth, or numbered after the target's own; what wraps its parts is left out.
+_LAYER = re.compile(r"(mtp[._])?layers\.(\d+)\.(?:transformer(?:_layer)?\.)?")
+# Our part -> how publishers call it; what is not here is of the decoder layer, `block`.
 _PARTS = {
-    "enorm.m.": "enorm.",
-    "hnorm.m.": "hnorm.",
-    "token_layernorm.": "enorm.",
-    "hidden_layernorm.": "hnorm.",
-    "input_proj.": "eh_proj.",
-    "final_layernorm.": "norm.",
-    "shared_head.norm.": "norm.",
-    "shared_head.head.": "head.",
-    "shared_head.output.": "head.",
-    **{f"{part}.": f"{part}." for part in ("enorm", "hnorm", "eh_proj", "norm", "head", "embed_tokens", "block")},
+    "enorm": r"enorm(?:\.m)?|emb_norm|pre_fc_norm_embedding|token_layernorm",
+    "hnorm": r"hnorm(?:\.m)?|hidden_norm|pre_fc_norm_hidden|hidden_layernorm",
+    "eh_proj": r"eh_proj|fc|input_proj|linear_proj",
+    "norm": r"norm|final_layernorm|shared_head\.norm",
+    "head": r"head|shared_head\.(?:head|output)",
+    "embed_tokens": r"embed_tokens",
+    "block": r"block",
 }
-_WRAPPERS = re.compile(r"^transformer(_layer)?\.")  # around the parts, or some of them
-# Inside of the decoder layer, where Transformers has another name.
+_PART = re.compile(rf"(?:{'|'.join(f'(?P<{ours}>{theirs})' for ours, theirs in _PARTS.items())})\.")
+# How names inside of the decoder layer begin, where Transformers has another.
 _INSIDE = {
     "pre_mlp_layernorm.": "post_attention_layernorm.",
     "self_attn.attention_sink_bias": "self_attn.sinks",
@@ -124,17 +114,10 @@ _INSIDE = {
 _EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
 _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
-_SCALE = "_scale_inv"  # FP8: what the blocks of the tensor of that name are multiplied by
-_BLOCK = (128, 128)  # where a config does not say
+_SCALE = "_scale_inv"  # after the name of a tensor in FP8: what its blocks are multiplied by
+_BLOCK = (128, 128)  # rows and columns, where a config does not say
 _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
-_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # what belongs to others, or is computed
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # scales of other tensors, and what is computed
 _DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")  # in configs
 _COMPARED = 64  # rows
 MODEL_TYPE = "resps_mtp"  # of a module that was saved alone
@@ -142,22 +125,22 @@ MODEL_TYPE = "resps_mtp"  # of a module that was saved alone
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a checkpoint stores one of our tensors: as it is, or in parts of its rows, each for all experts or for one.
+    """Where a checkpoint has one of our tensors: in one tensor, or in two parts of its rows, for all experts or each.
 
     Attributes:
-        parts: names by expert, or by -1 where one tensor has all.
+        parts: of each part, the names by expert, or by -1 where one tensor has all.
     """
 
     parts: tuple[dict[int, str], dict[int, str]] = field(default_factory=lambda: ({}, {}))
 
     @classmethod
     def whole(cls, name: str) -> "Stored":
-        """Of one tensor as it is."""
+        """Return the place of a tensor that is stored as we have it."""
         return cls(({-1: name}, {}))
 
     @property
     def names(self) -> list[list[str]]:
-        """Of each part, in the order of the experts."""
+        """List the names of each part, in the order of the experts."""
         return [[part[key] for key in sorted(part)] for part in self.parts if part]
 
     @property
@@ -165,7 +148,7 @@ class Stored:
         return -1 not in self.parts[0]
 
     def joined(self, tensor_of: Callable[[str], Tensor]) -> Tensor:
-        """Ours, from theirs by name."""
+        """Return our tensor, from theirs by name."""
         rows = [
             torch.stack([tensor_of(name) for name in names]) if self._is_apart else tensor_of(names[0])
             for names in self.names
@@ -173,7 +156,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Theirs by name, from ours."""
+        """Return their tensors by name, from ours."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -184,7 +167,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """The module's tensors, by our names, among the `names` of a checkpoint whose target has `layer_count` layers."""
+    """Find the module's tensors, by our names, among `names` of a checkpoint whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -200,34 +183,24 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
 
 
 def _canonical(name: str, layer_count: int) -> str | None:
-    """`layers.{depth}.{part}`, our name of a tensor; `None` where it is not of the module."""
-    name = _STEM.sub("", name)
-    if numbered := _NUMBERED.match(name):
-        above = int(numbered[1]) - layer_count
-        return None if above < 0 else f"layers.{above}.{_part(name[numbered.end() :])}"
+    """Return `layers.{depth}.{part}`, our name of a tensor; `None` where it is not of the module."""
     for theirs, ours in _ROOTS.items():
-        if root := re.match(theirs, name):
-            depth, _, part = root.expand(ours).partition(".")
-            return f"layers.{depth}.{_part(part + name[root.end() :])}"
-    return None
-
-
-def _part(rest: str) -> str:
-    rest = _WRAPPERS.sub("", rest)
-    for theirs, ours in _PARTS.items():
-        if rest.startswith(theirs):
-            rest = ours + rest.removeprefix(theirs)
-            break
-    else:
-        rest = f"block.{rest}"
-    for theirs, ours in _INSIDE.items():
-        if rest.startswith(f"block.{theirs}"):
-            return rest.replace(theirs, ours, 1)
-    return rest
+        name = re.sub(theirs, ours, name)
+    layer = _LAYER.match(name)
+    depth = -1 if layer is None else int(layer[2]) - (0 if layer[1] else layer_count)
+    if layer is None or depth < 0:
+        return None
+    rest = name[layer.end() :]
+    part = _PART.match(rest)
+    if part and part.lastgroup != "block":
+        return f"layers.{depth}.{part.lastgroup}.{rest[part.end() :]}"
+    rest = rest[part.end() :] if part else rest
+    renamed = (ours + rest.removeprefix(theirs) for theirs, ours in _INSIDE.items() if rest.startswith(theirs))
+    return f"layers.{depth}.block.{next(renamed, rest)}"
 
 
 def names_mtp(config: dict[str, Any]) -> bool:
-    """Whether a config says that its files hold MTP layers, alone or with their target."""
+    """Return whether a config says that its files hold MTP layers, alone or with their target."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return config.get("model_type") == MODEL_TYPE or any(part.get(key) for part in parts for key in _DEPTHS)
 
@@ -266,7 +239,7 @@ class MtpCheckpoint:
         self._check()
 
     def stated(self, key: str) -> Any:
-        """What the config says of the text decoder; `None` where it says nothing."""
+        """Return what the config says of the text decoder; `None` where it says nothing."""
         return self._text.get(key, self._config.get(key))
 
     def _check(self) -> None:
@@ -302,7 +275,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Refuse a target, by its `target_identity`, of other sizes."""
+        """Refuse a target of other sizes, by its `target_identity`."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -320,11 +293,11 @@ class MtpCheckpoint:
 
     @property
     def is_alone(self) -> bool:
-        """Whether it holds the module and nothing else, as `MtpHead.save_pretrained` writes it."""
+        """Whether the files hold the module alone, as `MtpHead.save_pretrained` writes it."""
         return self._config.get("model_type") == MODEL_TYPE
 
     def config(self) -> MtpConfig:
-        """What the module computes, by its family, and which parts the files hold."""
+        """Return what the module computes, by its family, and which parts it has, by its files."""
         if self.is_alone:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
@@ -333,13 +306,11 @@ class MtpCheckpoint:
         for sign, fields in _FAMILIES.items():
             if any(kind.startswith(sign) for kind in kinds) or any(sign in name for name in self._files):
                 known |= fields
-        types = (
-            self.stated("mtp_layer_types") or (self.stated("layer_types") or [])[self.stated("num_hidden_layers") :]
-        )
-        types = tuple(types[:depths]) or known.pop("layer_types", ()) * depths
+        above = (self.stated("layer_types") or [])[self.stated("num_hidden_layers") :]
+        types = tuple((self.stated("mtp_layer_types") or above)[:depths])
         return MtpConfig(
             depths,
-            layer_types=types,
+            layer_types=types or known.pop("layer_types", ()) * depths,
             experts=tuple(self._has(f"layers.{depth}.block.mlp.gate.weight") for depth in range(depths)),
             projection_bias=self._has("layers.0.eh_proj.bias"),
             own_norm=self._has("layers.0.norm.weight"),
@@ -352,7 +323,7 @@ class MtpCheckpoint:
         return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Whether one of our tensors is `weight` `[n, m]`, by some of its rows; no, where these are on disk."""
+        """Return whether one of our tensors equals `weight` `[n, m]`, by some rows; false where that is on disk."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
@@ -367,7 +338,7 @@ class MtpCheckpoint:
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
     def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
-        """Tensors by our names, on the CPU as stored, FP8 in `dtype`; with `sizes_only` all are meta, none is read.
+        """Load tensors by our names, on the CPU as stored, FP8 in `dtype`; with `sizes_only` as meta, unread.
 
         Raises:
             ValueError: one is quantised in a way that we do not read, or damaged.
@@ -380,7 +351,10 @@ class MtpCheckpoint:
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
-        """A tensor, times its scales where it is in FP8."""
+        """Return a tensor, times its scales where it is in FP8.
+
+        Transformers' `Fp8Dequantize` refuses a last block that is not full, as DeepSeek-V3's `kv_a_proj_with_mqa` has.
+        """
         tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
@@ -398,4 +372,4 @@ class MtpCheckpoint:
 
 def _size_of(file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
-    return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+    return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
