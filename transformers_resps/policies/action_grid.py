@@ -35,7 +35,7 @@ class ActionGrid:
 
     @classmethod
     def paper(cls) -> "ActionGrid":
-        """The 177 actions of Re-SpS (arXiv 2601.12212), section 4.1 and its code at 24786f4.
+        """The 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
 
         The paper's filter drops 3 of 180: 80, 96 and 128 nodes at depth 3 and top_k 8. They would fit (EAGLE's pool
         holds top_k + depth * top_k ** 2 nodes), but stay out as there.

@@ -1,7 +1,7 @@
 """Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
 
-Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code at
-24786f4. Deviations are named where they occur; `ReSpSConfig.paper` has only these:
+Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code,
+https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` deviates only here:
 
 - The state is the concatenation of the three layers, as the paper's equation 4 has it. Its code averages them for one
   model and cuts them off for two.
