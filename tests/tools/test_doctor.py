@@ -17,9 +17,9 @@ from tests.tokenizers import letter_tokenizer
 from tests.tools.diagnoses import diagnose
 from transformers_resps.drafting import DraftCache
 from transformers_resps.heads import BoundHead, DraftHead
+from transformers_resps.heads.unrolled import unroll
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, Allowance, LabelledText, refined, write_answers
-from transformers_resps.trainers.losses import unroll
 from transformers_resps.verifying.forward import FeatureTap
 from transformers_resps.verifying.prepacking import PackedWeight
 

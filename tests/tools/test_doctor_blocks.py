@@ -16,8 +16,8 @@ from transformers_resps.drafting import Committed, DraftCall, DraftRequest
 from transformers_resps.drafting.blocks import BlockSlots
 from transformers_resps.heads import BlockHead
 from transformers_resps.heads.block_head import BoundBlockHead
+from transformers_resps.heads.unrolled import unroll_blocks
 from transformers_resps.tools.doctor import LabelledText
-from transformers_resps.trainers.blocks import unroll_blocks
 from transformers_resps.tree import TreeShape
 from transformers_resps.verifying.forward import FeatureTap
 
@@ -42,7 +42,7 @@ def train_block_head(target: PreTrainedModel, generator: torch.Generator) -> Blo
         for is_causal in (True, False):
             head.config.causal = [is_causal] * 2
             bound = head.bind(target, head)
-            hidden = unroll_blocks(bound, features, texts, anchors, LEVELS)
+            hidden = unroll_blocks(bound, features, texts, LEVELS, anchors - 1)
             wanted = torch.stack([texts.gather(1, anchors + 1 + depth) for depth in range(LEVELS)])
             losses[is_causal] = F.cross_entropy(bound.logits(hidden).flatten(0, 2), wanted.flatten())
         (losses[True] + (4 - losses[False]).clamp(min=0)).backward()
@@ -102,7 +102,7 @@ def test_blocks_below_many_anchors_are_those_below_each_alone(
     texts = periodic_texts(2, torch.Generator().manual_seed(5))
     features, bound = features_of(target, texts), head.bind(target)
     anchors = torch.tensor([[3, 9, 15], [4, 5, 20]])
-    hidden = unroll_blocks(bound, features, texts, anchors, LEVELS)  # [levels, b, m, h]
+    hidden = unroll_blocks(bound, features, texts, LEVELS, anchors - 1)  # [levels, b, m, h]
     filled: list[Tensor] = []
     fill = BoundBlockHead.fill
 

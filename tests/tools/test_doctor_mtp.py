@@ -13,10 +13,10 @@ from tests.tokenizers import letter_tokenizer
 from tests.tools.diagnoses import diagnose
 from tests.tools.test_doctor import PERIOD, V, periodic_texts, train_target
 from transformers_resps.assistants import MtpHead
+from transformers_resps.heads.unrolled import unroll
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, LabelledText
 from transformers_resps.trainers.features import FrozenTarget
-from transformers_resps.trainers.losses import unroll
 
 
 def train(generator: torch.Generator) -> tuple[PreTrainedModel, MtpHead]:

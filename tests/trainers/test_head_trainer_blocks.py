@@ -13,8 +13,8 @@ from tests.drafting.test_block_drafter import block_head
 from tests.heads.blocks import CASES, LAYERS, random_tensors
 from tests.trainers.heads import bits, config, texts
 from transformers_resps import BlockHead
+from transformers_resps.assistants import load_head
 from transformers_resps.trainers import DraftHeadTrainer
-from transformers_resps.trainers.loading import read_head
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(tmp_path: 
     whole = bits(run().head)
     again = bits(run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).head)
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
-    saved = read_head(str(tmp_path / "head"), target)
+    saved = load_head(str(tmp_path / "head"), target)
     assert isinstance(saved, BlockHead)
     torch.testing.assert_close(bits(saved), whole, atol=0.02, rtol=0.02)  # in bfloat16
     other = DraftHeadTrainer(block_head(target, shifted=True), config(tmp_path), texts(12), target=target)

@@ -12,9 +12,9 @@ from tests.assistants.mtp_cases import CASES
 from tests.conftest import build_target
 from tests.trainers.heads import bits, config, texts
 from transformers_resps import MtpHead
+from transformers_resps.heads.unrolled import unroll
 from transformers_resps.trainers import DraftHeadTrainer
 from transformers_resps.trainers.features import FrozenTarget
-from transformers_resps.trainers.losses import unroll
 
 
 def test_a_fresh_layer_learns_and_leaves_alone_what_it_borrows(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from tests.conftest import build_target
 from transformers_resps import DraftHead, DraftHeadConfig
 from transformers_resps.assistants import MtpHead
 from transformers_resps.drafting import DraftCache
-from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy, unroll
+from transformers_resps.heads.unrolled import unroll
+from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy
 
 
 @pytest.mark.parametrize("biased", [False, True])

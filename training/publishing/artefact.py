@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from transformers_resps.assistants.mtp_layouts import MODEL_TYPE as MTP_TYPE
+from transformers_resps.drafting.kinds import MTP
 from transformers_resps.heads import DraftHeadConfig
 from transformers_resps.hub.upload import METRICS, RECIPE, RESULTS, as_hub_id
 from transformers_resps.tools.results import SCHEMA_VERSION
@@ -50,7 +50,7 @@ class Artefact:
 
     @property
     def is_mtp(self) -> bool:
-        return self.config.get("model_type") == MTP_TYPE
+        return bool(self.config.get("model_type") == MTP.saved_as)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_artefact(folder: Path) -> Artefact:
         UnreadableArtefactError: `config.json` is missing or of something else, or a file is invalid.
     """
     config = _mapping(folder / CONFIG)
-    kinds = (DraftHeadConfig.model_type, MTP_TYPE)
+    kinds = (DraftHeadConfig.model_type, MTP.saved_as)
     if config.get("model_type") not in kinds and "policy_type" not in config:
         raise UnreadableArtefactError(
             f"{folder / CONFIG} "

@@ -1,25 +1,27 @@
-"""Which source a checkpoint or a loaded model makes."""
+"""Load what drafts for a target: a draft head of any kind, or a model of Transformers that drafts."""
 
 import os
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..compat import load_model
-from ..drafting import DraftSource
+from ..drafting import DraftSource, TrainableSource
+from ..drafting.foreign import ForeignSource
+from ..drafting.kinds import CAUSAL, MTP, kind_of_model
 from ..heads import BlockHead, DraftHead
-from ..heads.formats.reading import WholeModelError, class_in
+from ..heads.formats.reading import WholeModelError, kind_in
 from ..hub.checkpoint import HUB
-from .causal import CausalDrafter
-from .gemma import GemmaAssistant
 from .mtp import MtpHead
+from .mtp_layouts import names_mtp
 
 
-_MUSE = "muse_glimmer_assistant"
+CAME_ALONG = "mtp"  # in place of a folder or Hub id: the MTP layers that came with the target
 
 
 class AutoDraftHead:
-    """Loads a draft head of any kind, told by its tensors; see `from_pretrained`."""
+    """Loads a draft head of any kind, recognised by its tensors; see `from_pretrained`."""
 
     @staticmethod
     def from_pretrained(
@@ -39,26 +41,62 @@ class AutoDraftHead:
         Raises:
             ValueError: as `DraftHead.from_pretrained`; a `WholeModelError` for a model that is no assistant.
         """
-        found = class_in(id_or_folder, **{key: value for key, value in keywords.items() if key in HUB})
-        if found == "MtpHead":
-            return MtpHead.from_pretrained(id_or_folder, target, **keywords)
-        if found == "BlockHead":
-            return BlockHead.from_pretrained(id_or_folder, target, **keywords)
+        hub = {key: keywords[key] for key in HUB & keywords.keys()}
+        kind = kind_in(id_or_folder, **hub)
         try:
-            return DraftHead.from_pretrained(id_or_folder, target, **keywords)
+            head: DraftHead | BlockHead | MtpHead = kind.source.load().from_pretrained(
+                id_or_folder, target, **keywords
+            )
         except WholeModelError as error:
-            if not GemmaAssistant.is_named(error.model_type):
+            if kind_of_model(error.model_type) is CAUSAL:
                 raise
-        model: PreTrainedModel = load_model(os.fspath(id_or_folder), dtype=target.dtype).to(target.device)
-        return model
+            return _load_whole(id_or_folder, target, hub)
+        return head
 
 
-def source_of(model: PreTrainedModel, target: PreTrainedModel) -> DraftSource:
-    """What a loaded model of Transformers drafts as.
+def load_drafter(
+    name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
+) -> DraftSource | PreTrainedModel:
+    """Load what `AutoDraftHead` loads, any causal model, or for "mtp" the layers that came with the target.
+
+    It is on the target's device and in its dtype.
+    """
+    if name == CAME_ALONG:
+        return MtpHead.from_target(target, **keywords)
+    try:
+        return AutoDraftHead.from_pretrained(name, target, **keywords)
+    except WholeModelError:
+        return _load_whole(name, target, {key: keywords[key] for key in HUB & keywords.keys()})
+
+
+def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableSource:
+    """Load a head that can be trained or diagnosed; of a whole model, its MTP layers.
+
+    Raises:
+        ValueError: as the `from_pretrained` of its class; a `WholeModelError` for a model without such layers.
+        OSError: there is no such folder or Hub id.
+    """
+    if name == CAME_ALONG:
+        return MtpHead.from_target(target, **{key: value for key, value in keywords.items() if value is not None})
+    hub = {key: keywords[key] for key in HUB & keywords.keys()}
+    config = PreTrainedConfig.get_config_dict(name, **hub)[0]
+    kind = MTP if names_mtp(config) else kind_in(name, **hub)
+    head: TrainableSource = kind.source.load().from_pretrained(name, target=target, **keywords)
+    return head
+
+
+def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
+    """Make the source that drafts with a loaded model or a candidate generator of Transformers.
 
     Raises:
         ValueError: it cannot draft for this target.
     """
-    if model.config.model_type == _MUSE:
-        return BlockHead.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
-    return GemmaAssistant(model, target) if GemmaAssistant.is_one(model) else CausalDrafter(model, target)
+    if isinstance(model, CandidateGenerator):
+        return ForeignSource(model)
+    source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)
+    return source
+
+
+def _load_whole(name: str | os.PathLike[str], target: PreTrainedModel, hub: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype, **hub).to(target.device)
+    return model

@@ -29,16 +29,6 @@ class GemmaAssistant(LoadedModel):
         super().__init__(model, target)
         self._layer_count: int = target.config.get_text_config(decoder=True).num_hidden_layers
 
-    @staticmethod
-    def is_named(model_type: str | None) -> bool:
-        """Whether this type of model is an assistant of Gemma 4."""
-        return model_type in ("gemma4_assistant", "gemma4_unified_assistant")
-
-    @classmethod
-    def is_one(cls, model: nn.Module) -> bool:
-        """Whether a loaded model is an assistant of Gemma 4."""
-        return cls.is_named(getattr(getattr(model, "config", None), "model_type", None))
-
     @property
     def feature_layers(self) -> list[int]:
         """What leaves the target's final norm; see `FeatureTap`."""

@@ -1,7 +1,7 @@
 """A loaded model of Transformers as what drafts for a target."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Self
 from weakref import ref
 
 from torch import nn
@@ -26,6 +26,11 @@ class LoadedModel(LevelSource):
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = ref(model)
         self.check_target(target)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> Self:
+        """Let a loaded model draft for a target."""
+        return cls(model, target)
 
     @property
     def model(self) -> PreTrainedModel:

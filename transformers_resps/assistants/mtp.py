@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
 from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
@@ -33,7 +34,7 @@ from ..tree import TreeShape
 from ..verifying.attention import GROUPED
 from ..verifying.forward import decoder_layers
 from ..verifying.prepacking import PackedWeights, packed_linear
-from .mtp_layouts import MODEL_TYPE, MtpCheckpoint, MtpConfig, Stored
+from .mtp_layouts import MtpCheckpoint, MtpConfig, Stored
 
 
 class MtpLayer(nn.Module):
@@ -249,6 +250,12 @@ class MtpHead(TrainableSource, nn.Module):
         head._start_from(target)
         return head.eval()
 
+    @classmethod
+    def untrained(
+        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
+    ) -> "MtpHead":
+        return cls.fresh(target, draft_token_ids=draft_token_ids, **fields)
+
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
         """Begin with the target's own state as the output, and its last such layer, which adds nothing yet."""
@@ -339,7 +346,7 @@ class MtpHead(TrainableSource, nn.Module):
             tensors |= {name: part.detach().cpu().contiguous().clone() for name, part in theirs.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         sizes = {key: self.target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
-        config = {"model_type": MODEL_TYPE, **sizes, "target": self.target, "mtp": asdict(self.settings)}
+        config = {"model_type": MTP.saved_as, **sizes, "target": self.target, "mtp": asdict(self.settings)}
         text = json.dumps(config, indent=2)
         if self.settings.draft_token_ids is not None:  # thousands of numbers, on one line
             text = re.sub(r'("draft_token_ids": )\[[^]]*\]', rf"\g<1>{list(self.settings.draft_token_ids)}", text)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..drafting.kinds import MTP
 from ..hub.checkpoint import CheckpointFiles, tensor_of
 
 
@@ -120,7 +121,6 @@ _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros"
 _NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # scales of other tensors, and what is computed
 _DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")  # in configs
 _COMPARED = 64  # rows
-MODEL_TYPE = "resps_mtp"  # of a module that was saved alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _canonical(name: str, layer_count: int) -> str | None:
 def names_mtp(config: dict[str, Any]) -> bool:
     """Return whether a config says that its files hold MTP layers, alone or with their target."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    return config.get("model_type") == MODEL_TYPE or any(part.get(key) for part in parts for key in _DEPTHS)
+    return config.get("model_type") == MTP.saved_as or any(part.get(key) for part in parts for key in _DEPTHS)
 
 
 class MtpCheckpoint:
@@ -294,7 +294,7 @@ class MtpCheckpoint:
     @property
     def is_alone(self) -> bool:
         """Whether the files hold the module alone, as `MtpHead.save_pretrained` writes it."""
-        return self._config.get("model_type") == MODEL_TYPE
+        return self._config.get("model_type") == MTP.saved_as
 
     def config(self) -> MtpConfig:
         """Return what the module computes, by its family, and which parts it has, by its files."""

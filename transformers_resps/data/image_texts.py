@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
 # What a prepared row has besides, in a dataset with images.
@@ -133,3 +133,14 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
+
+
+def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
+    """The processor of images that was given, or lies where the target came from; `None` if there is none."""
+    if processing_class is not None or not target.config.name_or_path:
+        return processing_class if isinstance(processing_class, ProcessorMixin) else None
+    try:
+        processor = AutoProcessor.from_pretrained(target.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return processor if isinstance(processor, ProcessorMixin) else None

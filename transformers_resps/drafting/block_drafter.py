@@ -1,7 +1,5 @@
 """Drafts with a model that fills a block of slots in one pass."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ..tree import CandidatePool, DraftTree, TreeShape
@@ -21,18 +19,6 @@ class BlockDrafter(LevelDrafter):
     drafts_at_once = True
     _model: BlockModel
     _function = BlockFunction
-
-    def __init__(
-        self,
-        model: BlockModel,
-        batch_size: int,
-        prompt_mask: Tensor | None,
-        engine: DraftEngine | None = None,
-        *,
-        feature_layers: Sequence[int] = (),
-    ) -> None:
-        super().__init__(model, batch_size, prompt_mask, engine, feature_layers=feature_layers)
-        self.most_levels = model.block_levels
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
         """As `Drafter.draft`. All levels come from one pass, so the policy is not asked whether to go on."""

@@ -65,6 +65,10 @@ class BlockModel(StepModel):
     windows: Sequence[int | None]
     causal: Sequence[bool]
 
+    @property
+    def most_levels(self) -> int:
+        return self.block_levels
+
     @abstractmethod
     def width(self, levels: int) -> int:
         """Slots of a pass that drafts so many tokens, the root's included."""

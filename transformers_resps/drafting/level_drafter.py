@@ -73,7 +73,7 @@ class LevelDrafter(Drafter):
         self._model, self._engine, self._target_entries = model, engine, target_entries
         self.feature_layers = feature_layers
         self.proposable_tokens = model.proposable_tokens
-        self.most_levels = model.depths if model.depths > 1 else None
+        self.most_levels = model.most_levels
         self._device, self._dtype, self._rows = model.device, model.dtype, batch_size
         if engine is None:
             self._cache = DraftCache.empty(model, batch_size)

@@ -183,6 +183,18 @@ class TrainableSource(LevelSource):
     def output_heads(self) -> list[nn.Module]:
         """Those of its own; empty where it borrows the target's."""
 
+    @classmethod
+    @abstractmethod
+    def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
+        """Make a new one for `target`, which is to be trained over so many levels.
+
+        Args:
+            target: the model that it drafts for.
+            draft_token_ids: target ids of the tokens that it can propose, `[d]`; `None` for all.
+            levels: tokens that it drafts one after the other in training.
+            fields: of its config.
+        """
+
     @abstractmethod
     def plain_card(self, repo_id: str) -> str:
         """A card for a repository that has none: what it is, its target, and how to load it."""

@@ -106,6 +106,11 @@ class StepModel(ABC):
     dtype: torch.dtype
 
     @property
+    def most_levels(self) -> int | None:
+        """The most levels that a draft can have; `None` for any number."""
+        return self.depths if self.depths > 1 else None
+
+    @property
     @abstractmethod
     def modules(self) -> nn.ModuleList:
         """All whose weights drafting reads, the target's included."""

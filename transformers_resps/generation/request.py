@@ -19,15 +19,13 @@ from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..assistants import AutoDraftHead, MtpHead, source_of
-from ..compat import load_model, unwrapped
+from ..assistants import load_drafter, source_of
+from ..compat import unwrapped
 from ..compilation.beside import CompilerProcess
 from ..drafting import DraftSource
 from ..drafting.engine import DraftEngines
-from ..drafting.foreign import ForeignSource
 from ..drafting.suffix_memory import SuffixMemory
 from ..heads import pair_identity
-from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
@@ -230,17 +228,6 @@ class SpeculationDefaults(Keywords):
         return _are_suspended.get()
 
 
-def _named_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
-    """What a folder or a Hub id holds, on the target's device and in its dtype, or for "mtp" what came with it."""
-    if name == MTP:
-        return MtpHead.from_target(target)
-    try:
-        return AutoDraftHead.from_pretrained(name, target)
-    except WholeModelError:
-        model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
-    return model
-
-
 class Assistants:
     """What drafts for one target: each name loaded once, and a source for each model, as long as the model lives."""
 
@@ -257,14 +244,12 @@ class Assistants:
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
-                self._named[key] = _named_assistant(assistant, target)
+                self._named[key] = load_drafter(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
         if not as_source or isinstance(model, DraftSource):
             return assistant
-        if isinstance(model, CandidateGenerator):
-            return self._sources.setdefault(model, ForeignSource(model))
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, PreTrainedModel | CandidateGenerator):
             raise ValueError(
                 f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
                 "head or of a causal model. Pass `assistant_model=DraftHead.from_pretrained(...)`, a model of "

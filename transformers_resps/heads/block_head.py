@@ -369,6 +369,18 @@ class BlockHead(HeadModel):
             nn.init.zeros_(head.correction.table)
         return head
 
+    @classmethod
+    def untrained(
+        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
+    ) -> "BlockHead":
+        slots = {"block_size": levels + (not fields.get("shifted", True))}
+        return cls.from_target(target, draft_token_ids=draft_token_ids, **slots | fields)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> "BlockHead":
+        """Make the head of a loaded model of Transformers."""
+        return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
+
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
         """The configured reading, then the others that this target has layers for.
 

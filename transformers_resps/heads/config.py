@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..drafting.kinds import BLOCK, EAGLE
 from ..hub.upload import shareable
 from ..tree import TreeShape
 
@@ -157,7 +158,7 @@ class DraftHeadConfig(HeadConfig):
     Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
     """
 
-    model_type = "resps_eagle3"
+    model_type = EAGLE.saved_as
 
     hidden_size: int = 576
     intermediate_size: int = 1536
@@ -289,7 +290,7 @@ class BlockHeadConfig(HeadConfig):
         ValueError: no head can have such a value; the message names the field.
     """
 
-    model_type = "resps_block"
+    model_type = BLOCK.saved_as
 
     hidden_size: int = 576
     intermediate_size: int = 1536

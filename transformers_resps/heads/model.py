@@ -435,6 +435,13 @@ class DraftHead(HeadModel):
         return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
 
     @classmethod
+    def untrained(
+        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
+    ) -> "DraftHead":
+        defaults: dict[str, Any] = {"fc_norm": True, "default_tree": [8, 4, 2]}
+        return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]  # the target is ours
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,

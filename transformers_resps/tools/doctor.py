@@ -22,20 +22,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.logging import tqdm
 
+from ..assistants import load_head
 from ..compilation.kernels import machine_line
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.batches import TokenBudgetBatches
 from ..data.conversations import load_rows
-from ..data.image_texts import cast_for, image_inputs
+from ..data.image_texts import cast_for, image_inputs, load_processor
 from ..data.preparation import shows_images
 from ..drafting import Reading, TrainableModel, TrainableSource
+from ..drafting.kinds import kind_of
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import SpeculationDefaults
-from ..heads.block_head import BoundBlockHead
 from ..telemetry.display import moving
-from ..trainers.blocks import unroll_blocks
-from ..trainers.loading import load_processor, read_head
-from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
 from ..verifying.lending import evaluation_mode
 from .diagnosis import Cell, Diagnosis, Tally
@@ -49,7 +47,6 @@ _SECONDS = 45.0  # for answers, unless the examination is thorough; loading take
 _LONG_TOKENS = 256  # of a thorough one's answers
 
 DEPTHS = 4
-_ANCHORS = 64  # blocks of one pass
 _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
 
 
@@ -119,9 +116,10 @@ class Probe:
         self._heads: list[Any] = [source.read_as(reading, target, whole) for reading in self._readings]
         # packing would copy the weights for each reading, and so many rows at once do not need it
         self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
-        depths = self._drafters[0].depths
-        blocks = [drafter.block_levels for drafter in self._drafters if isinstance(drafter, BoundBlockHead)]
-        self._depths = min([DEPTHS, *blocks]) if depths == 1 else min(depths, DEPTHS)
+        unroll = kind_of(head).unroll
+        assert unroll is not None
+        self._unroll: Callable[..., Tensor] = unroll.load()
+        self._depths = min(DEPTHS, *(drafter.most_levels or DEPTHS for drafter in self._drafters))
         self._tallies: list[list[Tally]] = [[] for _ in self._readings]
         self._agreed = [torch.zeros(self._depths, dtype=torch.long) for _ in self._readings]
         self._seen = 0
@@ -144,7 +142,7 @@ class Probe:
                     with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:
                         self._add(batch, tap)
 
-    def _add(self, batch: "_Batch", tap: FeatureTap) -> None:
+    def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
         """Score a batch under the readings that read features as `tap` catches them."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
@@ -156,9 +154,38 @@ class Probe:
             if head.before_deepstack is tap.before_deepstack:
                 caught = [features.caught[layer].to(head.device, head.dtype) for layer in head.feature_layers]
                 read, ids = torch.cat(caught, dim=-1), head.draft_token_ids
-                tallies, agreed = _score(drafter, ids, read, batch, picks.to(head.device), self._depths)
+                tallies, agreed = self._score(drafter, ids, read, batch, picks.to(head.device), self._depths)
                 self._tallies[number] += tallies
                 self._agreed[number] += agreed
+
+    def _score(
+        self,
+        drafter: TrainableModel,
+        draft_ids: Tensor,
+        features: Tensor,
+        batch: "_ScoredTexts",
+        picks: Tensor,
+        depths: int,
+    ) -> tuple[list[Tally], Tensor]:
+        """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
+        start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
+        scored = batch.scored[:, start:].to(features.device)
+        tokens = batch.tokens.to(features.device)
+        slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
+        hidden = self._unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
+        hits, log_probs = [], []
+        for depth in range(depths):
+            logits = drafter.normed_logits(hidden[depth][scored], min(depth, drafter.depths - 1))
+            wanted = F.pad(picks[:, start + 1 + depth :], (0, 1 + depth))[scored]  # the token after t + 1 + depth
+            rows = torch.searchsorted(draft_ids, wanted).clamp(max=len(draft_ids) - 1)
+            likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)
+            log_probs.append(likely * (draft_ids[rows] == wanted))
+            hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
+        agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
+        kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
+        nats = torch.stack(log_probs).sum(0).cpu().split(counts)
+        tallies = [Tally(count, int(k.sum()), float(n.sum())) for count, k, n in zip(counts, kept, nats, strict=True)]
+        return tallies, agreed.sum(1)
 
     def follow(self, readings: Sequence[Reading]) -> None:
         """Leave out all but these readings."""
@@ -182,7 +209,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _ScoredTexts:
     """Answers padded on the right, where causal attention never looks."""
 
     tokens: Tensor  # [b, t]
@@ -190,7 +217,7 @@ class _Batch:
     shown: LabelledText | None = None  # the only answer, where it is about images
 
 
-def _batches(answers: list[LabelledText], depths: int) -> Iterator[_Batch]:
+def _batches(answers: list[LabelledText], depths: int) -> Iterator[_ScoredTexts]:
     """Yield answers of like length together, up to `_BATCH_TOKENS` tokens, and each that is about images alone."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     others = [answer for answer in answers if not answer.shown]
@@ -198,46 +225,12 @@ def _batches(answers: list[LabelledText], depths: int) -> Iterator[_Batch]:
         yield _pad([others[row] for row in rows], depths)
 
 
-def _pad(answers: list[LabelledText], depths: int) -> _Batch:
+def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
     tokens = pad_sequence([answer.tokens.cpu() for answer in answers], batch_first=True)
     first = torch.tensor([max(answer.prompt_length, 2) - 2 for answer in answers])[:, None]
     end = torch.tensor([len(answer.tokens) - depths for answer in answers])[:, None]
     slots = torch.arange(tokens.shape[1])
-    return _Batch(tokens, (slots >= first) & (slots < end))
-
-
-def _score(
-    drafter: TrainableModel,
-    draft_ids: Tensor,
-    features: Tensor,
-    batch: _Batch,
-    picks: Tensor,
-    depths: int,
-) -> tuple[list[Tally], Tensor]:
-    """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
-    start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
-    scored = batch.scored[:, start:].to(features.device)
-    tokens = batch.tokens.to(features.device)
-    slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
-    if isinstance(drafter, BoundBlockHead):
-        anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)  # paired with the features before them
-        parts = [unroll_blocks(drafter, features, tokens, some, depths) for some in anchors.split(_ANCHORS, dim=1)]
-        hidden = torch.cat(parts, dim=2)
-    else:
-        hidden = unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
-    hits, log_probs = [], []
-    for depth in range(depths):
-        logits = drafter.normed_logits(hidden[depth][scored], min(depth, drafter.depths - 1))
-        wanted = F.pad(picks[:, start + 1 + depth :], (0, 1 + depth))[scored]  # the token after t + 1 + depth
-        rows = torch.searchsorted(draft_ids, wanted).clamp(max=len(draft_ids) - 1)
-        likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)
-        log_probs.append(likely * (draft_ids[rows] == wanted))
-        hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
-    agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
-    kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
-    nats = torch.stack(log_probs).sum(0).cpu().split(counts)
-    tallies = [Tally(count, int(k.sum()), float(n.sum())) for count, k, n in zip(counts, kept, nats, strict=True)]
-    return tallies, agreed.sum(1)
+    return _ScoredTexts(tokens, (slots >= first) & (slots < end))
 
 
 class Allowance:
@@ -341,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     given = {"revision": args.revision, **corrections(args.set)}
-    head = read_head(args.head, target, **given)
+    head = load_head(args.head, target, **given)
     most = args.max_new_tokens or (_LONG_TOKENS if args.thorough else _LOOK_TOKENS)
     answers = about_images(args, target, tokenizer, most)
     has_images = bool(answers)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..assistants.auto import AutoDraftHead
+from ..assistants import load_drafter
 from ..compat import load_model
 from ..data import Conversation, load_conversations
 from ..drafting import DraftSource
@@ -60,9 +60,8 @@ def load_source(name: str | None, target: Any, revision: str | None = None) -> D
     model, from a folder or Hub id, or by the word "mtp"; `None` without a name. Only a head may have a revision.
     """
     assistants: Assistants = attach(target).speculation_state.assistants
-    if name is None or revision is None:
-        return assistants.source(target, name)
-    return assistants.source(target, AutoDraftHead.from_pretrained(name, target, revision=revision))
+    named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
+    return assistants.source(target, named)
 
 
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:

@@ -20,6 +20,7 @@ from ..compat import text_config
 from ..data import Example, prepare_dataset, to_tokens
 from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, collate
 from ..data.conversations import as_messages
+from ..data.image_texts import load_processor
 from ..data.preparation import shows_images
 from ..generation.output import sampling
 from ..heads import BlockHead, DraftHead, parameter_fingerprint
@@ -29,7 +30,7 @@ from ..replay import MOST_NODES, OutcomeTable, RankedText, RecordedText, depths_
 from .base import written
 from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
-from .loading import Pair, context_of, load_processor, load_tokenizer
+from .loading import Pair, context_of, load_tokenizer
 from .policy_config import PolicyTrainingConfig
 from .rollouts import LiveRollouts, ReplayRollouts
 

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from ..compat import cpu_flags
+from ..drafting.kinds import KINDS
 from .base import check_count, check_mapping, check_setting
 
 
@@ -127,7 +128,9 @@ class DraftHeadTrainingConfig(TrainingArguments):
         for name, least in {"max_length": 3, "dataset_num_proc": 1}.items():
             if getattr(self, name) is not None:
                 check_count(self, name, least, " or None")
-        check_setting(self, "new_head", self.new_head in ("eagle3", "block", "mtp"), '"eagle3", "block" or "mtp"')
+        *words, last = [f'"{kind.new}"' for kind in KINDS if kind.new]
+        is_known = self.new_head in [kind.new for kind in KINDS if kind.new]
+        check_setting(self, "new_head", is_known, f"{', '.join(words)} or {last}")
         for name in ("ttt_step_decay", "anchor_share"):
             check_setting(self, name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         for name in ("model_init_kwargs", "target_init_kwargs"):

@@ -20,6 +20,7 @@ from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..drafting import TrainableSource
+from ..drafting.kinds import KINDS
 from ..heads import DraftHead
 from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import prepack
@@ -27,7 +28,7 @@ from .base import ArtefactTrainer, add_metrics, check_type
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
-from .loading import HEADS, as_target, default_folder, load_head, new_head
+from .loading import as_target, default_folder, load_named_head, new_head
 from .muon import muon_for
 from .objectives import Loss, objective_for
 from .tau import simulated_tau
@@ -89,7 +90,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         settings: dict[str, Any] = cast(Any, args.model_init_kwargs) or {}
         head: Any = model
         if isinstance(model, str):
-            head = load_head("model", model, loaded, **{"dtype": torch.float32, **settings})
+            head = load_named_head("model", model, loaded, **{"dtype": torch.float32, **settings})
         if head is not None:
             unwrapped(head).check_target(loaded)
         self._data = HeadTexts(loaded, processing_class, args)
@@ -338,7 +339,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
                 f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
                 "model as `target`, and `None` as `model` for a new head."
             )
-        check_type("model", unwrapped(model), *HEADS)
+        check_type("model", unwrapped(model), *(kind.source.load() for kind in KINDS if kind.objective))
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
     if model is None and train_dataset is None and args.draft_vocab_size:

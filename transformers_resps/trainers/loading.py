@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from transformers import (
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,24 +16,19 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..assistants import MtpHead
-from ..assistants.mtp_layouts import names_mtp
+from ..assistants import load_head
 from ..compat import load_model, text_config, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..drafting import TrainableSource
+from ..drafting.kinds import KINDS
 from ..generation.attach import attach
-from ..heads import BlockHead, BlockHeadConfig, DraftHead, DraftHeadConfig, pair_identity
-from ..heads.formats.reading import WholeModelError, class_in
+from ..heads import BlockHead, DraftHead, pair_identity
+from ..heads.formats.reading import WholeModelError
 from .base import check_type
 from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
-HEADS = DraftHead, BlockHead, MtpHead  # the kinds that are trained
-MTP = "mtp"  # names the layers that came with a target, or a new one
-BLOCK = "block"  # names a new block head
-# What a head's type or class is called by us, and by others.
-_MARKS = (DraftHeadConfig.model_type, BlockHeadConfig.model_type, "eagle", "dflash", "dspark")
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -100,17 +94,6 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
     return tokenizer
 
 
-def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """The processor of images that was given, or lies where the target came from; `None` if there is none."""
-    if processing_class is not None or not target.config.name_or_path:
-        return processing_class if isinstance(processing_class, ProcessorMixin) else None
-    try:
-        processor = AutoProcessor.from_pretrained(target.config.name_or_path)
-    except (OSError, ValueError):
-        return None
-    return processor if isinstance(processor, ProcessorMixin) else None
-
-
 def end_tokens(target: PreTrainedModel) -> set[int]:
     """Ids that end a text, as the target's configs say."""
     token_ids: set[int] = set()
@@ -120,29 +103,15 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
     return token_ids
 
 
-def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """As `read_head`, of a name that was given as `argument`."""
+def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
+    """Load the head that `argument` names, see `load_head`."""
     try:
-        return read_head(name, target, **init_kwargs)
+        return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
         raise ValueError(
             f"`{argument}` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or make a new "
             "head with `DraftHeadTrainer(None, ...)`; the model that it drafts for is `target`."
         ) from error
-
-
-def read_head(name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load a head of any kind from a folder or Hub id; "mtp" names the MTP layers that came with the target.
-
-    Raises as their `from_pretrained`.
-    """
-    if name == MTP:
-        return MtpHead.from_target(target, **{key: value for key, value in init_kwargs.items() if value is not None})
-    where = _where(init_kwargs)
-    if names_mtp(PreTrainedConfig.get_config_dict(name, **where)[0]):
-        return MtpHead.from_pretrained(name, target, **init_kwargs)
-    kind = BlockHead if class_in(name, **where) == "BlockHead" else DraftHead
-    return kind.from_pretrained(name, target=target, **init_kwargs)
 
 
 def new_head(
@@ -152,42 +121,35 @@ def new_head(
     args: DraftHeadTrainingConfig,
     **init_kwargs: Any,
 ) -> TrainableSource:
-    """A head for `target` in float32, as `args` ask for it, with the fields `init_kwargs` of its config.
+    """Make a head for `target` in float32, as `args` ask for it, with the fields `init_kwargs` of its config.
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
-    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it. A block drafts as many
-    tokens as there are levels in training.
+    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
     """
     everything = text_config(target).vocab_size
     ids = None
     if args.draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
         ids = choose_draft_vocabulary(examples, everything, args.draft_vocab_size, always).token_ids
-    head: Any
-    if args.new_head == MTP:
-        head = MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs)
-    elif args.new_head == BLOCK:
-        slots = args.ttt_steps + (not init_kwargs.get("shifted", True))
-        head = BlockHead.from_target(target, draft_token_ids=ids, **{"block_size": slots, **init_kwargs})
-    else:
-        fields = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
-        head = DraftHead.from_target(target, draft_token_ids=ids, **fields)
-    return head.to(torch.float32)
+    kind = next(kind for kind in KINDS if kind.new == args.new_head)
+    head: TrainableSource = kind.source.load().untrained(target, ids, args.ttt_steps, **init_kwargs).to(torch.float32)
+    return head
 
 
 def holds_head(name: str, **hub: Any) -> bool:
-    """Tell a draft head from a model, by what the published formats of heads have and models have not.
+    """Whether a folder or Hub id holds a draft head: its config has what models' configs have not.
 
     `hub` are `revision`, `subfolder`, `token` and `cache_dir` of the folder or Hub id. Raises `OSError` for no such.
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     names = [config.get("model_type"), *(config.get("architectures") or ())]
-    is_named = any(mark in str(one).lower() for one in names for mark in _MARKS)
+    marks = [mark for kind in KINDS for mark in (kind.saved_as, *kind.marks) if mark]
+    is_named = any(mark in str(one).lower() for one in names for mark in marks)
     return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
 
 
 def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The loading arguments that say where."""
+    """The loading arguments that say where the files are."""
     return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
@@ -230,8 +192,8 @@ class Pair:
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)
-        loaded: Any = load_head("head", head, model) if isinstance(head, str) else head
-        check_type("head", unwrapped(loaded), DraftHead, BlockHead)
+        loaded: Any = load_named_head("head", head, model) if isinstance(head, str) else head
+        check_type("head", unwrapped(loaded), *(kind.source.load() for kind in KINDS if kind.records))
         unwrapped(loaded).check_target(model)
         reads = load_tokenizer(model, tokenizer)
         if reads is None:

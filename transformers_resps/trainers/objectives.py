@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..drafting import TrainableModel, TrainableSource
+from ..drafting.kinds import kind_of
 from ..heads import BlockHead
 from ..heads.block_head import BoundBlockHead, CandidateSelector, MarkovHead
-from .blocks import contexts_of, draw_anchors, run_blocks, selection_loss, shared_probability
+from ..heads.unrolled import run_blocks, unroll
+from .blocks import contexts_of, draw_anchors, selection_loss, shared_probability
 from .features import FrozenTarget, TargetFeatures
 from .head_config import DraftHeadTrainingConfig
-from .losses import Teacher, pack, soft_cross_entropy, unroll
+from .losses import Teacher, pack, soft_cross_entropy
 
 
 class Loss(NamedTuple):
-    """Of a batch."""
+    """The loss of a batch, and its hits."""
 
     total: Tensor  # weighted sum over all levels and tokens
     losses: Tensor  # [k] sum of each level
@@ -28,11 +30,16 @@ class Loss(NamedTuple):
 
 
 class Objective(ABC):
-    """How a head is trained for a target."""
+    """Trains a head for a target."""
 
     def __init__(self, target: FrozenTarget, args: DraftHeadTrainingConfig) -> None:
         self._target, self._levels, self._decay = target, args.ttt_steps, args.ttt_step_decay
         self._chunk_size, self._anchor_share = args.loss_chunk_size, args.anchor_share
+
+    @staticmethod
+    @abstractmethod
+    def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
+        """Raise a `ValueError` for a head that cannot be trained with these settings."""
 
     @abstractmethod
     def __call__(
@@ -51,6 +58,14 @@ class Objective(ABC):
 
 class LevelObjective(Objective):
     """EAGLE-3's training-time test: every token is predicted by all levels."""
+
+    @staticmethod
+    def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
+        if 1 < head.depths < args.ttt_steps:
+            raise ValueError(
+                f"`ttt_steps` is {args.ttt_steps}, but each of these {head.depths} MTP layers drafts one level. Pass "
+                f"`ttt_steps={head.depths}`."
+            )
 
     def __call__(
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
@@ -85,6 +100,20 @@ class BlockObjective(Objective):
 
     Source: DFlash (arXiv 2602.06036) section 3, DSpark (arXiv 2607.05147).
     """
+
+    @staticmethod
+    def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
+        assert isinstance(head, BlockHead)
+        if args.ttt_steps > head.config.levels:
+            raise ValueError(
+                f"`ttt_steps` is {args.ttt_steps}, but a block of this head drafts {head.config.levels} tokens. Pass "
+                f"`ttt_steps={head.config.levels}`."
+            )
+        if head.config.final_logit_softcapping is not None:
+            raise ValueError(
+                f"This head caps its logits at {head.config.final_logit_softcapping}, and such a head is not trained "
+                "here. Start from another head, or from a new one."
+            )
 
     def __call__(
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
@@ -158,23 +187,10 @@ def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[
     """How a head is trained.
 
     Raises:
-        ValueError: not with these settings.
+        ValueError: it cannot be trained with these settings.
     """
-    if isinstance(head, BlockHead):
-        if args.ttt_steps > head.config.levels:
-            raise ValueError(
-                f"`ttt_steps` is {args.ttt_steps}, but a block of this head drafts {head.config.levels} tokens. Pass "
-                f"`ttt_steps={head.config.levels}`."
-            )
-        if head.config.final_logit_softcapping is not None:
-            raise ValueError(
-                f"This head caps its logits at {head.config.final_logit_softcapping}, and such a head is not trained "
-                "here. Start from another head, or from a new one."
-            )
-        return BlockObjective
-    if 1 < head.depths < args.ttt_steps:
-        raise ValueError(
-            f"`ttt_steps` is {args.ttt_steps}, but each of these {head.depths} MTP layers drafts one level. Pass "
-            f"`ttt_steps={head.depths}`."
-        )
-    return LevelObjective
+    reference = kind_of(head).objective
+    assert reference is not None
+    objective: type[Objective] = reference.load()
+    objective.check(head, args)
+    return objective

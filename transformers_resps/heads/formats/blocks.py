@@ -1,4 +1,4 @@
-"""One published checkpoint of a block head -> the config and tensors of our canonical one.
+"""Read a published block head into the config and tensors of our canonical one.
 
 The sources are read commits of z-lab/dflash, deepseek-ai/DeepSpec, vllm-project/speculators, hao-ai-lab/JetSpec and
 Transformers. They share tensors and differ in which slot predicts which token, in what a slot sees, and in what layer
@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...drafting.kinds import BLOCK, bare_names
 from ..config import BlockHeadConfig
-from .kinds import check_class, raw_names
 from .publishers import PublishedConfig, Publisher
-from .reading import PUBLISHED_ONLY, Checkpoint, PublishedHead, draft_offsets
+from .reading import Checkpoint, PublishedHead, check_kind, corrected, own_corrections
 
 
-class Layout(StrEnum):
+class BlockPublisher(StrEnum):
     """Who wrote a file, as far as it decides what the file means."""
 
     ZLAB = "z-lab"
@@ -36,7 +36,7 @@ _SPELLINGS = {
 _QUERY = "layers.0.self_attn.q_proj"
 _EVERY = ("fc.weight", "hidden_norm.weight", "norm.weight", f"{_QUERY}.weight", "layers.0.self_attn.q_norm.weight")
 _MUSE_BASE = 5e5  # of RoPE, where its config leaves it out
-# Parts of tensors' names -> what they are of, which no block head of ours has.
+# Parts of tensors' names -> what a head that has them is or does, and no block head of ours.
 _OTHER_PARTS = {
     "qkv_proj": "has fused projections of queries, keys and values (`qkv_proj`)",
     ".g_proj": "gates its attention (`g_proj`)",
@@ -52,7 +52,7 @@ _OTHER_PARTS = {
     "feedforward_layernorm": "has the layers of Gemma (`pre_feedforward_layernorm`)",
     "mlp.experts": "has a mixture of experts in its layers",
 }
-# Fields that name a kind -> the kinds that are read
+# Fields that name a kind -> the kinds that can be read
 _KINDS = {
     "speculators_model_type": (None, "dflash", "dflash2", "dspark"),
     "projector_type": (None, "dflash", "dflash2", "dspark"),
@@ -63,44 +63,40 @@ _KINDS = {
 def canonical_block_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[BlockHeadConfig, dict[str, Tensor]]:
-    """Config and tensors of the block head in `checkpoint`, from any publisher; see `canonical_head`.
+    """Read the block head in `checkpoint`, of any publisher, into our config and tensors; see `canonical_head`.
 
     Raises:
         ValueError: it is no block head, is one that cannot be read, contradicts itself, or does not fit the target.
     """
-    check_class(checkpoint.name, checkpoint.config, checkpoint.tensors, "BlockHead")
-    ours = {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
+    check_kind(checkpoint, BLOCK)
     if checkpoint.config.get("model_type") == BlockHeadConfig.model_type:
-        fields, theta = checkpoint.config | ours, overrides.get("rope_theta")
-        if theta is not None:
-            fields["rope_parameters"] = {**fields["rope_parameters"], "rope_theta": float(theta)}
-        return BlockHeadConfig.from_dict(fields), checkpoint.tensors
+        return BlockHeadConfig.from_dict(corrected(checkpoint.config, overrides)), checkpoint.tensors
     fields, tensors = _PublishedBlock(checkpoint, target, overrides).read()
-    return BlockHeadConfig(**fields | ours), tensors
+    return BlockHeadConfig(**fields | own_corrections(overrides)), tensors
 
 
-class _PublishedBlock(PublishedHead):
-    """Another publisher's block head, read into the fields of our config and the tensors of our head."""
+class _PublishedBlock:
+    """The parts of a published block head that no EAGLE-3 head has."""
 
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
-        names, config = raw_names(checkpoint.tensors), checkpoint.config
-        self._layout = _layout_of(config, names)
+        names, config = bare_names(checkpoint.tensors), checkpoint.config
+        self._publisher = _publisher_of(config, names)
         nested = config.get("transformer_layer_config") or {}, config, config.get("dflash_config") or {}, overrides
         fields = {key: value for part in nested for key, value in part.items() if value is not None}
         rope = fields.get("rope_parameters") or {}
         fields |= {"rope_parameters": rope["sliding_attention"]} if "sliding_attention" in rope else {}
-        if self._layout is Layout.MUSE and not rope:
+        if self._publisher is BlockPublisher.MUSE and not rope:
             fields = {"rope_theta": _MUSE_BASE, **fields}
-        super().__init__(
-            checkpoint.name,
-            target,
-            {_SPELLINGS.get(name, name): part for name, part in names.items()},
-            PublishedConfig(fields, overrides, Publisher.DEEPSPEC, checkpoint.name),
-        )
+        self._source, self._stated = checkpoint.name, fields
+        self._tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
+        published = PublishedConfig(fields, overrides, Publisher.DEEPSPEC, checkpoint.name)
+        self._head = PublishedHead(checkpoint.name, target, self._tensors, published)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The fields of our config, and the tensors under our names."""
         self._refuse_others()
-        sizes, identity = self._sizes(), self._identity()
+        head, published = self._head, self._head.published
+        sizes, identity = head.sizes(), head.identity()
         if sizes["hidden_size"] != sizes["target_hidden_size"]:
             raise ValueError(
                 f"{self._source} is {sizes['hidden_size']} wide and reads features of {sizes['target_hidden_size']}, "
@@ -108,7 +104,7 @@ class _PublishedBlock(PublishedHead):
             )
         windows = self._windows(sizes["num_hidden_layers"])
         fields = {
-            **self._copied(),
+            **head.copied_fields(),
             **sizes,
             **self._correction(),
             "attention_bias": f"{_QUERY}.bias" in self._tensors,
@@ -121,12 +117,11 @@ class _PublishedBlock(PublishedHead):
             "embedding_scale": float(self._stated.get("input_embedding_scale", 1.0)),
             "output_multiplier": float(self._stated.get("output_multiplier", 1.0)),
             "final_logit_softcapping": self._stated.get("final_logit_softcapping") or None,
-            "rope_parameters": self._published.rope_parameters(),
+            "rope_parameters": published.rope_parameters(),
             "target": identity,
-            "source": {"format": str(self._layout), "layer_ids": self._published.layer_ids},
+            "source": {"format": str(self._publisher), "layer_ids": published.layer_ids},
         }
-        offsets = draft_offsets(self._tensors, sizes["draft_vocab_size"], sizes["vocab_size"], self._source)
-        fields, tensors = self._without_borrowed(fields, offsets)
+        fields, tensors = head.without_borrowed(fields)
         return {key: fields[key] for key in fields if key in BlockHeadConfig.__annotations__}, tensors
 
     def _refuse_others(self) -> None:
@@ -158,13 +153,13 @@ class _PublishedBlock(PublishedHead):
     @property
     def _is_shifted(self) -> bool:
         """Whether the root's slot predicts the first token."""
-        if self._layout is Layout.SPECULATORS:
+        if self._publisher is BlockPublisher.SPECULATORS:
             default = self._stated.get("speculators_model_type") == "dspark"
             return bool(self._stated.get("sample_from_anchor", default))
-        return self._layout is Layout.DEEPSPEC or bool(self._stated.get("shift_label"))
+        return self._publisher is BlockPublisher.DEEPSPEC or bool(self._stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
-        """Of each layer, the positions that a slot sees; 0 for all in a sliding layer, `None` in a full one."""
+        """The number of positions that a slot sees in each layer; 0 for all in a sliding one, `None` in a full one."""
         window = self._stated.get("sliding_window") if self._stated.get("use_sliding_window", True) else 0
         kinds = self._stated.get("layer_types") or ["full_attention"] * count
         if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
@@ -173,26 +168,26 @@ class _PublishedBlock(PublishedHead):
                 "Correct config.json."
             )
         # Transformers' own sees one position more to the left: a distance of at most the window
-        more = 1 if self._layout is Layout.MUSE and window else 0
+        more = 1 if self._publisher is BlockPublisher.MUSE and window else 0
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
-        """Of each layer, whether a slot sees no later one."""
+        """Whether a slot sees no later one, for each layer."""
         stated, is_sliding = self._stated, [window is not None for window in windows]
-        if self._layout in (Layout.DEEPSPEC, Layout.MUSE):
+        if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
             return [False] * len(windows)
-        if self._layout is Layout.SPECULATORS:
+        if self._publisher is BlockPublisher.SPECULATORS:
             default = stated.get("speculators_model_type") == "dflash2"
             return [False] * len(windows) if stated.get("sliding_window_non_causal", default) else is_sliding
         flags = [stated[key] for key in ("causal_head", "is_causal", "causal") if isinstance(stated.get(key), bool)]
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """In the `output_hidden_states` convention: speculators' ids are that already, all others count layers."""
-        ids, count = self._published.layer_ids, self._feature_count(sizes["target_hidden_size"])
+        """Feature layers as in `output_hidden_states`: speculators' ids are indices of it, all others count layers."""
+        ids, count = self._head.published.layer_ids, self._head.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self._stated.get("feature_layers")
         if layers is None and ids is not None:
-            layers = [layer + (self._layout is not Layout.SPECULATORS) for layer in ids]
+            layers = [layer + (self._publisher is not BlockPublisher.SPECULATORS) for layer in ids]
         elif layers is None and depth is not None:
             layers = [layer + 1 for layer in default_layer_ids(depth, sizes["num_hidden_layers"])]
         if layers is None or len(layers) != count:
@@ -203,7 +198,7 @@ class _PublishedBlock(PublishedHead):
         return layers
 
     def _correction(self) -> dict[str, Any]:
-        """What the tensors have beside the body."""
+        """The fields of corrections, confidence head and convolutions, by their tensors."""
         tensors, fields = self._tensors, dict[str, Any]()
         if "markov_head.markov_w1.weight" in tensors:
             parts = {"gate_proj": "gated", "joint_proj": "rnn"}
@@ -224,21 +219,21 @@ class _PublishedBlock(PublishedHead):
         return fields
 
 
-def _layout_of(config: dict[str, Any], names: Mapping[str, Any]) -> Layout:
-    """Who wrote a file, by the names of its tensors where they tell."""
+def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPublisher:
+    """The publisher of a file, by the names of its tensors or its config."""
     if "encoder.fc.weight" in names:
-        return Layout.MUSE
+        return BlockPublisher.MUSE
     if {"speculators_model_type", "transformer_layer_config"} & set(config):
-        return Layout.SPECULATORS
+        return BlockPublisher.SPECULATORS
     is_spark = any(kind.endswith("DSparkModel") for kind in config.get("architectures") or ())
     is_flat = "target_layer_ids" in config and "dflash_config" not in config
     has_copies = is_flat and not {"embed_tokens.weight", "lm_head.weight"}.isdisjoint(names)
     has_markov = any(name.startswith("markov_head.") for name in names)
-    return Layout.DEEPSPEC if is_spark or has_copies or has_markov else Layout.ZLAB
+    return BlockPublisher.DEEPSPEC if is_spark or has_copies or has_markov else BlockPublisher.ZLAB
 
 
 def default_layer_ids(depth: int, count: int) -> list[int]:
-    """The layers of a target of this depth that z-lab's head of `count` layers reads where its config says nothing.
+    """Layers of a target of this depth that z-lab's head of `count` layers reads by default.
 
     Source: z-lab/dflash, `build_target_layer_ids`.
     """

@@ -1,6 +1,6 @@
-"""One published checkpoint -> the config and tensors of our canonical head.
+"""Read a published checkpoint into the config and tensors of our canonical head.
 
-Sizes are those of the tensors; a config or a target that disagrees is refused, and what is missing is never filled in.
+The tensors decide the sizes; a config or a target that disagrees is refused, and nothing that is missing is filled in.
 """
 
 import os
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...drafting.kinds import BLOCK, EAGLE, SHAPING, DrafterKind, kind_of_files
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import DraftHeadConfig
 from ..identity import check_is_model, target_identity
-from .kinds import SHAPING, check_class, class_of
 from .publishers import MODELOPT_LAYER, PublishedConfig
 from .tensor_names import canonical_names, check_complete, check_exact, layer_count
 
@@ -77,7 +77,7 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
             ".index.json. Check that the download is complete, and whether you are offline."
         )
     check_is_head(config, canonical_names(places, name), name)  # before the weights of a whole model are read
-    if class_of(config, dict.fromkeys(places)) == "BlockHead" and files.has(_PICKLE):
+    if kind_of_files(config, dict.fromkeys(places)) is BLOCK and files.has(_PICKLE):
         raise ValueError(
             f"{name} has a part in {_PICKLE}, a pickle, which could run code. Use a head whose tensors are all in "
             "safetensors."
@@ -85,9 +85,8 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return config, files.read(places, tensor_of)
 
 
-def class_in(name: str | os.PathLike[str], **hub: Any) -> str:
-    """The class for what a Hub id or folder holds, as `class_of` has it, without its weights; "DraftHead", which tells
-    what is missing, where the files say nothing.
+def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
+    """The kind of head in a Hub id or folder, see `kind_of_files`, without reading its weights.
 
     Raises:
         ValueError, OSError: as `read_checkpoint`.
@@ -95,17 +94,26 @@ def class_in(name: str | os.PathLike[str], **hub: Any) -> str:
     files = CheckpointFiles(name, hub)
     config, places = files.config() or {}, files.places(*_FILES) or {}
     shaping = {name: place for name, place in places.items() if name.endswith(SHAPING)}
-    return class_of(config, dict.fromkeys(places) | files.read(shaping, tensor_of))
+    return kind_of_files(config, dict.fromkeys(places) | files.read(shaping, tensor_of))
 
 
-# Corrections of what publishers write and our own config says otherwise.
-PUBLISHED_ONLY = {"rope_theta"}
+def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
+    """Raise a `ValueError` for a checkpoint of another kind, which names the class that reads it."""
+    found = kind_of_files(checkpoint.config, checkpoint.tensors)
+    if found is not wanted:
+        raise ValueError(
+            f"{checkpoint.name} is no `{wanted.name}`, but one for `{found.name}`. Load it with "
+            f"`{found.name}.from_pretrained`, or any kind with `AutoDraftHead.from_pretrained`."
+        )
+
+
+PUBLISHED_ONLY = {"rope_theta"}  # corrections by a publisher's name of a field, which our config calls otherwise
 
 
 def canonical_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    """Config and tensors of the canonical head in `checkpoint`, from any publisher.
+    """Read the EAGLE-3 head in `checkpoint`, of any publisher, into our config and tensors.
 
     Args:
         checkpoint: what was read.
@@ -115,19 +123,28 @@ def canonical_head(
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
     """
-    check_class(checkpoint.name, checkpoint.config, checkpoint.tensors, "DraftHead")
-    ours = {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
+    check_kind(checkpoint, EAGLE)
     if checkpoint.config.get("model_type") != DraftHeadConfig.model_type:
-        fields, tensors = PublishedHead.of(checkpoint, target, overrides).read()
-        return DraftHeadConfig(**fields | ours), tensors
-    fields = checkpoint.config | ours
-    if overrides.get("rope_theta") is not None:
-        rope = fields.get("rope_parameters") or {"rope_type": "default"}
-        fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
+        fields, tensors = _read_eagle(checkpoint, target, overrides)
+        return DraftHeadConfig(**fields | own_corrections(overrides)), tensors
     try:
-        return DraftHeadConfig.from_dict(fields), checkpoint.tensors
+        return DraftHeadConfig.from_dict(corrected(checkpoint.config, overrides)), checkpoint.tensors
     except AttributeError as error:  # a dtype that PyTorch does not have
         raise ValueError(f"The config of {checkpoint.name} cannot be read ({error}). Download it again.") from error
+
+
+def own_corrections(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The corrections that are fields of our configs."""
+    return {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
+
+
+def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A config of ours with the user's corrections."""
+    fields, theta = config | own_corrections(overrides), overrides.get("rope_theta")
+    if theta is not None:
+        rope = fields.get("rope_parameters") or {"rope_type": "default"}
+        fields["rope_parameters"] = {**rope, "rope_theta": float(theta)}
+    return fields
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
@@ -138,97 +155,134 @@ _MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
 _PARALLEL_LEVELS = 8  # of P-EAGLE heads that do not state them: speculators' default
 
 
-class PublishedHead:
-    """Another publisher's head, read into the fields of our config and the tensors of our head.
+def _read_eagle(
+    checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = canonical_names(checkpoint.tensors, checkpoint.name)
+    published = PublishedConfig.of(checkpoint.config, tensors, overrides, checkpoint.name)
+    head, stated = PublishedHead(checkpoint.name, target, tensors, published), published.fields
+    check_is_head(stated, tensors, head.source)
+    for reason in other_kinds(stated, tensors):
+        raise ValueError(
+            f"{head.source} {reason} Use an EAGLE-3 head of the same target, or train one with `DraftHeadTrainer`."
+        )
+    check_complete(tensors, head.source)
+    sizes, identity = head.sizes(), head.identity()
+    count = head.feature_count(sizes["target_hidden_size"])
+    fields = {
+        **head.copied_fields(),
+        **sizes,
+        **_structure(tensors, stated),
+        **published.norm_flags(is_parallel="mask_hidden" in tensors),
+        "rope_parameters": published.rope_parameters(),
+        "feature_layers": published.feature_layers(count, identity.get("num_hidden_layers")),
+        "sliding_window": _window(head, sizes["num_hidden_layers"]),
+        **_parallel(head),
+        "target": identity,
+        "source": {"format": str(published.publisher), "layer_ids": published.layer_ids},
+    }
+    return head.without_borrowed(fields)
 
-    Its `tensors` are under our names.
+
+def _window(head: "PublishedHead", layer_count: int) -> int | None:
+    """How many of the newest tokens the head was trained to see; `None` for all."""
+    window: int | None = head.stated.get("sliding_window")
+    kinds = set(head.stated.get("layer_types", ["sliding_attention"])[:layer_count])
+    if not window or not head.stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
+        return None
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Some layers of {head.source} see the last {window} tokens only (`sliding_window`), but draft trees "
+            "need layers that all see the same. Pass `sliding_window=None` to show all to every layer: the output "
+            f"stays the same, but acceptance may drop after {window} tokens."
+        )
+    return window
+
+
+def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
+    """Which optional tensors the head has. One that only the config states counts too, and is missed later."""
+    flags = {
+        "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
+        "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
+        "attention_output_bias": f"{_ATTENTION}o_proj.bias" in tensors,
+        "mlp_bias": "layers.0.mlp.gate_proj.bias" in tensors,
+        "qk_norm": f"{_ATTENTION}q_norm.weight" in tensors,
+        "norm_before_fc": "input_norm.weight" in tensors,
+        "fc_norm": any(name.startswith("fc_norm.") for name in tensors),
+    }
+    return {flag: is_there or stated.get(flag) is True for flag, is_there in flags.items()}
+
+
+def _parallel(head: "PublishedHead") -> dict[str, Any]:
+    """The fields that only a P-EAGLE head has: the token of its placeholders, and the levels it was trained for."""
+    stated = head.stated
+    if "mask_hidden" not in head.tensors:
+        return {}
+    head.tensors["mask_hidden"] = head.tensors["mask_hidden"].flatten()
+    token = next((stated[name] for name in _MASK_TOKENS if name in stated), None)
+    if token is None:
+        raise ValueError(
+            f"{head.source} is a P-EAGLE head, but states no `mask_token_id`. Pass `mask_token_id=`, the token of "
+            "its placeholders."
+        )
+    methods = stated.get("speculators_config", {}).get("proposal_methods") or [{}]
+    levels = stated.get("parallel_levels") or methods[0].get("speculative_tokens") or _PARALLEL_LEVELS
+    return {"mask_token_id": int(token), "parallel_levels": levels, "default_tree": [33, levels, 8]}
+
+
+class PublishedHead:
+    """Another publisher's head of any kind: its sizes, its vocabulary, and what it borrows from its target.
+
+    Args:
+        source: where from, for messages.
+        target: the model that it is for, if it is given.
+        tensors: under our names.
+        published: its config.
     """
 
     def __init__(
         self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig
     ) -> None:
-        self._source, self._target, self._tensors = source, target, tensors
+        self.source, self.tensors, self.published, self.stated = source, tensors, published, published.fields
+        self._target = target
         self._target_config = None if target is None else target.config.get_text_config()
-        self._published, self._stated = published, published.fields
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> "PublishedHead":
-        """An EAGLE-3 head, with the user's corrections."""
-        tensors = canonical_names(checkpoint.tensors, checkpoint.name)
-        published = PublishedConfig.of(checkpoint.config, tensors, overrides, checkpoint.name)
-        return cls(checkpoint.name, target, tensors, published)
+    def copied_fields(self) -> dict[str, Any]:
+        """The fields of our configs that mean the same everywhere."""
+        copied = {key: self.stated.get(key, default) for key, default in _COPIED.items()}
+        return copied | {key: self.stated.get(key) for key in _TOKEN_IDS}
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        check_is_head(self._stated, self._tensors, self._source)
-        for reason in other_kinds(self._stated, self._tensors):
-            raise ValueError(
-                f"{self._source} {reason} Use an EAGLE-3 head of the same target, or train one with "
-                "`DraftHeadTrainer`."
-            )
-        check_complete(self._tensors, self._source)
-        sizes, identity = self._sizes(), self._identity()
-        count = self._feature_count(sizes["target_hidden_size"])
-        fields = {
-            **self._copied(),
-            **sizes,
-            **self._structure(),
-            **self._published.norm_flags(is_parallel=self._is_parallel),
-            "rope_parameters": self._published.rope_parameters(),
-            "feature_layers": self._published.feature_layers(count, identity.get("num_hidden_layers")),
-            "sliding_window": self._window(sizes["num_hidden_layers"]),
-            **self._parallel(),
-            "target": identity,
-            "source": {"format": str(self._published.publisher), "layer_ids": self._published.layer_ids},
-        }
-        offsets = draft_offsets(self._tensors, sizes["draft_vocab_size"], sizes["vocab_size"], self._source)
-        return self._without_borrowed(fields, offsets)
+    def sizes(self) -> dict[str, int]:
+        """The sizes of our configs, by the tensors.
 
-    def _copied(self) -> dict[str, Any]:
-        """The fields that mean the same everywhere."""
-        copied = {key: self._stated.get(key, default) for key, default in _COPIED.items()}
-        return copied | {key: self._stated.get(key) for key in _TOKEN_IDS}
-
-    def _window(self, layer_count: int) -> int | None:
-        """How many of the newest tokens the head was trained to see; `None` for all."""
-        window: int | None = self._stated.get("sliding_window")
-        kinds = set(self._stated.get("layer_types", ["sliding_attention"])[:layer_count])
-        if not window or not self._stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
-            return None
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Some layers of {self._source} see the last {window} tokens only (`sliding_window`), but draft trees "
-                "need layers that all see the same. Pass `sliding_window=None` to show all to every layer: the output "
-                f"stays the same, but acceptance may drop after {window} tokens."
-            )
-        return window
-
-    def _sizes(self) -> dict[str, int]:
-        """The sizes of `DraftHeadConfig`, as the tensors have them; the config and the target must agree."""
+        Raises:
+            ValueError: the config or the target disagrees.
+        """
         sizes = {
-            "hidden_size": len(self._tensors["norm.weight"]),
-            "intermediate_size": len(self._tensors["layers.0.mlp.gate_proj.weight"]),
-            "num_hidden_layers": layer_count(self._tensors),
+            "hidden_size": len(self.tensors["norm.weight"]),
+            "intermediate_size": len(self.tensors["layers.0.mlp.gate_proj.weight"]),
+            "num_hidden_layers": layer_count(self.tensors),
             **self._attention_sizes(),
             **self._vocabulary_sizes(),
         }
-        wrong = {key: size for key, size in sizes.items() if self._stated.get(key, size) != size}
+        wrong = {key: size for key, size in sizes.items() if self.stated.get(key, size) != size}
         if wrong:
-            stated = ", ".join(f"{key} {self._stated[key]} (the tensors: {size})" for key, size in wrong.items())
+            stated = ", ".join(f"{key} {self.stated[key]} (the tensors: {size})" for key, size in wrong.items())
             corrections = ", ".join(f"{key}={size}" for key, size in wrong.items())
             raise ValueError(
-                f"The config of {self._source} states {stated}. "
+                f"The config of {self.source} states {stated}. "
                 f"Download the head again or, if the tensors are right, pass `{corrections}`."
             )
         return {**sizes, "target_hidden_size": self._target_hidden_size(sizes["hidden_size"])}
 
     def _attention_sizes(self) -> dict[str, int]:
-        query, key = (len(self._tensors[f"{_ATTENTION}{name}_proj.weight"]) for name in "qk")
-        norm = self._tensors.get(f"{_ATTENTION}q_norm.weight")
-        head_dim = self._stated.get("head_dim") if norm is None else len(norm)
-        heads = self._stated.get("num_attention_heads") or (query // head_dim if head_dim else _USUAL_HEADS)
+        query, key = (len(self.tensors[f"{_ATTENTION}{name}_proj.weight"]) for name in "qk")
+        norm = self.tensors.get(f"{_ATTENTION}q_norm.weight")
+        head_dim = self.stated.get("head_dim") if norm is None else len(norm)
+        heads = self.stated.get("num_attention_heads") or (query // head_dim if head_dim else _USUAL_HEADS)
         if query % heads or query // heads % 2 or key % (query // heads):
             raise ValueError(
-                f"{self._source} has {query} query and {key} key rows, which do not divide into {heads} attention "
+                f"{self.source} has {query} query and {key} key rows, which do not divide into {heads} attention "
                 "heads of one even size. Pass the right `num_attention_heads=`."
             )
         head_dim = query // heads
@@ -237,87 +291,53 @@ class PublishedHead:
     def _vocabulary_sizes(self) -> dict[str, int]:
         """The target's vocabulary v from the tensors that have it, and the rows d of the output head."""
         theirs = None if self._target_config is None else self._target_config.vocab_size
-        vocab_size = self._rows_of("t2d", "embed_tokens.weight") or theirs or self._stated.get("vocab_size")
+        vocab_size = self._rows_of("t2d", "embed_tokens.weight") or theirs or self.stated.get("vocab_size")
         if vocab_size is None:
             raise ValueError(
-                f"{self._source} states no `vocab_size`, and none of its tensors shows it. Pass `target=`, or "
+                f"{self.source} states no `vocab_size`, and none of its tensors shows it. Pass `target=`, or "
                 "`vocab_size=`."
             )
         if theirs is not None and theirs != vocab_size:
             raise ValueError(
-                f"{self._source} was made for a vocabulary of {vocab_size} tokens, but the target has {theirs}. "
+                f"{self.source} was made for a vocabulary of {vocab_size} tokens, but the target has {theirs}. "
                 "Load the head that was made for this target."
             )
         rows = self._rows_of("lm_head.weight", "d2t", "hot_token_id")
         return {"vocab_size": vocab_size, "draft_vocab_size": rows or vocab_size}
 
     def _rows_of(self, *names: str) -> int | None:
-        return next((len(self._tensors[name]) for name in names if name in self._tensors), None)
+        return next((len(self.tensors[name]) for name in names if name in self.tensors), None)
 
     def _target_hidden_size(self, hidden_size: int) -> int:
-        stated: int | None = self._stated.get("target_hidden_size")
+        stated: int | None = self.stated.get("target_hidden_size")
         if self._target_config is not None:
             width: int = self._target_config.hidden_size
             if stated not in (None, width):
                 raise ValueError(
-                    f"{self._source} reads a target of hidden size {stated}, but the target has {width}. "
+                    f"{self.source} reads a target of hidden size {stated}, but the target has {width}. "
                     "Load the head that was made for this target."
                 )
             return width
-        ids, width = self._published.layer_ids, self._tensors["fc.weight"].shape[1]
+        ids, width = self.published.layer_ids, self.tensors["fc.weight"].shape[1]
         if stated is None and ids is not None and width % len(ids) == 0:
             return width // len(ids)
         return stated or hidden_size
 
-    def _feature_count(self, target_hidden_size: int) -> int:
+    def feature_count(self, target_hidden_size: int) -> int:
         """How many of the target's layers `fc` reads."""
-        width = self._tensors["fc.weight"].shape[1]
+        width = self.tensors["fc.weight"].shape[1]
         if width % target_hidden_size:
             raise ValueError(
-                f"The fc of {self._source} reads {width} values, which is no multiple of the target's hidden size "
+                f"The fc of {self.source} reads {width} values, which is no multiple of the target's hidden size "
                 f"{target_hidden_size}. Load the head that was made for this target."
             )
         return width // target_hidden_size
 
-    def _structure(self) -> dict[str, bool]:
-        """Which optional tensors the head has. One that the config states counts too, and is missed later."""
-        tensors, stated = self._tensors, self._stated
-        flags = {
-            "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
-            "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
-            "attention_output_bias": f"{_ATTENTION}o_proj.bias" in tensors,
-            "mlp_bias": "layers.0.mlp.gate_proj.bias" in tensors,
-            "qk_norm": f"{_ATTENTION}q_norm.weight" in tensors,
-            "norm_before_fc": "input_norm.weight" in tensors,
-            "fc_norm": any(name.startswith("fc_norm.") for name in tensors),
-        }
-        return {flag: is_there or stated.get(flag) is True for flag, is_there in flags.items()}
-
-    @property
-    def _is_parallel(self) -> bool:
-        return "mask_hidden" in self._tensors
-
-    def _parallel(self) -> dict[str, Any]:
-        """What a P-EAGLE head has beside EAGLE-3's: learnt placeholders, and as many levels as it was trained for."""
-        stated = self._stated
-        if not self._is_parallel:
-            return {}
-        self._tensors["mask_hidden"] = self._tensors["mask_hidden"].flatten()
-        token = next((stated[name] for name in _MASK_TOKENS if name in stated), None)
-        if token is None:
-            raise ValueError(
-                f"{self._source} is a P-EAGLE head, but states no `mask_token_id`. Pass `mask_token_id=`, the token "
-                "of its placeholders."
-            )
-        methods = stated.get("speculators_config", {}).get("proposal_methods") or [{}]
-        levels = stated.get("parallel_levels") or methods[0].get("speculative_tokens") or _PARALLEL_LEVELS
-        return {"mask_token_id": int(token), "parallel_levels": levels, "default_tree": [33, levels, 8]}
-
-    def _identity(self) -> dict[str, Any]:
-        """The given target's identity, or what the config says about it."""
-        layer_count = self._stated.get("num_target_layers")
+    def identity(self) -> dict[str, Any]:
+        """The identity of the given target, or what the config says about it."""
+        layer_count = self.stated.get("num_target_layers")
         if self._target is None:
-            told = {"name_or_path": self._published.target_name, "num_hidden_layers": layer_count}
+            told = {"name_or_path": self.published.target_name, "num_hidden_layers": layer_count}
             return {key: value for key, value in told.items() if value is not None}
         identity = target_identity(self._target)
         if layer_count not in (None, identity["num_hidden_layers"]):
@@ -327,16 +347,15 @@ class PublishedHead:
             )
         return identity
 
-    def _without_borrowed(
-        self, fields: dict[str, Any], offsets: Tensor | None
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Leave out the tensors that the head borrows from its target, and say in `fields` what it keeps."""
-        tensors = {name: part for name, part in self._tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
+    def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Leave out the tensors that the head borrows from its target, and add to `fields` which ones it owns."""
+        offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
+        tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
             tensors["d2t"] = offsets
         same_width = fields["hidden_size"] == fields["target_hidden_size"]
-        is_trained = self._stated.get("owns_embedding") or self._stated.get("embed_requires_grad")
-        is_trained = is_trained or (self._is_parallel and "embed_tokens.weight" in tensors)
+        is_trained = self.stated.get("owns_embedding") or self.stated.get("embed_requires_grad")
+        is_trained = is_trained or {"mask_hidden", "embed_tokens.weight"} <= tensors.keys()
         owns_embedding = not same_width or bool(is_trained)
         if not owns_embedding:
             tensors.pop("embed_tokens.weight", None)  # the target's own, or a stale copy of it
@@ -344,7 +363,7 @@ class PublishedHead:
         if output is None:
             owns_output_head = offsets is not None or not same_width
         else:
-            owns_output_head = self._stated.get("owns_output_head") is not False and not self._is_targets(output)
+            owns_output_head = self.stated.get("owns_output_head") is not False and not self._is_targets(output)
         if not owns_output_head:
             tensors.pop("lm_head.weight", None)
         owned = {"owns_embedding": owns_embedding, "owns_output_head": owns_output_head}

@@ -1,4 +1,4 @@
-"""Our canonical heads -> the layouts of SpecForge, speculators and z-lab, which other engines read."""
+"""Write our canonical heads in the layouts of SpecForge, speculators and z-lab, which other engines read."""
 
 import json
 import logging
@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...drafting.kinds import BLOCK, EAGLE
 from ..config import ROPE_BASE, BlockHeadConfig, DraftHeadConfig
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
-FORMATS = ("resps", "specforge", "speculators")
 _PROJECTIONS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 _LAYER_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -35,9 +35,10 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
     Raises:
         ValueError: the layout is unknown, or cannot express what this head does.
     """
-    if layout not in FORMATS:
+    if layout not in EAGLE.exports:
+        known = ["resps", *EAGLE.exports]
         raise ValueError(
-            f"`format` is {layout!r}, but must be one of {list(FORMATS)}, which are layouts of files. "
+            f"`format` is {layout!r}, but must be one of {known}, which are layouts of files. "
             'Write "specforge" for SGLang and llama.cpp, "speculators" for vLLM.'
         )
     _check_expressible(config, layout)
@@ -77,12 +78,12 @@ def _is_sliding(config: BlockHeadConfig) -> list[bool]:
 def _check_block(config: BlockHeadConfig, layout: str) -> None:
     """Refuse what other engines would load as another head."""
     assert config.windows is not None and config.feature_layers is not None and config.causal is not None
-    is_zlab, is_known = layout == "z-lab", layout in ("z-lab", "speculators")
+    is_zlab, is_known = layout == "z-lab", layout in BLOCK.exports
     has_markov = config.correction not in ("none", "selector")
     is_scaled = (config.embedding_scale, config.output_multiplier, config.final_logit_softcapping) != (1.0, 1.0, None)
     is_alike, by_layer = len(set(config.causal)) == 1, config.causal == _is_sliding(config)
     for cannot, reason in (
-        (not is_known, f"got format={layout!r}; known are z-lab, speculators"),
+        (not is_known, f"got format={layout!r}; known are {', '.join(BLOCK.exports)}"),
         (len({*config.windows} - {None}) > 1, "has several windows, but the layout has one for all sliding layers"),
         (is_zlab and (config.shifted or has_markov), "is shifted or has a Markov correction: use speculators"),
         (is_zlab and config.owns_output_head, "has an output head of its own: use speculators"),

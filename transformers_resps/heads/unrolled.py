@@ -1,0 +1,199 @@
+"""Run heads over whole texts at once, as in training and diagnosis: level after level, or blocks below anchors.
+
+A head reads its own output for k levels, as when it drafts. Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..drafting import Entries, TrainableModel, Wanted
+from ..verifying.attention import attend
+from .block_head import BoundBlockHead
+
+
+_ANCHORS = 64  # blocks of one pass
+
+
+class UnrolledEntries(Entries):
+    """Attention of level k: causal over the entries of level 0, plus the own slot's entry of levels 1 to k.
+
+    That is what a node at depth k sees when drafting: true features of the prefix, then its own chain. Layers of ours
+    take one softmax over `[t + k]` scores, without the dense `(k t)^2` mask; those of Transformers get that of
+    `[q, k q + t]`, with the own entries first. Queries have the positions `slots` `[b, q]` alone.
+    """
+
+    def __init__(self, slots: Tensor, length: int) -> None:
+        self._sees = torch.arange(length, device=slots.device) <= slots[:, None, :, None]  # [b, 1, q, t]
+        self._keys: dict[int, list[Tensor]] = {}  # of each layer and level
+        self._values: dict[int, list[Tensor]] = {}
+
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # the level tells
+        """The mask of the pass that begins; `None` for level 0."""
+        count = self._sees.shape[2]
+        if not self._own_entries:
+            return None
+        own = torch.eye(count, dtype=torch.bool, device=self._sees.device).repeat(1, self._own_entries // count)
+        return torch.cat([own.expand(len(self._sees), 1, -1, -1), self._sees], dim=-1)
+
+    @property
+    def first_slot(self) -> int:  # type: ignore[override]  # likewise
+        return -self._own_entries
+
+    @property
+    def _own_entries(self) -> int:
+        """How many entries all slots have of their own when a pass begins."""
+        return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        joined = []
+        for kept, new in ((self._keys, keys), (self._values, values)):
+            kept.setdefault(layer_idx, []).append(new)
+            of_text, *own = kept[layer_idx]
+            joined.append(torch.cat([*own, of_text], dim=2) if own else of_text)
+        return joined[0], joined[1]
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attend = self._next_level if layer in self._keys else self._first_level
+        self._keys.setdefault(layer, []).append(keys)
+        self._values.setdefault(layer, []).append(values)
+        return attend(queries, self._keys[layer], self._values[layer])
+
+    def _first_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Attention of level 0, over the keys and values of all positions."""
+        is_whole = queries.shape[2] == keys[0].shape[2]
+        return F.scaled_dot_product_attention(
+            queries,
+            keys[0],
+            values[0],
+            attn_mask=None if is_whole else self._sees,
+            is_causal=is_whole,
+            enable_gqa=queries.shape[1] != keys[0].shape[1],
+        )
+
+    def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Attention of the slots at a later level: each sees the text before it, and its own entries."""
+        (true_keys, *own_keys), (true_values, *own_values) = keys, values
+        batch, heads, length, width = queries.shape
+        groups = true_keys.shape[1]
+        grouped = queries.reshape(batch, groups, heads // groups, length, width) * width**-0.5
+        scores = grouped.flatten(2, 3) @ true_keys.mT  # [b, kv heads, group * length, t]
+        scores = scores.unflatten(2, (heads // groups, length)).masked_fill(~self._sees[:, None], float("-inf"))
+        diagonals = [(grouped * own[:, :, None]).sum(-1, keepdim=True) for own in own_keys]
+        weights = (
+            torch.cat([scores, *diagonals], dim=-1)
+            .softmax(-1, dtype=torch.promote_types(true_values.dtype, torch.float32))
+            .to(true_values.dtype)
+        )
+        total = true_keys.shape[2]
+        attended: Tensor = (weights[..., :total].flatten(2, 3) @ true_values).unflatten(2, (heads // groups, length))
+        for index, own in enumerate(own_values):
+            attended = attended + weights[..., total + index, None] * own[:, :, None]
+        return attended.reshape(batch, heads, length, width)
+
+
+def unroll(
+    model: TrainableModel,
+    features: Tensor,
+    tokens: Tensor,
+    levels: int,
+    slots: Tensor | None = None,
+    *,
+    first_pass: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Run the first `levels` levels over whole texts at once.
+
+    At level k the slot t reads the true token t + 1 + k and predicts token t + 2 + k, at position t + k; later levels
+    read the level before in place of the feature. Slots whose token lies beyond the text hold nothing of use.
+
+    Args:
+        model: a head, bound to its target; of several depths, each is a level over the entries of its own.
+        features: `[b, t, F]` of the target.
+        tokens: `[b, t]` of the texts.
+        levels: at least 1; at most as many as depths, where there are several.
+        slots: `[b, q]` the slots that any level's prediction is wanted for, ascending; `None` for all. The others
+            only give their keys and values of level 0.
+        first_pass: computes level 0 in place of `model.run`.
+
+    Returns:
+        `[levels, b, q, h]`, after the final norm.
+    """
+    batch, length = tokens.shape
+    everywhere = torch.arange(length, device=features.device).expand(batch, length)
+    slots = everywhere if slots is None else slots
+    later = slots if model.depths == 1 else everywhere  # of the levels after the first
+    texts = torch.arange(batch, device=features.device)[:, None]
+    tokens, fused = F.pad(tokens, (0, levels)), model.fuse(features.to(model.dtype))
+    at, hidden, entries, outputs = everywhere, fused, UnrolledEntries(later, length), list[Tensor]()
+    run, wanted = first_pass or model.run, cast(Wanted, later)
+    for level in range(levels):
+        depth = min(level, model.depths - 1)
+        entries = UnrolledEntries(later, length) if depth else entries
+        output = run(depth, tokens[texts, at + level + 1], hidden, model.places(at + level), entries, wanted)
+        outputs.append(model.normed(output, depth))
+        hidden = fused[texts, later] if model.rereads_target else model.feedback(output)
+        at, run, wanted = later, model.run, slice(None)
+    states = torch.stack(outputs)
+    return states if model.depths == 1 else states[:, texts, slots]
+
+
+def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
+    """Fill a block below the token after each of the `slots` `[b, q]`, which are paired with their features.
+
+    Returns:
+        `[levels, b, q, h]`, normed.
+    """
+    anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
+    blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]
+    return torch.cat([model.normed(model.predicting(part, levels)) for part in blocks], dim=1).movedim(2, 0)
+
+
+def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
+    """The outputs of all slots of a block below each anchor.
+
+    A block sees the features of the positions before its anchor, strictly, and itself; no other block (DFlash, arXiv
+    2602.06036, section 3). An anchor at the end of its text predicts nothing of use.
+
+    Args:
+        model: a head, bound to its target.
+        features: `[b, t, F]` of the target.
+        tokens: `[b, t]` of the texts.
+        anchors: `[b, m]` positions of the roots; each costs as many queries as a block has slots.
+        levels: tokens to predict after each.
+
+    Returns:
+        `[b, m, q, h]`, after the final norm.
+    """
+    (rows, length), blocks, count = tokens.shape, anchors.shape[1], model.width(levels)
+    fused, order = model.fuse(features.to(model.dtype)), torch.arange(length, device=features.device)
+    text, inside = model.places(order[None]), torch.arange(count, device=features.device)
+    positions = anchors[..., None] + inside  # [b, m, q]
+    slots = torch.arange(blocks * count, device=features.device)
+    before = order < anchors.repeat_interleave(count, dim=1)[..., None]  # [b, m * q, t]
+    same = slots[:, None] // count == slots // count
+
+    def masked(is_causal: bool, window: int | None) -> Tensor:
+        near = before if window is None else before & (positions.flatten(1)[..., None] - order < window)
+        own = same & (slots <= slots[:, None]) if is_causal else same
+        return torch.cat([near, own.expand(rows, -1, -1)], dim=-1)[:, None]
+
+    def together(states: Tensor) -> Tensor:
+        """`[b * m, heads, q, hd]` -> `[b, heads, m * q, hd]`."""
+        return states.reshape(rows, blocks, *states.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+    kinds = list(zip(model.causal, model.windows, strict=True))
+    masks = {kind: masked(*kind) for kind in dict.fromkeys(kinds)}
+
+    def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        entries = zip(model.context_entries(layer, fused, text), (keys, values), strict=True)
+        keys, values = (torch.cat([of_text, together(own)], dim=2) for of_text, own in entries)
+        attended = attend(together(queries), keys, values, masks[kinds[layer]])
+        return attended.reshape(rows, -1, blocks, *queries.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+    roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)
+    output = model.run_block(roots, model.places(positions.flatten(0, 1)), attend_block)
+    return output.unflatten(0, (rows, blocks))
