@@ -1,11 +1,10 @@
-"""Probability that a drafted node is accepted: the head's scores, calibrated.
+"""Calibration of a head's scores to the probability that a node is accepted.
 
-A head is over- or underconfident, and more so on another domain. There are two corrections: Platt scaling per level,
-fitted offline on recorded sequences, and one factor per level that follows the outcomes while decoding. A deep level
-has few outcomes, so its factor leans on that of the level above. Blocks need one each: their slots are guessed apart,
-and what they claim together is further from the truth with every level.
+A head is over- or underconfident, and more so on another domain. Two corrections apply to each level: Platt scaling,
+fitted offline on recorded texts, and a factor that follows the outcomes while decoding. A deep level has few outcomes,
+so its factor leans on the level above. Blocks guess their slots independently, so their error grows with every level.
 
-Plain floats: the trees are so small that a tensor operation costs more than the sum.
+It computes with floats: trees are so small that a tensor operation costs more than the sum.
 """
 
 import math
@@ -15,15 +14,15 @@ from itertools import accumulate
 from operator import mul
 
 
-LEVELS = 4  # that a fit tells apart, unless a block fills more; deeper levels share the last one's scaling
-_MEMORY, _HIT_MEMORY = 0.99, 0.97  # weight of the past when an outcome is added
-_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # what is known beforehand counts like so many outcomes
-_ENOUGH = 4.0  # drafts after which the estimates count as evidence
-_PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
-_MAX_EXPONENT = 700.0  # `math.exp` overflows just above
-MIN_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
-MAX_SCORE = -1e-4  # the log odds of a certain node are infinite
-_FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # see `children_of`
+LEVELS = 4  # Levels with a fitted scaling of their own, unless a block has more; deeper ones share the last.
+_MEMORY, _HIT_MEMORY = 0.99, 0.97  # Weights of the past when an outcome is added.
+_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # The priors count like so many outcomes.
+_ENOUGH = 4.0  # Drafts after which the estimates count as evidence.
+_PRIOR_HITS = 0.6  # Prior probability that a level below a right token holds the next one.
+_MAX_EXPONENT = 700.0  # `math.exp` overflows just above.
+MIN_SCORE = -7.0  # A node of less than one in a thousand is worth no arithmetic.
+MAX_SCORE = -1e-4  # The log odds of a certain node are infinite.
+_FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # See `children_of`.
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class PlattScaling:
         return self.intercept == 0.0 and self.slope == 1.0
 
     def __call__(self, score: float) -> float:
-        """Log probability of a path -> probability of its acceptance."""
+        """Convert a path's log probability to its probability of acceptance."""
         score = min(score, MAX_SCORE)
         logit = score - math.log1p(-math.exp(score))
         exponent = -self.intercept - self.slope * logit
@@ -49,7 +48,7 @@ class PlattScaling:
 
 
 class AcceptanceModel:
-    """Probabilities of acceptance by score and level, with scalings of the first levels; deeper ones have the last."""
+    """Estimates acceptance by score and level; levels beyond the `scalings` share the last one."""
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)
@@ -58,43 +57,39 @@ class AcceptanceModel:
                 "`AcceptanceModel` got no scalings, but needs one of the first level at least. Pass "
                 "`[PlattScaling()]`, the identity."
             )
-        # Of each level that had an outcome
-        self._factors = _Ratios(_MEMORY, _PRIOR_WEIGHT, 1.0)  # outcomes over what was expected of them
+        self._factors = _Ratios(_MEMORY, _PRIOR_WEIGHT, 1.0)  # outcomes over expectations
         self._hits = _Ratios(_HIT_MEMORY, _HIT_PRIOR_WEIGHT, _PRIOR_HITS)
         is_fitted = not all(one.is_identity for one in self.scalings)
-        self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of drafts whose outcome was seen
+        self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of observed drafts
 
     @property
     def is_confident(self) -> bool:
-        """Whether enough outcomes were seen, here or when the scalings were fitted."""
+        """Whether enough outcomes were observed, here or in the fit."""
         return self._drafts >= _ENOUGH
 
     def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
-        """Probability that each path of `level` nodes is accepted, from its log probability under the head."""
+        """Estimate the acceptance of paths of `level` nodes from their log probabilities under the head."""
         calibrated, factor = self.scalings[min(level, len(self.scalings)) - 1], self._factors.product(level)
         exp = math.exp if calibrated.is_identity else calibrated
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Of each of the first `depth` levels, the log of what outcomes make of the scores; it never rises, so that a
-        parent ranks before its children.
-        """
+        """Return the log correction of each level's scores; it never rises, so that parents rank before children."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
-        """Probability that the right token is among the children of a right path, at `level`."""
-        return self._hits.of(level)
+        """Probability that the children of a right path hold the right token, at `level`."""
+        return self._hits.at(level)
 
     def reach(self, depth: int) -> list[float]:
-        """Probability that each of the first `depth` levels holds the right path, before anything is drafted."""
+        """Return, before any draft, the probability that each of the first `depth` levels holds the right path."""
         return [self._hits.product(level) for level in range(1, depth + 1)]
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Probabilities of the children that nodes of a level would get, before they are drafted; three at most count.
+        """Estimate the acceptance of children that a level's nodes would get, three of each at most.
 
-        The head stays about as confident as it was. On recordings of two heads the first child holds half to nine
-        tenths of what all children hit, rising with the mean probability of a node on the way to it; the next two
-        0.16 and 0.075.
+        On recordings of two heads the first child holds half to nine tenths of what all children hit, rising with
+        the mean probability of the nodes above it; the next two hold 0.16 and 0.075.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
@@ -105,9 +100,9 @@ class AcceptanceModel:
         return children
 
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
-        """Take in that `drafted_match` levels of a draft held the right path; after `emitted` tokens it was not seen.
+        """Learn that `drafted_match` levels of a draft held the right path, as far as `emitted` tokens show it.
 
-        `level_probs` are the sums of `probabilities` over each level of the pool: how likely it holds the right path.
+        `level_probs` are the sums of `probabilities` over each level: how likely it was to hold the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
@@ -116,36 +111,34 @@ class AcceptanceModel:
                 return
             right = float(drafted_match >= level)
             expected = min(prob / above, 1.0) if above > 0 else 0.0
-            claimed = expected / max(self._factors.of(level), 1e-3)  # without the factor itself
+            claimed = expected / max(self._factors.at(level), 1e-3)  # without the factor itself
             self._factors.add(level, right, min(max(claimed, 0.01), 1.0))
             self._hits.add(level, right, 1.0)
             above = prob
 
 
 class _Ratios:
-    """A ratio of decayed sums for each level. At its first outcome it is that of the level above, counted `weight`
-    times.
-    """
+    """Ratio of decayed sums for each level; a new level starts with the ratio above it, counted `weight` times."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight
-        self._sums = [(weight * first, weight)]  # of level 1, 2, ... as far as there were outcomes
-        self._products = [1.0, first]  # of the first 0, 1, ... levels
+        self._sums = [(weight * first, weight)]  # for level 1, 2, ... as far as there were outcomes
+        self._products = [1.0, first]  # products of the first 0, 1, ... ratios
 
-    def of(self, level: int) -> float:
-        """Deeper levels have the last."""
+    def at(self, level: int) -> float:
+        """Return the ratio of a level; deeper ones share the last."""
         part, whole = self._sums[min(level, len(self._sums)) - 1]
         return part / whole
 
     def product(self, level: int) -> float:
-        """Of the first levels up to this one."""
+        """Multiply the ratios up to a level."""
         known = min(level, len(self._sums))
-        return self._products[known] * self.of(level) ** (level - known)
+        return self._products[known] * self.at(level) ** (level - known)
 
     def add(self, level: int, part: float, whole: float) -> None:
-        """Take in an outcome of a level; all above have had one."""
+        """Add an outcome of a level; all above have had one."""
         if level > len(self._sums):
-            self._sums.append((self._weight * self.of(level), self._weight))
+            self._sums.append((self._weight * self.at(level), self._weight))
         parts, wholes = self._sums[level - 1]
         self._sums[level - 1] = parts * self._memory + part, wholes * self._memory + whole
         self._products = [1.0, *accumulate((parts / wholes for parts, wholes in self._sums), mul)]

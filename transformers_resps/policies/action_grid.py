@@ -1,4 +1,4 @@
-"""The shapes a learned policy picks from."""
+"""The shapes that a learned policy picks from."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,10 +35,9 @@ class ActionGrid:
 
     @classmethod
     def paper(cls) -> "ActionGrid":
-        """The 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
+        """Return the 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
 
-        The paper's filter drops 3 of 180: 80, 96 and 128 nodes at depth 3 and top_k 8. They would fit (EAGLE's pool
-        holds top_k + depth * top_k ** 2 nodes), but stay out as there.
+        The paper's filter drops 3 of 180, 80, 96 and 128 nodes at depth 3 and top_k 8, although they would fit.
         """
         return cls(
             tuple(
@@ -50,15 +49,14 @@ class ActionGrid:
 
     @classmethod
     def small(cls) -> "ActionGrid":
-        """The default: a plain step and trees of 4 to 16 nodes, for machines where a wide forward is expensive."""
+        """Return the default: a plain step and trees of 4 to 16 nodes, for machines with expensive wide forwards."""
         return cls.from_bins((4, 6, 8, 12, 16), (2, 3, 4, 6), (1, 2, 4))
 
     @classmethod
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
-        """All combinations, in order, that a head can fill without unused levels. A plain step comes first.
+        """Combine the numbers to a plain step and all shapes that a head can fill without unused levels.
 
-        A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is smaller than its tree, and when
-        the tree has fewer drafted nodes than levels.
+        A shape needs a pool of `top_k + (depth - 1) * top_k ** 2` nodes as large as its tree, and a node per level.
         """
         shapes = [
             TreeShape(total, depth, top_k)
@@ -68,22 +66,22 @@ class ActionGrid:
         return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes])))
 
     def with_lookups(self, lookups: Sequence[int]) -> "ActionGrid":
-        """Every shape with every number of looked-up nodes in `lookups`."""
+        """Combine every shape with every number of looked-up nodes in `lookups`."""
         return ActionGrid(tuple(replace(shape, lookup=lookup) for shape, lookup in product(self.shapes, lookups)))
 
     def within(self, levels: int) -> "ActionGrid":
-        """The shapes of at most so many levels."""
+        """Keep the shapes of at most `levels` levels."""
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """The shapes that could pay: at best they emit `depth + 1` tokens in fewer `seconds` than plain steps."""
+        """Keep the shapes that could pay: with all drafts accepted, their step beats as many plain ones."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]
         return ActionGrid(tuple(dict.fromkeys([TreeShape.plain(), *kept])))
 
     def to_list(self) -> list[list[int]]:
-        """JSON: total_tokens, depth, top_k and lookup of each shape."""
+        """List total_tokens, depth, top_k and lookup of each shape, for JSON."""
         return [[shape.total_tokens, shape.depth, shape.top_k, shape.lookup] for shape in self.shapes]
 
     @classmethod

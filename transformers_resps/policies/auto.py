@@ -1,4 +1,4 @@
-"""What `policy="auto"` means, and where policies that calls name keep what they learned between calls."""
+"""The policy "auto", and the cache that keeps named policies between calls."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,12 @@ from .throughput import ThroughputPolicy
 
 
 def default_policy() -> Policy:
-    """The policy that "auto" stands for. It needs no training."""
+    """Make the policy of the name "auto", which needs no training."""
     return BaselineGuard(ThroughputPolicy())
 
 
 class PolicyCache:
-    """The policies of one target that calls named, one for each head and key, kept as long as target and head exist.
-
-    What a policy learned affects speed, never the output. An attached model owns one as `policy_cache`.
-    """
+    """Keeps the named policies of one target, one for each head and key, as long as target and head exist."""
 
     def __init__(self) -> None:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
@@ -30,19 +27,14 @@ class PolicyCache:
     def key(
         target: Any, rows: int, name: str = "auto", compile: bool | str | None = None, invariant: bool | None = None
     ) -> Hashable:
-        """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch,
-        whether steps run compiled, and whether they are invariant.
-        """
+        """Join a policy's name with all that a step's cost depends on."""
         return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False, invariant or False
 
     @contextmanager
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Lend the policy that learned with `head` under this key, or one that `make` makes, and keep it afterwards.
-
-        A second call that runs at the same time, for instance in another thread, gets a fresh one.
-        """
+        """Lend the policy of this head and key, or a new one; a call of another thread meanwhile gets a new one."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:

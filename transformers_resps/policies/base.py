@@ -1,6 +1,6 @@
-"""What every policy is: how it is asked, what it sees and learns from, and what it tells of itself.
+"""The `Policy` base class: which questions a policy answers, and what it sees and learns from.
 
-A policy sees trees and records only, never a head or a model, so that any drafter can make the observations.
+A policy sees trees and records, never a head or a model, so that any drafter can make the observations.
 """
 
 from abc import ABC, abstractmethod
@@ -16,40 +16,38 @@ from ..tree import DraftTree, Pricing, TreeShape
 from .costs import RunningCosts
 
 
-Identity = Mapping[str, Any]  # of a target or a head that a policy was trained with: JSON values
+Identity = Mapping[str, Any]  # JSON values that identify a target or a head
 
-# What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
+# Limits of a step's memory. Published trees verify 60 nodes of 710 candidates.
 MAX_NODES = 4096
 MAX_CANDIDATES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a policy sees before a step is drafted.
+    """The state of decoding that a policy sees before a step is drafted.
 
     Attributes:
-        features: `[b, F]` the target's hidden states that the drafter reads, concatenated, at the newest position that
-            the target has processed, in its dtype; `None` where it reads none.
+        features: `[b, F]` the hidden states that the drafter takes from the target, concatenated, at the newest
+            processed position, in the target's dtype; `None` if it takes none.
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far, and in memories, and
-            returns P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the
-            mean over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). In the `size` of a policy
-            that weighs them it tells of the nodes that the drafter's pool lacks, which are less likely.
-        prompt_seconds: seconds in which head and lookup read the prompt, before the first step. The same at every
-            step, and in no record that `observe` gets.
-        row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
-            weigh more, because a batch ends with its slowest row.
-        pricing: what a step costs beside its nodes.
+        prefix_accept_probs: callable that looks up the end of the sequence in the text and in memories. It returns
+            P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the mean
+            over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). During the `size` of a policy
+            that weighs lookup it covers only nodes that the drafter's pool lacks, which are less likely.
+        prompt_seconds: seconds that head and lookup took for the prompt. The same at every step; in no record.
+        row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
+            because a batch ends with its slowest row.
+        pricing: the cost of a step beside its nodes.
         can_draft: whether there is a head, or another source of levels.
-        drafts_at_once: whether one pass gives all levels: `grow` is not asked, and a wide or deep draft costs as a
-            narrow one.
-        most_levels: that can be drafted; `None` for any number.
+        drafts_at_once: whether one pass drafts all levels. `grow` is then not asked, and width and depth cost nothing.
+        most_levels: maximum number of levels; `None` for any.
         row_count: rows that are decoded.
-        device_type: where the target runs, such as "cpu".
-        row_accept_probs: of each row, what `prefix_accept_probs` tells of all; `None` where all have as many nodes.
-        shared: callable for `size`; of each row, the pool's nodes that were looked up, too.
+        device_type: device of the target, such as "cpu".
+        row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
+        shared: callable for `size`; for each row, the nodes of the pool that lookup found, too.
     """
 
     features: Tensor | None
@@ -70,11 +68,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """By how many nodes a step is priced higher, if each row gets one node more."""
+        """Nodes that a step costs more if each row gets one more."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """By how many nodes a step with at most `most` looked-up ones is priced higher, none below a probability."""
+        """Nodes that a step costs more with at most `most` looked-up ones of at least this probability."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -82,40 +80,35 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What a policy sees after a level was drafted.
+    """A drafted level, from which a policy decides whether to draft the next."""
 
-    Attributes:
-        depth: levels drafted so far.
-        scores: `[b, k]` fp32 cumulative log probabilities of the nodes that would get children next.
-    """
-
-    depth: int
-    scores: Tensor
+    depth: int  # levels drafted so far
+    scores: Tensor  # [b, k] fp32 cumulative log probabilities of the nodes that would get children next
 
 
 class Policy(ABC):
-    """Decides how each step drafts. Subclass it, write `choose`, and override what else you decide.
+    """Decides how each step drafts. Subclass it, write `choose`, and override `grow`, `size` and `observe` as needed.
 
-    A policy affects speed only: whatever it decides, the output stays the target's own. The attributes tell what it
-    needs and what it can do; set them in the class or on the object.
+    A policy affects speed only: whatever it decides, the output stays the target's own. Set the attributes in the
+    class or on the object; those that steer a step may change in `choose`.
 
     Attributes:
         needs_head: false if it works without a head.
         uses_lookup: false if it never asks for lookup nodes nor calls `Observation.prefix_accept_probs`; the prompt is
             then not indexed.
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
-        grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
-            go, which accelerators are fast at. Read after each `choose`.
-        probes_head: true if it learns from drafts whether or not they are verified. `BaselineGuard` reads it.
-        least_lookup_prob: looked-up nodes of lower probability are not verified. Read after each `choose`, and again
-            after `size`: so nodes of head and lookup can compete.
-        weighs_lookup: whether looked-up nodes are weighed beside what was drafted before `size`: a node that the
-            drafter lacks is less likely, and one that both have counts once. Fixed shapes take the best of each.
-        discounts: of each level, what is added to the scores of its nodes before the best are picked; deeper levels
-            have the last, and none is above the one before. Read after each `choose`; `size` sees what was added.
-        costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
-        target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
-        head_identity: likewise the head. Its weights are hashed only for a policy with an identity.
+        grows: false if it never stops between two levels. All levels are then drafted in one go, which suits
+            accelerators, and `grow` is not asked.
+        probes_head: true if it learns from drafts that are not verified. `BaselineGuard` then limits these apart.
+        least_lookup_prob: looked-up nodes of lower probability are not verified. `size` may change it, so that nodes
+            of head and lookup compete.
+        weighs_lookup: whether `size` compares looked-up nodes with the draft: a node that the drafter lacks is less
+            likely, and one that both have counts once. Fixed shapes take the best of each.
+        discounts: for each level, a number that is added to its scores before the best nodes are picked; it never
+            rises, and deeper levels get the last. `size` sees the sum.
+        costs: the step costs that it learns itself, shared with `BaselineGuard`; `None` if it learns none.
+        target_identity: the target that it was trained for, from `pair_identity`; `None` for any.
+        head_identity: the same for the head. Its weights are hashed only for a policy with an identity.
     """
 
     needs_head: bool = True
@@ -132,7 +125,7 @@ class Policy(ABC):
 
     @property
     def is_confident(self) -> bool:
-        """Whether its estimates rest on observed outcomes by now, which `BaselineGuard` asks for."""
+        """Whether its estimates rest on observed outcomes by now; `BaselineGuard` then allows larger trees."""
         return False
 
     @property
@@ -141,9 +134,7 @@ class Policy(ABC):
         return self.target_identity is not None or self.head_identity is not None
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        """Refuse another target or head than the policy was trained for; `None` is not compared.
-
-        It is called before any work if the policy has an identity.
+        """Refuse another target or head than the policy was trained for, before any work; `None` is not compared.
 
         Raises:
             ValueError: one differs; the message names both sides.
@@ -152,12 +143,13 @@ class Policy(ABC):
         check_same("head", self.head_identity, head)
 
     def wants_head(self, rows: int, tokens: int, room: int) -> bool:
-        """Return whether a call may ask the head. It then reads the prompt, which costs time even if nothing is
-        drafted; otherwise the lookup drafts alone, and `Observation.can_draft` is false. Asked once, before any step.
+        """Return whether a call may use the head, which costs a pass over the prompt; asked once, before any step.
+
+        If not, lookup drafts alone, and `Observation.can_draft` is false.
 
         Args:
-            rows: decoded together.
-            tokens: of all rows' prompts, those that were not read in an earlier call.
+            rows: rows that are decoded together.
+            tokens: prompt tokens of all rows that no earlier call has processed.
             room: tokens that each text may gain.
         """
         return True
@@ -171,8 +163,8 @@ class Policy(ABC):
         return True
 
     def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
-        """Return how many nodes to verify, root included; at most `total_tokens` are. A number for each row is right
-        where there are `row_accept_probs`; elsewhere the largest holds for all.
+        """Return how many nodes to verify, root included, up to `total_tokens`; the largest of several holds for all
+        rows unless the observation has `row_accept_probs`.
 
         Args:
             scores: `[b, p]` fp32 cumulative log probabilities of the pool's nodes, every parent before its children.
@@ -181,10 +173,10 @@ class Policy(ABC):
         return scores.shape[-1] + 1
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
-        """Look at what was verified, for instance to draw it. Called once a step, before `observe`; not timed.
+        """Look at the verified tree, for instance to draw it. Called once a step, before `observe`; not timed.
 
         Args:
-            tree: what the target verified, for the rows that had not finished.
+            tree: the verified tree of the unfinished rows.
             path: `[b, m]` the accepted nodes, root first; a row that accepted fewer repeats its last.
             tokens: `[b, m]` the target's pick after each of them.
         """
@@ -195,23 +187,21 @@ class Policy(ABC):
         return None
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
-        """Say in a sentence why most `steps` of a call, the prefill first, were plain; `None` if nothing is to say."""
+        """Say in a sentence why most `steps` of a call (the first is the prefill) were plain, or return `None`."""
         return None
 
     def adopt_costs(self, costs: RunningCosts) -> None:
-        """Go on with these costs in place of its own. A guard asks for it if it finds that others hold now: the
-        context is far longer, or the finished rows of a batch are back.
-        """
+        """Replace the learned costs; a guard calls it when the context is far longer, or a new batch begins."""
         self.costs = costs
 
 
 def _of_wrapped(name: str) -> Any:
-    """The wrapped policy's attribute, which may change from step to step, or its method."""
+    """Forward an attribute, which may change from step to step, or a method to the wrapped policy."""
     return property(attrgetter(f"policy.{name}"))
 
 
 class PolicyWrapper(Policy):
-    """Decides as the wrapped `policy` and tells of itself what that tells; a subclass overrides what it changes."""
+    """Forwards every question and attribute to the wrapped `policy`; a subclass overrides some."""
 
     needs_head: bool = _of_wrapped("needs_head")
     uses_lookup: bool = _of_wrapped("uses_lookup")
@@ -241,14 +231,14 @@ class PolicyWrapper(Policy):
 
 
 class Trials:
-    """When to do again what does not pay: after `first` chances, then after ever more, up to `last`, until it pays."""
+    """Retries what does not pay after `first` chances, then after twice as many each time, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last
         self._left = self._every = first
 
     def is_due(self, *, pays: bool) -> bool:
-        """Whether to take this chance."""
+        """Decide whether to take this chance."""
         if pays:
             self._left = self._every = self._first
             return True
@@ -261,7 +251,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """The shape that `policy` chooses, no deeper than there is room, for a head that can propose so many tokens."""
+    """Ask a policy for a shape, and cut it to the room and to the tokens that the head can propose."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -276,7 +266,7 @@ def choose_shape(policy: Policy, observation: Observation, proposable_tokens: in
 
 
 def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
-    """The shape that `policy` chooses, as it is."""
+    """Ask a policy for a shape and check its type."""
     shape = policy.choose(observation)
     if not isinstance(shape, TreeShape):
         raise ValueError(
@@ -286,7 +276,7 @@ def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
 
 
 def wants_level(policy: Policy, level: Level) -> bool:
-    """Whether `policy` has another level drafted."""
+    """Ask a policy whether to draft another level."""
     answer = policy.grow(level)
     try:
         return bool(answer)
@@ -295,7 +285,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
-    """How many nodes of each row `policy` verifies of a pool; below 1 counts as the root alone."""
+    """Ask a policy how many nodes of each row to verify; below 1 means the root alone."""
     answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
         counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows
@@ -311,7 +301,7 @@ def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
 
 
 def check_identity_values(what: str, value: Any) -> None:
-    """Refuse a value that cannot be an identity; `None` stands for an unknown one."""
+    """Refuse a value that is neither an identity nor `None`."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(
             f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
@@ -320,7 +310,7 @@ def check_identity_values(what: str, value: Any) -> None:
 
 
 def check_same(what: str, trained: Identity | None, used: Identity | None) -> None:
-    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped."""
+    """Refuse an identity that contradicts the one of training; keys that one side lacks are skipped."""
     if trained is None or used is None:
         return
     # A model's path differs between machines and does not identify it

@@ -1,4 +1,4 @@
-"""What a step costs: planted, measured beforehand as a table, or learned while decoding."""
+"""Costs of a step: planted, measured beforehand as a table, or learned while decoding."""
 
 import json
 import math
@@ -19,27 +19,27 @@ Range = tuple[float, float]  # seconds: first and third quartile of the repeats
 class CostModel(ABC):
     """Seconds of the parts of a step."""
 
-    overhead: float  # of a step outside its forwards: acceptance, caches, policy
+    overhead: float  # seconds of a step outside its forwards: acceptance, caches, policy
 
     @abstractmethod
     def verify_seconds(self, nodes: int, context: int) -> float:
-        """Seconds of a target forward over `nodes`, after `context` positions."""
+        """Return the seconds of a target forward over `nodes`, after `context` positions."""
 
     @abstractmethod
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Seconds of drafting `levels` levels of `width` nodes; 0 for none."""
+        """Return the seconds of drafting `levels` levels of `width` nodes; 0 for none."""
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
-        """Seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
+        """Return the seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
         verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
         return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
 
 @dataclass(frozen=True)
 class CostTable(CostModel):
-    """What the steps of decoding cost on one machine: medians in seconds. `calibrate` measures one.
+    """Measured costs of decoding steps on one machine: medians in seconds, as `calibrate` returns them.
 
-    A table and not a line, because costs are not even monotone: on some CPUs two nodes cost more than eight in fp32.
+    It is a table, not a line: on some CPUs two nodes cost more than eight in fp32.
 
     Attributes:
         verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
@@ -48,10 +48,9 @@ class CostTable(CostModel):
         overhead: seconds of a step outside its forwards: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
             Transformers; may be empty.
-        verify_range: context positions -> nodes -> first and third quartile of the repeats of which `verify` holds the
-            median, in seconds; may be empty, like the next two.
-        draft_range: likewise of `draft`.
-        plain_range: likewise of `plain`.
+        verify_range: context positions -> nodes -> first and third quartile of the repeats, in seconds; may be empty.
+        draft_range: level width -> quartiles, like `verify_range`.
+        plain_range: context positions -> quartiles, like `verify_range`.
         draft_start: level width -> seconds of a draft beside its levels; empty in older tables, which count it as 0.
 
     Raises:
@@ -86,11 +85,10 @@ class CostTable(CostModel):
             )
 
     def verify_seconds(self, nodes: int, context: int) -> float:
-        """Seconds of a target forward over `nodes`, interpolated in nodes and context."""
         return _interpolated({length: _interpolated(row, nodes) for length, row in self.verify.items()}, context)
 
     def plain_seconds(self, context: int) -> float:
-        """Seconds of a forward of plain `generate`; of our own plain step if nothing else was measured."""
+        """Return the seconds of a forward of plain `generate`, or else of our plain step."""
         return _interpolated(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
@@ -100,9 +98,9 @@ class CostTable(CostModel):
         return start + levels * _interpolated(self.draft, width)
 
     def running(self, context: int, top_k: int = 4) -> "RunningCosts":
-        """Starting costs for a `ThroughputPolicy`, which corrects them while it decodes, after `context` positions.
+        """Make starting costs for a `ThroughputPolicy` after `context` positions; it corrects them while it decodes.
 
-        It begins with `top_k` children per node; "auto" begins with 10 beyond a CPU.
+        `top_k` is the number of children per node that the policy begins with: 4 on a CPU, elsewhere 10.
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
@@ -111,7 +109,7 @@ class CostTable(CostModel):
         return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
-        """Refuse a table that was measured elsewhere: `here` is what `calibration.identity_of` returns."""
+        """Refuse a table that was measured elsewhere; `here` comes from `calibration.identity_of`."""
         known = self.identity
         odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
         if odd:
@@ -130,41 +128,41 @@ class CostTable(CostModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
-        """Read what `save` wrote. Raises `ValueError` for a file that cannot be read or is no cost table."""
+        """Load a saved table; raises `ValueError` for a file that cannot be read or is no cost table."""
         try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
-                verify={int(context): _row(row) for context, row in read["verify"].items()},
-                draft=_row(read["draft"]),
-                identity=dict(read["identity"]),
-                overhead=float(read.get("overhead", 0.0)),
-                plain=_row(read.get("plain", {})),
-                verify_range={int(context): _ranges(row) for context, row in read.get("verify_range", {}).items()},
-                draft_range=_ranges(read.get("draft_range", {})),
-                plain_range=_ranges(read.get("plain_range", {})),
-                draft_start=_row(read.get("draft_start", {})),
+                verify={int(context): _row(row) for context, row in saved["verify"].items()},
+                draft=_row(saved["draft"]),
+                identity=dict(saved["identity"]),
+                overhead=float(saved.get("overhead", 0.0)),
+                plain=_row(saved.get("plain", {})),
+                verify_range={int(context): _ranges(row) for context, row in saved.get("verify_range", {}).items()},
+                draft_range=_ranges(saved.get("draft_range", {})),
+                plain_range=_ranges(saved.get("plain_range", {})),
+                draft_start=_row(saved.get("draft_start", {})),
             )
         except OSError as error:
             raise ValueError(
                 f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
             ) from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            reason = repr(error)[:200]  # of bytes that are no text it holds the whole file
+            reason = repr(error)[:200]  # a decoding error would hold the whole file
             raise ValueError(
                 f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
             ) from error
 
 
-def _row(read: dict[str, Any]) -> dict[int, float]:
-    return {int(size): float(seconds) for size, seconds in read.items()}
+def _row(saved: dict[str, Any]) -> dict[int, float]:
+    return {int(size): float(seconds) for size, seconds in saved.items()}
 
 
-def _ranges(read: dict[str, Any]) -> dict[int, Range]:
-    return {int(size): (float(low), float(high)) for size, (low, high) in read.items()}
+def _ranges(saved: dict[str, Any]) -> dict[int, Range]:
+    return {int(size): (float(low), float(high)) for size, (low, high) in saved.items()}
 
 
 def _first_levels(draft: Any, start: Any) -> Any:
-    """Level width -> seconds of a draft of one level; `None` if the parts are no costs of the same widths."""
+    """Map level widths to the seconds of a draft of one level; `None` for invalid costs or widths."""
     is_priced = all(isinstance(row, dict) and all(map(_is_cost, row.values())) for row in (draft, start))
     if not is_priced or not start.keys() <= draft.keys():
         return None
@@ -172,7 +170,7 @@ def _first_levels(draft: Any, start: Any) -> Any:
 
 
 def _interpolated(row: dict[int, float], at: int) -> float:
-    """Linear between the known points; beyond the last one along the line through the last two, if that rises."""
+    """Interpolate linearly; beyond the last point follow the line through the last two, if it rises."""
     known = sorted(row)
     if at <= known[0] or len(known) == 1:
         return row[known[0]]
@@ -196,48 +194,46 @@ def _is_cost(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-# Weights of a surprise (measured over expected seconds, minus one): for the machine's speed, and for this size alone.
+# Weights of a surprise (measured over expected seconds, minus one) for the machine's speed and for this size alone.
 _SPEED, _OWN = 0.3, 0.1
-INTERRUPTED = 1.5  # times the known duration: what is above is attributed to other processes
-_HIGHER, _LOWER = 0.15, 0.5  # weight of a new measurement above or below the mean
-_OUTDATED_PLAIN = 0.6  # times a plain step: a tree faster than this shows that the plain time is outdated
-# Guessed cost of a further node, in plain steps: with one row, and added for each further row. Most machines are near
-# it. SmolLM2 on two Zen 4 cores: 0.01 for one row, 0.2 in a batch of eight.
+INTERRUPTED = 1.5  # Time above this factor of the known duration is attributed to other processes.
+_HIGHER, _LOWER = 0.15, 0.5  # Weights of a new measurement above or below the mean.
+_OUTDATED_PLAIN = 0.6  # A tree faster than this share of a plain step shows that the plain time is outdated.
+# Guessed cost of a further node in plain steps, for one row and added for each further row; most machines are near it.
+# SmolLM2 on two Zen 4 cores: 0.01 for one row, 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
-_RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
-_ROUNDING = 1e-9  # seconds
-_LEARNED = 10  # drafts: the price of drafting is their mean at first, and moves by a tenth for each later; or looks
-_LEARNED_WIDTH = 20  # likewise what a width costs beside the others, which changes less
-_INERTIA = 0.1  # the known price of a level counts as much as drafts whose levels have this variance
-# Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
-# place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
+_RUINOUS_SLOPE = 1.2  # Plain steps per further node: far above every machine that we know.
+_ROUNDING = 1e-9  # Seconds by which a difference of times may be negative.
+_LEARNED = 10  # Drafts, or looks, that count alike; each later one moves their mean by a tenth.
+_LEARNED_WIDTH = 20  # The same for the cost of a width beside the others, which changes less.
+_INERTIA = 0.1  # The known price of a level counts as much as drafts whose levels have this variance.
+# Factor of a level's price while it is unknown, so that deeper drafts are tried: under a guard 2.8 plain rates instead
+# of 1.2 where the start of a draft costs half a plain step, and no worse elsewhere.
 _UNTRIED = 0.5
-_FORGETTING = 0.99  # times the price of looking up after a step without: what is not tried becomes cheap in the end
+_FORGETTING = 0.99  # Factor of the price of lookup after a step without it, so that it is tried again in the end.
 
 
 class RunningCosts(CostModel):
-    """Exponential means of measured seconds, interpolated between the node counts that were seen.
+    """Exponential means of measured seconds, interpolated between the measured node counts.
 
-    They hold for the context and the drafter of the steps that were measured, so the context is ignored.
+    They hold for the context and the drafter of the measured steps, so the context is ignored. A larger tree is never
+    cheaper than a smaller one, but a plain step may cost more than a small tree: without a mask, attention takes
+    another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms for a plain step,
+    39 ms for four nodes).
 
-    A larger tree is never cheaper than a smaller one, but a plain step may cost more than a small tree: without a
-    mask, attention takes another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions:
-    47 ms for a plain step, 39 ms for four nodes).
-
-    Machines have slow moments, and only a few sizes are measured in each. If every size kept the time of its own
-    moment, a tree that was slow once would look expensive until it is tried again, and would therefore not be tried
-    again. So each measurement rescales all sizes.
+    Each measurement rescales all sizes. Machines have slow moments: if each size kept the time of its own moment, a
+    tree that was slow once would look expensive and never be tried again.
     """
 
     def __init__(self) -> None:
         self.overhead = 0.0
-        self.lookup_seconds = 0.0  # by which a step with looked-up nodes takes longer than a plain one, forwards aside
-        self._looks, self._look_seconds = 0, 0.0  # plain steps that looked, and what that took
-        self._plain_rest: float | None = None  # seconds of a plain step, its forward aside
+        self.lookup_seconds = 0.0  # seconds that looked-up nodes add to a plain step, forwards aside
+        self._looks, self._look_seconds = 0, 0.0  # plain steps that looked in vain, and the seconds of a look
+        self._plain_rest: float | None = None  # seconds of a plain step beside its forward
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
-        self._curve: Sequence[float] = ()  # see `verify_curve`; emptied when a value changes
+        self._curve: Sequence[float] = ()  # cache of `verify_curve`
 
     @classmethod
     def starting_from(
@@ -248,8 +244,8 @@ class RunningCosts(CostModel):
         start_seconds: float = 0.0,
         widths: Mapping[int, float] | None = None,
     ) -> "RunningCosts":
-        """Costs that were known before: nodes -> seconds of the target's forward; seconds of each level of a draft, of
-        a step outside its forwards, and of a draft beside its levels; width -> how many times as long a draft takes.
+        """Make costs from known values: `verify` maps nodes to seconds of the target's forward, `start_seconds` are
+        those of a draft beside its levels, and `widths` maps widths to factors of the time of a draft.
         """
         costs = cls()
         for nodes, seconds in verify.items():
@@ -261,13 +257,13 @@ class RunningCosts(CostModel):
         return costs
 
     def copy(self) -> "RunningCosts":
-        """The same costs, which from now on learn on their own."""
+        """Copy the costs, to learn apart from now on."""
         copied = copy(self)
         copied._verify, copied._draft = dict(self._verify), replace(self._draft, widths=dict(self._draft.widths))
         return copied
 
     def rescaled(self, factor: float) -> "RunningCosts":
-        """A copy in which all forwards of the target take `factor` times as long."""
+        """Copy the costs with all forwards of the target `factor` times as long."""
         copied = self.copy()
         copied._rescale(factor)
         return copied
@@ -285,10 +281,10 @@ class RunningCosts(CostModel):
         looks_up: bool = False,
         has_looked: bool = False,
     ) -> None:
-        """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored.
+        """Learn from one step of `rows` rows; negative times, from a clock that was set back, are ignored.
 
-        `width` is that of the drafted `levels`. `looks_up` says that it verified looked-up nodes alone, `has_looked`
-        that it asked for some.
+        `width` is the width of the drafted `levels`. With `looks_up` the step verified looked-up nodes alone, with
+        `has_looked` it asked for some.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -307,7 +303,7 @@ class RunningCosts(CostModel):
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
-        """Learn what a step without the head took beside its forward."""
+        """Learn the seconds of a step without the head beside its forward."""
         if not looks_up:
             self._plain_rest = _mean(self._plain_rest, seconds)
             self.lookup_seconds *= _FORGETTING
@@ -318,7 +314,7 @@ class RunningCosts(CostModel):
 
     @property
     def look_seconds(self) -> float:
-        """Seconds of asking what could be looked up; 0 before a few steps did so in vain."""
+        """Seconds of a look that finds nothing; 0 before a few were measured."""
         return self._look_seconds if self._looks >= _LEARNED else 0.0
 
     def _time(self, nodes: int, seconds: float) -> None:
@@ -341,7 +337,7 @@ class RunningCosts(CostModel):
         self._curve = ()
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:
-        """The `seconds` of a forward over `nodes` that count: at most `INTERRUPTED` times the known duration."""
+        """Limit the `seconds` of a forward over `nodes` to `INTERRUPTED` times the known duration."""
         known = self._verify.get(nodes, 0.0)
         return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
 
@@ -359,14 +355,14 @@ class RunningCosts(CostModel):
 
     @property
     def largest_tree(self) -> int:
-        """Nodes of the largest tree that was measured; 1 before any was."""
+        """Nodes of the largest measured tree; 1 before any was."""
         return max(self._verify, default=1)
 
     def verify_seconds(self, nodes: int, context: int = 0) -> float:
         return self.verify_curve(nodes)[nodes - 1]
 
     def verify_curve(self, most: int) -> Sequence[float]:
-        """Seconds of forwards over 1, 2, ... nodes, at least `most`; of trees never less than over fewer nodes."""
+        """List the seconds of forwards over 1, 2, ... `most` nodes or more; they never fall from 2 nodes on."""
         if len(self._curve) < most:
             self._curve = list(self._drawn_to(most))
         return self._curve
@@ -386,7 +382,7 @@ class RunningCosts(CostModel):
         yield from (less + (nodes - low) * slope for nodes in range(low + 1, most + 1))
 
     def _slope(self, trees: list[int]) -> float:
-        """Seconds per node beyond the largest tree that was measured."""
+        """Extrapolate the seconds per node beyond the largest measured tree."""
         known = trees if len(trees) > 1 else sorted(self._verify)
         if not known:
             return 0.0
@@ -398,40 +394,36 @@ class RunningCosts(CostModel):
         return measured
 
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Seconds of drafting `levels`; 0 before any draft was measured."""
+        """Return the seconds of drafting `levels`; 0 before any draft was measured."""
         return self._draft.at(levels) * self._draft.of_width(width) if levels else 0.0
 
     def level_seconds(self, width: int) -> float:
-        """Seconds of one more level of a draft; half the highest possible before drafts of two depths were seen."""
+        """Return the seconds of one more level; half the highest possible before two depths were measured."""
         return self._draft.slope * self._draft.of_width(width) * (1.0 if self._draft.variance else _UNTRIED)
 
 
 @dataclass(slots=True)
 class _DraftPrice:
-    """Seconds of a draft as `start + slope * levels`, neither below 0: least squares, in which the past fades.
+    """Seconds of a draft as `start + slope * levels`, neither below 0, by least squares with a fading past.
 
-    The first drafts count alike: one of them may be slow, as the first after loading is, and a price that is too high
-    keeps a policy from asking for another.
-
-    Drafts of one depth do not tell the slope. It is that of drafts without a start at first, and stays later.
-
-    They are those of the width that was seen first. Another one takes a number of times as long, which outlasts slow
-    moments of the machine.
+    The first drafts count alike: one may be slow, and a price that is too high would prevent the next. Drafts of a
+    single depth do not determine the slope: it assumes no start at first, and stays later. All numbers hold for the
+    first width; another width has a factor, which outlasts slow moments of the machine.
     """
 
     drafts: int = 0
     levels: float = 0.0  # mean; 0 before a draft
     seconds: float = 0.0  # mean
     slope: float = 0.0
-    variance: float = 0.0  # of the levels
-    covariance: float = 0.0  # of levels and seconds
-    widths: dict[int, tuple[int, float]] = field(default_factory=dict)  # drafts of this width, and its factor
+    variance: float = 0.0  # variance of the levels
+    covariance: float = 0.0  # covariance of levels and seconds
+    widths: dict[int, tuple[int, float]] = field(default_factory=dict)  # width -> number of drafts, and factor
 
     def at(self, levels: int) -> float:
         return self.seconds + self.slope * (levels - self.levels)
 
     def of_width(self, width: int) -> float:
-        """How many times as long a draft of this width takes: before one was seen, as long as it takes at most."""
+        """Return the factor of a width; an unknown one is assumed to cost the most that it can."""
         if width in self.widths or not self.widths:
             return self.widths.get(width, (0, 1.0))[1]
         narrower = [known for known in self.widths if known < width]
@@ -443,14 +435,14 @@ class _DraftPrice:
         if not self.widths or known <= 0.0:
             self.widths.setdefault(width, (_LEARNED_WIDTH, 1.0))
         elif width != next(iter(self.widths)) and self._learn_width(width, seconds / known) == 1:
-            return  # it tells of its width alone
+            return  # the first draft of a width only sets its factor
         seconds /= self.of_width(width)
         self.drafts += 1
         if self.drafts == 1:
             self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
             return
         known = self.at(levels)
-        # What is so much faster shows that what was known was interrupted
+        # A far faster draft shows that earlier ones were interrupted
         newest = max(1.0 / min(self.drafts, _LEARNED), _LOWER if seconds * INTERRUPTED < known else 0.0)
         deeper = levels - self.levels
         longer = (min(seconds, INTERRUPTED * known) if known > 0.0 else seconds) - self.seconds
@@ -462,7 +454,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, times: float) -> int:
-        """Take in that a draft took so many times as long as one of the first width; returns how many are known."""
+        """Learn the factor of a width from one draft; returns how many drafts it has."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

@@ -1,4 +1,4 @@
-"""The same shape at every step, as in EAGLE-3."""
+"""A policy with one shape for every step, as in EAGLE-3."""
 
 from typing import Any, Self
 

@@ -18,33 +18,33 @@ from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
 
-# What may be lost, in plain steps
-SHARE = 0.008  # of all seconds, for good: far below the 3% that a call may lose, because timing has errors
-START_STEPS = 0.2  # by every call from its start, so that a head is tried again after a bad call
-TRIAL_STEPS = 0.5  # on top, by trying drafting at all: with `START_STEPS` it pays for a first tree
-TRIAL_STEPS_PER_TOKEN = 0.005  # limits it near the end, where few tokens are left to earn it back
-CONFIDENT_STEPS = 1.2  # on top, once the policy is confident: the best tree must be affordable after bad luck, too
-CONFIDENT_STEPS_PER_TOKEN = 0.015  # limits it near the end
-MAX_EARNED_STEPS = 16.0  # of what drafting has won
-MAX_CARRIED_STEPS = 4.0  # of that by the next call, whose text may be another
-MAX_REPRICED_STEPS = 1.0  # of that when plain steps turn out far cheaper: it was earned at the old price
-LAG_TOKENS = 2.0  # a row of a batch may lag so much behind the mean before it counts as slower, not as unlucky
+# Limits of loss, in seconds of plain steps.
+SHARE = 0.008  # Share of all time that may be lost for good: far below the 3% of a call, because timing has errors.
+START_STEPS = 0.2  # Budget of every call at its start, so that a head is tried again after a bad call.
+TRIAL_STEPS = 0.5  # Extra for trying to draft at all: with `START_STEPS` it pays for a first tree.
+TRIAL_STEPS_PER_TOKEN = 0.005  # Limits `TRIAL_STEPS` near the end, where few tokens are left to earn it back.
+CONFIDENT_STEPS = 1.2  # Extra for a confident policy, so that the best tree stays affordable after bad luck.
+CONFIDENT_STEPS_PER_TOKEN = 0.015  # Limits `CONFIDENT_STEPS` near the end.
+MAX_EARNED_STEPS = 16.0  # Limit of the gains that drafting may spend again.
+MAX_CARRIED_STEPS = 4.0  # Limit of the gains that the next call, perhaps of another text, inherits.
+MAX_REPRICED_STEPS = 1.0  # Limit of the gains when plain steps turn out far cheaper: the old price no longer holds.
+LAG_TOKENS = 2.0  # A row of a batch that lags less behind the mean counts as unlucky, not as slower.
 
-# When and how a plain step is timed again
-PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # weights of a new time above or below: a slow moment must not credit trees for long
-MAX_TREES_BETWEEN = 64  # drafted steps
-OUTDATED = 0.7  # times the expected seconds: less shows that the machine or the batch has changed
-FAR_POSITIONS = 256  # a context that differs by more makes attention take longer or shorter
+# Timing of plain steps.
+PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weights of a higher or lower new time: a slow moment must not credit trees for long.
+MAX_TREES_BETWEEN = 64  # Drafted steps after which a plain step is timed again.
+OUTDATED = 0.7  # A time below this factor of the expected one shows that the machine or the batch has changed.
+FAR_POSITIONS = 256  # A context that differs by more changes the time of attention.
 
-# Whether the head should read the prompt of a call
-HEAD_MEMORY = 0.995  # weight of what it earned, after each token of a text
-ENOUGH_TOKENS = 128.0  # of texts that it could draft, before it is left out of a call
-MAX_LEFT_OUT = 32  # calls from one trial to the next
-PROMPT_WEIGHT = 0.3  # of the newest time in what reading a prompt takes
+# Decision whether the head processes the prompt of a call.
+HEAD_MEMORY = 0.995  # Weight of past earnings after each token of a text.
+ENOUGH_TOKENS = 128.0  # Tokens that a head may draft for before it is left out of a call.
+MAX_LEFT_OUT = 32  # Most calls between two trials of a head.
+PROMPT_WEIGHT = 0.3  # Weight of the newest prompt in the time per prompt token.
 
-EXPLAINED_STEPS = 8  # that a call makes at least, for a reason why most were plain
+EXPLAINED_STEPS = 8  # Shorter calls get no reason why most steps were plain.
 
-# Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node
+# Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node.
 UNKNOWN_TREE_STEPS, UNKNOWN_LEVEL_STEPS = 0.5, 0.1
 
 _PLAIN = TreeShape.plain()
@@ -53,28 +53,27 @@ _PLAIN = TreeShape.plain()
 class BaselineGuard(PolicyWrapper, SavedPolicy):
     """Falls back to plain decoding when drafting loses time.
 
-    Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays its duration;
-    0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the budget is
-    made smaller, down to a plain step. So a new head is asked for one level at first, and only nodes that the step
-    computes anyway are verified; then for small trees, each of at most twice the nodes of any before.
+    It keeps a budget in seconds. A drafted step earns the time that its tokens would have taken plainly and pays its
+    duration; 0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the
+    budget is made smaller, down to a plain step. So a new head drafts one level at first, and only nodes that the step
+    computes anyway are verified; then come small trees, each at most twice as large as any before.
 
-    Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head of which nothing was ever
-    accepted. In addition it may lose:
+    Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head whose drafts are never accepted.
+    In addition it may lose:
 
     - 1.2 plain steps if a head disappoints after good evidence, less near the end of the sequence;
-    - what drafting has won, up to 16 plain steps from this call and 4 from earlier calls;
-    - once, what the first tree of two nodes takes, on a machine where a second node is extremely expensive.
+    - the gains of drafting, up to 16 plain steps from this call and 4 from earlier calls;
+    - once, the first tree of two nodes, on a machine where a second node is extremely expensive.
 
     Not in the budget: the excess of a forward that takes far longer than its size ever did, which counts as an
-    interruption; and what the head's reading of the prompt takes (`Observation.prompt_seconds`). A head that earned
-    too little in earlier calls of as many rows to pay for that does not read the next prompt, see `HeadAccount`. While
-    the budget is negative, nothing is drafted. It recovers if the next plain step is slower too: then the machine was.
+    interruption; and the head's pass over the prompt, see `HeadAccount`. While the budget is negative, nothing is
+    drafted; if the next plain step is slower too, the machine was slow and the loss is excused.
 
     Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
     for good. Once half of the rows have ended, losses are forgiven, as at the beginning of a call.
 
     Args:
-        policy: any policy. What it learned, and the guard's own measurements, are kept between calls of `generate`.
+        policy: any policy. It keeps what it learned between calls of `generate`, as the guard keeps its measurements.
 
     Raises:
         ValueError: `policy` is no policy.
@@ -89,15 +88,15 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 "example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
             )
         super().__init__(policy)
-        self._own_costs = RunningCosts()  # in use if the policy learns none
+        self._own_costs = RunningCosts()  # used if the policy learns none
         known = self._known
         self._plain = PlainClock(known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
         self._budget = ExplorationBudget()
         self._progress, self._head = RowProgress(), HeadAccount()
-        self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
-        self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it, as they are priced
-        self._node_price = self._width = 1  # see `Observation`; of its levels
-        self._rows = 0  # that were decoded when losses were forgiven last
+        # State of the coming step: its limits, drafted levels, most priced nodes, price of a node, width of a level
+        self._limits = StepLimits(0.0, 0.0, 0.0)
+        self._levels, self._nodes, self._node_price, self._width = 0, 1, 1, 1
+        self._rows = 0  # decoded rows when losses were forgiven last
         # Costs and a plain step's seconds before the first row of this batch ended; the next batch starts with them
         self._of_all_rows: tuple[RunningCosts, float] | None = None
 
@@ -109,7 +108,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return self._own_costs if self.policy.costs is None else self.policy.costs
 
     def _adopt(self, costs: RunningCosts) -> None:
-        """Go on with these costs; those of the policy are its own to replace."""
+        """Replace the costs in use, the policy's own through the policy."""
         if self.policy.costs is None:
             self._own_costs = costs
         else:
@@ -150,7 +149,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return counts if len(set(counts)) > 1 else counts[0]
 
     def _priced(self, counts: Sequence[int], most: int) -> int:
-        """The nodes by which a step over rows of so many, each at most `most`, is priced."""
+        """Count the nodes that a step is priced by, with at most `most` of each row."""
         return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
@@ -200,7 +199,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Costs are again those of all rows, and losses are forgiven."""
+        """Restore the costs of all rows and forgive losses."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -211,7 +210,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget.begin_call(self._plain.seconds)
 
     def _follow_rows(self, record: StepRecord) -> None:
-        """Keep what steps cost before rows end; what was too expensive for all rows may pay for half of them."""
+        """Keep the costs of all rows for the next batch, and forgive losses when half of the rows have ended."""
         if self._of_all_rows is None and record.decoded_rows < self._progress.row_count:
             self._of_all_rows = self._known.copy(), self._plain.seconds
         is_half = 2 * record.decoded_rows <= self._rows
@@ -221,7 +220,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             self._rows = record.decoded_rows
 
     def _settle(self, record: StepRecord, seconds: float, gained: float) -> None:
-        if record.verified == 1:  # a probe pays for its draft alone, not for the machine's speed at that moment
+        if record.verified == 1:  # a draft-only step pays for its draft, not for the machine's speed at that moment
             self._plain.count_plain()
             earned = -max(record.draft_seconds, 0.0)
         else:
@@ -246,7 +245,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 self._budget.excuse(timing.excess)
 
     def _affordable(self, shape: TreeShape, observation: Observation) -> TreeShape:
-        """The largest part of `shape` that the budget can pay for if nothing is accepted."""
+        """Cut `shape` to the largest part that the budget can pay for if nothing is accepted."""
         price, least_prob = observation.node_price, self.least_lookup_prob
         # Costs are extrapolated to twice the largest tree, not further
         most = max(2 * self._known.largest_tree, 1 + price)
@@ -259,13 +258,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             return looked_up
         self._width, probes_head = shape.top_k, self.probes_head
         by_level, at_once = probes_head and self.grows, observation.drafts_at_once
-        # A policy that does not stop in between pays for all levels at once, a block has one price
+        # A policy that does not stop between levels pays for all of them, a block has one price
         depth = 1 if by_level else shape.depth
         while depth and self._drafting(shape.top_k, 1 if at_once else depth) > self._limits.total:
             depth = 0 if at_once else depth - 1
         nodes = min(1 + (shape.total_tokens - 1) * price, most - added) if depth else 1
         drafting = self._drafting(shape.top_k, min(depth, 1) if at_once else depth)
-        free = self._verifying(1 + added)  # nodes that cost nothing are verified: they may earn their draft
+        free = self._verifying(1 + added)  # nodes without cost are verified always: they may earn their draft
         while nodes > 1 and drafting + (verifying := self._verifying(nodes + added)) > self._limits.tree:
             if verifying <= free:
                 break
@@ -282,7 +281,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:
-        """Seconds that verifying `nodes` takes beyond a plain step; a cautious guess before any tree was measured."""
+        """Seconds of verifying `nodes` beyond a plain step; a cautious guess before any tree was measured."""
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else UNKNOWN_TREE_STEPS * self._plain.seconds
@@ -322,88 +321,87 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Seconds that one step may lose if nothing of it is accepted."""
+    """Seconds that one step may lose if nothing is accepted."""
 
-    total: float  # with drafting and verifying a tree of the head
-    tree: float  # the same, for a policy that can learn from drafting alone
-    lookup: float  # with verifying a looked-up chain
+    total: float  # drafting with the head and verifying
+    tree: float  # the same, once a policy that learns from drafting alone also verifies
+    lookup: float  # verifying a looked-up chain
 
 
 class ExplorationBudget:
-    """Bounds what exploration loses against plain decoding.
+    """Bounds the time that exploration loses against plain decoding.
 
-    Bound: if no step loses more than `limits` gave for it, a call of `n` tokens, as measured by its plain seconds,
-    loses at most what it began with, `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, and
-    `CONFIDENT_STEPS` where the policy is confident. It begins with `START_STEPS`, or with up to `MAX_CARRIED_STEPS`
-    that earlier calls have won.
+    Bound: if no step loses more than its `limits`, a call loses at most its starting budget (`START_STEPS`, or up to
+    `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, plus
+    `CONFIDENT_STEPS` for a confident policy.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # that may be lost now; negative while more was lost than was there
+        self.seconds = 0.0  # budget that may be lost now; negative after a loss beyond it
 
     def begin_call(self, plain_seconds: float) -> None:
-        """Start a call: losses are forgiven, and little of the gains is carried over."""
+        """Forgive losses and carry over few of the gains."""
         self.forgive(plain_seconds)
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
     def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """What the next step may lose. Of a policy that learns from drafting alone, verifying waits for confidence."""
+        """Compute the next step's limits; if a policy learns from drafting alone, verifying waits for confidence."""
         trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
         confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
-        lookup = self.seconds + confident  # a lookup's record also grows in plain steps
+        lookup = self.seconds + confident  # lookup gathers evidence in plain steps, too
         tree = self.seconds + (confident if is_confident else 0.0)
         total = tree + trial
         return StepLimits(total, tree if probes_head else total, lookup)
 
     def end_step(self, step_seconds: float, plain_seconds: float) -> None:
-        """Add the share of a step's time; limit what is kept."""
+        """Add the share of a step's time, up to the limit of gains."""
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
 
     def forgive(self, plain_seconds: float) -> None:
-        """Forget losses: what they say no longer holds."""
+        """Forget losses whose cause no longer holds."""
         self.seconds = max(self.seconds, START_STEPS * plain_seconds)
 
     def excuse(self, lost_seconds: float) -> None:
-        """Forget losses as far as plain steps would have lost these seconds, too."""
+        """Forget the losses that plain steps would have had, too."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
 
     def reprice(self, plain_seconds: float) -> None:
-        """Plain steps take only so long now: gains were earned at another price."""
+        """Limit gains that were earned when plain steps took longer."""
         self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
 
 
 class HeadAccount:
-    """Knows whether a head earns what reading the prompt takes it, by earlier calls of as many rows.
+    """Decides whether a head earns its pass over the prompt, judged by earlier calls of as many rows.
 
-    One that does not is left out of a call, and of more each time that it was tried again in vain. It may earn in all
-    the room of a text, which few texts fill: where it helps, leaving it out costs far more than a prompt.
+    A head that does not pay is skipped for one call, then for exponentially more after each failed retry. The estimate
+    assumes that a text fills its room, which few do: skipping a useful head costs far more than a prompt.
     """
 
     def __init__(self) -> None:
-        self.earned = 0.0  # seconds by which the steps of this call that asked it were faster than plain decoding
-        self.tokens = 0.0  # that each text of this call has gained
-        self.is_left_out = self._is_refused = False  # whether this call could have had it; whether the coming one may
-        self._calls: dict[int, _HeadCalls] = {}  # by their rows
-        self._open: _HeadCalls | None = None  # of this call, if it has a head
-        self._asked, self._unread = _HeadCalls(), 1  # of the coming call
-        self._token_seconds = 0.0  # of reading a token of a prompt
+        self.earned = 0.0  # seconds that this call's steps with the head saved over plain decoding
+        self.tokens = 0.0  # tokens that each text of this call has gained
+        self.is_left_out = self._is_refused = False  # this call lacks its head; the coming one will
+        self._calls: dict[int, _HeadCalls] = {}  # number of rows -> earlier calls
+        self._open: _HeadCalls | None = None  # entry of this call, if it has a head
+        self._next, self._next_tokens = _HeadCalls(), 1  # entry and prompt tokens of the coming call
+        self._token_seconds = 0.0  # estimated seconds of a prompt token
 
-    def pays(self, rows: int, unread: int, room: int) -> bool:
-        """Whether the head should read the `unread` tokens of a coming call's prompts; see `Policy.wants_head`."""
+    def pays(self, rows: int, tokens: int, room: int) -> bool:
+        """Decide whether the head should process `tokens` of a coming call's prompts; see `Policy.wants_head`."""
         self._close()
-        self._asked, self._unread = self._calls.setdefault(rows, _HeadCalls()), unread
-        self._is_refused = not self._asked.is_tried(room, self._token_seconds * unread)
+        self._next, self._next_tokens = self._calls.setdefault(rows, _HeadCalls()), tokens
+        self._is_refused = not self._next.is_tried(room, self._token_seconds * tokens)
         return not self._is_refused
 
     def begin_call(self, prompt_seconds: float | None) -> None:
-        """A call begins, in which reading the prompts took so long; `None` where it has no head."""
+        """Begin a call and learn the cost of its prompts; `None` for a call without a head."""
         self._close()
         self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
         if prompt_seconds is None:
             return
-        self._open, known = self._asked, self._token_seconds
-        each = max(prompt_seconds, 0.0) / self._unread
+        self._open, known = self._next, self._token_seconds
+        each = max(prompt_seconds, 0.0) / self._next_tokens
         each = min(each, INTERRUPTED * known) if known > 0.0 else each
         self._token_seconds += (PROMPT_WEIGHT if known > 0.0 else 1.0) * (each - known)
 
@@ -415,40 +413,39 @@ class HeadAccount:
 
 @dataclass(slots=True)
 class _HeadCalls:
-    """What the head earned in calls of the same number of rows: decayed sums."""
+    """Decayed sums of what the head earned in calls of one number of rows."""
 
     earned: float = 0.0  # seconds
     tokens: float = 0.0
     trials: Trials = field(default_factory=lambda: Trials(2, MAX_LEFT_OUT))
 
     def add(self, earned: float, tokens: float) -> None:
-        """Take in a call in which it read the prompt."""
+        """Add a call that had the head."""
         past = HEAD_MEMORY**tokens
         self.earned, self.tokens = past * self.earned + earned, past * self.tokens + tokens
 
     def is_tried(self, room: int, price: float) -> bool:
-        """Whether it should read the next prompt, which takes `price` seconds."""
+        """Decide whether the head is worth a prompt that costs `price` seconds."""
         is_unknown = self.tokens < ENOUGH_TOKENS
         return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
 
 class PlainChange(Enum):
-    """What a new time of a plain step means."""
+    """The meaning of a new time of a plain step."""
 
-    FIRST = auto()  # none was known
+    FIRST = auto()  # no time was known
     MOVED = auto()  # the context is far longer or shorter, so all steps have changed by the same factor
-    CHEAPER = auto()  # so much that what was known is outdated
+    CHEAPER = auto()  # the known time is outdated
     USUAL = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class PlainTiming:
-    """What timing a plain step showed."""
+    """The result of timing a plain step."""
 
     change: PlainChange
     factor: float = 1.0  # new over known seconds, for `MOVED`
-    # Seconds that trees since the last timing were credited too little for their tokens, for `USUAL`, because the
-    # machine had become slower; negative if faster
+    # For `USUAL`: seconds that trees since the last timing earned too little because the machine had become slower
     excess: float = 0.0
 
 
@@ -457,10 +454,10 @@ class PlainClock:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
-        self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
-        self._moved = False  # from there to another context, since this call began
-        self._trees = 0  # drafted since a plain step was timed
-        self._gained = 0.0  # tokens that they gained
+        self._context = self._timed_at = 0  # positions of this step and of the last timing
+        self._moved = False  # this call began far from the last timing
+        self._trees = 0  # trees since the last timing
+        self._gained = 0.0  # tokens of these trees
 
     def begin_call(self, context: int) -> None:
         self._gained = 0.0
@@ -477,16 +474,16 @@ class PlainClock:
         self._trees = 0
 
     def count_tree(self, gained: float) -> None:
-        """A step verified a tree, which gained so many tokens."""
+        """Count a verified tree and its tokens."""
         self._trees += 1
         self._gained += gained
 
     def expire(self) -> None:
-        """What is known is outdated: make the next step plain."""
+        """Make the next step plain, to time it anew."""
         self._trees = MAX_TREES_BETWEEN
 
     def time(self, seconds: float) -> PlainTiming:
-        """Take in what a forward over the root alone took, with all but drafting around it."""
+        """Learn the seconds of a step that verified the root alone, without its drafting."""
         self._timed_at = self._context
         gained, self._gained = self._gained, 0.0
         known = self.seconds
@@ -505,21 +502,21 @@ class PlainClock:
 
 
 class RowProgress:
-    """How far the rows of a call have come. A call ends with its slowest row, which may have had some bad luck."""
+    """Progress of a batch by its slowest row, with which a call ends, after some allowance for bad luck."""
 
     def __init__(self) -> None:
-        self._written: list[int] = []  # tokens of each row since the call began
+        self._written: list[int] = []  # tokens of each row in this call
 
     @property
     def row_count(self) -> int:
-        """Finished rows included; 0 before the first step of a call."""
+        """Number of rows, finished ones included; 0 before the first step of a call."""
         return len(self._written)
 
     def begin_call(self) -> None:
         self._written = []
 
     def add(self, record: StepRecord) -> float:
-        """Tokens by which the unfinished rows advanced in this step."""
+        """Add a step and return the tokens that its unfinished rows advanced."""
         if len(self._written) != len(record.emitted):
             self._written = [0] * len(record.emitted)
         writing = [row for row, count in enumerate(record.emitted) if count]

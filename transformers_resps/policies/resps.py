@@ -1,12 +1,11 @@
-"""Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
+"""Re-SpS: an actor picks a shape from the target's features and keeps it for some steps.
 
 Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code,
 https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` deviates only here:
 
-- The state is the concatenation of the three layers, as the paper's equation 4 has it. Its code averages them for one
-  model and cuts them off for two.
-- The decision at a step shapes the tree of that step. In that code it shapes the next one; the first is (96, 8, 20).
-- Sampling uses its own random numbers, so the output stays that of plain decoding with the same seed.
+- The state concatenates three layers (equation 4); the code averages them for one model and cuts them off for two.
+- A decision shapes the tree of its own step; in the code it shapes the next one, and the first is (96, 8, 20).
+- Sampling has a random generator of its own, so the output stays equal to plain decoding with the same seed.
 """
 
 import math
@@ -28,15 +27,15 @@ from .saving import SavedPolicy, check_known
 class ReSpSConfig:
     """Configuration of a `ReSpSPolicy`."""
 
-    feature_size: int  # width F of the features it reads: layers kept by the head times the target's hidden size
+    feature_size: int  # width F of the features: layers kept by the head times the target's hidden size
     grid: ActionGrid = field(default_factory=ActionGrid.small)  # the shapes that it picks from
-    hidden_size: int = 128  # of both layers of actor and critic
-    normalize: bool = True  # see `ActorCritic`
+    hidden_size: int = 128  # width of both layers of actor and critic
+    normalize: bool = True  # whether features are normalised, see `ActorCritic`
     persistence: int = 30  # steps for which a decision is kept, as in Re-SpS (10 in training: `PolicyTrainingConfig`)
     sample: bool = False  # draw the action, as in the max-entropy variant of Re-SpS, or take the likeliest
-    temperature: float = 1.0  # divides the logits before a draw; Re-SpS: 1.5
-    target: Identity | None = None  # that it was trained with; `None` when unknown
-    head: Identity | None = None  # likewise
+    temperature: float = 1.0  # divisor of the logits before a draw; Re-SpS: 1.5
+    target: Identity | None = None  # the target of its training; `None` when unknown
+    head: Identity | None = None  # the head of its training; `None` when unknown
 
     def __post_init__(self) -> None:
         for name in ("feature_size", "hidden_size", "persistence", "temperature"):
@@ -56,7 +55,7 @@ class ReSpSConfig:
 
     @classmethod
     def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
-        """Re-SpS with maximum entropy as published: 177 actions, raw features, kept for 30 steps, drawn at 1.5."""
+        """Return the published Re-SpS with maximum entropy: 177 actions, raw features, 30 steps, drawn at 1.5."""
         published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
         return replace(published, **changes)
 
@@ -72,9 +71,8 @@ class ReSpSConfig:
 class ActorCritic(nn.Module):
     """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212), for F features and a actions.
 
-    With `normalize` each observation is brought to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream,
-    a few of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
-    paper's preset.
+    `normalize` repairs Re-SpS: it brings each observation to mean 0 and variance 1. The raw residual stream has a few
+    dimensions that are hundreds of times larger than the rest and saturate tanh.
     """
 
     def __init__(
@@ -82,22 +80,22 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        # Gains as in stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
+        # Gains of stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
         self.actor = _mlp(feature_size, hidden_size, action_count, gain=0.01)
         self.critic = _mlp(feature_size, hidden_size, 1, gain=1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """`[n, F]` of any dtype -> logits `[n, a]` and values `[n]`, fp32."""
+        """Map features `[n, F]` of any dtype to fp32 logits `[n, a]` and values `[n]`."""
         states = self.prepare(features)
         return self.actor(states), self.critic(states).squeeze(-1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """`[n, F]` -> finite logits `[n, a]`, whatever the features: the actor alone, for use."""
+        """Map features `[n, F]` to finite logits `[n, a]`, by the actor alone."""
         logits: Tensor = self.actor(self.prepare(features))
         return logits.nan_to_num()
 
     def prepare(self, features: Tensor) -> Tensor:
-        """Features `[n, F]` as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
+        """Bring features `[n, F]` to the networks' device and dtype, with 0 for NaN and infinities, normalised."""
         weight = self.actor[0].weight
         assert isinstance(weight, Tensor)
         states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -106,7 +104,7 @@ class ActorCritic(nn.Module):
 
 def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:
     sizes = pairwise((feature_size, hidden_size, hidden_size, output_size))
-    # In fp32, whatever the default is: half precision cannot be made orthogonal
+    # fp32, because half precision cannot be made orthogonal
     first, second, last = (nn.Linear(before, after, dtype=torch.float32) for before, after in sizes)
     for layer, scale in ((first, math.sqrt(2)), (second, math.sqrt(2)), (last, gain)):
         nn.init.orthogonal_(layer.weight, scale)
@@ -183,7 +181,7 @@ class ReSpSPolicy(SavedPolicy):
         return self.config.grid[int(action)]
 
     def checked(self, features: Tensor | None) -> Tensor:
-        """Return the features `[b, F]`; raises `ValueError` if there are none, or other ones than in training."""
+        """Return the features `[b, F]`; raises `ValueError` without them, or for another width than in training."""
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
             raise ValueError(
@@ -216,14 +214,14 @@ class ReSpSPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        read = ReSpSConfig.from_dict(config)
-        network = _unfilled(read)
+        loaded = ReSpSConfig.from_dict(config)
+        network = _unfilled(loaded)
         network.load_state_dict(tensors, assign=True)
-        return cls(read, network.float())
+        return cls(loaded, network.float())
 
 
 def _unfilled(config: ReSpSConfig) -> ActorCritic:
-    """The network of a config without memory for its weights, which may be of any size."""
+    """Make the network of a config on the meta device, since saved sizes may be anything."""
     with torch.device("meta"):
         return _fresh(config)
 

@@ -1,4 +1,4 @@
-"""Save, publish and load policies: one `config.json` and, where there are weights, one safetensors file."""
+"""Save, publish and load policies: a `config.json` and, for policies with weights, a safetensors file."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -29,25 +29,22 @@ class SavedPolicy(Policy):
     policy_type: ClassVar[str]
 
     def to_config(self) -> dict[str, Any]:
-        """What `config.json` holds beside `policy_type`: JSON values."""
+        """Return the content of `config.json` without `policy_type`, as JSON values."""
         raise NotImplementedError
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The weights, if any."""
+        """Return the weights, if any."""
         return {}
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """The policy that `to_config` and `state_tensors` described."""
+        """Make the policy from the values of `to_config` and `state_tensors`."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` and, if there are weights, `model.safetensors` into a folder.
+        """Write `config.json` and, if there are weights, `model.safetensors` into a folder, created if missing.
 
-        For a target or head that was loaded from a local folder, only the folder's name is written.
-
-        Args:
-            save_directory: the folder; created if missing.
+        Of a target or head that was loaded from a local folder, only the folder's name is written.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +56,7 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
-        """Load a policy as `AutoPolicy.from_pretrained` does, and raise `ValueError` if it is of another class."""
+        """Load a policy like `AutoPolicy.from_pretrained`, but raise `ValueError` for another class."""
         folder, config = _found(id_or_folder, revision, **hub)
         if config["policy_type"] != cls.policy_type:
             raise ValueError(
@@ -74,22 +71,16 @@ class SavedPolicy(Policy):
         values = {key: value for key, value in config.items() if key != "policy_type"}
         try:
             return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights that do not fit
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights
             raise ValueError(
                 f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). "
                 f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
             ) from error
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
-        """Upload the policy to the Hub in one commit, with a minimal card if the repository has none.
+        """Upload the policy to the Hub in one commit, with a minimal card if there is none; returns the commit's URL.
 
-        Args:
-            repo_id: the repository; created if missing.
-            commit_message: subject of the commit.
-            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
-
-        Returns:
-            The URL of the commit.
+        `where` takes `private`, `token`, `revision` and `create_pr`, see `Destination`.
 
         Raises:
             OSError: the Hub refused; nothing was committed.
@@ -100,7 +91,7 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
 
     def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""
+        """Write a card that names the kind, the target and the line that loads the policy."""
         config = self.to_config()
         trained = config.get("policy", config)  # a guard holds the config of the guarded policy
         target = (trained.get("target") or {}).get("name_or_path")
@@ -108,7 +99,7 @@ class SavedPolicy(Policy):
 
 
 class AutoPolicy:
-    """Loads any saved policy, as the Auto classes of Transformers load models."""
+    """Loads any saved policy, like the Auto classes of Transformers."""
 
     def __init__(self) -> None:
         raise TypeError(
@@ -118,15 +109,12 @@ class AutoPolicy:
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
-        """Load a policy from a folder or a Hub repository, as the class that its `policy_type` names.
+        """Load a policy of the class that its `policy_type` names.
 
         Args:
             id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
             revision: branch, tag or commit of the repository.
             hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
-
-        Returns:
-            The policy.
 
         Raises:
             ValueError: no policy is found, or its type is unknown to this release.
@@ -136,7 +124,7 @@ class AutoPolicy:
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
-    """Refuse fields of a saved config that this release does not read."""
+    """Refuse fields of a saved config that this release does not know."""
     unknown = sorted(config.keys() - set(known))
     if unknown:
         raise ValueError(
@@ -146,7 +134,7 @@ def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]
 
 
 def class_of(policy_type: str) -> type[SavedPolicy]:
-    """The class of a `policy_type`."""
+    """Return the class of a `policy_type`."""
     for module in _TYPES:
         import_module(f".{module}", __package__)
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
@@ -165,7 +153,7 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
 
 
 def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
-    """The local folder of a policy, downloaded if need be, and its `config.json`."""
+    """Return the local folder of a policy, downloaded if need be, and its `config.json`."""
     if not isinstance(id_or_folder, str | Path):
         raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
     folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
@@ -181,7 +169,7 @@ def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[
 
 
 def _downloaded(repo_id: str, revision: str | None, **hub: Any) -> Path:
-    """The folder of both files of one commit."""
+    """Download both files of one commit and return their folder."""
     repository = RepositoryFiles(repo_id, revision=revision, **hub)
     try:
         config = repository.fetch(CONFIG_FILE)

@@ -1,11 +1,11 @@
-"""Total tokens over total seconds: draft a node only while its expected gain is above its cost.
+"""The policy of "auto": maximise total tokens over total seconds with nodes that gain more than they cost.
 
 A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so far
-(the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but
-at most twice the rate of plain steps. Copied text runs at ten times that rate; at such a price the head would not be
-asked for a long time after it. Step costs and the calibration of the head's scores are learned while decoding, from a
-start that may be fitted or measured beforehand. Over a block head the choice of nodes is that of CaDDTree (arXiv
-2606.01813), but for any costs: those measured here are not convex, so that all sizes are compared.
+(Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but at most twice the plain rate.
+Copied text runs at ten times that rate; at such a price the head would not be used for a long time after it. Step
+costs and the calibration of the head's scores are learned while decoding, from a start that may be fitted or measured
+beforehand. The nodes of a block are chosen like in CaDDTree (arXiv 2606.01813), but all sizes are compared, because
+measured costs are not convex.
 """
 
 from bisect import bisect_right
@@ -27,21 +27,21 @@ from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
 
 
-_MAX_LOOKED_UP = 16  # nodes
-_MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
-_SAVED_AS = "odds"  # the tensor's name in files
-_MEMORY = 0.95  # weight of the past when a step is added: about the last twenty count
-_MAX_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
-_FIRST_GAIN = 0.5  # of asking a head that was never asked, in tokens per step
-_LIKELY = 0.5  # lookup that is right so often: a head that does not pay is not probed beside it
-_NEWEST = 0.15  # weight of the newest step in what asking gains
-_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes of a head that does not pay
-_NEWEST_LOOK = 0.02  # weight of the newest look in what looking gains: a text may repeat itself late
-_FIRST_LOOK, _LAST_LOOK = 2, 8  # steps between looks that do not pay
-_MARGIN = 1.03  # a width must be so much faster than the best one to take its place
-_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials of another width
-_FIRST_WIDTH = 4  # of levels on a CPU, until wider ones have shown what they take and gain
-_NEWEST_WIDER = 0.1  # weight of the newest draft in what a wider one gains
+_MAX_LOOKED_UP = 16  # Most nodes that lookup proposes.
+_MAX_FITTED = 1000.0  # Largest magnitude of a saved fit; real ones stay below 10.
+_SAVED_AS = "odds"  # Name of the fitted tensor in files.
+_MEMORY = 0.95  # Weight of the past when a step is added: about the last twenty count.
+_MAX_RATE = 2.0  # Limit of lambda in plain rates: in replay no worse than none, after copied text 1 to 8% better.
+_FIRST_GAIN = 0.5  # Assumed gain of a head that was never used, in tokens per step.
+_LIKELY = 0.5  # A head that does not pay is not probed where lookup is right more often than this.
+_NEWEST = 0.15  # Weight of the newest step in the gain of the head.
+_FIRST_PROBE, _LAST_PROBE = 8, 128  # Steps between probes of a head that does not pay.
+_NEWEST_LOOK = 0.02  # Weight of the newest look in the gain of looking: a text may repeat itself late.
+_FIRST_LOOK, _LAST_LOOK = 2, 8  # Steps between looks that do not pay.
+_MARGIN = 1.03  # A width must be faster than the best one by this factor to replace it.
+_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # Drafted steps between two trials of another width.
+_FIRST_WIDTH = 4  # Width of levels on a CPU until wider ones were tried.
+_NEWEST_WIDER = 0.1  # Weight of the newest draft in the gain of a wider one.
 _PLAIN = TreeShape.plain()
 
 
@@ -52,15 +52,13 @@ class ThroughputPolicy(SavedPolicy):
     instance for one call at a time.
 
     Args:
-        depth: maximum number of levels that are drafted one after the other; a block is drafted whole. How many pay is
-            found from measured costs, as for the next two.
+        depth: maximum number of levels; a block is drafted whole.
         top_k: maximum number of children per node.
         most_nodes: maximum number of nodes from the head, below 4096.
-        costs: known costs of this machine in seconds, as from `CostTable.running`; `None` learns them from the first
-            steps.
-        acceptance: calibration of the head's scores, as from `fitted_policy`; `None` learns it while decoding.
+        costs: known costs of this machine, from `CostTable.running`; `None` learns them from the first steps.
+        acceptance: calibration of the head's scores, from `fitted_policy`; `None` learns it while decoding.
         target: identity of the target that it was fitted with; `None` accepts any target.
-        head: likewise of the head.
+        head: identity of the head that it was fitted with; `None` accepts any head.
 
     Raises:
         ValueError: an argument has another type or is out of range.
@@ -70,7 +68,7 @@ class ThroughputPolicy(SavedPolicy):
     costs: RunningCosts
     needs_head = False
     weighs_lookup = True
-    probes_head = True  # learns from one drafted level, whether or not any of it is verified
+    probes_head = True  # it learns from one drafted level, even if none of it is verified
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
+        """Lambda: tokens per second so far, between the rate of plain steps and twice that."""
         return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
@@ -125,7 +123,7 @@ class ThroughputPolicy(SavedPolicy):
         lookup = self._look_up(observation)
         if not observation.can_draft or not self._memory.asks_head(step.lookup_hit):
             return TreeShape(1, 0, 1, lookup)
-        # An accelerator would have to be waited for after every level, and no level could be launched ahead
+        # On an accelerator every decision between levels would wait for the device
         self.grows = observation.device_type == "cpu" and not observation.drafts_at_once
         step.width = self._width(observation)
         if observation.drafts_at_once:
@@ -137,7 +135,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths that it may draft for one row."""
+        """Widths of levels that it may draft for one row."""
         return self._wider.widths
 
     def _width(self, observation: Observation) -> int:
@@ -149,14 +147,14 @@ class ThroughputPolicy(SavedPolicy):
             width, step.narrower = self._wider.choose()
             return width
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
-        # nodes of each row at least, and one row may verify what others do not
+        # nodes of each row at least, and ragged rows verify different ones
         least = 2 if step.is_ragged else 1
         first = min(_FIRST_WIDTH, most) if self.grows and rows > 1 else most
         width = min(max(first // rows, least), most)
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Choose the looked-up nodes; returns those of the row that has most."""
+        """Choose the looked-up nodes and return the number of the row with most."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -181,8 +179,9 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """How many nodes of these expected tokens to verify beside the looked-up ones, or beside the root alone, and
-        what they gain.
+        """Choose how many nodes of these expected tokens to verify, beside the looked-up ones or the root alone.
+
+        Returns the number and its gain in tokens.
         """
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
@@ -190,13 +189,14 @@ class ThroughputPolicy(SavedPolicy):
         return best_prefix(seconds, worth, step.rate)
 
     def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
-        """How many nodes of these expected tokens to verify, what they gain beside the looked-up ones, and how many of
-        those keep their places, for which both compete.
+        """Choose nodes from the draft and from lookup, which compete for the same places.
+
+        Returns the number of drafted nodes, their gain beside the looked-up ones, and the number of looked-up nodes.
         """
         step = self._step
         if not step.competes:
             return *self._best_prefix(worth), 0
-        # by worth, without changing the order of either: a parent comes before its children
+        # Merged by worth, without changing the order of either: a parent comes before its children
         falling = list(accumulate(worth, min)), [one for one, _ in step.looked_up]
         order = sorted([(-one, drafted) for drafted, ones in enumerate(falling) for one in ones], key=itemgetter(0))
         left = iter(worth), iter(falling[1])
@@ -205,7 +205,7 @@ class ThroughputPolicy(SavedPolicy):
         return count - kept, gain - step.looked_up_gain, kept
 
     def _planned_depth(self) -> int:
-        """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
+        """Choose the depth of highest expected gain before anything is drafted, with one node per level."""
         step, gains = self._step, list[float]()
         reach = enumerate(self.acceptance.reach(self._largest.depth), start=1)
         worth = [step.left_at(level)[0] * prob for level, prob in reach]
@@ -215,7 +215,7 @@ class ThroughputPolicy(SavedPolicy):
         return 1 + gains.index(max(gains))
 
     def grow(self, level: Level) -> bool:
-        """Draft another level if the expected gain of its nodes is above the cost of drafting them."""
+        """Draft another level if its nodes gain more than drafting them costs."""
         step, width = self._step, level.scores.shape[-1]
         probs = step.apart([self.acceptance.probabilities(row, level.depth) for row in level.scores.tolist()])
         children = [self.acceptance.children_of(row, level.depth, width) for row in probs]
@@ -246,7 +246,7 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Take the looked-up nodes as they stand beside the head's, which tells what each of these adds."""
+        """Score the looked-up nodes again now that the head's pool is known."""
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -261,11 +261,12 @@ class ThroughputPolicy(SavedPolicy):
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
-        """The expected tokens of a pool's nodes, best first, and whose they are; and of each row the probability that
-        each level holds the right path.
+        """Rank a pool's nodes by expected tokens.
+
+        Returns the tokens and row of each node, best first, and for each row and level P(it holds the right path).
         """
         step = self._step
-        best: list[list[float]] = []  # of each row
+        best: list[list[float]] = []
         held: list[list[float]] = []
         for row in scores.tolist():
             nodes: list[tuple[float, float]] = []
@@ -292,20 +293,20 @@ class ThroughputPolicy(SavedPolicy):
         looks = {"looks_up": record.verified > 1 and not record.shape.asks_head, "has_looked": step.has_looked}
         passes, rows = step.passes(levels), record.rows_of_a_node
         self.costs.add(record.computed, passes, *times, width=step.width, rows=rows, **looks)
-        step.has_looked = False  # a guard may take the next step without asking
-        step.odds = step.shared = list  # which know the text
+        step.has_looked = False  # a guard may take the next step without a decision of this policy
+        step.odds = step.shared = list  # frees the text that the callables hold
         self._memory.add(record)
         if step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + step.expected, record.step_seconds)
         if not levels:
             return
         self._learn(record, level_probs)
-        if step.wider_gain is not None:  # the price of a wider draft is known only now
+        if step.wider_gain is not None:  # only now the price of a wider draft is known
             wider, narrower = (self.costs.draft_seconds(width, levels) for width in (step.width, step.narrower))
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
+        """Learn from every row's outcome in a ragged batch; rows in lockstep share one."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -323,7 +324,7 @@ class ThroughputPolicy(SavedPolicy):
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fitted calibration. What was learned while decoding is not saved."""
+        """Return the fitted calibration, without what was learned while decoding."""
         return {_SAVED_AS: tensor([[one.intercept, one.slope] for one in self.acceptance.scalings])}
 
     @classmethod
@@ -347,30 +348,30 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 
 @dataclass(slots=True)
 class _Step:
-    """What lives for one step."""
+    """State of one step; lists hold one entry for each ragged row, or one for all rows in lockstep."""
 
-    row_weights: Sequence[float] = ()  # see `Observation`, and `Pricing` for `paths_cost`
-    paths_cost: bool = False
-    drafts_at_once: bool = False
-    row_price: int = 1  # by how many nodes the step is priced higher, if each row gets one more
-    is_ragged: bool = False  # whether each row gets as many as pay
+    row_weights: Sequence[float] = ()  # see `Observation`
+    paths_cost: bool = False  # see `Pricing`
+    drafts_at_once: bool = False  # see `Observation`
+    row_price: int = 1  # nodes that the step costs more if each row gets one more
+    is_ragged: bool = False  # whether each row gets its own number of nodes
     discounts: Sequence[float] = ()  # see `Policy`
-    odds: Callable[[], list[list[float]]] = list  # of nodes that are looked up, of each row or of all
+    odds: Callable[[], list[list[float]]] = list  # acceptance probabilities of looked-up nodes
     shared: Callable[[], list[list[int]]] = list  # see `Observation`
-    factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds, of each row or of all
-    rate: float = 0.0  # tokens that a second is worth (lambda)
-    has_looked: bool = False  # for nodes to look up
-    lookup: int = 0  # nodes that come from the lookup, as they are priced
-    chains: list[list[float]] = field(default_factory=list)  # the odds of these nodes, of each row or of all
-    competes: bool = False  # whether these nodes and the head's compete for their places
-    looked_up: list[tuple[float, float]] = field(default_factory=list)  # their expected tokens and odds, best first
-    looked_up_gain: float = 0.0  # of these nodes, in tokens
-    lookup_hit: float = 0.0  # probability that the first of a chain is right: the mean
-    width: int = 1  # that was asked for
-    narrower: int = 0  # a width that this one is compared with; 0 for none
-    wider_gain: float | None = None  # tokens that it gains over that one, prices of drafting aside
-    node_worth: list[float] = field(default_factory=list)  # of nodes with children, where the lookup fails; best first
-    level_probs: list[list[float]] = field(default_factory=list)  # that each level holds the right path, of each row
+    factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds
+    rate: float = 0.0  # lambda: tokens that a second is worth
+    has_looked: bool = False  # whether the step asked for looked-up nodes
+    lookup: int = 0  # priced number of looked-up nodes
+    chains: list[list[float]] = field(default_factory=list)  # odds of the chosen looked-up nodes
+    competes: bool = False  # whether looked-up and drafted nodes compete for places
+    looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and odds, best first
+    looked_up_gain: float = 0.0  # gain of the looked-up nodes in tokens
+    lookup_hit: float = 0.0  # mean probability that the first looked-up node is right
+    width: int = 1  # children per node of this draft
+    narrower: int = 0  # width that this one is compared with; 0 for none
+    wider_gain: float | None = None  # tokens gained over the narrower width, drafting costs aside
+    node_worth: list[float] = field(default_factory=list)  # expected tokens of inner nodes where lookup fails, falling
+    level_probs: list[list[float]] = field(default_factory=list)  # P(each level holds the right path)
     expected: float = 0.0  # tokens that the head's nodes add to the step
 
     @classmethod
@@ -388,34 +389,34 @@ class _Step:
 
     @property
     def price(self) -> int:
-        """By how many nodes the step is priced higher for each node of `worth`."""
+        """Nodes that the step costs more for each node of `worth`."""
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
-        """What was added to the scores of a level."""
+        """Return the number that was added to the scores of a level."""
         return self.discounts[min(level, len(self.discounts)) - 1] if self.discounts else 0.0
 
     def passes(self, levels: int) -> int:
-        """By how many levels a draft is priced: one pass gives all of a block, whose price hardly depends on them."""
+        """Count the passes of a draft: one for a block, whose cost hardly depends on its levels."""
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """The `factors` less what looked-up nodes gain at a level: the head gains nothing where they are right."""
+        """Reduce the `factors` at a level, because the head gains nothing where looked-up nodes are right."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
         return [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
 
     def apart(self, rows: list[list[float]]) -> list[list[float]]:
-        """Probabilities of each row's nodes, or those of a node in all rows."""
+        """Keep each row's probabilities if rows are ragged, else average them."""
         return rows if self.is_ragged else [self.mean(rows)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
-        """The expected tokens of these nodes, and whose they are."""
+        """List the expected tokens and the row of each node."""
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
-        """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
+        """Average the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
         if len(rows) == 1:
             return rows[0]
         weights = self.row_weights or [1.0] * len(rows)
@@ -423,10 +424,10 @@ class _Step:
 
 
 def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
-    """How many nodes to add to a tree, from the first, and their expected tokens less what verifying them costs.
+    """Choose how many nodes to add to a tree, from the first; returns the number and its gain in tokens.
 
-    `seconds` are those of verifying the tree as it is, with one node more, with two, and so on; `worth` holds expected
-    tokens of each node, and `rate` is how many a second is worth.
+    `seconds` are the costs of verifying the tree with 0, 1, 2, ... nodes more, `worth` the expected tokens of each
+    node, and `rate` the tokens that a second is worth.
     """
     gain, best_gain, best = rate * seconds[0], 0.0, 0
     for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
@@ -437,8 +438,9 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """What a draft of a smaller width would have held of a pool, and where its levels begin: the first nodes of each
-    level get children, best first. `None` for a pool of another form, as one of several sources has.
+    """Cut a pool to the draft of a smaller width; returns its scores and where its levels begin.
+
+    It needs the first nodes of each level to have children, best first; `None` for other pools, of several sources.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -451,71 +453,71 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """The rate of tokens so far, what asking the head and looking up gain, and when to try again what does not pay."""
+    """Means of the token rate and of the gains of head and lookup; decides when to retry what does not pay."""
 
     def __init__(self) -> None:
-        self.head_was_right = True  # whether it predicted a token of the last step that asked it, in most rows
+        self.head_was_right = True  # whether the last draft held the next token, in most rows
         self._tokens, self._seconds = 0.0, 0.0  # decayed sums
-        # Means of drafts: what they would gain without lookup, by `head_was_right`; and their price. That of the first
-        # draft may be an interruption's, so it begins at nothing
+        # Means over drafts: gains without lookup, by `head_was_right`, and the price, which begins at 0 because the
+        # first draft may have been interrupted
         self._gains, self._price = [_FIRST_GAIN, _FIRST_GAIN], 0.0
         self._probes, self._looks = Trials(_FIRST_PROBE, _LAST_PROBE), Trials(_FIRST_LOOK, _LAST_LOOK)
-        self._look_gain = _FIRST_GAIN  # mean of looks, in tokens
+        self._look_gain = _FIRST_GAIN  # mean gain of looks, in tokens
 
     def add(self, record: StepRecord) -> None:
         self._tokens = self._tokens * _MEMORY + record.mean_emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
 
     def rate(self, plain_seconds: float) -> float:
-        """Tokens per second (lambda): at least the rate of plain steps, and at most twice that."""
+        """Compute lambda: tokens per second, between the rate of plain steps and twice that."""
         rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
     def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
-        """Note what a draft is estimated to gain and its price, in tokens, where the lookup is right with this
-        probability: less noisy than outcomes, which correct it.
+        """Update the running means of a draft's estimated gain and price, in tokens.
+
+        Estimates vary less than outcomes, which calibrate them elsewhere.
         """
         known = self._gains[self.head_was_right]
         self._gains[self.head_was_right] += _NEWEST * (gain - (1.0 - lookup_hit) * known)
         self._price += _NEWEST * (price - self._price)
 
     def asks_head(self, lookup_hit: float) -> bool:
-        """Whether asking the head pays after a step like the last one, or is due for another probe.
+        """Decide whether the head pays after a step like the last, or is due for a probe.
 
-        It gains nothing where the lookup's first token is right, with a probability of `lookup_hit`.
+        It gains nothing where lookup's first token is right, with probability `lookup_hit`.
         """
         pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 
     def looks_up(self, price: float) -> bool:
-        """Whether looking up pays that costs `price` tokens, or is due for another trial."""
+        """Decide whether a look for `price` tokens pays, or is due for a trial."""
         return self._looks.is_due(pays=self._look_gain >= price)
 
     def note_look(self, gain: float) -> None:
-        """Note what the nodes that were found are estimated to gain, in tokens, less what they cost."""
+        """Update the mean net gain of looked-up nodes, in tokens."""
         self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
 
 
 def doubled(width: int, most: int) -> tuple[int, ...]:
-    """The widths `width`, twice as much and so on, up to `most` children per node."""
+    """List `width`, twice `width` and so on, up to `most` children per node."""
     return (width, *doubled(min(2 * width, most), most)) if width < most else (width,)
 
 
 class WiderDrafts:
-    """Drafts wider while that gains more tokens than it takes time.
+    """Picks the width of one row's drafts on a CPU: wider while that gains more tokens than it costs.
 
-    The next wider width is tried now and then. Its draft contains the narrower one, so that both are compared at the
-    same place of a text, by what their nodes are estimated to gain less their price: tokens of other places, which
-    differ far more, say nothing here.
+    A wider draft contains the narrower one. So a trial compares both at the same place of a text, by their estimated
+    gain less their price; tokens at other places differ far more.
     """
 
     def __init__(self, most: int) -> None:
         self.widths, self._chosen = doubled(min(_FIRST_WIDTH, most), most), 0
-        self._gains = [0.0] * len(self.widths)  # over the next narrower one, in tokens: means
+        self._gains = [0.0] * len(self.widths)  # mean gains over the next narrower width, in tokens
         self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
 
     def choose(self) -> tuple[int, int]:
-        """The width of the coming draft, and the one that it is compared with; 0 for none."""
+        """Choose the width of the coming draft, and the one to compare it with; 0 for none."""
         index = 0
         while index + 1 < len(self.widths) and self._gains[index + 1] > 0.0:
             index += 1
@@ -525,16 +527,15 @@ class WiderDrafts:
         return self.widths[index], self.widths[index - 1] if index else 0
 
     def note(self, gain: float) -> None:
-        """Take in what a draft of the chosen width gained over the narrower one."""
-        known = self._gains[self._chosen]
-        self._gains[self._chosen] += _NEWEST_WIDER * (gain - known)
+        """Learn the gain of the chosen width over the narrower one."""
+        self._gains[self._chosen] += _NEWEST_WIDER * (gain - self._gains[self._chosen])
 
 
 class WidthMemory:
-    """Drafts chains at first, tries other widths now and then, and keeps the one that writes the most tokens a second.
+    """Picks the width in the invariant mode: chains at first, then the width of most tokens a second.
 
-    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing: only the clock
-    knows. The next wider or narrower width is tried, and less often each time that none is better.
+    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing, so the clock has
+    to decide. It tries the next wider or narrower width, less often after each failure.
     """
 
     def __init__(self, most: int) -> None:
@@ -544,12 +545,12 @@ class WidthMemory:
         self._trial_in = self._trial_every = _FIRST_TRIAL
 
     def choose(self, most: int) -> int:
-        """The width of the coming draft, at most `most`."""
+        """Choose the width of the coming draft, at most `most`."""
         self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
         return min(self._widths[self._chosen], most)
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Take in the tokens that a step of the chosen width was expected to write, and its duration."""
+        """Learn from a step of the chosen width: its expected tokens and its duration."""
         index = self._chosen
         self._tokens[index] = self._tokens[index] * _MEMORY + tokens
         self._seconds[index] = self._seconds[index] * _MEMORY + seconds
@@ -561,7 +562,7 @@ class WidthMemory:
         self._best, self._trial_in = index if is_better else self._best, self._trial_every
 
     def _neighbour(self) -> int:
-        """Of the next wider width and the next narrower one, that which was timed less."""
+        """Pick the next wider or narrower width, whichever has less time so far."""
         neighbours = [index for index in (self._best + 1, self._best - 1) if 0 <= index < len(self._widths)]
         return min(neighbours, key=self._seconds.__getitem__, default=self._best)
 
