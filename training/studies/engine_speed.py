@@ -1,27 +1,23 @@
 """Measure the engine alone: how much of tau becomes speed, eager and compiled, at a tau that is planted.
 
 Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled? What
-part where three of four layers are recurrent, and what with an MTP layer?
+part where three of four layers are recurrent?
 Answer: on two cores, compiled Llamas of 0.1B and 1B keep 0.41 to 0.90 of tau, `auto` 0.69 to 0.87; each level reads a
 head that is a sixth, or a ninth, of the target. On a hybrid of 0.15B with gated delta nets, on a CPU and at
 tau 2.3, a compiled chain is 1.4 times as fast as compiled plain decoding, which is 2.35 times as fast as eager; eager
-chains gain a little, and trees, which were read path by path then, nothing. With an MTP layer of the 0.1B shape that
-may draft 8,192 tokens `auto` keeps 0.78, at a tau of 2.0 (`mtp-0.1b-engine.json`, two prompts).
+chains gain a little, and trees, which were read path by path then, nothing.
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
-    python -m training.studies.engine_speed --shape 0.1b --drafter mtp --tau 2 2.5 3 --draft-vocabulary 8192
-    python -m training.studies.engine_speed --drafter block --tau 1 --trees 33,7,32 9,1,8 --draft-vocabulary 12288
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
     python -m training.studies.engine_speed --tau 2.5 --prompt-tokens 16384 --compiled --limit 1 --repeats 1
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
 Method: targets of random weights (`random_target`) and, rigged to each tau (`rigged_head`), a head that drafts as a
-trained one of EAGLE-3's sizes does, or with `--drafter mtp` a layer as checkpoints bring along: either is right as
-often as tau needs. A block head of two layers and eight slots knows nothing, and shows what its drafts cost. Greedy,
-one prompt at a time, every way in turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as
-deep, yield what their first chain yields, and show what width costs. Prompt lookup never finds a match in these texts:
-its row shows what looking costs. `auto` meets the same heads, and is not held to
-a tau. A first pass, which compiles, is thrown away. Where layers are recurrent, Transformers has no prompt lookup.
+trained one of EAGLE-3's sizes does, and is right as often as tau needs. Greedy, one prompt at a time, every way in
+turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as deep, yield what their first chain
+yields, and show what width costs. Prompt lookup never finds a match in these texts: its row shows what looking costs.
+`auto` meets the same heads, and is not held to a tau. A first pass, which compiles, is thrown away. Where layers are
+recurrent, Transformers has no prompt lookup.
 """
 
 import argparse
@@ -37,8 +33,6 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.assistants import MtpHead
-from transformers_resps.heads import BlockHead
 from transformers_resps.tools.cli import device, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.methods import (
@@ -59,12 +53,11 @@ from transformers_resps.verifying.prepacking import prepack
 
 from .experiment import Experiment, execute
 from .random_target import SHAPES, following, random_target
-from .rigged_head import hit_rate_for, rigged_head, rigged_mtp, untrained_block
+from .rigged_head import hit_rate_for, rigged_head
 
 
 DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
 _WARM_UP = 64  # tokens of a prompt: one code serves longer ones
-DRAFTERS = {"head": rigged_head, "mtp": rigged_mtp, "block": untrained_block}
 
 
 class Way(NamedTuple):
@@ -86,7 +79,7 @@ def tree_of(tau: float, device: str) -> TreeShape:
 
 
 def ways_of(
-    heads: dict[float, DraftHead | MtpHead | BlockHead],
+    heads: dict[float, DraftHead],
     shapes: dict[float, Sequence[TreeShape]],
     *,
     compiles: bool,
@@ -136,16 +129,11 @@ class EngineRun:
     draft_seconds: float | None = None
 
 
-def rig(
-    target: Any, texts: Sequence[Tensor], tau: float, drafter: str, draft_vocabulary: int | None
-) -> DraftHead | MtpHead | BlockHead:
-    """Make one of `DRAFTERS` whose chain of `tau` yields as much on `texts`."""
+def rig(target: Any, texts: Sequence[Tensor], tau: float, draft_vocabulary: int) -> DraftHead:
+    """Make a head whose chain of `tau` yields as much on `texts`."""
     hit_rate, vocab_size = hit_rate_for(tau, chain_of(tau).depth), target.config.vocab_size
-    if draft_vocabulary is None and drafter == "head":
-        draft_vocabulary = DRAFT_VOCABULARY
-    size = None if draft_vocabulary is None else min(draft_vocabulary, vocab_size)
-    tokens = torch.cat(list(texts))
-    return DRAFTERS[drafter](target, following(vocab_size), hit_rate, tokens=tokens, draft_vocab_size=size).head
+    size, tokens = min(draft_vocabulary, vocab_size), torch.cat(list(texts))
+    return rigged_head(target, following(vocab_size), hit_rate, tokens=tokens, draft_vocab_size=size).head
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +171,7 @@ class EngineBench:
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(short)
         writes = compiled(plain_steps()) if args.compiled and reason is None else plain()
         texts = [torch.cat([prompt.input_ids, bench.decode(prompt, writes).token_ids]) for prompt in prompts]
-        heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
+        heads = {tau: rig(target, texts, tau, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
         is_eager = reason is not None or not args.compiled
         looks_up = is_eager and not is_recurrent(target)
@@ -274,12 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["0.1b"], help="sizes of the targets; default: 0.1b")
     add("--tau", nargs="+", type=float, default=[2.0, 3.0, 4.0], help="that heads are rigged to; default: 2 3 4")
-    add("--drafter", choices=DRAFTERS, default="head", help="what is rigged; default: head")
-    add(
-        "--draft-vocabulary",
-        type=positive,
-        help=f"tokens that it can propose; default: {DRAFT_VOCABULARY} of a head, and all of an MTP layer",
-    )
+    add("--draft-vocabulary", type=positive, default=DRAFT_VOCABULARY, help="tokens that they can propose")
     add("--trees", nargs="+", type=shape, help="besides chains: total_tokens,depth,top_k; default: as deep and wide")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")

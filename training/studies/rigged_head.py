@@ -1,10 +1,10 @@
-"""Part of the study `engine_speed`: a head, or an MTP layer, that is right at a chosen rate, for targets without one.
+"""Part of the study `engine_speed`: a head that is right at a chosen rate, for targets without one.
 
 It lets an engine be measured at a known mean acceptance length.
 """
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.assistants.mtp import MtpHead, MtpLayer
-from transformers_resps.assistants.mtp_layouts import MtpConfig
-from transformers_resps.heads import Attend, BlockHead, BlockHeadConfig, Rope
+from transformers_resps.heads import Attend, Rope
 from transformers_resps.heads.model import DraftLayer, Wanted
 
 
@@ -60,14 +58,6 @@ class RiggedLayer(DraftLayer):
         return embeddings.gather(1, places).add(output, alpha=ECHO)
 
 
-class RiggedMtpLayer(MtpLayer):
-    """Likewise of an MTP module."""
-
-    def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """As `MtpLayer.forward`; the embeddings are the planted outputs."""
-        return embeddings.add(super().forward(embeddings, hidden, **block), alpha=ECHO)
-
-
 class Rigged(NamedTuple):
     """A head, and what was planted in it.
 
@@ -76,7 +66,7 @@ class Rigged(NamedTuple):
         hits: `[v]` bool: whether its first choice after each token is right.
     """
 
-    head: DraftHead | MtpHead
+    head: DraftHead
     hits: Tensor
 
 
@@ -117,62 +107,7 @@ def rigged_head(
         head.layers[-1] = layer
         head.lm_head.weight.normal_(std=_row_scale(len(known.ids), head.config.hidden_size))
     head.norm.weight.fill_(1.0)
-    return Rigged(head.eval(), _plant(head, head.lm_head.weight, known, hit_rate, seed))
-
-
-@torch.no_grad()
-def rigged_mtp(
-    target: PreTrainedModel,
-    following: Tensor,
-    hit_rate: float,
-    *,
-    tokens: Tensor | None = None,
-    draft_vocab_size: int | None = None,
-    seed: int = 0,
-) -> Rigged:
-    """Make an MTP layer that knows what follows each token of `target`; arguments and errors as of `rigged_head`.
-
-    Charged is all that a layer of a checkpoint costs: the target's final norm over its last state, the layer of the
-    target's own class, and the target's output head, of which `draft_vocab_size` keeps some rows.
-    """
-    known = _known(following, tokens, draft_vocab_size)
-    config = MtpConfig(own_embedding=True, draft_token_ids=tuple(known.ids.tolist()) if draft_vocab_size else None)
-    with torch.random.fork_rng(), torch.device(target.device):
-        torch.manual_seed(seed)
-        head: Any = MtpHead(config, target)
-        layer = RiggedMtpLayer(target, config, 0)
-        layer.load_state_dict(head.layers[0].state_dict())
-        head.layers[0] = layer
-    head = head.to(target.dtype).requires_grad_(False).eval()
-    rows = cast(Any, target.get_output_embeddings()).weight[known.ids.to(target.device)]
-    return Rigged(head, _plant(layer, rows, known, hit_rate, seed))
-
-
-def untrained_block(
-    target: PreTrainedModel,
-    following: Tensor,
-    hit_rate: float,
-    *,
-    tokens: Tensor | None = None,
-    draft_vocab_size: int | None = None,
-    seed: int = 0,
-) -> Rigged:
-    """Make a block head of two of the target's layers and eight slots that knows nothing, whatever `hit_rate` asks."""
-    text = target.config.get_text_config()
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    sizes = {name: getattr(text, name) for name in names}
-    sizes["head_dim"] = text.hidden_size // text.num_attention_heads
-    last = text.num_hidden_layers
-    config = BlockHeadConfig(
-        **sizes,
-        feature_layers=[1, last // 2, last - 1],
-        draft_vocab_size=draft_vocab_size,
-        owns_output_head=draft_vocab_size is not None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head: Any = BlockHead(config).to(target.device, target.dtype)
-    return Rigged(head.requires_grad_(False).eval(), torch.zeros(len(following), dtype=torch.bool))
+    return Rigged(head.eval(), _plant(head, known, hit_rate, seed))
 
 
 class _Known(NamedTuple):
@@ -192,9 +127,9 @@ def _known(following: Tensor, tokens: Tensor | None, draft_vocab_size: int | Non
     return _Known(asked, ids, torch.searchsorted(ids, following[asked]))
 
 
-def _plant(owner: Any, rows: Tensor, known: _Known, hit_rate: float, seed: int) -> Tensor:
-    """Fill the embedding of `owner` with outputs for the output rows `[d, h]`; returns `Rigged.hits`."""
-    embedding, random = owner.embed_tokens.weight, torch.Generator().manual_seed(seed)
+def _plant(head: Any, known: _Known, hit_rate: float, seed: int) -> Tensor:
+    """Fill the embedding of `head` with the outputs that its output rows need; return `Rigged.hits`."""
+    embedding, rows, random = head.embed_tokens.weight, head.lm_head.weight, torch.Generator().manual_seed(seed)
     hits = torch.rand(len(embedding), generator=random) < hit_rate
     outputs = _outputs(rows.float().cpu(), known.right, hits[known.asked], hit_rate, random)
     embedding.zero_()[known.asked.to(embedding.device)] = outputs.to(embedding)

@@ -38,25 +38,6 @@ def test_hybrids_write_the_plain_text_without_what_they_lack(tmp_path: Path) -> 
     assert all(row["same_text"] == 1.0 for row in found["rows"])
 
 
-def test_mtp_layers_are_measured_as_heads_are(tmp_path: Path) -> None:
-    words = "--shape tiny --drafter mtp --tau 2 --draft-vocabulary 200 --trees 4,3,1 --eager --accept-noise"
-    words += " --dtype float32 --limit 1 --repeats 1 --max-new-tokens 32"
-    assert main([*words.split(), "--output", str(tmp_path)]) == 0
-    rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert list(rows) == ["plain", "prompt lookup", "tree 4/3/1, tau 2", "auto, tau 2"]
-    assert all(row["same_text"] == 1.0 for row in rows.values())
-    assert 1.5 < rows["tree 4/3/1, tau 2"]["tau"] < 2.5
-
-
-def test_drafts_of_a_block_head_have_a_price(tmp_path: Path) -> None:
-    words = "--shape tiny --drafter block --tau 1 --draft-vocabulary 200 --trees 9,3,4 --eager --accept-noise"
-    words += " --dtype float32 --limit 1 --repeats 1 --max-new-tokens 12"
-    assert main([*words.split(), "--output", str(tmp_path)]) == 0
-    rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert all(row["same_text"] == 1.0 for row in rows.values())
-    assert rows["tree 9/3/4, tau 1"]["draft_to_plain"] > 0.0 and rows["plain"]["draft_to_plain"] is None
-
-
 def test_every_way_of_ours_is_also_compiled() -> None:
     target = random_target("tiny")
     shapes = [TreeShape(4, 3, 1), TreeShape(60, 3, 10)]

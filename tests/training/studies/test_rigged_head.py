@@ -1,6 +1,5 @@
-"""Rigged heads and MTP layers: right as often as was planted, lossless, and as expensive as trained ones."""
+"""Rigged heads: right as often as was planted, lossless, and as expensive as trained ones."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,17 +8,14 @@ from torch import Tensor
 
 from tests.lossless.answering import both
 from training.studies.random_target import following, random_target
-from training.studies.rigged_head import Rigged, hit_rate_for, rigged_head, rigged_mtp, tau_of
+from training.studies.rigged_head import hit_rate_for, rigged_head, tau_of
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.assistants import MtpConfig, MtpHead
-from transformers_resps.assistants.mtp import MtpLayer
 from transformers_resps.heads.model import DraftLayer
 
 
 PROMPT = torch.arange(5, 12)
 MOST = 80  # new tokens
 AFTER = following(512)
-BOTH_KINDS = pytest.mark.parametrize("rigged", [rigged_head, rigged_mtp])
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +62,8 @@ def test_a_tau_beyond_the_depth_is_refused() -> None:
     [(2.0, TreeShape(4, 3, 1)), (3.0, TreeShape(40, 5, 4)), (4.0, TreeShape(8, 7, 1)), (4.0, TreeShape(60, 8, 10))],
     ids=str,
 )
-@BOTH_KINDS
-def test_a_step_accepts_up_to_the_first_planted_error(
-    rigged: Callable[..., Rigged], tau: float, shape: TreeShape, target: Any
-) -> None:
-    head = rigged(target, AFTER, hit_rate_for(tau, shape.depth)).head
+def test_a_step_accepts_up_to_the_first_planted_error(tau: float, shape: TreeShape, target: Any) -> None:
+    head = rigged_head(target, AFTER, hit_rate_for(tau, shape.depth)).head
     plain, drafted = both(target, head, PROMPT[None], shape, max_new_tokens=MOST)
     assert drafted.sequences.tolist() == plain.sequences.tolist()
     steps = [int(step.emitted) for step in drafted.speculation.steps]
@@ -90,13 +83,10 @@ def test_planted_errors_give_the_tau_that_was_asked_for(tau: float, depth: int, 
     assert sum(steps) / len(steps) == pytest.approx(tau, rel=0.05)
 
 
-@BOTH_KINDS
-def test_texts_of_half_precision_are_those_of_plain_decoding_and_sampled_ones_too(
-    rigged: Callable[..., Rigged],
-) -> None:
+def test_texts_of_half_precision_are_those_of_plain_decoding_and_sampled_ones_too() -> None:
     target = attach(random_target("tiny", torch.bfloat16))
     text = target.generate(PROMPT[None], max_new_tokens=32, do_sample=False)[0]
-    head = rigged(target, AFTER, 0.8, tokens=text, draft_vocab_size=200).head
+    head = rigged_head(target, AFTER, 0.8, tokens=text, draft_vocab_size=200).head
     assert head.bind(target).proposable_tokens == 200
     for do_sample in (False, True):
         plain, drafted = both(target, head, PROMPT[None], TreeShape(8, 7, 1), max_new_tokens=32, do_sample=do_sample)
@@ -105,11 +95,10 @@ def test_texts_of_half_precision_are_those_of_plain_decoding_and_sampled_ones_to
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.6, 0.9])
-@BOTH_KINDS
 def test_a_first_choice_is_as_probable_as_it_is_right_and_the_right_token_is_the_last_where_it_errs(
-    rigged: Callable[..., Rigged], rate: float, target: Any
+    rate: float, target: Any
 ) -> None:
-    head, hits = rigged(target, AFTER, rate)
+    head, hits = rigged_head(target, AFTER, rate)
     probs, found = choices(head, target)
     as_planted = torch.where(hits, found[:, 0], found[:, -1]) == AFTER
     assert as_planted.float().mean() > 0.94, "64 numbers leave little room for 512 directions"
@@ -120,69 +109,48 @@ def test_a_first_choice_is_as_probable_as_it_is_right_and_the_right_token_is_the
 
 def choices(head: Any, target: Any) -> torch.return_types.sort:
     """Probabilities `[v, d]` after each token, and the tokens that have them; the likeliest first."""
-    bound, tokens = head.bind(target), torch.arange(512)[None]
-    planted = bound.embed(tokens) if isinstance(head, DraftHead) else head.layers[0].embed_tokens(tokens)
-    outputs = planted if isinstance(head, DraftHead) else head.layers[0].norm(planted)
-    found = bound.logits(outputs)[0].softmax(-1).sort(dim=-1, descending=True)
+    bound = head.bind(target)
+    found = bound.logits(bound.embed(torch.arange(512)[None]))[0].softmax(-1).sort(dim=-1, descending=True)
     return torch.return_types.sort((found.values, bound.target_ids(found.indices)))
 
 
-@pytest.mark.parametrize(
-    ("rigged", "fresh", "layer"),
-    [
-        (rigged_head, DraftHead.from_target, DraftLayer),
-        (rigged_mtp, lambda target: MtpHead(MtpConfig(), target).eval(), MtpLayer),
-    ],
-    ids=["head", "mtp"],
-)
-def test_its_layers_run_whatever_it_proposes(
-    rigged: Callable[..., Rigged], fresh: Any, layer: Any, target: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_layers_run_whatever_it_proposes(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As often as those of one of the same sizes that drafts the same trees."""
     ran: list[int] = []
-    forward = layer.forward
+    forward = DraftLayer.forward
 
     def counted(self: Any, *args: Any, **keywords: Any) -> Tensor:
         ran[-1] += 1
         return forward(self, *args, **keywords)
 
-    monkeypatch.setattr(layer, "forward", counted)
-    for head in (rigged(target, AFTER, 0.0).head, fresh(target)):
+    monkeypatch.setattr(DraftLayer, "forward", counted)
+    for head in (rigged_head(target, AFTER, 0.0).head, DraftHead.from_target(target)):
         ran.append(0)
         both(target, head, PROMPT[None], TreeShape(4, 3, 1), max_new_tokens=8)
     assert ran[0] == ran[1] > 8
 
 
-def test_an_mtp_layer_of_a_hybrid_is_rigged_too() -> None:
-    target = attach(random_target("tiny-gdn"))
-    head = rigged_mtp(target, AFTER, 0.7).head
-    plain, drafted = both(target, head, PROMPT[None], TreeShape(4, 3, 1), max_new_tokens=32)
-    assert drafted.sequences.tolist() == plain.sequences.tolist()
-    steps = [int(step.emitted) for step in drafted.speculation.steps]
-    hits = choices(head, target).indices[:, 0] == AFTER
-    assert steps == expected_steps(hits, plain.sequences[0].tolist(), depth=3)
-
-
-@BOTH_KINDS
-def test_rows_of_a_batch_draft_each_its_own_text(rigged: Callable[..., Rigged], target: Any) -> None:
+def test_rows_of_a_batch_draft_each_its_own_text(target: Any) -> None:
     ids = torch.stack([PROMPT, PROMPT + 40])
-    head = rigged(target, AFTER, 1.0).head
+    head = rigged_head(target, AFTER, 1.0).head
     plain, drafted = both(target, head, ids, TreeShape(4, 3, 1), max_new_tokens=24, do_sample=False)
     assert drafted.sequences.tolist() == plain.sequences.tolist()
     assert len(drafted.speculation.steps) < 10
 
 
-@BOTH_KINDS
-def test_making_one_leaves_the_global_generator_alone(rigged: Callable[..., Rigged]) -> None:
+def test_making_one_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    rigged(random_target("tiny"), AFTER, 0.5)
+    rigged_head(random_target("tiny"), AFTER, 0.5)
     assert torch.rand(1) == expected
 
 
-@BOTH_KINDS
-def test_a_policy_drafts_with_it_as_with_any_head(rigged: Callable[..., Rigged], target: Any) -> None:
+def test_a_policy_drafts_with_it_as_with_any_head(target: Any) -> None:
     policy = FixedPolicy(TreeShape(4, 3, 1))
-    options = {"assistant_model": rigged(target, AFTER, 0.9).head, "policy": policy, "return_dict_in_generate": True}
+    options = {
+        "assistant_model": rigged_head(target, AFTER, 0.9).head,
+        "policy": policy,
+        "return_dict_in_generate": True,
+    }
     assert target.generate(PROMPT[None], max_new_tokens=MOST, **options).speculation.tau > 3
