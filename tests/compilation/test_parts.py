@@ -16,7 +16,7 @@ from tests.kernels import HAS_COMPILER, NO_COMPILER
 from transformers_resps.compilation import packages as packages_module
 from transformers_resps.compilation.compiled import CompiledFunction
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages, stored_packages
-from transformers_resps.compilation.parts import Part, UncuttableError, exported_part, parts_of
+from transformers_resps.compilation.parts import ProgramPart, UncuttableError, exported_part, parts_of
 
 
 class Layer(nn.Module):
@@ -104,20 +104,20 @@ def test_what_has_no_equal_layers_is_not_cut() -> None:
 @torch.no_grad()
 def test_what_turns_out_not_to_be_cut_is_compiled_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of the parts before is not kept. A compiler is planted, which writes what it was given."""
-    traced: list[Part] = []
+    traced: list[ProgramPart] = []
 
-    def fails_at_the_second(program: ExportedProgram, part: Part) -> ExportedProgram:
+    def fails_at_the_second(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
         traced.append(part)
         if len(traced) == 2:
             raise UncuttableError("planted")
         return exported_part(program, part)
 
-    def write(program: ExportedProgram, weights: Any, config: Any, archive: Any, number: int, *, alike: bool) -> Any:
+    def write(writer: Any, program: ExportedProgram, weights: Any, archive: Any, number: int) -> Any:
         archive.writestr(f"{number}/{len(weights)} weights", "")
         return {}, []
 
     monkeypatch.setattr(packages_module, "exported_part", fails_at_the_second)
-    monkeypatch.setattr(packages_module, "_write_code", write)
+    monkeypatch.setattr(packages_module._Writer, "write_code", write)
     decoder, sizes = Decoder(), [(1,), (1, 2), *[()] * 5]
     inputs = inputs_of(decoder)
     made = packages_module._compile(

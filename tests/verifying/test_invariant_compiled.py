@@ -58,23 +58,6 @@ def cases(heads: Heads, rows: int) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_the_operator_is_the_formula(sinks: bool) -> None:
-    for case, window in zip(cases(Heads(6, 2, 64, 32), 2), WINDOWS, strict=False):
-        given = case.sinks if sinks else None
-        found = bf16_block_attention(*tree_of(case, window), given, SCALE)
-        for row in range(2):
-            for node in some_nodes(Random(0), case.parents):
-                expected = case.expected(row, node, window, sinks)
-                torch.testing.assert_close(found[row, node].double(), expected, rtol=0.02, atol=0.02)
-
-
-def test_nodes_of_padding_get_zeros() -> None:
-    case = cases(Heads(6, 2, 64, 32), 2)[0]
-    found = bf16_block_attention(*tree_of(case, count=1), None, SCALE)
-    assert found[:, :1].any() and not found[:, 1:].any()
-
-
 @needs_instructions
 @needs_compiler
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Compiling in another process, while calls go on as they are: no caller waits.
+"""Compile a model in another process, so that no call waits for a compiler.
 
 The process loads the checkpoint, compiles what a call runs, and leaves packages in the folder where later calls of all
-processes look. It lives on when this process ends.
+processes look. It outlives this process.
 """
 
 import logging
@@ -17,33 +17,33 @@ from .packages import FOLDER_VARIABLE, packages_folder
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# Beside two busy threads it gets a fourth of a core then, and a call takes 1.3 times as long; at 5 it was 1.4.
+# Beside two busy threads the process gets a fourth of a core, and a call takes 1.3 times as long; at 5 it took 1.4.
 _NICENESS = 6
 _RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli import main; raise SystemExit(main())"
 
 
 class CompilerProcess:
-    """At most one process that compiles for one model; of all processes of a user, one compiles a model."""
+    """Starts at most one compiling process for one model, among all processes of a user."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = Path()  # what it tells
-        self._asked: set[tuple[str, ...]] = set()  # arguments that need no second process: it ended, or cannot start
+        self._log = Path()
+        self._asked: set[tuple[str, ...]] = set()  # Arguments that need no second process: it ended, or cannot start.
 
     @property
     def is_running(self) -> bool:
-        """Whether it takes time from calls now."""
+        """Whether the process takes time from calls now."""
         if self._process is not None and self._process.poll() is not None:
             self._see_end(self._process.returncode)
         return self._process is not None
 
     def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
-        """Let a process run `resps compile`, unless one does, or did so in vain.
+        """Run `resps compile` in a process, unless one runs, or an earlier one ended or failed.
 
         Args:
-            identity: of the model, see `ModulePackages.identity`.
+            identity: the model's `ModulePackages.identity`.
             checkpoint: folder or Hub id of the model; empty if it was made in memory.
-            arguments: of the command, after the checkpoint.
+            arguments: arguments of the command after the checkpoint.
         """
         if self.is_running or arguments in self._asked:
             return
@@ -55,36 +55,35 @@ class CompilerProcess:
             NO_COMPILER: compiler() is None,
         }
         obstacle = next((obstacle for obstacle, stands in obstacles.items() if stands), None)
-        if obstacle is not None or folder is None:
-            self._give_up(arguments, str(obstacle))
-            return
         try:
-            self._start(folder, identity, ("compile", checkpoint, *arguments, "--only-as", identity))
+            if obstacle is None and folder is not None:
+                self._start(folder, identity, ("compile", checkpoint, *arguments, "--only-as", identity))
         except OSError as fault:
-            self._give_up(arguments, f"{fault}. Set {FOLDER_VARIABLE} to another folder")
-        else:
-            if self._process is not None:
-                self._asked.add(arguments)
+            obstacle = f"{fault}. Set {FOLDER_VARIABLE} to another folder"
+        if obstacle is not None:
+            self._give_up(arguments, obstacle)
+        elif self._process is not None:
+            self._asked.add(arguments)
 
     def _start(self, folder: Path, identity: str, command: Sequence[str]) -> None:
         from fcntl import LOCK_EX, LOCK_NB, flock
 
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._told = folder / f".{identity}.log"
+        self._log = folder / f".{identity}.log"
         with (folder / f".{identity}.lock").open("wb") as lock:
             try:
-                flock(lock, LOCK_EX | LOCK_NB)  # the new process holds it with the open file, however it ends
+                flock(lock, LOCK_EX | LOCK_NB)  # held by the new process until it ends, however it ends
             except BlockingIOError:  # another process compiles this model
                 return
-            modules = os.pathsep.join(path or os.getcwd() for path in sys.path)  # those of this process
-            with self._told.open("wb") as told:
+            modules = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-c", _RUN, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    stderr=told,
+                    stderr=log,
                     pass_fds=[lock.fileno()],
-                    process_group=0,  # Ctrl-C ends calls, not this
+                    process_group=0,  # Ctrl-C ends calls, not this process
                     env=os.environ | {"PYTHONPATH": modules, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
                 )
         logger.warning(
@@ -94,8 +93,8 @@ class CompilerProcess:
 
     def _see_end(self, status: int) -> None:
         self._process = None
-        lines = self._told.read_text(errors="replace").split("\n") if self._told.exists() else []
-        self._told.unlink(missing_ok=True)
+        lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
+        self._log.unlink(missing_ok=True)
         if status:
             last = [line for line in lines if line.strip()][-1:] or [f"its process ended with status {status}"]
             self._give_up((), last[0].removeprefix("resps compile: "))

@@ -7,67 +7,67 @@ import torch
 from torch import Tensor
 
 
-_WARM_UPS = 3  # before a capture, so that libraries have chosen kernels and made their workspaces
+Outputs = Any  # tensors, nested as the function returns them
+
+_WARM_UPS = 3  # Runs before a capture, in which libraries choose kernels and allocate their workspaces.
 
 
 class CapturedFunction:
-    """Captures at the first call with inputs of some sizes, and replays at later ones: one launch.
+    """Captures a graph at the first call with inputs of some sizes, and replays it with one launch later.
 
     Args:
-        function: tensors -> tensors on one CUDA device, without gradients, host reads and branches on values. What it
-            reads besides its inputs must stay where it is.
+        function: tensors -> tensors on one CUDA device, without gradients, host reads and branches on values. All else
+            that it reads must keep its address.
 
-    The outputs are overwritten by the next call with inputs of the same sizes.
+    The next call with inputs of the same sizes overwrites the outputs.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Outputs]) -> None:
         self._function = function
-        self._captured: dict[tuple[torch.Size, ...], _Capture] = {}
-        self._places: list[int] = []  # addresses of the buffers, which graphs have fixed
-        self._pool: Any = None  # graphs of one function share memory: they never run at the same time
+        self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]] = {}
+        self._addresses: list[int] = []  # of the buffers, which graphs have fixed
+        self._pool: torch.cuda._POOL_HANDLE | None = (
+            None  # Graphs of one function share memory: they never run together.
+        )
 
-    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
-        """Run `function(*inputs, *buffers)`, by a graph that is captured first where sizes are new.
+    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
+        """Run `function(*inputs, *buffers)` by a graph, which is captured first where sizes are new.
 
         Args:
             inputs: are copied to where the graph reads.
             buffers: are read and written in place.
         """
         if not self.is_ready(inputs, buffers):
-            places = [part.data_ptr() for part in buffers]
-            if places != self._places:
-                self._captured, self._places = {}, places
+            addresses = [part.data_ptr() for part in buffers]
+            if addresses != self._addresses:
+                self._captured, self._addresses = {}, addresses
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._captured[_sizes(inputs, buffers)] = _Capture(self._function, inputs, buffers, self._pool)
-        return self._captured[_sizes(inputs, buffers)].replay(inputs)
+            self._captured[_sizes(inputs, buffers)] = self._capture(inputs, buffers)
+        graph, own, outputs = self._captured[_sizes(inputs, buffers)]
+        torch._foreach_copy_(own, list(inputs))
+        graph.replay()
+        return outputs
 
-    def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
-        """Whether a graph for these buffers and for inputs of these sizes is there."""
-        return _sizes(inputs, buffers) in self._captured and [part.data_ptr() for part in buffers] == self._places
-
-
-def _sizes(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[torch.Size, ...]:
-    return (*(part.shape for part in inputs), *(part.shape for part in buffers[:1]))
-
-
-class _Capture:
-    """One graph, the inputs that it reads and the outputs that it writes."""
-
-    def __init__(
-        self, function: Callable[..., Any], inputs: Sequence[Tensor], buffers: Sequence[Tensor], pool: Any
-    ) -> None:
-        self._inputs = [part.clone() for part in inputs]
+    def _capture(
+        self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]:
+        """Return a graph, the inputs that it reads and the outputs that it writes."""
+        own = [part.clone() for part in inputs]
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
-                function(*self._inputs, *buffers)
+                self._function(*own, *buffers)
         current.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = function(*self._inputs, *buffers)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            return graph, own, self._function(*own, *buffers)
 
-    def replay(self, inputs: Sequence[Tensor]) -> Any:
-        torch._foreach_copy_(self._inputs, list(inputs))
-        self._graph.replay()
-        return self._outputs
+    def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
+        """Whether a graph exists for these buffers and for inputs of these sizes."""
+        is_captured = _sizes(inputs, buffers) in self._captured
+        return is_captured and [part.data_ptr() for part in buffers] == self._addresses
+
+
+def _sizes(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(part.shape for part in (*inputs, *buffers[:1]))

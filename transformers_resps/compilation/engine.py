@@ -1,7 +1,7 @@
-"""What a model or a head keeps of compiled code from call to call, and when it does without.
+"""Keep the compiled code of a model or a head from call to call, check it, and run without it after a fault.
 
-One call uses an engine at a time. Code is forgotten when weights change; its first run must give what the eager
-function gives; what cannot be compiled runs as it is, after one warning.
+One call uses an engine at a time. Code is forgotten when weights change, and its first run must give the eager
+function's values. What cannot be compiled runs eagerly, after one warning.
 """
 
 import logging
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .captured import CapturedFunction
+from .captured import CapturedFunction, Outputs
 from .compiled import CompiledFunction, callers_settings
 from .kernels import NO_COMPILER, compiler
 from .packages import ModulePackages, packages_folder
@@ -26,7 +26,7 @@ from .packages import ModulePackages, packages_folder
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# What compilers and allocators raise: those of PyTorch and CUDA are all `RuntimeError`s, a full disk is an `OSError`.
+# What compilers and allocators raise. PyTorch and CUDA raise `RuntimeError`s only, a full disk raises an `OSError`.
 FAULTS = (RuntimeError, OSError)
 
 Owner = TypeVar("Owner")
@@ -34,20 +34,20 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
-    """A function of tensors, and what runs in its place."""
+    """A function of tensors, and the compiled one that runs in its place."""
 
-    function: Callable[..., Any]  # without compilation
+    function: Callable[..., Outputs]  # the eager function
     fast: CompiledFunction | CapturedFunction
-    compared: Callable[[Any], Tensor]  # of the function's outputs, the values that must agree
-    values: str  # what these are, in a warning
+    compared: Callable[[Outputs], Tensor]  # outputs -> the values that must agree
+    values: str  # the name of these values in a warning
     dtype: torch.dtype  # of the weights
 
 
 class CompileEngine(ABC, Generic[Owner]):
     """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew."""
 
-    name: ClassVar[str]  # of what runs, in warnings
-    duration: ClassVar[str]  # of compiling it, in a warning
+    name: ClassVar[str]  # of the code, in warnings
+    duration: ClassVar[str]  # how long compiling takes, in a warning
     owner: Owner  # of the code, while the engine is lent: code asks for it here, so that it keeps no owner alive
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -55,13 +55,13 @@ class CompileEngine(ABC, Generic[Owner]):
         self._codes: dict[Hashable, Code] = {}
         self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
         self._packages: ModulePackages | None = None
-        self._settings: Hashable | None = None  # of the caller that has the engine; `None` before they are asked for
+        self._settings: Hashable | None = None  # the caller's, once a call has asked for them
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
-        self._waits = True  # whether the call that has the engine waits for a compiler
-        self._missing: set[Code] = set()  # what it would wait for, and runs as it is
+        self._waits = True  # whether this call waits for a compiler
+        self._missing: set[Code] = set()  # code that this call lacks, because it does not wait
         self.is_broken = False  # whether something could not be compiled, or gave other values
-        self.obstacle: str | None = None  # that it warned of last
+        self.obstacle: str | None = None  # the reason of the newest warning
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
@@ -69,17 +69,18 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @abstractmethod
     def fingerprint(self) -> "WeightFingerprint":
-        """That of the owner's weights now."""
+        """Return the fingerprint of the owner's weights now."""
 
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """What the owner's code reads weights of."""
+        """The module whose weights the code reads."""
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Lend the engine, without code for other weights; nothing while another call uses it. A caller that does not
-        wait for a compiler gets the code that lies ready.
+        """Lend the engine, or `None` while another call uses it. Code for other weights is dropped first.
+
+        A caller that does not wait for a compiler gets only code that lies ready.
         """
         if not self._lock.acquire(blocking=False):
             yield None
@@ -101,32 +102,34 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def lacks_code(self) -> bool:
-        """Whether the newest call would have waited for a compiler."""
+        """Whether the newest call lacked code, because it did not wait for a compiler."""
         return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
-        """The code under a key, made at the first call with the weights of now."""
+        """Return the code of a key, made at the first call with the present weights."""
         if key not in self._codes:
             self._fingerprint = self._fingerprint or self.fingerprint()
             self._codes[key] = make()
         return self._codes[key]
 
     def forget(self) -> None:
-        """Drop all code, and what is known of it."""
+        """Drop all code."""
         self._codes.clear()
 
     @property
     def packages(self) -> ModulePackages:
-        """Code for the weights of now, made by any process."""
+        """Code for the present weights that any process made."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
         return self._packages
 
-    def run(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False) -> Any:
-        """Run code, which is prepared first where sizes are new; `None` where that fails.
+    def run(
+        self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False
+    ) -> Outputs | None:
+        """Run code, which is prepared first where sizes are new; return `None` where that fails.
 
-        `is_ready` says that the caller has asked whether they are.
+        A caller that already asked whether code is ready passes the answer as `is_ready`.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -141,8 +144,8 @@ class CompileEngine(ABC, Generic[Owner]):
             self._give_up(described(fault))
             return None
 
-    def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
-        """Run code that is never traced again; `None` where there is none yet, or it fails."""
+    def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Outputs | None:
+        """Run code that is never traced again; return `None` where there is none yet, or it fails."""
         if self.is_broken or not isinstance(code.fast, CompiledFunction):
             return None
         self._settings = self._settings or callers_settings(inputs[0].device.type)
@@ -153,10 +156,10 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-        """Compile or capture for inputs of these sizes, and give up if the values are not those of eager code."""
+        """Compile or capture for inputs of these sizes, and give up if the values differ from eager code's."""
         with self.preparing():
-            # First, because Transformers adds the hooks that are compiled at an eager call. What it raises is no fault
-            # of a compiler.
+            # Eager code runs first: Transformers adds hooks then, which are compiled, too, and a fault of the function
+            # itself is no fault of the compiler.
             outputs = code.function(*inputs, *buffers)
             expected = code.compared(outputs)
             if isinstance(code.fast, CompiledFunction):
@@ -179,7 +182,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def _difference(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], expected: Tensor
     ) -> str | None:
-        """Run fast code, which is made first; say what failed, or how far its values are from those `expected`."""
+        """Run fast code, and say what failed, or how far its values are from the `expected` ones."""
         try:
             difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
         except FAULTS as fault:
@@ -200,7 +203,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return seconds
 
     def warn(self, reason: str) -> None:
-        """Warn, once for each reason, that all runs as it is."""
+        """Warn, once for each reason, that eager code runs."""
         self.obstacle = reason
         if reason not in self._warned:
             self._warned.add(reason)
@@ -217,7 +220,7 @@ class CompileEngine(ABC, Generic[Owner]):
                 f"Compiling {self.name} again, because inference mode, autocast or the number of threads has changed. "
                 "Call `generate` in the same way every time."
             )
-        elif self.name not in self._warned:  # of several functions only once
+        elif self.name not in self._warned:  # once for all functions of the engine
             self._warned.add(self.name)
             folder = packages_folder()
             kept = "" if folder is None else f" The code is kept in {folder}, and later processes load it in a second."
@@ -225,21 +228,22 @@ class CompileEngine(ABC, Generic[Owner]):
 
 
 def described(fault: Exception) -> str:
-    """What went wrong, in one line: PyTorch adds advice for its developers, and names the backend first."""
+    """Describe a fault in one line, without PyTorch's advice for its developers and the name of its backend."""
     lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
     return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
 
 
-# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
-# layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
+# Relative difference that rounding may cause. SmolLM2's logits in bfloat16 differ by 0.02 to 0.06. With one matrix of
+# another layer they differ by 0.16, with a token hidden from the newest by 0.19; with positions off by one by 0.10,
+# which is almost like rounding.
 _NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """Say how far compiled values are from eager ones; `None` where rounding explains it. `dtype` is the weights'.
+    """Say how far compiled values are from eager ones; `None` where rounding in the weights' `dtype` explains it.
 
-    All values count together: in low precision a single one may be far off.
+    The norm of all values counts: in low precision a single value may be far off.
     """
     difference, scale = (float(part.float().norm()) for part in (fast - expected, expected))
     if difference <= _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) * max(scale, 1.0):
@@ -248,25 +252,24 @@ def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | No
 
 
 def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether it was made in inference mode, as this call is, or outside, likewise.
+    """Whether a tensor was made in inference mode if this call is in it, or outside if it is not.
 
-    Outside, PyTorch refuses to write what was made in inference mode; and it compiles anew for tensors of the other
-    kind.
+    PyTorch compiles anew for tensors of the other mode, and refuses to write inference tensors outside the mode.
     """
     return tensor.is_inference() == torch.is_inference_mode_enabled()
 
 
-_SAMPLED = 4  # values of each tensor: a write through `.data` leaves no other trace
+_SAMPLED = 4  # Values of each tensor that a fingerprint holds: a write through `.data` leaves no other trace.
 
 
 class WeightFingerprint:
-    """Places, versions and some values of a module's parameters and buffers, and its mode.
+    """Compares addresses, versions and some values of a module's parameters and buffers, and its mode.
 
-    Compiled code holds weights as constants or by their addresses. `load_state_dict`, `.to(...)`, a merged adapter or
-    a switch to training would be ignored. `setting` is anything else that the code depends on.
+    Compiled code holds weights as constants or by their addresses, and would ignore `load_state_dict`, `.to(...)`, a
+    merged adapter or a switch to training. `setting` is anything else that the code depends on.
     """
 
-    def __init__(self, module: nn.Module, *setting: Any) -> None:
+    def __init__(self, module: nn.Module, *setting: object) -> None:
         tensors = list(chain(module.parameters(), module.buffers()))
         self._marks = [_mark(tensor) for tensor in tensors]
         self._values = _sampled(tensors)
@@ -281,15 +284,15 @@ class WeightFingerprint:
     __hash__ = None  # type: ignore[assignment]  # weights change
 
 
-def _mark(tensor: Tensor) -> Any:
+def _mark(tensor: Tensor) -> tuple[object, ...]:
     version = None if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.dtype, tensor.device
 
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """The first values of every tensor in the CPU's memory; of others they would have to be waited for."""
-    rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # each call of `generate` waits for this
+    """Return the first values of every tensor in the CPU's memory: copies from other devices would take long."""
+    rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
             rows[tensor.dtype].append(_first_values(tensor))
@@ -297,6 +300,6 @@ def _sampled(tensors: list[Tensor]) -> Tensor:
 
 
 def _first_values(tensor: Tensor) -> Tensor:
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # other classes may keep values elsewhere
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.dim():  # Other classes may keep their values elsewhere.
         return tensor.as_strided((min(tensor.shape[-1], _SAMPLED),), (tensor.stride(-1),))
     return (tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None])[:_SAMPLED]

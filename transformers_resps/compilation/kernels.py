@@ -1,9 +1,9 @@
-"""Which kernels packaged code calls: what this machine can run, and of that what was faster where it was tried.
+"""Choose the kernels that packaged code calls, among those that this machine can run, by timing them.
 
-Ours are in `native.cpp`; "onednn" stands for PyTorch's own. The name of an instruction set says what can run, not what
-is fast. With AMX 16 rows took the time of one, and ours were faster than oneDNN's for 1 to 512 rows; with AVX512-BF16
-alone they were no slower (two cores). Other sizes and other numbers of cores may tell otherwise, so a model's products
-are timed as it is compiled.
+Our kernels are in `native.cpp`; "onednn" is PyTorch's own. An instruction set tells what can run, not what is fast.
+With AMX 16 rows took the time of one, and our kernels were faster than oneDNN's for 1 to 512 rows; with AVX512-BF16
+alone they were no slower (two cores). Other sizes and numbers of cores may differ, so a model's products are timed
+when it is compiled.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import log
@@ -33,7 +33,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 VARIABLE = "RESPS_KERNELS"
 ONEDNN, VECTORS, TILES = "onednn", "avx512_bf16", "amx_bf16"
-NEVER = 2**62  # rows
+NEVER = 2**62  # More rows than any product has.
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _ALONE = """#include <stdint.h>
@@ -46,52 +46,52 @@ extern "C" {{
 """
 _FLAGS = ("-shared", "-fPIC", "-fopenmp", "-std=c++20", "-O3", "-Wno-psabi")
 
-_ROWS = (1, 4, 16, 64, 256)  # tried of each product
-_NODES = (1, 8, 128)  # tried of attention
-_LENGTH = 512  # of the texts that they attend to
-_WORK = 2**31  # multiplications of one try at most, and
-_BYTES = 2**26  # of weights that are read once, which no cache holds
-_REPEATS = 3  # of which the last are left out after
+_ROWS = (1, 4, 16, 64, 256)  # Numbers of rows at which each product is timed.
+_NODES = (1, 8, 128)  # Numbers of nodes at which attention is timed.
+_LENGTH = 512  # Keys that attention is timed with.
+_WORK = 2**31  # Upper limit of a trial, in multiply-adds.
+_BYTES = 2**26  # Upper limit of a trial, in bytes of weights: more than any cache holds.
+_REPEATS = 3  # Repeats of a trial; fewer once `_SECONDS` have passed.
 _SECONDS = 2.0
-_WORTH = log(1.2)  # a further kernel must save a sixth at some number of rows: the library's weights take memory
+_WORTH = log(1.2)  # A further kernel must save a sixth at some number of rows: oneDNN needs a copy of the weights.
 
 
 class Choice(NamedTuple):
-    """Which kernel computes a product of so many rows: vectors, then tiles, then the library.
+    """Names the kernel of a product by its rows: vectors for few, tiles for more, the library for most.
 
     Attributes:
-        tiles_from: rows from which AMX's tiles do.
-        library_from: rows from which oneDNN does; of attention 1, or `NEVER`.
+        tiles_from: least number of rows for AMX's tiles.
+        library_from: least number of rows for oneDNN; 1 or `NEVER` for attention.
     """
 
     tiles_from: int
     library_from: int
 
     def of(self, rows: int) -> str:
-        """The name of the kernel."""
+        """Return the kernel of so many rows."""
         return ONEDNN if rows >= self.library_from else TILES if rows >= self.tiles_from else VECTORS
 
 
 class Kernels(NamedTuple):
-    """The kernels of one package."""
+    """The choices of one package."""
 
     linear: Choice
     attention: Choice
 
     @classmethod
     def only(cls, name: str) -> "Kernels":
-        """One kernel for everything."""
+        """Return the choice of one kernel for everything."""
         choice = Choice(1 if name == TILES else NEVER, 1 if name == ONEDNN else NEVER)
         return cls(choice, choice)
 
 
 @dataclass(frozen=True)
 class Products:
-    """What code multiplies, by sizes.
+    """The sizes of all products of a program.
 
     Attributes:
-        linear: inputs and outputs of each layer.
-        attention: heads, heads of keys and width of each; empty where there is none.
+        linear: inputs and outputs of each linear layer.
+        attention: heads, key heads and head width of each attention.
     """
 
     linear: tuple[tuple[int, int], ...]
@@ -100,7 +100,7 @@ class Products:
 
 @cache
 def our_kernels() -> tuple[str, ...]:
-    """Those of `native.cpp` that this process can run, the best one last."""
+    """Return the kernels of `native.cpp` that this process can run, the best one last."""
     flags = cpu_flags() if sys.platform == "linux" else set()
     if VECTORS not in flags:
         return ()
@@ -114,7 +114,7 @@ def our_kernels() -> tuple[str, ...]:
 
 @cache
 def demanded_kernel() -> str | None:
-    """What `RESPS_KERNELS` asks for and can run; `None` leaves the choice to us."""
+    """Return the kernel that `RESPS_KERNELS` names, if it can run; `None` lets timing choose."""
     asked, known = os.environ.get(VARIABLE, ""), (ONEDNN, VECTORS, TILES)
     if not asked:
         return None
@@ -129,11 +129,9 @@ def demanded_kernel() -> str | None:
 
 @cache
 def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
-    """The kernels of code.
+    """Choose the kernels of a program by timing its products.
 
-    Args:
-        products: what it multiplies, which is timed.
-        alike: whether a row must get the same bits whatever others there are, which one kernel of ours gives.
+    With `alike`, a row must get the same bits whatever rows stand beside it, which a single one of our kernels gives.
     """
     ours, demanded = our_kernels(), demanded_kernel()
     if not ours or (demanded is not None and not (alike and demanded == ONEDNN)):
@@ -148,11 +146,7 @@ def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
 
 
 class Trial:
-    """Runs the products of a model by each kernel, over weights that no cache holds.
-
-    Args:
-        ours: names of our kernels.
-    """
+    """Runs a model's products with each kernel, over more weights than any cache holds; `ours` names our kernels."""
 
     def __init__(self, ours: Sequence[str]) -> None:
         self.names = (*ours, ONEDNN)
@@ -160,7 +154,7 @@ class Trial:
         self._weights = torch.ones(_BYTES // 2, dtype=torch.bfloat16)
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
-        """Kernel -> multiplies so many rows by as many of the layers' weights as a try takes."""
+        """Return each kernel's function that multiplies rows by as many of the layers' weights as a trial takes."""
         calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
         place, left = 0, min(_BYTES // 2, _WORK // rows)
         while left > 0 and len(calls) > known:
@@ -175,35 +169,35 @@ class Trial:
                 place, left = place + inputs * width, left - inputs * width
 
         def run(name: str) -> None:
-            for given, weight, made in calls:
+            for inputs, weight, outputs in calls:
                 if name == ONEDNN:
-                    torch.ops.mkldnn._linear_pointwise(given, weight, None, "none", [], "")
+                    torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
                 else:
-                    run_linear(self._library, given, weight, made, tiles_from=1 if name == TILES else NEVER)
+                    run_linear(self._library, inputs, weight, outputs, tiles_from=1 if name == TILES else NEVER)
 
         return {name: partial(run, name) for name in self.names}
 
     def attention(self, heads: int, key_heads: int, width: int, nodes: int) -> dict[str, Callable[[], object]]:
-        """Likewise of nodes of one row, over `_LENGTH` keys."""
+        """Return each kernel's function that attends from the nodes of one row to `_LENGTH` keys."""
         query = torch.ones(1, heads, nodes, width, dtype=torch.bfloat16)
         size = key_heads * _LENGTH * width
         count = max(min(len(self._weights) // (8 * size), _WORK // (query.numel() * _LENGTH * 8)), 1)
         states = self._weights[: 2 * count * size].view(count, 2, 1, key_heads, _LENGTH, width)
-        made = query.new_empty(1, nodes, heads, width)
+        outputs = query.new_empty(1, nodes, heads, width)
 
         def run(name: str) -> None:
             for key, value in states:
                 if name == ONEDNN:
                     functional.scaled_dot_product_attention(query, key, value, enable_gqa=heads != key_heads)
                 else:
-                    run_attention(self._library, query, key, value, made, tiles_from=1 if name == TILES else NEVER)
+                    run_attention(self._library, query, key, value, outputs, tiles_from=1 if name == TILES else NEVER)
 
         return {name: partial(run, name) for name in self.names}
 
 
 @torch.no_grad()
 def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] = time.perf_counter) -> Kernels:
-    """Try each kernel with these products, and choose."""
+    """Time each kernel with these products, and choose."""
     timed = partial(_timed, clock=clock, end=clock() + _SECONDS)
     linear = fastest({rows: timed(trial.linear(products.linear, rows)) for rows in _ROWS})
     attention = Choice(linear.tiles_from, NEVER)
@@ -215,10 +209,9 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 
 
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
-    """The fastest kernels. Two of ours, or the library beside ours, must be worth it.
+    """Choose from the seconds of each kernel for ascending numbers of rows.
 
-    Args:
-        tried: rows -> kernel -> seconds, rows ascending.
+    A second one of our kernels, or the library beside them, must save enough.
     """
 
     def of_ours(tiles_from: int) -> dict[int, float]:
@@ -242,7 +235,7 @@ def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], end: float) -> dict[str, float]:
-    """The least seconds of each, in turn: others may compute meanwhile."""
+    """Return the least seconds of each. They run in turn, since other programs may compute meanwhile."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(_REPEATS):
         for name, call in calls.items() if not repeat or clock() < end else ():
@@ -254,10 +247,9 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """The kernels of `native.cpp` in a library of their own. Compiling takes some seconds, once in a process.
+    """Compile `native.cpp` into a library of its own, once in a process, which takes some seconds.
 
-    Args:
-        defined: a macro to define, for tests.
+    Tests pass a macro to define.
 
     Raises:
         OSError: there is no compiler.
@@ -284,16 +276,9 @@ def run_linear(
     is_gated: bool = False,
     tiles_from: int = NEVER,
 ) -> None:
-    """Multiply as packaged code does.
+    """Multiply bf16 rows `[r, i]` by packed weights into `result` `[r, o]`, like packaged code; all are contiguous.
 
-    Args:
-        library: `kernels_alone()`.
-        rows: bf16 `[r, i]`, contiguous as all others.
-        packed: see `pack_linear`, or `pack_gated`.
-        result: is written, bf16 `[r, o]`.
-        bias: bf16 `[o]`.
-        is_gated: whether `packed` holds a gate and what it gates.
-        tiles_from: see `Choice`.
+    `packed` is from `pack_linear`, or from `pack_gated` with `is_gated`; for `tiles_from` see `Choice`.
     """
     places = [None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (rows, packed, bias, result)]
     sizes = map(ctypes.c_int64, (*rows.shape, result.shape[-1]))
@@ -303,15 +288,9 @@ def run_linear(
 def run_attention(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, result: Tensor, *, tiles_from: int = NEVER
 ) -> None:
-    """Attend as packaged code does, to all keys.
+    """Attend to all keys like packaged code, into `result` `[1, q, heads, hd]`; all are bf16 and contiguous.
 
-    Args:
-        library: `kernels_alone()`.
-        query: bf16 `[1, heads, q, hd]`, contiguous as all others.
-        key: bf16 `[1, kv heads, t, hd]`.
-        value: likewise.
-        result: is written, bf16 `[1, q, heads, hd]`.
-        tiles_from: see `Choice`.
+    `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`; for `tiles_from` see `Choice`.
     """
     places = [ctypes.c_void_p(part.data_ptr()) for part in (query, key, value, result)]
     heads, count, width = query.shape[1:]
@@ -325,40 +304,27 @@ NO_COMPILER = (
 
 
 def compiler() -> str | None:
-    """The C++ compiler that PyTorch will call; `None` where there is none."""
+    """Return the C++ compiler that PyTorch will call; `None` where there is none."""
     usual = {"darwin": "clang++", "win32": "cl"}
     return shutil.which(os.environ.get("CXX") or usual.get(sys.platform, "g++"))
 
 
+_PROCESSORS = {  # Instruction sets and their names in words, the strongest first.
+    TILES: "x86 with AMX",
+    VECTORS: "x86 with AVX512-BF16",
+    "avx512f": "x86 with AVX-512",
+    "avx2": "x86 with AVX2",
+    "sse4_1": "x86 without AVX2",
+}
+
+
 def machine_line() -> str:
-    """The class of this machine's processor, our kernels, and the compiler, in one line."""
-    return f"{_processor_class()}; kernels: {', '.join(_kernels_in_words())}; {_compiler_in_words()}"
-
-
-_CLASSES = (  # the strongest first
-    (TILES, "x86 with AMX"),
-    (VECTORS, "x86 with AVX512-BF16"),
-    ("avx512f", "x86 with AVX-512"),
-    ("avx2", "x86 with AVX2"),
-    ("sse4_1", "x86 without AVX2"),
-)
-
-
-def _processor_class() -> str:
-    flags = cpu_flags()
-    return next((words for flag, words in _CLASSES if flag in flags), "another processor")
-
-
-def _kernels_in_words() -> Iterator[str]:
-    demanded = demanded_kernel()
-    yield from [demanded] if demanded else reversed(our_kernels())
-    if not demanded:
-        yield ONEDNN
-
-
-def _compiler_in_words() -> str:
-    found = compiler()
-    if found is None:
-        return "no C++ compiler"
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    return told.partition("\n")[0] or found
+    """Describe this machine's processor, the kernels it may call, and its compiler, in one line."""
+    flags, demanded, found = cpu_flags(), demanded_kernel(), compiler()
+    processor = next((words for flag, words in _PROCESSORS.items() if flag in flags), "another processor")
+    kernels = [demanded] if demanded else [*reversed(our_kernels()), ONEDNN]
+    version = "no C++ compiler"
+    if found is not None:
+        told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+        version = told.partition("\n")[0] or found
+    return f"{processor}; kernels: {', '.join(kernels)}; {version}"

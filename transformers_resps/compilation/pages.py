@@ -1,8 +1,8 @@
-"""Tensors in huge pages of Linux: a CPU that reads weights in pages of 4 KiB waits for the addresses of the pages.
+"""Move tensors into huge pages of Linux: with pages of 4 KiB, a CPU that reads weights waits for page addresses.
 
 `MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
-what is written first begin in one. The memory of others, and what is allocated later, stays as it is; so does
-everything where the kernel refuses.
+memory that is not yet written begin in one. All other memory stays as it is, and so does everything where the kernel
+refuses.
 """
 
 import ctypes
@@ -20,30 +20,30 @@ from torch import Tensor
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-HUGE = 2 << 20  # bytes of a huge page, which begins at a multiple of them
-_HUGEPAGE, _COLLAPSE = 14, 25  # of madvise(2)
-_ALONE = 32 << 20  # bytes: glibc's malloc maps what is as large by itself, and gives it back by itself
-_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # on the machine; in the control group
+HUGE = 2 << 20  # Bytes of a huge page, which begins at a multiple of them.
+_HUGEPAGE, _COLLAPSE = 14, 25  # Advice codes of madvise(2).
+_ALONE = 32 << 20  # Bytes from which glibc's malloc maps a block alone, and returns it alone.
+_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors that mean: on the machine, or in the control group.
 
 
 class Kernel:
-    """What Linux tells of memory, and what it is asked. Without `proc` and `sys` in `root` it has no huge pages."""
+    """Asks Linux about memory. Without `proc` and `sys` in `root` there are no huge pages."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
 
     def has_huge_pages(self) -> bool:
-        """Whether they are of 2 MiB, and not turned off."""
+        """Whether huge pages have 2 MiB, and are not turned off."""
         is_off = "[never]" in _text_of(self._settings / "enabled")
         return not is_off and _text_of(self._settings / "hpage_pmd_size").strip() == str(HUGE)
 
     def available_bytes(self) -> int:
-        """What programs may still take without swapping; 0 if unknown."""
+        """Return the bytes that programs can take without swapping; 0 if unknown."""
         lines = map(str.split, _text_of(self._process / "meminfo").splitlines())
         return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
 
     def own_ranges(self) -> list[tuple[int, int]]:
-        """First and last address + 1, ascending, of the process's memory that no file and no other process shares."""
+        """Return start and stop, ascending, of the memory that this process shares with no file and no process."""
         ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
             addresses, permissions, _, _, inode = line.split()[:5]
@@ -53,7 +53,7 @@ class Kernel:
         return ranges
 
     def advise(self, start: int, size: int, advice: int) -> int:
-        """Call madvise(2); returns 0, or the number of the error."""
+        """Call madvise(2); return 0, or the number of the error."""
         libc = ctypes.CDLL(None, use_errno=True)
         failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(advice))
         return ctypes.get_errno() if failed else 0
@@ -63,11 +63,10 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Copy tensors into huge pages, as far as they fill at least half of each. Values and addresses stay.
+    """Copy tensors into huge pages that they fill at least by half; values and addresses stay.
 
-    What else lies in such a page moves with them, and its holes are filled with zeros. Tensors on other devices, in
-    files or in shared memory stay in small pages. Returns the bytes that lie in huge pages now: none where the kernel
-    has no such pages, or memory is short.
+    Other memory in such a page moves with them, and its holes are filled with zeros. Tensors on other devices, in
+    files or in shared memory stay. Returns the bytes in huge pages now, 0 where there are none or memory is short.
     """
     pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
     if not pages:
@@ -89,7 +88,7 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
 
 
 def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel = _LINUX) -> Tensor:
-    """As `torch.zeros`; a large tensor in the CPU's memory lies in huge pages, where the kernel has them."""
+    """Make a tensor of zeros; a large one in the CPU's memory lies in huge pages, where the kernel has them."""
     if device.type != "cpu":
         return torch.zeros(*size, dtype=dtype, device=device)
     made = torch.empty(*size, dtype=dtype, device=device)
@@ -101,7 +100,7 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
 
 
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
-    """Addresses of the huge pages that can take these tensors, ascending."""
+    """Return the addresses, ascending, of huge pages that these tensors would fill at least by half."""
     filled = Counter[int]()
     in_memory = (one for one in tensors if one.device.type == "cpu" and (one.is_mkldnn or one.layout is torch.strided))
     for start, stop in set(map(_span, in_memory)):
@@ -113,8 +112,8 @@ def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Its first address, and the one after its last."""
-    if tensor.is_mkldnn:  # oneDNN's layout: PyTorch knows of no storage
+    """Return a tensor's first address, and the one after its last."""
+    if tensor.is_mkldnn:  # PyTorch has no storage for oneDNN's layouts.
         start, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
     else:
         start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
@@ -127,7 +126,7 @@ def _lies_in(ranges: list[tuple[int, int]], start: int, stop: int) -> bool:
 
 
 def _text_of(file: Path) -> str:
-    """Empty if it cannot be read, as in some containers."""
+    """Return a file's text, or nothing if it cannot be read, as in some containers."""
     try:
         return file.read_text("utf-8", errors="replace")
     except OSError:

@@ -1,6 +1,6 @@
-"""An exported program in parts, of which equal ones are compiled once: the layers of a decoder are one piece of code.
+"""Cut an exported program into parts, so that equal ones are compiled once: a decoder's layers share their code.
 
-Most of the time of compiling is Python over each node of a graph, and a decoder's graph is one layer's, over and over.
+Compiling is mostly Python over each node of a graph, and a decoder's graph repeats one layer's.
 """
 
 import re
@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 
-_LEAST_EQUAL = 3  # parts that are equal: with fewer, one piece is as quick
+_LEAST_EQUAL = 3  # Equal parts; with fewer, one piece compiles as fast.
 _NUMBERED = re.compile(r"(.*)\.(\d+)")
 
 
@@ -25,14 +24,14 @@ class UncuttableError(RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A stretch of a program.
+class ProgramPart:
+    """Consecutive nodes of a program.
 
     Attributes:
-        nodes: in their order.
-        inputs: what it reads that is no weight: inputs of the program, and outputs of parts before it.
-        weights: the placeholders of the weights that it reads.
-        outputs: what later parts read, or the program returns.
+        nodes: in their order, after those that compute the sizes they need.
+        inputs: inputs of the program and outputs of earlier parts that the nodes use.
+        weights: placeholders of the weights that they use.
+        outputs: nodes that later parts use or the program returns.
         likeness: equal for parts that the same code can serve.
     """
 
@@ -43,33 +42,33 @@ class Part:
     likeness: str
 
 
-def parts_of(program: ExportedProgram) -> list[Part]:
-    """The layers of a program one by one, and what stands before and after them.
+def parts_of(program: ExportedProgram) -> list[ProgramPart]:
+    """Cut a program into the nodes before its layers, each layer, and the nodes after them.
 
     Raises:
-        UncuttableError: it has no equal layers, or they do not hand on tensors alone.
+        UncuttableError: it has no equal layers, or they pass on more than tensors.
     """
     graph, weights = program.graph, set(weight_names(program))
-    stretches = list(_stretches(graph))
-    read = [_read([*_sizes_read(nodes), *nodes]) for nodes in stretches]
-    needed = {node for nodes in read for node in nodes} | set(graph.output_node().all_input_nodes)
+    stretches = [(nodes, [*_missing_sizes(nodes), *nodes]) for nodes in _stretches(graph)]
+    external = [_external(nodes) for _, nodes in stretches]
+    needed = {node for nodes in external for node in nodes} | set(graph.output_node().all_input_nodes)
     buffers = {_storage(node) for node in graph.find_nodes(op="placeholder") if node.name not in weights}
     parts = []
-    for nodes, external in zip(stretches, read, strict=True):
-        outputs = [node for node in nodes if node in needed]
+    for (own, nodes), given in zip(stretches, external, strict=True):
+        outputs = [node for node in own if node in needed]
         if any(not isinstance(node.meta["val"], Tensor) or _storage(node) in buffers for node in outputs):
             raise UncuttableError("a layer hands on sizes, or the memory of an input")
-        inputs = [node for node in external if node.name not in weights]
-        own = [node for node in external if node.name in weights]
-        own_nodes = [*_sizes_read(nodes), *nodes]
-        parts.append(Part(own_nodes, inputs, own, outputs, _likeness(own_nodes, inputs, own, outputs)))
+        inputs = [node for node in given if node.name not in weights]
+        of_weights = [node for node in given if node.name in weights]
+        likeness = _likeness(nodes, inputs, of_weights, outputs)
+        parts.append(ProgramPart(nodes, inputs, of_weights, outputs, likeness))
     if max(Counter(part.likeness for part in parts).values()) < _LEAST_EQUAL:
         raise UncuttableError("no layers are equal")
     return parts
 
 
-def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
-    """A part as a program of its own, whose weights are called by their numbers.
+def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
+    """Export a part as a program of its own, with numbers for names of its weights.
 
     Raises:
         UncuttableError: it cannot be traced alone, for instance where a size that may change is 1 in the example.
@@ -78,8 +77,7 @@ def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
     for number, node in enumerate(part.inputs):
         copies[node] = graph.placeholder(f"input_{number}")
     for number, node in enumerate(part.weights):
-        weight = _weight_of(program, node)
-        module.register_buffer(f"w{number}", weight)
+        module.register_buffer(f"w{number}", _weight_of(program, node))
         copies[node] = graph.get_attr(f"w{number}")
     for node in part.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -87,30 +85,21 @@ def exported_part(program: ExportedProgram, part: Part) -> ExportedProgram:
     examples, dynamic = [], []
     for node in part.inputs:
         value = node.meta["val"]
-        sizes, strides = ([_hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+        sizes, strides = ([_example_size(size) for size in sizes] for sizes in (value.shape, value.stride()))
         changing = [place for place, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
         if any(sizes[place] < 2 for place in changing):
             raise UncuttableError("a size that may change is 0 or 1 in the example")
         examples.append(torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_())
         dynamic.append({place: Dim.DYNAMIC for place in changing})
-    alone, shapes = _Numbered(GraphModule(module, graph)), (tuple(dynamic),)
+    alone = GraphModule(module, graph)
     try:
-        return torch.export.export(alone, tuple(examples), dynamic_shapes=shapes, strict=False)
-    except RuntimeError as fault:  # which those of `torch.export` are
+        return torch.export.export(alone, tuple(examples), dynamic_shapes=tuple(dynamic), strict=False)
+    except RuntimeError as fault:  # `torch.export` raises nothing else.
         raise UncuttableError(f"a part cannot be traced alone: {fault}") from fault
 
 
-class _Numbered(nn.Module):
-    def __init__(self, run: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.run(*tensors)
-
-
 def weight_names(program: ExportedProgram) -> Mapping[str, str]:
-    """The placeholder of each weight and constant -> its name in the module."""
+    """Return the placeholder of each weight and constant -> its name in the module."""
     signature = program.graph_signature
     return {
         **signature.inputs_to_parameters,
@@ -126,7 +115,7 @@ def _weight_of(program: ExportedProgram, placeholder: Node) -> Tensor:
 
 
 def _stretches(graph: Graph) -> Iterator[list[Node]]:
-    """The nodes before the first layer, those of each layer, and those after the last."""
+    """Yield the nodes before the first layer, those of each layer, and those after the last."""
     numbered = [(node, _layer_of(node)) for node in graph.nodes if node.op == "call_function" and not _asserts(node)]
     lists = Counter(name for name, _ in {layer for _, layer in numbered if layer is not None})
     if not lists:
@@ -144,7 +133,7 @@ def _stretches(graph: Graph) -> Iterator[list[Node]]:
 
 
 def _layer_of(node: Node) -> tuple[str, int] | None:
-    """The outermost list of modules in which a node was traced, and its place there."""
+    """Return the outermost list of modules in which a node was traced, and its index there."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = _NUMBERED.fullmatch(path)
         if match is not None:
@@ -153,25 +142,25 @@ def _layer_of(node: Node) -> tuple[str, int] | None:
 
 
 def _asserts(node: Node) -> bool:
-    """Whether it only checks, as calls of compiled code do not."""
+    """Whether a node only checks values: compiled code does not."""
     return "_assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
-def _read(nodes: Sequence[Node]) -> list[Node]:
-    """What nodes read of others."""
+def _external(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes outside that these nodes use."""
     inside = set(nodes)
-    return list(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if read not in inside))
+    return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in inside))
 
 
-def _sizes_read(nodes: Sequence[Node]) -> list[Node]:
-    """What computes the sizes that a stretch reads and does not compute itself, in order."""
+def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes outside, in order, that compute sizes these nodes use."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:
-        for read in node.all_input_nodes:
-            if read not in inside and read not in found and not isinstance(read.meta.get("val"), Tensor):
-                follow(read)
-                found[read] = None
+        for used in node.all_input_nodes:
+            if used not in inside and used not in found and not isinstance(used.meta.get("val"), Tensor):
+                follow(used)
+                found[used] = None
 
     for node in nodes:
         follow(node)
@@ -184,18 +173,17 @@ def _storage(node: Node) -> int | None:
 
 
 def _likeness(nodes: Sequence[Node], inputs: Sequence[Node], weights: Sequence[Node], outputs: Sequence[Node]) -> str:
-    """What it computes, in words: sizes that may change are named in the order in which they come."""
+    """Describe what nodes compute. Sizes that may change are numbered in order of appearance."""
     names = {node: f"%{number}" for number, node in enumerate((*inputs, *weights, *nodes))}
     calls = [f"{node.target} {torch.fx.map_arg((node.args, node.kwargs), names.get)}" for node in nodes]
     values, sizes = [node.meta["val"] for node in (*inputs, *weights)], dict[str, str]()
 
-    def named(size: Any) -> str:
+    def named(size: int | torch.SymInt) -> str:
         return sizes.setdefault(str(size), f"s{len(sizes)}") if isinstance(size, torch.SymInt) else str(size)
 
     kinds = [f"{value.dtype} {[named(size) for size in (*value.shape, *value.stride())]}" for value in values]
     return "\n".join([*kinds, str(len(inputs)), *calls, *(names[node] for node in outputs)])
 
 
-def _hint(size: Any) -> int:
-    """Of the example."""
+def _example_size(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
