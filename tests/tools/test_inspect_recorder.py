@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, ThroughputPolicy, TreeShape, attach
-from transformers_resps.tools.inspect import Examination, RecordedStep, Recorder, examine
+from transformers_resps.tools.inspect import Examination, RecordedStep, StepRecorder, examine
 
 from .examples import merged_step
 
@@ -97,7 +97,7 @@ def test_the_policy_decides_as_if_nobody_looked(
     found = examined(tiny_target, tiny_head, policy, prompt)
     assert policy.records == [step.record for step in found.steps]
     assert all(step.chosen == SHAPE for step in found.steps)
-    assert repr(Recorder(policy)) == repr(policy)
+    assert repr(StepRecorder(policy)) == repr(policy)
 
 
 def test_a_policy_of_another_head_is_refused_as_if_nobody_looked(
@@ -115,8 +115,8 @@ def test_a_policy_of_another_head_is_refused_as_if_nobody_looked(
 
 def test_lookup_alone_needs_no_head(tiny_target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
     policy = BaselineGuard(ThroughputPolicy())
-    assert not Recorder(policy).needs_head
-    assert Recorder(FixedPolicy(SHAPE)).needs_head
+    assert not StepRecorder(policy).needs_head
+    assert StepRecorder(FixedPolicy(SHAPE)).needs_head
     found = examined(tiny_target, None, policy, prompt)
     assert found.parts_at is None
     assert all(len(found_at(step, "lookup")) == step.tree.node_count - 1 and step.levels == 0 for step in found.steps)

@@ -1,7 +1,7 @@
-"""The command `resps`: reads what is typed, and only then loads PyTorch and the module of the subcommand.
+"""The command `resps`: parses its arguments, then loads PyTorch and the module of the subcommand.
 
-The subcommand NAME is `run` in the module NAME beside this one. Nothing that is imported here may load PyTorch, which
-takes seconds: help, and the refusal of what cannot be, come at once.
+Subcommand NAME is `run` in the module NAME beside this one. Nothing imported here may load PyTorch, which takes
+seconds, so help and refusals of wrong arguments come at once.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from . import quiet
 
@@ -24,13 +24,14 @@ HEAD = "draft head, small model or assistant for the target, by folder or Hub id
 PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
 BENCH_METHODS = {PROMPT_LOOKUP: "Transformers' prompt lookup", EAGLE: "EAGLE-3's published trees"}
 _JSON = "print the result as one JSON object"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 1 when what it examined has a fault, 2 when it could not examine it, 130 after Ctrl-C."""
+    """Run a subcommand; return 1 for a fault in its object, 2 if it could not run, 130 after Ctrl-C."""
     args = make_parser().parse_args(arguments)
     try:
-        if args.command == "bench":  # before anything is loaded, which takes CPUs itself
+        if args.command == "bench":  # before loading, which keeps CPUs busy itself
             args.load = quiet.checked_load("accept_noise" in args)
         if "torch" not in sys.modules:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-_FLAGS = {  # option of a command -> what the library says of its keyword, and what is typed
+_FLAGS = {  # Option of a command -> words of the library about its keyword, and words for the command line.
     "invariant": (
         ("pass `invariant=False`", "leave out `--invariant`"),
         ("leave out `invariant=True`", "leave out `--invariant`"),
@@ -61,7 +62,7 @@ _FLAGS = {  # option of a command -> what the library says of its keyword, and w
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
-    """Say a refusal of the library in the words of a command."""
+    """Translate a refusal of the library into options of a command."""
     for option in _FLAGS.keys() & vars(args).keys():
         for keyword, flag in _FLAGS[option]:
             message = message.replace(keyword, flag)
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_doctor(commands: Any) -> None:
+def _add_doctor(commands: _Commands) -> None:
     told = "check that a head or MTP layers are read with the settings they were trained with"
     parser = commands.add_parser("doctor", help=told)
     _add_target_options(parser)
@@ -99,7 +100,7 @@ def _add_doctor(commands: Any) -> None:
     add("--json", action="store_true", help=_JSON)
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: _Commands) -> None:
     parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
     _add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help=HEAD)
@@ -115,7 +116,7 @@ def _add_inspect(commands: Any) -> None:
     _add_invariant_option(parser.add_argument, "decode, plainly and with drafts,")
 
 
-def _add_calibrate(commands: Any) -> None:
+def _add_calibrate(commands: _Commands) -> None:
     parser = commands.add_parser(
         "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
     )
@@ -127,7 +128,7 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help=_JSON)
 
 
-def _add_verify(commands: Any) -> None:
+def _add_verify(commands: _Commands) -> None:
     parser = commands.add_parser(
         "verify", help="check that the output with a draft head is the model's own; prints a report"
     )
@@ -146,7 +147,7 @@ def _add_verify(commands: Any) -> None:
     add("--json", action="store_true", help=_JSON)
 
 
-def _add_bench(commands: Any) -> None:
+def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
     add_bench_options(parser, BENCH_METHODS)
     parser.add_argument("--json", action="store_true", help="print what results.json holds, instead of the table")
@@ -190,7 +191,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 
 
-def _add_serve(commands: Any) -> None:
+def _add_serve(commands: _Commands) -> None:
     parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
     add = parser.add_argument
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
@@ -210,7 +211,7 @@ def _add_serve(commands: Any) -> None:
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
 
 
-def _add_compile(commands: Any) -> None:
+def _add_compile(commands: _Commands) -> None:
     parser = commands.add_parser("compile", help="compile a target's steps on a CPU, for later processes")
     add = parser.add_argument
     add("target", type=model, help="folder or Hub id of the target")
@@ -222,13 +223,13 @@ def _add_compile(commands: Any) -> None:
     add("--only-as", help=argparse.SUPPRESS)  # the identity of a model in memory
 
 
-def _add_cache(commands: Any) -> None:
+def _add_cache(commands: _Commands) -> None:
     parser = commands.add_parser("cache", help="show the compiled code that is kept for later processes")
     parser.add_argument("--clear", action="store_true", help="remove it")
 
 
 def model(text: str) -> str:
-    """Accept an existing folder, or what may be a Hub id."""
+    """Accept an existing folder, or a possible Hub id."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
     return text
@@ -267,7 +268,7 @@ def dtype(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Accept an available device that computes."""
+    """Accept an available device that can compute."""
     if text.startswith("meta"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     if text == "cpu":
@@ -295,12 +296,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     _add_loading_options(parser.add_argument)
 
 
-def _add_loading_options(add: Callable[..., Any]) -> None:
+def _add_loading_options(add: Callable[..., object]) -> None:
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     add("--device", type=device, help="default: cuda if available, or cpu")
 
 
-def _add_invariant_option(add: Callable[..., Any], what: str) -> None:
+def _add_invariant_option(add: Callable[..., object], what: str) -> None:
     mode = "in the invariant mode: the same text in any dtype, whatever drafts"
     add("--invariant", action="store_true", help=f"{what} {mode}")
 

@@ -1,4 +1,4 @@
-"""`resps compile`: compile a target's steps, and its drafts, so that later processes find the code."""
+"""`resps compile`: compile a target's steps and its heads' drafts for later processes."""
 
 import argparse
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Decode a few tokens with compiled steps.
 
     Raises:
-        ValueError: the code cannot be made, or cannot be kept.
+        ValueError: the code cannot be compiled, or cannot be kept.
     """
     folder = packages_folder()
     if folder is None:

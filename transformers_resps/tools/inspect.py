@@ -1,4 +1,4 @@
-"""`resps inspect`: one call of `generate`, recorded step by step and shown as an HTML page."""
+"""`resps inspect`: record one call of `generate` step by step, and show it as an HTML page."""
 
 import argparse
 import base64
@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,11 +36,12 @@ from .results import machine
 
 
 _SOURCES = {DRAFTED: "head", LOOKED_UP: "lookup", REMEMBERED: "memory"}
+_Json: TypeAlias = dict[str, Any]  # an object of the page's data
 
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One step of one row, prefill left out; the first fields are those of its `Observation`."""
+    """One step of one row after the prefill. The first four fields are copied from its `Observation`."""
 
     context_length: int
     step: int
@@ -54,18 +55,18 @@ class RecordedStep:
 
     @property
     def sources(self) -> list[str]:
-        """Who proposed each node, root first: "head", "lookup", "memory" or "both", that is several."""
+        """The proposer of each node, root first: "head", "lookup", "memory", or "both" for several."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
 
-class Recorder(PolicyWrapper):
-    """Decides as `policy` does and keeps every step: for one call of `generate` with one prompt.
+class StepRecorder(PolicyWrapper):
+    """Decides like `policy`, and keeps every step of one call of `generate` with one prompt.
 
-    Costs a lookup of the text's end per step, microseconds, and the memory of the trees.
+    A step costs microseconds more, for a lookup of the text's end, and the memory of its tree.
     """
 
-    uses_lookup = True  # at every step, whatever the policy does
+    uses_lookup = True  # at every step, even if the policy does not
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
@@ -101,16 +102,16 @@ class Recorder(PolicyWrapper):
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Both answers to one prompt, and all steps of the second."""
+    """The plain and the speculative answer to one prompt, and all steps of the latter."""
 
     prompt_ids: Tensor  # [s]
     plain_ids: Tensor  # [t]
     plain_seconds: float  # of the whole call
     report: SpeculationReport
     seconds: float  # of the whole call with draft trees
-    steps: list[RecordedStep]  # one for each of `report.steps` but the prefill
-    divergence: Divergence | None  # where greedy answers differ first, and why
-    is_invariant: bool = False  # whether both were written in the invariant mode
+    steps: list[RecordedStep]  # one for each of `report.steps` except the prefill
+    divergence: Divergence | None  # the first difference of greedy answers, and its reason
+    is_invariant: bool = False  # whether both answers are from the invariant mode
 
     @property
     def parts_at(self) -> int | None:
@@ -127,9 +128,9 @@ def examine(
     settings: dict[str, Any],
     seed: int = 0,
 ) -> Examination:
-    """Answer a prompt `[s]` plainly, then with draft trees; the global random generator is left as it was.
+    """Answer a prompt `[s]` plainly, then with draft trees; restore the global random generator.
 
-    `settings` are keywords of `generate` for both answers, which are greedy unless they say otherwise.
+    `settings` are keywords of `generate` for both answers. They are greedy by default.
     """
     settings = {"do_sample": False} | settings
 
@@ -142,10 +143,10 @@ def examine(
             output = call.generate(
                 ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings, **keywords
             )
-            tokens = output.sequences[0, len(prompt_ids) :].cpu()  # reading them waits for the device
+            tokens = output.sequences[0, len(prompt_ids) :].cpu()  # waits for the device
             return output, tokens, time.perf_counter() - started
 
-    recorder = Recorder(policy)
+    recorder = StepRecorder(policy)
     with SpeculationDefaults.suspended():
         _, plain_ids, plain_seconds = answer()
         output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
@@ -157,7 +158,7 @@ def examine(
 
 
 def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
+    """Describe models and machine for a page, by names without local paths, since pages are shared."""
     here = machine(target)
     threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
     facts = {"target": _name(target, target.config.name_or_path)}
@@ -172,14 +173,14 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
     }
 
 
-def _name(model: Any, known: str | None) -> str:
-    """Return the Hub id, or the last part of a local path; of what is not `known` by a name its class."""
+def _name(model: object, known: str | None) -> str:
+    """Return a model's Hub id, the last part of its path, or its class if no name is `known`."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
-    """Return what happened as JSON values, in the words and numbers of the page; texts are not yet escaped."""
+def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> _Json:
+    """Return the page's data as JSON values, with texts that are not yet escaped."""
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
@@ -217,7 +218,7 @@ def _totals(examination: Examination) -> dict[str, float]:
     }
 
 
-def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
+def _same_text(examination: Examination, decode: Decode) -> _Json:
     """Say whether both texts are the same, and where they differ first."""
     position, divergence = examination.parts_at, examination.divergence
     if position is None:
@@ -226,7 +227,7 @@ def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
     def token_of(answer: list[int]) -> str | None:
         return decode([answer[position]]) if position < len(answer) else None
 
-    told: dict[str, Any] = {
+    told: _Json = {
         "same": False,
         "position": position,
         "plain": token_of(examination.plain_ids.tolist()),
@@ -238,7 +239,7 @@ def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
     return told
 
 
-def _step(record: StepRecord, tokens: list[str]) -> dict[str, Any]:
+def _step(record: StepRecord, tokens: list[str]) -> _Json:
     return {
         "tokens": [{"text": text, "source": "head"} for text in tokens[:-1]]
         + [{"text": text, "source": "target"} for text in tokens[-1:]],
@@ -248,7 +249,7 @@ def _step(record: StepRecord, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _decision(step: RecordedStep) -> dict[str, Any]:
+def _decision(step: RecordedStep) -> _Json:
     return {
         "seen": {
             "context": step.context_length,
@@ -265,7 +266,7 @@ def _decision(step: RecordedStep) -> dict[str, Any]:
     }
 
 
-def _shape(shape: TreeShape) -> dict[str, Any]:
+def _shape(shape: TreeShape) -> _Json:
     return {
         "name": str(shape),
         "nodes": shape.total_tokens if shape.asks_head else 1,
@@ -275,8 +276,8 @@ def _shape(shape: TreeShape) -> dict[str, Any]:
     }
 
 
-def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[str, Any]]:
-    """Return the nodes, root first: text, parent, probability after the parent and of the path, source, fate."""
+def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
+    """Return text, parent, probability after the parent and of the path, source and fate of each node, root first."""
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
@@ -298,8 +299,8 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
     return nodes
 
 
-def _mark_sources(step: dict[str, Any]) -> None:
-    """Give accepted tokens the source of their node: the path's nodes come in the order of the tokens."""
+def _mark_sources(step: _Json) -> None:
+    """Give accepted tokens the source of their node; the path's nodes are in the order of the tokens."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":
@@ -310,11 +311,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def page(data: dict[str, Any]) -> str:
-    """Write one HTML file that shows `data`, from `page_data`, and needs nothing else: no network, no fonts.
+def page(data: _Json) -> str:
+    """Return one HTML file that shows `page_data`, and needs no other file, network or font.
 
-    The values travel as JSON that cannot end its own element, and the script writes them as text only. A content
-    policy names the page's style and script by hash, so that nothing else would run even if it got in.
+    The values are JSON that cannot end its own element, and the script writes them as text only. A content policy
+    allows the page's style and script by hash, so that no injected code could run.
     """
     style, script = _asset("page.css"), _asset("page.js")
     return Template(_asset("page.html")).substitute(
@@ -333,19 +334,19 @@ def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _json(value: Any) -> str:
-    """Write JSON that is safe inside a script element: ASCII, without a character that HTML knows."""
+def _json(value: _Json) -> str:
+    """Return JSON that is safe inside a script element: ASCII, without HTML's special characters."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _hash(text: str) -> str:
-    """Hash the exact text between the tags, as a content policy writes it."""
+    """Return the hash of the exact text between the tags, in the form of a content policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; 1 when both outputs differ and rounding cannot be the reason."""
+    """Write the page; return 1 when both outputs differ and rounding cannot be the reason."""
     if not args.prompt.strip():
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
@@ -360,7 +361,7 @@ def run(args: argparse.Namespace) -> int:
         settings |= {"do_sample": True, "temperature": args.temperature}
     drafting = default_policy() if head is None else FixedPolicy(head.default_shape)
     examine(target, head, drafting, prompt_ids, settings=settings | {"max_new_tokens": 4})  # allocates and compiles
-    both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
+    both = 2 * args.max_new_tokens
     bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
     with bar, moving(bar, target, both, both):
         examination = examine(target, head, policy, prompt_ids, settings=settings, seed=args.seed)
@@ -372,7 +373,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def same_text(examination: Examination) -> str:
-    """Say yes, or where the texts differ first."""
+    """Return "yes", or the first difference in words."""
     if examination.parts_at is None:
         return "yes"
     why = f" ({examination.divergence})" if examination.divergence is not None else ""
@@ -380,9 +381,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Tell whether texts are equal or may be rounded apart, as in the normal mode; of sampled texts in half precision
-    no more can be said.
-    """
+    """Whether texts are equal or rounding may explain the difference, as it may for any sample in half precision."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

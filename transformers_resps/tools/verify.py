@@ -13,7 +13,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
+    """Print the report; return 1 if the output is not the model's own, 2 if no draft was accepted to test it."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = load_source(args.head, target, args.revision)
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         report = error.report
     if args.json:
         judged = {name: getattr(report, name) for name in ("verdict", "is_lossless", "is_tested")}
-        print(json.dumps(judged | asdict(report), default=str))  # what JSON has no value for is told in words
+        print(json.dumps(judged | asdict(report), default=str))  # `str` for values that JSON lacks
     else:
         print(report)
     return 1 if not report.is_lossless else 0 if report.is_tested else 2
