@@ -1,5 +1,6 @@
 """The planted bugs have a place; `python -m tests.mutations` tells whether the tests notice them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,12 @@ def test_the_tests_that_must_notice_a_bug_are_there(named: str) -> None:
 @pytest.mark.parametrize("symbol", ["tree:DraftTree.gone", "tree:Gone.from_pool", "gone:DraftTree"])
 def test_a_symbol_that_is_gone_is_named(symbol: str) -> None:
     with pytest.raises(LookupError, match=f"has no `{symbol}`. The bug 'old' needs it"):
-        Mutation("old", symbol, no_end, "tests").plant()
+        replace(no_end, bug="old", symbol=symbol).plant()
 
 
 def test_a_parameter_that_is_gone_is_named() -> None:
     with pytest.raises(TypeError, match="`tree:followed` has no parameter 'count', 'self', 'token'. The bug 'old'"):
-        Mutation("old", "tree:followed", no_end, "tests").plant()
+        replace(no_end, bug="old", symbol="tree:followed").plant()
 
 
 def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,6 @@ def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest
 
 def test_a_bug_that_fails_itself_is_not_counted_as_caught() -> None:
     mutation = next(mutation for mutation in MUTATIONS if "processors" in mutation.bug)
-    call = pytest.CallInfo.from_call(lambda: mutation.wrong(print)(None, None, None, None), "call")
+    call = pytest.CallInfo.from_call(lambda: mutation.wrong(print, None, None, None, None), "call")
     with pytest.raises(pytest.exit.Exception, match="the bug itself raised KeyError"):
         Blame().pytest_exception_interact(call)

@@ -1,4 +1,4 @@
-"""Replaces a function of the package, named by its symbol, by a wrong one: in this process, and nowhere else."""
+"""Replace a function of the package, named by its symbol, by a wrong one: in this process, and nowhere else."""
 
 import importlib
 import inspect
@@ -20,14 +20,24 @@ class Mutation:
     Attributes:
         bug: what is wrong, in words.
         symbol: the function that has it: `module:function` or `module:Class.method`, the module below the package.
-        wrong: makes the function with the bug from the right one; both take the same arguments.
+        wrong: takes the right function, then its arguments.
         tests: the ones to notice, as pytest takes them.
     """
 
     bug: str
     symbol: str
-    wrong: Callable[[Function], Function]
+    wrong: Function
     tests: str
+
+    def instead_of(self, right: Function) -> Function:
+        """The function with the bug, of the same arguments as the right one."""
+
+        def replacement(*arguments: Any, **options: Any) -> Any:
+            return self.wrong(right, *arguments, **options)
+
+        _, *parameters = inspect.signature(self.wrong).parameters.values()
+        replacement.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return replacement
 
     def plant(self, set_attr: SetAttr = setattr) -> None:
         """Put the wrong function in the place of the right one.
@@ -37,9 +47,14 @@ class Mutation:
             TypeError: the function takes other arguments now.
         """
         try:
-            plant(self.symbol, self.wrong, set_attr)
+            plant(self.symbol, self.instead_of, set_attr)
         except (LookupError, TypeError) as problem:
             raise type(problem)(f"{problem}. The bug '{self.bug}' needs it: adapt tests/mutations/bugs.") from None
+
+
+def bug(words: str, symbol: str, tests: str) -> Callable[[Function], Mutation]:
+    """Make a function the `wrong` one of a bug."""
+    return lambda wrong: Mutation(words, symbol, wrong, tests)
 
 
 def plant(symbol: str, wrong: Callable[[Function], Function], set_attr: SetAttr = setattr) -> None:

@@ -302,7 +302,7 @@ def test_without_such_a_fault_the_same_examination_passes(target: Any, head: Dra
         ("decoding.text:Batch._padded", pad_with_another_token, "greedy, in a padded batch"),
         ("generation.plan:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
         ("verifying.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
-        ("decoding.text:StopConditions.of", one_end_token_of_several, "greedy, ends inside trees"),
+        ("decoding.text:StopConditions.of", one_end_token_of_several.instead_of, "greedy, ends inside trees"),
         ("tree:DraftTree.with_branches", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],
 )

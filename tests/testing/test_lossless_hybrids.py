@@ -41,6 +41,6 @@ def test_a_mixer_that_stays_at_its_old_state_is_found(
     monkeypatch.setattr(lossless, "_DISTRIBUTION_OUTPUTS", 1)  # its texts tell
     for error, message in ((ValueError, "between a draft tree and the same"), (NotLosslessError, "NOT explained by")):
         with monkeypatch.context() as planted, pytest.raises(error, match=message):
-            plant("verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, planted.setattr)
+            plant("verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind.instead_of, planted.setattr)
             assert_lossless(target, head, WIDE, **SHORT)
         attach(target).generate(torch.tensor([[3, 4]]), policy="auto", max_new_tokens=2)

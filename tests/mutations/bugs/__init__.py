@@ -1,13 +1,8 @@
-"""The planted bugs, by room: each function takes the right one and returns the wrong one."""
+"""The planted bugs, by room: each takes the right function, then its arguments."""
 
+from ..planting import Mutation
 from . import decoding, drafting, invariant, recurrent, target, tree
 
 
-MUTATIONS = (
-    *tree.MUTATIONS,
-    *drafting.MUTATIONS,
-    *decoding.MUTATIONS,
-    *target.MUTATIONS,
-    *recurrent.MUTATIONS,
-    *invariant.MUTATIONS,
-)
+_ROOMS = tree, drafting, decoding, target, recurrent, invariant
+MUTATIONS = [value for room in _ROOMS for value in vars(room).values() if isinstance(value, Mutation)]

@@ -8,98 +8,7 @@ from torch import Tensor
 
 from transformers_resps.tree import CandidatePool, DraftTree
 
-from ..planting import Function, Mutation
-
-
-def order_by_score(from_pool: Function) -> Function:
-    def wrong(
-        cls: type[DraftTree], root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
-    ) -> DraftTree:
-        order = pool.scores.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.cat([torch.full_like(order[:, :1], -1), order.argsort(dim=-1)], dim=1)  # -1 stays -1
-        parents = rank.gather(1, pool.parents.gather(1, order) + 1)
-        by_score = (pool.tokens.gather(1, order), parents, pool.scores.gather(1, order))
-        return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens, level_count)
-
-    return wrong
-
-
-def children_of_any_node(children: Function) -> Function:
-    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
-        return [
-            {(0, at[1]): own[at] for at in sorted(own, key=own.__getitem__, reverse=True)} for own in children(self)
-        ]
-
-    return wrong
-
-
-def root_among_its_children(children: Function) -> Function:
-    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
-        return [own | {(0, root): 0} for own, root in zip(children(self), self.tokens[:, 0].tolist(), strict=True)]
-
-    return wrong
-
-
-def half_the_levels(derive: Function) -> Function:
-    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
-        return derive(cls, tokens, parents, scores, level_count // 2)
-
-    return wrong
-
-
-def nodes_without_themselves(derive: Function) -> Function:
-    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
-        tree = derive(cls, tokens, parents, scores, level_count)
-        return replace(tree, ancestors=tree.ancestors & ~torch.eye(tree.node_count, dtype=torch.bool))
-
-    return wrong
-
-
-def blind_to_all_above(lines: Function) -> Function:
-    def wrong(rows: list[list[int]]) -> tuple[list[list[int]], Tensor]:
-        depths, ancestors = lines(rows)
-        return depths, ancestors & torch.eye(len(rows[0]), dtype=torch.bool)
-
-    return wrong
-
-
-def chain_as_a_star(append: Function) -> Function:
-    def wrong(self: Any, token: int, parent: int, score: float, proposers: int) -> None:
-        append(self, token, 0, score, proposers)
-
-    return wrong
-
-
-def shared_with_cousins(init: Function) -> Function:
-    def wrong(self: Any, tokens: list[int], parents: list[int], scores: list[float]) -> None:
-        init(self, tokens, parents, scores)
-        nodes = range(len(tokens) - 1, 0, -1)
-        self._places = {(above, tokens[node]): node for node in nodes for above in range(len(tokens))}
-
-    return wrong
-
-
-def the_first_ones_score(merged: Function) -> Function:
-    def wrong(cls: type[CandidatePool], pools: list[CandidatePool]) -> CandidatePool:
-        found = merged(cls, pools)
-        alone = merged(cls, [pools[0], *(replace(pool, scores=pool.scores - 50.0) for pool in pools[1:])])
-        return replace(found, scores=torch.where(found.scores > -torch.inf, alone.scores, found.scores))
-
-    return wrong
-
-
-def followed_through_cousins(followed: Function) -> Function:
-    def wrong(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
-        nodes: list[int] = []
-        for token in path:
-            node = nodes[-1] if nodes else root
-            found = followed(tokens, [node] * len(tokens), [token], node)  # as if all were its children
-            if not found:
-                break
-            nodes += found
-        return nodes
-
-    return wrong
+from ..planting import Function, bug
 
 
 POOL = "tests/test_tree.py::test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
@@ -109,15 +18,82 @@ MERGED = "tests/test_tree.py::test_merged_pools_hold_every_path_once_with_its_be
 MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 
-MUTATIONS = (
-    Mutation("kept nodes stand in order of score", "tree:DraftTree.from_pool", order_by_score, POOL),
-    Mutation("a child of any node will do", "tree:DraftTree.children", children_of_any_node, CHILD),
-    Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
-    Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
-    Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
-    Mutation("a looked-up node lacks its ancestors", "tree:_lines", blind_to_all_above, CHAIN),
-    Mutation("a merged chain becomes a star", "tree:_Nodes._append", chain_as_a_star, CHAIN),
-    Mutation("a merged chain is shared with cousins", "tree:_Nodes.__init__", shared_with_cousins, CHAIN),
-    Mutation("a pool's better score is lost", "tree:CandidatePool.merged", the_first_ones_score, MERGED),
-    Mutation("cousins count as drafted", "tree:followed", followed_through_cousins, MATCH),
-)
+
+@bug("kept nodes stand in order of score", "tree:DraftTree.from_pool", POOL)
+def order_by_score(
+    from_pool: Function,
+    cls: type[DraftTree],
+    root: Tensor,
+    pool: CandidatePool,
+    total_tokens: int,
+    level_count: int | None = None,
+) -> DraftTree:
+    order = pool.scores.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.cat([torch.full_like(order[:, :1], -1), order.argsort(dim=-1)], dim=1)  # -1 stays -1
+    parents = rank.gather(1, pool.parents.gather(1, order) + 1)
+    by_score = (pool.tokens.gather(1, order), parents, pool.scores.gather(1, order))
+    return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens, level_count)
+
+
+@bug("a child of any node will do", "tree:DraftTree.children", CHILD)
+def children_of_any_node(children: Function, self: DraftTree) -> list[dict[tuple[int, int], int]]:
+    return [{(0, at[1]): own[at] for at in sorted(own, key=own.__getitem__, reverse=True)} for own in children(self)]
+
+
+@bug("the root is its own child", "tree:DraftTree.children", CHILD)
+def root_among_its_children(children: Function, self: DraftTree) -> list[dict[tuple[int, int], int]]:
+    return [own | {(0, root): 0} for own, root in zip(children(self), self.tokens[:, 0].tolist(), strict=True)]
+
+
+@bug("the deepest nodes lack an ancestor", "tree:DraftTree._derive", POOL)
+def half_the_levels(
+    derive: Function, cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int
+) -> DraftTree:
+    return derive(cls, tokens, parents, scores, level_count // 2)
+
+
+@bug("a node is no ancestor of itself", "tree:DraftTree._derive", SIGHT)
+def nodes_without_themselves(
+    derive: Function, cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int
+) -> DraftTree:
+    tree = derive(cls, tokens, parents, scores, level_count)
+    return replace(tree, ancestors=tree.ancestors & ~torch.eye(tree.node_count, dtype=torch.bool))
+
+
+@bug("a looked-up node lacks its ancestors", "tree:_lines", CHAIN)
+def blind_to_all_above(lines: Function, rows: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    depths, ancestors = lines(rows)
+    return depths, ancestors & torch.eye(len(rows[0]), dtype=torch.bool)
+
+
+@bug("a merged chain becomes a star", "tree:_Nodes._append", CHAIN)
+def chain_as_a_star(append: Function, self: Any, token: int, parent: int, score: float, proposers: int) -> None:
+    append(self, token, 0, score, proposers)
+
+
+@bug("a merged chain is shared with cousins", "tree:_Nodes.__init__", CHAIN)
+def shared_with_cousins(init: Function, self: Any, tokens: list[int], parents: list[int], scores: list[float]) -> None:
+    init(self, tokens, parents, scores)
+    nodes = range(len(tokens) - 1, 0, -1)
+    self._places = {(above, tokens[node]): node for node in nodes for above in range(len(tokens))}
+
+
+@bug("a pool's better score is lost", "tree:CandidatePool.merged", MERGED)
+def the_first_ones_score(merged: Function, cls: type[CandidatePool], pools: list[CandidatePool]) -> CandidatePool:
+    found = merged(cls, pools)
+    alone = merged(cls, [pools[0], *(replace(pool, scores=pool.scores - 50.0) for pool in pools[1:])])
+    return replace(found, scores=torch.where(found.scores > -torch.inf, alone.scores, found.scores))
+
+
+@bug("cousins count as drafted", "tree:followed", MATCH)
+def followed_through_cousins(
+    followed: Function, tokens: list[int], parents: list[int], path: list[int], root: int
+) -> list[int]:
+    nodes: list[int] = []
+    for token in path:
+        node = nodes[-1] if nodes else root
+        found = followed(tokens, [node] * len(tokens), [token], node)  # as if all were its children
+        if not found:
+            break
+        nodes += found
+    return nodes
