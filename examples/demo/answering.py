@@ -14,7 +14,7 @@ from transformers_resps.heads import DraftHead
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.telemetry.report import SpeculationReport
 from transformers_resps.testing import explain_divergence
-from transformers_resps.tools.inspect import Examination, Recorder
+from transformers_resps.tools.inspect import Examination, StepRecorder
 
 
 PLAIN, LOOKUP, TREE, AUTO = "plain", "lookup", "tree", "auto"
@@ -109,7 +109,7 @@ def examine(
     model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> tuple[Answers, Examination]:
     """Answer `prompt_ids` `[s]` by stock `generate` and with the head's own tree, of which every step is kept."""
-    recorder = Recorder(FixedPolicy(head.default_shape))
+    recorder = StepRecorder(FixedPolicy(head.default_shape))
     plain = answer(PLAIN, model, {}, prompt_ids, max_new_tokens, show)
     tree = answer(TREE, model, {"assistant_model": head, "policy": recorder}, prompt_ids, max_new_tokens, show)
     assert tree.speculation is not None
