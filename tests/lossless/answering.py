@@ -1,10 +1,12 @@
-"""Both ways of answering, and trees so wide that most picks are drafted."""
+"""Both ways of answering, trees so wide that most picks are drafted, and what watches or disturbs a call."""
 
+from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
-from transformers import (
-    set_seed,
-)
+import torch
+from transformers import LogitsProcessor, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from tests.targets import VOCABULARY
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
@@ -24,3 +26,55 @@ def both(target: Any, head: DraftHead, inputs: Any, shape: TreeShape = WIDE, see
         made = {name: value() if isinstance(value, type) else value for name, value in call.items()}
         outputs.append(target.generate(**inputs, **made, **extra))
     return outputs
+
+
+class Restive(LogitsProcessor):
+    """Stateful: forbids the likeliest token at every n-th call, and counts its calls."""
+
+    def __init__(self, every: int = 2) -> None:
+        self.every, self.calls = every, 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.calls += 1
+        return scores if self.calls % self.every else scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
+
+
+class Raises(LogitsProcessor):
+    """Raises at the n-th token: in stock decoding, and with trees in the middle of a walk."""
+
+    def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.left, self.error = at, error
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return scores
+
+
+class Heard(BaseStreamer):
+    """Keeps what is streamed; raises at the n-th time if asked to."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.values: list[Any] = []
+        self.ended = 0
+        self.fails_at = fails_at
+
+    def put(self, value: torch.Tensor) -> None:
+        if len(self.values) == self.fails_at:
+            raise RuntimeError("the reader went away")
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """What calls at the same time return."""
+    found: dict[int, Any] = {}
+    runners = [Thread(target=lambda at=at: found.update({at: calls[at]()})) for at in range(len(calls))]  # type: ignore[misc]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    return [found[at] for at in range(len(calls))]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tests.compilation.as_it_is import compiled_as_it_is
+from tests.lossless.answering import Restive
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, Policy, TreeShape, attach
 
@@ -56,17 +57,6 @@ class StopAt(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         return input_ids[:, -1] == self.tokens[: len(input_ids)]
-
-
-class Restive(LogitsProcessor):
-    """Stateful: forbids the likeliest token at every n-th call."""
-
-    def __init__(self, every: int) -> None:
-        self.every, self.calls = every, 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.calls += 1
-        return scores if self.calls % self.every else scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
 
 
 TOKENS = st.integers(3, VOCABULARY - 1)

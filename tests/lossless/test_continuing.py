@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache, set_seed
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StaticCache, set_seed
 
 from tests.caches import check_equal_caches
+from tests.lossless.answering import Raises
 from tests.recurrent_targets import RecurrentArchitecture, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -271,19 +272,6 @@ def test_the_padding_of_a_batch_is_read_when_its_cache_is_first_looked_at(
     assert not forwards, "it was read twice"
 
 
-class Interrupts(LogitsProcessor):
-    """Ctrl-C at the n-th token."""
-
-    def __init__(self, uses: int) -> None:
-        self.uses = uses
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.uses -= 1
-        if not self.uses:
-            raise KeyboardInterrupt
-        return scores
-
-
 @pytest.mark.parametrize("architecture", WINDOWS, ids=str)
 @pytest.mark.parametrize("uses", [1, 4, 7, 8])
 def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(architecture: Architecture, uses: int) -> None:
@@ -296,7 +284,7 @@ def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(architecture: 
     left = []
     for extra in ({}, {"assistant_model": head, "policy": WIDE}):
         own = copy.deepcopy(first[CACHE_KEYWORD])
-        options = {CACHE_KEYWORD: own, "logits_processor": LogitsProcessorList([Interrupts(uses)]), **extra}
+        options = {CACHE_KEYWORD: own, "logits_processor": LogitsProcessorList([Raises(uses)]), **extra}
         with pytest.raises(KeyboardInterrupt):
             target.generate(text, max_new_tokens=16, **options)
         left.append(own)

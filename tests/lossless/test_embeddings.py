@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from tests.caches import check_equal_caches
-from tests.lossless.answering import SAMPLING, WIDE
-from tests.lossless.test_streaming import Recorder
+from tests.lossless.answering import SAMPLING, WIDE, Heard
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -114,7 +113,7 @@ def check(settings: dict[str, Any], target: Any, head: DraftHead, prompts: dict[
 def test_the_answer_to_embeddings_streams(
     kind: str, target: PreTrainedModel, head: DraftHead, prompts: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    plain, tree = Recorder(), Recorder()
+    plain, tree = Heard(), Heard()
     call(target, prompts[kind], streamer=plain)
     call(target, prompts[kind], streamer=tree, assistant_model=head, policy=FixedPolicy(WIDE))
     assert tree.values == plain.values and tree.ended == plain.ended == 1

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
+from tests.lossless.answering import Heard
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -310,19 +311,9 @@ def test_rows_advance_apart_where_the_decoder_takes_positions(model_type: str) -
 
 
 def test_a_streamer_gets_every_token() -> None:
-    class Noting:
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.tokens.append(-1)
-
-    streamer = Noting()
+    streamer = Heard()
     found = target_of("t5").generate(**inputs_of("t5", 1), policy=Chains(), streamer=streamer, max_new_tokens=12)
-    assert streamer.tokens == [*found[0].tolist(), -1]
+    assert [token for value in streamer.values for token in value] == found[0].tolist() and streamer.ended == 1
 
 
 @pytest.mark.parametrize("model_type", ["bart", "led", "whisper"])

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tests.caches import check_equal_caches
+from tests.compilation.as_it_is import compiled_as_it_is
+from tests.lossless.answering import Raises, in_threads
 from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, tokens
-from tests.lossless.test_continuing import Interrupts
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -90,14 +92,19 @@ def test_a_mixer_that_raises_in_a_tree_leaves_the_model_as_it_was(target: PreTra
 
 @pytest.mark.parametrize("uses", [1, 4, 6, 7])
 @pytest.mark.parametrize("policy", [WIDE, FixedPolicy(TreeShape.plain())], ids=["trees", "plain steps"])
-def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(
-    target: PreTrainedModel, head: DraftHead, uses: int, policy: Any
+@pytest.mark.parametrize("compiles", [False, True], ids=["as it is", "compiled"])
+def test_a_call_that_was_interrupted_leaves_the_model_as_it_was_and_a_cache_to_go_on_from(
+    target: PreTrainedModel, head: DraftHead, compiles: bool, uses: int, policy: Any
 ) -> None:
     prompt, cache = tokens(6), DynamicCache(config=target.config.get_text_config(decoder=True))
-    whole = answer(target, prompt).sequences
-    options = {CACHE_KEYWORD: cache, "logits_processor": LogitsProcessorList([Interrupts(uses)])}
-    with pytest.raises(KeyboardInterrupt):
+    whole = answer(target, prompt, output_hidden_states=True).sequences  # which Transformers notes in the model
+    before = hooks_and_settings(target)
+    if compiles:
+        head = DraftHead.from_target(target, feature_layers=[0, 1])
+    options = {CACHE_KEYWORD: cache, "logits_processor": LogitsProcessorList([Raises(uses)]), "compile": compiles}
+    with compiled_as_it_is(), pytest.raises(KeyboardInterrupt):
         target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=14, **options)
+    assert hooks_and_settings(target) == before
     kept = cache.get_seq_length()
     assert prompt.shape[1] <= kept < prompt.shape[1] + uses
     found = answer(target, whole[:, : kept + 1], max_new_tokens=4, **{CACHE_KEYWORD: cache})
@@ -135,18 +142,9 @@ def test_gradient_checkpointing_left_on_changes_nothing(
 
 def test_threads_share_a_hybrid(target: PreTrainedModel, head: DraftHead) -> None:
     expected = [answer(target, tokens(5 + caller)).sequences.tolist() for caller in range(4)]
-    found: dict[int, Any] = {}
-
-    def call(caller: int) -> None:
-        trees = {"assistant_model": head, "policy": AnyShape(caller)} if caller % 2 else {}
-        found[caller] = target.generate(tokens(5 + caller), max_new_tokens=14, **trees).tolist()
-
-    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[caller] for caller in range(4)] == expected
+    trees = [{"assistant_model": head, "policy": AnyShape(caller)} if caller % 2 else {} for caller in range(4)]
+    calls = [partial(target.generate, tokens(5 + caller), max_new_tokens=14, **trees[caller]) for caller in range(4)]
+    assert [found.tolist() for found in in_threads(*calls)] == expected
 
 
 def test_a_plain_forward_of_another_thread_sees_nothing_of_a_tree(target: PreTrainedModel, head: DraftHead) -> None:

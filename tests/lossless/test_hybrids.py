@@ -1,19 +1,26 @@
-"""Targets with recurrent layers: every tree gives the texts, random numbers and states of plain `generate`."""
+"""Targets with recurrent layers: every tree gives the texts, random numbers and states of plain `generate`.
 
+As it is, and by compiled steps, whose code is the function itself here.
+"""
+
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
 
 from tests.caches import check_equal_caches
+from tests.compilation.as_it_is import AsItIs, compiled_as_it_is
+from tests.lossless.answering import Heard
 from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
 from tests.lossless.test_options import StopAfter
-from tests.lossless.test_streaming import Recorder
 from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.verifying.slots import engine as slots
 
 
 pytestmark = NEEDS_STATES
@@ -29,6 +36,20 @@ def target(request: pytest.FixtureRequest) -> PreTrainedModel:
 def head(target: PreTrainedModel) -> DraftHead:
     torch.manual_seed(1)
     return DraftHead.from_target(target)
+
+
+@pytest.fixture(scope="module")
+def early_head(target: PreTrainedModel) -> DraftHead:
+    """Reads no output of the last layer, which compiled code does not give."""
+    torch.manual_seed(1)
+    return DraftHead.from_target(target, feature_layers=[0, 1])
+
+
+@pytest.fixture
+def forwards() -> Iterator[list[tuple[torch.Size, torch.Size]]]:
+    """Shapes of tokens and logits of each compiled forward."""
+    with compiled_as_it_is() as noted:
+        yield noted
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,9 +76,40 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_gives_the_text_of_plain_generate_by_compiled_steps(
+    name: str, target: PreTrainedModel, early_head: DraftHead, forwards: list[Any]
+) -> None:
+    report = compare(target, early_head, tokens(9), compile=True, **OPTIONS[name])
+    check_counts(report, in_a_row=1)
+    assert len(forwards) == report.target_forwards - 1, "the prompt is read as it is"
+
+
+POLICIES = {
+    "plain": FixedPolicy(TreeShape.plain()),
+    "chain": FixedPolicy(TreeShape(6, 5, 1)),
+    "tree": FixedPolicy(TreeShape(30, 3, 7)),
+    "lookup": FixedPolicy(TreeShape(1, 0, 1, lookup=5)),
+    "auto": "auto",
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_gives_the_text_of_plain_generate_by_compiled_steps(
+    name: str, target: PreTrainedModel, early_head: DraftHead, forwards: list[Any]
+) -> None:
+    for text in (tokens(9), tokens(6, 1)):
+        compare(target, early_head, text, policy=POLICIES[name], compile=True)
+    assert forwards and all(shape[1] >= 4 for shape, _ in forwards), "so few nodes are filled up"
+
+
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_padded_batch_gives_the_texts_of_plain_generate(name: str, target: PreTrainedModel, head: DraftHead) -> None:
+def test_a_padded_batch_gives_the_texts_of_plain_generate(
+    name: str, target: PreTrainedModel, head: DraftHead, early_head: DraftHead, forwards: list[Any]
+) -> None:
     check_counts(compare(target, head, padded(3), **BATCHES[name]), in_a_row=1)
+    compare(target, early_head, padded(3), compile=True, **BATCHES[name])
+    assert forwards
 
 
 def check_three_turns(target: PreTrainedModel, head: DraftHead, rows: int, **options: Any) -> None:
@@ -92,13 +144,22 @@ def test_three_turns_of_a_batch_go_on_from_the_states_of_the_last(target: PreTra
     check_three_turns(target, head, rows=3)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("forwards")
+def test_three_turns_of_compiled_steps_do_so_too(target: PreTrainedModel, early_head: DraftHead, rows: int) -> None:
+    check_three_turns(target, early_head, rows, compile=True)
+
+
 @pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.usefixtures("forwards")
 def test_a_call_that_ends_in_the_middle_of_a_tree_leaves_the_states_of_plain_decoding(
-    target: PreTrainedModel, head: DraftHead, most: int
+    target: PreTrainedModel, head: DraftHead, early_head: DraftHead, most: int
 ) -> None:
     wide = {"assistant_model": head, "policy": FixedPolicy(TreeShape(40, 3, 7))}
-    plain, found = (answer(target, tokens(9), max_new_tokens=most, **trees)[CACHE_KEYWORD] for trees in ({}, wide))
-    check_equal_caches(found, plain, most=1e-5)
+    ways = {}, wide, wide | {"assistant_model": early_head, "compile": True}
+    plain, *others = (answer(target, tokens(9), max_new_tokens=most, **trees)[CACHE_KEYWORD] for trees in ways)
+    for found in others:
+        check_equal_caches(found, plain, most=1e-5)
 
 
 @pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
@@ -117,7 +178,28 @@ def test_auto_gives_the_text_of_plain_generate(target: PreTrainedModel, head: Dr
 
 @pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
 def test_the_streamer_gets_what_plain_generate_streams(target: PreTrainedModel, head: DraftHead) -> None:
-    plain, tree = Recorder(), Recorder()
+    plain, tree = Heard(), Heard()
     answer(target, tokens(9), streamer=plain)
     answer(target, tokens(9), streamer=tree, assistant_model=head, policy=AnyShape(0))
     assert tree.values == plain.values
+
+
+@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
+@pytest.mark.usefixtures("forwards")
+def test_a_fault_in_the_middle_of_a_text_repeats_the_step_as_it_is(
+    target: PreTrainedModel, early_head: DraftHead, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = list[int]()
+
+    class Fails(AsItIs):
+        def __call__(self, inputs: Any, buffers: Any = ()) -> Any:
+            runs.append(1)
+            if len(runs) == 3:
+                raise RuntimeError("no memory")
+            return super().__call__(inputs, buffers)
+
+    target.speculation_state.slot_engine.__init__()
+    with patch.object(slots, "CompiledFunction", Fails):
+        compare(target, early_head, tokens(9), compile=True, policy=AnyShape(0))
+    target.speculation_state.slot_engine.__init__()
+    assert len(runs) == 3 and "no memory" in caplog.text

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, product
 from random import Random
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
+from transformers import LogitsProcessorList, PreTrainedModel, set_seed
 
+from tests.lossless.answering import Raises, Restive, in_threads
 from tests.lossless.hybrids import AnyShape
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -275,19 +275,6 @@ def grammar(row: int, text: Tensor) -> list[int]:
     return [3 + (int(text[-1]) * 2 + step) % (VOCABULARY - 3) for step in (1, 2, 4, 7, 9)]
 
 
-class Restive(LogitsProcessor):
-    """Stateful: forbids the likeliest token at every second call; raises at one if asked to."""
-
-    def __init__(self, raises_at: int = 0) -> None:
-        self.calls, self.raises_at = 0, raises_at
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.calls += 1
-        if self.calls == self.raises_at:
-            raise ZeroDivisionError
-        return scores if self.calls % 2 else scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
-
-
 SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "sampled": lambda: {"do_sample": True, "temperature": 1.3},
     "sampled from few": lambda: {"do_sample": True, "top_k": 5, "top_p": 0.9},
@@ -352,7 +339,7 @@ def test_a_call_after_an_interrupted_one_is_right(monkeypatch: pytest.MonkeyPatc
     target, options = target_of(), arms()["small, wide"]
     expected, normal = (write(target, prompt_of(70), invariant=mode) for mode in (True, False))
     for mode in (True, False):
-        broken = LogitsProcessorList([Restive(raises_at=4)])
+        broken = LogitsProcessorList([Raises(4, ZeroDivisionError)])
         with pytest.raises(ZeroDivisionError):
             write(target, prompt_of(70), **options, invariant=mode, logits_processor=broken)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -361,16 +348,6 @@ def test_a_call_after_an_interrupted_one_is_right(monkeypatch: pytest.MonkeyPatc
     assert target.config._attn_implementation == "sdpa"
     assert write(target, prompt_of(70), **options) == expected
     assert write(target, prompt_of(70), invariant=False) == normal
-
-
-def in_threads(*calls: Callable[[], Written]) -> list[Written]:
-    found: dict[int, Written] = {}
-    runners = [Thread(target=lambda at=at: found.update({at: calls[at]()})) for at in range(len(calls))]  # type: ignore[misc]
-    for runner in runners:
-        runner.start()
-    for runner in runners:
-        runner.join()
-    return [found[at] for at in range(len(calls))]
 
 
 @pytest.mark.parametrize("modes", [(True, True), (True, False)], ids=["both", "one"])

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     Seq2SeqTrainer,
@@ -17,7 +16,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from tests.lossless.answering import SAMPLING, WIDE, both
+from tests.lossless.answering import SAMPLING, WIDE, Restive, both
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -139,25 +138,12 @@ def test_without_an_end_token_finished_rows_go_on_as_in_plain_generate(
     assert tree.sequences.tolist() == plain.sequences.tolist()
 
 
-class CountingProcessor(LogitsProcessor):
-    """Stateful: forbids the token it would have picked, every third call."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.calls += 1
-        if self.calls % 3 == 0:
-            scores = scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
-        return scores
-
-
 def test_a_stateful_processor_is_called_once_per_committed_token(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:
     outputs, calls = [], []
     for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(WIDE)}):
-        processor = CountingProcessor()
+        processor = Restive(3)
         outputs.append(
             target.generate(prompt, logits_processor=LogitsProcessorList([processor]), max_new_tokens=20, **extra)
         )

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, set_seed
-from transformers.generation.streamers import BaseStreamer
 
-from tests.lossless.answering import SAMPLING, WIDE, both
-from tests.lossless.test_options import OPTIONS, CountingProcessor, StopAfter
+from tests.lossless.answering import SAMPLING, WIDE, Heard, Restive, both
+from tests.lossless.test_options import OPTIONS, StopAfter
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.decoding import acceptance
 from transformers_resps.decoding.acceptance import Picks
@@ -55,19 +54,11 @@ def test_texts_and_random_numbers_are_those_of_plain_decoding(
 def test_scores_logits_and_streams_are_those_of_plain_decoding(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
 ) -> None:
-    heard: list[list[int]] = []
-
-    class Streamer(BaseStreamer):
-        def put(self, value: torch.Tensor) -> None:
-            heard[-1].extend(value.flatten().tolist())
-
-        def end(self) -> None:
-            heard.append([])
-
-    heard.append([])
-    asked = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.3, "streamer": Streamer()}
+    heard = Heard()
+    asked = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.3, "streamer": heard}
     plain, tree = both(target, head, prompt, **SAMPLING, **asked)
-    assert heard[0] == heard[1] == tree.sequences[0].tolist()
+    half = len(heard.values) // 2
+    assert heard.values[:half] == heard.values[half:] and heard.ended == 2
     for ours, theirs in ((tree.scores, plain.scores), (tree.logits, plain.logits)):
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
     assert steps
@@ -76,7 +67,7 @@ def test_scores_logits_and_streams_are_those_of_plain_decoding(
 @pytest.mark.parametrize(
     "unknown",
     [
-        {"logits_processor": lambda: LogitsProcessorList([CountingProcessor()])},
+        {"logits_processor": lambda: LogitsProcessorList([Restive(3)])},
         {"stopping_criteria": lambda: StoppingCriteriaList([StopAfter((15,))])},
     ],
     ids=["processor", "criterion"],

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
-from transformers.generation.streamers import BaseStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, set_seed
 
 from tests.assistants.mtp_cases import CASES
 from tests.drafting.test_block_drafter import block_head
+from tests.lossless.answering import Heard, Restive
 from tests.lossless.hybrids import AnyShape, check_counts, compare
 from tests.pretend.pair import mtp, pair
 from tests.targets import Architecture
@@ -135,27 +135,6 @@ class AnyTree(AnyShape):
         return self._number(0, 40)
 
 
-class Restive(LogitsProcessor):
-    """Stateful: forbids the likeliest token at every second call."""
-
-    calls = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.calls += 1
-        return scores if self.calls % 2 else scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
-
-
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.values.append(value.tolist())
-
-    def end(self) -> None:
-        self.values.append("end")
-
-
 def grammar(row: int, text: torch.Tensor) -> list[int]:
     """A few tokens, of which the newest one decides."""
     return [(int(text[-1]) * 2 + step) % VOCABULARY for step in (1, 2, 4)]
@@ -188,7 +167,7 @@ def call_of(number: int, vocabulary: int) -> tuple[dict[str, Any], dict[str, Any
         if vocabulary == VOCABULARY or name not in ("stop strings", "grammar"):
             options |= EXTRAS[name](random)
     if rows == 1 and random.random() < 0.3:
-        options["streamer"] = Recorder()
+        options["streamer"] = Heard()
     width = min(vocabulary, 8)
     policies = [
         FixedPolicy(TreeShape(40, 3, width)),
@@ -218,7 +197,7 @@ def turns(target: Any, number: int, sources: Any = None) -> tuple[list[Any], lis
         set_seed(number)
         out = target.generate(**inputs, **options, return_dict_in_generate=True)
         written += [out.sequences.tolist(), torch.get_rng_state().tolist()]
-        written += [options["streamer"].values] if "streamer" in options else []
+        written += [vars(options["streamer"])] if "streamer" in options else []
         reports += [] if sources is None else [out.speculation]
         added = torch.tensor([[3, 5]]).expand(len(out.sequences), 2)
         mask = torch.ones(len(added), out.sequences.shape[1] + 2, dtype=torch.long)

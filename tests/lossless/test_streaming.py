@@ -1,37 +1,21 @@
 """What streams, and who else may be decoding: readers, threads, the global random generator."""
 
 import threading
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextIteratorStreamer, set_seed
-from transformers.generation.streamers import BaseStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, TextIteratorStreamer, set_seed
 
-from tests.lossless.answering import SAMPLING, WIDE, both
+from tests.lossless.answering import SAMPLING, WIDE, Heard, Raises, both, in_threads
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
-
-
-class Recorder(BaseStreamer):
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.values: list[Any] = []
-        self.ended = 0
-        self.fails_at = fails_at
-
-    def put(self, value: torch.Tensor) -> None:
-        if len(self.values) == self.fails_at:
-            raise RuntimeError("the reader went away")
-        self.values.append(value.tolist())
-
-    def end(self) -> None:
-        self.ended += 1
 
 
 def test_the_streamer_gets_what_plain_generate_streams(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:
-    plain, tree = Recorder(), Recorder()
+    plain, tree = Heard(), Heard()
     target.generate(prompt, streamer=plain, max_new_tokens=20)
     target.generate(prompt, streamer=tree, max_new_tokens=20, assistant_model=head, policy=FixedPolicy(WIDE))
     assert tree.values == plain.values
@@ -56,32 +40,19 @@ def test_the_stream_of_a_call_that_is_refused_does_not_look_like_an_answer(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:
     """Only who called knows of the error. A server puts it into the queue that its reader waits for."""
-    streamer = Recorder()
+    streamer = Heard()
     with pytest.raises(ValueError, match="num_beams"):
         target.generate(prompt, streamer=streamer, assistant_model=head, max_new_tokens=5, num_beams=2)
     assert not streamer.ended
-
-
-class Fails(LogitsProcessor):
-    """Raises at the fourth token: in stock decoding, and with trees in the middle of a stream."""
-
-    def __init__(self, error: type[BaseException]) -> None:
-        self.calls, self.error = 0, error
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.calls += 1
-        if self.calls == 4:
-            raise self.error
-        return scores
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, StopIteration])
 def test_a_stream_that_fails_ends_as_with_plain_generate(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, error: type[BaseException]
 ) -> None:
-    plain, tree = Recorder(), Recorder()
+    plain, tree = Heard(), Heard()
     for streamer, extra in ((plain, {}), (tree, {"assistant_model": head, "policy": FixedPolicy(WIDE)})):
-        processors = LogitsProcessorList([Fails(error)])
+        processors = LogitsProcessorList([Raises(4, error)])
         with pytest.raises(error):
             target.generate(prompt, streamer=streamer, logits_processor=processors, max_new_tokens=20, **extra)
     assert tree.values == plain.values and len(tree.values) == 4
@@ -92,7 +63,7 @@ def test_a_stream_that_fails_ends_as_with_plain_generate(
 def test_a_streamer_that_raises_leaves_the_model_usable(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, fails_at: int
 ) -> None:
-    streamer = Recorder(fails_at)
+    streamer = Heard(fails_at)
     with pytest.raises(RuntimeError, match="the reader went away"):
         target.generate(prompt, streamer=streamer, assistant_model=head, policy=FixedPolicy(WIDE), max_new_tokens=20)
     assert not streamer.ended
@@ -113,15 +84,6 @@ def test_drafting_leaves_the_global_generator_where_plain_generate_leaves_it(
 
 def test_two_threads_share_a_model(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
     expected = target.generate(prompt, max_new_tokens=24).tolist()
-    found: dict[int, Any] = {}
-
-    def run(index: int) -> None:
-        extra = {"assistant_model": head, "policy": FixedPolicy(WIDE)} if index % 2 else {}
-        found[index] = target.generate(prompt, max_new_tokens=24, **extra).tolist()
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found[index] == expected for index in range(4))
+    wide = {"assistant_model": head, "policy": FixedPolicy(WIDE)}
+    calls = [partial(target.generate, prompt, max_new_tokens=24, **extra) for extra in ({}, wide) * 2]
+    assert all(found.tolist() == expected for found in in_threads(*calls))
