@@ -45,9 +45,10 @@ def bench(
     target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", ROWS)
 
-    def run(*options: str) -> int:
+    def run(*options: str, head: str | None = head) -> int:
         output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
-        return main(["bench", target, head, "--dataset", file, "--repeats", "1", *output, *options])
+        models = [target] if head is None else [target, head]
+        return main(["bench", *models, "--dataset", file, "--repeats", "1", *output, *options])
 
     return run
 
@@ -166,16 +167,13 @@ def test_nothing_is_compiled_unasked(
 def test_lookup_is_measured_without_a_head(
     bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--dataset", str(tmp_path / "mine.jsonl"), "--accept-noise", "--limit", "2", "--repeats", "1"]
-    options += ["--output", str(tmp_path / "out"), "--max-new-tokens", "8"]
-    target = str(tmp_path / "target")
-    assert main(["bench", target, *options, "--shapes", "1,0,1,4"]) == 0
+    assert bench("--shapes", "1,0,1,4", head=None) == 0
     found = results(tmp_path)
     assert [row["method"] for row in found["pooled"]] == ["plain", "prompt lookup", "tree +4", "auto"]
     assert found["head"] is None and not found["unexplained"] and found["training_prompts"] == {}
     FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "tree")
     for asked in (["--shapes", "8,4,2"], ["--methods", "eagle"], ["--policy", str(tmp_path / "tree")]):
-        assert main(["bench", target, *options, *asked]) == 2
+        assert bench(*asked, head=None) == 2
         assert "Name a HEAD after TARGET." in capsys.readouterr().err
 
 
@@ -183,10 +181,8 @@ def test_lookup_is_measured_without_a_head(
 def test_any_drafter_is_measured(bench: BenchCommand, tmp_path: Path, head: str) -> None:
     add_mtp_layer(tmp_path / "target")
     build_target(num_hidden_layers=1, seed=5).save_pretrained(tmp_path / "small")
-    options = ["--accept-noise", "--limit", "1", "--repeats", "1", "--max-new-tokens", "8", "--methods"]
-    options += ["--dataset", str(tmp_path / "mine.jsonl"), "--output", str(tmp_path / "out"), "--shapes", "9,2,4"]
     given = head if head == "mtp" else str(tmp_path / head)
-    assert main(["bench", str(tmp_path / "target"), given, *options]) == 0
+    assert bench("--limit", "1", "--methods", "--shapes", "9,2,4", head=given) == 0
     found = results(tmp_path)
     assert [row["method"] for row in found["pooled"]] == ["plain", "tree 9/2/4", "auto"]
     assert found["head"] == given and not found["unexplained"] and found["costs"]["draft"]
@@ -210,12 +206,7 @@ def test_the_table_is_drawn_when_it_is_asked_for(bench: BenchCommand, tmp_path: 
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     drawn = tmp_path / "out" / "ratios.png"
     assert bench("--methods") == 0 and not drawn.exists()
-    if head:
-        assert bench("--methods", "--plot") == 0
-    else:
-        options = ["--output", str(drawn.parent), "--accept-noise", "--limit", "2", "--repeats", "1", "--methods"]
-        data = ["--dataset", str(tmp_path / "mine.jsonl"), "--max-new-tokens", "4"]
-        assert main(["bench", str(tmp_path / "target"), *data, *options, "--plot"]) == 0
+    assert bench("--methods", "--plot", **({} if head else {"head": None})) == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 

@@ -67,6 +67,9 @@ class Client:
         ).getresponse()
         return answer.status, json.loads(answer.read())
 
+    def text(self, body: dict[str, Any]) -> str:
+        return str(self.ask(body)[1]["choices"][0]["message"]["content"])
+
     def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[dict[str, Any]]:
         answer = self.send(path, {"model": self.target, "stream": True} | body).getresponse()
         events = answer.read().decode().split("\n\n")
@@ -86,6 +89,11 @@ class Client:
         )
         out = target.generate(**inputs, **settings)
         return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    """What a stream of a chat wrote."""
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
 def save_target(folder: Path, seed: int = 0) -> None:
@@ -192,10 +200,9 @@ def test_a_seed_draws_what_plain_sampling_draws_with_it(client: Client) -> None:
     settings = json.dumps({"do_sample": True, "temperature": 0.9, "max_new_tokens": 20})
     asked: dict[str, Any] = {"messages": ASKED, "seed": 5, "generation_config": settings}
     run_load(client.port, client.target, requests=4, clients=2)  # others draw in between
-    assert client.ask(asked)[1]["choices"][0]["message"]["content"] == plain
+    assert client.text(asked) == plain
     for request in (asked, {"messages": ASKED, "seed": 5, "temperature": 0.9, "max_tokens": 20}):
-        streamed = client.stream(request)
-        assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
+        assert text_of(client.stream(request)) == plain
 
 
 @pytest.mark.parametrize("settings", [{"policy": "plain"}, {"generation_config": {"policy": "plain"}}])
@@ -213,15 +220,14 @@ def test_what_a_tree_cannot_do_is_decoded_plainly_and_marked(client: Client) -> 
     assert answer["choices"][0]["message"]["content"] == plain != client.plain(max_new_tokens=9)
     assert "num_beams=3" in answer["metrics"]["speculative_decoding"]["plain"]
     streamed = client.stream(asked)
-    assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
+    assert text_of(streamed) == plain
     assert streamed[-1]["metrics"] == answer["metrics"]
 
 
 def test_an_own_assistant_of_stock_is_plain_and_streamed_once(client: Client) -> None:
     settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 9}
     streamed = client.stream({"messages": ASKED, "generation_config": json.dumps(settings)})
-    text = "".join(event["choices"][0]["delta"].get("content", "") for event in streamed)
-    assert text == client.plain(max_new_tokens=9)
+    assert text_of(streamed) == client.plain(max_new_tokens=9)
     assert "prompt_lookup_num_tokens=3" in streamed[-1]["metrics"]["speculative_decoding"]["plain"]
 
 
@@ -241,7 +247,7 @@ def test_every_request_is_answered_in_the_invariant_mode(
     asked = {"messages": ASKED, "max_tokens": 20, "policy": policy}
     if stream:
         events = invariant_client.stream(asked)
-        text, metrics = "".join(event["choices"][0]["delta"].get("content", "") for event in events), events[-1]
+        text, metrics = text_of(events), events[-1]
     else:
         metrics = invariant_client.ask(asked)[1]
         text = metrics["choices"][0]["message"]["content"]
@@ -268,30 +274,19 @@ def test_what_the_invariant_mode_cannot_do_is_refused_and_not_decoded_plainly(
 
 def test_a_server_in_the_normal_mode_refuses_it_likewise_to_a_request_that_asks_for_the_mode(client: Client) -> None:
     asked = {"messages": ASKED, "max_tokens": 9, "generation_config": {"invariant": True}}
-    assert client.ask(asked)[1]["choices"][0]["message"]["content"] == client.plain(max_new_tokens=9, invariant=True)
+    assert client.text(asked) == client.plain(max_new_tokens=9, invariant=True)
     asked["generation_config"] |= {"guidance_scale": 2.0}
     status, told = client.ask(asked)
     assert status == 400 and "`guidance_scale`" in told["error"]["message"]
 
 
-def test_what_the_invariant_mode_refuses_of_a_server_is_refused_before_it_serves(
-    client: Client, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["serve", client.target, "--port", "0", "--device", "cpu", "--compile", "auto", "--invariant"]
-    assert main(command) == 2
-    assert "compile='auto', which goes by the clock" in capsys.readouterr().err
-
-
-def test_each_model_answers_by_its_name(client: Client) -> None:
+@pytest.mark.parametrize("name", ["the folder", "other"])
+def test_each_model_answers_by_its_name_and_its_folders(client: Client, name: str) -> None:
     names = [model.id for model in client.openai.models.list()]
     assert names == [client.target, str(client.folder / "other")]
-    answer = client.ask({"model": names[1], "messages": ASKED, "max_tokens": 9})[1]
-    assert answer["choices"][0]["message"]["content"] == client.plain(name="other", max_new_tokens=9)
-
-
-def test_a_folders_name_is_a_name_of_its_model(client: Client) -> None:
-    answer = client.ask({"model": "other", "messages": ASKED, "max_tokens": 9})[1]
-    assert answer["model"] == "other"
+    asked = names[1] if name == "the folder" else name
+    answer = client.ask({"model": asked, "messages": ASKED, "max_tokens": 9})[1]
+    assert answer["model"] == asked
     assert answer["choices"][0]["message"]["content"] == client.plain(name="other", max_new_tokens=9)
 
 
@@ -375,8 +370,7 @@ def test_tools_reach_a_template_that_knows_them(client: Client, monkeypatch: pyt
 
 def test_parts_of_text_are_read_together(client: Client) -> None:
     parts = [{"role": "user", "content": [TEXT, TEXT]}]
-    answer = client.ask({"messages": parts, "max_tokens": 9})[1]
-    assert answer["choices"][0]["message"]["content"] == client.plain("ab ab", max_new_tokens=9)
+    assert client.text({"messages": parts, "max_tokens": 9}) == client.plain("ab ab", max_new_tokens=9)
 
 
 def test_the_figures_count_a_refusal_as_refused(client: Client) -> None:
@@ -454,9 +448,7 @@ def test_an_error_in_the_middle_of_a_stream_is_told_and_the_server_lives(
         with pytest.raises(openai.InternalServerError, match="memory"):
             client.openai.chat.completions.create(model=client.target, messages=ASKED)
     assert client.metrics()['resps_requests_total{outcome="failed"}'] == before + 2
-    assert client.ask({"messages": ASKED, "max_tokens": 9})[1]["choices"][0]["message"]["content"] == client.plain(
-        max_new_tokens=9
-    )
+    assert client.text({"messages": ASKED, "max_tokens": 9}) == client.plain(max_new_tokens=9)
 
 
 def test_what_generate_refuses_in_a_stream_is_the_clients_fault(client: Client) -> None:
@@ -511,8 +503,7 @@ def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
         line = process.stdout.readline()
         assert line.startswith(f"Serving {client.target} at http://127.0.0.1:"), process.stderr.read()
         own = Client(int(line.split("/v1")[0].rpartition(":")[2]), client.folder)
-        answer = own.ask({"messages": ASKED, "max_tokens": 9})[1]
-        assert answer["choices"][0]["message"]["content"] == client.plain(max_new_tokens=9)
+        assert own.text({"messages": ASKED, "max_tokens": 9}) == client.plain(max_new_tokens=9)
         own.send("/v1/chat/completions", {"messages": ASKED, "stream": True})
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=200) == 130
@@ -538,28 +529,20 @@ def test_each_key_is_drafted_from_what_its_own_requests_wrote(client: Client) ->
         assert forwards("another") == first
 
 
-def test_a_tree_that_never_looks_up_is_refused_beside_memories(
-    client: Client, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("TARGET --policy 10,2,9 --memory", "which `--policy 10,2,9` never does. Add a fourth number."),
+        ("TARGET --head HEAD --head HEAD", "Got 2 heads for 1 targets"),
+        ("TARGET --served-model-name a --served-model-name a", "Got the served names ['a', 'a']"),
+        ("TARGET TARGET --served-model-name a --served-model-name a", "Got the served names ['a', 'a']"),
+        ("TARGET --port PORT", "Address already in use"),
+        ("TARGET --port 0 --device cpu --compile auto --invariant", "compile='auto', which goes by the clock"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused_before_anything_is_loaded(
+    options: str, words: str, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", client.target, "--policy", "10,2,9", "--memory"]) == 2
-    assert "which `--policy 10,2,9` never does. Add a fourth number." in capsys.readouterr().err
-
-
-def test_heads_are_one_per_target(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
-    head = str(client.folder / "head")
-    assert main(["serve", client.target, "--head", head, "--head", head]) == 2
-    assert "Got 2 heads for 1 targets" in capsys.readouterr().err
-
-
-def test_served_names_are_one_per_target_and_distinct(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["--served-model-name", "a", "--served-model-name", "a"]
-    for targets, given in (([client.target], names), ([client.target, client.target], names)):
-        assert main(["serve", *targets, *given]) == 2
-        assert "Got the served names ['a', 'a']" in capsys.readouterr().err
-
-
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
-    client: Client, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["serve", client.target, "--port", str(client.port)]) == 2
-    assert "Address already in use" in capsys.readouterr().err
+    given = {"TARGET": client.target, "HEAD": str(client.folder / "head"), "PORT": str(client.port)}
+    assert main(["serve", *(given.get(word, word) for word in options.split())]) == 2
+    assert words in capsys.readouterr().err
