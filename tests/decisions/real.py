@@ -17,7 +17,6 @@ from transformers_resps.policies.costs import CostTable
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import (
-    Oracle,
     OutcomeTable,
     RankedText,
     RecordedText,
@@ -91,7 +90,7 @@ def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
             steps = replay_policy(text, policy, table).steps
             made = [[*decision(step), step.step_seconds.hex()] for step in steps]
             yield f"{name}, text {place}", {"steps": len(made), "decisions": digest(made)}
-    oracle = Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(GRID, table) for text in texts]))
+    oracle = OutcomeTable([RankedText.from_recording(text).outcomes(GRID, table) for text in texts])
     seconds = [oracle.fixed_seconds.tolist(), oracle.best_seconds.tolist()]
     yield "every shape", {"best fixed": str(GRID[oracle.best_fixed]), "seconds": digest(seconds)}
 

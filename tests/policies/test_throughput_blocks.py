@@ -8,7 +8,7 @@ from transformers_resps import BaselineGuard, ThroughputPolicy, TreeShape
 from transformers_resps.drafting.blocks import Branching, best_paths, bounds
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostTable
-from transformers_resps.replay import Oracle, OutcomeTable, RankedText, RecordedText, replay_policy
+from transformers_resps.replay import OutcomeTable, RankedText, RecordedText, replay_policy
 from transformers_resps.tree import CandidatePool
 
 
@@ -75,7 +75,7 @@ def test_auto_is_as_fast_as_the_best_fixed_depth_and_budget(
     verify, draft = MACHINES[machine]
     table = CostTable({128: verify}, {1: 0.0}, {}, 0.0003, draft_start={1: draft})
     searched, held_out = (
-        Oracle(OutcomeTable([text.outcomes(GRID, table) for text in part])) for part in (ranked[:4], ranked[4:])
+        OutcomeTable([text.outcomes(GRID, table) for text in part]) for part in (ranked[:4], ranked[4:])
     )
     policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=TOP_K, most_nodes=MOST))
     replay_policy(texts[0], policy, table)

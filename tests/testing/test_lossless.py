@@ -29,7 +29,7 @@ from transformers_resps.policies.auto import PolicyCache
 from transformers_resps.testing import MAX_SPACINGS, lossless, spacing_at
 from transformers_resps.testing.comparison import (
     SAMPLED,
-    Call,
+    ComparedCall,
     ModelUnderTest,
     compare,
 )
@@ -93,7 +93,7 @@ def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: Dra
     with model.undisturbed():
         first = model.plain(prompts, max_new_tokens=12).outputs[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
-        calls = [Call(index, prompt, 0, end) for index, prompt in enumerate(prompts)]
+        calls = [ComparedCall(index, prompt, 0, end) for index, prompt in enumerate(prompts)]
         alone = [compare(model, "", [[call]]) for call in calls]
         together = compare(model, "", [calls])
     assert min(check.tokens for check in alone) < max(check.tokens for check in alone)
@@ -435,7 +435,7 @@ def test_a_target_that_the_mode_refuses_is_refused_by_its_examination(target: An
 
 
 def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, rounding: None) -> None:
-    calls = [Call(0, built_in_prompts(19)[1], seed, SAMPLED | {"max_new_tokens": 12}) for seed in range(12)]
+    calls = [ComparedCall(0, built_in_prompts(19)[1], seed, SAMPLED | {"max_new_tokens": 12}) for seed in range(12)]
     model = ModelUnderTest(target, head, WIDE, invariant=True)
     with model.undisturbed(), model.without_settings():
         found = compare(model, "", [[call] for call in calls])

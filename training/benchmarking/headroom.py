@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers_resps import CostTable, DraftHead, TreeShape
 from transformers_resps.generation.output import sampling
 from transformers_resps.policies.action_grid import ActionGrid
-from transformers_resps.replay import Oracle, OutcomeTable, RankedText, depths_of, record_pools
+from transformers_resps.replay import OutcomeTable, RankedText, depths_of, record_pools
 from transformers_resps.tools.results import AnswerTiming
 
 
@@ -97,7 +97,7 @@ class Replayer:
         for name, prompt in prompts:
             table = self.replay(prompt, self.answer(prompt, temperature))
             if table is not None:
-                totals += Oracle(table).fixed_seconds.sum(0)
+                totals += table.fixed_seconds.sum(0)
                 names.append(name)
         if not names:
             raise ValueError(
@@ -113,7 +113,7 @@ class Replayer:
             return 1.0
         contexts = range(len(prompt) + 1, len(prompt) + len(answer))  # prefill gives the first token
         plain = sum(self.costs.plain_seconds(context) + self.costs.overhead for context in contexts)
-        return float(Oracle(table).best_seconds[0] / plain)
+        return float(table.best_seconds[0] / plain)
 
 
 def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:

@@ -15,7 +15,6 @@ from transformers_resps.policies.costs import CostModel, CostTable
 from transformers_resps.policies.resps import ReSpSPolicy
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import (
-    Oracle,
     OutcomeTable,
     RankedText,
     RecordedText,
@@ -77,7 +76,7 @@ def replayed(
         depths |= {width: max(levels, depths.get(width, 0)) for width, levels in depths_of(shapes).items()}
     depths = dict.fromkeys(depths, max(depths.values()))  # outcomes are those of pools that are equally deep
     others = [text for _, text in _recorded(bench, head, writes, searched, depths)]
-    totals = sum(Oracle(_outcomes(text, grid, costs)).fixed_seconds.sum(0) for text in others)
+    totals = sum(_outcomes(text, grid, costs).fixed_seconds.sum(0) for text in others)
     best = grid[int(torch.as_tensor(totals).argmin())]
     made: dict[str, Callable[[], Policy]] = {
         PLAIN: lambda: FixedPolicy(TreeShape.plain()),
@@ -89,7 +88,7 @@ def replayed(
         for arm in experiment.arms:
             row = {"arm": arm, "prompt": name, "turn": 1, "tokens": len(text)}
             if arm == ORACLE:
-                seconds, forwards = float(Oracle(_outcomes(text, grid, costs)).best_seconds[0]), len(text)
+                seconds, forwards = float(_outcomes(text, grid, costs).best_seconds[0]), len(text)
             else:
                 report = replay_policy(text, auto if arm == AUTO else made[arm](), costs)
                 seconds, forwards = report.seconds, len(report.steps)

@@ -1,7 +1,7 @@
-"""Recorded texts, and what any policy would have done on them. Models run while a text is recorded, never after."""
+"""Recorded texts, and the simulation of any policy on them. Models run only while a text is recorded."""
 
 from .fitted_policy import fitted_policy
-from .outcomes import HeldOutcomes, Oracle, OutcomeTable, TextOutcomes
+from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes
 from .ranked_text import RankedText, depths_of
 from .recorded_text import MOST_NODES, RecordedText, record_pools
 from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
@@ -10,7 +10,6 @@ from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, repl
 __all__ = [
     "MOST_NODES",
     "HeldOutcomes",
-    "Oracle",
     "OutcomeTable",
     "RecordedDrafter",
     "RecordedText",

@@ -1,7 +1,4 @@
-"""Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level.
-
-Costs are not fitted: they belong to a machine.
-"""
+"""Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level, for any machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,19 +11,18 @@ from ..policies.throughput import ThroughputPolicy
 from .recorded_text import RecordedText
 
 
-_PRIOR = 1.0  # weight of the head's own probabilities, in observed nodes
-_STEPS = 30  # of Newton's method; a handful suffice
-_MIN_SLOPE = 0.1  # a more probable path is never less likely to be accepted
+_PRIOR = 1.0  # Weight of the head's own probabilities, in observed nodes.
+_STEPS = 30  # Steps of Newton's method; a handful suffice.
+_MIN_SLOPE = 0.1  # Keeps a more probable path from being less likely to be accepted.
 
 
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts; it goes on learning.
 
     Args:
-        texts: recorded with pools of `top_k`.
+        texts: recordings with pools of `top_k`.
         top_k: children per node that the policy will ask for.
-        settings: other arguments of `ThroughputPolicy`: its sizes; `target` and `head` that made the texts, as from
-            `pair_identity`, so that it refuses others.
+        settings: other arguments of `ThroughputPolicy`: its sizes, and `target` and `head` from `pair_identity`.
 
     Raises:
         ValueError: there are no texts, or they are not recordings with pools of `top_k`.
@@ -40,7 +36,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
     scalings = []
-    # What slots of a block claim together is further from the truth with every level
+    # The error of a block's independent slots grows with every level
     most = max(LEVELS, texts[0].depth) if texts[0].block_nodes else LEVELS
     for level in range(1, most + 1):
         here = levels >= level if level == most else levels == level
@@ -49,11 +45,11 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """The maximum-likelihood scaling, by Newton's method; without outcomes the identity.
+    """Fit the maximum-likelihood scaling by Newton's method; without outcomes it is the identity.
 
     `scores` `[n]` are log probabilities of the nodes' paths under the head, `accepted` `[n]` is bool.
     """
-    scores = scores.double().clamp(max=MAX_SCORE)  # as `PlattScaling` reads them
+    scores = scores.double().clamp(max=MAX_SCORE)  # the same limit as in `PlattScaling`
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
     prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
     scaling = prior.clone()
@@ -66,7 +62,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, score and acceptance of every node that may be verified and whose outcome the text shows: `[n]` each."""
+    """List level, score and acceptance, `[n]` each, of the nodes whose outcome the text shows."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "
@@ -75,6 +71,6 @@ def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     pool = text.pools[top_k]
     upcoming = text.upcoming(int(pool.levels[-1]))
     right = (pool.nodes_along(upcoming)[..., None] == torch.arange(len(pool.levels))).any(1)
-    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > MIN_SCORE)
+    is_shown = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > MIN_SCORE)
     levels = pool.levels.expand_as(pool.tokens)
-    return levels[is_told], pool.scores[is_told].double(), right[is_told]
+    return levels[is_shown], pool.scores[is_shown].double(), right[is_shown]

@@ -1,4 +1,4 @@
-"""What every shape would have emitted and taken at every position of recorded texts, and the fastest sequence of them.
+"""Tokens and seconds of every shape at every position of recorded texts, and the fastest sequence of shapes.
 
 Tensor shapes: t positions of a text, p of all texts, n decisions, a actions, F width of the features.
 """
@@ -15,12 +15,12 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """The outcome of every action at every position of one recorded text; `ValueError` for an impossible one."""
+    """Outcomes of every action at every position of one recorded text; raises `ValueError` for impossible ones."""
 
-    features: Tensor  # [t, F] what a policy sees before the step at that position
-    emitted: Tensor  # [t, a] tokens the step would have added, at least 1 and no more than the text still has
-    seconds: Tensor  # [t, a] that the step would have taken
-    grid: ActionGrid | None = None  # the shapes that the actions stand for, if known
+    features: Tensor  # [t, F] input of a policy before the step at that position
+    emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
+    seconds: Tensor  # [t, a] seconds of the step
+    grid: ActionGrid | None = None  # the shapes of the actions, if known
 
     def __post_init__(self) -> None:
         length = len(self.features)
@@ -50,22 +50,26 @@ class HeldOutcomes:
     All three are `[n]` of the actions taken, or `[n, a]` of every action; `[p, a]` at every position of all texts.
     """
 
-    emitted: Tensor  # tokens of all steps together
-    seconds: Tensor  # likewise
-    mean_rates: Tensor  # mean over the steps of each step's tokens per second (Re-SpS, equation 5)
+    emitted: Tensor  # tokens of all steps
+    seconds: Tensor  # seconds of all steps
+    mean_rates: Tensor  # mean of the steps' tokens per second (Re-SpS, equation 5)
 
-    def at(self, places: Tensor) -> "HeldOutcomes":
-        """The outcomes at some positions."""
-        return HeldOutcomes(self.emitted[places], self.seconds[places], self.mean_rates[places])
+    def at(self, positions: Tensor) -> "HeldOutcomes":
+        """Select the outcomes at some positions."""
+        return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
-        """The outcomes `[n]` of one action `[n]` in each row, from those `[n, a]` of every action."""
+        """Select one action `[n]` in each row of outcomes `[n, a]`."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
 
 
 class OutcomeTable:
-    """The outcomes of many recorded texts, concatenated, to train or compare policies on.
+    """Outcomes of many recorded texts, concatenated, to train or compare policies on.
+
+    It computes how long the texts take with one fixed action, and with the best action at every step, the upper bound
+    of any policy. By dynamic programming: the step at position t with action a ends at t + emitted[t, a], so the least
+    time from t to the text's end is the least over a of seconds[t, a] plus the least time from there.
 
     Raises:
         ValueError: there are no texts, or they differ in grid, number of actions or width of features.
@@ -97,7 +101,7 @@ class OutcomeTable:
         return self.emitted.shape[1]
 
     def held(self, persistence: int) -> HeldOutcomes:
-        """Outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
+        """Compute the outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
         if persistence in self._held:
             return self._held[persistence]
         positions = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
@@ -118,50 +122,38 @@ class OutcomeTable:
         self._held[persistence] = HeldOutcomes(emitted, seconds, rates / steps)
         return self._held[persistence]
 
-
-class Oracle:
-    """Computes how long recorded texts take with one fixed action, and with the best action at every step.
-
-    The latter is the upper bound of any policy, by dynamic programming: the step at position t with action a ends at
-    t + emitted[t, a]; the least time from t to the text's end is the least over a of seconds[t, a] plus the least time
-    from there.
-    """
-
-    def __init__(self, table: OutcomeTable) -> None:
-        self.table = table
-
     @cached_property
-    def _from_every_position(self) -> tuple[Tensor, Tensor]:
-        """Seconds to the end `[p, a]` with one action throughout, and `[p]` with the best ones."""
-        table = self.table
-        actions = torch.arange(table.action_count)
-        is_last = torch.zeros(len(table.features) + 1, dtype=torch.bool)
-        is_last[table.stops] = True
-        fixed = torch.zeros(len(table.features) + 1, table.action_count, dtype=torch.float64)
-        best = torch.zeros(len(table.features) + 1, dtype=torch.float64)
-        for place in reversed(range(len(table.features))):
-            ends = place + table.emitted[place]
-            done = is_last[ends]  # a step never passes its text's end, so an end that starts another text is one
-            fixed[place] = table.seconds[place] + fixed[ends, actions].masked_fill(done, 0.0)
-            best[place] = (table.seconds[place] + best[ends].masked_fill(done, 0.0)).min()
+    def _seconds_to_end(self) -> tuple[Tensor, Tensor]:
+        """Seconds to the end of the text with one action throughout `[p, a]`, and with the best ones `[p]`."""
+        count = len(self.features)
+        actions = torch.arange(self.action_count)
+        is_stop = torch.zeros(count + 1, dtype=torch.bool)
+        is_stop[self.stops] = True
+        fixed = torch.zeros(count + 1, self.action_count, dtype=torch.float64)
+        best = torch.zeros(count + 1, dtype=torch.float64)
+        for position in reversed(range(count)):
+            ends = position + self.emitted[position]
+            done = is_stop[ends]  # a step never passes its text's end, even where the next text begins there
+            fixed[position] = self.seconds[position] + fixed[ends, actions].masked_fill(done, 0.0)
+            best[position] = (self.seconds[position] + best[ends].masked_fill(done, 0.0)).min()
         return fixed[:-1], best[:-1]
 
     @property
     def fixed_seconds(self) -> Tensor:
-        """`[texts, a]` seconds with one action throughout."""
-        return self._from_every_position[0][self.table.starts]
+        """Seconds `[texts, a]` with one action throughout."""
+        return self._seconds_to_end[0][self.starts]
 
     @property
     def best_seconds(self) -> Tensor:
-        """`[texts]` seconds with the best action at every step."""
-        return self._from_every_position[1][self.table.starts]
+        """Seconds `[texts]` with the best action at every step."""
+        return self._seconds_to_end[1][self.starts]
 
     @property
     def best_fixed(self) -> int:
-        """The action that is fastest over all texts together."""
+        """The fastest action over all texts."""
         return int(self.fixed_seconds.sum(0).argmin())
 
     @cached_property
     def best_fixed_rate(self) -> float:
         """Tokens per second of all texts with `best_fixed`."""
-        return len(self.table.features) / float(self.fixed_seconds[:, self.best_fixed].sum())
+        return len(self.features) / float(self.fixed_seconds[:, self.best_fixed].sum())

@@ -1,8 +1,8 @@
-"""What a tree of any shape would have emitted at every position of a recorded text.
+"""Outcomes of trees of any shape at every position of a recorded text.
 
-A tree's outcome is the longest of its paths that the text follows, so one recording gives the outcome of all shapes:
-no clock, no noise, no exploration. It is exact for greedy decoding, and correct in distribution for sampling, because
-a tree does not depend on the target's draws.
+A step accepts the longest path of its tree that the text follows, so one recording gives the outcome of all shapes
+without noise or exploration. It is exact for greedy decoding, and correct in distribution for sampling, because a tree
+does not depend on the target's draws.
 
 Tensor shapes: t positions, d levels, F features.
 """
@@ -24,31 +24,31 @@ from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording
 
 
-_NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
-_LOOKED_UP = 16  # nodes that are ranked; no shape of a grid has more
-_CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
+_NEVER = torch.iinfo(torch.int32).max  # Rank of a token that no node has.
+_LOOKED_UP = 16  # Looked-up nodes that are ranked; no shape of a grid has more.
+_CONTEXT_BUCKET = 16  # Positions that share a cost: costs vary slowly with the context.
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
 _SIZES = ("context_length", "spare_room")
 
 
 @dataclass(frozen=True, slots=True)
 class RankedText:
-    """A recorded text, reduced to what gives the outcome of every shape at every position.
+    """A recorded text, reduced to the ranks of its tokens in the pools, which give the outcome of every shape.
 
-    `ranks` are `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
-    d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
+    `ranks[., k, d - 1, l - 1]` is the rank, best first, of the text's token at level l in a pool of d levels with the
+    k-th `top_k`: a tree of n nodes holds the ranks below n - 1.
     """
 
-    FORMAT: ClassVar[int] = 3  # of files
+    FORMAT: ClassVar[int] = 3  # version of files
 
-    features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
-    ranks: Tensor
-    looked_up_ranks: Tensor  # `[t, K, D, m]` likewise of the looked-up nodes, best first
-    lookups: Tensor  # [t, L] rank of the text's own node of each level among the looked-up ones
-    proposed: Tensor  # [t] looked-up nodes
-    top_ks: tuple[int, ...]  # the K that were drafted
+    features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
+    ranks: Tensor  # [t, K, D, D] int32
+    looked_up_ranks: Tensor  # [t, K, D, m] int32 ranks of the looked-up nodes, best first, in the same pools
+    lookups: Tensor  # [t, L] rank of the text's token at each level among the looked-up nodes
+    proposed: Tensor  # [t] number of looked-up nodes
+    top_ks: tuple[int, ...]  # the K recorded values of `top_k`
     context_length: int  # positions of the text before the first step
-    spare_room: int  # how many more tokens the text could have had
+    spare_room: int  # tokens that the text could have gained
     block_nodes: int = 0  # see `RecordedText`
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class RankedText:
 
     @classmethod
     def from_recording(cls, text: RecordedText) -> "RankedText":
-        """Reduce a recording to what gives the outcome of every shape."""
+        """Reduce a recording."""
         upcoming = text.upcoming(text.depth)
         nodes, lookups, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
         path = upcoming, torch.arange(-1, text.depth - 1).expand(upcoming.shape)
@@ -68,7 +68,7 @@ class RankedText:
         return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, *sizes)
 
     def emitted(self, shape: TreeShape) -> Tensor:
-        """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
+        """Compute the tokens `[t]` that a step of `shape` adds at each position.
 
         Raises:
             ValueError: the text was not recorded for such a shape.
@@ -92,26 +92,25 @@ class RankedText:
 
     @property
     def _room(self) -> Tensor:
-        """`[t]` how many levels a draft may have, and how many nodes are looked up at most."""
+        """Limit `[t]` of a draft's levels and of looked-up nodes."""
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """`[t, m]` whether the head's tree of `shape` holds each of the nodes."""
+        """Tell whether the head's tree of `shape` holds each of the nodes, `[t, m]`."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Tokens and seconds of every action of `grid` at every position; its shapes must have been recorded.
+        """Compute tokens and seconds of every recorded shape of `grid` at every position.
 
-        A shape pays for the looked-up nodes that the head's tree does not hold already.
+        A shape pays for the looked-up nodes that the head's tree lacks.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
 
     def _seconds(self, shape: TreeShape, costs: CostModel) -> Tensor:
-        """`[t]` fp64."""
         buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
         contexts, bucket_of = buckets.unique(return_inverse=True)
         shapes = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
@@ -128,26 +127,25 @@ class RankedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
-        """Read what `save` of this release wrote; raises `ValueError` for a file that is damaged or something else."""
+        """Load a file of this release; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "ranks") as (opened, metadata):
-            read: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
-            read |= {name: int(metadata[name]) for name in _SIZES}
-            read["block_nodes"] = int(metadata.get("block_nodes", 0))  # recordings of draft heads stay readable
-            return cls(**read, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
+            fields: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
+            fields |= {name: int(metadata[name]) for name in _SIZES}
+            fields["block_nodes"] = int(metadata.get("block_nodes", 0))  # older files of draft heads lack it
+            return cls(**fields, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
 
 
 def depths_of(grid: ActionGrid) -> dict[int, int]:
-    """What `record_pools` has to draft for a grid: every `top_k` of its shapes, to the greatest depth."""
+    """Return `depths` of `record_pools` for a grid: every `top_k` of its shapes, to the greatest depth."""
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
     return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
 def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
-    """Ranks of nodes in pools cut to 1, 2, ... levels: `[r, D, m]`, as in `RankedText.ranks`.
+    """Rank nodes `[r, m]` below r roots in pools cut to 1, 2, ... D levels: `[r, D, m]`, see `RankedText`.
 
-    `pool` has r roots and D levels; `tokens` and `parents` `[r, m]` are those of nodes below each root, a token -1
-    being none.
+    Token -1 marks a missing node.
     """
     scores, levels = pool.scores, pool.levels
     order, depth = torch.arange(len(levels)), int(levels[-1])
@@ -163,17 +161,18 @@ def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """At each place the looked-up nodes, tokens and parents `[t, m]`, the best first, a token -1 being none; the ranks
-    of the text's own nodes among them `[t, L]`; and how many there are `[t]`.
+    """Look up nodes at each position, best first, as tokens and parents `[t, m]`, padded with token -1.
+
+    Returns these, the ranks `[t, L]` of the text's own tokens among them, and their numbers `[t]`.
     """
     lookup = Lookup()
-    nodes, above, ranks, counts = [], [], [], []
-    for place in range(prompt_length, len(tokens) - 1):
-        lookup.extend(tokens[lookup.length : place + 1])
+    nodes, parents, ranks, counts = [], [], [], []
+    for position in range(prompt_length, len(tokens) - 1):
+        lookup.extend(tokens[lookup.length : position + 1])
         found = lookup.found.grow(_LOOKED_UP)
         counts.append(len(found.tokens))
         nodes.append([*found.tokens, *[-1] * (_LOOKED_UP - counts[-1])])
-        above.append([*found.parents, *[-1] * (_LOOKED_UP - counts[-1])])
-        path = followed(found.tokens, found.parents, tokens[place + 1 :], -1)
+        parents.append([*found.parents, *[-1] * (_LOOKED_UP - counts[-1])])
+        path = followed(found.tokens, found.parents, tokens[position + 1 :], -1)
         ranks.append([*path, *[_NEVER] * (LONGEST_DRAFT - len(path))])
-    return (torch.tensor(nodes), torch.tensor(above)), torch.tensor(ranks), torch.tensor(counts)
+    return (torch.tensor(nodes), torch.tensor(parents)), torch.tensor(ranks), torch.tensor(counts)

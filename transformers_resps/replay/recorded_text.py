@@ -1,7 +1,7 @@
-"""One recorded text, with everything the head would have drafted before each of its tokens.
+"""Recordings of texts with the head's drafts at every position.
 
-The target runs over the text once and the head drafts from every position. After that the outcome of every shape is
-known (`RankedText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
+The target runs over the text once and the head drafts from every position. Then the outcome of every shape is known
+(`RankedText`), and any policy can decide again (`replay_policy`), without a model or a clock.
 
 Tensor shapes: t positions, p pool nodes, F features, r roots, w nodes that get children.
 """
@@ -26,32 +26,32 @@ from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import FeatureTap
 
 
-MOST_NODES = 64  # of a tree, that a recording of blocks has by default: what "auto" asks for
-_MAX_QUERIES = 256  # nodes in one pass of the head
+MOST_NODES = 64  # Nodes below a root in recordings of blocks, by default: the largest tree of "auto".
+_MAX_QUERIES = 256  # Nodes in one pass of the head.
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """A prompt and its output, with the candidate pools drafted at each position; made by `record_pools`.
+    """A prompt and its output, with the pools drafted at each position; made by `record_pools`.
 
     Positions t begin after the output's first token, which prefill gives.
     """
 
-    FORMAT: ClassVar[int] = 1  # of files; part of their names, so that those of another release are not read
+    FORMAT: ClassVar[int] = 1  # version of files, part of their names
 
     input_ids: Tensor  # [s] prompt and output
     prompt_length: int
-    features: Tensor  # [t, F] what a policy sees before the step at each position, in the target's dtype
-    pools: dict[int, CandidatePool]  # for each `top_k`, those of all positions, [t, p]
-    spare_room: int = 0  # how many more tokens the output could have had
-    block_nodes: int = 0  # of blocks, the most nodes below a root of a tree that the pools hold; 0 of other pools
+    features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
+    pools: dict[int, CandidatePool]  # `top_k` -> pools of all positions, [t, p]
+    spare_room: int = 0  # tokens that the output could have gained
+    block_nodes: int = 0  # most nodes below a root in pools of blocks; 0 for other pools
 
     def __len__(self) -> int:
         return len(self.features)
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """The recording itself; `RankedText` keeps a part of it."""
+        """Return the recording itself, which `RankedText` reduces."""
         return text
 
     @property
@@ -60,7 +60,7 @@ class RecordedText:
         return max(int(pool.levels[-1]) for pool in self.pools.values())
 
     def upcoming(self, count: int) -> Tensor:
-        """The `count` tokens after each position's root, -1 after the text's end: `[t, count]`."""
+        """Return the tokens `[t, count]` after each position's root, -1 after the text's end."""
         padded = torch.nn.functional.pad(self.input_ids, (0, count), value=-1)
         return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
 
@@ -74,19 +74,19 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        """Read what `save` wrote; raises `ValueError` for a file that is damaged or something else."""
+        """Load a saved recording; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "tokens.") as (opened, metadata):
-            read = opened.get_tensor
+            get = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
             pools = {
                 k: CandidatePool(
-                    read(f"tokens.{k}").long(), read(f"parents.{k}").long(), read(f"scores.{k}"), read(f"levels.{k}")
+                    get(f"tokens.{k}").long(), get(f"parents.{k}").long(), get(f"scores.{k}"), get(f"levels.{k}")
                 )
                 for k in top_ks
             }
             prompt_length, spare_room = int(metadata["prompt_length"]), int(metadata["spare_room"])
-            block_nodes = int(metadata.get("block_nodes", 0))  # recordings of draft heads stay readable
-            return cls(read("input_ids"), prompt_length, read("features"), pools, spare_room, block_nodes)
+            block_nodes = int(metadata.get("block_nodes", 0))  # older files of draft heads lack it
+            return cls(get("input_ids"), prompt_length, get("features"), pools, spare_room, block_nodes)
 
 
 @torch.no_grad()
@@ -100,16 +100,16 @@ def record_pools(
     spare_room: int = 0,
     block_nodes: int = MOST_NODES,
 ) -> RecordedText:
-    """Record what the head would draft at every position of one text `[s]`, written by `target` or not, on the CPU.
+    """Record on the CPU the head's drafts at every position of one text, whoever wrote it.
 
     Args:
         target: runs over the text once.
         head: drafts from every position.
-        input_ids: prompt and output.
+        input_ids: `[s]` prompt and output.
         prompt_length: tokens of the prompt.
-        depths: for each `top_k` to draft, the number of levels. Blocks are drafted whole.
-        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
-        block_nodes: of a block head, the most nodes below a root of the trees that will be asked for.
+        depths: `top_k` -> number of levels to draft. Blocks are drafted whole.
+        spare_room: tokens that the output could have gained; 0 if it ended at `max_length`.
+        block_nodes: for a block head, the most nodes below a root in any later tree.
 
     Raises:
         ValueError: the output has fewer than two tokens, or `depths` is empty.
@@ -124,7 +124,7 @@ def record_pools(
     with FeatureTap(target, head.feature_layers) as tap, tap.record() as caught:
         target.get_decoder()(input_ids=text, use_cache=False)
     features = caught.concatenated()[:, :-1]
-    prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
+    prefixes = torch.arange(prompt_length, length - 1)  # index of each root, the last token of the text so far
     newest = features[0, prefixes.to(features.device) - 1].cpu()
     drafter = head.drafter(DraftCall(target))
     if drafter.drafts_at_once:
@@ -142,7 +142,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """What a drafter drafts of each shape from `start` on, after each token more; as for `PositionPools`."""
+    """Draft every shape after each token from `start` on, one position after the other."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -154,19 +154,17 @@ def _drafted(
 
 
 def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
-    """The pools of some positions after those of others, on the CPU."""
+    """Concatenate the pools of several positions on the CPU."""
     rows = zip(*((part.tokens, part.parents, part.scores) for part in parts), strict=True)
     tokens, parents, scores = (torch.cat([part.cpu() for part in row]) for row in rows)
     return CandidatePool(tokens, parents, scores, parts[0].levels.cpu())
 
 
 class PositionPools:
-    """Drafts from every position of a text.
+    """Drafts from many positions of a text in one pass, where each node sees its own prefix and ancestors.
 
-    What a head drafts depends on the prefix alone, never on earlier trees: its cache holds true features only. So the
-    nodes of many roots go through the head in one pass, each seeing its own prefix and its own ancestors.
-
-    It gets `features` `[1, s, F]` of the text's first s positions, and `tokens` `[1, s]`, the one after each of them.
+    A head's draft depends on the prefix alone, because its cache holds true features only. `features` are `[1, s, F]`
+    of the text's first s positions, `tokens` `[1, s]` the token after each.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -189,7 +187,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Yield some of the `prefixes` `[n]`, which are lengths, as `[r]`, and the pools of their next tokens."""
+        """Yield, part by part, prefix lengths `[r]` of `prefixes` `[n]` and the pools below them."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
@@ -197,7 +195,7 @@ class PositionPools:
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """One pass over a level of all roots, laid out one root after the other in a single row."""
+        """Run a level of all roots in one pass, one root after the other in a single row."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])
@@ -220,7 +218,7 @@ class PositionPools:
 
 @contextmanager
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield what `save` wrote and its metadata; `needed` begins the name of a tensor that such a file has.
+    """Open a recording and yield it with its metadata; such files have a tensor whose name begins with `needed`.
 
     Raises:
         ValueError: the file is damaged, of another release, or holds something else, here or inside the `with` block.

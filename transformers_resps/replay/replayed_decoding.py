@@ -1,7 +1,7 @@
-"""Recorded texts, decoded again without their target: what the text says next is what the target would pick.
+"""Decode recorded texts again without their target: the text's next token is the target's pick.
 
-Each step is decided by the code that decides it in `generate`. A recording stands in for the head, and a cost model
-for the clock; the time of the policy's own arithmetic is not counted.
+Each step runs the code of `generate`. A recording replaces the head, and a cost model the clock; the policy's own
+arithmetic takes no time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,24 +24,23 @@ from .recorded_text import RecordedText
 class ReplayedStep:
     """One step of decoding a text again."""
 
-    root: int  # place of the newest token before the step
-    proposal: Proposal  # what the step would have verified
+    root: int  # index of the newest token before the step
+    proposal: Proposal  # the tree to verify
     path: list[int]  # nodes that the text follows, root first
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that the text follows; one token more is emitted."""
+        """Number of accepted tokens; one token more is emitted."""
         return len(self.path) - 1
 
 
 def replay_policy(
     text: RecordedText, policy: Policy, costs: CostModel, memories: Sequence[SuffixMemory] = ()
 ) -> SpeculationReport:
-    """Simulate `policy` on a recorded text, without models; prefill is left out. Memories are looked up as they are.
+    """Simulate `policy` on a recorded text, without models and without the prefill; memories stay unchanged.
 
     Returns:
-        The report that `generate` would have given, with the seconds of `costs`, for instance a `CostTable`. Nodes
-        that were looked up are not among those `drafted`.
+        The report of `generate`, with the seconds of `costs`; its `drafted` leaves out looked-up nodes.
 
     Raises:
         ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
@@ -78,10 +77,10 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
 def decode_again(
     text: RecordedText, policy: Policy, drafter: Drafter, memories: Sequence[SuffixMemory] = ()
 ) -> Iterator[ReplayedStep]:
-    """Decide the steps from the output's second token to its end, one after the other.
+    """Yield the steps from the output's second token to its end.
 
-    All drafts come from `drafter`, which has not yet observed the prompt's last position; the pools of `text` are not
-    read. The caller lets the policy learn from each step before asking for the next.
+    All drafts come from `drafter`, which has not yet observed the prompt's last position; the pools of `text` are
+    ignored. The caller lets the policy learn from each step before the next.
 
     Raises:
         ValueError: no step can follow a decision of the policy.
@@ -113,7 +112,7 @@ class _OneRow:
 
 
 class RecordedDrafter(Drafter):
-    """Proposes the recorded pools of one text, position after position; it may observe that text's tokens only."""
+    """Proposes the recorded pools of one text while it observes that text's tokens."""
 
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
@@ -129,7 +128,7 @@ class RecordedDrafter(Drafter):
         raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """The recorded pool, cut where the policy stops it; raises `ValueError` when none was recorded."""
+        """Return the recorded pool, cut where the policy stops; raises `ValueError` if none fits."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool, most = self._text.pools.get(top_k), self._text.block_nodes

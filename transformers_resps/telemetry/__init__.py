@@ -1,4 +1,4 @@
-"""What happened in a call of `generate`: the record of each step, and the report over all of them."""
+"""Reports of calls of `generate`: a record of each step, and a summary of all of them."""
 
 from .report import Proposed, RowCounts, SpeculationReport, StepRecord
 

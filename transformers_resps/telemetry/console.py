@@ -1,4 +1,4 @@
-"""Prints steps as lines of a terminal, drawn by `rich`, which the base install lacks."""
+"""Prints steps to a terminal with `rich`, which the base install lacks."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from .report import SpeculationReport
 
 
 ACCEPTED = "bold cyan"
-# A terminal obeys control characters, and a model may write any of them: show pictures of them instead.
+# A terminal obeys control characters, and a model may write any of them, so their pictures are shown.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\t"): "⇥", ord("\n"): "↵"}
 _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
 
 def print_steps(report: SpeculationReport, texts: Sequence[Sequence[str]], console: Console | None) -> None:
-    """Print the text with accepted tokens in colour, a table of all steps, and a line about all of them.
+    """Print the text with accepted tokens in colour, a table of all steps, and a summary.
 
-    `texts` are those of the tokens of each step: the accepted ones, and the bonus token.
+    `texts` has the texts of each step's tokens: the accepted ones, then the bonus token.
     """
     console = console or Console()
     console.print(_text(texts))
@@ -37,7 +37,7 @@ def _text(texts: Sequence[Sequence[str]]) -> Text:
 
 
 def _table(report: SpeculationReport, texts: Sequence[Sequence[str]]) -> Table:
-    """Texts have columns of their own, so that nothing depends on colour."""
+    """Draw a table that needs no colour: accepted and bonus tokens have columns of their own."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

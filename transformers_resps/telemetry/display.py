@@ -1,4 +1,4 @@
-"""How a call is shown while it runs and afterwards: the text that each token adds, and a bar that moves."""
+"""The text that each token adds, and a progress bar that moves with the forwards of a call."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch import nn
 
 Decode = Callable[[Sequence[int]], str]
 
-_UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character that later tokens complete
+_UNFINISHED = "\ufffd"  # Decoded form of the first bytes of a character that later tokens complete.
 
 
 def decoder(tokenizer: Any) -> Decode:
-    """Return how `tokenizer` writes tokens, special ones included and spaces untouched."""
+    """Make a function that decodes tokens, special ones included and spaces untouched."""
 
     def decode(token_ids: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -23,13 +23,13 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """Return what each token adds to the text.
+    """Return the text that each token adds.
 
     Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded together with the piece
-    before it. A token that only begins a character adds nothing; the token that completes it adds all of it.
+    before it. The token that completes a character adds all of it.
     """
     pieces = []
-    window, known = 0, 0  # tokens from `window` are decoded together; those before `known` are written already
+    window, known = 0, 0  # first token that is decoded, and first token whose text is new
     for end in range(1, len(token_ids) + 1):
         text = decode(token_ids[window:end])
         if text.endswith(_UNFINISHED) and end < len(token_ids):
@@ -41,16 +41,13 @@ def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[s
 
 
 def decode_after(previous: int, token_id: int, decode: Decode) -> str:
-    """Return what one token would add after another."""
+    """Return the text that one token adds after another."""
     return decode([previous, token_id])[len(decode([previous])) :]
 
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Inside, a `tqdm` moves by `rows`, evenly over the forwards that a batch of so many rows takes at most.
-
-    What is left when the batch ends early is made up at the end.
-    """
+    """Move a `tqdm` bar by `rows` over at most `most_steps` forwards of the target; the rest follows at the end."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether steps take many times as long as they did: then other processes use the cores.
+"""Warn when steps take many times as long as before, because other processes use the cores.
 
 Two threads beside a busy core are 10 to 100 times slower, since each product of matrices waits for the slower thread.
 """
@@ -13,28 +13,28 @@ from .report import StepRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-_MANY = 5.0  # times what a forward of the same size took at its best; attention over a context twice as long takes 2
-_STEPS = 8  # in whose median an interruption does not show
-_ENOUGH = 5  # forwards of one size whose median is known to be sustained
+_MANY = 5.0  # Factor over the best time of a forward that calls for a warning; a doubled context takes 2.
+_STEPS = 8  # Steps whose median hides an interruption.
+_ENOUGH = 5  # Forwards of one size whose median is a sustained time.
 
 
 class Pace:
-    """What forwards of a model took at their best, call after call. A model owns one.
+    """Keeps the best times of a model's forwards over its calls.
 
-    A neighbour that was busy from the first step on goes unnoticed: nothing else is known then.
+    It cannot notice a neighbour that was busy from the first step on.
     """
 
     def __init__(self) -> None:
-        self._best: dict[Hashable, float] = {}  # settings, nodes and context -> seconds
+        self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds
         self._newest: defaultdict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=_ENOUGH))
         self._has_warned = False
 
     def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """The steps of a call by `threads` of the CPU; what a forward takes depends on its `settings`, sizes aside."""
+        """Start a call with `threads` of the CPU; `settings` are what its times depend on beside sizes."""
         return CallPace(self, settings, threads)
 
     def times_best(self, key: Hashable, seconds: float) -> float | None:
-        """How many times as long as at its best a forward took; `None` while that is unknown. It is then learned."""
+        """Return a forward's time over its best time, or `None` while that is being learned."""
         best, newest = self._best.get(key), self._newest[key]
         newest.append(seconds)
         if len(newest) == _ENOUGH:
@@ -51,17 +51,17 @@ class Pace:
 
 
 class CallPace:
-    """Sees the steps of one call; see `Pace.of_call`."""
+    """Follows the steps of one call."""
 
     def __init__(self, pace: Pace, settings: Hashable, threads: int) -> None:
         self._pace, self._settings, self._threads = pace, settings, threads
-        self._times: deque[float] = deque(maxlen=_STEPS)  # as long as at its best, of the newest steps
+        self._times: deque[float] = deque(maxlen=_STEPS)  # times of the newest steps over their best
 
     def see(self, record: StepRecord, context: int) -> None:
-        """Take in a step after the prefill, which read so many positions before."""
+        """Add a step after the prefill, at `context` positions."""
         if self._threads < 2 or record.verify_seconds <= 0.0:
             return
-        # A context of another power of two has costs of its own: they rise with it
+        # Costs rise with the context, so each power of two has its own
         key = self._settings, record.decoded_rows, record.computed, context.bit_length()
         times = self._pace.times_best(key, record.verify_seconds)
         if times is None:

@@ -1,4 +1,4 @@
-"""What a call of `generate` did, step by step, and the rates that follow: every published rate is computed here."""
+"""The records and the report of a call of `generate`, and every published rate."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch, in the order of the rows; `int(record.accepted)` is that of the only row."""
+    """One number per row of the batch; `int(counts)` works for a single row."""
 
     __slots__ = ()
 
@@ -21,12 +21,12 @@ class RowCounts(tuple[int, ...]):
         return self[0]
 
     def to_json(self) -> int | list[int]:
-        """An integer for one row, as reports of one prompt have it, otherwise a list."""
+        """Return an integer for one row, otherwise a list."""
         return self[0] if len(self) == 1 else list(self)
 
 
 class Timed(Protocol):
-    """Anything with a number of tokens and the seconds that they took."""
+    """Anything with tokens and seconds."""
 
     @property
     def tokens(self) -> int: ...
@@ -36,7 +36,7 @@ class Timed(Protocol):
 
 
 class Timing(NamedTuple):
-    """Tokens of one text, and the seconds that they took."""
+    """Tokens of one text and their seconds."""
 
     tokens: int
     seconds: float
@@ -51,10 +51,10 @@ def rate(timed: Iterable[Timed]) -> float:
 def bootstrap_interval(
     own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement, alike in every call.
+    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement, from a fixed seed.
 
-    `own` holds the answers to each prompt, all its turns and repeats together; `base` those to the same prompts in the
-    same order, so that a draw is paired.
+    `own` and `base` hold, for each prompt in the same order, its answers with all turns and repeats, so that a draw is
+    paired.
     """
     totals = [
         [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
@@ -72,12 +72,12 @@ def bootstrap_interval(
 
 
 class Proposed(NamedTuple):
-    """Accepted nodes of all rows, by who proposed them."""
+    """Accepted nodes of all rows, counted by the source that proposed them."""
 
-    drafter: int = 0  # the head, or another source of levels, alone
-    lookup: int = 0  # the text of the call alone
-    both: int = 0  # several of them
-    memory: int = 0  # a memory of other texts alone
+    drafter: int = 0  # nodes of the head, or another source of levels, alone
+    lookup: int = 0  # nodes of the text of the call alone
+    both: int = 0  # nodes of several sources
+    memory: int = 0  # nodes of a memory of other texts alone
 
     @classmethod
     def of(cls, flags: Sequence[int]) -> "Proposed":
@@ -93,19 +93,18 @@ class StepRecord:
     Attributes:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
-        verified: nodes of the target forward, root included; of the largest tree, where rows have trees of their own
-            sizes.
+        verified: nodes of the target forward, root included; the maximum over rows with trees of different sizes.
         accepted: drafted tokens that each row kept; `int(accepted)` with one row.
-        emitted: tokens that each row added to the output, the accepted ones and the bonus token; 0 for finished rows.
-        draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
+        emitted: tokens that each row gained, the accepted ones and the bonus token; 0 for finished rows.
+        draft_seconds: seconds of choosing and drafting; at the prefill, the pass of head and lookup over the prompt.
         verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
         step_seconds: seconds of the whole step, policy and bookkeeping included.
         drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
-            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number for all, the minimum
-            over rows that gained tokens. One 0 if the policy does not read it.
-        proposed: the accepted tokens of all rows, by who proposed them.
-        sizes: nodes of each decoded row, where the forward computed no more than these; else empty.
-        pricing: of the target forward.
+            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number, the minimum over
+            rows that gained tokens. One 0 if the policy ignores it.
+        proposed: the accepted tokens of all rows, counted by source.
+        sizes: nodes of each decoded row, if the forward computed no padding; else empty.
+        pricing: further facts of the target forward's cost.
     """
 
     shape: TreeShape
@@ -123,15 +122,13 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Nodes by which the forward is priced: those of a row, padding included; with `sizes` one root and whatever
-        was computed beside the roots.
-        """
+        """Nodes that the forward is priced by: those of a row, or with `sizes` one root and all nodes below roots."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Decoded rows that have one more node each where `computed` is one higher."""
+        """Rows that have one more node each if `computed` is one higher."""
         return 1 if self.sizes else self.decoded_rows
 
     @property
@@ -149,12 +146,12 @@ class StepRecord:
 
     @property
     def decoded_rows(self) -> int:
-        """Number of rows that gained tokens, because they had not finished."""
+        """Number of rows that had not finished."""
         return sum(count > 0 for count in self.emitted)
 
     @property
     def mean_emitted(self) -> float:
-        """Mean number of tokens that a row gained, without finished rows."""
+        """Mean tokens per row, without finished rows."""
         return self.emitted_total / max(self.decoded_rows, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,11 +169,11 @@ class SpeculationReport:
     The first step is the prefill: a plain step over the whole prompt.
 
     Attributes:
-        steps: one record per step, in order.
         batch_size: number of rows decoded together.
-        answers: the new token ids of each row, in the order of the steps; padded after a row's end.
+        steps: one record per step, in order.
+        answers: the new token ids of each row, padded after a row's end.
         compile_seconds: seconds of compiling or capturing forwards, which no step counts.
-        reason: why most steps were plain, as the policy says it; `None` where they were not, or it says nothing.
+        reason: the policy's reason why most steps were plain, if it has one.
     """
 
     batch_size: int = 1
@@ -202,12 +199,12 @@ class SpeculationReport:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """`tau`, by the name that vLLM has for it."""
+        """`tau`, by vLLM's name."""
         return self.tau
 
     @property
     def accepted_by_source(self) -> Proposed:
-        """The accepted tokens of all rows, by who proposed them."""
+        """Accepted tokens of all rows, counted by source."""
         return Proposed(*map(sum, zip(*(step.proposed for step in self.steps), strict=True)))
 
     @property
@@ -220,7 +217,7 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """What vLLM 0.32 says of a request as `metrics.speculative_decoding`, which AIPerf reads, and the forwards.
+        """Return vLLM 0.32's `metrics.speculative_decoding` of a request, which AIPerf evaluates, and the forwards.
 
         Steps begin after the prefill. Every node but the root is a draft token.
         """
@@ -242,9 +239,9 @@ class SpeculationReport:
         """Return the summary and every step as JSON values."""
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
         names = ("batch_size", *totals, "reason")
-        told: dict[str, Any] = {"accepted_by_source": self.accepted_by_source._asdict()}
-        told |= {"steps": [step.to_dict() for step in self.steps]}
-        return {name: getattr(self, name) for name in names} | told
+        summary: dict[str, Any] = {name: getattr(self, name) for name in names}
+        summary["accepted_by_source"] = self.accepted_by_source._asdict()
+        return summary | {"steps": [step.to_dict() for step in self.steps]}
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
         """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.
@@ -268,7 +265,7 @@ class SpeculationReport:
         print_steps(self, self._texts(tokenizer, row), console)
 
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
-        """Per step the text of each token that `row` gained."""
+        """List for each step the texts of the tokens that `row` gained."""
         if not -len(self.answers) <= row < len(self.answers):
             raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]

@@ -1,10 +1,8 @@
 """Compare the outputs of `generate` with and without a head and a policy, token for token.
 
 In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared,
-so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
-place, so it can be judged too: would plain decoding have picked either token if its logit were a few spacings higher?
-
-In the invariant mode any difference from plain decoding of that mode fails, in every dtype.
+so only the first divergence is judged: would plain decoding, with the same random numbers, have picked either token if
+its logit were a few spacings higher? In the invariant mode any difference fails, in every dtype.
 """
 
 import math
@@ -30,9 +28,9 @@ from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_diver
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a call of `generate` wrote, and the state of the random generator afterwards."""
+    """Output of a call of `generate`, and the state of the random generator afterwards."""
 
-    outputs: list[Tensor]  # [t] of each prompt, up to its first end token
+    outputs: list[Tensor]  # [t] for each prompt, up to its first end token
     generated: Tensor  # [b, t] after the prompts, padding included
     random_state: Tensor
 
@@ -41,19 +39,19 @@ class Written:
 class ModelUnderTest:
     """A model, and the head and policy whose output must be the model's own."""
 
-    model: Any  # as the user holds it, perhaps inside a PEFT model
-    head: DraftSource | None  # `None` to draft by lookup alone
+    model: Any  # the user's object, perhaps a PEFT model
+    head: DraftSource | None  # `None` drafts by lookup alone
     policy: Policy | str | None
     invariant: bool = False  # whether every call, plain ones too, runs in the invariant mode
-    done: Callable[[], Any] = lambda: None  # is called after each call with the policy, to move a progress bar
+    done: Callable[[], Any] = lambda: None  # callback after each call with the policy, to move a progress bar
 
     @property
     def target(self) -> PreTrainedModel:
-        """The model itself, without what PEFT puts around it."""
+        """The model without a PEFT wrapper."""
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """The reference, for prompts `[s]`: stock `generate`, or plain decoding of the invariant mode."""
+        """Generate the reference for prompts `[s]`: stock output, or plain decoding of the invariant mode."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):
@@ -72,7 +70,7 @@ class ModelUnderTest:
         return self._written(output.sequences, prompts), output.speculation
 
     def pick(self, text: Tensor, **settings: Any) -> int:
-        """The token that plain decoding picks after `text` `[s]`; the random generator's state stays."""
+        """Return the pick of plain decoding after `text` `[s]`; the random generator's state stays."""
         with detached(self.model), self._forked():
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
@@ -95,14 +93,14 @@ class ModelUnderTest:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Restores the model and the global random generator afterwards."""
+        """Restore the model and the global random generator afterwards."""
         with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
             yield
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
-        """Sets the model's own generation settings aside: no processor, no end token."""
-        holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT hands its own on
+        """Set the model's own generation settings aside: no processor, no end token."""
+        holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT passes its own on
         kept = [holder.generation_config for holder in holders]
         for holder in holders:
             holder.generation_config = GenerationConfig()
@@ -120,15 +118,15 @@ class ModelUnderTest:
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
-# A low temperature, so that more drafts are accepted; the penalty changes with every token of the text.
+# A low temperature accepts more drafts, and the penalty changes with every token of the text.
 PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One output that is not the plain one, and where it first differs."""
+    """One output that differs from the plain one."""
 
-    prompt: int  # its index
+    prompt: int  # index of the prompt
     seed: int  # 0 for greedy outputs
     divergence: Divergence
 
@@ -140,14 +138,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """The result of comparing outputs."""
+    """Result of comparing outputs of one decoding setting."""
 
-    name: str  # how the outputs were decoded
+    name: str  # the decoding setting
     answers: int  # number of compared outputs
-    tokens: int  # that were written with the head
-    target_forwards: int  # that they took, each row of a batch counted
+    tokens: int  # tokens written with the head
+    target_forwards: int  # forwards of these tokens, counted for each row of a batch
     differences: tuple[Difference, ...]
-    mismatches: tuple[str, ...] = ()  # other differences from plain decoding, in calls whose outputs are all equal
+    mismatches: tuple[str, ...] = ()  # differences of padding or random numbers, in calls with equal outputs
     is_of_policy: bool = True  # whether the policy under test drafted, not built-in trees
 
     @property
@@ -176,7 +174,7 @@ class TextCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ComparedCall:
     """One call of `generate`: the prompt's index and ids `[s]`, the random seed, and settings."""
 
     index: int
@@ -185,11 +183,13 @@ class Call:
     settings: dict[str, Any]
 
 
-def compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]], *, alone: bool = False) -> TextCheck:
+def compare(
+    model: ModelUnderTest, name: str, batches: Sequence[Sequence[ComparedCall]], *, alone: bool = False
+) -> TextCheck:
     """Compare left-padded batches of calls with one seed and the same settings.
 
-    In half precision several calls in a batch must be greedy, because one draw cannot be judged. With `alone`, for the
-    invariant mode, plain decoding reads each prompt without the others and at once.
+    In half precision a batch of several calls must be greedy, because one draw cannot be judged. With `alone`, for the
+    invariant mode, the reference decodes each prompt without the others and in one chunk.
     """
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
@@ -213,7 +213,7 @@ def compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]],
 
 
 def _mismatches_beside(plain: Written, own: Written) -> list[str]:
-    """What differs although all outputs are equal: tokens after their ends, the state of the random generator."""
+    """List differences beside equal outputs: tokens after their ends, the state of the random generator."""
     if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
     mismatches = []
@@ -224,8 +224,8 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
     return mismatches
 
 
-def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, own: Tensor) -> Difference | None:
-    """Where two outputs `[t]`, `[t']` diverge first, judged; `None` when they are equal."""
+def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
+    """Find and judge the first difference of two outputs `[t]`, `[t']`; `None` when they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None
@@ -237,17 +237,13 @@ def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, own: Ten
 
 
 def _spacings_until_picked(
-    token: int | None, model: ModelUnderTest, call: Call, plain: Tensor, divergence: Divergence
+    token: int | None, model: ModelUnderTest, call: ComparedCall, plain: Tensor, divergence: Divergence
 ) -> float:
-    """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
-
-    Prefix, processors and random numbers stay. Greedily and without processors it is the gap to the best logit,
-    rounded up to a power of two.
-    """
+    """Count the spacings, a power of two, by which a logit must rise before plain decoding picks `token` there."""
     if token is None:
         return math.inf
     torch.manual_seed(call.seed)
-    if divergence.position:  # brings the random generator to where it was
+    if divergence.position:  # to bring the random generator to its state there
         model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": divergence.position})
     prefix = torch.cat([call.prompt, plain[: divergence.position].to(call.prompt.device)])
     spacings = 0.0

@@ -1,15 +1,13 @@
 """Test by chi-square whether sampled tokens follow the target's distribution.
 
-Every token that was written has a distribution of its own, which a plain forward over the prefix gives. Trees can bend
-it only towards or away from what they draft, so its bins are the drafted tokens, best first, and the rest of the
-vocabulary in three pools by likelihood. If every token was drawn from its own distribution, the counts of the bins
-minus their expectations are a sum of martingale differences, whose covariance is the sum of those of the tokens, and
-their quadratic form is asymptotically chi-square.
+Each token has its own distribution, from a plain forward over its prefix. Trees could bend it only towards or away
+from the drafted tokens, so the bins are these, best first, and the rest of the vocabulary in three pools by
+likelihood. If every token was drawn from its distribution, the counts minus their expectations are a sum of martingale
+differences, whose covariance is the sum over the tokens, and their quadratic form is asymptotically chi-square.
 
-A test that finds nothing may have no power, so it also runs on tokens of a rule that is known to be wrong. The
+A control shows the power of the test: it picks tokens at the same positions by a rule that is wrong here. The
 speculative sampling of Leviathan et al. (arXiv 2211.17192) keeps a drafted token with probability `min(1, p / q)`,
-which is right for tokens drawn from q, and wrong for the k best of q. The control picks tokens by this rule, at the
-same places with the same drafts. If the test cannot tell them from the target's own, it had no power.
+which is right for tokens drawn from q, and wrong for the k best of q.
 """
 
 from collections.abc import Sequence
@@ -28,16 +26,16 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an output, and what could have been drawn in its place."""
+    """One token of an output, with the target's distribution and the drafted tokens at its position."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
-    drafted: list[int]  # the drafter's best tokens there, best first
-    draft_probs: list[float]  # that the drafter gives to each of them
+    drafted: list[int]  # the drafter's tokens, best first
+    draft_probs: list[float]  # the drafter's probability of each
 
 
 class DraftReader:
-    """Computes what a target would draw and what its source, or prompt lookup without one, proposes."""
+    """Computes the distributions of a target and the drafts of its source, or of prompt lookup without one."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target, self._source = target, source or PromptLookup()
@@ -45,47 +43,47 @@ class DraftReader:
 
     @torch.no_grad()
     def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
-        """Every token of `output` `[t]` after `prompt` `[s]`, all but the first with up to `drafts` drafted tokens."""
+        """Examine every token of `output` `[t]` after `prompt` `[s]`; all but the first have up to `drafts` drafts."""
         text = torch.cat([prompt, output.to(prompt.device)]).to(self._target.device)
         logits = self._target(input_ids=text[None, :-1], use_cache=False, logits_to_keep=len(output)).logits[0]
         probs, drafted = logits.float().softmax(-1).cpu(), [([], []), *self._drafted(text, len(prompt), drafts)]
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """The first level below each token of `text` `[s + t]` from `start` on but the last, with probabilities."""
+        """Draft the first level below each token of `text` from `start` on but the last, with probabilities."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
-        levels, read = [], 0
+        levels, observed = [], 0
         layers, before = self._source.feature_layers, self._source.before_deepstack
         with TreeVerifier.of(self._target, start, layers, before_deepstack=before) as verifier:
             drafter = self._source.drafter(DraftCall(self._target, verifier))
             _, (features,) = verifier.prefill(text[None, :start], logits_to_keep=1)
             for position in range(start, len(text) - 1):
                 states = features.concatenated() if layers else None
-                drafter.observe(Committed(text[None, read : position + 1], states))
-                pool, read = drafter.draft(text[None, : position + 1], request), position + 1
+                drafter.observe(Committed(text[None, observed : position + 1], states))
+                pool, observed = drafter.draft(text[None, : position + 1], request), position + 1
                 levels.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
                 _, features = verifier.verify(DraftTree.root_only(text[position : position + 1]))
                 verifier.keep(root, [[0]])
         return levels
 
 
-SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations
-_MIN_VARIANCE = 5.0  # of a bin's count: with less the count is far from normal
+SIGNIFICANCE = 1e-4  # One false alarm in ten thousand examinations.
+_MIN_VARIANCE = 5.0  # A bin's count of less variance is far from normal.
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well the counts fit."""
+    """Result of a chi-square test."""
 
     draws: int
-    chi_square: float  # 0 when everything had to be pooled into one bin
-    degrees: int  # of freedom
+    chi_square: float  # 0 if everything had to be pooled into one bin
+    degrees: int  # degrees of freedom
     total_variation: float  # half the sum of |observed - expected| shares of the bins
 
     @property
     def p_value(self) -> float:
-        """Probability of so large a `chi_square` when all tokens were drawn as they should."""
+        """Probability of so large a `chi_square` if all tokens follow their distributions."""
         if self.degrees == 0:
             return 1.0
         half = torch.tensor([self.degrees / 2, self.chi_square / 2], dtype=torch.float64)
@@ -103,7 +101,7 @@ class Fit:
 
 
 def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
-    """Compare `bins` `[places]`, into which tokens fell, with their `probabilities` `[places, bins]`."""
+    """Compare the bins of tokens `[t]` with their `probabilities` `[t, bins]`."""
     probabilities = probabilities.double()
     observed = torch.bincount(bins, minlength=probabilities.shape[1]).double()
     expected = probabilities.sum(0)
@@ -121,7 +119,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
 
 
 def _pooling(covariance: Tensor) -> Tensor:
-    """0 and 1, `[pooled, bins]`: bins of little variance are merged with the next smallest."""
+    """Merge bins of little variance with the next smallest; returns zeros and ones `[pooled, bins]`."""
     groups = [[index] for index in range(len(covariance))]
 
     def variance(group: list[int]) -> float:
@@ -138,20 +136,20 @@ def _pooling(covariance: Tensor) -> Tensor:
     return pooling
 
 
-DRAFTED = 4  # bins for drafted tokens, best first
-_LIKELY = 3  # undrafted tokens in the second pool; the first holds the likeliest one, the third the rest
-TOKENS = 8  # of each output
-MIN_ACCEPTED = 16  # the control tests the statistic only, so enough of the engine's own drafts must be accepted
+DRAFTED = 4  # Bins for drafted tokens, best first.
+_LIKELY = 3  # Undrafted tokens in the second pool; the first holds the likeliest one, the third the rest.
+TOKENS = 8  # Tokens of each output.
+MIN_ACCEPTED = 16  # Accepted drafts that the test needs: the control tests the statistic only.
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionCheck:
-    """The result of the test, over a number of sampled outputs."""
+    """Result of the test over sampled outputs."""
 
     answers: int
-    accepted: int  # drafted tokens
-    fit: Fit  # of the sampled tokens
-    control: Fit  # of the tokens picked by the wrong rule
+    accepted: int  # accepted drafted tokens
+    fit: Fit  # fit of the sampled tokens
+    control: Fit  # fit of tokens picked by the wrong rule
 
     name = "distribution of sampled tokens"
 
@@ -178,9 +176,9 @@ class DistributionCheck:
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
-    """Sample the first `TOKENS` tokens of `count` outputs, over `prompts` `[s]` in turn, each with its own seed.
+    """Test the first `TOKENS` tokens of `count` outputs, over `prompts` `[s]` in turn, each with its own seed.
 
-    Temperature 1, no processors and no end token, whatever the model's settings say.
+    It ignores the model's settings: temperature 1, no processors and no end token.
     """
     generator = torch.Generator().manual_seed(0)
     rows, own, wrong, accepted = [], [], [], 0
@@ -202,7 +200,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
 
 
 def bins_of(place: Place) -> Tensor:
-    """The bin of every token, `[v]`."""
+    """Assign a bin to every token, `[v]`."""
     bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
     likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
     undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]
@@ -214,7 +212,7 @@ def bins_of(place: Place) -> Tensor:
 
 
 def wrong_token(place: Place, generator: torch.Generator) -> int:
-    """A token by `min(1, p / q)` on the best drafts, or, if none is kept, from what p has more than q."""
+    """Pick a token by `min(1, p / q)` on the best drafts, or else from the excess of p over q."""
     residual = place.probs.clone()
     for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
         if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):

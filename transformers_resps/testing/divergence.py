@@ -1,4 +1,4 @@
-"""Where two outputs differ first, and whether rounding explains it."""
+"""Find where two outputs first differ, and judge whether rounding explains it."""
 
 import math
 from collections.abc import Sequence
@@ -22,41 +22,40 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first place where two outputs to one prompt differ.
+    """The first difference of two outputs to one prompt; logits are from a plain forward over the common part.
 
     Attributes:
-        needed: for outputs with logits processors or sampling, where bare logits say little: spacings by which the
-            logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
-            larger of both, rounded up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits
-            decide.
+        needed: for sampling or logits processors, where bare logits say little: spacings by which the logit of either
+            token must rise before plain decoding, with the same random numbers, picks it; the larger of both, rounded
+            up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits decide.
     """
 
     position: int  # index in the output; both outputs are equal before it
-    plain_token: int | None  # that plain decoding wrote there; `None` when its output had ended
-    speculative_token: int | None  # likewise
-    plain_logit: float  # of `plain_token`, from one plain forward over the prompt and the common part
-    speculative_logit: float  # from the same forward
-    best_logit: float  # the largest of that forward
+    plain_token: int | None  # token of plain decoding; `None` when its output had ended
+    speculative_token: int | None  # token of the other output; `None` when it had ended
+    plain_logit: float
+    speculative_logit: float
+    best_logit: float
     dtype: torch.dtype
     needed: float | None = None
     invariant: bool = False  # whether both were written in the invariant mode, which rounds every token alike
 
     @property
     def gap(self) -> float:
-        """Distance of the less likely token from the best logit: 0 is a perfect tie."""
+        """Distance of the less likely token from the best logit; 0 is a perfect tie."""
         return self.best_logit - min(self.plain_logit, self.speculative_logit)
 
     @property
     def spacing(self) -> float:
-        """The distance between neighbouring numbers of the model's dtype at the best logit.
+        """Distance of neighbouring numbers of the model's dtype at the best logit.
 
-        Not at the tokens' own logits: what moves a logit is the rounding of the hidden states, alike for all tokens.
+        Logits move with the rounding of the hidden states, which is alike for all tokens, so one scale serves all.
         """
         return spacing_at(self.best_logit, self.dtype)
 
     @property
     def spacings(self) -> float:
-        """By how many spacings rounding must have moved logits."""
+        """Number of spacings by which rounding must have moved logits."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed
@@ -65,8 +64,7 @@ class Divergence:
     def explained(self) -> bool:
         """Whether rounding explains the difference: in half precision, within `MAX_SPACINGS` of the pick.
 
-        Nothing is explained in the invariant mode, nor an output that ends early: an end token is compared like any
-        other token.
+        It explains nothing in the invariant mode, and no output that ends early.
         """
         return not self.invariant and self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
@@ -82,12 +80,13 @@ class Divergence:
 def explain_divergence(
     model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor, *, invariant: bool = False
 ) -> Divergence | None:
-    """Compare two greedy outputs of `model` to one prompt; `None` when they are equal.
+    """Compare two greedy outputs of `model` to one prompt; returns `None` when they are equal.
 
-    It judges bare logits: with a logits processor, or sampling, the gap says nothing.
+    It judges bare logits, which say nothing after sampling or logits processors. `model` runs once more if they
+    differ.
 
     Args:
-        model: wrote both outputs; runs once more, over the prompt and the common part, and only if they differ.
+        model: the model that wrote both outputs.
         prompt_ids: `[s]`, without padding.
         plain_ids: `[t]` the output of plain `generate`, without the prompt.
         speculative_ids: `[t']` the output to judge, without the prompt.
@@ -118,13 +117,13 @@ def explain_divergence(
 
 
 def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first index at which two outputs differ, which may be the end of one; `None` when they are equal."""
+    """Find the first index at which two outputs differ, perhaps the end of one; `None` when they are equal."""
     pairs = enumerate(zip_longest(output, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 
 
 def spacing_at(value: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of `dtype` around `value`.
+    """Return the distance between neighbouring numbers of `dtype` around `value`.
 
     >>> spacing_at(20.0, torch.bfloat16), spacing_at(20.0, torch.float32)
     (0.125, 1.9073486328125e-06)

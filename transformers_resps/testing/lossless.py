@@ -1,4 +1,4 @@
-"""`assert_lossless`: check that the output with a drafter and a policy is the model's own."""
+"""`assert_lossless` checks that the output with a drafter and a policy is the model's own."""
 
 import platform
 import time
@@ -19,35 +19,28 @@ from ..drafting import DraftSource
 from ..generation.request import AUTO, Assistants, Keywords
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape
-from .comparison import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, ModelUnderTest, TextCheck, compare
+from .comparison import GREEDY, PENALISED, PROCESSED, SAMPLED, ComparedCall, ModelUnderTest, TextCheck, compare
 from .distribution import DistributionCheck, check_distribution
 from .divergence import HALF_PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)
 class LosslessReport:
-    """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
+    """Result of `assert_lossless`; printed, it is a short page to paste into an issue."""
 
-    Attributes:
-        facts: versions, device, dtype, threads, packing, target, head, policy, mode.
-        texts: outputs compared token for token, one entry per decoding setting.
-        distribution: the test of sampled tokens, with its control.
-        seconds: that the check took.
-    """
-
-    facts: dict[str, str]
-    texts: tuple[TextCheck, ...]
-    distribution: DistributionCheck
-    seconds: float
+    facts: dict[str, str]  # versions, device, dtype, threads, packing, target, head, policy, mode
+    texts: tuple[TextCheck, ...]  # outputs compared token for token, one entry per decoding setting
+    distribution: DistributionCheck  # the test of sampled tokens, with its control
+    seconds: float  # duration of the check
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every output is the plain one or diverges at a near-tie, and the sampled tokens fit."""
+        """Whether every output equals the plain one or diverges at a near-tie, and the sampled tokens fit."""
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
     def is_tested(self) -> bool:
-        """Whether drafted tokens of the policy were accepted; otherwise nothing was tested."""
+        """Whether drafted tokens of the policy were accepted; without them nothing was tested."""
         return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
 
     @property
@@ -82,19 +75,15 @@ class LosslessReport:
 
 
 class NotLosslessError(AssertionError):
-    """`assert_lossless` found output that is not the model's own.
-
-    Attributes:
-        report: the whole `LosslessReport`.
-    """
+    """`assert_lossless` found output that is not the model's own; `report` is its `LosslessReport`."""
 
     def __init__(self, report: LosslessReport) -> None:
         super().__init__(str(report))
         self.report = report
 
 
-_DISTRIBUTION_OUTPUTS = 12  # per seed
-_ENDS = 8  # tokens of an output that are used as end tokens
+_DISTRIBUTION_OUTPUTS = 12  # Outputs per seed for the test of the distribution.
+_ENDS = 8  # Tokens of an output that serve as end tokens.
 
 
 def assert_lossless(
@@ -109,30 +98,27 @@ def assert_lossless(
 ) -> LosslessReport:
     """Compare `generate` with a drafter and a policy to plain `generate`, and raise if it is not lossless.
 
-    In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
-    In bf16 and fp16 the first divergence of each output must be a near-tie that rounding explains; later tokens cannot
-    be compared. The distribution of sampled tokens is tested in every dtype, and so is the power of that test.
+    In fp32 and fp64 all tokens, the padding after them and the random numbers must be equal. In bf16 and fp16 the
+    first divergence of each output must be a near-tie that rounding explains. The distribution of sampled tokens is
+    tested in every dtype, with the power of that test.
 
-    The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
-    and without logits processors. Built-in trees that change at every step are tested in addition, also with a prompt
-    in chunks, with end tokens inside trees, and in a sampled batch.
+    The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with and without logits
+    processors. Built-in trees that change at every step follow, also with a prompt in chunks, end tokens inside trees,
+    and a sampled batch. With `invariant=True` plain decoding of the invariant mode is the reference, no difference is
+    excused, and rows of padded and chunked batches are also compared with each prompt alone.
 
-    With `invariant=True` every call runs in the invariant mode and is compared with plain decoding of that mode. No
-    difference is excused, in any dtype. Rows of a padded batch, whose prompts may come in chunks, are also compared
-    with each prompt alone and read at once.
-
-    The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
-    it elsewhere meanwhile. Its own generation settings apply to the compared outputs, not to the distribution.
+    The model need not be attached; it and the global random generators are restored. Do not use it elsewhere
+    meanwhile. Its generation settings apply to the compared outputs, not to the distribution.
 
     Args:
         model: any model that `attach` takes, on its device, in its dtype.
-        head: what drafts for it: its draft head, MTP layers, an assistant, a small model, or the name of one; `None`
-            to draft by lookup alone.
-        policy: as `generate` takes it; "auto" when there is neither head nor policy.
+        head: its draft head, MTP layers, an assistant, a small model, or the name of one; `None` drafts by lookup
+            alone.
+        policy: a policy or the name of one; "auto" if there is neither head nor policy.
         prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
             Real prompts test more, because more drafts are accepted.
-        seeds: number of sampled outputs per sampling setting, over the prompts in turn; the distribution is tested on
-            the first tokens of twelve times as many.
+        seeds: number of sampled outputs per sampling setting, over the prompts in turn; twelve times as many test the
+            distribution.
         max_new_tokens: length of each compared output.
         invariant: whether `generate(..., invariant=True)` is compared.
 
@@ -195,32 +181,32 @@ def _with_changing_trees(
     with model.without_settings():
         yield compare(stressed, "greedy, in a padded batch, built-in trees", [_batch(ids, GREEDY | limit)])
         yield compare(stressed, "sampled, built-in trees", _one_by_one(ids, seeds, PENALISED | limit))
-        yield compare(stressed, "greedy, a prompt in chunks", [[Call(longest, ids[longest], 0, in_chunks)]])
+        yield compare(stressed, "greedy, a prompt in chunks", [[ComparedCall(longest, ids[longest], 0, in_chunks)]])
         yield compare(stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit)))
         if model.invariant:
             chunked = "greedy, prompts in chunks against each at once"
             yield compare(stressed, chunked, [_batch(ids, in_chunks)], alone=True)
 
 
-def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[Call]]:
-    """Each prompt once for every token of its output, as an end token beside the last one."""
+def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[ComparedCall]]:
+    """Yield each prompt once for every token of its output as an end token."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for position, token in enumerate(output):
             if token not in output[:position]:
-                yield [Call(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})]
+                yield [ComparedCall(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})]
 
 
-def _batch(prompts: list[Tensor], settings: dict[str, Any]) -> list[Call]:
-    return [Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]
+def _batch(prompts: list[Tensor], settings: dict[str, Any]) -> list[ComparedCall]:
+    return [ComparedCall(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]
 
 
-def _one_by_one(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[list[Call]]:
-    """A call for each seed, with the prompts in turn."""
-    return [[Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings)] for seed in range(seeds)]
+def _one_by_one(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[list[ComparedCall]]:
+    """Make a call for each seed, with the prompts in turn."""
+    return [[ComparedCall(seed % len(prompts), prompts[seed % len(prompts)], seed, settings)] for seed in range(seeds)]
 
 
-# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
+# Wide, deep, looked up, a chain, plain: each takes other masks, positions, caches and acceptance.
 _SHAPES = (
     TreeShape(24, 5, 4, lookup=4),
     TreeShape.plain(),
@@ -233,7 +219,7 @@ _SHAPES = (
 
 
 class ChangingTrees(Policy):
-    """Built-in trees, another at every step: the policy in question may never draft some kinds of trees."""
+    """Drafts another built-in tree at every step, since the policy under test may never draft some kinds."""
 
     needs_head = False
 
@@ -245,7 +231,7 @@ class ChangingTrees(Policy):
 
 
 def built_in_prompts(vocabulary: int) -> list[Tensor]:
-    """Four prompts of token ids, of 2 to 24 tokens: short, odd, long, and one that repeats itself."""
+    """Make four prompts of 2 to 24 token ids: short, odd, long, and one that repeats itself."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (44,), generator=generator)
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
@@ -254,7 +240,7 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
 def _check_kinds(model: Any, policy: Any) -> None:
     is_model = isinstance(model, torch.nn.Module) and hasattr(model, "generate")
     if not is_model or model.config.is_encoder_decoder:
-        got = type(model).__name__ if isinstance(model, torch.nn.Module) else repr(model)  # a module prints its layers
+        got = type(model).__name__ if isinstance(model, torch.nn.Module) else repr(model)
         raise ValueError(
             f"`assert_lossless` needs a loaded causal LM, got {got}. Pass `AutoModelForCausalLM.from_pretrained(...)`."
         )
@@ -263,7 +249,7 @@ def _check_kinds(model: Any, policy: Any) -> None:
 
 
 def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
-    """A prompt as `[s]` token ids of the model."""
+    """Check a prompt and convert it to `[s]` token ids."""
     ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
     is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
     if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:

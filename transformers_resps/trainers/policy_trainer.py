@@ -25,7 +25,7 @@ from ..policies.guard import BaselineGuard
 from ..policies.resps import ReSpSConfig, ReSpSPolicy
 from ..policies.saving import AutoPolicy
 from ..policies.throughput import ThroughputPolicy
-from ..replay import Oracle, OutcomeTable, RankedText, RecordedText, fitted_policy, replay_policy
+from ..replay import OutcomeTable, RankedText, RecordedText, fitted_policy, replay_policy
 from ..telemetry.report import Timing, bootstrap_interval, rate
 from .base import (
     ArtefactTrainer,
@@ -170,12 +170,12 @@ class RolloutTrainer(ArtefactTrainer):
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
-        oracle = held_out.oracle
-        tokens = (held_out.table.stops - held_out.table.starts).tolist()
+        table = held_out.table
+        tokens = (table.stops - table.starts).tolist()
         return PolicyComparison(
             list(map(Timing, tokens, decisions.seconds_of_texts.tolist())),
-            list(map(Timing, tokens, oracle.fixed_seconds[:, searched.oracle.best_fixed].tolist())),
-            float(oracle.best_seconds.sum()),
+            list(map(Timing, tokens, table.fixed_seconds[:, searched.table.best_fixed].tolist())),
+            float(table.best_seconds.sum()),
             len(decisions.actions.unique()),
         )
 
@@ -397,7 +397,7 @@ def compare(
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
-        Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts]))
+        OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts])
         for texts in (searched, held_out)
     )
     learner = copy.deepcopy(policy)

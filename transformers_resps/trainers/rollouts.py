@@ -20,7 +20,7 @@ from ..generation.mixin import ReSpSGenerationMixin
 from ..heads import BlockHead, DraftHead
 from ..policies.base import Observation, Policy
 from ..policies.resps import ReSpSPolicy
-from ..replay import HeldOutcomes, Oracle, OutcomeTable
+from ..replay import HeldOutcomes, OutcomeTable
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 
@@ -101,14 +101,13 @@ class ReplayRollouts(Rollouts):
 
     def __init__(self, table: OutcomeTable) -> None:
         self.table = table
-        self.oracle = Oracle(table)
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def best_fixed_rate(self) -> float:
-        return self.oracle.best_fixed_rate
+        return self.table.best_fixed_rate
 
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
@@ -152,7 +151,7 @@ class ReplayRollouts(Rollouts):
             all_outcomes.of_actions(actions[order]),
             ends[order],
             all_outcomes,
-            float(self.oracle.best_seconds[texts].sum()),
+            float(self.table.best_seconds[texts].sum()),
         )
 
     def _check(self, policy: ReSpSPolicy) -> None:
