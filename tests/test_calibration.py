@@ -25,7 +25,8 @@ from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.hybrids import StateKinds, known_mixers
-from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.attention import INVARIANT
+from transformers_resps.verifying.invariant.verifier import InvariantSteps
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +90,16 @@ def test_planted_costs_are_found(
 def test_steps_of_the_invariant_mode_have_a_table_of_their_own(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, leaves, verify = FakeClock(), dict[int, int](), InvariantVerifier.verify
+    clock, leaves, verify = FakeClock(), dict[int, int](), InvariantSteps.verify
 
-    def slow(self: InvariantVerifier, tree: DraftTree) -> Any:
+    def slow(self: InvariantSteps, tree: DraftTree) -> Any:
         nodes = tree.node_count
         found = nodes - len({0, *tree.parents[0, 1:].tolist()})
         leaves.setdefault(nodes, found)
         clock.advance(nodes + 2.0 * found)
         return verify(self, tree)
 
-    monkeypatch.setattr(InvariantVerifier, "verify", slow)
+    monkeypatch.setattr(InvariantSteps, "verify", slow)
     hook = plant(target, clock, lambda tokens: 1.0)
     normal, table = (calibrate(target, invariant=mode, folder=tmp_path, clock=clock) for mode in (False, True))
     hook.remove()
@@ -110,9 +111,9 @@ def test_steps_of_the_invariant_mode_have_a_table_of_their_own(
     assert not table.plain and table.plain_seconds(400) == table.verify_seconds(1, 400)
     assert calibrate(target, folder=tmp_path) == normal
     assert calibrate(target, invariant=True, folder=tmp_path) == table
-    for known, mode in ((normal, True), (table, False)):
+    for known, attention in ((normal, INVARIANT), (table, None)):
         with pytest.raises(ValueError, match="attention '.*resps_invariant'"):
-            known.check_here(identity_of(target, None, invariant=mode))
+            known.check_here(identity_of(target, None, attention))
 
 
 def test_a_target_that_the_invariant_mode_refuses_is_refused_before_it_is_measured(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What steps cost on this machine: `calibrate` measures a `CostTable`, which is used only where it was measured."""
+"""Measure the costs of steps on this machine: `calibrate` makes a `CostTable`, which serves only where it was made."""
 
 import hashlib
 import json
@@ -6,8 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,15 +28,12 @@ from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
 from .verifying.cache import crop, record_windows
 from .verifying.forward import TargetForward
-from .verifying.growing import TreeVerifier
+from .verifying.growing import GrowingMode, TreeVerifier
 from .verifying.hybrids import is_recurrent
-from .verifying.invariant.attention import INVARIANT
 from .verifying.invariant.calls import InvariantCalls
-from .verifying.invariant.row_classes import RowClasses
-from .verifying.invariant.verifier import InvariantVerifier
 from .verifying.prepacking import is_prepacked
 from .verifying.slots.engine import SlotEngine
-from .verifying.verifier import Verifier
+from .verifying.verifier import Verifier, VerifyingMode
 
 
 FORMAT = 2  # of stored tables; it is part of their names, so that those without the start of drafts are not read
@@ -78,12 +74,10 @@ def calibrate(
             target or its cache does not support draft trees or the invariant mode, or the clock does not advance.
     """
     _check_target(target, has_head=head is not None)
-    if invariant:
-        setting = partial(setting_of, model=target, config=None, arguments={})
-        InvariantCalls().admit(target, SlotEngine(), setting, {})
+    mode = _admitted(target) if invariant else GrowingMode()
     assistants = Assistants()  # keeps what it loads
     source = assistants.source(target, head)
-    identity = identity_of(target, source, invariant=invariant)
+    identity = identity_of(target, source, mode.attention)
     name = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
     if path.exists() and not refresh:
@@ -96,17 +90,18 @@ def calibrate(
     kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each tree
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
-    stock = [] if invariant else contexts
+    stock = contexts if mode.is_stock else []
     total = sum(map(len, nodes.values())) + (0 if source is None else 2 * len(WIDTHS)) + len(stock) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
         watch = _Stopwatch(clock, bar.update)
         verify = dict[int, dict[int, _Measured]]()
         for context, counts in nodes.items():
-            with _opened(target, context, invariant=invariant) as verifier:
+            positions = torch.arange(context, device=target.device)[None]
+            with mode.verifier(TargetForward.of(target), positions) as verifier:
                 verify[context] = _time_verifying(target, verifier, context, counts, watch)
         start, draft = ({}, {}) if source is None else _time_drafting(target, source, contexts[0], watch)
         plain = {context: _time_plain(target, context, watch) for context in stock}
-        overhead = _time_overhead(target, source, room, invariant=invariant)
+        overhead = _time_overhead(target, source, room, mode.keywords)
         bar.update()
     table = CostTable(
         verify={context: _medians(row) for context, row in verify.items()},
@@ -137,8 +132,15 @@ def _check_target(target: Any, *, has_head: bool) -> None:
     check_model(target, has_head=has_head)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
-def identity_of(target: PreTrainedModel, source: DraftSource | None, *, invariant: bool = False) -> dict[str, Any]:
-    """What a measurement depends on. The invariant mode has its own attention, by which tables are told apart."""
+def _admitted(target: PreTrainedModel) -> VerifyingMode:
+    """The mode that writes one text in any dtype."""
+    calls = InvariantCalls(SlotEngine())
+    calls.admit(target, partial(setting_of, model=target, config=None, arguments={}), {})
+    return calls.mode(target)
+
+
+def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
+    """Name what a measurement depends on. `attention` is that of the verifying mode; `None` is the target's own."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -147,7 +149,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, *, invarian
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
-        "attention": INVARIANT if invariant else text_config(target)._attn_implementation,
+        "attention": attention or text_config(target)._attn_implementation,
         "packed": is_prepacked(target),
         "head": None if source is None else _size_of(source, target),
     }
@@ -205,17 +207,6 @@ def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
     return {size: (measured.low, measured.high) for size, measured in row.items()}
 
 
-@contextmanager
-def _opened(target: PreTrainedModel, context: int, *, invariant: bool) -> Iterator[Verifier]:
-    """A verifier of either mode, for a prompt of so many tokens."""
-    verifier: Verifier = TreeVerifier.of(target, context)
-    if invariant:
-        positions = torch.arange(context, device=target.device)[None]
-        verifier = InvariantVerifier(TargetForward.of(target), SlotEngine(), RowClasses().needs(target), positions)
-    with verifier:
-        yield verifier
-
-
 @torch.no_grad()
 def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
@@ -240,7 +231,7 @@ def _time_verifying(
 
 def _parents(verifier: Verifier, order: Tensor) -> Tensor:
     """The parents of the nodes `order` `[1, n]` of a tree; its first nodes make a smaller tree."""
-    if isinstance(verifier, InvariantVerifier):  # each path has a price: three of eight nodes end one
+    if verifier.pricing.paths_cost:  # three of eight nodes end one
         return order * 5 // 8
     return torch.zeros_like(order)  # a mask's content costs nothing, its size does
 
@@ -301,7 +292,9 @@ def _of_one(several: float, one: float, more: int) -> float:
     return max(several - one, 0.0) / max(more, 1)
 
 
-def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: int, *, invariant: bool) -> float:
+def _time_overhead(
+    target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
+) -> float:
     """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
@@ -314,7 +307,7 @@ def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: in
             attention_mask=torch.ones_like(prompt),
             assistant_model=source,
             policy=FixedPolicy(shape),
-            invariant=invariant,
+            **keywords,
             do_sample=False,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,

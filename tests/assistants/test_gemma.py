@@ -13,7 +13,7 @@ from transformers_resps.assistants import GemmaAssistant
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.growing import GrowingMode
 
 
 PROMPT = [3, 4, 5, 6, 7, 9]
@@ -29,7 +29,7 @@ def our_chain(assistant: PreTrainedModel, target: PreTrainedModel, root: int, le
     source = GemmaAssistant(assistant, target)
     model, layers = source.bind(target), source.feature_layers
     forward = TargetForward(target, layers, DynamicCache(config=target.config))
-    with TreeVerifier(forward, torch.arange(len(PROMPT))[None]) as verifier:
+    with GrowingMode().verifier(forward, torch.arange(len(PROMPT))[None]) as verifier:
         verifier.prefill(torch.tensor([PROMPT]))
         nodes = torch.tensor([[11, 12, 13]])
         _, features = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([[0, 0, 1]])))

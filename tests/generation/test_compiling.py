@@ -30,8 +30,9 @@ from transformers_resps.compilation.packages import ModulePackages, traced_files
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting import engine as draft_engine
 from transformers_resps.drafting.engine import DraftEngine
-from transformers_resps.generation import plan, request
+from transformers_resps.generation import request
 from transformers_resps.verifying.invariant import attention as invariant
+from transformers_resps.verifying.invariant import calls
 from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
 from transformers_resps.verifying.returned import UnreadDynamicCache
 from transformers_resps.verifying.slots import engine as slots
@@ -688,7 +689,7 @@ class _OneByOne(nn.Linear):
 
 @pytest.fixture
 def with_kernels_of_ours(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "keeps_rows_apart", lambda dtype: True)
+    monkeypatch.setattr(calls, "keeps_rows_apart", lambda dtype: True)
     for part in target.modules():
         if type(part) is nn.Linear:
             part.__class__ = _OneByOne
@@ -857,7 +858,7 @@ def test_code_of_the_invariant_mode_is_compared_once_under_each_setting(
     target: PreTrainedModel, untraced: CountingBackend
 ) -> None:
     speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
-    checked = target.speculation_state.slot_engine.checked
+    checked = target.speculation_state.invariant_calls.code.compared
     compared = len(checked)
     speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
     assert compared and len(checked) == compared

@@ -13,7 +13,7 @@ from tests.compilation.as_it_is import compiled_as_it_is
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.verifying.slots import verifier
+from transformers_resps.verifying.slots import prompts
 
 
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))
@@ -27,8 +27,8 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[torch.Size,
     """Shapes of tokens and logits of each compiled forward; one reads five tokens of a prompt at most, and sees fewer
     slots than there are of padding.
     """
-    monkeypatch.setattr(verifier, "_PART", 5)
-    monkeypatch.setattr(verifier, "_PART_WINDOW", 8)
+    monkeypatch.setattr(prompts, "_PART", 5)
+    monkeypatch.setattr(prompts, "_PART_WINDOW", 8)
     with compiled_as_it_is() as noted:
         yield noted
 

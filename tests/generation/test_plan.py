@@ -14,8 +14,9 @@ from tests.multimodal_targets import target_named
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.generation import mixin, plan
+from transformers_resps.generation import mixin
 from transformers_resps.generation.plan import Plan
+from transformers_resps.verifying.invariant import calls
 
 
 ONE, TWO = torch.tensor([[3, 4, 5, 3, 4]]), torch.tensor([[3, 4, 5, 3, 4], [4, 5, 6, 3, 4]])
@@ -142,7 +143,7 @@ invariant, compile  | invariant slots  | the verifier     | in lockstep | 1 | co
 an image            | growing cache    | stock `generate` | in lockstep | 0 | nothing asks for it
 no image            | growing cache    | stock `generate` | in lockstep | 0 | nothing asks for it
 recurrent           | growing cache    | the verifier     | in lockstep | 0 | nothing asks for it
-recurrent, compile  | slots and states | the verifier     | in lockstep | 0 | compiled
+recurrent, compile  | slots            | the verifier     | in lockstep | 0 | compiled
 t5                  | growing cache    | stock `generate` | in lockstep | 0 | nothing asks for it
 t5gemma             | growing cache    | stock `generate` | apart       | 0 | nothing asks for it
 t5gemma, compile    | growing cache    | stock `generate` | apart       | 0 | the model is an encoder-decoder
@@ -160,7 +161,7 @@ def test_the_table_has_every_call() -> None:
 def test_each_call_goes_its_way(
     name: str, expected: str, planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "keeps_rows_apart", lambda dtype: True)  # on any processor, in any dtype
+    monkeypatch.setattr(calls, "keeps_rows_apart", lambda dtype: True)  # on any processor, in any dtype
     assert str(planned(**CALLS[name]())).startswith(expected)
 
 

@@ -21,7 +21,7 @@ from transformers_resps.tools.cli import main
 from transformers_resps.tools.inspect import Examination, examine, is_explained
 from transformers_resps.tools.session import Dialogue
 from transformers_resps.verifying.growing import TreeVerifier
-from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.slots.verifier import SlotVerifier
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_both_answers_of_the_invariant_mode_are_written_in_it(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: str, decoding: str
 ) -> None:
     read = Counter[type]()
-    for kind in (InvariantVerifier, TreeVerifier):
+    for kind in (SlotVerifier, TreeVerifier):
 
         def prefill(self: Any, *given: Any, known: Any = kind.prefill, **options: Any) -> Any:
             read[type(self)] += 1
@@ -128,7 +128,7 @@ def test_both_answers_of_the_invariant_mode_are_written_in_it(
     data = inspected(tmp_path / "page.html", *folders, *asked)
     assert data["sameText"] == {"same": True}
     assert data["facts"]["decoding"] == f"{decoding}, invariant"  # type: ignore[index]
-    assert read == {InvariantVerifier: 4}  # two answers, and two that warm up
+    assert read == {SlotVerifier: 4}  # two answers, and two that warm up
 
 
 def test_no_difference_is_explained_in_the_invariant_mode() -> None:

@@ -34,7 +34,7 @@ from transformers_resps import DraftHead, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.tools import serving
 from transformers_resps.tools.cli import main
-from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.verifier import TextReader
 
 
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "abdabdabd"}]
@@ -237,13 +237,13 @@ def test_every_request_is_answered_in_the_invariant_mode(
     policy: str | None, stream: bool, invariant_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = invariant_client.plain(dtype="bfloat16", invariant=True, max_new_tokens=20)
-    prefill, read = InvariantVerifier.prefill, list[InvariantVerifier]()
+    prefill, read = TextReader.read, list[TextReader]()
 
-    def noted(self: InvariantVerifier, *given: Any, **options: Any) -> Any:
+    def noted(self: TextReader, *given: Any) -> Any:
         read.append(self)
-        return prefill(self, *given, **options)
+        return prefill(self, *given)
 
-    monkeypatch.setattr(InvariantVerifier, "prefill", noted)
+    monkeypatch.setattr(TextReader, "read", noted)
     asked = {"messages": ASKED, "max_tokens": 20, "policy": policy}
     if stream:
         events = invariant_client.stream(asked)

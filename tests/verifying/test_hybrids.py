@@ -17,9 +17,9 @@ from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurre
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.growing import GrowingMode
 from transformers_resps.verifying.hybrids import LayerStates, WholeTree, known_mixers, reading_trees
-from transformers_resps.verifying.slots.verifier import HybridVerifier
+from transformers_resps.verifying.slots.verifier import SlotMode, SlotVerifier
 from transformers_resps.verifying.verifier import Verifier
 
 
@@ -49,17 +49,17 @@ def stepped(target: PreTrainedModel, prompt: Tensor, text: Tensor) -> tuple[Tens
 Opens = Callable[..., tuple[Verifier, Any]]
 
 
-def growing(target: PreTrainedModel, *given: Tensor) -> tuple[TreeVerifier, Any]:
+def growing(target: PreTrainedModel, *given: Tensor) -> tuple[Verifier, Any]:
     """A verifier for a prompt, over a cache that grows, and that cache."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    return TreeVerifier(TargetForward(target, None, cache), *given or (torch.arange(LENGTH)[None],)), cache
+    return GrowingMode().verifier(TargetForward(target, None, cache), *given or (torch.arange(LENGTH)[None],)), cache
 
 
-def over_slots(target: PreTrainedModel, *given: Tensor) -> tuple[HybridVerifier, Any]:
+def over_slots(target: PreTrainedModel, *given: Tensor) -> tuple[SlotVerifier, Any]:
     """The same, over slots, as compiled steps run."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     forward = TargetForward(target, None, cache)
-    return HybridVerifier(forward, None, *given or (torch.arange(LENGTH)[None],)), cache
+    return SlotMode().verifier(forward, *given or (torch.arange(LENGTH)[None],)), cache
 
 
 @pytest.fixture(params=[growing, over_slots])

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from types import MethodType
 from typing import Any
 from unittest.mock import MagicMock
@@ -39,9 +38,9 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.verifying import unknown_targets
 from transformers_resps.verifying.cache import crop_to
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.invariant.calls import InvariantCalls
+from transformers_resps.verifying.invariant.calls import InvariantCalls, InvariantMode
 from transformers_resps.verifying.invariant.row_classes import RowNeeds
-from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.verifier import ModelCode
 from transformers_resps.verifying.slots.engine import SlotEngine
 
 
@@ -216,7 +215,7 @@ def test_a_setting_that_would_change_the_text_is_refused_by_name(row: str, targe
 def test_windows_sinks_and_experts_that_ask_the_interface_are_no_obstacle(name: str) -> None:
     """Attention sinks are written for eager attention alone."""
     target = attach(named(name, "eager" if name == "gpt_oss" else "sdpa"))
-    InvariantCalls().admit(target, SlotEngine(), lambda name: None, {})
+    InvariantCalls(SlotEngine()).admit(target, lambda name: None, {})
 
 
 def test_an_adapter_is_no_obstacle(target: Any) -> None:
@@ -235,11 +234,8 @@ def test_a_target_with_sinks_attends_as_it_did_after_a_call_in_the_mode() -> Non
 @pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if str(one) != "gemma2"], ids=str)
 def test_a_known_architecture_need_not_be_compared(architecture: Architecture, dtype: torch.dtype) -> None:
     target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
-    engine = SlotEngine()
-    forward = partial(TargetForward.of, target)
-    assert unknown_targets._has_same_bits(
-        target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16), positions)
-    )
+    mode = InvariantMode(SlotEngine(), ModelCode(), RowNeeds(16))
+    assert unknown_targets._has_same_bits(target, lambda positions: mode.verifier(TargetForward.of(target), positions))
 
 
 def newcomer() -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Buffers of slots: entries keep their places while buffers grow and rows go."""
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers_resps.verifying.invariant.forwards import InvariantForward
 from transformers_resps.verifying.slots import engine as slots_module
 from transformers_resps.verifying.slots.buffers import SlotBuffers
 from transformers_resps.verifying.slots.engine import SlotEngine, padded_count
-from transformers_resps.verifying.slots.forwards import PackedForward, SlotForward, forward_over_slots
+from transformers_resps.verifying.slots.forwards import SlotForward, packs_rows
 
 
 LENGTH = 5
@@ -162,12 +163,12 @@ _NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "gemma3_text", "gpt2
 def test_packed_nodes_get_the_logits_and_features_that_whole_trees_get(architecture: Architecture) -> None:
     target = architecture.build("sdpa").double()
     target.config._experts_implementation = "batched_mm"  # grouped ones have no fp64 kernel
-    assert forward_over_slots(target, is_batch=True) is PackedForward
+    assert packs_rows(target, is_batch=True)
     pattern, inputs = SlotEngine().pattern(target), packed_inputs()
     kept, buffers = torch.arange(5), buffers_of(target, pattern)
     packed_buffers = [part.clone() for part in buffers]
     logits, *features = SlotForward(target, pattern, [1])([*inputs, kept], buffers)
-    packed, given = PackedForward(target, pattern, None), [*inputs, PACKED, torch.arange(11)]
+    packed, given = SlotForward(target, pattern, None, packs_rows=True), [*inputs, PACKED, torch.arange(11)]
     outputs = packed(given, packed_buffers)
     found, caught = outputs[0], packed.features(outputs, given, [1])
     start = 0
@@ -194,7 +195,7 @@ def test_nodes_that_are_not_computed_see_nothing(monkeypatch: pytest.MonkeyPatch
     pattern = SlotEngine().pattern(target)
     monkeypatch.setattr("transformers_resps.verifying.attention.attend", noted)
     inputs = [*packed_inputs(), PACKED, torch.arange(11)]
-    PackedForward(target, pattern, [])(inputs, buffers_of(target, pattern))
+    SlotForward(target, pattern, [], packs_rows=True)(inputs, buffers_of(target, pattern))
     sees = (masks[0] == 0).any(-1)[:, 0]
     assert sees.tolist() == [[node < size for node in range(5)] for size in (3, 5, 1)]
 
@@ -202,7 +203,7 @@ def test_nodes_that_are_not_computed_see_nothing(monkeypatch: pytest.MonkeyPatch
 def test_code_of_packed_nodes_takes_any_number_of_them() -> None:
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     pattern, inputs = SlotEngine().pattern(target), packed_inputs()
-    forward = PackedForward(target, pattern, [])
+    forward = SlotForward(target, pattern, [], packs_rows=True)
     tensors = [*inputs, PACKED, torch.tensor([2, 7, 8, 8]), *buffers_of(target, pattern)]
     check_limits(forward, tensors, fixed=".")
 
@@ -215,7 +216,7 @@ def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(
     monkeypatch.setattr(attention, "attends_natively", lambda *states: True)  # on any processor
     target = Architecture("llama", {"num_hidden_layers": 1}).build("sdpa")
     engine, tree, roots = SlotEngine(), DraftTree.from_parents(*TREES), torch.tensor([[200], [170], [230]])
-    forward = InvariantForward(engine.lock, 1, target, engine.pattern(target), [])
+    forward = InvariantForward(Lock(), 1, target, engine.pattern(target), [])
     own = [part[:rows] for part in (tree.tokens, tree.depths, tree.ancestors, roots)]
     layout = Layout.of_chain(own[3], own[1], least=2) if is_chain else Layout.of_tree(own[3], own[1], own[2], least=2)
     positions = (own[3] + own[1])[..., None]

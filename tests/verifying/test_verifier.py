@@ -18,13 +18,14 @@ from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.growing import GrowingMode
+from transformers_resps.verifying.invariant.calls import InvariantMode
 from transformers_resps.verifying.invariant.row_classes import RowNeeds
-from transformers_resps.verifying.invariant.verifier import InvariantVerifier
+from transformers_resps.verifying.invariant.verifier import ModelCode
 from transformers_resps.verifying.prepacking import prepack
 from transformers_resps.verifying.slots import engine as slots
 from transformers_resps.verifying.slots.engine import SlotEngine
-from transformers_resps.verifying.slots.verifier import SlotVerifier
+from transformers_resps.verifying.slots.verifier import SlotMode, SlotVerifier
 from transformers_resps.verifying.verifier import Verifier
 
 
@@ -57,6 +58,10 @@ def lent() -> Iterator[ExitStack]:
         yield stack
 
 
+def invariant(needs: RowNeeds, engine: SlotEngine | None = None, *, compiles: bool = False) -> InvariantMode:
+    return InvariantMode(engine or SlotEngine(), ModelCode(), needs, compiles)
+
+
 @pytest.fixture(params=["growing", "slots", "compiled", "invariant", "exact"])
 def opened(request: pytest.FixtureRequest, lent: ExitStack) -> Callable[..., Verifier]:
     """`opened(target, prompt_length, positions=None, mask=None, cache=None, layers=None)`."""
@@ -73,11 +78,10 @@ def opened(request: pytest.FixtureRequest, lent: ExitStack) -> Callable[..., Ver
         positions = torch.arange(length)[None] if positions is None else positions
         if request.param in ("invariant", "exact"):
             needs = RowNeeds(LEAST_ROWS, is_exact=request.param == "exact")
-            return InvariantVerifier(forward, SlotEngine(), needs, positions, mask)
+            return invariant(needs).verifier(forward, positions, mask)
         if request.param == "compiled":
-            return SlotVerifier(forward, lent.enter_context(SlotEngine().borrow(target)), positions, mask)
-        over_slots = request.param == "slots"
-        return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
+            return SlotMode().verifier(forward, positions, mask, lent.enter_context(SlotEngine().borrow(target)))
+        return (SlotMode() if request.param == "slots" else GrowingMode()).verifier(forward, positions, mask)
 
     return make
 
@@ -147,7 +151,7 @@ def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_do
     logits = []
     for tree in trees:
         forward = TargetForward(target, None, DynamicCache(config=target.config))
-        with InvariantVerifier(forward, SlotEngine(), RowNeeds(16), torch.arange(5)[None]) as verifier:
+        with invariant(RowNeeds(16)).verifier(forward, torch.arange(5)[None]) as verifier:
             verifier.prefill(PROMPTS[:1])
             first, _ = verifier.verify(tree)
             verifier.keep(torch.tensor([[0]]), [[0]])
@@ -200,7 +204,7 @@ def test_it_leaves_a_stock_cache_with_what_was_kept_even_if_a_forward_is_cut(tar
     cache: Any = DynamicCache(config=target.config)
     with (
         pytest.raises(ZeroDivisionError),
-        TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as v,
+        GrowingMode().verifier(TargetForward(target, None, cache), torch.arange(5)[None]) as v,
     ):
         v.prefill(PROMPTS, chunk_size=2)
         v.verify(TREE)
@@ -211,9 +215,9 @@ def test_it_leaves_a_stock_cache_with_what_was_kept_even_if_a_forward_is_cut(tar
 @torch.no_grad()
 def test_it_goes_on_after_what_the_cache_already_holds(target: PreTrainedModel) -> None:
     cache: Any = DynamicCache(config=target.config)
-    with TreeVerifier(TargetForward(target, None, cache), torch.arange(3)[None]) as verifier:
+    with GrowingMode().verifier(TargetForward(target, None, cache), torch.arange(3)[None]) as verifier:
         verifier.prefill(PROMPTS[:, :3])
-    with TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier:
+    with GrowingMode().verifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier:
         verifier.prefill(PROMPTS)
         found, _ = verifier.verify(TREE)
     torch.testing.assert_close(found[0, 4], logits_after(target, text_of(0, BRANCH)))
@@ -229,7 +233,7 @@ def test_a_prompt_that_the_forward_lengthens_is_refused_with_the_reason(target: 
 
     with (
         pytest.raises(ValueError, match="LlamaForCausalLM reads a prompt of 5 positions as 7"),
-        TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier,
+        GrowingMode().verifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier,
     ):
         verifier.prefill_by(read, rows=2)
 
@@ -242,7 +246,7 @@ def test_it_goes_on_at_the_positions_that_the_decoder_got(is_over_slots: bool) -
     cache: Any = DynamicCache(config=learned.config)
     forward, counted = TargetForward(learned, None, cache), torch.arange(5)[None]
     told = {"position_ids": torch.arange(3, 8)[None], "use_cache": True, CACHE_KEYWORD: cache}
-    with SlotVerifier(forward, None, counted) if is_over_slots else TreeVerifier(forward, counted) as verifier:
+    with (SlotMode() if is_over_slots else GrowingMode()).verifier(forward, counted) as verifier:
         last, _ = verifier.prefill_by(lambda: learned(input_ids=PROMPTS, **told), rows=2)
         found, _ = verifier.verify(TREE)
     for row in range(2):
@@ -359,7 +363,7 @@ def test_a_step_of_the_invariant_mode_has_four_nodes_at_least_where_layers_are_p
     tokens = torch.arange(11, 11 + nodes).expand(rows, -1)
     tree = DraftTree.from_parents(tokens, torch.tensor([[0, *range(nodes - 1)]] * rows))
     for expected in (rows * nodes, multiplied):
-        with InvariantVerifier(TargetForward.of(target), SlotEngine(), RowNeeds(1), torch.arange(5)[None]) as verifier:
+        with invariant(RowNeeds(1)).verifier(TargetForward.of(target), torch.arange(5)[None]) as verifier:
             verifier.prefill(PROMPTS[:rows])
             row_counts.clear()
             verifier.verify(tree)
@@ -383,10 +387,15 @@ def test_every_layer_multiplies_just_so_many_rows_where_a_kernel_goes_by_them_al
     assert row_counts == [LEAST_ROWS] * 2 * (2 * 3 + 2 * 2 + 1)
 
 
-def exact(target: PreTrainedModel, positions: Tensor, layers: list[int] | None = None, **more: Any) -> Verifier:
-    engine = more.pop("engine", None) or SlotEngine()
-    needs, forward = RowNeeds(16, is_exact=True), TargetForward.of(target, layers)
-    return InvariantVerifier(forward, engine, needs, positions, **more)
+def exact(
+    target: PreTrainedModel,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    layers: list[int] | None = None,
+    engine: SlotEngine | None = None,
+) -> Verifier:
+    mode = invariant(RowNeeds(16, is_exact=True), engine, compiles=engine is not None)
+    return mode.verifier(TargetForward.of(target, layers), positions, mask, engine)
 
 
 @torch.no_grad()
@@ -399,7 +408,7 @@ def test_a_tree_in_several_forwards_gives_the_bits_of_its_text_read_as_a_prompt(
     tree = DraftTree.from_parents(nodes, torch.tensor([[0, *parents] for parents in above]))
     mask = torch.ones(2, length, dtype=torch.long)
     mask[1, :3] = 0
-    with exact(target, (mask.cumsum(-1) - 1).clamp(min=0), attention_mask=mask) as verifier:
+    with exact(target, (mask.cumsum(-1) - 1).clamp(min=0), mask) as verifier:
         verifier.prefill(prompts)
         found, _ = verifier.verify(tree)
     for row, node in ((0, 0), (0, 14), (0, 39), (1, 17), (1, 38)):
@@ -422,7 +431,7 @@ def test_a_graph_of_each_row_gives_what_the_forwards_give(monkeypatch: pytest.Mo
         with exact(target, positions, layers=[1]) as verifier:
             verifier.prefill(PROMPTS)
             expected, states = verifier.verify(tree)
-        with engine.borrow(target), exact(target, positions, layers=[1], engine=engine, compiles=True) as verifier:
+        with engine.borrow(target), exact(target, positions, layers=[1], engine=engine) as verifier:
             verifier.prefill(PROMPTS)
             verifier.verify(DraftTree.root_only(torch.tensor([7, 8])))
             found, features = verifier.verify(tree)

@@ -1,7 +1,7 @@
 """Decode one call as its plan says: open what the plan names, and run the loop."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -21,15 +21,12 @@ from ..policies.base import Policy
 from ..telemetry import SpeculationReport
 from ..verifying.cache import stop_recording
 from ..verifying.forward import Features
-from ..verifying.growing import TreeVerifier
-from ..verifying.invariant.verifier import InvariantVerifier
 from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import is_prepacked
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.rows import leading_pads
-from ..verifying.slots.verifier import HybridVerifier, SlotVerifier
 from ..verifying.verifier import Verifier
-from .plan import Plan, Prepared, Reading, Verifying
+from .plan import Plan, Prepared, Reading
 from .request import MTP, SpeculationState
 
 
@@ -50,7 +47,6 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         drafter, lookup = _drafters(plan, state, batch, verifier, stack)
         options: dict[str, Any] = {"max_length": prepared.max_length, "keeps_ended": prepared.makes_cache}
         decoding = TreeDecoding(verifier, drafter, lookup, policy, batch, **options)
-        verifier.gives_back = prepared.returns_dict or prepared.is_cache_given
         decoding.prefill(_reader(plan, verifier))
         threads = torch.get_num_threads() if target.device.type == "cpu" else 1
         setting = target.dtype, threads, verifier.is_compiled, request.invariant, state.compiler.is_running
@@ -90,22 +86,13 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
     """The verifier of one call; `stack` holds the compiled code that it is lent."""
-    engine, given = state.slot_engine, (plan.prepared.position_ids, plan.prepared.attention_mask)
+    engine, prepared = state.slot_engine, plan.prepared
     if plan.warns:
         engine.warn(str(plan.why_eager))
-    if plan.verifying is Verifying.GROWING:
-        return TreeVerifier(plan.forward, *given)
-    target, waits = plan.forward.target, plan.waits
-    lent = stack.enter_context(engine.borrow(target, waits=waits) if plan.compiles else nullcontext())
-    if plan.verifying is not Verifying.INVARIANT:
-        kind = HybridVerifier if plan.verifying is Verifying.HYBRID else SlotVerifier
-        return kind(plan.forward, lent, *given, options=plan.compile_options)
-    if plan.compiles and lent is None:
-        raise ValueError(
-            "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
-            "Call `generate` when it has ended, or with `compile=False`."
-        )
-    return InvariantVerifier(plan.forward, engine, plan.row_needs, *given, compiles=plan.compiles)
+    lent = stack.enter_context(engine.borrow(prepared.target, waits=plan.waits)) if plan.compiles else None
+    gives_back = prepared.returns_dict or prepared.is_cache_given
+    given = plan.forward, prepared.position_ids, prepared.attention_mask, lent
+    return plan.mode.verifier(*given, gives_back=gives_back)
 
 
 def _drafters(

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from ..compat import CACHE_KEYWORD
-from ..compilation.native import keeps_rows_apart
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..drafting import DraftSource
@@ -32,9 +31,11 @@ from ..verifying.forward import (
     is_compiled,
     skips_positions,
 )
+from ..verifying.growing import GrowingMode
 from ..verifying.hybrids import is_recurrent
-from ..verifying.invariant.row_classes import RowNeeds
 from ..verifying.returned import dynamic_copy
+from ..verifying.slots.verifier import SlotMode
+from ..verifying.verifier import VerifyingMode
 from .checks import (
     NEVER_READ,
     check_forward_arguments,
@@ -250,15 +251,6 @@ def prepare(
     return prepared
 
 
-class Verifying(StrEnum):
-    """How trees are verified."""
-
-    GROWING = "growing cache"
-    SLOTS = "slots"
-    HYBRID = "slots and states"
-    INVARIANT = "invariant slots"
-
-
 class Reading(StrEnum):
     """Who reads the prompt."""
 
@@ -276,10 +268,9 @@ class Plan:
         forward: the target's, over the call's cache, with the features that the sources read.
         in_lockstep: whether all rows advance together; true of one row.
         drops_finished: whether finished rows are left out of further work.
-        verifying: how trees are verified.
+        mode: how trees are verified.
         why_eager: why steps run as they are; `None` where they run compiled.
         warns: whether the caller asked for what `why_eager` says is impossible.
-        row_needs: of kernels, in the invariant mode.
         reading: who reads the prompt.
         prompt_options: of the target's forward over it, beside what stock has prepared.
     """
@@ -289,10 +280,9 @@ class Plan:
     forward: TargetForward
     in_lockstep: bool
     drops_finished: bool
-    verifying: Verifying
+    mode: VerifyingMode
     why_eager: str | None
     warns: bool
-    row_needs: RowNeeds
     reading: Reading
     prompt_options: dict[str, Any]
 
@@ -311,12 +301,6 @@ class Plan:
         """Whether steps would run compiled if code lay ready."""
         return self.why_eager == NO_CODE_YET
 
-    @property
-    def compile_options(self) -> dict[str, Any] | None:
-        """The caller's, for `torch.compile`; `None` where they are its own."""
-        config = self.prepared.config.compile_config
-        return None if config is None or config == CompileConfig() else config.to_dict()
-
     def batch(self) -> Batch:
         """One text of all rows, or one of each."""
         ids = self.prepared.input_ids
@@ -326,7 +310,7 @@ class Plan:
     def __str__(self) -> str:
         """A row of a table: who verifies, who reads the prompt, how rows advance, how many draft, why not compiled."""
         rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
-        return " | ".join(map(str, (self.verifying, self.reading, rows, len(self.request.sources), compiled)))
+        return " | ".join(map(str, (self.mode, self.reading, rows, len(self.request.sources), compiled)))
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
@@ -345,20 +329,18 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
         )
     forward = prepared.forward(request.sources)
     why_eager, warns = _compiling(request, prepared, state, forward.layers)
-    verifying, row_needs = Verifying.GROWING, RowNeeds(1)
+    reading = Reading.STOCK if _has_to_read(prepared) else Reading.VERIFIER
+    mode: VerifyingMode = GrowingMode()
     if request.invariant:
         if warns:  # steps that run as they are round otherwise
             raise ValueError(f"`compile=True` with `invariant=True` cannot run: {why_eager}. Leave out `compile`.")
-        verifying, row_needs = Verifying.INVARIANT, _row_needs(target, state, compiles=why_eager is None)
+        mode = state.invariant_calls.mode(target, compiles=why_eager is None)
     elif why_eager is None or (is_static and are_outputs(target, forward.layers)):
-        verifying = Verifying.HYBRID if is_recurrent(target) else Verifying.SLOTS
-    reading = Reading.STOCK if _has_to_read(prepared) else Reading.VERIFIER
+        mode = SlotMode(_compile_options(prepared), stock_reads=reading is Reading.STOCK)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
     options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number skips the features, too
-    return Plan(
-        request, prepared, forward, in_lockstep, drops, verifying, why_eager, warns, row_needs, reading, options
-    )
+    return Plan(request, prepared, forward, in_lockstep, drops, mode, why_eager, warns, reading, options)
 
 
 def _compiling(
@@ -387,6 +369,12 @@ def _stock_would_compile(prepared: Prepared) -> bool:
     return prepared.config.compile_config is not None or is_static
 
 
+def _compile_options(prepared: Prepared) -> dict[str, Any] | None:
+    """The caller's options for `torch.compile`; `None` where they are its own."""
+    config = prepared.config.compile_config
+    return None if config is None or config == CompileConfig() else config.to_dict()
+
+
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     """Why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
     weights = list(target.parameters())
@@ -412,23 +400,6 @@ def _has_active_adapter(target: nn.Module) -> bool:
     layers: list[Any] = list(target.modules())
     tuners = {kind for kind in set(map(type, layers)) if any(own.__name__ == "BaseTunerLayer" for own in kind.__mro__)}
     return any(type(layer) in tuners and not (layer.merged or layer.disable_adapters) for layer in layers)
-
-
-def _row_needs(target: PreTrainedModel, state: SpeculationState, *, compiles: bool) -> RowNeeds:
-    if not compiles or target.device.type != "cpu":
-        return state.row_classes.needs(target)
-    needs = state.row_classes.needs_of_experts(target)  # all else is multiplied by kernels of ours
-    if needs.is_exact:
-        raise ValueError(
-            "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of rows "
-            "here. Leave out `compile`."
-        )
-    if not keeps_rows_apart(target.dtype):
-        raise ValueError(
-            f"`compile=True` with `invariant=True` cannot run in {target.dtype} here: only kernels of ours keep rows "
-            "apart, in bfloat16 on CPUs with AVX512-BF16. Leave out `compile`."
-        )
-    return needs
 
 
 def _has_to_read(prepared: Prepared) -> bool:

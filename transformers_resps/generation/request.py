@@ -35,7 +35,6 @@ from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
 from ..verifying.invariant.calls import InvariantCalls
-from ..verifying.invariant.row_classes import RowClasses
 from ..verifying.lending import evaluation_mode
 from ..verifying.slots.engine import SlotEngine
 from ..verifying.unknown_targets import check_tree_attention
@@ -289,7 +288,6 @@ class SpeculationState:
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
         invariant_calls: what calls with `invariant=True` share.
-        row_classes: what was found of this machine's kernels for such calls.
         pace: what steps of this model take at their best.
         compiler: what compiles beside calls with `compile="auto"`.
     """
@@ -300,8 +298,7 @@ class SpeculationState:
         self.assistants = Assistants()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
-        self.invariant_calls = InvariantCalls()
-        self.row_classes = RowClasses()
+        self.invariant_calls = InvariantCalls(self.slot_engine)
         self.pace = Pace()
         self.compiler = CompilerProcess()
         self._verified_trees = set[bool]()  # with FlashAttention and without
@@ -408,7 +405,7 @@ class Request:
             if self.invariant:
                 setting = partial(setting_of, model=target, config=call.config, arguments=call.arguments)
                 given = call.arguments, call.media, self.compile
-                state.invariant_calls.admit(target, state.slot_engine, setting, *given)
+                state.invariant_calls.admit(target, setting, *given)
             for module in modules:
                 check_draws(module)
             for source in (*self.sources, *self.memories):

@@ -1,9 +1,14 @@
-"""Which slots of a cache hold the entries of each row of a batch, and where its next ones go."""
+"""Which slots of a cache hold the entries of each row of a batch, and where its next ones go, at which positions."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .attention import last_position
+from .cache import cached_length
+from .forward import TargetForward
 
 
 class SlotMap:
@@ -126,6 +131,94 @@ class SlotMap:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
         return own[torch.arange(rows, device=device).clamp(max=len(own) - 1)]
+
+
+class RowEnds:
+    """The slots and the positions at which the rows of a batch go on.
+
+    Args:
+        forward: the target's, over the cache to decode with.
+        positions: `[b or 1, s]` of the prompt, or `[planes, b or 1, s]` where a token has several positions; s counts
+            what the cache already holds.
+        mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
+
+    Attributes:
+        device: of the trees.
+        slots: where each row ends.
+        positions: as given.
+        shifts: of each row, what its positions are ahead of its slots in each plane.
+        shift: the same as one number, `[b, 1]`, or `[planes, b, 1]`. Some targets count in floats, and get floats.
+        last_position: the largest one that the target has; `None` where there is no limit.
+    """
+
+    shift: float | Tensor
+
+    def __init__(self, forward: TargetForward, positions: Tensor, mask: Tensor | None = None) -> None:
+        target = forward.target
+        # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
+        self.device = positions.device if target.device.type == "meta" else target.device
+        self.positions = positions.to(self.device)
+        self.slots = SlotMap(None if mask is None else mask.to(self.device), cached_length(forward.cache))
+        self.go_on_from(self.positions)
+        self.last_position = last_position(target.config, self.prompt_length + int(max(map(max, self.shifts))))
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions of the prompt, padding included."""
+        return self.positions.shape[-1]
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return max(self.ends)
+
+    @property
+    def ends(self) -> list[int]:
+        """Positions of each row."""
+        return self.slots.row_ends(len(self.shifts))
+
+    @property
+    def roots(self) -> list[list[float]]:
+        """The position of each row's coming root, in each plane."""
+        return [[end + shift for shift in shifts] for end, shifts in zip(self.ends, self.shifts, strict=True)]
+
+    @property
+    def levels_left(self) -> int:
+        """Levels below the root that the target's positions allow."""
+        return (
+            sys.maxsize if self.last_position is None else max(self.last_position - int(max(map(max, self.roots))), 0)
+        )
+
+    def __len__(self) -> int:
+        return len(self.shifts)
+
+    def go_on_from(self, positions: Tensor) -> None:
+        """Let each row go on after the last of these positions of the prompt, in each plane."""
+        shifts = positions[..., -1] + 1 - self.prompt_length
+        self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
+
+    def expand(self, rows: int) -> None:
+        """Let one row of positions serve so many."""
+        self._shift_by(self.shifts * (rows // len(self.shifts)))
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        self.slots.keep_rows(rows)
+        self._shift_by([self.shifts[row] for row in rows])
+
+    def _shift_by(self, shifts: list[list[float]]) -> None:
+        """`shifts` are one number for each plane of each row."""
+        self.shifts, first = shifts, shifts[0]
+        self.shift = first[0]
+        if len(first) > 1:
+            self.shift = torch.tensor(shifts, device=self.device).t()[..., None]
+        elif any(shift != first for shift in shifts):
+            self.shift = torch.tensor(shifts, device=self.device)
+
+    def prompt_mask(self, length: int) -> Tensor | None:
+        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
+        visible = self.slots.visible(length, self.device)
+        return None if visible is None else visible.long()
 
 
 def leading_pads(padding: Tensor) -> list[int]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..tree import DraftTree
 from .attention import is_flash, last_position
 from .forward import TargetForward
-from .growing import TreeVerifier
+from .growing import GrowingMode
 from .verifier import Verifier
 
 
@@ -67,7 +67,7 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
     tree = DraftTree.from_parents(nodes, torch.tensor([parents], device=target.device))
     path = torch.tensor([kept], device=target.device)
     positions = torch.arange(prompt.shape[1], device=target.device)[None]
-    with TreeVerifier(make_forward(), positions) as verifier:
+    with GrowingMode().verifier(make_forward(), positions) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(tree)
         verifier.keep(path, path.tolist())

@@ -22,7 +22,7 @@ KEPT = f"{SLOTS}::test_over_slots_what_was_kept_lies_in_the_order_of_the_text"
 
 @bug(
     "a lone row stays alone",
-    "verifying.invariant.verifier:InvariantVerifier._step",
+    "verifying.invariant.verifier:InvariantSteps.step",
     f"{SLOTS}::test_every_layer_multiplies_as_many_rows_as_the_machine_needs",
 )
 def multiply_as_many_rows_as_there_are(step: Function, self: Any, rows: int) -> int:
@@ -96,14 +96,14 @@ def move_to_the_first_rows_places(move: Function, self: Any, slots: Tensor, to: 
     move(self, slots, to[:1].expand_as(to))
 
 
-@bug("padding is text", "verifying.invariant.verifier:InvariantVerifier._orders", BATCH)
+@bug("padding is text", "verifying.slots.texts:SlotTexts.orders", BATCH)
 def keep_the_padding(orders: Function, self: Any, length: int) -> list[Tensor]:
     return [torch.arange(length)] * len(orders(self, length))
 
 
 @bug(
     "a prompt ends one token early",
-    "verifying.invariant.verifier:InvariantVerifier._read",
+    "verifying.invariant.verifier:TextReader.read_chunk",
     f"{SLOTS}::test_each_node_is_verified_as_the_end_of_its_own_path",
 )
 def end_one_token_early(read: Function, self: Any, prompt: Any, *rest: Any) -> Any:
@@ -114,11 +114,11 @@ def end_one_token_early(read: Function, self: Any, prompt: Any, *rest: Any) -> A
 
 @bug(
     "code that rounds otherwise is taken",
-    "verifying.invariant.verifier:InvariantVerifier._refuse",
+    "verifying.invariant.verifier:ModelCode.refuse",
     "tests/generation/test_compiling.py"
     "::test_code_of_the_invariant_mode_that_rounds_otherwise_than_earlier_code_is_refused",
 )
-def take_any_code(refuse: Function, self: Any, what: str) -> None:
+def take_any_code(refuse: Function, self: Any, target: Any, what: str) -> None:
     """Nothing is refused."""
 
 
@@ -133,11 +133,12 @@ def leave_features_at_the_front(padded: Function, self: Any, states: Tensor) -> 
 
 @bug(
     "a cache gets slots",
-    "verifying.slots.verifier:SlotVerifier._give_back",
+    "verifying.slots.texts:SlotTexts.give_back",
     f"{SLOTS}::test_a_cache_gets_the_texts_where_its_mask_shows_them",
 )
-def give_back_slots(give_back: Function, self: Any, orders: list[Tensor], first: int, cache: Any, length: int) -> None:
-    give_back(self, [torch.arange(length)] * len(orders), first, cache, length)
+def give_back_slots(give_back: Function, self: Any, cache: Any, rows: slice, length: int) -> None:
+    with patch.object(self, "orders", lambda length: [torch.arange(length)] * len(self.rows)):
+        give_back(self, cache, rows, length)
 
 
 @bug(

@@ -100,13 +100,13 @@ def tell_no_positions(inputs: Function, self: Any, tokens: Tensor, mask: Any, po
     return {name: value for name, value in told.items() if name != "decoder_position_ids"}
 
 
-@bug("a prompt sees its padding", "verifying.slots.verifier:SlotVerifier._part_inputs", PROMPTS)
+@bug("a prompt sees its padding", "verifying.slots.prompts:PartReader.inputs", PROMPTS)
 def see_the_padding(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> Any:
     inputs = part_inputs(self, tokens, start)
     return inputs._replace(ancestors=torch.ones_like(inputs.ancestors).tril())
 
 
-@bug("every part begins at slot 0", "verifying.slots.verifier:SlotVerifier._part_inputs", PROMPTS)
+@bug("every part begins at slot 0", "verifying.slots.prompts:PartReader.inputs", PROMPTS)
 def stand_at_the_beginning(part_inputs: Function, self: Any, tokens: Tensor, start: int) -> Any:
     inputs = part_inputs(self, tokens, start)
     return inputs._replace(roots=inputs.roots - start)

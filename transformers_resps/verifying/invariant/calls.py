@@ -1,4 +1,4 @@
-"""What a call with `invariant=True` may ask for, refused by name before any work, and what such calls must agree in.
+"""Refuse by name, before any work, calls that the exact mode cannot serve; compose the verifiers of all others.
 
 Whether a processor, a criterion or a layer of the caller's own reads the clock or other rows cannot be seen:
 docs/same-text.md says so.
@@ -6,8 +6,9 @@ docs/same-text.md says so.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,23 +21,28 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from ...compilation.native import keeps_rows_apart
 from ..attention import longrope_boundary
 from ..cache import cached_length, given_cache
 from ..forward import TargetForward, is_compiled
 from ..hybrids import is_recurrent
 from ..prepacking import is_prepacked
-from ..slots.buffers import filled
+from ..rows import RowEnds
+from ..slots.buffers import SlotBuffers, parts_of
 from ..slots.engine import SlotEngine
+from ..slots.texts import SlotTexts, windowed
+from ..slots.verifier import SlotVerifier
 from ..unknown_targets import check_same_bits
-from .attention import LENT
+from ..verifier import VerifyingMode
+from .attention import INVARIANT, LENT
 from .experts import has_invariant_experts
-from .row_classes import RowNeeds, kernel_settings
-from .verifier import InvariantVerifier
+from .row_classes import RowClasses, RowNeeds, kernel_settings
+from .verifier import ExactSteps, InvariantSteps, ModelCode, TextReader, doubled
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# What came, and the way out.
+# The name of what came, and the way out.
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
@@ -114,9 +120,7 @@ def _of_call(
 
 def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
     """Refuse autocast inside the model's forward, which nothing outside shows, as `Accelerator.prepare` leaves it."""
-    pattern = engine.pattern(model)
-    layers: list[Any] = pattern.layers
-    dtypes = {str(part.dtype) for index in filled(pattern) for part in (layers[index].keys, layers[index].values)}
+    dtypes = {str(part.dtype) for part in parts_of(engine.pattern(model))}
     odd = sorted(dtypes - {str(model.dtype)})
     if odd:
         raise ValueError(
@@ -129,10 +133,51 @@ def _holds(kind: type, given: Iterable[Any] | None) -> bool:
     return any(isinstance(one, kind) for one in given or ())
 
 
-class InvariantCalls:
-    """What the calls with `invariant=True` of one model share: caches that they filled, and how they ran."""
+@dataclass(frozen=True, slots=True)
+class InvariantMode(VerifyingMode):
+    """Verifies over slots so that the logits of a node are those of its text, whatever else is in the forward.
 
-    def __init__(self) -> None:
+    Attributes:
+        target_engine: the target's, lent to a call or not.
+        code: what the calls of the model share of its forwards.
+        needs: rows that are computed together, as `RowClasses` finds them.
+        compiles: whether steps run compiled.
+    """
+
+    target_engine: SlotEngine
+    code: ModelCode
+    needs: RowNeeds
+    compiles: bool = False
+    attention: ClassVar[str] = INVARIANT
+    keywords: ClassVar[Mapping[str, Any]] = {"invariant": True}
+    is_stock: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return "invariant slots"
+
+    def compose(
+        self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool
+    ) -> SlotVerifier:
+        if self.compiles and engine is None:
+            raise ValueError(
+                "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
+                "Call `generate` when it has ended, or with `compile=False`."
+            )
+        buffers = SlotBuffers() if engine is None else engine.buffers
+        window = doubled if self.needs.is_exact else windowed
+        pattern = self.target_engine.pattern(forward.target)
+        texts = SlotTexts(rows, buffers, pattern, has_padding=False, window=window)
+        chunks = InvariantSteps(forward, texts, self.needs, self.code, None if self.needs.is_exact else engine)
+        steps = ExactSteps(chunks, self.code, engine) if self.needs.is_exact else chunks
+        reader = TextReader(chunks, is_compiled=engine is not None)
+        return SlotVerifier(forward, texts, steps, engine, reader, gives_back=gives_back)
+
+
+class InvariantCalls:
+    """Remembers the calls with `invariant=True` of one model: how they ran, caches that they filled, compiled code."""
+
+    def __init__(self, engine: SlotEngine) -> None:
+        self._engine, self.code, self._row_classes = engine, ModelCode(), RowClasses()
         self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # positions
         self._first = dict[str, Any]()  # how the first one ran
         self._warned = set[str]()
@@ -141,18 +186,16 @@ class InvariantCalls:
     def admit(
         self,
         model: PreTrainedModel,
-        engine: SlotEngine,
         setting: Callable[[str], Any],
         arguments: Mapping[str, Any],
         media: Sequence[str] = (),
         compile: bool | str | None = None,
     ) -> None:
-        """Refuse a target or a call whose text would not be the same however it is drafted. Warn, once for each, of
-        what rounds and differs from the first call.
+        """Refuse a target or a call whose text would depend on its drafts. Warn, once for each, of settings that round
+        otherwise than those of the first call.
 
         Args:
             model: the target.
-            engine: the target's.
             setting: tells a generation setting of the call by its name, as `generate` resolves it.
             arguments: keyword arguments of the call.
             media: names of those that belong to images, sounds or embeddings of its prompts.
@@ -162,14 +205,36 @@ class InvariantCalls:
         for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
-        _check_forward(model, engine)
+        _check_forward(model, self._engine)
         if not self._has_same_bits:
-            needs = RowNeeds.of_any_machine(model.device)
-            check_same_bits(
-                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, needs, positions)
-            )
+            mode = InvariantMode(self._engine, self.code, RowNeeds.of_any_machine(model.device))
+            check_same_bits(model, lambda positions: mode.verifier(TargetForward.of(model), positions))
             self._has_same_bits = True
         self._compare(model, compile)
+
+    def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
+        """The mode of an admitted call.
+
+        Raises:
+            ValueError: kernels of this machine round a row by the rows beside it.
+        """
+        return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
+
+    def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:
+        if not compiles or target.device.type != "cpu":
+            return self._row_classes.needs(target)
+        needs = self._row_classes.needs_of_experts(target)  # all else is multiplied by kernels of ours
+        if needs.is_exact:
+            raise ValueError(
+                "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of "
+                "rows here. Leave out `compile`."
+            )
+        if not keeps_rows_apart(target.dtype):
+            raise ValueError(
+                f"`compile=True` with `invariant=True` cannot run in {target.dtype} here: only kernels of ours keep "
+                "rows apart, in bfloat16 on CPUs with AVX512-BF16. Leave out `compile`."
+            )
+        return needs
 
     def note(self, cache: Cache, is_invariant: bool) -> None:
         """Note that a call has filled a cache, in the mode or not."""

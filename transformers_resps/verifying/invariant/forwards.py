@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..slots.buffers import SlotLayer
-from ..slots.forwards import SlotForward, _by_planes, node_positions
+from ..slots.forwards import SlotForward, by_planes, node_positions
 from .attention import BlockReads, Layout, Sizes, use_invariant_attention
 from .experts import use_invariant_experts
 
@@ -48,9 +48,9 @@ class PartInputs(NamedTuple):
         tokens: `[1, n]` of these nodes, the last ones.
         depths: `[1, t]` of all.
         ancestors: `[1, t, t]` of all, see `DraftTree`.
-        roots: as in `SlotInputs`.
-        blocks: as many numbers as `Sizes.blocks`; they are not read.
-        levels: as many as `Sizes.levels`, likewise.
+        roots: see `SlotInputs`.
+        blocks: as many numbers as `Sizes.blocks`; only their count matters.
+        levels: as many numbers as `Sizes.levels`, likewise.
     """
 
     tokens: Tensor
@@ -72,7 +72,7 @@ class InvariantForward(SlotForward):
 
     is_invariant = True
     sizes = _INVARIANT_SIZES
-    _layer = _FiniteSlotLayer
+    layer = _FiniteSlotLayer
 
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
@@ -91,8 +91,8 @@ class InvariantForward(SlotForward):
         tokens, depths, roots, positions, _ = inputs
         slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
         reads = BlockReads(layout, roots + depths, self.target.dtype)
-        masks = {kind: reads.mask(window) for kind, window in self._windows.items()}
-        return self._run(tokens, slots, _by_planes(positions), masks, buffers, kept, resps_reads=reads)
+        masks = {kind: reads.mask(window) for kind, window in self.windows.items()}
+        return self.run(tokens, slots, by_planes(positions), masks, buffers, kept, resps_reads=reads)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -101,7 +101,7 @@ class InvariantForward(SlotForward):
 
 
 class PartForward(InvariantForward):
-    """Computes some nodes of a tree, of which it reads nothing on the host: it can be captured, the layout as well."""
+    """Computes some nodes of a tree without a look from the host: it can be captured, its layout as well."""
 
     is_captured = True
 

@@ -1,191 +1,272 @@
 """Verify trees in the exact mode: the logits of a node are those of its text, whatever else is in the forward."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable
+from functools import partial
 from hashlib import sha256
 from math import gcd
-from typing import Any, NoReturn
+from threading import Lock
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from ...tree import DraftTree, Pricing, moved
 from ..forward import Features, TargetForward
 from ..prepacking import is_prepacked
-from ..slots.buffers import SlotBuffers
+from ..slots.buffers import SlotBuffers, parts_of
 from ..slots.engine import LEAST_ROWS, SlotEngine, padded_count
-from ..slots.forwards import (
-    node_positions,
-)
-from ..slots.verifier import _MORE, _WINDOW, SlotVerifier, _parts, _rounded_up, _windowed
+from ..slots.forwards import SlotForward, node_positions
+from ..slots.steps import VerifyingSteps
+from ..slots.texts import SPARE, WINDOW, SlotTexts, rounded_up, windowed
 from .attention import BLOCK, Layout, levels_below
 from .forwards import InvariantForward, InvariantInputs, PartForward, PartInputs
 from .row_classes import RowNeeds, kernel_settings
 
 
-_CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
+# Tokens of a prompt that one forward reads; their results do not depend on it.
+_CHUNK = 128
+# Lengths of the chains that try compiled code.
+_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)
+# Tokens of the text before these chains.
+_PLACE = 100
 
 
-_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # lengths of the chains that try compiled code
+class ModelCode:
+    """Guards the forwards of one model: one thread runs them, and compiled code rounds every text in one way.
 
-
-_PLACE = 100  # tokens of the text before these chains
-
-
-class InvariantVerifier(SlotVerifier):
-    """Verifies trees so that the logits of a node are those of its text, whatever else is in the forward.
-
-    The prompt is read over the same buffers, as a chain of tokens. A row's text begins at slot 0, without padding.
-    Where kernels go by whole shapes, each forward has one number of nodes, of one row; larger trees take several.
-    Compiled code on a CPU multiplies by kernels of ours, in which no row knows another.
-
-    Args:
-        forward: as in `Verifier`.
-        engine: the target's. Where `compiles`, it is lent to this call.
-        needs: rows that are computed together, as `RowClasses` finds them.
-        position_ids: as in `Verifier`.
-        attention_mask: as in `Verifier`.
-        compiles: whether steps run compiled, and on a CPU the prompt.
+    Attributes:
+        lock: of the name of the target's attention.
+        compared: rows and kernel settings of such code.
+        sample: tokens of a prompt: compiled and eager code differ more where they are no text.
     """
 
-    _over_slots: InvariantForward
+    def __init__(self) -> None:
+        self.lock, self.sample = Lock(), list[int]()
+        self._weights: object = None  # of the code that was compared
+        self.compared: set[Hashable] = set()
+        self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
+
+    def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
+        """Compare, once for each compiled code and its weights, nodes beside others, and with those of other code.
+
+        Args:
+            engine: has the code.
+            rows: of the code.
+            answers: computes logits `[t, v]` of a chain after the sample, and of chains that begin like it.
+
+        Raises:
+            ValueError: it rounds a node by the nodes beside it, or otherwise than what was compared before.
+        """
+        if self._weights is not engine.packages:
+            self._weights, self._bits = engine.packages, {}
+            self.compared.clear()
+        settings = tuple(kernel_settings().values())
+        if (rows, *settings) in self.compared:
+            return
+        with engine.preparing():
+            known, others = answers()
+        if not all(torch.equal(logits, known[: len(logits)]) for logits in others):
+            self.refuse(engine.owner, "a row by what stands beside it")
+        bits = sha256(known[: _TRIED[-1]].contiguous().view(torch.uint8).numpy().tobytes()).digest()
+        if self._bits.setdefault(settings, bits) != bits:
+            self.refuse(engine.owner, "a text in several ways")
+        self.compared.add((rows, *settings))
+
+    def refuse(self, target: PreTrainedModel, what: str) -> NoReturn:
+        """Refuse compiled code that rounds `what`."""
+        raise ValueError(
+            f"{type(target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, in bfloat16, "
+            "on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
+        )
+
+
+def _run(
+    forward: TargetForward,
+    over_slots: SlotForward,
+    engine: SlotEngine | None,
+    inputs: tuple[Tensor, ...],
+    buffers: list[Tensor],
+    row: int = 0,
+) -> tuple[Tensor, Features]:
+    """Run a forward over slots: logits, and the features. `row` as in `SlotEngine.forward`.
+
+    Raises:
+        RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
+    """
+    if engine is None:
+        outputs, features = forward.catch(lambda: over_slots(inputs, buffers))
+        return outputs[0], features
+    outputs = engine.forward(over_slots, inputs, buffers, row)
+    if engine.is_broken:
+        raise RuntimeError(
+            f"The target's steps could not run compiled: {engine.obstacle}. As they are, they round "
+            "otherwise, so call `generate` with `compile=False` to write a text in one way."
+        )
+    features = Features(forward.layers)
+    features.caught = over_slots.features(outputs, inputs, forward.layers)
+    return outputs[0], features
+
+
+class InvariantSteps(VerifyingSteps):
+    """Runs trees, and chunks of prompts, so that the logits of a node are those of its text.
+
+    A row's text begins at slot 0, without padding. Compiled code on a CPU multiplies by kernels of ours, in which no
+    row knows another.
+
+    Args:
+        forward: the target's.
+        texts: where the rows lie.
+        needs: rows that are computed together, as `RowClasses` finds them.
+        code: what the model's calls share.
+        engine: lent to this call; with `None` steps run as they are.
+    """
 
     def __init__(
         self,
         forward: TargetForward,
-        engine: SlotEngine,
+        texts: SlotTexts,
         needs: RowNeeds,
-        position_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        compiles: bool = False,
+        code: ModelCode,
+        engine: SlotEngine | None = None,
     ) -> None:
-        super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
-        self._needs, self._pattern = needs, engine.pattern(forward.target)
-        shared = engine.lock, needs.forward, forward.target, self._pattern
-        self._compiles_all = compiles and not needs.is_exact
-        self.pricing = Pricing(paths_cost=not self._compiles_all)  # to kernels of ours a path is some more rows
-        self._eagerly = InvariantForward(*shared, [])
-        self._over_chunks = InvariantForward(*shared, None if self._compiles_all else [])
-        self._over_slots = self._over_chunks  # features are outputs of compiled code, else hooks catch them
-        if needs.is_exact:
-            self._over_slots = PartForward(*shared, forward.layers if compiles else [])
+        self.forward, self.texts, self.needs, self.engine, self._code = forward, texts, needs, engine, code
+        self.pricing = Pricing(paths_cost=engine is None)  # to kernels of ours a path is some more rows
+        # features are outputs of compiled code, else hooks catch them
+        layers: list[int] | None = [] if engine is None else None
+        self._over_slots = InvariantForward(code.lock, needs.forward, forward.target, texts.pattern, layers)
         self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
-        self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
 
-    @property
-    def _places(self) -> list[int]:
-        return [end - hidden for end, hidden in zip(self._row_ends, self._hidden, strict=True)]
+    def begin(self, cache: Cache) -> None:
+        self.texts.buffers.clear()
+        if self.engine is not None:
+            self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
-    def _orders(self, length: int) -> list[Tensor]:
-        seen = self._slots.unpadded(length, len(self._shifts), torch.device("cpu"))
-        return [row.nonzero().flatten() for row in seen]
+    def largest_chunk(self, rows: int) -> int:
+        """Tokens of each row that one forward reads."""
+        return _CHUNK if self.engine is None else _tried(rows)[-1]
 
-    def _visible(self, size: int) -> Tensor:
-        return torch.ones(self._rows, size, dtype=torch.bool, device=self.device)
-
-    def _begin_steps(self) -> None:
-        end = self._positions.shape[-1]
-        self._hidden = [end - len(order) for order in self._orders(end)]
-        self._buffers.clear()
-        self._fill(end)
-
-    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
-        """As `Verifier.prefill`. No chunk is larger than suits the machine."""
-        self._start(len(tokens))
-        orders = [order.to(self.device) for order in self._orders(self._positions.shape[-1])]
-        tokens, positions = (
-            tokens.to(self.device),
-            self._positions.expand(*self._positions.shape[:-2], len(tokens), -1),
-        )
-        largest, together = _CHUNK, [slice(None)]
-        if self._needs.is_exact:
-            largest, together = self._needs.forward, [slice(row, row + 1) for row in range(len(tokens))]
-        elif self._compiles_all:
-            self._forward.stop_catching()  # see `SlotVerifier`
-            largest = _tried(len(tokens))[-1]
-        logits, caught = list[Tensor](), list[dict[int, Tensor]]()
-        for rows in together:
-            prompt = _PromptTexts(tokens[rows], positions[..., rows, :], orders[rows], self.length, rows.start)
-            last_logits, states = self._read_all(prompt, min(chunk_size or largest, largest))
-            logits += last_logits
-            caught.append(states)
-        self._slots.extend([positions.shape[-1] - self.length] * len(tokens))
-        if self._engine is not None:
-            self._forward.stop_catching()
-        features = Features(self._forward.layers)
-        features.caught = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
-        return torch.stack(logits), [features]
-
-    def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Read rows in chunks: the last logits `[1, v]` of each, and the features `[b, length, h]`."""
-        logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
-        read = [self._read(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
-        joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
-        return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
-
-    def _read(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read each row's next tokens. Rows that end with them get their `logits` `[1, v]`. Returns the features."""
-        width = min(size, prompt.tokens.shape[1] - start)
-        if self._engine is not None and not self._engine.sample:
-            self._engine.sample = prompt.tokens[0, : 2 * _PLACE].tolist()
-        self._check_code(len(prompt.counts))
-        step = self._step(len(prompt.counts))
-        count = self._count(width, step)
-        read = torch.arange(count)
-        chosen = start + read.clamp(max=width - 1)
-        left = torch.tensor(prompt.counts)[:, None] - start
-        roots = torch.tensor(prompt.starts)[:, None] + start + left.clamp(max=0)
-        depths = torch.minimum(read, (left - 1).clamp(min=0))
-        ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
-        asked = sorted(set(ends.values()))
-        others = [node for node in range(count) if node not in asked]
-        kept = asked + others[: _rounded_up(max(len(asked), 2), step) - len(asked)]
-        end, layout = int(roots.max()) + count, self._layout(roots, depths, count)
-        of_nodes = [depths, roots, torch.tensor(kept), *layout]
-        if self.device.type != "cpu":
-            chosen, *of_nodes = moved([chosen, *of_nodes], self.device)
-        depths, roots, chosen_logits, *parts = of_nodes
-        positions = prompt.positions[..., chosen].view(-1, *depths.shape).permute(1, 2, 0)
-        inputs = InvariantInputs(prompt.tokens[:, chosen], depths, roots, positions, chosen_logits)
-        self._reserve(max(end, layout.shared.numel()))
-        chunk_logits, caught = self._run(self._over_chunks, (*inputs, *parts), self._buffers.parts(prompt.row))
-        for row, end in ends.items():
-            logits[row] = chunk_logits[row, kept.index(end)][None]
-        return {layer: part[:, :width] for layer, part in caught.items()}
+    def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
+        """Run over `InvariantInputs` and their layout: logits `[b, k, v]`, and the features."""
+        return _run(self.forward, self._over_slots, self.engine, inputs, buffers)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        if self._needs.is_exact:
-            self._note_least(self._needs.forward)
-            logits, caught = self._in_parts(tree, self._needs.forward)
-        else:
-            is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
-            self._check_code(self._rows)
-            step = self._step(self._rows)
-            self._note_least(self._count(1, step))
-            count = self._count(tree.node_count, step)
-            nodes, depths, ancestors, roots = self._nodes(tree, count)
-            layout = self._layout(self._newest_roots, depths, tree.node_count, None if is_chain else ancestors)
-            positions = node_positions(roots[:, 1:], depths)
-            inputs = nodes, depths, self._newest_roots, positions, self._first(count)
-            self._reserve(max(max(self._places) + count, layout.shared.numel()))
-            logits, caught = self._run(self._over_slots, (*inputs, *layout), self._buffers.parts())
-        features = Features(self._forward.layers)
-        features.caught = caught
-        return self._without_padding(tree, logits, features)
+        texts, rows = self.texts, self.texts.count
+        is_chain = all(parents == [0, *range(tree.node_count - 1)] for parents in tree.parents.tolist())
+        self.check_code(rows)
+        self.pricing = self.pricing._replace(least_nodes=self.count(1, rows))
+        count = self.count(tree.node_count, rows)
+        tokens, depths, ancestors, roots = texts.nodes(tree, count)
+        layout = self.layout(texts.roots, depths, tree.node_count, None if is_chain else ancestors)
+        positions = node_positions(roots[:, 1:], depths)
+        inputs = InvariantInputs(tokens, depths, texts.roots, positions, texts.first(count))
+        texts.reserve(max(max(texts.places) + count, layout.shared.numel()))
+        return self.run((*inputs, *layout), texts.buffers.parts())
 
-    def _in_parts(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run forwards over `step` nodes of a row each; of a larger tree, those before them lie in their slots."""
-        count = _rounded_up(tree.node_count, step)
-        tokens, depths, ancestors, roots = self._nodes(tree, count)
-        rows, blocks = len(tree.tokens), self._first(self._reserve(max(self._places) + count) // BLOCK)
+    def step(self, rows: int) -> int:
+        """Return the number that must divide the nodes of each row."""
+        return self.needs.forward // gcd(self.needs.forward, rows)
+
+    def count(self, nodes: int, rows: int, step: int | None = None) -> int:
+        """How many nodes a forward computes of each row, padding included; a multiple of `step`, else of what kernels
+        need.
+        """
+        step = step or self.step(rows)
+        if self.engine is None:
+            return rounded_up(max(nodes, -(-self._fewest // rows)), step)
+        count = rounded_up(padded_count(self.texts.rows.device, nodes, rows), step)
+        return count + step * (count == rows)  # what is equal at first is compiled as always equal
+
+    def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> Layout:
+        """The layout of a chain, or of a tree with `ancestors`; nodes from `count` on are padding."""
+        is_compiled = self.engine is not None
+        least = 2 if is_compiled else 0
+        if ancestors is None:
+            layout = Layout.of_chain(roots, depths, least)
+        else:
+            layout = Layout.of_tree(roots, depths, ancestors, least)
+        return layout.of_nodes(count, compiled=is_compiled)
+
+    def check_code(self, rows: int, sample: Tensor | None = None) -> None:
+        """Check the compiled code for so many rows, see `ModelCode.check`.
+
+        `sample` are tokens of a prompt, which serve as a text where none is known yet.
+        """
+        if self.engine is not None:
+            if sample is not None and not self._code.sample:
+                self._code.sample = sample[: 2 * _PLACE].tolist()
+            self._code.check(self.engine, rows, partial(self._answers, rows))
+
+    def _answers(self, rows: int) -> tuple[Tensor, list[Tensor]]:
+        *fewer, most = _tried(rows)
+        buffers = self._trial_buffers(rows, most)
+        answers = [self._answer(count, buffers, is_chain=True) for count in (most, *fewer)]
+        return answers[0], answers[1:] + [self._answer(count, buffers, is_chain=False) for count in _TRIED]
+
+    def _trial_buffers(self, rows: int, count: int) -> list[Tensor]:
+        """Buffers that hold the first tokens of the sample in each row, and take `count` more."""
+        buffers, nodes = SlotBuffers(), torch.arange(_PLACE).expand(rows, -1)
+        size = windowed(_PLACE + self.count(count, rows, 1)) + SPARE
+        buffers.reserve(parts_of(self.texts.pattern), rows, size)
+        inputs = self._trial_inputs(nodes, 0)
+        self._over_slots((*inputs, *Layout.of_chain(inputs.roots, nodes)), buffers.parts())
+        return buffers.parts()
+
+    def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
+        """The logits of compiled code to a chain of so many nodes, `[count, v]`, the same in each row."""
+        rows = len(buffers[0])
+        parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
+        tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self.count(count, rows, 1))
+        inputs = self._trial_inputs(tree.depths, _PLACE)
+        layout = self.layout(inputs.roots, tree.depths, count, None if is_chain else tree.ancestors)
+        return self.run((*inputs, *layout), buffers)[0][0, :count]
+
+    def _trial_inputs(self, depths: Tensor, place: int) -> InvariantInputs:
+        """The inputs of tokens at `depths` `[b, n]` below a place; the sample repeats itself."""
+        places, ends, sample = place + depths, self.texts.rows, self._code.sample
+        tokens = torch.tensor(sample)[places % len(sample)]
+        last = sys.maxsize if ends.last_position is None else ends.last_position
+        planes = torch.zeros_like(torch.tensor(ends.shifts[0]))  # some targets count in floats
+        positions = (places[..., None] + planes).clamp(max=last)
+        first = self.texts.first(depths.shape[1])
+        return InvariantInputs(tokens, depths, torch.full((len(depths), 1), place), positions, first)
+
+
+class ExactSteps(VerifyingSteps):
+    """Runs forwards of one number of nodes, of one row, where kernels go by whole shapes; larger trees take several.
+
+    Args:
+        chunks: reads prompts, as it is.
+        engine: lent to this call; with `None` steps run as they are.
+    """
+
+    pricing = Pricing(paths_cost=True)
+
+    def __init__(self, chunks: InvariantSteps, code: ModelCode, engine: SlotEngine | None) -> None:
+        self._chunks, self._engine, self._nodes = chunks, engine, chunks.needs.forward
+        forward, texts = chunks.forward, chunks.texts
+        layers = [] if engine is None else forward.layers
+        self._over_slots = PartForward(code.lock, self._nodes, forward.target, texts.pattern, layers)
+
+    def begin(self, cache: Cache) -> None:
+        self._chunks.begin(cache)
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        """Run over parts of each row's tree; the nodes before a part lie in their slots."""
+        forward, texts, step = self._chunks.forward, self._chunks.texts, self._nodes
+        self.pricing = self.pricing._replace(least_nodes=step)
+        count = rounded_up(tree.node_count, step)
+        tokens, depths, ancestors, roots = texts.nodes(tree, count)
+        rows, blocks = len(tree.tokens), texts.first(texts.reserve(max(texts.places) + count) // BLOCK)
         read = list[tuple[Tensor, dict[int, Tensor]]]()
-        for row, place in enumerate(self._places):
-            own, levels = slice(row, row + 1), self._first(levels_below(place, tree.level_count))
+        for row, place in enumerate(texts.places):
+            own, levels = slice(row, row + 1), texts.first(levels_below(place, tree.level_count))
             for stop in range(step, count + 1, step):
                 nodes = tokens[own, stop - step : stop], depths[own, :stop], ancestors[own, :stop, :stop]
-                inputs = PartInputs(*nodes, roots[own], blocks, levels)
-                logits, caught = self._run(self._over_slots, inputs, self._buffers.parts(row), row)
+                inputs, buffers = PartInputs(*nodes, roots[own], blocks, levels), texts.buffers.parts(row)
+                logits, features = _run(forward, self._over_slots, self._engine, inputs, buffers, row)
+                caught = features.caught
                 if self._engine is not None and rows * count > step:  # a graph writes to the same place again
                     logits, caught = logits.clone(), {layer: part.clone() for layer, part in caught.items()}
                 read.append((logits, caught))
@@ -193,119 +274,14 @@ class InvariantVerifier(SlotVerifier):
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts, dim=1).view(rows, count, -1) if len(parts) > 1 else parts[0]
 
-        features = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
+        features = Features(forward.layers)
+        features.caught = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
         return joined([logits for logits, _ in read]), features
 
-    def _count(self, nodes: int, step: int) -> int:
-        """How many nodes a step computes of each row, padding included."""
-        if not self._compiles_all:
-            return _rounded_up(max(nodes, -(-self._fewest // self._rows)), step)
-        count = _rounded_up(padded_count(self.device, nodes, self._rows), step)
-        return count + step * (count == self._rows)  # what is equal at first is compiled as always equal
 
-    def _layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> Layout:
-        """The layout of a chain, or of a tree with `ancestors`; nodes from `count` on are padding."""
-        least = 2 if self._compiles_all else 0
-        if ancestors is None:
-            layout = Layout.of_chain(roots, depths, least)
-        else:
-            layout = Layout.of_tree(roots, depths, ancestors, least)
-        return layout.of_nodes(count, compiled=self._compiles_all)
-
-    def _run(
-        self, forward: InvariantForward, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run a forward: logits, and the features of each layer. `row` as in `SlotEngine.forward`.
-
-        Raises:
-            RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
-        """
-        if self._engine is None or forward is not self._over_slots:
-            outputs, features = self._forward.catch(lambda: forward(inputs, buffers))
-            return outputs[0], features.caught
-        outputs = self._engine.forward(forward, inputs, buffers, row)
-        if self._engine.is_broken:
-            raise RuntimeError(
-                f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
-                "otherwise, so call `generate` with `compile=False` to write a text in one way."
-            )
-        return outputs[0], forward.features(outputs, inputs, self._forward.layers)
-
-    def _step(self, rows: int) -> int:
-        """The number of which the nodes of each row must be a multiple."""
-        return self._needs.forward // gcd(self._needs.forward, rows)
-
-    def _check_code(self, rows: int) -> None:
-        """Compare, once for each compiled code, nodes beside others, and with those of other code.
-
-        Raises:
-            ValueError: it rounds a node by the nodes beside it, or otherwise than what was compiled before.
-        """
-        if self._engine is None or not self._compiles_all:
-            return
-        engine, settings = self._engine, tuple(kernel_settings().values())
-        code = rows, *settings
-        if code in engine.checked:
-            return
-        with engine.preparing():
-            *fewer, most = _tried(rows)
-            buffers = self._trial_buffers(engine.sample, rows, most)
-            known = self._answer(engine.sample, most, buffers, is_chain=True)
-            answers = [self._answer(engine.sample, count, buffers, is_chain=True) for count in fewer]
-            answers += [self._answer(engine.sample, count, buffers, is_chain=False) for count in _TRIED]
-        if not all(torch.equal(logits, known[: len(logits)]) for logits in answers):
-            self._refuse("a row by what stands beside it")
-        bits = sha256(known[: _TRIED[-1]].contiguous().view(torch.uint8).numpy().tobytes()).digest()
-        if engine.bits.setdefault(settings, bits) != bits:
-            self._refuse("a text in several ways")
-        engine.checked.add(code)
-
-    def _trial_buffers(self, sample: Sequence[int], rows: int, count: int) -> list[Tensor]:
-        """Buffers that hold the first tokens of a sample of text in each row, and take `count` more."""
-        buffers = SlotBuffers()
-        buffers.reserve(_parts(self._pattern), rows, _windowed(_PLACE + self._count(count, 1)) + _MORE)
-        nodes = torch.arange(_PLACE).expand(rows, -1)
-        inputs = self._trial_inputs(sample, nodes, 0)
-        self._eagerly((*inputs, *Layout.of_chain(inputs.roots, nodes)), buffers.parts())
-        return buffers.parts()
-
-    def _answer(self, sample: Sequence[int], count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
-        """The logits of compiled code to a chain of so many nodes, `[count, v]`, the same in each row."""
-        rows = len(buffers[0])
-        parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
-        tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self._count(count, 1))
-        inputs = self._trial_inputs(sample, tree.depths, _PLACE)
-        layout = self._layout(inputs.roots, tree.depths, count, None if is_chain else tree.ancestors)
-        return self._run(self._over_slots, (*inputs, *layout), buffers)[0][0, :count]
-
-    def _trial_inputs(self, sample: Sequence[int], depths: Tensor, place: int) -> InvariantInputs:
-        """The inputs of tokens at `depths` `[b, n]` below a place; the sample repeats itself."""
-        places = place + depths
-        tokens = torch.tensor(sample)[places % len(sample)]
-        last = sys.maxsize if self._last_position is None else self._last_position
-        planes = torch.zeros_like(torch.tensor(self._shifts[0]))  # some targets count in floats
-        positions = (places[..., None] + planes).clamp(max=last)
-        return InvariantInputs(
-            tokens, depths, torch.full((len(depths), 1), place), positions, self._first(depths.shape[1])
-        )
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"{type(self._forward.target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, "
-            "in bfloat16, on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
-        )
-
-    def keep_rows(self, rows: list[int]) -> None:
-        self._hidden = [self._hidden[row] for row in rows]
-        super().keep_rows(rows)
-
-    def _reserve(self, count: int) -> int:
-        if not self._needs.is_exact:
-            return super()._reserve(count)
-        size = max(1 << (count - 1).bit_length(), _WINDOW)  # few sizes: each is captured by itself
-        if size > self._buffers.size:
-            self._buffers.grow(size)
-        return size
+def doubled(count: int) -> int:
+    """The slots that a forward sees where it needs so many: few sizes, since each is captured by itself."""
+    return max(1 << (count - 1).bit_length(), WINDOW)
 
 
 def _tried(rows: int) -> tuple[int, ...]:
@@ -314,33 +290,96 @@ def _tried(rows: int) -> tuple[int, ...]:
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
 
+class TextReader:
+    """Reads prompts over the slots of their trees, as chains of tokens, by the same steps.
+
+    Args:
+        steps: run over the chunks.
+        is_compiled: whether the call's steps run compiled, whatever reads the prompt.
+    """
+
+    def __init__(self, steps: InvariantSteps, *, is_compiled: bool) -> None:
+        self._steps, self._is_compiled = steps, is_compiled
+
+    def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
+        """Read the end `[b, t]` of the prompt. No chunk is larger than suits the machine."""
+        steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
+        orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
+        tokens = tokens.to(ends.device)
+        positions = ends.positions.expand(*ends.positions.shape[:-2], rows, -1)
+        largest, together = steps.largest_chunk(rows), [slice(None)]
+        if steps.needs.is_exact:
+            largest, together = steps.needs.forward, [slice(row, row + 1) for row in range(rows)]
+        logits, caught = list[Tensor](), list[dict[int, Tensor]]()
+        for own in together:
+            prompt = _PromptTexts(tokens[own], positions[..., own, :], orders[own], ends.length, own.start)
+            last_logits, states = self._read_all(prompt, min(chunk_size or largest, largest))
+            logits += last_logits
+            caught.append(states)
+        ends.slots.extend([ends.prompt_length - ends.length] * rows)
+        if self._is_compiled:
+            steps.forward.stop_catching()
+        features = Features(steps.forward.layers)
+        features.caught = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
+        return torch.stack(logits), [features]
+
+    def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Read rows in chunks: the last logits `[1, v]` of each, and the features `[b, length, h]`."""
+        logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
+        read = [self.read_chunk(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
+        joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
+        return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
+
+    def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
+        """Read each row's next tokens; returns the features. Rows that end with them get their `logits` `[1, v]`."""
+        steps, rows = self._steps, len(prompt.counts)
+        steps.check_code(rows, prompt.tokens[0])
+        width = min(size, prompt.tokens.shape[1] - start)
+        count = steps.count(width, rows)
+        read = torch.arange(count)
+        chosen = start + read.clamp(max=width - 1)
+        left = torch.tensor(prompt.counts)[:, None] - start
+        roots = torch.tensor(prompt.starts)[:, None] + start + left.clamp(max=0)
+        depths = torch.minimum(read, (left - 1).clamp(min=0))
+        ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
+        asked = sorted(set(ends.values()))
+        others = [node for node in range(count) if node not in asked]
+        kept = asked + others[: rounded_up(max(len(asked), 2), steps.step(rows)) - len(asked)]
+        end, layout = int(roots.max()) + count, steps.layout(roots, depths, count)
+        of_nodes = [depths, roots, torch.tensor(kept), *layout]
+        if steps.texts.rows.device.type != "cpu":
+            chosen, *of_nodes = moved([chosen, *of_nodes], steps.texts.rows.device)
+        depths, roots, chosen_logits, *parts = of_nodes
+        positions = prompt.positions[..., chosen].view(-1, *depths.shape).permute(1, 2, 0)
+        inputs = InvariantInputs(prompt.tokens[:, chosen], depths, roots, positions, chosen_logits)
+        steps.texts.reserve(max(end, layout.shared.numel()))
+        chunk_logits, features = steps.run((*inputs, *parts), steps.texts.buffers.parts(prompt.row))
+        for row, end in ends.items():
+            logits[row] = chunk_logits[row, kept.index(end)][None]
+        return {layer: part[:, :width] for layer, part in features.caught.items()}
+
+
 class _PromptTexts:
-    """What is new of each row's prompt, without padding.
+    """The new tokens of each row's prompt, without padding.
 
     Args:
         tokens: `[b, any]` the end of the prompts.
         position_ids: `[b or 1, s]`, or `[planes, b or 1, s]`, of the whole prompts.
         orders: of each row, which of the s are text, ascending.
         known: positions that the cache holds.
-        row: of the buffers, if they are of one.
-
-    Attributes:
-        tokens: `[b, t]`; a row that has fewer repeats its last.
-        positions: `[..., b, t]` of them.
-        counts: new tokens of each row.
-        starts: tokens of each row before them.
-        length: new positions of the prompts, padding included.
+        row: index of the row whose buffers are written, when only one row's are.
     """
 
     def __init__(
         self, tokens: Tensor, position_ids: Tensor, orders: list[Tensor], known: int, row: int | None = None
     ) -> None:
-        self.row, self.length = row, position_ids.shape[-1] - known
+        self.row, self.length = row, position_ids.shape[-1] - known  # new positions, padding included
         self._orders = [order[order >= known] for order in orders]
-        self.counts = list(map(len, self._orders))
+        self.counts = list(map(len, self._orders))  # of new tokens, which follow as many as `starts` says
         self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
         longest = torch.arange(max(self.counts), device=tokens.device)
         index = torch.stack([order[longest.clamp(max=len(order) - 1)] for order in self._orders])
+        # `[b, t]` and `[..., b, t]`; a row that has fewer repeats its last
         self.tokens = tokens.gather(1, index - (position_ids.shape[-1] - tokens.shape[1]))
         self.positions = position_ids.expand(*position_ids.shape[:-2], len(tokens), -1).gather(
             -1, index.expand(*position_ids.shape[:-2], -1, -1)

@@ -42,7 +42,7 @@ class SlotLayer(CacheLayerMixin):
         if self._written.shape[0] == 1:
             buffer.index_copy_(2, self._written[0], states)
         else:
-            buffer[_rows(self._written), :, self._written] = states.transpose(1, 2)
+            buffer[row_index(self._written), :, self._written] = states.transpose(1, 2)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """The buffers are there."""
@@ -62,7 +62,8 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def _rows(slots: Tensor) -> Tensor:
+def row_index(slots: Tensor) -> Tensor:
+    """The row of each of these slots `[b, n]`."""
     return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
@@ -101,7 +102,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Have at least `size` slots for so many rows, and zeros in those that are new.
+        """Provide at least `size` slots for so many rows; new ones hold zeros.
 
         `kinds` are entries `[any, kv heads, any, hd]` of each part.
         """
@@ -194,6 +195,12 @@ def _no_view(part: Tensor) -> Tensor:
 def filled(cache: Cache) -> list[int]:
     """The layers that hold entries; one that shares another's keys has none."""
     return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+
+
+def parts_of(cache: Cache) -> list[Tensor]:
+    """Keys and values of each layer that holds some, in turn."""
+    layers: list[Any] = cache.layers
+    return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ...compilation.captured import CapturedFunction
 from ...compilation.compiled import CompiledFunction
 from ...compilation.engine import Code, CompileEngine, WeightFingerprint
 from .buffers import SlotBuffers
-from .forwards import SlotForward, forward_over_slots
+from .forwards import SlotForward, steps_kind
 
 
 _BUFFER_SIZES = "b.s."
@@ -31,11 +30,6 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
-        self.lock = Lock()  # of the name of the target's attention
-        # Of compiled code of the invariant mode: which was compared, and how it rounds a sample.
-        self.checked: set[Hashable] = set()
-        self.bits: dict[Hashable, bytes] = {}
-        self.sample: list[int] = []  # tokens of a prompt: compiled and eager code differ more where they are no text
         self._pattern: tuple[Hashable, Cache] | None = None
 
     @torch.no_grad()
@@ -49,11 +43,6 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             self._pattern = kind, cache
         return self._pattern[1]
 
-    def forget(self) -> None:
-        super().forget()
-        self.checked.clear()
-        self.bits.clear()
-
     @property
     def module(self) -> PreTrainedModel:
         return self.owner
@@ -62,20 +51,23 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether code for such steps lies ready, which another process has made, or a call that waited."""
-        name = _code_name(forward_over_slots(target, is_batch=is_batch).kind, is_batch)
+        """Whether code for such steps lies ready, made by another process or by a call that waited."""
+        name = _code_name(steps_kind(target, is_batch=is_batch), is_batch)
         with self.borrow(target) as lent:
             return lent is not None and lent.packages.have(name)
 
     def identity(self, target: PreTrainedModel) -> str | None:
-        """Of the target, as its packages know it; `None` while another call has the engine."""
+        """Return the name of the target among packages; `None` while another call has the engine."""
         with self.borrow(target) as lent:
             return None if lent is None else lent.packages.identity
 
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or as it is where that fails. `row` is that of the buffers, if they are of one."""
+        """Run a forward compiled, or eagerly where that fails.
+
+        `row`: index of the row whose buffers are passed, when only one row's are.
+        """
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -118,7 +110,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
 
 def _code_name(kind: str, is_batch: bool) -> str:
-    """Of a forward, in every process."""
+    """Name a forward's code alike in every process."""
     return f"{kind}, {'a batch' if is_batch else 'one row'}"
 
 

@@ -13,11 +13,11 @@ from ..attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
 from ..cache import holds_state, window_of
 from ..forward import hidden_states_asked, output_places
 from ..hybrids import RECURRENT_KINDS, StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers, reading_trees
-from .buffers import SlotLayer, _rows
+from .buffers import SlotLayer, row_index
 
 
 class _PackedSlotLayer(SlotLayer):
-    """Of `PackedInputs`: `written` are the slots and the rows of the nodes, `[2, r]`."""
+    """A slot layer for `PackedInputs`: `written` are the slots and the rows of the nodes, `[2, r]`."""
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
@@ -45,7 +45,7 @@ class SlotInputs(NamedTuple):
 
 
 class PackedInputs(NamedTuple):
-    """As `SlotInputs`, where rows have trees of different sizes, and no more than these is computed.
+    """`SlotInputs` of rows whose trees differ in size, where padding is not computed.
 
     Attributes:
         packed: `[r]` the computed nodes, as places in the `b * n` of all rows.
@@ -61,6 +61,7 @@ class PackedInputs(NamedTuple):
     kept: Tensor
 
 
+PACKED_STEPS = "packed steps"  # the kind of forwards over `PackedInputs`
 # Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
@@ -84,7 +85,7 @@ class SlotForward:
     is_captured = False  # whatever the device and the options are
     kind = "steps"
     sizes: Sequence[str] = _SIZES
-    _layer = SlotLayer
+    layer = SlotLayer
 
     def __init__(
         self,
@@ -92,23 +93,45 @@ class SlotForward:
         cache: Cache,
         feature_layers: list[int] | None,
         options: dict[str, Any] | None = None,
+        *,
+        packs_rows: bool = False,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
+        self._packs_rows = packs_rows
+        if packs_rows:
+            self.kind, self.sizes, self.layer = PACKED_STEPS, _PACKED_SIZES, _PackedSlotLayer
         self._last = target.config.get_text_config().num_hidden_layers
-        self._places = list(range(self._last + 1) if feature_layers is None else output_places(target, feature_layers))
-        self._run = _run(target, cache, self._places, self._layer)
-        self._windows = _windows(target, cache)
+        self.places = list(range(self._last + 1) if feature_layers is None else output_places(target, feature_layers))
+        self.run = _run(target, cache, self.places, self.layer)
+        self.windows = _windows(target, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `SlotInputs` and buffers."""
-        inputs, buffers = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
-        slots, masks = _laid_out(inputs, self._windows, self.target.dtype)
-        positions = _by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
-        return self._run(inputs.tokens, slots, positions, masks, buffers, inputs.kept, size=inputs.seen.shape[1])
+        """Run over `SlotInputs`, or `PackedInputs`, and buffers: the logits, and the hidden states of each place."""
+        kind: Any = PackedInputs if self._packs_rows else SlotInputs
+        count = len(kind._fields)
+        inputs, buffers = kind(*given[:count]), given[count:]
+        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if self._packs_rows else None
+        are_computed = None if nodes is None else nodes.are_computed
+        slots, masks = _laid_out(inputs, self.windows, self.target.dtype, are_computed)
+        tokens, positions = inputs.tokens, node_positions(inputs.roots[:, 1:], inputs.depths)
+        options = {"size": inputs.seen.shape[1]}
+        if nodes is not None:
+            slots = torch.cat([nodes.together(slots), nodes.together(row_index(slots))])
+            tokens, positions, options["resps_packed"] = nodes.together(tokens), nodes.together(positions), nodes
+        return self.run(tokens, slots, by_planes(positions), masks, buffers, inputs.kept, **options)
 
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        """Of what the function gave for these inputs, the hidden states `[b, n, h]` of some layers."""
-        return {layer: outputs[1 + self._places.index(min(layer, self._last))] for layer in layers}
+        """Pick, from the function's outputs for these inputs, the hidden states `[b, n, h]` of some layers."""
+        caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
+        if not self._packs_rows:
+            return caught
+        given = PackedInputs(*inputs)
+        nodes = PackedNodes(given.packed, *given.tokens.shape)
+        return {layer: nodes.apart(states) for layer, states in caught.items()}
+
+    def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Pick, from the function's outputs, the tensors that advance states of recurrent layers."""
+        return outputs[1 + len(self.places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -117,7 +140,8 @@ class SlotForward:
             yield
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run it without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each feature layer.
+        """Run the function without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each
+        feature layer; `[1, k, v]` and `[1, r, h]` where rows are packed.
 
         `buffers` are keys and values of each layer, `[b, kv heads, slots, hd]`; the tree's are written.
         """
@@ -125,41 +149,11 @@ class SlotForward:
             return self.function(*inputs, *buffers)
 
 
-class PackedForward(SlotForward):
-    """Computes only nodes that count, of rows whose trees may differ in size: all matrices multiply one row of nodes,
-    and attention alone has the rows apart.
-    """
-
-    kind = "packed steps"
-    sizes = _PACKED_SIZES
-    _layer = _PackedSlotLayer
-
-    def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `PackedInputs` and buffers: the logits `[1, k, v]`, and the hidden states `[1, r, h]`."""
-        inputs, buffers = PackedInputs(*given[: len(PackedInputs._fields)]), given[len(PackedInputs._fields) :]
-        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape)
-        slots, masks = _laid_out(inputs, self._windows, self.target.dtype, nodes.are_computed)
-        written = torch.cat([nodes.together(slots), nodes.together(_rows(slots))])
-        positions = _by_planes(nodes.together(node_positions(inputs.roots[:, 1:], inputs.depths)))
-        options = {"size": inputs.seen.shape[1], "resps_packed": nodes}
-        tokens = nodes.together(inputs.tokens)
-        return self._run(tokens, written, positions, masks, buffers, inputs.kept, **options)
-
-    def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        given = PackedInputs(*inputs)
-        nodes = PackedNodes(given.packed, *given.tokens.shape)
-        return {layer: nodes.apart(states) for layer, states in super().features(outputs, inputs, layers).items()}
-
-    @staticmethod
-    def serves(target: PreTrainedModel) -> bool:
-        """Whether attention gets what a forward is told, in every layer."""
-        attention = target.config.get_text_config()._attn_implementation
-        return bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
-
-
 class HybridForward(SlotForward):
-    """Of a target with recurrent layers. Their states follow the `SlotInputs`, as `StateKinds` orders them, and do not
-    change; what advances them follows the hidden states, see `noted`.
+    """The forward of a target with recurrent layers.
+
+    Their states follow the `SlotInputs`, see `StateKinds`, and do not change; the tensors that advance them follow the
+    hidden states, see `noted`.
     """
 
     kind = "hybrid steps"
@@ -170,36 +164,41 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Of `SlotInputs`, states and buffers."""
+        """Run over `SlotInputs`, states and buffers."""
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
-        attending = {kind: window for kind, window in self._windows.items() if kind not in RECURRENT_KINDS}
+        attending = {kind: window for kind, window in self.windows.items() if kind not in RECURRENT_KINDS}
         slots, laid_out = _laid_out(inputs, attending, self.target.dtype)
         masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
         masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
         tree = WholeTree(inputs.depths, inputs.ancestors, self.states.by_layer(parts[:count]))
-        positions = _by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
+        positions = by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
         options = {"size": inputs.seen.shape[1], "resps_tree": tree}
-        outputs = self._run(inputs.tokens, slots, positions, masks, parts[count:], inputs.kept, **options)
+        outputs = self.run(inputs.tokens, slots, positions, masks, parts[count:], inputs.kept, **options)
         return *outputs, *self.states.noted(tree)
-
-    def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Of what the function gave, what advances the states."""
-        return outputs[1 + len(self._places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """As `SlotForward.running`, and read trees whole."""
+        """Let mixers read trees whole, too."""
         with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
 
-def forward_over_slots(target: PreTrainedModel, *, is_batch: bool) -> type[SlotForward]:
-    """What runs steps of one row, or of several. A graph of an accelerator has a fixed number of nodes."""
+def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
+    """Whether steps of so many rows compute real nodes alone, of rows whose trees may differ in size: all matrices
+    multiply one row of nodes, and attention alone has the rows apart. It has to get what a forward is told in every
+    layer; and a graph of an accelerator has a fixed number of nodes.
+    """
+    attention = target.config.get_text_config()._attn_implementation
+    is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
+    return is_batch and is_told and target.device.type == "cpu" and not is_recurrent(target)
+
+
+def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
+    """The `kind` of the forward that runs steps of one row, or of several."""
     if is_recurrent(target):
-        return HybridForward
-    packs = is_batch and target.device.type == "cpu" and PackedForward.serves(target)
-    return PackedForward if packs else SlotForward
+        return HybridForward.kind
+    return PACKED_STEPS if packs_rows(target, is_batch=is_batch) else SlotForward.kind
 
 
 def _laid_out(
@@ -229,12 +228,12 @@ def _laid_out(
 
 
 def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
-    """Of nodes `[b, n]` below roots at positions `[b, planes]`: `[b, n, planes]`."""
+    """Compute the positions `[b, n, planes]` of nodes at `depths` `[b, n]` below roots `[b, planes]`."""
     return roots[:, None] + depths[..., None]
 
 
-def _by_planes(positions: Tensor) -> Tensor:
-    """As targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
+def by_planes(positions: Tensor) -> Tensor:
+    """Order positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -248,9 +247,9 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
 def _run(
     target: PreTrainedModel, cache: Cache, read: list[int], kind: type[SlotLayer]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """What runs the target over the first slots of buffers, all without a `size`, given masks for each kind of layers.
+    """Make a function that runs the target over the first `size` slots of buffers, with masks by kinds of layers.
 
-    The hidden states at the places `read` follow the logits, which nodes get that are `kept`.
+    It returns the logits of the `kept` nodes, and the hidden states at the places `read`.
     """
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
@@ -291,7 +290,7 @@ def _run(
 
 
 class _StatesAlone:
-    """Stands for a layer of a cache that has states and no keys."""
+    """A layer of a cache with states and no keys."""
 
     is_compileable = supports_early_init = False
 

@@ -1,0 +1,80 @@
+"""Read prompts by compiled code, in parts, over the slots in which their trees will be verified."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..attention import longrope_boundary
+from ..forward import Features, TargetForward
+from ..rows import RowEnds
+from ..verifier import read_in_chunks
+from .forwards import PackedInputs, SlotInputs
+from .steps import SlotSteps, apart
+from .texts import SlotTexts, filled_up, rounded_up
+
+
+# Tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees.
+_PART = 256
+# Tokens and slots of a part are multiples of these: a product is prepared once for each of few sizes.
+_PART_STEP, _PART_WINDOW = 4, 32
+# Tokens of several rows that are computed as one are multiples of it.
+_PACKED_STEP = 16
+
+
+def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
+    """Whether compiled code can read the prompt: on a CPU, where each token stands as far from its slot as the tokens
+    that follow will. Where 'longrope' switches frequencies, one forward has to read it all.
+    """
+    if rows.device.type != "cpu" or longrope_boundary(forward.target.config) is not None:
+        return False
+    start, end = rows.length, rows.prompt_length
+    stands = rows.positions[..., start:] == torch.arange(start, end) + rows.shift
+    seen = rows.prompt_mask(end)
+    return bool((stands if seen is None else stands | (seen[:, start:] == 0)).all())
+
+
+class PartReader:
+    """Reads prompts by the compiled code of steps. It gives the last logits alone."""
+
+    def __init__(self, forward: TargetForward, texts: SlotTexts, steps: SlotSteps) -> None:
+        self._forward, self._texts, self._steps = forward, texts, steps
+
+    def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
+        """Read the end `[b, t]` of the prompt, as `Verifier.prefill` says."""
+        return read_in_chunks(self._texts.rows, tokens, chunk_size, self._read_chunk)
+
+    def _read_chunk(self, tokens: Tensor, start: int) -> tuple[Tensor, Features]:
+        size = -(-tokens.shape[1] // -(-tokens.shape[1] // _PART))  # parts of about the same size
+        features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
+        for place in range(0, tokens.shape[1], size):
+            logits, part = self._steps.run(self.inputs(tokens[:, place : place + size], start + place))
+            logits = logits[0, : self._texts.count, None] if self._steps.pricing.packs_rows else logits
+            caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
+        if len(caught) > 1:
+            caught = [{layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}]
+        features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in caught[0].items()}
+        return logits, features
+
+    def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
+        """The inputs for a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
+        ends, visible = self._texts.rows, self._texts.visible
+        rows, width = tokens.shape
+        count = apart(rounded_up(width, _PART_STEP), rows)
+        size = rounded_up(start + count + 1, _PART_WINDOW)
+        seen, places = visible(size), torch.arange(start, start + count)
+        # Padding sees itself and stands where a token does: some targets have no other positions.
+        first = visible(ends.prompt_length).int().argmax(dim=1, keepdim=True)
+        depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
+        is_own = torch.eye(count, dtype=torch.bool)
+        ancestors = seen[:, None, start : start + count] & torch.ones_like(is_own).tril() | is_own
+        roots = torch.tensor([[start, *(start + shift for shift in shifts)] for shifts in ends.shifts])
+        given = pad(tokens, (0, count - width)), depths, ancestors, roots, seen
+        if not self._steps.pricing.packs_rows:
+            return SlotInputs(*given, torch.full((apart(2, rows),), width - 1))
+        read = seen[:, start : start + count].clone()
+        read[:, width - 1 :] = torch.arange(count - width + 1) == 0
+        packed = read.flatten().nonzero().flatten().tolist()
+        last = [end - 1 for end in read.sum(dim=1).cumsum(dim=0).tolist()]
+        packed = filled_up(packed, apart(rounded_up(len(packed), _PACKED_STEP), rows, count))
+        kept = filled_up(last, apart(rows + 1, count, len(packed)))
+        return PackedInputs(*given, torch.tensor(packed), torch.tensor(kept))

@@ -1,0 +1,160 @@
+"""Run a target's steps over the slots of a batch, compiled or not, with recurrent layers or without."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ...tree import DraftTree, Pricing
+from ..forward import Features, TargetForward
+from ..hybrids import StateKinds, is_recurrent
+from .engine import LEAST_ROWS, SlotEngine, padded_count
+from .forwards import HybridForward, PackedInputs, SlotForward, SlotInputs, packs_rows
+from .texts import SlotTexts, filled_up
+
+
+class RowStates:
+    """The states of recurrent layers for the rows of the buffers. They advance along accepted paths.
+
+    Attributes:
+        tensors: see `StateKinds`.
+        noted: tensors of the newest tree that advance them.
+    """
+
+    def __init__(self, kinds: StateKinds, cache: Cache) -> None:
+        self._kinds = kinds
+        self.tensors: Sequence[Tensor] = kinds.of(cache)
+        self.noted: tuple[Tensor, ...] = ()
+
+    def advance(self, path: Tensor) -> None:
+        """Let them follow the accepted path `[rows, m]` of the newest tree."""
+        self._kinds.advance(self._kinds.by_layer(self.tensors), self.noted, path)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        kept = torch.tensor(rows, device=self.tensors[0].device)
+        self.tensors = [part.index_select(1, kept) for part in self.tensors]
+
+    def give_back(self, cache: Cache, rows: slice) -> None:
+        """Let a cache hold the states of some rows."""
+        self._kinds.give_back(self.tensors, cache, rows)
+
+
+class VerifyingSteps(ABC):
+    """Runs a target over trees whose rows lie in slots.
+
+    Attributes:
+        pricing: of the newest step, or of the next one.
+        states: of recurrent layers; `None` before `begin`, and where there are none.
+    """
+
+    pricing: Pricing = Pricing()
+    states: RowStates | None = None
+
+    @abstractmethod
+    def begin(self, cache: Cache) -> None:
+        """Make ready for trees; the cache holds what was read, and the rows are known."""
+
+    @abstractmethod
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        """Run over a tree, see `Verifier.verify`; rows and nodes of padding may follow."""
+
+
+class SlotSteps(VerifyingSteps):
+    """Runs steps in the normal mode.
+
+    Args:
+        forward: the target's.
+        texts: where the rows lie.
+        engine: lent to this call; with `None` steps run as they are.
+        options: the caller's for `torch.compile`.
+        follows_parts: whether the code of the steps has read the prompt.
+    """
+
+    _over_slots: SlotForward
+
+    def __init__(
+        self,
+        forward: TargetForward,
+        texts: SlotTexts,
+        engine: SlotEngine | None,
+        options: dict[str, Any] | None = None,
+        *,
+        follows_parts: bool = False,
+    ) -> None:
+        self._forward, self._texts, self._engine, self._options = forward, texts, engine, options
+        self._follows_parts = follows_parts
+
+    def begin(self, cache: Cache) -> None:
+        self._forward.stop_catching()  # code that is compiled with hooks would always run them
+        target = self._forward.target
+        # a graph would keep all that it gives
+        layers = None if self._texts.rows.device.type == "cpu" else self._forward.layers
+        given = target, self._texts.pattern, layers, self._options
+        if is_recurrent(target):
+            self._over_slots = hybrid = HybridForward(*given)
+            self.states = RowStates(hybrid.states, cache)
+            return
+        is_packed = packs_rows(target, is_batch=len(self._texts.rows) > 1)
+        self._over_slots = SlotForward(*given, packs_rows=is_packed)
+        self.pricing = Pricing(packs_rows=is_packed)
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        logits, features = self.run(self._inputs(tree))
+        return _unpacked(logits[0], tree) if self.pricing.packs_rows else logits, features
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Features]:
+        """Run the forward over `SlotInputs` or `PackedInputs`, as `pricing` says: its logits and the features."""
+        states = () if self.states is None else self.states.tensors
+        given, buffers = [*inputs, *states], self._texts.buffers.parts()
+        if self._engine is None:
+            outputs = self._over_slots(given, buffers)
+        else:
+            outputs = self._engine.forward(self._over_slots, given, buffers)
+        if self.states is not None:
+            self.states.noted = self._over_slots.noted(outputs)
+        features = Features(self._forward.layers)
+        features.caught = self._over_slots.features(outputs, inputs, features.layers)
+        return outputs[0], features
+
+    def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
+        """The inputs of a forward over `tree`, padded to rows and nodes."""
+        texts, device = self._texts, self._texts.rows.device
+        beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
+        count = self._apart(padded_count(device, tree.node_count, beside))
+        nodes, seen = texts.nodes(tree, count), texts.visible(texts.reserve(max(texts.places) + count))
+        if not self.pricing.packs_rows:
+            self._note_least(self._apart(padded_count(device, 1, texts.count)))
+            return SlotInputs(*nodes, seen, texts.first(count))
+        packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
+        self._note_least(1 + max(LEAST_ROWS - len(tree.tokens), 0))
+        packed = filled_up(packed, self._apart(max(len(packed), LEAST_ROWS), count))
+        return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
+
+    def _note_least(self, nodes: int) -> None:
+        self.pricing = self.pricing._replace(least_nodes=nodes)
+
+    def _apart(self, count: int, *others: int) -> int:
+        """A number from `count` on, which is none of rows or `others` where a step may be what is compiled first."""
+        return count if self._follows_parts else apart(count, self._texts.count, *others)
+
+
+def apart(count: int, *others: int) -> int:
+    """The smallest number from `count` on that is not among `others`: equal example sizes would become one symbol."""
+    return next(number for number in range(count, count + len(others) + 1) if number not in others)
+
+
+def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
+    """Spread logits `[r or more, v]` of the real nodes, row by row, to `[b, n, v]`; padding gets arbitrary ones."""
+    rows, count = tree.tokens.shape
+    if not tree.sizes:
+        return logits[: rows * count].view(rows, count, -1)
+    ends = list(accumulate(tree.sizes))
+    places = [
+        min(end - size + node, end - 1) for end, size in zip(ends, tree.sizes, strict=True) for node in range(count)
+    ]
+    return logits.index_select(0, torch.tensor(places)).view(rows, count, -1)

@@ -1,0 +1,161 @@
+"""The texts of a batch in slots: where each row's text and its newest tree lie, in few sizes for compiled code."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+
+from ...tree import DraftTree, moved
+from ..rows import RowEnds, SlotMap
+from .buffers import SlotBuffers, filled, give_back, parts_of
+
+
+Row = TypeVar("Row")
+
+
+# Slots; a forward sees multiples of it.
+WINDOW = 128
+# Extra slots, so that a buffer is never as long as the window that a forward sees: code compiled where two sizes are
+# equal assumes that they stay equal.
+SPARE = 16
+
+
+def windowed(count: int) -> int:
+    """The slots that a forward sees where it needs so many."""
+    return rounded_up(count, WINDOW)
+
+
+class SlotTexts:
+    """The texts of a batch in buffers: the entry at place i of a row's text lies in slot i, a tree's nodes follow it.
+
+    Args:
+        rows: where each row ends.
+        buffers: where the texts lie.
+        pattern: a filled cache that tells how the target's layers keep entries.
+        has_padding: whether the prompt's padding has slots, too. Else every text begins at slot 0.
+        window: how many slots a forward sees where it needs so many.
+
+    Attributes:
+        count: rows of the buffers: the decoded ones, and copies of the last; 0 before `begin`.
+        roots: slots `[count, 1]` of the newest tree's roots.
+    """
+
+    roots: Tensor
+
+    def __init__(
+        self,
+        rows: RowEnds,
+        buffers: SlotBuffers,
+        pattern: Cache,
+        *,
+        has_padding: bool = True,
+        window: Callable[[int], int] = windowed,
+    ) -> None:
+        self.rows, self.buffers, self.pattern, self.count = rows, buffers, pattern, 0
+        self._has_padding, self._window = has_padding, window
+        self._hidden: list[int] = []  # of each row, positions of its prompt that have no slots
+        self._seen: dict[int, Tensor] = {}  # slots -> which of them hold no padding
+        self._numbers = torch.empty(0, dtype=torch.long, device=rows.device)
+
+    def begin(self, cache: Cache) -> None:
+        """Have buffers for the prompt, and in them the entries that a cache holds."""
+        end, length = self.rows.prompt_length, self.rows.length
+        self.count, self._hidden = len(self.rows), [end - len(order) for order in self.orders(end)]
+        self.buffers.reserve(parts_of(self.pattern), self.count, windowed(end + WINDOW) + SPARE)
+        if length:
+            self.buffers.fill(parts_of(cache), length, self.orders(length))
+
+    @property
+    def places(self) -> list[int]:
+        """Slots of each row that are taken; the coming root lies in the next one."""
+        return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
+
+    def orders(self, length: int) -> list[Tensor]:
+        """The positions of each row, among the first `length`, whose entries fill its first slots."""
+        if self._has_padding:
+            return [torch.arange(length)] * len(self.rows)
+        seen = self.rows.slots.unpadded(length, len(self.rows), torch.device("cpu"))
+        return [row.nonzero().flatten() for row in seen]
+
+    def visible(self, size: int) -> Tensor:
+        """Which slots hold no padding: `[count, size]` bool."""
+        if size not in self._seen:
+            slots = self.rows.slots if self._has_padding else SlotMap(None)
+            self._seen[size] = slots.unpadded(size, self.count, self.rows.device)
+        return self._seen[size]
+
+    def reserve(self, count: int) -> int:
+        """Have so many slots; returns how many the forward sees."""
+        size = self._window(count)
+        if size > self.buffers.size:
+            self.buffers.grow(2 * size + SPARE)
+        return size
+
+    def first(self, count: int) -> Tensor:
+        """The numbers from 0 to before `count`, without a kernel in each step."""
+        if len(self._numbers) < count:
+            self._numbers = torch.arange(windowed(count), device=self.rows.device)
+        return self._numbers[:count]
+
+    def nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, depths, ancestors and roots of a tree that comes next, padded to rows and `count` nodes.
+
+        The roots are `[count of rows, 1 + planes]`, their slots and their positions.
+        """
+        own = [[place, *planes] for place, planes in zip(self.places, self.rows.roots, strict=True)]
+        roots = torch.tensor(filled_up(own, self.count))
+        if self.rows.device.type != "cpu":
+            (roots,) = moved([roots], self.rows.device)
+        padded = tree.padded(count)
+        tokens, depths, ancestors = (
+            with_rows(part, self.count) for part in (padded.tokens, padded.depths, padded.ancestors)
+        )
+        self.roots = roots[:, :1].long()
+        return tokens, depths, ancestors, roots
+
+    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
+        """Move the accepted nodes behind the texts, see `Verifier.keep`. The device computes the moves, and is not
+        waited for.
+        """
+        if any(nodes[-1] >= len(nodes) for nodes in paths):  # else they lie there
+            ranks = pad((path[:, 1:] != path[:, :-1]).cumsum(dim=1), (1, 0))
+            self.buffers.move(self.roots + path, self.roots + ranks)
+        self.rows.slots.extend(list(map(len, paths)))
+
+    def keep_rows(self, rows: list[int]) -> list[int]:
+        """Forget all rows but these; returns the rows that the buffers keep.
+
+        Of a batch two are kept on a CPU, since one row alone is compiled apart; elsewhere all are, for their graphs.
+        """
+        self.rows.keep_rows(rows)
+        self._hidden = [self._hidden[row] for row in rows]
+        kept = filled_up(rows, min(self.count, 2) if self.rows.device.type == "cpu" else self.count)
+        self.count, self._seen = len(kept), {}
+        self.buffers.keep_rows(kept, self.rows.length)
+        return kept
+
+    def give_back(self, cache: Cache, rows: slice, length: int) -> None:
+        """Let a cache hold the first `length` positions of some rows, in its own order."""
+        positions = torch.arange(length)
+        orders = self.orders(length)[rows]
+        slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
+        give_back(self.buffers.entries(slots.clamp(min=0), rows.start), cache, filled(self.pattern), length)
+
+
+def filled_up(rows: list[Row], count: int) -> list[Row]:
+    """At least `count` rows, the last one repeated."""
+    return rows + rows[-1:] * (count - len(rows))
+
+
+def with_rows(part: Tensor, count: int) -> Tensor:
+    """`[b, ...]` -> `[count, ...]`, the last row repeated."""
+    missing = count - len(part)
+    return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+
+
+def rounded_up(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
