@@ -1,8 +1,8 @@
 """Multi-token prediction (MTP) layers, which many checkpoints bring along and Transformers drops when it loads them.
 
 The entry of a token joins its embedding with the hidden state of the token before, and runs a decoder layer of the
-target's own class over it; the output head then tells the token after (DeepSeek-V3, arXiv 2412.19437, section 2.2). In
-reading order: the layer, the module with its loading and saving, and the module as it drafts for one target.
+target's own class over it; the output head predicts the token after (DeepSeek-V3, arXiv 2412.19437, section 2.2). In
+reading order: the layer, the module with its loading and saving, and the module while it drafts for one target.
 """
 
 import copy
@@ -56,14 +56,14 @@ class MtpLayer(nn.Module):
         self._hidden_first = config.hidden_first
 
     def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """`[b, t, h]` embeddings and hidden states of the tokens before -> `[b, t, h]`, before the own norm."""
+        """Map `[b, t, h]` embeddings and hidden states of the tokens before to `[b, t, h]`, before the own norm."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
         return output[0] if isinstance(output, tuple) else output
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """The target's config, with only layers such as this one; a layer asks it by its own number."""
+    """Copy the target's config with layers of this one's kind only: a layer looks itself up by its number."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -117,8 +117,8 @@ class MtpReading(Reading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It holds the layers alone, of the class and the sizes of the target's. Embedding and output head are the target's
-    unless the checkpoint has others, and so is the norm that the target's hidden state goes through first.
+    It holds the layers alone, of the target's class and sizes. The norm of the target's hidden state is the target's,
+    and so are embedding and output head unless the checkpoint has others.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -127,7 +127,7 @@ class MtpHead(TrainableSource, nn.Module):
         self.layers = nn.ModuleList(MtpLayer(target, config, depth) for depth in range(config.depths))
         self.target = target_identity(target)
         self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
-        self._shift = 0  # of the norms' weights: what the class takes less what the file holds
+        self._shift = 0  # what was added to the weights of norms in the file
         ids = config.draft_token_ids
         kept = None if ids is None else torch.tensor(ids, device="cpu")  # also where the layers are made as meta
         self.register_buffer("_draft_token_ids", kept, persistent=False)
@@ -135,7 +135,7 @@ class MtpHead(TrainableSource, nn.Module):
         self._rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
-        """The name of a tensor after the target's own layers."""
+        """Return the name of a tensor in a checkpoint that numbers these layers after the target's own."""
         _, depth, rest = name.split(".", 2)
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
 
@@ -258,7 +258,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Begin with the target's own state as the output, and its last such layer, which adds nothing yet."""
+        """Copy the target's last layer, which adds nothing yet, so that the output is the target's own state."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -289,11 +289,10 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """The configured reading first, then the others that this target has layers for.
+        """Yield the configured reading first, then the others that this target has layers for.
 
-        These are the layer as read, one deeper and one shallower; its state fed before and after the target's final
-        norm; fed back before and after the own norm, or the target's state again; both orders of the pair; both kinds
-        of norms; and, where the file has output heads, these or the target's.
+        They differ in the layer (this, one deeper, one shallower), the states that are fed and fed back (before or
+        after a norm, or the target's), the order of the pair, the kind of norms and, if there are any, output heads.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -331,12 +330,12 @@ class MtpHead(TrainableSource, nn.Module):
         return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
 
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
-        """Whether the norms in the file multiply by 1 + weight."""
+        """Return whether the norms in the file multiply by 1 + weight."""
         stated = self.settings.zero_centred
         return _is_zero_centred(target) if stated is None else stated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them."""
+        """Write the layers alone, in the names of their checkpoint, for `from_pretrained`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -366,7 +365,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's final norm or, before it, the last layer; or the layer of the config."""
+        """The feature layer of the config, or the target's last, counted one higher after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -406,7 +405,7 @@ class MtpHead(TrainableSource, nn.Module):
         }
 
     def forward(self, depth: int, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """One depth over pairs; see `MtpLayer`."""
+        """Run one depth over pairs; see `MtpLayer`."""
         return self.layers[depth](embeddings, hidden, **block)
 
     @property
@@ -449,8 +448,8 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
-_SMALLEST_FACTOR = 0.1  # of a norm, that is undone
-# What the parts of a new module are called.
+_SMALLEST_FACTOR = 0.1  # by which a norm is undone
+# Names of the parts of a new module.
 _FRESH = {
     "enorm": "pre_fc_norm_embedding",
     "hnorm": "pre_fc_norm_hidden",
@@ -463,19 +462,19 @@ _FRESH = {
 
 
 def _fresh_name(ours: str) -> str:
-    """The name of a tensor of a new module with one depth."""
+    """Return the name of a tensor of a new module with one depth."""
     part, rest = ours.removeprefix("layers.0.").split(".", 1)
     return f"mtp.{_FRESH[part]}.{rest}"
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
-    """Whether the target's norms multiply by 1 + weight, as what multiplies by one when it is new."""
+    """Return whether the target's norms multiply by 1 + weight: then a new one's weights are zero."""
     with torch.device("cpu"):
         return not type(target.get_decoder().norm)(1).weight.any()
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Without an embedding and output heads that are copies of the target's own."""
+    """Return the config without an embedding and output heads that are copies of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -489,7 +488,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Rows of an output head, copied once for as long as its weight stays as it is."""
+    """Rows of output heads, copied once for each version of their weights."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -498,7 +497,7 @@ class KeptRows:
         return KeptRows, ()
 
     def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
-        """`[..., h]` -> the logits `[..., d]` of the tokens `ids` by an output head, that of a depth."""
+        """Return a function from `[..., h]` to the logits `[..., d]` of the tokens `ids`, by a depth's output head."""
         weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if depth not in self._kept or self._kept[depth][0] != version:
@@ -511,10 +510,10 @@ _GROWING_ROPES = ("dynamic", "longrope")  # in a config, where each layer type m
 
 
 class BoundMtp(TrainableModel):
-    """MTP layers as they draft for one target; made by `MtpHead.bind`.
+    """MTP layers that draft for one target; made by `MtpHead.bind`.
 
-    `layers` are the module's own, or such as multiply by packed weights; `rows` keep what the draft vocabulary takes
-    of the output heads; `forward` computes a pass in place of the layers, as `MtpHead.forward` does.
+    `layers` are the module's own or packed ones; `rows` keep the draft vocabulary's rows of the output heads;
+    `forward` computes a pass in place of the layers, with the arguments of `MtpHead.forward`.
     """
 
     def __init__(
@@ -556,7 +555,7 @@ class BoundMtp(TrainableModel):
         return self._final_norm(features).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
-        """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
+        """Return cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
         like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
         angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
         return (*(part for pair in angles for part in pair), positions[..., None])
@@ -597,7 +596,7 @@ class BoundMtp(TrainableModel):
         return self._normed(output, depth) if self._config.fed_back == "before" else output
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """By an output head of the module, or the target's; some rows of it where there is a draft vocabulary."""
+        """Return logits of the draft vocabulary, by an output head of the module or the target's."""
         head: Any = self._outputs[depth]
         if self._projections:
             project = self._projections[depth]
@@ -618,7 +617,7 @@ class BoundMtp(TrainableModel):
 
 
 def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
-    """What `rotary` is told of each kind of layer of the module; nothing where the target has no RoPE."""
+    """Return keywords of `rotary` for each kind of layer in the module; empty where the target has no RoPE."""
     types = [config.layer_type(depth) for depth in range(config.depths)]
     if rotary is None:
         return {}

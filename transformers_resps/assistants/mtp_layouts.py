@@ -1,7 +1,7 @@
-"""MTP layers as their publishers name and store them -> what a module computes, and its tensors.
+"""Layouts of MTP layers by publisher: what a module computes, and its tensors.
 
-Only JSON and safetensors are read, and of these only the files and tensors that belong to the module. Names are those
-that SGLang 0.5.23 loads (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
+Only JSON and the module's own tensors in safetensors are read. The names are those that SGLang 0.5.23 loads
+(`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
 """
 
 import re
@@ -19,10 +19,10 @@ from ..hub.checkpoint import CheckpointFiles, tensor_of
 
 @dataclass(frozen=True, slots=True)
 class MtpConfig:
-    """What an MTP module computes, and which parts it has.
+    """Settings of an MTP module: what it computes, and which parts it has.
 
     Attributes:
-        depths: layers with weights of their own, each of which drafts one level; 1 drafts any number.
+        depths: number of layers with their own weights. Each drafts one level; a single one drafts any number.
         feature_layer: the layer whose output is read, counted from 1; `None` for the target's last.
         fed: it is read "after" or "before" the target's final norm.
         fed_back: the next level reads the output "after" or "before" the module's own norm, or the hidden state of the
@@ -64,7 +64,7 @@ class MtpConfig:
         return self.layer_types[depth] if self.layer_types else "full_attention"
 
 
-# What is different in a family, known by a part of its tensors' names or by the start of its `model_type`.
+# Settings of a family, recognized by a part of its tensors' names or by the start of its `model_type`.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "mtp_layers.0.input_proj.": {"hidden_first": True, "zeroed_start": True},  # MiMo-7B
     "mtp_linear_proj.0.": {"fed_back": "before", "zeroed_start": True},  # ERNIE-4.5
@@ -72,7 +72,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": ("sliding_attention",)},
     "step3": {"fed": "before", "fed_back": "before"},
 }
-# Parts of names -> why such a module is not drafted with.
+# Parts of names -> why such a module cannot draft.
 _REFUSED = {
     ".e_proj.": "carries a stream of hyper-connections from token to token, as DeepSeek-V4's",
     "mtp.fc_embedding.": "carries a stream of hyper-connections from token to token, as Qwen4's",

@@ -1,4 +1,4 @@
-"""What heads and policies learn from: conversations, examples, draft vocabularies, and which prompts were used."""
+"""Training data of heads and policies: conversations, examples, draft vocabularies, fingerprints of prompts."""
 
 from .conversations import Conversation, load_conversations, read_conversations, to_tokens
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of

@@ -1,4 +1,4 @@
-"""Prepared datasets as PyTorch reads them: sequences of similar length in batches of a token budget, right-padded."""
+"""Prepared datasets for PyTorch: sequences of similar length in right-padded batches of a token budget."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,8 +19,8 @@ IGNORED = -100  # label of a token that has no loss
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
     """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`.
 
-    In place of `loss_mask` come `labels`: the predicted tokens, and `IGNORED` elsewhere. In place of `pictures` come,
-    where a row has some, `image_inputs`: what the target's forward takes besides, by its names.
+    `labels` replace `loss_mask`: the predicted tokens, and `IGNORED` elsewhere. `image_inputs`, further arguments of
+    the target's forward by name, replace `pictures` where a row has some.
     """
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
@@ -89,15 +89,15 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """One row, with all that the assistant wrote."""
+        """Return a row, with everything that the assistant wrote."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
-        """All rows, in order, without their images."""
+        """Yield all rows, in order, without their images."""
         return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Up to `count` rows, evenly spread over their lengths."""
+        """Yield up to `count` rows, evenly spread over their lengths."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))
@@ -109,7 +109,7 @@ _STREAM_BUFFER = 1024  # rows that are sorted by length together
 class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
     """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made.
 
-    The rows come in their own order, but for a buffer in which they are grouped by length.
+    Rows keep their order, except within a buffer, where they are grouped by length.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:
@@ -124,12 +124,12 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
                 yield [Example.of_row(buffer[index]).tensors for index in group]
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the dataset for `epoch`, if it is one that is shuffled."""
+        """Shuffle the dataset for `epoch`, if it shuffles at all."""
         self._rows.set_epoch(epoch)
 
     def examples(self, count: int) -> Iterator[Example]:
         return map(Example.of_row, islice(self._rows, count))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """The first `count` rows, as `collate` takes them."""
+        """Yield the first `count` rows for `collate`."""
         return (example.tensors for example in self.examples(count))

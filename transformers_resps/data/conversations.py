@@ -1,6 +1,6 @@
 """Read conversations in the usual file layouts, as lists of `messages`.
 
-Files are read without `datasets`, which reads no truncated file and is not part of the base install. TRL's
+Files are read without `datasets`, which refuses a truncated download and is not part of the base install. TRL's
 `maybe_convert_to_chatml` would keep ShareGPT's names of roles.
 """
 
@@ -55,7 +55,7 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
 
 
 def load_rows(source: str | Path, split: str = "train") -> Any:
-    """The `Dataset` of a file, or of a name on the Hub. Arguments and errors are those of `load_conversations`."""
+    """Load the `Dataset` of a file or of a name on the Hub; arguments and errors as in `load_conversations`."""
     is_file = Path(source).is_file()
     if not is_file and Path(source).suffix in (".json", ".jsonl"):
         raise ValueError(
@@ -89,7 +89,7 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_list_rows(path: Path) -> Iterator[Any]:
-    """Decode a JSON list row by row: a truncated download still gives its complete rows."""
+    """Yield the complete rows of a JSON list, which may be a truncated download."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8", errors="ignore") as file:
         text = file.read(_BLOCK_CHARACTERS).lstrip()
@@ -120,7 +120,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 
 def _is_truncated(error: json.JSONDecodeError) -> bool:
-    """Whether the file just stops: in a string, in an escape of up to six characters, or between tokens."""
+    """Return whether the file just stops: in a string, in an escape of up to six characters, or between tokens."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
@@ -162,9 +162,9 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check a list of messages, and keep their roles and contents; a string is one message of `role`, if there is one.
+    """Check messages and keep their roles and contents; a string becomes one message of `role`, if that is not `None`.
 
-    Raises `ValueError` that says what came in place of messages; the caller says where.
+    Raises a `ValueError` that describes the wrong value; the caller adds where it stands.
     """
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
@@ -182,14 +182,11 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
-    """Check messages about `images` images, and make a list of parts of each content.
+    """Check messages about `images` images, and split each content into parts; raises as `as_messages`.
 
-    Where no part says where the images are, they stand before the first user turn's text, as in TRL. Raises
-    `ValueError` as `as_messages` does.
+    If no part is an image, all images stand before the first user turn's text, as in TRL.
     """
-    messages: list[dict[str, Any]] = []
-    for message in _checked(value):
-        messages.append({"role": str(message["role"]), "content": _parts(message["content"])})
+    messages = [{"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)]
     asked = next((message["content"] for message in messages if message["role"] == "user"), None)
     if asked is not None and not any(map(images_in, messages)):
         asked[:0] = [{"type": "image"}] * images
@@ -199,12 +196,12 @@ def with_images(value: Any, images: int) -> list[dict[str, Any]]:
 
 
 def images_in(message: dict[str, Any]) -> int:
-    """How many images a message has, whose content is a string or a list of parts."""
+    """Count the images in a message, whose content is a string or a list of parts."""
     return sum(part["type"] == "image" for part in message["content"] if isinstance(part, dict))
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """What a content of a message says, without its images."""
+    """Return the text of a message's content, without its images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
@@ -233,7 +230,7 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    """A string as it is, or the text parts of a list of parts; a number, as some answers are, in digits."""
+    """Return a content as text: a string, the joined texts of parts, or the digits of a number."""
     if isinstance(content, (str, int, float)):
         return str(content)
     if isinstance(content, list) and all(
@@ -247,7 +244,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """A prompt as token ids `[s]`, through the chat template where there is one."""
+    """Return a prompt as token ids `[s]`, through the chat template where there is one."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

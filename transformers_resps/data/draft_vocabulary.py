@@ -1,4 +1,4 @@
-"""Which tokens a head can propose, and how much of the outputs they cover."""
+"""The tokens that a head can propose, and the share of the outputs that they cover."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,11 +21,9 @@ class DraftVocabulary:
 def choose_draft_vocabulary(
     examples: Iterable[Example], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """Choose the draft vocabulary of a new head: the tokens that assistant turns use most.
+    """Choose the draft vocabulary of a new head: the ids `always`, and the tokens that assistant turns use most.
 
     Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
-
-    The ids `always` are included, such as end-of-sequence and end-of-turn.
 
     Raises:
         ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the number of `always` tokens; or a
@@ -50,7 +48,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """The draft vocabulary of an existing head, with its coverage of the training `examples`.
+    """Return the draft vocabulary of an existing head, with its coverage of the training `examples`.
 
     Raises:
         ValueError: it covers none of the assistant's tokens, so the head could learn nothing.
@@ -66,7 +64,7 @@ def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVo
 
 
 def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
-    """How often the assistant wrote each token, `[v]`."""
+    """Count how often the assistant wrote each token, `[v]`."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for number, example in enumerate(examples):
         example.check_ids(vocab_size, number)

@@ -1,7 +1,7 @@
-"""Texts with images, as the target's processor reads them: tokens in the place of each image, and its pixels.
+"""Texts with images through the target's processor: tokens in the place of each image, and its pixels.
 
-How many tokens an image takes is known only when it was processed, so this happens when a dataset is prepared. Pixels
-are large: they are made again for each batch, and only the images are kept.
+Only the processor knows how many tokens an image takes, so datasets are prepared with it. Pixels are large: they are
+made again for each batch, and only the images are kept.
 """
 
 import hashlib
@@ -15,14 +15,9 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-# What a prepared row has besides, in a dataset with images.
+# Further columns of a prepared row in a dataset with images; the values of the last four in a row without any.
 IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
-NO_IMAGES: tuple[list[str], list[int], list[int], str] = (
-    [],
-    [],
-    [],
-    "",
-)  # in the last four, without images
+NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +25,21 @@ class Pictures:
     """The images of a text, and the parts of it that show them."""
 
     images: list[Any]  # in the order in which they are shown
-    texts: list[str]  # the parts, with a placeholder for each image, as the chat template writes them
+    texts: list[str]  # the parts, as the chat template writes them, with a placeholder for each image
     counts: list[int]  # images in each part
-    starts: list[int]  # the place in the text's tokens at which each part begins
-    key: str  # a hash of what the processor made of the images
+    starts: list[int]  # token at which each part begins
+    key: str  # a hash of the processor's output
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
-        """From a row that `prepare_dataset` made; `None` where it shows no image."""
+        """Take the pictures of a row that `prepare_dataset` made; `None` where it shows no image."""
         if not row.get("image_texts"):
             return None
         texts, counts, starts, key = (row[column] for column in IMAGE_COLUMNS[1:])
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
 
     def before(self, place: int) -> "Pictures | None":
-        """The pictures in parts that begin before a token; `None` if there are none."""
+        """Return the pictures in parts that begin before a token; `None` if there are none."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -53,18 +48,18 @@ class Pictures:
 
     @property
     def columns(self) -> tuple[list[str], list[int], list[int], str]:
-        """What a prepared row holds beside the images, which the dataset has already."""
+        """The values of a prepared row, without the images, which the dataset has already."""
         return self.texts, self.counts, self.starts, self.key
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row, whose column `images` holds one, several or none."""
+    """List the images of a row, whose column `images` holds one, several or none."""
     images = row["images"]
     return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
 
 
 class ImageReader:
-    """Reads the parts of one text that show `images`, from its first to its last."""
+    """Tokenizes the parts of one text that show `images`, from first to last."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images
@@ -74,7 +69,7 @@ class ImageReader:
         self._digest = hashlib.sha256()
 
     def tokens_of(self, text: str, count: int, start: int, room: int) -> list[int] | None:
-        """The tokens of a part that shows `count` images and begins at token `start`; `None` if more than `room`."""
+        """Return the tokens of a part that shows `count` images and begins at `start`; `None` if more than `room`."""
         shown = sum(self._counts)
         read = _read(self._processor, [text], [self._images[shown : shown + count]])
         tokens: list[int] = read["input_ids"][0].tolist()
@@ -89,7 +84,7 @@ class ImageReader:
 
     @property
     def pictures(self) -> Pictures | None:
-        """What was read; `None` before the first image."""
+        """The pictures so far; `None` before the first image."""
         if not self._texts:
             return None
         shown = self._images[: sum(self._counts)]
@@ -97,15 +92,15 @@ class ImageReader:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Chat templates write special tokens themselves, so none are added, as in TRL."""
+    """Process parts of texts with their images; chat templates write special tokens, so none are added, as in TRL."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """What the target's forward takes besides the tokens of a batch, right-padded to `length`; empty without images.
+    """Make the arguments of the target's forward beside the tokens of a batch; empty without images.
 
-    The types of tokens are `[b, length]`, pixels and all else as the processor makes them for one batch.
+    Types of tokens are right-padded to `[b, length]`; the rest is as the processor makes it for one batch.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):

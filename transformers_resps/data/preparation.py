@@ -1,8 +1,8 @@
 """Turn a dataset in TRL's columns into token ids, and a mask over the tokens that a head learns from.
 
 Transformers and TRL find the assistant's tokens by `{% generation %}` marks in the chat template. Most templates have
-none, so here they are what an assistant turn adds to the rendered text. `datasets` does the caching and the progress
-bars; it is of the extra `train`, so it is imported where it is needed.
+none, so here they are the tokens that an assistant turn adds to the rendered text. `datasets` belongs to the extra
+`train`, so it is imported where it is needed.
 """
 
 import json
@@ -27,7 +27,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 Row = dict[str, Any]
 
-PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")
+PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")  # columns of a prepared dataset
 _COLUMNS = ("input_ids", "messages", "prompt", "text")
 _MASKS = ("assistant_masks", "completion_mask")
 
@@ -42,28 +42,25 @@ class Example:
 
     @classmethod
     def of_row(cls, row: Row) -> "Example":
-        """From a row that `prepare_dataset` made."""
+        """Take the example of a row that `prepare_dataset` made."""
         mask = torch.tensor(row["loss_mask"], dtype=torch.bool)
         return cls(torch.tensor(row["input_ids"]), mask, Pictures.of_row(row))
 
     @property
     def predicted(self) -> Tensor:
-        """`[t]` bool: the assistant's tokens that a head can predict: all but those at the first two positions."""
+        """`[t]` bool: the assistant's tokens that a head can predict, which the first two never are."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict.
-
-        Where the text has images, also its `pictures`.
-        """
+        """A row for `collate`: `input_ids`, `loss_mask` (the predicted tokens), and `pictures` if there are some."""
         shown = {} if self.pictures is None else {"pictures": self.pictures}
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise `ValueError`, which names example `number`, if it has no tokens, or other ids than the target's."""
+        """Raise a `ValueError`, which names example `number`, if it has no tokens, or ids beyond the target's."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -76,7 +73,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a text that is tokenized by itself."""
+    """A part of a text, tokenized by itself."""
 
     text: str
     is_learned: bool
@@ -85,9 +82,9 @@ class _Piece:
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Tokenize one conversation, up to `max_length` tokens, and mask those that the assistant wrote.
+    """Tokenize one conversation, up to `max_length` tokens, and mask the tokens that the assistant wrote.
 
-    These are what an assistant turn adds to the rendered text after the generation prompt.
+    These are the tokens that an assistant turn adds to the rendered text after the generation prompt.
 
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
@@ -96,9 +93,9 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """A conversation as its tokenizer, or its processor, renders it: what the assistant wrote, and what it answers.
+    """Split a conversation, as tokenizer or processor render it, into questions and the assistant's answers.
 
-    Messages before the index `learn_from` are all asked. `template` are more arguments of the chat template.
+    Messages before the index `learn_from` belong to the question. `template` are more arguments of the chat template.
     """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
@@ -151,13 +148,12 @@ def prepare_dataset(
 ) -> Any:
     """Tokenize a dataset, and leave out rows without a token to learn from.
 
-    Of the columns `input_ids`, `messages`, `prompt` and `text` the first is read. `messages`, and lists of messages in
-    `prompt` and `completion`, get the chat template; strings are taken as they are. Learned from are the assistant's
-    tokens, of `prompt` and `completion` only the completion's, of `text` all. With a column `images`, or `image`, the
-    messages or the prompt show these images.
+    The first column among `input_ids`, `messages`, `prompt` and `text` counts. Messages, also in `prompt` and
+    `completion`, get the chat template; strings do not. The head learns from the assistant's tokens: those of the
+    completion, or all of `text`. The messages or the prompt show the images of a column `images`, or `image`.
 
     Args:
-        dataset: with these columns. One that was prepared is returned as it is.
+        dataset: with these columns; a prepared one is returned unchanged.
         name: of the dataset, for errors and the progress bar.
         tokenizer: the target's; not needed for `input_ids`.
         max_length: in tokens; longer sequences are cut, before an image that would be cut.
@@ -167,9 +163,8 @@ def prepare_dataset(
 
     Returns:
         A dataset of the same class: `input_ids`, `loss_mask` (what to learn from), `length` in tokens, `question` (the
-        first user turn) and `is_shortened` (only the first answer is used, as where the chat template rewrites earlier
-        turns). With images also they, and the parts of the text that show them, see `Pictures`. Iterable ones are
-        prepared as they are read.
+        first user turn) and `is_shortened` (only the first answer is used, because the chat template rewrites earlier
+        turns). With images also these, and the fields of `Pictures`. Iterable ones are prepared while they are read.
 
     Raises:
         ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
@@ -209,7 +204,7 @@ def prepare_dataset(
 
 
 def shows_images(dataset: Any) -> bool:
-    """Whether the rows of a dataset have images, as in TRL."""
+    """Return whether the rows of a dataset have images, as in TRL."""
     return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
@@ -227,24 +222,15 @@ def _check_images(column: str, name: str, processor: ProcessorMixin | None) -> N
 
 
 def _features(dataset: Any, *, has_images: bool) -> Any:
-    import datasets
+    from datasets import Features, Image, List, Value
 
-    features = {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "loss_mask": datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int64"),
-        "question": datasets.Value("string"),
-        "is_shortened": datasets.Value("bool"),
-    }
+    kinds = (List(Value("int32")), List(Value("bool")), Value("int64"), Value("string"), Value("bool"))
+    features = dict(zip(PREPARED, kinds, strict=True))
     if has_images:
-        features |= {
-            "images": (dataset.features or {}).get("images", datasets.List(datasets.Image())),
-            "image_texts": datasets.List(datasets.Value("string")),
-            "image_counts": datasets.List(datasets.Value("int32")),
-            "image_starts": datasets.List(datasets.Value("int32")),
-            "image_key": datasets.Value("string"),
-        }
-    return datasets.Features(features)
+        images = (dataset.features or {}).get("images", List(Image()))
+        shown = (images, List(Value("string")), List(Value("int32")), List(Value("int32")), Value("string"))
+        features |= zip(IMAGE_COLUMNS, shown, strict=True)
+    return Features(features)
 
 
 def _prepared_batch(
@@ -299,7 +285,7 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
 
 
 def _read_column(columns: Iterable[str], name: str) -> str:
-    """The first of the columns that can be read."""
+    """Return the first column that can be read."""
     names = set(columns)
     if "prompt" in names and "completion" not in names and not names & {"input_ids", "messages"}:
         raise ValueError(
@@ -317,15 +303,15 @@ def _read_column(columns: Iterable[str], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads one column of a dataset with what the target reads with."""
+    """Turns rows into examples, from one column, with the target's tokenizer or processor."""
 
-    column: str  # that is read
+    column: str
     tokenizer: PreTrainedTokenizerBase | None
     processor: ProcessorMixin | None
     max_length: int
 
     def example_of(self, row: Row) -> tuple[Example, bool]:
-        """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
+        """Make the example of a row, perhaps with nothing to learn, and say whether only its first answer is used."""
         if self.column == "input_ids":
             return _tokenized(row, self.max_length), False
         images = images_of(row) if "images" in row else None
@@ -359,7 +345,7 @@ class _Reader:
         return _pieces(parts[0] + parts[1], renderer, len(parts[0]), template), False
 
     def question_of(self, row: Row) -> str | None:
-        """The first user turn of a row, or its prompt as it is."""
+        """Return the first user turn of a row, or its prompt."""
         asked = row.get(self.column)
         if self.column == "prompt" and isinstance(asked, str):
             return asked
@@ -370,14 +356,14 @@ class _Reader:
 
 
 def _template(row: Row) -> Row:
-    """What TRL's columns `tools` and `chat_template_kwargs` give to the chat template."""
+    """Return the chat template's arguments in TRL's columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
-    """Assistant turns before the first user turn are left out."""
+    """Split messages, from the first user turn on; if the template rewrites turns, only up to the first answer."""
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)
     asked = [turn for turn in conversation[:first] if turn["role"] != "assistant"] + conversation[first:]

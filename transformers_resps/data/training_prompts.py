@@ -1,4 +1,4 @@
-"""Prompts that are measured on are not trained on: hashes of the training prompts, beside a head or a policy."""
+"""Hashes of the training prompts, beside a head or a policy, so that nothing is measured on them."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ TRAINING_PROMPTS = "training_prompts.json"
 
 
 def prompt_fingerprint(text: str) -> str:
-    """A hash of a user's first turn, the same for any whitespace between its words."""
+    """Return a hash of a user's first turn, the same for any whitespace between its words."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
     """Write fingerprints of the first user turns that a head or policy learned from into its folder.
 
-    `earlier` are those of the head that training started from.
+    `earlier` are the fingerprints of the head that training started from.
     """
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
@@ -31,7 +31,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """The fingerprints in a folder, or `None`. Raises `ValueError` for what `write_training_prompts` did not write."""
+    """Load the fingerprints in a folder, or `None`; a `ValueError` for a file of another form."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
@@ -44,7 +44,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """The fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
+    """Load the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
 
     Raises `ValueError` when the file is damaged.
     """

@@ -24,13 +24,13 @@ Found = TypeVar("Found")
 
 
 def tensor_of(file: Any, name: str) -> Tensor:
-    """A tensor of an open file, on the CPU as stored; a `.bin` file is a dict."""
+    """Load a tensor of an open file, on the CPU as stored; a `.bin` file is a dict."""
     tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
     return tensor
 
 
 class CheckpointFiles:
-    """Files of a Hub id or folder, fetched when they are asked for, and opened when a tensor of theirs is.
+    """Files of a Hub id or folder; each is fetched and opened when it is needed.
 
     `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
 
@@ -56,12 +56,12 @@ class CheckpointFiles:
         self._pickled = cache(_tensors_of_a_pickle)
 
     def config(self) -> dict[str, Any] | None:
-        """What config.json says; `None` without one."""
+        """Load config.json; `None` without one."""
         path = self._path("config.json")
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Tensor -> file, by the first of these files and indices that is there; `None` without any."""
+        """Map each tensor to its file, by the first of these files and indices that exists; `None` without any."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None
@@ -71,11 +71,11 @@ class CheckpointFiles:
             return dict.fromkeys(file.keys(), name)
 
     def has(self, file: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-        """Tensor -> what `take` finds of it in its open file; each file is opened once."""
+        """Call `take` with the open file and the name of each tensor, opening each file once; values by name."""
         values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:

@@ -1,7 +1,7 @@
 """Files of a repository on the Hub, all of one commit and whole.
 
-Over plain HTTP `huggingface_hub` compares the size of what it fetched, not the content (2.4, `http_get`). A cached
-file is named after its ETag, which is its hash, so the content can be compared here.
+Over HTTP `huggingface_hub` 2.4 compares the size of a download, not its content (`http_get`). A cached file is named
+after its ETag, which is its hash, so the content is compared here.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from ..compat import TransportError
 
 
 class RepositoryFiles:
-    """The files of one commit of a repository: the first one fetched decides which commit that is.
+    """The files of one commit of a repository: the first file fetched decides which commit.
 
     `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
     """
@@ -34,9 +34,7 @@ class RepositoryFiles:
         self._hub = hub
 
     def fetch(self, name: str) -> Path | None:
-        """The path of a file on this machine, or `None` when the commit has no such file.
-
-        A file that was damaged on the way is fetched once more.
+        """Fetch a file, once more if it was damaged on the way; `None` when the commit has no such file.
 
         Raises:
             ValueError: the id is no Hub id, or the downloaded file is damaged twice.
@@ -89,7 +87,7 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a cached file has the hash in its name; true where the name has none."""
+    """Return whether a cached file has the hash in its name; true where the name has none."""
     if not path.is_symlink():  # in a folder of the user, or a cache without links
         return True
     blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
@@ -106,7 +104,7 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """The files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
+    """Find the folder of a head, policy or target, if necessary in the Hub's cache."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
@@ -116,7 +114,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """A file of a head or policy, from its folder or the commit that was loaded; raises as `RepositoryFiles.fetch`."""
+    """Fetch a file of a head or policy from its folder, or the commit in the cache; raises as `RepositoryFiles`."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

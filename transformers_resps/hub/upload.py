@@ -36,7 +36,7 @@ _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where to put files, in the words of `huggingface_hub`; repository and branch are made if missing."""
+    """A place for files, in the words of `huggingface_hub`; repository and branch are made if missing."""
 
     repo_id: str
     private: bool | None = None  # of a repository that is made
@@ -47,10 +47,10 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """What becomes of files that the repository has already."""
+    """Rules for files that the repository has already."""
 
-    keep: tuple[str, ...] = ()  # are not overwritten
-    refuse: tuple[str, ...] = ()  # prevent the upload: they describe other weights
+    keep: tuple[str, ...] = ()  # names that are not overwritten
+    refuse: tuple[str, ...] = ()  # names that prevent the upload: they describe other weights
     remove: Callable[[str], bool] = lambda name: False  # whether a file that is not uploaded is deleted
 
 
@@ -62,10 +62,9 @@ def upload(
     existing: Existing = Existing(),
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Commit `files` on top of what the repository holds now; returns the address of the commit.
+    """Commit `files`, by their paths in the repository, on top of its newest commit; returns the new one's address.
 
-    `files` maps a path in the repository to a local file or its content. While the Hub is busy, the upload waits and
-    tries again.
+    A file is a local path or its content. While the Hub is busy, the upload waits and tries again.
 
     Raises:
         OSError: the Hub refused, or the repository changed meanwhile; nothing was committed. A `FileExistsError` for a
@@ -122,7 +121,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """The repository as it is before a commit."""
+    """Make repository and branch if missing, refuse what `existing` refuses, and return the repository's state."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
@@ -171,13 +170,13 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
 
 
 def as_hub_id(name: str | None) -> str | None:
-    """`name` if it reads as an id of the Hub and is no folder here."""
+    """Return `name` if it has the form of a Hub id and is no folder here."""
     is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if is_id else None
 
 
 def shareable(config: Any) -> Any:
-    """JSON values without local paths: a `name_or_path` of a local folder, at any depth, becomes the folder's name."""
+    """Return JSON values without local paths: each `name_or_path` of a local folder becomes the folder's name."""
     if not isinstance(config, Mapping):
         return config
     told = {key: shareable(value) for key, value in config.items()}
@@ -186,10 +185,9 @@ def shareable(config: Any) -> Any:
 
 
 def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
-    """The metadata of a card: the target's Hub id, tags, and `details` by the names that `ModelCardData` has for them.
+    """Make the metadata of a card: the target's Hub id, tags, and further fields of `ModelCardData` as `details`.
 
-    Of the relations that the Hub knows (adapter, finetune, merge, quantized), `adapter` is the one for weights that
-    are used beside the unchanged weights of the base model. Without one the Hub assumes `finetune`.
+    The relation `adapter` means weights used beside the unchanged base model; without one the Hub assumes `finetune`.
     """
     return ModelCardData(
         library_name=LIBRARY,
@@ -202,7 +200,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """A card without results: metadata for the target's page, what it is ("draft head"), and a line to load it."""
+    """Write a card without results: metadata for the target's page, the kind of `weights`, and a line to load them."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (

@@ -2,7 +2,8 @@
 
 In reading order: one request, the model that answers it, the worker that runs one request at a time, the models that
 are served, the handlers of OpenAI's endpoints, the figures of `/metrics`, and the door through which requests come.
-Stock's classes are private: `check_release` compares what is relied on with the installed release.
+Stock streams the text, by `tokenizers`' `DecodeStream`. Its classes are private: `check_release` compares the methods
+that these classes use with the installed release.
 """
 
 import asyncio
@@ -41,9 +42,9 @@ from .loading import load_policy, load_source, load_target
 
 MAX_BODY_BYTES = 32 << 20
 _DEFAULT_NEW_TOKENS = 1024  # stock's own least, where a request names none
-_SHUTDOWN_SECONDS = 60.0  # that the step which runs may take
-_MOST_MEMORIES = 64  # of a million tokens each, 12 bytes a token
-_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # the last is what clients without one send
+_SHUTDOWN_SECONDS = 60.0  # that the running step may take
+_MOST_MEMORIES = 64  # each of a million tokens, 12 bytes a token
+_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # the last is sent by clients without a key
 _CLIENT_LEFT = 499  # nginx's status for it, seen in logs only
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
@@ -58,14 +59,14 @@ class Exchange:
     """One request and what came of it, shared by the event loop and the worker."""
 
     over: Event = field(default_factory=Event)  # set once no answer is needed any more
-    has_left: bool = False  # whether that is because the client has left
+    has_left: bool = False  # whether the client left before its answer was whole
     caller: bytes | None = None  # a hash of its API key
-    policy: str | None = None  # that the request asks for: "auto", "plain", or `None` for the server's
+    policy: str | None = None  # "auto", "plain", or `None` for the server's
     seed: int | None = None
     ended: bool = False  # whether `generate` has returned or failed
     report: SpeculationReport | None = None  # `None` for plain decoding
     plain_reason: str | None = None  # why it was decoded plainly, if it was
-    error: str | None = None  # that `generate` raised
+    error: str | None = None  # raised by `generate`
     status: int = 200  # of HTTP: 400 for a request that cannot be answered, 500 for a fault
 
     @property
@@ -93,8 +94,7 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 class _Watch(StoppingCriteria):
     """A streamer, or for beams a stopping criterion, that ends the call when the client has left.
 
-    It passes on to the streamer of a request what plain decoding would give it, and its end only with `finish`, when
-    the report is there.
+    The request's own streamer gets what plain decoding would give it, and its end with `finish`, after the report.
     """
 
     def __init__(self, streamer: Any, over: Event) -> None:
@@ -120,7 +120,7 @@ class _Watch(StoppingCriteria):
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if not is_prompt:
             self.has_tokens = True
-        elif self._has_prompt:  # of a call that was refused after it
+        elif self._has_prompt:  # an earlier call was refused after its prompt
             return
         self._has_prompt = True
         if self._streamer is not None:
@@ -135,16 +135,16 @@ class _Watch(StoppingCriteria):
 
 
 class Memories:
-    """A memory for each API key and model: no request is drafted from what another key's wrote.
+    """A memory for each API key and model, so that no answer is drafted from another caller's texts.
 
-    Those that were used last are kept; a request without a key has none.
+    The memories that were used last are kept; a request without a key has none.
     """
 
     def __init__(self) -> None:
         self._of_caller: dict[tuple[bytes, int], SuffixMemory] = {}
 
     def sources(self, model: PreTrainedModel, exchange: Exchange) -> dict[str, Any]:
-        """Keywords of `generate`."""
+        """Return keywords of `generate` that add the caller's memory."""
         if exchange.caller is None:
             return {}
         key = exchange.caller, id(model)
@@ -156,7 +156,7 @@ class Memories:
 
 
 class RequestModel:
-    """An attached model as one request sees it: `generate` as stock's server calls it, any other attribute its own."""
+    """An attached model for one request: `generate` as stock's server calls it, all other attributes the model's."""
 
     def __init__(
         self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
@@ -167,7 +167,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly, but for the invariant mode."""
+        """Return token ids `[1, s + t]`; what a tree cannot do is decoded plainly, except in the invariant mode."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -207,7 +207,7 @@ class RequestModel:
         config.return_dict_in_generate = True
         beams = config.num_beams or self._model.generation_config.num_beams or 1
         watching: dict[str, Any] = {"streamer": watch}
-        if beams > 1:  # of which stock streams none
+        if beams > 1:  # stock streams no beams
             watching = {"stopping_criteria": StoppingCriteriaList([watch])}
         if self._memories is not None and policy in (None, "auto"):
             watching |= self._memories.sources(self._model, self._exchange)
@@ -222,7 +222,7 @@ class RequestModel:
 
 
 class OneAtATime(utils.GenerateManager):
-    """Runs one request after another, of all models, in one thread: a seed is of the process, and so are the cores."""
+    """Runs the requests for all models one after another in one thread: they share the seed and the cores."""
 
     def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
         cast(Any, super()).__init__()
@@ -245,15 +245,15 @@ class OneAtATime(utils.GenerateManager):
         return RequestModel(model, _exchange.get(), self._figures, self._memories)
 
     def drain(self) -> None:
-        """Wait for the requests that are here. Those whose clients have left end at once."""
+        """Wait for the requests that are here; those of clients that have left end at once."""
         self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
 
 
 def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
-    """Set how many new tokens a prompt of `length` may get: at most as many as the model has positions left."""
+    """Limit the new tokens after a prompt of `length` to the positions that the model has left."""
     if not length:
         raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
-    if config.max_new_tokens is None:  # of which stock tells whether an answer is cut off
+    if config.max_new_tokens is None:  # stock compares an answer with it to say whether it was cut off
         config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
     config.max_length = None
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -280,9 +280,14 @@ class OneManager(utils.GenerationState):
 class AttachedModels(model_manager.ModelManager):
     """The targets of the command line and no others, each loaded once and attached.
 
-    `heads` are the names of the targets and of their heads, `served` the names that clients are told instead, one for
-    each target in their order; `policy` is what `resps` commands name so, `compile` what `attach` takes, and `loading`
-    are keywords of `load_target`. The `worker` is waited for before models are dropped.
+    Args:
+        heads: the name of each target's head, by the name of the target.
+        served: the names that clients use instead, one for each target; empty for the targets' own.
+        policy: as `resps` commands take it.
+        compile: as `attach` takes it.
+        invariant: whether every request is answered in the invariant mode.
+        worker: waited for before models are dropped.
+        loading: keywords of `load_target`.
     """
 
     def __init__(
@@ -323,7 +328,7 @@ class AttachedModels(model_manager.ModelManager):
         return model
 
     def target_of(self, name: Any) -> str:
-        """The target that a request means by `name`, or by none where only one is served."""
+        """Return the target that a request means by `name`, which may be left out where only one is served."""
         if name is None and len(self.names) == 1:
             name = self.names[0]
         if not isinstance(name, str) or name not in self._targets:
@@ -341,15 +346,13 @@ class AttachedModels(model_manager.ModelManager):
 
 
 def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
-    """The targets by all names of theirs: what the server was told, what clients are told, and their folders' names,
-    where only one has it.
-    """
+    """Map all names of the targets to them: the server's, the clients', and folder names that only one target has."""
     folders = Counter(PurePath(target).name for target in targets)
     names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
     return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
 
 
-# Fields that nothing reads, by the values with which they ask for nothing. Of any other value the answer would differ.
+# Fields that nothing reads, and their values that change nothing; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "best_of": (1,),
@@ -367,18 +370,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
-# Fields that may be ignored: an answer may be the same without them.
+# Fields that may be ignored: the answer is valid without them.
 _HINTS = frozenset(
     ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
     + ("prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier", "service_tier", "store")
     + ("stream_options", "truncation", "user")
 )
 _READ = frozenset(("generation_config", "model", "seed", "stream", "temperature", "top_p"))
+_SAMPLING = frozenset(("frequency_penalty", "max_tokens", "stop"))  # read for chats and completions
 _TEXTS = ("text", "input_text", "output_text")  # kinds of parts of a message
 
 
 class _Handler(utils.BaseHandler):
-    """What all three endpoints add to stock's: refusals by name, and `metrics` in every answer."""
+    """Base of the three endpoints, which adds refusals by name, and `metrics` in every answer."""
 
     needs: str  # the field that holds the prompt
     reads: frozenset[str]  # further fields
@@ -426,7 +430,7 @@ class _Handler(utils.BaseHandler):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
-        """As stock's, which leaves out the parts that a model does not take."""
+        """Convert messages as stock does, but refuse the parts that stock leaves out for this model."""
         read = utils.BaseHandler.get_processor_inputs_from_messages
         for message in messages:
             content = message.get("content")
@@ -477,24 +481,14 @@ class ChatHandler(_Handler, chat_completion.ChatCompletionHandler):
     """`/v1/chat/completions`."""
 
     needs = "messages"
-    reads = frozenset(
-        (
-            "chat_template_kwargs",
-            "frequency_penalty",
-            "logit_bias",
-            "max_completion_tokens",
-            "max_tokens",
-            "stop",
-            "tools",
-        )
-    )
+    reads = _SAMPLING | {"chat_template_kwargs", "logit_bias", "max_completion_tokens", "tools"}
 
 
 class CompletionHandler(_Handler, completion.CompletionHandler):
     """`/v1/completions`."""
 
     needs = "prompt"
-    reads = frozenset(("frequency_penalty", "max_tokens", "stop", "suffix"))
+    reads = _SAMPLING | {"suffix"}
 
 
 class ResponseHandler(_Handler, response.ResponseHandler):
@@ -505,14 +499,14 @@ class ResponseHandler(_Handler, response.ResponseHandler):
 
 
 def _checked_policy(policy: Any) -> str | None:
-    """A request names no folder and no repository that the server would have to load."""
+    """Return the policy of a request, which may name no folder or repository for the server to load."""
     if policy not in (None, "auto", "plain"):
         raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
     return policy
 
 
 async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
-    """A stream of server-sent events, with the exchange's metrics in the last chunk of an answer."""
+    """Add the exchange's metrics to the last chunk of a stream of server-sent events."""
     async for part in parts:
         if not exchange.ended:
             yield part
@@ -535,7 +529,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
-    """An error in OpenAI's form, of which their client shows the message."""
+    """Return an error in OpenAI's form, whose message their client shows."""
     error_type = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": error_type, "code": status}}
 
@@ -566,7 +560,7 @@ class Figures:
         self._outcomes: Counter[str] = Counter()
 
     def add_answer(self, exchange: Exchange, prompt_length: int, length: int) -> None:
-        """Count an answer: tokens of the prompt, and of prompt and answer."""
+        """Count an answer: `prompt_length` tokens of its prompt, and `length` with the answer."""
         added: dict[str, float] = {
             "resps_prompt_tokens_total": prompt_length,
             "resps_emitted_tokens_total": length - prompt_length,
@@ -634,7 +628,7 @@ class Door:
                 self._figures.end(exchange)
 
     async def _read(self, receive: Receive, exchange: Exchange) -> bytes | None:
-        """The body; `None` for one that is too large, of which no more is kept than what is allowed."""
+        """Return the body; `None` for one that is too large, whose excess is not kept."""
         parts, size, is_whole = [], 0, False
         while not is_whole:
             message = await receive()
@@ -673,11 +667,11 @@ async def _departure(receive: Receive, exchange: Exchange) -> Message:
     return message
 
 
-_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's, of other models, and to unload all
+_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's routes to other models, and to unload
 
 
 def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> ASGIApp:
-    """The application that serves `models`, each request through `worker`."""
+    """Make the application that serves `models`, each request through `worker`."""
     state = OneManager(worker)
     app: FastAPI = server.build_server(
         models,
@@ -705,8 +699,8 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
     return Door(app, figures)
 
 
-# What is called, replaced or overridden of stock's server -> its parameters, in Transformers 5.20 to 5.24; after dots
-# some of them, where others are passed on or left out.
+# Functions of stock's server that are called, replaced or overridden -> their parameters in Transformers 5.20 to 5.24;
+# after dots only some, where others are passed on or left out.
 RELIED_ON = {
     server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
     "systemone_handler generation_state enable_cors",
