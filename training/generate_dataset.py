@@ -32,13 +32,13 @@ import transformers
 from transformers import AutoTokenizer
 
 from prompts.batched_answers import answer, batches
-from runs.context import check_context
 from runs.progress import PromptProgress
 from runs.refusal import run
 from transformers_resps import DraftHead, attach
 from transformers_resps.data import Conversation, read_conversations
 from transformers_resps.generation.output import end_ids
 from transformers_resps.tools.loading import load_target
+from transformers_resps.trainers.loading import context_of
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
@@ -77,7 +77,7 @@ def read_prompts(
 
 
 def finished_ids(output: Path) -> set[str]:
-    """Prompts that are answered already. An incomplete last line is removed."""
+    """List the prompts that are answered already; removes an incomplete last line."""
     if not output.exists():
         return set()
     text = output.read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def rows_of(
     max_new_tokens: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """The lines of `--output` for prompts of one batch."""
+    """Answer the prompts of one batch, and yield the lines of `--output`."""
     eos_ids = end_ids(model)
     answers = answer(model, head, [prompt.token_ids for prompt in group], temperature, max_new_tokens, seed)
     for prompt, token_ids in zip(group, answers, strict=True):
@@ -162,7 +162,7 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
 
 
 def selected(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
-    """The prompts that the command asks for."""
+    """Load the prompts that the command asks for."""
     print(f"Reading at most {args.limit} prompts ...", flush=True)
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:
@@ -204,9 +204,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = attach(load_target(args.target, args.dtype, args.device, packed=True))
     head = DraftHead.from_pretrained(args.head, target=model) if args.head else None
-    asked, answered = args.max_prompt_tokens, args.max_new_tokens
-    needed = f"`--max-prompt-tokens {asked}` and `--max-new-tokens {answered}` allow {asked + answered} tokens"
-    check_context(model, asked + answered, needed, "Lower one of them.")
+    asked, answered, context = args.max_prompt_tokens, args.max_new_tokens, context_of(model)
+    if asked + answered > context:
+        raise ValueError(
+            f"`--max-prompt-tokens {asked}` and `--max-new-tokens {answered}` allow {asked + answered} tokens, but "
+            f"the target reads at most {context} tokens. Lower one of them."
+        )
     prompts = selected(args, tokenizer)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_provenance(args, prompts)

@@ -79,7 +79,7 @@ class AdapterArguments:
     )
 
     def config(self) -> Any:
-        """For `DraftHeadTrainer`; `None` trains the whole head."""
+        """Return the adapters for `DraftHeadTrainer`; `None` trains the whole head."""
         if not self.use_peft:
             return None
         from peft import LoraConfig
@@ -99,7 +99,7 @@ def say(text: str) -> None:
 
 
 def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations to train on, and those of the first dataset to evaluate."""
+    """Load the conversations to train on, and held-out ones of the first dataset to evaluate."""
     train: list[Conversation] = []
     held_out: list[Conversation] = []
     for index, (name, limit) in enumerate(zip_longest(script.datasets, script.limits[: len(script.datasets)])):
@@ -114,25 +114,20 @@ def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation],
 def split_conversations(
     conversations: Iterable[Conversation], share: float
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Split conversations into those to train on, in their order, and those held out.
+    """Split conversations: the ones to train on, in their order, and about `share` of them, 0 to 1, held out.
 
-    About `share` of them, 0 to 1, are held out. The first question alone decides: a conversation stays on its side
-    when the dataset grows, and all answers to one question are on the same side. Nor does the order of those held out
-    depend on the dataset's.
+    The first question alone decides, so a conversation stays on its side when the dataset grows, and all answers to
+    one question are on the same side. It also decides the order of the held-out conversations.
     """
     training: list[Conversation] = []
-    held_out: list[tuple[float, Conversation]] = []
+    held_out: list[Conversation] = []
     for conversation in conversations:
-        place = _place(conversation)
-        if place < share:
-            held_out.append((place, conversation))
-        else:
-            training.append(conversation)
-    return training, [conversation for _, conversation in sorted(held_out, key=lambda pair: pair[0])]
+        (held_out if _place(conversation) < share else training).append(conversation)
+    return training, sorted(held_out, key=_place)
 
 
 def _place(conversation: Conversation) -> float:
-    """A number in [0, 1) that depends on what comes before the first answer alone."""
+    """Return a number in [0, 1) that depends only on the messages before the first answer."""
     roles = [message["role"] for message in conversation]
     is_answered = "user" in roles and "assistant" in roles[roles.index("user") :]
     end = roles.index("assistant", roles.index("user")) if is_answered else len(roles)
@@ -141,7 +136,7 @@ def _place(conversation: Conversation) -> float:
 
 
 def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: Any) -> DraftHeadTrainer:
-    """The trainer of the head in `script.head`, or of a new one, on the conversations."""
+    """Make the trainer of the head in `script.head`, or of a new one, on the conversations."""
     from datasets import Dataset  # of the extra `train`, which `parse` has asked for
 
     train, held_out = (Dataset.from_list([{"messages": one} for one in part]) for part in read_conversations(script))

@@ -40,7 +40,7 @@ from transformers_resps.trainers.policy_trainer import without_guard
 
 @dataclass
 class PolicyScriptArguments(PromptArguments):
-    """What is trained, and what for."""
+    """The policy to train, and its reward."""
 
     policy: str = field(
         default="resps",
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def publish_run(args: PolicyTrainingConfig, recipe: str) -> None:
-    """Write what a card tells beside the policy, push both if asked to, and print how good the policy is."""
+    """Write the facts for a card beside the policy, push both if asked to, and print how good the policy is."""
     folder = Path(args.output_dir) / "policy"
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     write_run(folder, recipe, name=args.hub_model_id)

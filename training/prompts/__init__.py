@@ -1,1 +1,1 @@
-"""The prompts of a training command: read, answered by the target, recorded with what its drafters propose."""
+"""The prompts of a training command: loaded and split, or answered by the target."""

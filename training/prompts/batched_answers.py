@@ -26,9 +26,9 @@ def batches(
     batch_size: int,
     seed: int,
 ) -> list[tuple[float, list[Prompt]]]:
-    """Prompts of one temperature and similar lengths, in random order: a run that stops early has seen every length.
+    """Group prompts by temperature and length, in random order: a run that stops early has seen every length.
 
-    Each prompt gets the next of `temperatures`, so the shares are the same whatever the batches are.
+    Each prompt gets the next of `temperatures`, so the shares do not depend on the batches.
     """
     found = []
     for temperature in dict.fromkeys(temperatures):
@@ -50,12 +50,10 @@ def answer(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    **more: Any,
 ) -> list[list[int]]:
-    """The answers of an attached model to prompts of any lengths, each up to its first end token.
+    """Answer prompts of any lengths with an attached model, each up to its first end token.
 
-    At temperature 0 each is what plain `generate` writes to its prompt alone, exactly in float32. `more` is for
-    `generate`.
+    At temperature 0 each answer is the one that plain `generate` gives to its prompt alone, exactly in float32.
     """
     ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
     drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
@@ -68,6 +66,5 @@ def answer(
         pad_token_id=min(ends, default=0),
         **sampling(temperature),
         **drafting,
-        **more,
     )
     return [up_to_end(row, ends) for row in written[:, ids.shape[1] :].tolist()]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def read_splits(
     dataset: str, tokenizer: Any, *, split: str, limit: int, held_out: float, max_prompt_tokens: int
 ) -> "tuple[Dataset, Dataset, Dataset]":
-    """The first `limit` prompts that are short enough: all turns up to the last question.
+    """Load the first `limit` prompts that are short enough (all turns up to the last question), in three parts.
 
     Args:
         dataset: JSON or JSONL file, or Hub id, of conversations.
@@ -26,8 +26,8 @@ def read_splits(
         max_prompt_tokens: longer ones are left out.
 
     Returns:
-        `messages` to learn from, to watch training by, and for the final figure; which prompt is where depends on
-        its hash, not on its place in the dataset.
+        `messages` to learn from, to watch training by, and for the final figure; the hash of a prompt decides where
+        it belongs, not its place in the dataset.
 
     Raises:
         ValueError: fewer than three are left.
@@ -63,7 +63,7 @@ def _prompts(dataset: str, split: str) -> Iterator[Conversation]:
 
 @dataclass
 class PromptArguments:
-    """Which target answers which prompts, and who drafts."""
+    """The target, its drafter, and the prompts that it answers."""
 
     target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
     head: str = field(metadata={"help": "Hub id or folder of its draft head."})
@@ -87,7 +87,7 @@ class PromptArguments:
     )
 
     def read_prompts(self, tokenizer: Any) -> "tuple[Dataset, Dataset, Dataset]":
-        """As asked for; see `read_splits`."""
+        """Load the three parts; see `read_splits`."""
         return read_splits(
             self.dataset,
             tokenizer,

@@ -7,7 +7,7 @@ from transformers_resps.compat import check_extra
 
 
 def parse(*kinds: Any) -> tuple[Any, ...]:
-    """One object of each dataclass in `kinds`; ends with one line where the extra `train` is not installed.
+    """Parse one object of each dataclass in `kinds`; exits with one line where the extra `train` is not installed.
 
     Raises:
         ValueError: an option is out of its range.

@@ -1,4 +1,4 @@
-"""How far the answers of many prompts are."""
+"""The progress of a run that answers many prompts."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ class PromptProgress:
 
     Args:
         total: prompts.
-        before: of them, those that an earlier run answered.
+        before: prompts that an earlier run answered.
         is_terminal: show the bar.
         clock: in seconds.
     """
@@ -39,7 +39,7 @@ class PromptProgress:
         self._bar.close()
 
     def watch(self, model: torch.nn.Module, prompts: int, most_steps: int) -> AbstractContextManager[None]:
-        """Inside, the bar moves by the prompts of a batch, evenly over the steps that it takes at most."""
+        """Return a context in which the bar moves by a batch's prompts, evenly over its most steps."""
         return moving(self._bar, model, prompts, most_steps)
 
     def add(self, prompts: int, tokens: int) -> None:
