@@ -186,7 +186,9 @@ def with_images(value: Any, images: int) -> list[dict[str, Any]]:
 
     If no part is an image, all images stand before the first user turn's text, as in TRL.
     """
-    messages = [{"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)]
+    messages: list[dict[str, Any]] = [
+        {"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)
+    ]
     asked = next((message["content"] for message in messages if message["role"] == "user"), None)
     if asked is not None and not any(map(images_in, messages)):
         asked[:0] = [{"type": "image"}] * images
