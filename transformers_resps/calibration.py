@@ -22,7 +22,8 @@ from .compat import CACHE_KEYWORD, text_config
 from .drafting import Committed, DraftCall, DraftRequest, DraftSource, LevelSource
 from .generation.attach import attached
 from .generation.checks import check_model, setting_of
-from .generation.request import Assistants, SpeculationDefaults
+from .generation.keywords import SpeculationDefaults
+from .generation.request import Assistants
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape

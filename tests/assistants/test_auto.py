@@ -76,11 +76,3 @@ def test_a_whole_model_is_no_head(target: PreTrainedModel, tmp_path: Path) -> No
     target.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a whole model"):
         AutoDraftHead.from_pretrained(tmp_path, target=target)
-
-
-def test_the_draft_head_class_names_the_class_of_a_published_block_head(
-    target: PreTrainedModel, tmp_path: Path
-) -> None:
-    write("z-lab, old", tmp_path)
-    with pytest.raises(ValueError, match=r"Load it with `BlockHead.from_pretrained`"):
-        DraftHead.from_pretrained(tmp_path, target=target)

@@ -23,8 +23,8 @@ from transformers_resps import (
     calibrate,
     detach,
 )
+from transformers_resps.generation.keywords import SpeculationDefaults
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
-from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.tools.doctor import write_answers
 from transformers_resps.tools.inspect import examine
 from transformers_resps.verifying.lending import evaluation_mode

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach
 from transformers_resps.generation import mixin
-from transformers_resps.generation.request import Request, SpeculationDefaults
+from transformers_resps.generation.keywords import SpeculationDefaults
+from transformers_resps.generation.request import Request
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))

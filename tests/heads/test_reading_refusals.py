@@ -209,8 +209,6 @@ def test_a_target_is_the_second_argument_and_held_to_the_same(
     else:
         DraftHead.from_target(target, D).save_pretrained(tmp_path)
     assert DraftHead.from_pretrained(tmp_path, target).config.target == target_identity(target)
-    with pytest.raises(ValueError, match="80"):
-        DraftHead.from_pretrained(tmp_path, build_target(num_hidden_layers=LAYERS, vocab_size=80))
     for thing in ("meta-llama/Toy", target.config):
         with pytest.raises(ValueError, match=f"is a {type(thing).__name__}, but must be the loaded model"):
             DraftHead.from_pretrained(tmp_path, thing)

@@ -26,7 +26,7 @@ from tests.lossless.answering import Heard
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.generation.request import SpeculationDefaults
+from transformers_resps.generation.keywords import SpeculationDefaults
 from transformers_resps.tree import DraftTree
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from transformers_resps.heads.model import HeadReading
-from transformers_resps.tools.diagnosis import Cell, Diagnosis, Tally
+from transformers_resps.tools.diagnosis import Diagnosis, ReadingScore, Tally
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ from transformers_resps.tools.diagnosis import Cell, Diagnosis, Tally
     ],
 )
 def test_a_reading_is_better_only_beyond_noise(kept: list[int], nats: list[float], is_healthy: bool) -> None:
-    def cell(theta: float, kept: list[int], nats: list[float]) -> Cell:
+    def score(theta: float, kept: list[int], nats: list[float]) -> ReadingScore:
         tallies = (Tally(40, k, n) for k, n in zip(kept, nats, strict=True))
-        return Cell(HeadReading((2, 4, 5), theta, False), (0.5, 0.4), tuple(tallies))
+        return ReadingScore(HeadReading((2, 4, 5), theta, False), (0.5, 0.4), tuple(tallies))
 
-    configured = cell(1e6, [30, 33, 31, 36], [-90.0, -95.0, -92.0, -99.0])
-    found = Diagnosis((configured, cell(1e4, kept, nats)))
+    configured = score(1e6, [30, 33, 31, 36], [-90.0, -95.0, -92.0, -99.0])
+    found = Diagnosis((configured, score(1e4, kept, nats)))
     assert found.is_healthy is is_healthy and found.overrides == ({} if is_healthy else {"rope_theta": 1e4})
 
 
@@ -33,7 +33,7 @@ def cells(*kept: list[int]) -> Diagnosis:
     """Of readings whose chains keep so many tokens at 40 positions of each answer; nats that tell nothing."""
     readings = [HeadReading((2, 4, 5), base, False) for base in (1e4, 1e5, 1e6)]
     tallies = [tuple(Tally(40, number, -90.0) for number in row) for row in kept]
-    return Diagnosis(tuple(Cell(r, (0.5, 0.4), t) for r, t in zip(readings, tallies, strict=False)))
+    return Diagnosis(tuple(ReadingScore(r, (0.5, 0.4), t) for r, t in zip(readings, tallies, strict=False)))
 
 
 def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
@@ -43,7 +43,7 @@ def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
     few = "Too little evidence: 9 answers of 360 positions. So far 0.81 of 2 drafted tokens accepted as configured, "
     assert cells(alike[:9], alike[:9]).verdict.startswith(few + "and no other settings are surely better")
     doubtful = cells(alike, scattered)
-    gain, error = doubtful.gain(doubtful.cells[1])
+    gain, error = doubtful.gain(doubtful.scores[1])
     assert doubtful.is_healthy and doubtful.possible_gain == pytest.approx(gain + 3 * error)
     assert doubtful.verdict.startswith(
         f"Too little evidence: other settings might accept {doubtful.possible_gain:.2f}"
@@ -71,11 +71,11 @@ def test_it_is_settled_when_more_answers_would_change_nothing() -> None:
 def test_only_readings_that_are_far_worse_are_not_followed() -> None:
     base = [30, 33, 31, 36, 30, 33, 31, 36]
     found = cells(base, [k + 1 for k in base], [k - 9 for k in base])
-    assert found.worth_following == tuple(cell.reading for cell in found.cells)  # as likely, so it may be better
-    unlikely = replace(found.cells[2], tallies=tuple(replace(t, log_prob=-150.0) for t in found.cells[2].tallies))
-    dropped = Diagnosis((*found.cells[:2], unlikely))
-    assert dropped.worth_following == tuple(cell.reading for cell in found.cells[:2])
-    turned = Diagnosis((unlikely, *found.cells[:2]))
-    assert turned.worth_following == tuple(cell.reading for cell in turned.cells)  # the configured one is kept
-    few = Diagnosis(tuple(replace(cell, tallies=cell.tallies[:7]) for cell in dropped.cells))
+    assert found.worth_following == tuple(score.reading for score in found.scores)  # as likely, so it may be better
+    unlikely = replace(found.scores[2], tallies=tuple(replace(t, log_prob=-150.0) for t in found.scores[2].tallies))
+    dropped = Diagnosis((*found.scores[:2], unlikely))
+    assert dropped.worth_following == tuple(score.reading for score in found.scores[:2])
+    turned = Diagnosis((unlikely, *found.scores[:2]))
+    assert turned.worth_following == tuple(score.reading for score in turned.scores)  # the configured one is kept
+    few = Diagnosis(tuple(replace(score, tallies=score.tallies[:7]) for score in dropped.scores))
     assert len(few.worth_following) == 3

@@ -141,9 +141,9 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
             hits += torch.tensor(chain)
             kept += next((i for i, hit in enumerate(chain) if not hit), DEPTHS)
             positions += 1
-    cell = diagnose(target, head, answers[:3]).configured
-    assert cell.agreement == pytest.approx((hits / positions).tolist()) and 0.3 < min(cell.agreement) < 0.99
-    assert cell.accepted == pytest.approx(kept / positions)
+    score = diagnose(target, head, answers[:3]).configured
+    assert score.agreement == pytest.approx((hits / positions).tolist()) and 0.3 < min(score.agreement) < 0.99
+    assert score.accepted == pytest.approx(kept / positions)
 
 
 def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
@@ -238,7 +238,7 @@ def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
     assert [one.answers for one in found] == [8, 10, 20, 24][: len(found)]
     whole = diagnose(target, head, answers)
     assert found[-1].overrides == whole.overrides and found[-1].is_settled is (len(found) == 3)
-    assert len(found[1].cells) < len(found[0].cells) and found[1].configured.reading == whole.configured.reading
+    assert len(found[1].scores) < len(found[0].scores) and found[1].configured.reading == whole.configured.reading
 
 
 def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(

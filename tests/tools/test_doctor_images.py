@@ -54,15 +54,15 @@ def test_both_readings_of_deepstack_are_measured_on_images_and_one_on_text(targe
     torch.manual_seed(1)
     head = DraftHead.from_target(target, START, feature_layers=[1, 2])
     shown = diagnose(target, head, answers(target))
-    readings = {cell.reading for cell in shown.cells}
+    readings = {score.reading for score in shown.scores}
     assert {reading.before_deepstack for reading in readings} == {False, True}
-    nats = {cell.reading: cell.log_prob for cell in shown.cells}
+    nats = {score.reading: score.log_prob for score in shown.scores}
     for reading, number in nats.items():
         flipped = type(reading)(reading.feature_layers, reading.rope_theta, reading.norm_before_residual, True)
         assert reading.before_deepstack or abs(number - nats[flipped]) > 1e-6
     assert shown.configured.reading.before_deepstack is False
     text = [LabelledText(answer.tokens[answer.tokens < START], 4) for answer in answers(target)]
-    assert not any(cell.reading.before_deepstack for cell in diagnose(target, head, text).cells)
+    assert not any(score.reading.before_deepstack for score in diagnose(target, head, text).scores)
 
 
 def test_a_head_reads_the_side_of_deepstack_that_its_config_names(target: PreTrainedModel, tmp_path: Path) -> None:

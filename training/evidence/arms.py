@@ -18,8 +18,8 @@ from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach
 from transformers_resps.compilation.native import keeps_rows_apart
 from transformers_resps.drafting import DraftSource
+from transformers_resps.generation.keywords import SpeculationDefaults
 from transformers_resps.generation.output import sampling
-from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.policies.base import Observation, PolicyWrapper
 from transformers_resps.policies.throughput import ThroughputPolicy

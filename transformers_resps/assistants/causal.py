@@ -61,14 +61,16 @@ class CausalDrafter(LoadedModel):
             return f"has a vocabulary of {sizes[0]} tokens, and the target one of {sizes[1]}. {_SAME_TOKENS}"
         return None
 
-    def bind(self, target: PreTrainedModel) -> StepModel:
+    def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
-        steps = _Steps(self.model, _vocab_size(target))
         if not self._is_probed:
             _check_tokenizers(self.model, target)
-            _check_trees(self.model, steps)
+            _check_trees(self.model, _Steps(self.model, _vocab_size(target)))
             self._is_probed = True
-        return steps
+
+    def bind(self, target: PreTrainedModel) -> StepModel:
+        self.prepare(target)
+        return _Steps(self.model, _vocab_size(target))
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

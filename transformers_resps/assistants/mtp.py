@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compat import CACHE_KEYWORD
+from ..compat import CACHE_KEYWORD, input_embedding
 from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
@@ -425,14 +425,17 @@ class MtpHead(TrainableSource, nn.Module):
         use = f'head = MtpHead.from_pretrained("{repo_id}", target=model)'
         return plain_card("MTP module", "mtp", self.target["name_or_path"], use)
 
-    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
+    def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
-        table = target.get_input_embeddings()
+        table = input_embedding(target)
         if table.weight.device != self.device and not hasattr(table, "_hf_hook"):
             raise ValueError(
                 f"The MTP layers are on {self.device}, but the target's embedding is on {table.weight.device}. Call "
                 f"`head.to('{table.weight.device}')`, or load them with `target=model`."
             )
+
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
+        self.prepare(target)
         layers = self._packed.view(self.layers) if forward is None else self.layers
         return BoundMtp(self, target, layers, self._rows, forward)
 

@@ -1,14 +1,12 @@
 """The acceptance rule: follow the tree in commit order.
 
-At every committed position it makes exactly the calls that plain sampling makes (Transformers' `_sample`):
-the user's logits processors with the text so far, one pick by the target, the stopping criteria, the streamer. It
-then descends if a child carries the pick, and stops otherwise. So every token is the target's own draw given its
-prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
-looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
+At every committed position it makes exactly the calls of plain sampling (Transformers' `_sample`): the user's logits
+processors with the text so far, one pick by the target, the stopping criteria, the streamer. It then descends if a
+child carries the pick, and stops otherwise. So every token is the target's own draw given its prefix, in the order and
+with the random numbers of plain decoding: lossless for any tree that was built without looking at the picks, and
+identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
 
-`accept` is the rule. `accept_picks` is the same rule without most of these calls: where nothing observes a token and
-processors read scores alone, rows of a ragged batch pick together, level by level; where the calls keep no state, they
-could be made for all nodes before the path is known.
+`accept` is the rule; `accept_picks` follows it with fewer calls, where nothing observes a token.
 """
 
 import math
@@ -25,14 +23,14 @@ from .text import Batch, Text
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a step added to the rows that it decoded.
+    """The tokens that a step added to the decoded rows.
 
     Attributes:
         path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished. A row that
             kept fewer repeats its last.
         tokens: `[b, m]` the picks after them; the last one is the next root.
-        paths: what of `path` each row kept, on the host.
-        picks: likewise of `tokens`.
+        paths: the nodes that each row kept, on the host.
+        picks: the tokens that each row kept, on the host.
         emitted: tokens that each row of the call gained, decoded or not; padding after its end does not count.
     """
 
@@ -60,13 +58,13 @@ class Acceptance:
 
     @classmethod
     def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
-        """What rows added that advanced each on its own, by their paths and picks: one copy to the device."""
+        """Join the paths and picks of rows that advanced each on its own, with one copy to the device."""
         filled = torch.tensor([_filled(paths), _filled(picks)], device=device)
         return cls(filled[0], filled[1], paths, picks, list(map(len, paths)))
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """What the rows of `picks` added, by what they kept. A device that has the picks gets no copy."""
+        """Join the kept paths and picks of rows; a device that has the picks gets no copy."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -82,10 +80,10 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """All that `accept_batch` needs to know of the target, in one read that waits for it.
+    """Read the target's picks at all nodes from logits `[b, n, v]`, in one read that waits for the target.
 
     Returns:
-        `None` where it has to ask for one pick after the other; `logits` is `[b, n, v]`.
+        The picks; `None` where `accept_batch` has to ask for one after the other.
     """
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
@@ -100,10 +98,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Commit what the target picks along the tree, in every decoded row; `picks` are those of `read_picks`.
-
-    Rows in lockstep add the nodes that they come to to `reached`, see `accept`.
-    """
+    """Commit the target's picks in every decoded row; `reached` is for rows in lockstep, see `accept`."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
@@ -166,13 +161,9 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Accept as `accept` would for each row on its own, from picks that need no call for each token.
+    """Follow the rule of `accept` in each row on its own, by picks that need no call for each token.
 
-    The picks, their order and the ends are the same: a batch of eight roots takes 0.5 ms instead of 1.4.
-
-    Args:
-        picks: the target's.
-        texts: b of one row each, which know their ends; they gain the picks.
+    The picks, their order and the ends are the same. `texts` are b of one row each, and gain the picks.
     """
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
@@ -185,7 +176,7 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
 
 
 def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each row, the nodes whose logits are used, root first, and the picks after them."""
+    """Return each row's nodes whose logits are used, root first, and the picks after them."""
     paths: list[list[int]] = [[] for _ in texts]
     picked: list[list[int]] = [[] for _ in texts]
     going = dict.fromkeys(range(len(texts)), 0)  # row -> the node it has come to
@@ -209,16 +200,16 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Picks:
-    """What the target picks at the nodes of a tree, and where they lead.
+    """The target's picks at the nodes of a tree, and the children to which they lead.
 
     Args:
         children: see `DraftTree.children`.
-        rows: of each row the pick at every node; `None` to ask `logits` when a node is come to: on a CPU a read is
-            free, and nodes off the path would only cost.
+        rows: each row's pick at every node; `None` asks `logits` at the nodes on the path, since reads are free on a
+            CPU.
         logits: `[b, n, v]`.
-        tokens: `[b, n]` the picks where they were made; `None` on a CPU.
-        processed: where scores were processed before, what a text needs to commit the picks.
-        pick: the tokens `[r]` of logits `[r, v]`, which is asked in commit order; `None` takes the largest.
+        tokens: `[b, n]` the picks on their device; `None` on a CPU.
+        processed: the processed scores and draws, where there are any.
+        pick: `[r, v]` logits -> `[r]` tokens, asked in commit order; `None` takes the largest.
     """
 
     def __init__(
@@ -260,15 +251,13 @@ class Picks:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedPicks:
-    """The picks of a text of one row at all nodes of its tree, told before it is known which nodes it comes to.
-
-    Rows in lockstep draw together, and those that have ended go on drawing: they are asked in commit order.
+    """The picks of a text of one row at all nodes of its tree, before its path is known.
 
     Attributes:
         tokens: `[n]`; -1 where the scores allow no draw.
         logits: `[n, v]` fp32, the target's.
         scores: `[n, v]` fp32, processed.
-        draws: the random numbers of the levels; `None` for greedy picks.
+        draws: the random numbers of each level; `None` for greedy picks.
     """
 
     tokens: Tensor
@@ -302,12 +291,11 @@ class ProcessedPicks:
 
 
 class Draws:
-    """Random numbers for as many positions as a tree has levels, drawn as plain sampling would draw them.
+    """Random numbers for each level of a tree, drawn as plain sampling would draw them.
 
-    `torch.multinomial` draws one token of each row as a race: the largest p / e wins, where every token's e is drawn
-    from the exponential distribution of mean 1. These numbers do not depend on p, so they can be drawn for all levels
-    of a tree before it is known which node the text comes to: of each level one node is reached, and its pick is the
-    token that plain sampling draws there. Source: ATen, `multinomial` in native/Distributions.cpp, a single sample.
+    `torch.multinomial` draws one token of each row as a race: the largest p / e wins, with every token's e from the
+    exponential distribution of mean 1. These numbers do not depend on p, so they can be drawn for all levels before
+    the path is known. Source: ATen, `multinomial` in native/Distributions.cpp, a single sample.
 
     Args:
         count: positions.
@@ -342,7 +330,7 @@ class Draws:
 
 @cache
 def draws_alike(device: torch.device, vocabulary: int) -> bool:
-    """Whether `Draws` are those of `torch.multinomial` on a device: seen by doing, with the generator as it was."""
+    """Whether `Draws` equal `torch.multinomial` on a device, by a trial that leaves the generator as it was."""
     generator = _generator(device)
     if generator is None:
         return False
@@ -371,9 +359,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether picking at all nodes of a tree is right and pays. On a CPU a read is free, and nodes off the path would
-    only cost.
-    """
+    """Whether picking at all nodes of a tree is right and pays: on a CPU, where reads are free, it does not."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -381,9 +367,7 @@ _BLOCK = 256
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """`argmax` of logits `[r, v]`. For bfloat16 on a CPU PyTorch's takes twice as long: it compares places with all
-    values, and here with those of the block that holds the largest.
-    """
+    """Return the `argmax` of logits `[r, v]`, block by block: twice as fast as PyTorch's for bfloat16 on a CPU."""
     size = math.gcd(logits.shape[1], _BLOCK)
     if size == 1:
         return logits.argmax(-1)
@@ -394,7 +378,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """The logits `[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
+    """Take the logits `[r, v]` of one node in each of r rows from `[b, n, v]`; no copy where all stand at one node."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

@@ -28,11 +28,7 @@ Phase = Literal["draft", "verify", "rest"]
 
 
 class StepClock:
-    """Splits the seconds of a step between drafting, verifying and the rest.
-
-    Args:
-        now: seconds; tests pass a fake one.
-    """
+    """Splits the seconds of a step between drafting, verifying and the rest; tests pass a fake `now`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
@@ -91,10 +87,7 @@ class TreeDecoding:
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Read the prompt and commit the first token: step 0 of the report.
-
-        `read` lets the verifier read the known tokens of the prompt `[b, s]`, and returns what it returns.
-        """
+        """Read the prompt `[b, s]` by `read`, see `Verifier.prefill`, and commit the first token: step 0."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -129,7 +122,7 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
-        """Let all drafters read the prompt, before any step: this takes time even if nothing is drafted."""
+        """Let all drafters read the prompt, which takes time even if nothing is drafted."""
         self._clock.lap("rest")
         states = None
         if self._reads_features:
@@ -160,7 +153,7 @@ class TreeDecoding:
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Wait for the target, if only to know when it had finished."""
+        """Read the picks, or wait for the target to know when it has finished."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -169,13 +162,13 @@ class TreeDecoding:
     def _accept(
         self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
     ) -> Acceptance:
-        """Commit what the target picks; the last pick is the next root."""
+        """Commit the target's picks; the last one is the next root."""
         acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """Keep the nodes that a walk came to before an error ended it, which plain decoding would have read."""
+        """Keep the nodes that a walk reached before an error ended it: plain decoding would have read them."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
@@ -237,8 +230,9 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
-        the least. A finished row, which writes padding, is no evidence.
+        """Count the step's tokens that the pool holds as a path, per row; in lockstep, of the row that has fewest.
+
+        A finished row writes padding, so it does not count.
         """
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])

@@ -11,8 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..tree import DraftTree
 
 
-# By exact type, of Transformers' own module: a score depends on the row's own scores and its own text. A call keeps no
-# state and has no effect, except that a processor prepares its biases at the first, from the vocabulary's size alone.
+# Exact types of Transformers' own processors that keep no state: a score depends on the row's own scores and its text.
 # SynthID and guidance keep a state, prefix constraints are told the row, the rest belongs to encoders and to speech.
 _READ_SCORES = frozenset(  # and nothing else
     (
@@ -49,7 +48,7 @@ STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether what a processor makes of a row of scores depends on that row and its text alone: by its exact type."""
+    """Whether a processor's result for a row depends on that row and its text alone, by its exact type."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # A repetition penalty may have a prompt length for each row.
@@ -57,13 +56,9 @@ def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
 
 
 class TreeLogitsProcessor(LogitsProcessor):
-    """Applies processors to all nodes of a tree: those that read scores alone in one call, others in one call per
-    level, as the prefixes of a level have one length.
+    """Applies a call's processors to all nodes of a tree: in one call, or level by level where they read texts.
 
-    Processors that `supports` does not know are called in commit order, once per committed position: `Text.commit`.
-
-    Args:
-        processors: those of a call of `generate`, in their order.
+    Processors that `supports` does not know are called in commit order instead, by `Text.commit`.
 
     Attributes:
         reads_texts: whether any of them reads more than scores.
@@ -76,7 +71,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
-        """Whether a tree may be processed at once: every processor is stateless, and cheap at nodes off the path."""
+        """Whether a tree may be processed at once: all are stateless, and cheap at nodes off the path."""
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]
@@ -101,7 +96,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
 
 def _levels(input_ids: Tensor, tree: DraftTree) -> tuple[Tensor, list[Tensor]]:
-    """The nodes `[n]` level by level, and of each level the texts `[nodes, s + depth]` that end in them."""
+    """Return the nodes `[n]` level by level, and for each level the texts `[nodes, s + depth]` that end in them."""
     order = tree.depths[0].argsort(stable=True)
     parents, tokens = order.argsort()[tree.parents[0, order]], tree.tokens[0, order, None]
     prefixes, begin, level_begin = [input_ids], 1, 0

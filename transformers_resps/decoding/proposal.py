@@ -1,7 +1,4 @@
-"""What a step verifies, and how it is decided: the policy chooses, the drafter and the text so far propose.
-
-The one decision path of a step, live and on recorded texts.
-"""
+"""Decide what a step verifies, live and on recorded texts: the policy chooses, the drafter and the text propose."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ from ..telemetry import Proposed
 from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
-class Rows(Protocol):
-    """The rows that are decoded, as a `Batch` has them."""
+class DecodedRows(Protocol):
+    """The decoded rows of a `Batch`."""
 
     @property
     def in_lockstep(self) -> bool: ...
@@ -33,7 +30,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a step verifies, and what it was chosen from.
+    """The tree that a step verifies, and its origin.
 
     Attributes:
         shape: that the policy chose, cut to the room that was left.
@@ -53,7 +50,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Who proposed the accepted nodes: of `paths`, root first, those of the rows that `gained` tokens."""
+        """Count who proposed the accepted nodes, on the `paths` (root first) of rows that `gained` tokens."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -80,7 +77,7 @@ class Proposer:
         self,
         policy: Policy,
         drafter: Drafter | None,
-        rows: Rows,
+        rows: DecodedRows,
         lookup: LookupDrafter,
     ) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
@@ -95,7 +92,7 @@ class Proposer:
         self._newest_features = None if committed.features is None else committed.features[:, -1]
 
     def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
-        """What a drafter gets of the text: to join all of it would take time in every step."""
+        """The text `[b, s]` where a drafter reads it, else the root alone: joining all takes time in every step."""
         return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
@@ -118,7 +115,7 @@ class Proposer:
         pricing: Pricing,
         prompt_seconds: float = 0.0,
     ) -> Proposal:
-        """The tree below the newest tokens.
+        """Draft the tree below the newest tokens.
 
         Args:
             root: `[b]` the newest tokens, where the target reads them.
@@ -168,7 +165,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """The best nodes of a pool, where the pool is; without one the root, on the host."""
+        """Build the tree of a pool's best nodes on its device; of no pool the root, on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # the host need not know the root that the device has: `below` puts it there
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

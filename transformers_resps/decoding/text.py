@@ -34,12 +34,12 @@ class StopConditions:
     warning_free_length: int
 
     def are_silent(self, length: int) -> bool:
-        """Whether no criterion logs a warning of a text before it ends, or reaches `length` positions."""
+        """Whether no criterion logs a warning before a text ends or reaches `length` positions."""
         return self.warning_free_length == self.length or length <= self.warning_free_length
 
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
-        """Read them; `None` where anything but end tokens and a length may stop a text."""
+        """Read the criteria; `None` where anything but end tokens and a length may stop a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]
         if not lengths or len(lengths) + len(tokens) < len(criteria):
@@ -119,9 +119,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Which decoded rows count, `[b]` bool: all but finished ones; those too if there is no end token, or if their
-        padding is kept.
-        """
+        """Which decoded rows count, `[b]` bool; finished ones do if nothing pads them, or if their padding is kept."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -141,11 +139,7 @@ class Text:
         return values if self._decoded is None else values[self._decoded]
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows: only padding is to come.
-
-        Returns:
-            Of the rows decoded so far, those that go on; `None` when all do.
-        """
+        """Stop decoding finished rows; returns the places of the others, `None` when none has finished."""
         going_on = self.live.tolist()
         if all(going_on):
             return None
@@ -155,23 +149,17 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are those of the largest logits until `ends_with` says so: one row, no
-        sampling, no hook that sees a token, no warning on the way.
-        """
+        """Whether the next `count` tokens are the largest logits' until `ends_with`: nothing sees or draws a token."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether the next `count` tokens are those that `pick` finds until `ends_with` says so: of one row, without
-        looking at its tokens.
-        """
+        """Whether `pick` finds the next `count` tokens until `ends_with`, without looking at the text of its row."""
         processor = self._tree_processor
         reads_scores = processor is not None and not processor.reads_texts
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether every node of a tree can be processed before the path is known: one row, with processors and
-        criteria that are known to keep no state, all on the tree's device.
-        """
+        """Whether all nodes can be processed before the path is known: by calls without a state, on its device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
@@ -186,21 +174,21 @@ class Text:
         return conditions is not None and conditions.are_silent(self.length + count)
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits `[n, v]` of every node of this one row's tree, raw and processed, from `[1, n or more, v]`."""
+        """Process the logits `[1, n or more, v]` of one row's tree; returns them raw and processed, `[n, v]` each."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         read = self.input_ids if self._tree_processor.reads_texts else self._ids  # may lack the newest tokens
         return raw, self._tree_processor(read, raw, tree)
 
     def keep_outputs(self, path: list[int], logits: Tensor, scores: Tensor) -> None:
-        """Keep, of the nodes of `path`, the raw logits and the processed scores `[n, v]` that the caller asked for."""
+        """Keep the raw logits and processed scores `[n, v]` of `path` that the caller asked for."""
         if self.scores is not None:
             self.scores += tuple(scores[node : node + 1].clone() for node in path)
         if self.logits is not None:
             self.logits += tuple(logits[node : node + 1].clone() for node in path)
 
     def append(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append t tokens to this one row at once; `there` holds them, `[t]`, where the target reads."""
+        """Append t tokens to this one row at once; `there` holds them, `[t]`, on the target's device."""
         self.length += len(tokens)
         self._ahead.append(there)
         if finished:
@@ -210,7 +198,7 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def pick(self, logits: Tensor) -> Tensor:
-        """The tokens `[any]` that texts like this one pick by logits `[any, v]`, where they do so `by_scores`."""
+        """Pick tokens `[any]` by logits `[any, v]`, for all texts like this one; see `picks_by_scores`."""
         scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
 
@@ -292,9 +280,8 @@ class Batch:
 
     @property
     def row_weights(self) -> list[float]:
-        """Weight of one token of each decoded row, 1.0 on average: the batch ends with its slowest row.
-
-        The derivative of the rows' soft minimum; the same for all in lockstep.
+        """Weight of a token of each decoded row, 1.0 on average: the derivative of the rows' soft minimum, since the
+        batch ends with its slowest row.
         """
         if self.in_lockstep:
             return [1.0] * self._texts[0].decoded_count
@@ -308,26 +295,22 @@ class Batch:
         return [self._texts[index] for index in self._decoded]
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether this holds of every decoded text: see `Text.is_plain_greedy`."""
+        """Whether every decoded text is, see `Text.is_plain_greedy`."""
         return all(text.is_plain_greedy(count) for text in self.decoded_texts)
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether this holds of every decoded text: see `Text.picks_by_scores`."""
+        """Whether every decoded text does, see `Text.picks_by_scores`."""
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
-        """Counts of the decoded rows as those of all rows of the call, 0 where a row is decoded no more."""
+        """Spread counts of the decoded rows over all rows of the call, 0 for the others."""
         every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
             every_row[index] = count
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows.
-
-        Returns:
-            Of the rows decoded so far, those that go on; `None` when all do.
-        """
+        """Stop decoding finished rows, see `Text.drop_finished`."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
@@ -346,7 +329,7 @@ class Batch:
         return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
 
     def answers(self, start: int) -> list[list[int]]:
-        """What all rows hold from position `start` on, padded after their ends."""
+        """The tokens of all rows from position `start` on, padded after their ends."""
         found: list[list[int]] = self.input_ids[:, start:].tolist()
         return found
 
@@ -360,12 +343,12 @@ class Batch:
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:
-        """The processed scores `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        """The kept processed scores `[b, v]` of each position; rows in lockstep only."""
         return self._texts[0].scores
 
     @property
     def logits(self) -> tuple[Tensor, ...] | None:
-        """The raw logits `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        """The kept raw logits `[b, v]` of each position; rows in lockstep only."""
         return self._texts[0].logits
 
     @staticmethod

@@ -30,8 +30,7 @@ class DrafterKind:
         source: its `DraftSource`.
         saved_as: `model_type` in the config.json that it writes; empty where Transformers writes it.
         marks: parts of a `model_type` or a class in the config.json of other publishers.
-        is_in: says of tensors, as `bare_names` returns them, whether they are such a drafter's; `None` where the
-            config.json says it.
+        is_in: whether tensors, under `bare_names`, are such a drafter's; `None` where the config.json says it.
         loaded_as: `model_type` of models of Transformers that draft as this kind.
         new: word that asks the trainer for a new one; `None` where it is not trained.
         objective: how it is trained, an `Objective`.

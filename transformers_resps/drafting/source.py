@@ -125,7 +125,7 @@ class LevelSource(DraftSource):
         """
 
     def prepare(self, target: PreTrainedModel) -> None:
-        self.bind(target)
+        self.check_target(target)
 
     def drafter(self, call: DraftCall) -> LevelDrafter:
         model = self.bind(call.target)

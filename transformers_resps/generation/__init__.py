@@ -1,1 +1,1 @@
-"""What `generate` meets: `attach`, the mixin, the arguments of a call and their checks."""
+"""`generate` of an attached model: its keywords and refusals, the plan of a call, and the decoding."""

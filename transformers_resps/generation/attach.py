@@ -17,8 +17,10 @@ from ..compat import unwrapped
 from ..drafting import DraftSource
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
+from .checks import check_keywords
+from .keywords import CompileChoice, SpeculationDefaults, is_name
 from .mixin import ReSpSGenerationMixin
-from .request import CompileChoice, SpeculationDefaults, SpeculationState, is_name
+from .request import SpeculationState
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -55,7 +57,9 @@ def attach(
     """
     inner = unwrapped(model)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, invariant, eval_mode)
-    defaults.check()
+    if not isinstance(eval_mode, bool):
+        raise ValueError(f"`eval_mode` must be True or False, got {eval_mode!r}.")
+    check_keywords(defaults, are_defaults=True)
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))

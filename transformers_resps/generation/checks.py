@@ -1,12 +1,15 @@
-"""What draft trees cannot do, refused by name before any work: settings, arguments, models and architectures.
+"""Refuse what draft trees cannot do, by name and with a way out, in two moments of a call.
 
-Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
+Before stock `generate` prepares it: keywords, settings, models, inputs. After: what it has prepared. Stock `generate`
+would ignore or misroute most of these settings when it is given an assistant.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +25,20 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from ..compat import CACHE_KEYWORD
+from ..compat import CACHE_KEYWORD, unwrapped
+from ..drafting import DraftSource
 from ..drafting.continuations import LONGEST_DRAFT
+from ..policies.base import Policy
+from ..tree import TreeShape
 from ..verifying.attention import is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, given_cache, window_of
 from ..verifying.forward import is_compiled
-from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
+from ..verifying.hybrids import RECURRENT_KINDS, is_recurrent, layer_kinds, recurrence_obstacle
 from ..verifying.invariant.attention import LENT
+from .keywords import AUTO, PLAIN, Keywords, is_name
 
 
 # Setting -> whether a value asks for something that trees do not support.
@@ -60,10 +68,10 @@ _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 # Arguments of an encoder-decoder. Its encoder has run already, so only these remain.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
-# What changes no token: stock `generate` never hands over the labels of a trainer, and throws router logits away.
+# Arguments that change no token: stock never hands over the labels of a trainer, and throws router logits away.
 NEVER_READ = frozenset(("labels", "output_router_logits"))
-# What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
-# the prompt and to no other, or gives no new token any.
+# Arguments that belong to a prompt's images, videos, sounds and embeddings: stock hands them only to the forwards that
+# read the prompt, or gives no new token any.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "audio_feature_lengths",
     "batch_num_images",
@@ -85,10 +93,172 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_second_per_grid",
 }
 _MEDIA = ("image", "video", "audio", "vision")
-# Of these, images, videos and sounds themselves.
+# Those that hold images, videos and sounds themselves.
 _PIXELS = tuple(
     name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
 )
+# "mlp" and "moe" are layers without attention.
+_LAYER_KINDS = RECURRENT_KINDS | {"full_attention", "sliding_attention", "hybrid", "mlp", "moe"}
+
+# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
+_ROUNDING_LAYERS = frozenset(
+    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
+    + ("BitLinear", "AutoBitLinear")
+)
+# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
+_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+
+
+# model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
+_PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
+_ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
+
+
+# Before stock prepares the call: what it says
+
+
+def check_prompts(prompts: Any) -> None:
+    """Refuse a text, or all that a tokenizer returned, where token ids are read."""
+    if isinstance(prompts, str) or (isinstance(prompts, list) and any(isinstance(one, str) for one in prompts)):
+        text = prompts if isinstance(prompts, str) else prompts[0]
+        raise ValueError(
+            f"Got the text {text[:40]!r} as a prompt, but `generate` reads token ids. Tokenise it: "
+            "`inputs = tokenizer(text, return_tensors='pt')`, then `model.generate(**inputs)`."
+        )
+    if isinstance(prompts, Mapping):
+        raise ValueError(
+            f"Got a {type(prompts).__name__} as a prompt, but `generate` reads its tensors by name. Call "
+            "`model.generate(**inputs)`."
+        )
+
+
+def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
+    """Refuse keywords of the wrong kind, or that contradict each other; `are_defaults` where `attach` was given them.
+
+    Raises:
+        ValueError: names the keyword and what it takes.
+    """
+    if are_defaults and said.is_plain:
+        raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
+    if isinstance(said.assistant_model, list | tuple) and not said.assistants:
+        raise ValueError("`assistant_model` is an empty list. Leave it out to draft by lookup alone.")
+    for given in said.assistants:
+        if not (is_name(given) or isinstance(given, Module | DraftSource | CandidateGenerator)):
+            raise ValueError(
+                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
+                f"{_instead_of_assistant(given)}"
+            )
+    for name in ("lockstep", "invariant"):
+        value = getattr(said, name)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"`{name}` must be True, False or None, got {value!r}.")
+    if said.compile is not None and not isinstance(said.compile, bool) and said.compile != AUTO:
+        raise ValueError(f"`compile` must be True, False, 'auto' or None, got {said.compile!r}.")
+    if said.is_plain and said.assistant_model is not None and not said.has_stock_assistant:
+        raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
+    if said.is_plain and said.invariant:
+        raise ValueError(
+            "`policy='plain'` with `invariant=True` is a contradiction, since stock decoding rounds otherwise. "
+            "Leave out the policy for invariant plain decoding."
+        )
+    _check_policy_keyword(said.policy)
+
+
+def _check_policy_keyword(policy: Any) -> None:
+    is_word = isinstance(policy, str) and policy in (AUTO, PLAIN)
+    is_place = is_name(policy) and ("/" in os.fspath(policy) or Path(policy).is_dir())
+    if not (policy is None or isinstance(policy, Policy) or is_word or is_place):
+        got = f"a {type(policy).__name__}" if isinstance(policy, Module) else repr(policy)  # a head prints its layers
+        raise ValueError(
+            "`policy` must be 'auto', 'plain', a folder, a Hub id (`owner/name`) or an object of a subclass of "
+            f"`Policy`, got {got}. {_instead_of_policy(policy)}"
+        )
+
+
+def check_drafter(head: Any) -> None:
+    """Refuse an argument `head` of a tool that is no source, no model and no name of one."""
+    if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
+        got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
+        raise ValueError(
+            f"`head` must be what drafts: a loaded draft head, another source or model, or a name, got {got}. "
+            f"{_instead_of_assistant(head)}"
+        )
+
+
+def _instead_of_assistant(given: Any) -> str:
+    """Say what to pass instead of a wrong `assistant_model`."""
+    if isinstance(given, str | Policy):  # "auto" or "plain"
+        return "Pass it as `policy`, which needs no assistant to draft by lookup."
+    if isinstance(given, TreeShape):
+        return f"Pass a head, and `policy=FixedPolicy({given!r})`."
+    return "Pass `DraftHead.from_pretrained(...)`."
+
+
+def _instead_of_policy(given: Any) -> str:
+    """Say what to pass instead of a wrong `policy`."""
+    if isinstance(given, TreeShape):
+        return f"Pass `FixedPolicy({given!r})`."
+    if isinstance(given, Module):
+        return "Pass it as `assistant_model`."
+    if is_name(given):  # such as a mistyped "auto"
+        return "Check the word, or the path."
+    return "Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
+
+
+def check_drafts_trees(model: Any) -> None:
+    """Refuse an assistant of Transformers' own whose trees a policy cannot shape."""
+    if not isinstance(model, PreTrainedModel | CandidateGenerator):
+        raise ValueError(
+            f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
+            "head or of a causal model. Pass `assistant_model=DraftHead.from_pretrained(...)`, a model of "
+            "`AutoModelForCausalLM`, or leave out `policy`."
+        )
+
+
+def check_effect(keywords: Keywords) -> None:
+    """Refuse keywords that have no effect where stock decodes."""
+    if keywords.lockstep is not None:
+        raise ValueError(
+            f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
+            "ragged. Leave out `lockstep`."
+        )
+    if keywords.compile:
+        raise ValueError(
+            f"Got compile={keywords.compile!r} without a draft head or a policy, but only our own steps are compiled. "
+            "Pass `policy='auto'`, or `policy=FixedPolicy(TreeShape.plain())` for compiled plain decoding."
+        )
+    if keywords.invariant:
+        raise ValueError(
+            "Got invariant=True with an assistant of Transformers' own, whose text depends on what it drafts. Pass "
+            "`policy='auto'` as well, so that it drafts trees."
+        )
+
+
+def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
+    """Refuse a policy that needs a head in a call without one, or whose trees leave no room for a memory."""
+    if not has_head and policy.needs_head:
+        raise ValueError(
+            f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
+            "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
+        )
+    if has_memory and not policy.uses_lookup:
+        raise ValueError(
+            f"policy={policy!r} asks for no looked-up nodes, and the call has a memory. Pass a shape with "
+            "`lookup=8`, `policy='auto'`, or no policy."
+        )
+
+
+def check_sources(sources: Sequence[DraftSource]) -> None:
+    """Refuse sources that draw random numbers, or that read the same features in two ways."""
+    for source in sources:
+        for module in source.own_modules:
+            _check_draws(module, module.modules())
+    if len({source.before_deepstack for source in sources if source.feature_layers}) > 1:
+        raise ValueError(
+            "One assistant reads hidden states before image features are added to them, another one after. Pass "
+            "one of them."
+        )
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
@@ -117,7 +287,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
 def setting_of(
     name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> Any:
-    """As `generate` resolves it: the call's keyword, the call's config, the model's config; `None` where all are."""
+    """Resolve a setting as `generate` does: from the call's keyword, its config, or the model's; `None` if unset."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
 
@@ -159,32 +329,6 @@ def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
     return [(type(layer).__name__, layer.max_cache_len) for layer in layers]
 
 
-def check_room(static: StaticCache, length: int) -> None:
-    """Refuse a text that may outgrow the caller's static cache, which has to hold `length` positions in the end."""
-    layers: list[Any] = [*static.layers]
-    room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
-    if room < length:
-        raise ValueError(
-            f"The `StaticCache` holds {room} positions, but the text may come to need {length}. Pass a longer one, or "
-            "set a smaller `max_new_tokens`."
-        )
-
-
-def check_prompts(prompts: Any) -> None:
-    """Refuse a text, or all that a tokenizer returned, where token ids are read."""
-    if isinstance(prompts, str) or (isinstance(prompts, list) and any(isinstance(one, str) for one in prompts)):
-        text = prompts if isinstance(prompts, str) else prompts[0]
-        raise ValueError(
-            f"Got the text {text[:40]!r} as a prompt, but `generate` reads token ids. Tokenise it: "
-            "`inputs = tokenizer(text, return_tensors='pt')`, then `model.generate(**inputs)`."
-        )
-    if isinstance(prompts, Mapping):
-        raise ValueError(
-            f"Got a {type(prompts).__name__} as a prompt, but `generate` reads its tensors by name. Call "
-            "`model.generate(**inputs)`."
-        )
-
-
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
     """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
@@ -218,7 +362,7 @@ def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | 
 
 
 def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Refuse placeholders without a text or an image. Stock's forward counts those that have images."""
+    """Refuse a prompt of nothing but placeholders, without an image."""
     given = {name for name, value in arguments.items() if value is not None}
     known = placeholder_ids(model.config)
     if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
@@ -231,135 +375,7 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
         )
 
 
-def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as a
-    `cross_attention_mask`, and those that do not fit the prompt.
-    """
-    _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
-    if not target.config.is_encoder_decoder:  # whose encoder has read them
-        _check_token_types(target, model_kwargs.get("token_type_ids"))
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
-        raise _refusal(
-            f"`position_ids` of {positions.dim()} dimensions",
-            "Pass `[b, s]`, one position per token, or leave them out",
-        )
-    if not input_ids.numel() and model_kwargs.get("inputs_embeds") is None:
-        raise ValueError(
-            f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
-            "example the tokenizer's `bos_token_id`."
-        )
-    rows, mask = len(input_ids), model_kwargs.get("attention_mask")
-    if positions is None:
-        return
-    if positions.shape[-2] not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[-1])):
-        given = f"`position_ids` of shape {list(positions.shape)}"
-        if mask is not None:
-            given = f"`attention_mask` of shape {list(mask.shape)} and {given}"
-        raise ValueError(
-            f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
-            "`position_ids` of its shape or none."
-        )
-
-
-def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
-    known = _CARRIED | PROMPT_ARGUMENTS | NEVER_READ | {"input_ids"}
-    if target.config.is_encoder_decoder:
-        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
-
-
-def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Refuse kinds of tokens that the decoder reads in each step, as GPT-2 does; others belong to the prompt alone.
-
-    Zeros are what a decoder with a table of kinds takes without them.
-    """
-    if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
-        return
-    if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
-        raise _refusal(
-            f"the `token_type_ids` of {type(target).__name__}, which reads them with every token", "Leave them out"
-        )
-
-
-def _has_planes(target: PreTrainedModel) -> bool:
-    """Whether a token may have several positions: its place in the text, and in an image or a video."""
-    config = target.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    return config is not target.config or "mrope_section" in rope
-
-
-def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the prompt has images, sounds, embeddings or kinds of tokens. Stock gives some models an empty dict."""
-    given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
-    return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
-
-
-def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Tokens that stand for images, videos and sounds, which no answer holds: `image_token_id` and the like."""
-    names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
-    ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
-    return frozenset(value for value in ids if isinstance(value, int))
-
-
-def check_synced(synced_gpus: bool | None) -> None:
-    """Refuse ranks that must run the same number of forwards; stock `generate` detects that they must."""
-    if synced_gpus:
-        raise _refusal(
-            "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
-        )
-
-
-def check_lengths(
-    model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
-) -> None:
-    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read again.
-
-    The text is the whole conversation, or what follows the cache with a mask of the whole, as in plain `generate`.
-    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at that length, because 'longrope'
-    switches to other frequencies there. `position_count` is of the whole, as mask or `position_ids` count it.
-    """
-    past = cached_length(cache)
-    if not past < text_length == position_count and not past + text_length == position_count:
-        raise ValueError(
-            f"Got a cache of {past} positions, a text of {text_length} tokens and a mask of {position_count}, which "
-            "do not fit together. Pass the whole conversation as `input_ids`, or its new tokens with the "
-            "`attention_mask` of the whole."
-        )
-    boundary = longrope_boundary(model.config)
-    reads_anew = hasattr(model.config.get_text_config(), "original_max_position_embeddings")
-    start, end = past or text_length, max_length + position_count - text_length
-    if boundary and reads_anew and start <= boundary < end - 1:
-        raise _refusal(
-            f"a text that may grow from {start} to {end} positions, past {boundary}, where this target reads it again",
-            f"Set `max_length` to {boundary + 1} at most",
-        )
-
-
-def _refusal(came: str, way_out: str) -> ValueError:
-    return ValueError(
-        f"Draft trees do not support {came}. {way_out}, or call `generate` with `policy='plain'` and without a head."
-    )
-
-
-# "mlp" and "moe" are layers without attention.
-_LAYER_KINDS = RECURRENT_KINDS | {"full_attention", "sliding_attention", "hybrid", "mlp", "moe"}
-
-# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
-_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
-_ROUNDING_LAYERS = frozenset(
-    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
-    + ("BitLinear", "AutoBitLinear")
-)
-# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
-_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
-
-
-# model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
-_PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
-_ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
+# Before stock prepares the call: the target
 
 
 def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
@@ -414,7 +430,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Why it cannot verify drafts, where a probe would not tell."""
+    """Why it cannot verify drafts, where a probe would not show it."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -427,21 +443,6 @@ def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
     if getattr(config, "expert_capacity", sys.maxsize) <= LONGEST_DRAFT:
         return f"drops tokens of a forward, of which an expert takes {config.expert_capacity}"
     return None
-
-
-def check_draws(model: Module) -> None:
-    """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others."""
-    _check_draws(model, model.modules())
-
-
-def _check_draws(model: Module, modules: Iterable[Module]) -> None:
-    for module in modules:
-        if module.training and _draws(module):
-            raise ValueError(
-                f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
-                "numbers, and a tree would draw others. Call `.eval()` on the target and the head, or while a trainer "
-                "runs `attach(model, ..., eval_mode=True)`."
-            )
 
 
 def _architecture_reason(model: PreTrainedModel) -> str | None:
@@ -482,6 +483,28 @@ def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
             )
 
 
+def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
+    """Whether a quantized layer quantizes its input, too: a node's result then depends on the other nodes.
+
+    Recognised by names, so that no library has to be imported: torch 2.13, torchao 0.18, bitsandbytes 0.50 and the
+    layers of Transformers 5.24.
+    """
+    kind = type(module)
+    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
+        return True
+    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
+
+
+def _check_draws(model: Module, modules: Iterable[Module]) -> None:
+    for module in modules:
+        if module.training and _draws(module):
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
+                "numbers, and a tree would draw others. Call `.eval()` on the target and the head, or while a trainer "
+                "runs `attach(model, ..., eval_mode=True)`."
+            )
+
+
 def _draws(module: Module) -> bool:
     """Whether a layer in training has dropout, layerdrop or jitter: often a number, as `attention_dropout` is."""
     if isinstance(module, Dropout):
@@ -497,14 +520,146 @@ def _path(model: Module, module: Module) -> str:
     return path
 
 
-def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
-    """Whether a quantized layer quantizes what it reads, too.
+# After stock has prepared the call
 
-    Even with a scale of its own a row of a tree then ends a step away from the same row alone (torchao's `PerRow`: one
-    text of eight parted in float32). Told by names, so that no library has to be imported: torch 2.13, torchao 0.18,
-    bitsandbytes 0.50 and the layers of Transformers 5.24.
+
+def check_synced(synced_gpus: bool | None) -> None:
+    """Refuse ranks that must run the same number of forwards, as stock `generate` detects."""
+    if synced_gpus:
+        raise _refusal(
+            "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
+        )
+
+
+def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that a tree's forward does not pass on, such as a `cross_attention_mask`, or do not fit."""
+    _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
+    if not target.config.is_encoder_decoder:  # whose encoder has read them
+        _check_token_types(target, model_kwargs.get("token_type_ids"))
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
+        raise _refusal(
+            f"`position_ids` of {positions.dim()} dimensions",
+            "Pass `[b, s]`, one position per token, or leave them out",
+        )
+    if not input_ids.numel() and model_kwargs.get("inputs_embeds") is None:
+        raise ValueError(
+            f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
+            "example the tokenizer's `bos_token_id`."
+        )
+    rows, mask = len(input_ids), model_kwargs.get("attention_mask")
+    if positions is None:
+        return
+    if positions.shape[-2] not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[-1])):
+        given = f"`position_ids` of shape {list(positions.shape)}"
+        if mask is not None:
+            given = f"`attention_mask` of shape {list(mask.shape)} and {given}"
+        raise ValueError(
+            f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
+            "`position_ids` of its shape or none."
+        )
+
+
+def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
+    known = _CARRIED | PROMPT_ARGUMENTS | NEVER_READ | {"input_ids"}
+    if target.config.is_encoder_decoder:
+        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
+
+
+def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
+    """Refuse token types that the decoder reads in each step, as GPT-2 does; zeros equal none where it has a table."""
+    if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
+        return
+    if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
+        raise _refusal(
+            f"the `token_type_ids` of {type(target).__name__}, which reads them with every token", "Leave them out"
+        )
+
+
+def _has_planes(target: PreTrainedModel) -> bool:
+    """Whether a token may have several positions: its place in the text, and in an image or a video."""
+    config = target.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config is not target.config or "mrope_section" in rope
+
+
+def check_lengths(
+    model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
+) -> None:
+    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read again.
+
+    The text is the whole conversation, or its end with a mask of the whole; `position_count` is of the whole. Phi-3's
+    `prepare_inputs_for_generation` (Transformers 5.24) drops the cache where 'longrope' switches frequencies.
     """
-    kind = type(module)
-    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
-        return True
-    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
+    past = cached_length(cache)
+    if not past < text_length == position_count and not past + text_length == position_count:
+        raise ValueError(
+            f"Got a cache of {past} positions, a text of {text_length} tokens and a mask of {position_count}, which "
+            "do not fit together. Pass the whole conversation as `input_ids`, or its new tokens with the "
+            "`attention_mask` of the whole."
+        )
+    boundary = longrope_boundary(model.config)
+    reads_anew = hasattr(model.config.get_text_config(), "original_max_position_embeddings")
+    start, end = past or text_length, max_length + position_count - text_length
+    if boundary and reads_anew and start <= boundary < end - 1:
+        raise _refusal(
+            f"a text that may grow from {start} to {end} positions, past {boundary}, where this target reads it again",
+            f"Set `max_length` to {boundary + 1} at most",
+        )
+
+
+def check_room(static: StaticCache, length: int) -> None:
+    """Refuse a text that may outgrow the caller's static cache, which has to hold `length` positions in the end."""
+    layers: list[Any] = [*static.layers]
+    room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
+    if room < length:
+        raise ValueError(
+            f"The `StaticCache` holds {room} positions, but the text may come to need {length}. Pass a longer one, or "
+            "set a smaller `max_new_tokens`."
+        )
+
+
+def check_static(target: PreTrainedModel) -> None:
+    """Refuse recurrent layers over a static cache, or in a model that its caller compiled."""
+    if is_recurrent(target):
+        raise ValueError(
+            f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
+            "Leave out `cache_implementation`, and use the model as it was before it was compiled."
+        )
+
+
+def check_compiles(obstacle: str | None) -> None:
+    """Refuse steps that were to be compiled in the exact mode and cannot be: they would round otherwise."""
+    if obstacle is not None:
+        raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
+
+
+def check_lockstep(lockstep: bool | None, reason: str | None) -> None:
+    """Refuse to let rows advance apart that must not, for a `reason`."""
+    if lockstep is False and reason is not None:
+        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
+
+
+# Of both moments
+
+
+def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the prompt has images, sounds, embeddings or kinds of tokens. Stock gives some models an empty dict."""
+    given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
+    return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
+
+
+def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
+    """Tokens that stand for images, videos and sounds, which no answer holds: `image_token_id` and the like."""
+    names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
+    ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
+    return frozenset(value for value in ids if isinstance(value, int))
+
+
+def _refusal(came: str, way_out: str) -> ValueError:
+    return ValueError(
+        f"Draft trees do not support {came}. {way_out}, or call `generate` with `policy='plain'` and without a head."
+    )

@@ -1,4 +1,4 @@
-"""Decode one call as its plan says: open what the plan names, and run the loop."""
+"""Decode a call by its plan: open what the plan names, and run the loop."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +17,6 @@ from ..drafting.mixed_drafter import together
 from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
 from ..drafting.source import LevelSource
 from ..drafting.suffix_memory import SuffixMemory
-from ..policies.base import Policy
 from ..telemetry import SpeculationReport
 from ..verifying.cache import stop_recording
 from ..verifying.forward import Features
@@ -26,8 +25,9 @@ from ..verifying.prepacking import is_prepacked
 from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.rows import leading_pads
 from ..verifying.verifier import Verifier
-from .plan import Plan, Prepared, Reading
-from .request import MTP, SpeculationState
+from .keywords import MTP
+from .plan import Plan, Prefiller, Prepared
+from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
@@ -36,7 +36,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
     Returns:
         The texts, what happened, and the cache that plain decoding returns; `None` where nobody asks for it.
     """
-    prepared, request, policy = plan.prepared, plan.request, cast(Policy, plan.request.policy)
+    prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
     with ExitStack() as stack:
         if prepared.static is not None and prepared.is_cache_given:
@@ -71,7 +71,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
 
 
 def _compile_beside(plan: Plan, state: SpeculationState) -> None:
-    """Let another process make the code that this call lacked."""
+    """Let another process compile the code that this call lacked."""
     target = plan.prepared.target
     identity = state.slot_engine.identity(target)
     if identity is None:
@@ -85,7 +85,7 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
 
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
-    """The verifier of one call; `stack` holds the compiled code that it is lent."""
+    """Make the verifier of the call; `stack` holds the compiled code that it borrows."""
     engine, prepared = state.slot_engine, plan.prepared
     if plan.warns:
         engine.warn(str(plan.why_eager))
@@ -98,12 +98,8 @@ def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier
 def _drafters(
     plan: Plan, state: SpeculationState, batch: Batch, verifier: Verifier, stack: ExitStack
 ) -> tuple[Drafter | None, LookupDrafter]:
-    """What drafts in this call, and the lookup beside it."""
-    prepared, sources, mask = plan.prepared, plan.request.sources, plan.prepared.attention_mask
-    unread = len(batch) * max(batch.length - verifier.length, 1)
-    policy = cast(Policy, plan.request.policy)
-    if sources and not policy.wants_head(len(batch), unread, prepared.max_length - batch.shortest):
-        sources = ()
+    """Make the drafter of the call, and the lookup beside it."""
+    prepared, mask = plan.prepared, plan.prepared.attention_mask
     call = DraftCall(
         prepared.target,
         verifier,
@@ -117,11 +113,13 @@ def _drafters(
         engines=(state.draft_engines if plan.waits else state.draft_engines.readily) if verifier.is_compiled else None,
         ends=stack,
     )
-    return together([source.drafter(call) for source in sources]), PromptLookup(plan.request.memories).drafter(call)
+    return together([source.drafter(call) for source in plan.sources]), PromptLookup(plan.request.memories).drafter(
+        call
+    )
 
 
 def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationReport) -> None:
-    """Let a memory have what the call wrote, now that it ended well."""
+    """Store the prompts and answers of the call in a memory."""
     counts = [sum(emitted) for emitted in zip(*(step.emitted for step in report.steps), strict=True)]
     answers = [answer[:count] for answer, count in zip(report.answers, counts, strict=True)]
     prompts, mask = prepared.input_ids, prepared.attention_mask
@@ -130,9 +128,9 @@ def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationRepor
 
 
 def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
-    """What reads the prompt `[b, s]`."""
+    """Return the function that reads the prompt `[b, s]`."""
     prepared, kwargs = plan.prepared, plan.prepared.model_kwargs | plan.prompt_options
-    if plan.reading is Reading.VERIFIER:
+    if plan.prefiller is Prefiller.VERIFIER:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
     is_first = not prepared.config.is_assistant  # an assistant has read the images in its first call
@@ -142,7 +140,7 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
 
 
 def _returned_cache(prepared: Prepared, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
-    """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
+    """Return the cache of plain decoding: with all rows, and static if the caller asked for that."""
     cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
     if not ended:
         return cache if static is None else fill_static(static, cache)

@@ -23,9 +23,10 @@ from ..drafting import DraftSource
 from ..policies.base import Policy
 from .checks import check_prompts
 from .decode import decode
+from .keywords import CONFIG_KEYWORDS, CompileChoice, Keywords
 from .output import output
 from .plan import plan, prepare
-from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState, resolve
+from .request import GenerateCall, Request, SpeculationState, resolve
 
 
 _STOCK = Request()
@@ -38,13 +39,13 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     @cached_property
     def speculation_state(self) -> SpeculationState:
-        """What this model keeps from call to call."""
+        """The state that this model keeps from call to call."""
         return SpeculationState()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`. What its `generation_config` says of speculation can be loaded again.
+        """`PreTrainedModel.save_pretrained`, which also keeps our settings of the `generation_config`.
 
-        Of a config that calls itself a copy of the model's Transformers 5.24 loads the settings that it knows.
+        Transformers 5.24 drops unknown settings when it loads a config that calls itself a copy of the model's.
         """
         config = self.generation_config
         if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
@@ -119,7 +120,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         check_prompts(prompts)
         keywords = Keywords(assistant_model, policy, lockstep, compile, invariant)
-        call = Call(keywords, generation_config, arguments, prompts)
+        call = GenerateCall(keywords, generation_config, arguments, prompts)
         target, state = cast(PreTrainedModel, self), self.speculation_state
         request = resolve(call, self.generation_config, state.defaults, partial(state.assistants.load, target))
         arguments |= request.told  # which the checks read, too
@@ -131,9 +132,9 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Where stock `generate` goes without an assistant, and with one of ours, which it is not told of.
+        """Entry point of decoding: stock calls this because it does not see our drafter.
 
-        `inputs_tensor`, which an encoder has read, comes only to a method that names it.
+        It passes `inputs_tensor`, the encoder's input, only to a method that names it.
         """
         request, state = _request.get(), self.speculation_state
         if request.is_stock:

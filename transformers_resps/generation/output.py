@@ -1,4 +1,4 @@
-"""What `generate` returns, and what callers of it share: batches of prompts, ends of answers, temperatures."""
+"""The outputs of `generate`, and what its callers share: batches of prompts, ends of answers, temperatures."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .plan import Prepared
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with a draft head and `return_dict_in_generate=True`.
+    """Output of `generate` with a draft head and `return_dict_in_generate=True`.
 
     Attributes:
         speculation: every step's shape, tokens and seconds.
@@ -31,7 +31,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 
 class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
-    """As `SpeculativeOutput`, of an encoder-decoder.
+    """Output of `generate` of an encoder-decoder, see `SpeculativeOutput`.
 
     Attributes:
         speculation: every step's shape, tokens and seconds. No item, since Whisper's `generate` takes all items apart
@@ -46,7 +46,7 @@ class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
 def output(
     prepared: Prepared, batch: Batch, report: SpeculationReport, cache: Cache | None
 ) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
-    """What a decoding method of stock `generate` returns: `[b, s + t]` token ids, or with all else a dict."""
+    """Make the return value of a stock decoding method: `[b, s + t]` token ids, or a dict."""
     if prepared.streamer is not None:
         prepared.streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
     if not prepared.returns_dict:

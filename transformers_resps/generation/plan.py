@@ -1,4 +1,4 @@
-"""From what a call asks for and what stock `generate` has prepared to a plan: which of our ways decodes the call.
+"""Plan a call: choose how it is decoded, from its request and from what stock `generate` has prepared.
 
 A plan says everything beforehand, and opens nothing.
 """
@@ -21,6 +21,7 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..drafting import DraftSource
+from ..policies.base import Policy
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
 from ..verifying.forward import (
@@ -38,26 +39,28 @@ from ..verifying.slots.verifier import SlotMode
 from ..verifying.verifier import VerifyingMode
 from .checks import (
     NEVER_READ,
+    check_compiles,
     check_forward_arguments,
     check_lengths,
+    check_lockstep,
     check_room,
+    check_static,
     check_synced,
     holds_more_than_tokens,
     placeholder_ids,
 )
-from .request import AUTO, Request, SpeculationState
+from .keywords import AUTO
+from .request import Request, SpeculationState
 
 
-# What stock decoding methods are told and a tree has no use for.
+# Arguments of stock decoding methods that a tree has no use for.
 _NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
-
-
 NO_CODE_YET = "no code lies ready"  # why "auto" does not compile, while another process may
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What stock `generate` hands to the method that decodes. A dynamic cache stands for a `static` one."""
+    """The arguments of stock's decoding method. Where the cache was `static`, a dynamic copy is in its place."""
 
     target: PreTrainedModel
     input_ids: Tensor
@@ -70,12 +73,12 @@ class Prepared:
 
     @property
     def cache(self) -> Any:
-        """What the decoder has read."""
+        """The decoder's cache."""
         return self.model_kwargs[CACHE_KEYWORD]
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """`[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache already holds."""
+        """`[b, s]` of cache and prompt; `None` when nothing is padded."""
         return self.model_kwargs["attention_mask"]
 
     @property
@@ -89,32 +92,22 @@ class Prepared:
         return holds_more_than_tokens(self.model_kwargs)
 
     def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
-        """The target's, with the features that the sources read.
-
-        Raises:
-            ValueError: they read the same layers before and after image features are added.
-        """
-        reading = [source for source in sources if source.feature_layers]
-        layers = sorted({layer for source in reading for layer in source.feature_layers})
-        before = {source.before_deepstack for source in reading}
-        if len(before) > 1:
-            raise ValueError(
-                "One assistant reads hidden states before image features are added to them, another one after. Pass "
-                "one of them."
-            )
-        return TargetForward(self.target, layers or None, self.cache, before_deepstack=True in before)
+        """The target's forward, with the features that the sources read."""
+        layers = sorted({layer for source in sources for layer in source.feature_layers})
+        before = any(source.before_deepstack for source in sources if source.feature_layers)
+        return TargetForward(self.target, layers or None, self.cache, before_deepstack=before)
 
     def sources(self) -> list[list[int]] | None:
-        """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
+        """The source tokens from which each row's text is written; `None` where the vocabulary has none."""
         return None
 
     def never_drafted(self) -> frozenset[int]:
-        """Tokens that lookup does not propose."""
+        """Tokens that lookup does not propose, such as an image's."""
         return placeholder_ids(self.target.config)
 
     @property
     def max_length(self) -> int:
-        """Positions a text may reach: a fraction is rounded up, and no limit is `sys.maxsize`."""
+        """Positions that a text may reach, rounded up; `sys.maxsize` without a limit."""
         most: float = self.config.max_length
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
@@ -143,7 +136,7 @@ class Prepared:
         return self.returns_dict and bool(self.config.output_logits)
 
     def text(self, input_ids: Tensor) -> Text:
-        """The text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
+        """Make the text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
         return Text(
             input_ids,
             self.logits_processor,
@@ -160,7 +153,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedEncoderDecoder(Prepared):
-    """Of an encoder-decoder, whose encoder has read `source`: `[b or fewer, ...]` tokens, or sounds or images."""
+    """`Prepared` for an encoder-decoder, whose encoder has read the `source` `[b or fewer, ...]`."""
 
     source: Tensor | None
 
@@ -174,14 +167,14 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def position_ids(self) -> Tensor:
-        """Slots, until the decoder has got its positions."""
+        """Slots, since the decoder counts its positions itself."""
         past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
         known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
 
     @property
     def is_cache_given(self) -> bool:
-        """As `Prepared.is_cache_given`. Of several rows a cache that is handed back is made as if it were."""
+        """Whether the cache is the caller's; also where several rows get one back, made likewise."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -200,10 +193,10 @@ class PreparedEncoderDecoder(Prepared):
         return EncoderDecoderForward(self.target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self) -> list[list[int]] | None:
-        """As `Prepared.sources`: they are the target's own where encoder and decoder have as many tokens."""
+        """The source tokens of each row, where encoder and decoder have equally many tokens."""
         source, mask = self.source, self.model_kwargs.get("attention_mask")
         if source is None or source.is_floating_point() or source.dim() != 2 or int(source.min()) < 0:
-            return None  # -100 stands for tokens of which only the encoder's outputs are known
+            return None  # -100 marks tokens that are known by the encoder's outputs alone
         sides: list[Any] = [self.target.get_encoder(), self.target.get_decoder()]
         if len({side.get_input_embeddings().weight.shape[0] for side in sides}) > 1:
             return None
@@ -212,7 +205,7 @@ class PreparedEncoderDecoder(Prepared):
         return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
 
     def never_drafted(self) -> frozenset[int]:
-        """As `Prepared.never_drafted`; M2M100 and others count positions without padding."""
+        """Tokens that lookup does not propose: padding, too, since M2M100 and others do not count its positions."""
         padding = self.target.config.get_text_config(decoder=True).pad_token_id
         return placeholder_ids(self.target.config) | ({padding} if isinstance(padding, int) else frozenset())
 
@@ -228,8 +221,9 @@ def prepare(
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Prepared:
-    """What a decoding method of stock `generate` is given, as its parameters are named there; checked, so that a tree
-    can take it. `inputs_tensor` is what the encoder of an encoder-decoder has read, `[b, ...]`.
+    """Check the arguments of a stock decoding method, under their names there, and collect them.
+
+    `inputs_tensor` `[b, ...]` is the input of an encoder-decoder's encoder.
     """
     check_synced(model_kwargs.get("synced_gpus"))
     model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
@@ -251,7 +245,7 @@ def prepare(
     return prepared
 
 
-class Reading(StrEnum):
+class Prefiller(StrEnum):
     """Who reads the prompt."""
 
     VERIFIER = "the verifier"
@@ -262,28 +256,34 @@ class Reading(StrEnum):
 class Plan:
     """How one call is decoded. Every choice between our ways stands here, and none is made after it.
 
+    Code that another call holds just then is no choice: what it would have run goes as it is.
+
     Attributes:
         request: what the caller asked for beyond stock.
         prepared: by stock `generate`.
+        policy: decides.
+        sources: draft in this call; none where the policy leaves the request's out.
         forward: the target's, over the call's cache, with the features that the sources read.
-        in_lockstep: whether all rows advance together; true of one row.
+        in_lockstep: whether all rows advance together, as one row does.
         drops_finished: whether finished rows are left out of further work.
         mode: how trees are verified.
-        why_eager: why steps run as they are; `None` where they run compiled.
+        why_eager: why steps do not run compiled; `None` where they do.
         warns: whether the caller asked for what `why_eager` says is impossible.
-        reading: who reads the prompt.
-        prompt_options: of the target's forward over it, beside what stock has prepared.
+        prefiller: who reads the prompt.
+        prompt_options: further options of the target's forward over the prompt.
     """
 
     request: Request
     prepared: Prepared
+    policy: Policy
+    sources: tuple[DraftSource, ...]
     forward: TargetForward
     in_lockstep: bool
     drops_finished: bool
     mode: VerifyingMode
     why_eager: str | None
     warns: bool
-    reading: Reading
+    prefiller: Prefiller
     prompt_options: dict[str, Any]
 
     @property
@@ -308,13 +308,13 @@ class Plan:
         return Batch(list(texts), drops_finished=self.drops_finished)
 
     def __str__(self) -> str:
-        """A row of a table: who verifies, who reads the prompt, how rows advance, how many draft, why not compiled."""
+        """Tell who verifies, who reads the prompt, how rows advance, how many draft, why not compiled."""
         rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
-        return " | ".join(map(str, (self.mode, self.reading, rows, len(self.request.sources), compiled)))
+        return " | ".join(map(str, (self.mode, self.prefiller, rows, len(self.sources), compiled)))
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how an admitted call is decoded; `state` tells whether compiling pays, and what kernels need.
+    """Choose how an admitted call is decoded; `state` knows which code lies ready, and what kernels need.
 
     Raises:
         ValueError: the call asks for ways that exclude each other, or that its target does not go.
@@ -322,31 +322,39 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
     target = prepared.target
     in_lockstep, drops = _rows(request.lockstep, prepared)
     is_static = prepared.static is not None or is_compiled(target)
-    if is_static and is_recurrent(target):
-        raise ValueError(
-            f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
-            "Leave out `cache_implementation`, and use the model as it was before it was compiled."
-        )
+    if is_static:
+        check_static(target)
     forward = prepared.forward(request.sources)
     why_eager, warns = _compiling(request, prepared, state, forward.layers)
-    reading = Reading.STOCK if _has_to_read(prepared) else Reading.VERIFIER
+    prefiller = Prefiller.STOCK if _has_to_read(prepared) else Prefiller.VERIFIER
     mode: VerifyingMode = GrowingMode()
     if request.invariant:
-        if warns:  # steps that run as they are round otherwise
-            raise ValueError(f"`compile=True` with `invariant=True` cannot run: {why_eager}. Leave out `compile`.")
+        check_compiles(why_eager if warns else None)
         mode = state.invariant_calls.mode(target, compiles=why_eager is None)
     elif why_eager is None or (is_static and are_outputs(target, forward.layers)):
-        mode = SlotMode(_compile_options(prepared), stock_reads=reading is Reading.STOCK)
+        mode = SlotMode(_compile_options(prepared), stock_reads=prefiller is Prefiller.STOCK)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
     options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number skips the features, too
-    return Plan(request, prepared, forward, in_lockstep, drops, mode, why_eager, warns, reading, options)
+    assert isinstance(request.policy, Policy)  # since it was admitted
+    sources = request.sources
+    if sources and not _wants_sources(request.policy, prepared):
+        sources = ()
+    ways = in_lockstep, drops, mode, why_eager, warns, prefiller, options
+    return Plan(request, prepared, request.policy, sources, forward, *ways)
+
+
+def _wants_sources(policy: Policy, prepared: Prepared) -> bool:
+    """Whether the policy wants the request's sources to draft in this call."""
+    rows, length = prepared.input_ids.shape
+    unread = rows * max(length - cached_length(prepared.cache), 1)
+    return policy.wants_head(rows, unread, prepared.max_length - length)
 
 
 def _compiling(
     request: Request, prepared: Prepared, state: SpeculationState, layers: list[int]
 ) -> tuple[str | None, bool]:
-    """Why steps are not compiled, if they are not, and whether that is worth a warning."""
+    """Return why steps are not compiled, `None` if they are, and whether that is worth a warning."""
     target, choice, engine = prepared.target, request.compile, state.slot_engine
     if choice is None:
         choice = _stock_would_compile(prepared)
@@ -362,7 +370,7 @@ def _compiling(
 
 
 def _stock_would_compile(prepared: Prepared) -> bool:
-    """Whether plain `generate` would compile, or is told how to."""
+    """Whether plain `generate` would compile, or has a `compile_config`."""
     if prepared.config.disable_compile:
         return False
     is_static = prepared.static is not None and prepared.target.device.type == "cuda"
@@ -403,7 +411,7 @@ def _has_active_adapter(target: nn.Module) -> bool:
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether stock has to read the prompt. Also text alone of classes that see or hear: some compute positions
+    """Whether stock has to read the prompt; also text-only prompts of multimodal classes, since some compute positions
     themselves (EXAONE 4.5).
     """
     config = prepared.target.config
@@ -422,11 +430,10 @@ def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
 
 
 def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether the rows advance in lockstep: they must for a `reason`, and do where the caller asks for it, who leaves
-    it to us with `None`. Then sampled rows do, since plain sampling draws the random numbers of all rows at once.
+    """Whether rows advance in lockstep: for a `reason` they must, and the caller may ask for it. With `None` sampled
+    rows do, since plain sampling draws the random numbers of all rows at once.
     """
-    if lockstep is False and reason is not None:
-        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
+    check_lockstep(lockstep, reason)
     return reason is not None or (do_sample if lockstep is None else lockstep)
 
 
@@ -434,11 +441,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Say what in a call requires lockstep; `None` when nothing does.
-
-    A batch may be ragged only if nothing in the call can notice: plain decoding shows every processor and criterion
-    all rows at once, at the same length. What is not known to treat each row separately requires lockstep.
-    """
+    """Name the part of a call that requires lockstep: it sees all rows at once, or might; `None` if none does."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

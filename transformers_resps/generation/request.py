@@ -1,23 +1,18 @@
-"""What one call of `generate` asks for, and what its model keeps from call to call.
+"""Resolve a call of `generate` to a request, with the state that its model keeps from call to call.
 
-In reading order: the keywords, the defaults that `attach` was given, the state of a model, a call, and what it is
-resolved to: a request, which is checked before any work.
+In reading order: the state of a model, a call, and the request to which it is resolved, checked before any work.
 """
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
-from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..assistants import load_drafter, source_of
 from ..compat import unwrapped
@@ -38,204 +33,31 @@ from ..verifying.invariant.calls import InvariantCalls
 from ..verifying.lending import evaluation_mode
 from ..verifying.slots.engine import SlotEngine
 from ..verifying.unknown_targets import check_tree_attention
-from .checks import PROMPT_ARGUMENTS, check_draws, check_inputs, check_model, check_settings, setting_of
-
-
-AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
-PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
-MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with the target
-USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
-# The keywords that a `generation_config` may hold, as JSON of these types.
-CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
-# True compiles at the first step, "auto" in another process on a CPU
-CompileChoice = bool | Literal["auto"]
-
-
-def is_name(value: Any) -> bool:
-    """Whether a keyword of `generate` is a folder or a Hub id, and no word such as "auto"."""
-    return isinstance(value, str | os.PathLike) and value not in (AUTO, PLAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class Keywords:
-    """The keywords of `generate` that speculation adds, and its assistant; `None` where nothing is said.
-
-    Attributes:
-        assistant_model: a source, its folder or Hub id, an assistant of Transformers' own, or several sources.
-        policy: a policy, its folder or Hub id, "auto" or "plain".
-        lockstep: whether the rows of a batch advance together.
-        compile: whether the target's steps run compiled.
-        invariant: whether the text is to be the same in any dtype, whatever drafts.
-    """
-
-    assistant_model: Any = None
-    policy: Any = None
-    lockstep: bool | None = None
-    compile: CompileChoice | None = None
-    invariant: bool | None = None
-
-    @staticmethod
-    def saved_in(config: GenerationConfig | None) -> "Keywords":
-        """What a `generation_config.json` says; Transformers itself refuses an `assistant_model` there."""
-        said = {name: getattr(config, name, None) for name in CONFIG_KEYWORDS}
-        for name, kind in CONFIG_KEYWORDS.items():
-            if not isinstance(said[name], kind | None):
-                raise ValueError(
-                    f"`generation_config.{name}` is saved as JSON, so it must be a {kind.__name__}, got a "
-                    f"{type(said[name]).__name__}. Pass the object to `generate` or `attach` instead."
-                )
-        return Keywords(**said)
-
-    @property
-    def assistants(self) -> list[Any]:
-        """One, several, or none."""
-        given = self.assistant_model
-        return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-
-    @property
-    def sources(self) -> list[DraftSource]:
-        """What drafts trees, also from inside PEFT wrappers: no names, and no other assistants."""
-        return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
-
-    @property
-    def has_stock_assistant(self) -> bool:
-        """Whether the call drafts in Transformers' own way: with a policy, a small model drafts trees."""
-        is_model = isinstance(self.assistant_model, Module) and not self.sources
-        return is_model and (self.policy is None or self.is_plain)
-
-    @property
-    def asks_trees(self) -> bool:
-        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants. Its
-        candidate generators always are, since stock takes none.
-        """
-        asks = self.policy is not None or isinstance(self.assistant_model, list | tuple | CandidateGenerator)
-        return asks and not self.is_plain
-
-    def loaded(self, load: Callable[[Any], Any]) -> Self:
-        """The same with every assistant as `load` returns it."""
-        given = self.assistant_model
-        if isinstance(given, list | tuple):
-            return replace(self, assistant_model=[load(one) for one in given])
-        return self if given is None else replace(self, assistant_model=load(given))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether stock decoding is asked for by name."""
-        return isinstance(self.policy, str) and self.policy == PLAIN
-
-    def or_else(self, other: "Keywords") -> Self:
-        """These keywords, each replaced by the other's where it says nothing."""
-        said = {field.name: getattr(self, field.name) for field in fields(Keywords)}
-        return replace(self, **{name: getattr(other, name) for name, value in said.items() if value is None})
-
-    def check(self) -> None:
-        """Refuse keywords of the wrong kind, before any work.
-
-        Raises:
-            ValueError: names the keyword and what it takes.
-        """
-        if isinstance(self.assistant_model, list | tuple) and not self.assistants:
-            raise ValueError("`assistant_model` is an empty list. Leave it out to draft by lookup alone.")
-        for given in self.assistants:
-            if not (is_name(given) or isinstance(given, Module | DraftSource | CandidateGenerator)):
-                raise ValueError(
-                    f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
-                    f"{_instead_of_assistant(given)}"
-                )
-        for name in ("lockstep", "invariant"):
-            value = getattr(self, name)
-            if not isinstance(value, bool | None):
-                raise ValueError(f"`{name}` must be True, False or None, got {value!r}.")
-        if self.compile is not None and not isinstance(self.compile, bool) and self.compile != AUTO:
-            raise ValueError(f"`compile` must be True, False, 'auto' or None, got {self.compile!r}.")
-        if self.is_plain and self.assistant_model is not None and not self.has_stock_assistant:
-            raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
-        if self.is_plain and self.invariant:
-            raise ValueError(
-                "`policy='plain'` with `invariant=True` is a contradiction, since stock decoding rounds otherwise. "
-                "Leave out the policy for invariant plain decoding."
-            )
-        self._check_policy()
-
-    def _check_policy(self) -> None:
-        policy = self.policy
-        if policy is None or isinstance(policy, Policy) or (isinstance(policy, str) and policy in (AUTO, PLAIN)):
-            return
-        if is_name(policy) and ("/" in os.fspath(policy) or Path(policy).is_dir()):
-            return
-        got = f"a {type(policy).__name__}" if isinstance(policy, Module) else repr(policy)  # a head prints its layers
-        raise ValueError(
-            "`policy` must be 'auto', 'plain', a folder, a Hub id (`owner/name`) or an object of a subclass of "
-            f"`Policy`, got {got}. {_instead_of_policy(policy)}"
-        )
-
-
-def _instead_of_assistant(given: Any) -> str:
-    """What to pass for something that was given as `assistant_model` and is none."""
-    if isinstance(given, str | Policy):  # "auto" or "plain"
-        return "Pass it as `policy`, which needs no assistant to draft by lookup."
-    if isinstance(given, TreeShape):
-        return f"Pass a head, and `policy=FixedPolicy({given!r})`."
-    return "Pass `DraftHead.from_pretrained(...)`."
-
-
-def _instead_of_policy(given: Any) -> str:
-    """What to pass for something that was given as `policy` and is none."""
-    if isinstance(given, TreeShape):
-        return f"Pass `FixedPolicy({given!r})`."
-    if isinstance(given, Module):
-        return "Pass it as `assistant_model`."
-    if is_name(given):  # such as a mistyped "auto"
-        return "Check the word, or the path."
-    return "Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
-
-
-_are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculationDefaults(Keywords):
-    """What `attach` was given: keywords for every call that leaves them out, such as those of TRL's trainers.
-
-    Attributes:
-        eval_mode: every call runs in evaluation mode, also while the model trains.
-    """
-
-    eval_mode: bool = False
-
-    def check(self) -> None:
-        """As `Keywords.check`; and "plain" is no default."""
-        if self.is_plain:
-            raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
-        if not isinstance(self.eval_mode, bool):
-            raise ValueError(f"`eval_mode` must be True or False, got {self.eval_mode!r}.")
-        Keywords.check(self)
-
-    @staticmethod
-    @contextmanager
-    def suspended() -> Iterator[None]:
-        """Ignore all models' defaults inside the `with` block, in this thread: calls without keywords are plain."""
-        token = _are_suspended.set(True)
-        try:
-            yield
-        finally:
-            _are_suspended.reset(token)
-
-    @staticmethod
-    def are_suspended() -> bool:
-        """Whether they are ignored in this thread now."""
-        return _are_suspended.get()
+from .checks import (
+    PROMPT_ARGUMENTS,
+    check_drafter,
+    check_drafts_trees,
+    check_effect,
+    check_inputs,
+    check_keywords,
+    check_model,
+    check_policy,
+    check_settings,
+    check_sources,
+    setting_of,
+)
+from .keywords import AUTO, MTP, PLAIN, USE_MTP, CompileChoice, Keywords, SpeculationDefaults, is_name
 
 
 class Assistants:
-    """What drafts for one target: each name loaded once, and a source for each model, as long as the model lives."""
+    """Keeps the drafters of one target: each name loaded once, and a source for each model, as long as that lives."""
 
     def __init__(self) -> None:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
+        """Load an assistant by its name; with `as_source`, make the source of a model of Transformers.
 
         Raises:
             ValueError, OSError: it is not there, or cannot draft for this target.
@@ -248,32 +70,22 @@ class Assistants:
         model = unwrapped(assistant)
         if not as_source or isinstance(model, DraftSource):
             return assistant
-        if not isinstance(model, PreTrainedModel | CandidateGenerator):
-            raise ValueError(
-                f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
-                "head or of a causal model. Pass `assistant_model=DraftHead.from_pretrained(...)`, a model of "
-                "`AutoModelForCausalLM`, or leave out `policy`."
-            )
+        check_drafts_trees(model)
         if model not in self._sources:
             self._sources[model] = source_of(model, target)
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """What drafts trees, of what a tool was given as `head`: a source, a model, or the name of either; `None` for
-        none.
+        """The source of a tool's argument `head`: a source, a model, or the name of either; `None` for none.
 
         Raises:
             ValueError, OSError: it is nothing of that, is not there, or cannot draft for this target.
         """
         if head is None:
             return None
-        if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
-            got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
-            raise ValueError(
-                f"`head` must be what drafts: a loaded draft head, another source or model, or a name, got {got}. "
-                f"{_instead_of_assistant(head)}"
-            )
-        return unwrapped(self.load(target, head, as_source=True))
+        check_drafter(head)
+        source: DraftSource = unwrapped(self.load(target, head, as_source=True))
+        return source
 
 
 class SpeculationState:
@@ -314,7 +126,7 @@ class SpeculationState:
         return SpeculationState, (self.defaults,)
 
 
-class Call(NamedTuple):
+class GenerateCall(NamedTuple):
     """One call of `generate`, as its caller wrote it.
 
     Attributes:
@@ -331,7 +143,7 @@ class Call(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of its prompts."""
+        """The number of its prompts."""
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 
@@ -354,7 +166,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one call asks for; stock's own preparation stands between `resolve` and decoding.
+    """A call of `generate`, resolved. Stock's own preparation stands between `resolve` and decoding.
 
     Attributes:
         policy: decides; the name of one until the request is `admitted`, and "plain" where stock decodes.
@@ -384,7 +196,7 @@ class Request:
         return self.policy == PLAIN
 
     @contextmanager
-    def admitted(self, target: PreTrainedModel, state: SpeculationState, call: Call) -> Iterator["Request"]:
+    def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
         """The request, checked, with its policy; what it borrows is given back at the end of the `with` block.
 
         Raises:
@@ -406,8 +218,7 @@ class Request:
                 setting = partial(setting_of, model=target, config=call.config, arguments=call.arguments)
                 given = call.arguments, call.media, self.compile
                 state.invariant_calls.admit(target, setting, *given)
-            for module in modules:
-                check_draws(module)
+            check_sources(self.sources)
             for source in (*self.sources, *self.memories):
                 source.prepare(target)
             policy = self._lent_policy(target, state, call.rows, stack)
@@ -416,46 +227,39 @@ class Request:
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """The policy, which `stack` gives back if it was named, and which fits the pair."""
+        """Borrow or take the policy, and check that it fits the pair; `stack` gives a borrowed one back."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
-            # what was learned of costs beside the compiler is never asked again
+            # costs that were learned beside the compiler are kept apart
             compiles = "beside" if self.compile == AUTO and state.compiler.is_running else self.compile
             key = PolicyCache.key(target, rows, policy, compiles, self.invariant)
             if len(self.sources) > 1:
                 key = key, *map(ref, self.sources[1:])
             policy = stack.enter_context(state.policy_cache.borrow(first, key, make))
-        if first is None and policy.needs_head:
-            raise ValueError(
-                f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
-                "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
-            )
-        if self.memories and not policy.uses_lookup:
-            raise ValueError(
-                f"policy={policy!r} asks for no looked-up nodes, and the call has a memory. Pass a shape with "
-                "`lookup=8`, `policy='auto'`, or no policy."
-            )
+        check_policy(policy, has_head=first is not None, has_memory=bool(self.memories))
         if policy.has_identity:
             policy.check_identity(**pair_identity(target, first))
         return policy
 
 
 def resolve(
-    call: Call, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
+    call: GenerateCall, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
 ) -> Request:
-    """What a call asks for: first its keywords say, then its config, the model's own, and what `attach` was given.
+    """Resolve a call: its keywords win over its config, the model's own config, and the defaults of `attach`.
 
-    `load` is the model's `Assistants.load`. Raises a `ValueError` for keywords of the wrong kind, that contradict each
-    other, or that would have no effect.
+    `load` is the model's `Assistants.load`.
+
+    Raises:
+        ValueError: keywords are of the wrong kind, contradict each other, or would have no effect.
     """
     said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or call.drafts_for_another
     if not (are_suspended or said.has_stock_assistant):
         for further in (call.config, own, attached):
-            if said.is_plain:  # whatever the next one says
+            if said.is_plain:  # it wins over the next ones
                 break
             said = said.or_else(further if isinstance(further, Keywords) else Keywords.saved_in(further))
-    said.check()
+    check_keywords(said)
     told: dict[str, Any] = {}
     if said.asks_trees and not said.assistants and call.asks_mtp(own):
         said, told = replace(said, assistant_model=MTP), {USE_MTP: False}
@@ -471,29 +275,10 @@ def resolve(
         policy = FixedPolicy(TreeShape.plain())
     eval_mode = attached.eval_mode and not (are_suspended or said.is_plain)
     if policy is None or said.is_plain:
-        _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
+        check_effect(call.keywords)  # what a config or `attach` says waits for a call that speculates
         told = {} if said.assistant_model is None else {"assistant_model": said.assistant_model}
         return Request(eval_mode=eval_mode, is_plain_throughout=said.is_plain, told=told)
     name = os.fspath(policy) if isinstance(policy, str | os.PathLike) else policy
     return Request(
         name, sources, memories, said.lockstep, said.compile, bool(said.invariant), eval_mode=eval_mode, told=told
     )
-
-
-def _check_stock(keywords: Keywords) -> None:
-    """Refuse keywords that would have no effect."""
-    if keywords.lockstep is not None:
-        raise ValueError(
-            f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
-            "ragged. Leave out `lockstep`."
-        )
-    if keywords.compile:
-        raise ValueError(
-            f"Got compile={keywords.compile!r} without a draft head or a policy, but only our own steps are compiled. "
-            "Pass `policy='auto'`, or `policy=FixedPolicy(TreeShape.plain())` for compiled plain decoding."
-        )
-    if keywords.invariant:
-        raise ValueError(
-            "Got invariant=True with an assistant of Transformers' own, whose text depends on what it drafts. Pass "
-            "`policy='auto'` as well, so that it drafts trees."
-        )

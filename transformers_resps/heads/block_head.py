@@ -5,11 +5,9 @@ In reading order: the layers, the corrections, the head with its loading and sav
 target.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from ..compat import input_embedding
 from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
 from ..drafting.block_drafter import BlockDrafter
 from ..drafting.blocks import BlockModel, BlockSlots, Branching
@@ -26,11 +25,10 @@ from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import BlockHeadConfig, has_fixed_rope
 from .formats.blocks import canonical_block_head
-from .formats.reading import load_head
 from .formats.writing import export_block_head
 from .fresh import block_fields, fresh_head, start_layers
-from .identity import check_beside, check_made_for, parameter_fingerprint
-from .model import DraftHead, HeadModel, Rope, RotaryEmbedding
+from .identity import parameter_fingerprint
+from .model import DraftHead, Formats, HeadModel, Rope, RotaryEmbedding
 
 
 _CORRECTED = 64  # of a row's candidates, the likeliest: DominoTree (arXiv 2607.08642)
@@ -41,7 +39,7 @@ AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockAttention(nn.Module):
-    """Attention of a block's slots to the text and to each other. Both have keys by the same projections."""
+    """Attention of a block's slots to the text and to each other, with the same projections for both."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -124,7 +122,7 @@ class BlockLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """What the token before a slot adds to its logits, by tables of a low rank r (DSpark, arXiv 2607.05147).
+    """Corrects a slot's logits by the token before it, with tables of a low rank r (DSpark, arXiv 2607.05147).
 
     "gated" weighs the row of the token by the slot's output, "rnn" keeps a state of all tokens of the block.
     """
@@ -145,10 +143,10 @@ class MarkovHead(nn.Module):
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """What is multiplied by a candidate's row.
+        """Make the vector that a candidate's row is multiplied by.
 
         Args:
-            before: `[b, D, w, r]` of the tokens before each slot, on several paths.
+            before: `[b, D, w, r]` rows of the tokens before each slot, on several paths.
             hidden: `[b, D, h]` the slots' outputs.
         """
         if self.kind == "vanilla":
@@ -162,7 +160,7 @@ class MarkovHead(nn.Module):
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As `context` at one slot, `[b, w, r]` and `[b, h]`, by the state of each path, and the state after it."""
+        """Return the `context` of one slot, `[b, w, r]` and `[b, h]`, by each path's state, and the state after it."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -179,7 +177,7 @@ class MarkovHead(nn.Module):
 
 
 class CandidateSelector(nn.Module):
-    """Scores a slot's likeliest candidates by the token before them (DFlash 2)."""
+    """Scores a slot's likeliest candidates by the token before them (DFlash 2); methods as in `MarkovHead`."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -190,25 +188,21 @@ class CandidateSelector(nn.Module):
         self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """As `MarkovHead.before`."""
         return self.predecessor_codebook(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """As `MarkovHead.context`."""
         return before * self.hidden_projection(hidden)[:, :, None]
 
     @property
     def table(self) -> Tensor:
-        """As `MarkovHead.table`."""
         return self.successor_codebook.weight
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """As `MarkovHead.rows`."""
         return F.embedding(candidates, self.table)
 
 
 class ConfidenceHead(nn.Module):
-    """The share of the draft's probabilities that the target shares: of a sampled token, whether it is accepted."""
+    """Estimates the share of the draft's probabilities that the target shares, so whether a sample is accepted."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -245,7 +239,7 @@ class BlockReading(Reading):
 
 
 class BlockHead(HeadModel):
-    """A head that drafts a block of tokens in one pass, of which the target verifies the likeliest paths.
+    """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
     `assistant_model`. The embedding table is the target's, whose rows are read as they are, and so is the output head
@@ -258,6 +252,7 @@ class BlockHead(HeadModel):
     main_input_name = "features"
     _no_split_modules = ["BlockLayer"]
     sizing_fields = (*DraftHead.sizing_fields, "block_size", "mask_token_id", "shifted", "causal", "correction")
+    _formats = Formats(canonical_block_head, export_block_head)
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__(config)
@@ -282,7 +277,7 @@ class BlockHead(HeadModel):
 
     @property
     def correction(self) -> MarkovHead | CandidateSelector | None:
-        """What the token before a slot changes; `None` for nothing."""
+        """The part that corrects a slot by the token before; `None` for none."""
         if self.config.correction == "none":
             return None
         return self.candidate_selector if self.config.correction == "selector" else self.markov_head
@@ -320,31 +315,19 @@ class BlockHead(HeadModel):
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        """Its name, its sizes and its `fingerprint`."""
+        """Return its name, its sizes and its `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "block_size", "correction")
         named = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         return named | {"fingerprint": self.fingerprint()}
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Check that the head was made for `target`.
-
-        Raises:
-            ValueError: a size or the model type differs; the message names both models.
-        """
-        needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.hidden_size}
-        check_made_for(target, needed, self.config.target or {}, self.feature_layers)
-
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """What the confidence head says of slots `[..., h]` after tokens with the correction's rows `[..., r]`: fp32
-        logits `[...]`.
-        """
+        """Estimate the confidence at slots `[..., h]` after tokens with rows `[..., r]`: fp32 logits `[...]`."""
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
         return self.confidence_head(hidden)
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundBlockHead":
-        """As `TrainableSource.bind`."""
         return BoundBlockHead(self, target, forward)
 
     @classmethod
@@ -357,7 +340,7 @@ class BlockHead(HeadModel):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "BlockHead":
-        """As `DraftHead.from_target`, with the fields of `BlockHeadConfig`.
+        """Make a new, untrained head, see `DraftHead.from_target`, with fields of `BlockHeadConfig`.
 
         By default it is small: two causal layers, which begin as the target's last ones, over five features as
         DFlash's, and a Markov correction, which begins with nothing.
@@ -382,10 +365,10 @@ class BlockHead(HeadModel):
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
-        """The configured reading, then the others that this target has layers for.
+        """Yield the configured reading first, then the others that this target has layers for.
 
-        These are the feature layers as read, one deeper and one shallower, with slots shifted and in place, causal,
-        not causal and as read; then other RoPE bases and scales of embeddings, each alone.
+        They vary the feature layers by one, with slots shifted or in place, causal or not; then other RoPE bases and
+        scales of embeddings, each alone.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
@@ -403,78 +386,21 @@ class BlockHead(HeadModel):
         yield from (replace(first, rope_theta=other) for other in sorted(others))
         yield from (replace(first, embedding_scale=other) for other in {1.0, config.hidden_size**0.5} - {scale})
 
-    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "BlockHead") -> "BlockHead":
-        assert isinstance(reading, BlockReading)
-        config = BlockHeadConfig.from_dict(self.config.to_dict())
-        config.feature_layers, config.causal = list(reading.feature_layers), list(reading.causal)
-        config.shifted, config.embedding_scale = reading.shifted, reading.embedding_scale
-        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
-        with torch.device("meta"):
-            variant = BlockHead(config)
-        variant.load_state_dict(whole.state_dict(), assign=True)
-        variant.rotary_emb = RotaryEmbedding(cast(Any, config)).to(self.device)
-        variant.train(False)
-        return variant
-
     def drafter(self, call: DraftCall) -> BlockDrafter:
         model = self.bind(call.target)
         engine = call.engine(self, model)
         return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # the target is ours
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        target: PreTrainedModel | None = None,
-        **keywords: Any,
-    ) -> "BlockHead":
-        """Load a head saved by this package, or a published one: DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer's.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
-            target: as for `DraftHead.from_pretrained`.
-            keywords: `revision` and the other loading arguments of Transformers. Also any field of `BlockHeadConfig`,
-                or `rope_theta`, to correct the head's config as `resps doctor` suggests.
-
-        Returns:
-            The head, with every weight read from the files: nothing is newly initialized.
-
-        Raises:
-            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
-                not fit `target`.
-        """
-        head: BlockHead = load_head(cls, canonical_block_head, pretrained_model_name_or_path, target, keywords)
-        return head
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
-    ) -> None:
-        """As `DraftHead.save_pretrained`, with the formats "resps", "z-lab" and "speculators"."""
-        if format == "resps":
-            PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
-            return
-        export_block_head(self.config, self.state_dict(), Path(save_directory), format)
-
-    def packed_view(self) -> "BlockHead":
-        """See `DraftHead.packed_view`."""
-        return self._packed.view(self)
-
 
 class BoundBlockHead(BlockModel, TrainableModel):
-    """A block head as it decodes for one target; see `BoundHead`.
-
-    Raises:
-        ValueError: the head belongs to another target, or is on another device.
-    """
+    """A block head as it decodes for one target; see `BoundHead`."""
 
     is_compilable = True
     needs_all_queries = False
 
     def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
-        head.check_target(target)
-        table = target.get_input_embeddings()
-        check_beside(head, table)
-        config = head.config
+        head.prepare(target)
+        config, table = head.config, input_embedding(target)
         assert config.windows is not None and config.causal is not None
         self.device, self.dtype = head.device, head.dtype
         self.proposable_tokens, self.block_levels = config.proposable_tokens, config.levels
@@ -525,7 +451,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
     def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
         """`[b, q]` roots and mask tokens -> `[b, q, h]` normed outputs."""
-        table = cast(Tensor, self._table.weight)
+        table = self._table.weight
         rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
         embeddings = rows.to(self.device, self.dtype)
         if self._config.embedding_scale != 1.0:
@@ -533,7 +459,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
-        """Of `[..., q, h]`, the slots that predict the next tokens."""
+        """Select from `[..., q, h]` the slots that predict the next tokens."""
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(
@@ -562,7 +488,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """As `TrainableModel.normed_logits`, without a correction."""
+        """Compute the logits without a correction, see `TrainableModel.normed_logits`."""
         weight = self._output.weight
         logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
@@ -621,9 +547,8 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Scores `[..., w, k]` of children, lowered by what a confidence head says of their parents, by the slot's
-        output `[..., 1, h]` and the rows `[..., w, r]` of these: of a token's probability so much is the target's,
-        too, on average.
+        """Lower scores `[..., w, k]` of children by the confidence in their parents, from the slot's output
+        `[..., 1, h]` and the parents' rows `[..., w, r]`.
         """
         if not self._config.confidence:
             return scores

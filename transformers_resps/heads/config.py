@@ -96,6 +96,12 @@ class HeadConfig(PreTrainedConfig):
         super(HeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
+    def target_width(self) -> int:
+        """Width of the target's hidden states; by default that of the head."""
+        sizes: Any = self
+        return int(getattr(sizes, "target_hidden_size", None) or sizes.hidden_size)
+
+    @property
     def proposable_tokens(self) -> int:
         """Number of tokens the head can propose: d, or v without a draft vocabulary."""
         sizes: Any = self

@@ -1,4 +1,4 @@
-"""A fresh head for a target: its draft vocabulary, its config, and the weights that it begins with."""
+"""Make a fresh head for a target: its draft vocabulary, its config, and its first weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -16,9 +16,9 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
+    """Return the target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
 
-    From `ids` in any order or, without them, the `size` lowest. Raises a `ValueError` for what is no vocabulary.
+    They are `ids` in any order or, without them, the `size` lowest. Raises a `ValueError` for a wrong vocabulary.
     """
     check_is_model(target)
     vocab_size = target.config.get_text_config().vocab_size
@@ -56,7 +56,7 @@ def fresh_head(
     draft_token_ids: Tensor | Sequence[int] | None,
     fields: dict[str, Any],
 ) -> Head:
-    """As `DraftHead.from_target`, with `fields` of the config of a `kind`."""
+    """Make a new head of a class, with `fields` of its config; see `DraftHead.from_target`."""
     rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
     head = kind(_config(kind, target, None if rows is None else len(rows), fields))
     head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
@@ -115,7 +115,7 @@ def _plain_norm(target: PreTrainedModel) -> Tensor | None:
 
 
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a small block head for `target`, with those that were `given`."""
+    """Fill up the `given` fields of a small block head for `target`."""
     check_is_model(target)
     config = target.config.get_text_config()
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
@@ -150,7 +150,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Fields that are valid alone, but not together or with this target: (what came and is needed, what to do)."""
+    """Yield what is wrong with fields together or with this target, and the way out."""
     layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
     if layers[-1] > depth:

@@ -1,4 +1,4 @@
-"""Which models something was made for: names, sizes and fingerprints of a target and its head."""
+"""Identify the models that something was made for: names, sizes and fingerprints of a target and its head."""
 
 import hashlib
 from typing import Any
@@ -36,8 +36,8 @@ def check_made_for(
     Args:
         target: the loaded model.
         sizes: `vocab_size` and `hidden_size` that the head needs.
-        known: identity of the model that it was made for, as far as it is known.
-        feature_layers: that it reads, ascending.
+        known: identity of its own target, as far as it is known.
+        feature_layers: the hidden states that it reads, ascending.
 
     Raises:
         ValueError: a size or the model type differs; the message names both models.
@@ -70,10 +70,7 @@ _SAMPLED = 64  # numbers of each parameter
 
 
 def parameter_fingerprint(model: nn.Module) -> str:
-    """A hash of a few numbers of every parameter: quick for any size, and different after any training.
-
-    Of every parameter, because a fine-tune may leave some as they were: a merged LoRA the output head, for example.
-    """
+    """Hash a few numbers of every parameter, since a fine-tune may leave some unchanged: quick for any size."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]

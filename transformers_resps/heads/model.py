@@ -7,16 +7,17 @@ decodes for one target. Source: EAGLE-3 (arXiv 2503.01840) section 3.
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
+from ..compat import input_embedding
 from ..drafting import (
     DraftCall,
     DraftSource,
@@ -36,10 +37,11 @@ from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
-from .formats.reading import canonical_head, load_head
+from .formats.reading import Canonical, canonical_head, read_checkpoint, split_keywords
+from .formats.tensor_names import check_exact
 from .formats.writing import export_head
 from .fresh import fresh_head
-from .identity import check_beside, check_made_for, target_identity
+from .identity import check_beside, check_is_model, check_made_for, target_identity
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
@@ -48,7 +50,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Transformers' own, for any `rope_type`, except that `head.to(torch.bfloat16)` leaves the frequencies alone.
+    """Transformers' RoPE, whose frequencies stay as they were under `head.to(torch.bfloat16)`.
 
     Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions.
     """
@@ -65,22 +67,17 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Rope(NamedTuple):
-    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position.
-
-    Attributes:
-        cosine: of each angle.
-        sine: of each angle; negative in the first half, which a vector's second half is multiplied by.
-    """
+    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position."""
 
     cosine: Tensor
-    sine: Tensor
+    sine: Tensor  # negative in the first half, by which a vector's second half is multiplied
 
     def at(self, wanted: Wanted) -> "Rope":
-        """Those of some positions."""
+        """The angles at some positions."""
         return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
-        """`[b, heads, t, hd]` turned by the angles of its positions."""
+        """Turn `[b, heads, t, hd]` by the angles of its positions."""
         half = states.shape[-1] // 2
         return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
@@ -169,20 +166,29 @@ class HeadReading(Reading):
         }
 
 
+class Formats(NamedTuple):
+    """How heads of one kind are read from published checkpoints, and written for other engines."""
+
+    read: Canonical
+    write: Callable[[Any, dict[str, Tensor], Path, str], None]
+
+
 class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each kind saves in its own way
-    """A head of any kind: no whole model, with angles of RoPE at its positions.
+    """A head of any kind, which borrows the rest of a model from its target.
 
     Attributes:
-        sizing_fields: those of its config that a resumed run cannot change.
+        sizing_fields: fields of its config that a resumed run cannot change.
     """
 
     sizing_fields: ClassVar[tuple[str, ...]]
     config: Any
     norm: nn.RMSNorm
     rotary_emb: RotaryEmbedding
+    _packed: PackedWeights
+    _formats: ClassVar["Formats"]
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
+        """Say that `attach` is missing where Transformers' assisted generation reads `generation_config`."""
         if name == "generation_config":
             raise AttributeError(
                 f"A `{type(self).__name__}` has no `generation_config`: it is no whole model, as others are. "
@@ -191,7 +197,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return super().__getattr__(name)
 
     def rope(self, positions: Tensor) -> Rope:
-        """The angles of RoPE at positions `[b, t]`, which any number of passes may share."""
+        """Compute the angles of RoPE at positions `[b, t]`."""
         cosine, sine = self.rotary_emb(self.norm.weight, positions)
         first, second = sine.chunk(2, dim=-1)
         return Rope(cosine, torch.cat([-first, second], dim=-1))
@@ -243,6 +249,109 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
+    def read_as(self, reading: Reading, target: PreTrainedModel, whole: Self) -> Self:
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(reading).items()}
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": fields.pop("rope_theta")}
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with torch.device("meta"):
+            variant = type(self)(config)
+        variant.load_state_dict(whole.state_dict(), assign=True)
+        variant.rotary_emb = RotaryEmbedding(config).to(self.device)
+        variant.train(False)
+        return variant
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Check that the head was made for `target`.
+
+        Raises:
+            ValueError: a size or the model type differs; the message names both models.
+        """
+        needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.target_width}
+        check_made_for(target, needed, self.config.target or {}, self.feature_layers)
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        self.check_target(target)
+        check_beside(self, input_embedding(target))
+
+    def packed_view(self) -> Self:
+        """The head with layers that multiply by packed weights; this very head where that is no faster.
+
+        Valid until modules are added or replaced. The packed weights belong to this head and are made once.
+        """
+        return self._packed.view(self)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the target is ours
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        target: PreTrainedModel | None = None,
+        **keywords: Any,
+    ) -> Self:
+        """Load a head saved by this package, or one in a published layout, recognised by its tensors.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
+            target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
+                decides the dtype and device unless they are passed.
+            keywords: `revision` and the other loading arguments of Transformers. Also any field of the head's
+                config, or `rope_theta`, to correct it as `resps doctor` suggests; `sliding_window` of a `DraftHead`
+                limits what it sees of long texts, `None` takes a limit away.
+
+        Returns:
+            The head, with every weight read from the files: nothing is newly initialized.
+
+        Raises:
+            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
+                not fit `target`.
+        """
+        hub, loading, overrides = split_keywords(keywords, cls.config_class)
+        if target is not None:
+            check_is_model(target)
+        stated = loading.pop("config", None)
+        checkpoint = read_checkpoint(pretrained_model_name_or_path, stated, loading.pop("state_dict", None), **hub)
+        config, tensors = cls._formats.read(checkpoint, target, overrides)
+        with torch.device("meta"):
+            wanted = cls(config)
+        check_exact(wanted.state_dict(), tensors, checkpoint.name)
+        if target is not None:
+            wanted.check_target(target)
+            loading.setdefault("dtype", target.dtype)
+        loading.setdefault("dtype", tensors["fc.weight"].dtype)
+        head: Any = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
+        named = stated.name_or_path if pretrained_model_name_or_path is None else checkpoint.name
+        head.name_or_path = head.config.name_or_path = named
+        if target is not None and "device_map" not in loading:
+            head.to(device=target.device)
+        return cast(Self, head)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
+    ) -> None:
+        """Write the head to a folder, in this package's format or one for another engine.
+
+        Args:
+            save_directory: the folder; made if missing.
+            args: as in Transformers; for format "resps" only.
+            format: "resps" for this package; or a layout that other engines read. A `DraftHead` knows "specforge" (for
+                SGLang and llama.cpp) and "speculators" (for vLLM), a `BlockHead` "z-lab" and "speculators". What
+                these engines silently ignore is refused or warned of: see docs/train-a-head.md.
+            keywords: as in Transformers; for format "resps" only.
+
+        Raises:
+            ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
+        """
+        if format == "resps":
+            PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
+            return
+        if args or keywords:
+            raise ValueError(
+                f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
+                "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
+            )
+        self._formats.write(self.config, self.state_dict(), Path(save_directory), format)
+
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
         saved = type(self).from_pretrained(folder, dtype=self.dtype)
         for name in self.sizing_fields:
@@ -274,6 +383,7 @@ class DraftHead(HeadModel):
     main_input_name = "features"
     _no_split_modules = ["DraftLayer"]
     sizing_fields = ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers")
+    _formats = Formats(canonical_head, export_head)
 
     def __init__(self, config: DraftHeadConfig) -> None:
         super().__init__(config)
@@ -324,10 +434,10 @@ class DraftHead(HeadModel):
         Args:
             hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
             embeddings: `[b, t, h]` embeddings of the token after each feature.
-            rope: of the positions, see there.
+            rope: the angles of the positions.
             attend: attention over the keys and values that the caller keeps (see `DraftCache`).
-            wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others
-                give only their keys and values, which is a third of the work.
+            wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others only give keys
+                and values, which is a third of the work.
 
         Returns:
             `[b, q, h]` hidden states, before the final norm.
@@ -338,11 +448,11 @@ class DraftHead(HeadModel):
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
+        """Make the next level's input, in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
         return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
-        """The head's own embeddings; `None` where it reads the target's."""
+        """Return the head's own embeddings; `None` where it reads the target's."""
         return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
 
     @property
@@ -355,11 +465,7 @@ class DraftHead(HeadModel):
         return TreeShape(*self.config.default_tree)
 
     def fingerprint(self) -> str:
-        """Hash the weights that read the features (`fc`): 16 hexadecimal digits.
-
-        The hash changes when the head is trained further. It is the same in float32 and bfloat16, however the head
-        was saved.
-        """
+        """Hash the weights of `fc`: 16 hexadecimal digits, the same in float32 and bfloat16."""
         weight = self.fc.weight.detach()
         version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
         if version is None or version != self._fingerprint[0]:
@@ -368,7 +474,7 @@ class DraftHead(HeadModel):
         return self._fingerprint[1]
 
     def identity(self) -> dict[str, Any]:
-        """Its name, its sizes and, unless it is in float16, its `fingerprint`."""
+        """Return its name, its sizes and, unless it is in float16, its `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
         identity = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         if self.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
@@ -384,26 +490,6 @@ class DraftHead(HeadModel):
             engine = call.engine(self, model)
             return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
         return super().drafter(call)
-
-    def packed_view(self) -> "DraftHead":
-        """The head with layers that multiply by packed weights; this very head where that is no faster.
-
-        Valid until modules are added or replaced. The packed weights belong to this head and are made once.
-        """
-        return self._packed.view(self)
-
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Check that the head was made for `target`.
-
-        Args:
-            target: the loaded model.
-
-        Raises:
-            ValueError: a size or the model type differs; the message names both models.
-        """
-        config = self.config
-        needed = {"vocab_size": config.vocab_size, "hidden_size": config.target_hidden_size}
-        check_made_for(target, needed, config.target or {}, config.feature_layers or [])
 
     @classmethod
     def from_target(
@@ -441,65 +527,11 @@ class DraftHead(HeadModel):
         defaults: dict[str, Any] = {"fc_norm": True, "default_tree": [8, 4, 2]}
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # the target is ours
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        target: PreTrainedModel | None = None,
-        **keywords: Any,
-    ) -> "DraftHead":
-        """Load a head saved by this package, or one in a published EAGLE-3 layout, recognised by its tensors.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
-            target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
-                decides the dtype and device unless they are passed.
-            keywords: `revision` and the other loading arguments of Transformers. Also any field of `DraftHeadConfig`,
-                or `rope_theta`, to correct the head's config as `resps doctor` suggests; `sliding_window` limits what
-                it sees of long texts, `None` takes a limit away.
-
-        Returns:
-            The head, with every weight read from the files: nothing is newly initialized.
-
-        Raises:
-            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
-                not fit `target`.
-        """
-        head: DraftHead = load_head(cls, canonical_head, pretrained_model_name_or_path, target, keywords)
-        return head
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
-    ) -> None:
-        """Write the head to a folder, in this package's format or one for another engine.
-
-        Args:
-            save_directory: the folder; made if missing.
-            args: as in Transformers; for format "resps" only.
-            format: "resps" for this package; or the layout of the library "specforge" (for SGLang and llama.cpp) or
-                "speculators" (for vLLM). What these engines silently ignore is refused or warned of: see
-                docs/train-a-head.md.
-            keywords: as in Transformers; for format "resps" only.
-
-        Raises:
-            ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
-        """
-        if format == "resps":
-            PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
-            return
-        if args or keywords:
-            raise ValueError(
-                f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
-                "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
-            )
-        export_head(self.config, self.state_dict(), Path(save_directory), format)
-
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """The configured reading first, then the others that this target has layers for.
+        """Yield the configured reading first, then the others that this target has layers for.
 
-        These are the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
-        target's; the residual of the first layer before and after its norm; and, where answers are about images, the
-        features before and after what DeepStack adds.
+        They vary the feature layers by one, the RoPE base, the first layer's residual before or after its norm, and,
+        where answers are about images, the features before or after DeepStack.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None
@@ -517,44 +549,20 @@ class DraftHead(HeadModel):
         ]
         return (HeadReading(*values) for values in product(*axes))
 
-    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "DraftHead") -> "DraftHead":
-        assert isinstance(reading, HeadReading)
-        config = DraftHeadConfig.from_dict(self.config.to_dict())
-        config.feature_layers = list(reading.feature_layers)
-        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
-        config.norm_before_residual = reading.norm_before_residual
-        config.before_deepstack = reading.before_deepstack
-        with torch.device("meta"):
-            variant = DraftHead(config)
-        variant.load_state_dict(whole.state_dict(), assign=True)
-        variant.rotary_emb = RotaryEmbedding(config).to(self.device)
-        variant.train(False)
-        return variant
-
 
 class BoundHead(TrainableModel):
-    """A head as it decodes for one target, with the target's embedding table and output rows.
+    """A head as it decodes for one target, with the target's embedding table and output rows; see `bind`.
 
     Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. A level
-    has few rows, so on a CPU the layers multiply by packed weights; the head itself stays as it is.
-
-    Args:
-        head: the head.
-        target: the model that it drafts for.
-        forward: computes a pass in place of the head's packed copy: the head itself, or what training wraps it in.
-
-    Raises:
-        ValueError: the head belongs to another target, or is on another device.
+    has few rows, so on a CPU the layers multiply by packed copies of the weights, unless `forward` computes a pass.
     """
 
     is_compilable = True
     fuses_by_weights = True
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
-        head.check_target(target)
-        table = target.get_input_embeddings()
-        check_beside(head, table)
-        config = head.config
+        head.prepare(target)
+        config, table = head.config, input_embedding(target)
         assert config.head_dim is not None
         self.head = head
         self.device, self.dtype = head.device, head.dtype
@@ -575,7 +583,7 @@ class BoundHead(TrainableModel):
         return nn.ModuleList([self.head, self.embed_tokens, self._output])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
+        """Embed target ids `[b, t]`: `[b, t, h]` in the head's dtype."""
         return self.embed_tokens(tokens).to(self.head.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -618,13 +626,10 @@ class BoundHead(TrainableModel):
 
 
 class BoundParallelHead(BoundHead, BlockModel):
-    """A P-EAGLE head (arXiv 2602.01469, section 3) as it decodes for one target.
+    """A P-EAGLE head (arXiv 2602.01469, section 3) as it decodes for one target; training is refused.
 
     The newest pair predicts a token, and so does each placeholder after it: a learnt feature beside the mask token,
     which sees all pairs and the placeholders before it. Keys are kept of true pairs alone, in every layer.
-
-    Raises:
-        ValueError: as `BoundHead`; or it is to be trained or read in several ways.
     """
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
@@ -664,14 +669,10 @@ class BoundParallelHead(BoundHead, BlockModel):
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
-    """Identify a target and what drafts for it, for what is trained or measured with them.
-
-    Args:
-        target: the loaded model.
-        source: its draft head, or another source; `None` if there is none.
+    """Identify a target and its source, for policies and figures that belong to the pair.
 
     Returns:
-        `target`: its name and sizes. With a source also `head`: see `DraftSource.identity`.
+        `target`: its name and sizes; and with a source `head`, see `DraftSource.identity`.
     """
     identity = {"target": target_identity(target)}
     return identity if source is None else identity | {"head": source.identity()}

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..compat import unwrapped
 from ..drafting import DraftSource
 from ..generation.attach import attach, attached, detached
+from ..generation.keywords import SpeculationDefaults
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
 from ..verifying.lending import evaluation_mode

@@ -16,7 +16,8 @@ from transformers.utils.logging import tqdm
 from ..calibration import identity_of
 from ..compat import text_config, unwrapped
 from ..drafting import DraftSource
-from ..generation.request import AUTO, Assistants, Keywords
+from ..generation.keywords import AUTO, Keywords
+from ..generation.request import Assistants
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape
 from .comparison import GREEDY, PENALISED, PROCESSED, SAMPLED, ComparedCall, ModelUnderTest, TextCheck, compare

@@ -1,4 +1,4 @@
-"""Compares how well a head agrees with its target under each reading, and says which reading is right."""
+"""Compare how well a head agrees with its target under each reading, and name the right one."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from ..drafting import Reading
 
 
-_SURE = 3.0  # standard errors; more than two because the best of some twenty readings is compared
+_SURE = 3.0  # standard errors of a sure difference; more than two, since the best of some twenty readings is compared
 _MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
 _MIN_NATS = 0.02  # per chain, likewise
 _HOPELESS = 5.0  # standard errors: a reading that is worse by more is dropped
@@ -29,8 +29,8 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """How well the head agrees with its target under one reading."""
+class ReadingScore:
+    """The agreement of a head with its target under one reading."""
 
     reading: Reading
     agreement: tuple[float, ...]  # per depth: share of positions where the head's likeliest token is the target's
@@ -53,46 +53,46 @@ class Cell:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How well the head agrees under every reading, and the verdict.
+    """The scores of all readings, and the verdict.
 
-    A reading is better if its chains keep more tokens beyond noise. If they keep no fewer, it is better if it gives
-    the target's tokens a higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
+    A reading is better if its chains keep more tokens beyond noise, or no fewer and it gives the target's tokens a
+    higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
     """
 
-    cells: tuple[Cell, ...]  # the configured one first
+    scores: tuple[ReadingScore, ...]  # the configured one first
 
     @property
-    def configured(self) -> Cell:
-        return self.cells[0]
+    def configured(self) -> ReadingScore:
+        return self.scores[0]
 
     @cached_property
-    def best(self) -> Cell:
-        """The best reading; of those that differ from it by noise only, the one nearest to the configured."""
+    def best(self) -> ReadingScore:
+        """The best reading; among readings as good up to noise, the nearest to the configured one."""
         best = self.configured
-        for cell in sorted(self.cells, key=lambda cell: (cell.accepted, cell.log_prob)):
-            if self._is_better(cell, best):
-                best = cell
-        equal = [cell for cell in self.cells if not self._is_better(best, cell)]
-        return min(equal, key=lambda cell: (len(self._changes(cell)), -cell.log_prob))
+        for score in sorted(self.scores, key=lambda score: (score.accepted, score.log_prob)):
+            if self._is_better(score, best):
+                best = score
+        equal = [score for score in self.scores if not self._is_better(best, score)]
+        return min(equal, key=lambda score: (len(self._changes(score)), -score.log_prob))
 
-    def _is_better(self, cell: Cell, other: Cell) -> bool:
-        gain, error = self.gain(cell, other)
+    def _is_better(self, score: ReadingScore, other: ReadingScore) -> bool:
+        gain, error = self.gain(score, other)
         if abs(gain) > max(_SURE * error, _MIN_GAIN):
             return gain > 0
-        likelier, doubt = self._likelier(cell, other)
+        likelier, doubt = self._likelier(score, other)
         return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
 
-    def _might_be_better(self, cell: Cell, other: Cell) -> bool:
+    def _might_be_better(self, score: ReadingScore, other: ReadingScore) -> bool:
         """Whether more answers might still show that a reading is better."""
-        gain, error = self.gain(cell, other)
-        likelier, doubt = self._likelier(cell, other)
+        gain, error = self.gain(score, other)
+        likelier, doubt = self._likelier(score, other)
         most = gain + _SURE * error
         return most > _MIN_GAIN or (most >= 0 and likelier + _SURE * doubt > _MIN_NATS)
 
     @cached_property
     def possible_gain(self) -> float:
         """Tokens per position that another reading than the best might accept more: the upper end of its interval."""
-        gains = (self.gain(cell, self.best) for cell in self.cells if cell is not self.best)
+        gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
     @property
@@ -102,9 +102,9 @@ class Diagnosis:
     @property
     def is_settled(self) -> bool:
         """Whether more answers would hardly change the best reading."""
-        others = (cell for cell in self.cells if cell is not self.best)
+        others = (score for score in self.scores if score is not self.best)
         enough = self.answers >= _SETTLING_ANSWERS
-        return enough and not any(self._might_be_better(cell, self.best) for cell in others)
+        return enough and not any(self._might_be_better(score, self.best) for score in others)
 
     @property
     def has_evidence(self) -> bool:
@@ -115,33 +115,33 @@ class Diagnosis:
     def worth_following(self) -> tuple[Reading, ...]:
         """The configured reading and all that are not far worse than the best; all while there are few answers."""
         if self.answers < _DROPPING_ANSWERS:
-            return tuple(cell.reading for cell in self.cells)
+            return tuple(score.reading for score in self.scores)
         kept = [self.configured]
-        for cell in self.cells[1:]:
-            gain, error = self.gain(cell, self.best)
-            nats, doubt = self._likelier(cell, self.best)
-            if cell is self.best or gain >= -_HOPELESS * error or nats >= -_HOPELESS * doubt:
-                kept.append(cell)
-        return tuple(cell.reading for cell in kept)
+        for score in self.scores[1:]:
+            gain, error = self.gain(score, self.best)
+            nats, doubt = self._likelier(score, self.best)
+            if score is self.best or gain >= -_HOPELESS * error or nats >= -_HOPELESS * doubt:
+                kept.append(score)
+        return tuple(score.reading for score in kept)
 
-    def _changes(self, cell: Cell) -> dict[str, Any]:
+    def _changes(self, score: ReadingScore) -> dict[str, Any]:
         configured = asdict(self.configured.reading)
-        return {name: value for name, value in asdict(cell.reading).items() if value != configured[name]}
+        return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
 
-    def gain(self, cell: Cell, over: Cell | None = None) -> tuple[float, float]:
-        """Return the tokens accepted per position above another cell (the configured one), and their error."""
+    def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
+        """Return the tokens accepted per position above another score (the configured one), and their error."""
         other = over or self.configured
-        return self._mean([a.kept - b.kept for a, b in zip(cell.tallies, other.tallies, strict=True)], cell)
+        return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
 
-    def _likelier(self, cell: Cell, other: Cell) -> tuple[float, float]:
-        nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
-        return self._mean(nats, cell)
+    def _likelier(self, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:
+        nats = [a.log_prob - b.log_prob for a, b in zip(score.tallies, other.tallies, strict=True)]
+        return self._mean(nats, score)
 
-    def _mean(self, differences: list[float] | list[int], cell: Cell) -> tuple[float, float]:
+    def _mean(self, differences: list[float] | list[int], score: ReadingScore) -> tuple[float, float]:
         """Return the mean per position of differences summed per answer, and its standard error over answers."""
-        answers, mean = len(differences), sum(differences) / cell.positions
-        spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, cell.tallies, strict=True))
-        return mean, math.sqrt(spread * answers / (answers - 1)) / cell.positions
+        answers, mean = len(differences), sum(differences) / score.positions
+        spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, score.tallies, strict=True))
+        return mean, math.sqrt(spread * answers / (answers - 1)) / score.positions
 
     @property
     def is_healthy(self) -> bool:
@@ -150,7 +150,7 @@ class Diagnosis:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What to pass to `from_pretrained` of the reading's `loader`; empty when healthy."""
+        """Keywords to pass to `from_pretrained` of the reading's `loader`; empty when healthy."""
         changes = self._changes(self.best)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 

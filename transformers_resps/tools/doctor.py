@@ -31,12 +31,12 @@ from ..data.image_texts import cast_for, image_inputs, load_processor
 from ..data.preparation import shows_images
 from ..drafting import Reading, TrainableModel, TrainableSource
 from ..drafting.kinds import kind_of
+from ..generation.keywords import SpeculationDefaults
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
 from ..telemetry.display import moving
 from ..verifying.forward import FeatureTap
 from ..verifying.lending import evaluation_mode
-from .diagnosis import Cell, Diagnosis, Tally
+from .diagnosis import Diagnosis, ReadingScore, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
 
 
@@ -56,16 +56,16 @@ class LabelledText:
 
     tokens: Tensor  # [t] of both
     prompt_length: int
-    shown: dict[str, Tensor] = field(default_factory=dict)  # what its forward takes besides, where a prompt has images
+    shown: dict[str, Tensor] = field(default_factory=dict)  # further inputs of the forward, for a prompt with images
 
     def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
-        """`shown`, as `target` takes it with these tokens."""
+        """Return `shown` as further inputs of the target's forward over the tokens."""
         whole = cast_for(target, self.shown)
         names = {name for name in whole if name.endswith("token_type_ids")}
         return whole | {name: whole[name][:, : len(self.tokens)] for name in names}
 
 
-# The answers from one number up to another, with at most so many tokens of the target each.
+# (first number, end, most tokens of the target) -> these answers
 Source = Callable[[int, int, int], list[LabelledText]]
 
 
@@ -94,9 +94,10 @@ class Probe:
     """Scores a head under several readings, on answers that come bit by bit.
 
     Nothing is generated: at depth k the head reads the true text up to there, and its own output instead of the
-    feature, as in training.
+    feature, as in training. The first of `readings` is the configured one; `None` takes all.
 
-    The first of `readings` is the configured one; `None` is for all. Raises `ValueError` for a head of another target.
+    Raises:
+        ValueError: the head is another target's.
 
     Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
@@ -109,25 +110,19 @@ class Probe:
         *,
         has_images: bool = False,
     ) -> None:
-        source: Any = head
-        whole = source.whole(target)
-        self._target = target
-        self._readings = list(source.readings(target, whole, has_images=has_images) if readings is None else readings)
-        self._heads: list[Any] = [source.read_as(reading, target, whole) for reading in self._readings]
-        # packing would copy the weights for each reading, and so many rows at once do not need it
-        self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
-        unroll = kind_of(head).unroll
+        whole, unroll = head.whole(target), kind_of(head).unroll
         assert unroll is not None
         self._unroll: Callable[..., Tensor] = unroll.load()
-        self._depths = min(DEPTHS, *(drafter.most_levels or DEPTHS for drafter in self._drafters))
-        self._tallies: list[list[Tally]] = [[] for _ in self._readings]
-        self._agreed = [torch.zeros(self._depths, dtype=torch.long) for _ in self._readings]
+        chosen = head.readings(target, whole, has_images=has_images) if readings is None else readings
+        self._target = target
+        self._trials = [_TriedReading.of(target, reading, head.read_as(reading, target, whole)) for reading in chosen]
+        self._depths = min(DEPTHS, *(trial.drafter.most_levels or DEPTHS for trial in self._trials))
         self._seen = 0
 
     @property
     def is_ready(self) -> bool:
         """Whether two answers were long enough to score, which a diagnosis needs."""
-        return len(self._tallies[0]) > 1
+        return len(self._trials[0].tallies) > 1
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
@@ -135,10 +130,10 @@ class Probe:
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
-        layers = sorted({layer for head in self._heads for layer in head.feature_layers})
+        layers = sorted({layer for trial in self._trials for layer in trial.head.feature_layers})
         with evaluation_mode(self._target):
             for batch in _batches(long_enough, depths):
-                for is_before in sorted({head.before_deepstack for head in self._heads}):
+                for is_before in sorted({trial.head.before_deepstack for trial in self._trials}):
                     with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:
                         self._add(batch, tap)
 
@@ -150,24 +145,15 @@ class Probe:
             given = {"attention_mask": torch.ones_like(tokens), **batch.shown.inputs_for(self._target)}
         with tap.record() as features:
             picks = self._target(input_ids=tokens, use_cache=False, **given).logits.argmax(-1)
-        for number, (head, drafter) in enumerate(zip(self._heads, self._drafters, strict=True)):
-            if head.before_deepstack is tap.before_deepstack:
-                caught = [features.caught[layer].to(head.device, head.dtype) for layer in head.feature_layers]
-                read, ids = torch.cat(caught, dim=-1), head.draft_token_ids
-                tallies, agreed = self._score(drafter, ids, read, batch, picks.to(head.device), self._depths)
-                self._tallies[number] += tallies
-                self._agreed[number] += agreed
+        for trial in self._trials:
+            if trial.head.before_deepstack is tap.before_deepstack:
+                device, dtype = trial.drafter.device, trial.drafter.dtype
+                caught = [features.caught[layer].to(device, dtype) for layer in trial.head.feature_layers]
+                self._score(trial, torch.cat(caught, dim=-1), batch, picks.to(device))
 
-    def _score(
-        self,
-        drafter: TrainableModel,
-        draft_ids: Tensor,
-        features: Tensor,
-        batch: "_ScoredTexts",
-        picks: Tensor,
-        depths: int,
-    ) -> tuple[list[Tally], Tensor]:
-        """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
+    def _score(self, trial: "_TriedReading", features: Tensor, batch: "_ScoredTexts", picks: Tensor) -> None:
+        """Add to a trial the tallies of a batch's answers, and for each depth how often the head agreed."""
+        drafter, draft_ids, depths = trial.drafter, trial.head.draft_token_ids, self._depths
         start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
         scored = batch.scored[:, start:].to(features.device)
         tokens = batch.tokens.to(features.device)
@@ -184,28 +170,47 @@ class Probe:
         agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
         kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
         nats = torch.stack(log_probs).sum(0).cpu().split(counts)
-        tallies = [Tally(count, int(k.sum()), float(n.sum())) for count, k, n in zip(counts, kept, nats, strict=True)]
-        return tallies, agreed.sum(1)
+        answers = zip(counts, kept, nats, strict=True)
+        trial.tallies += [Tally(count, int(tokens.sum()), float(sums.sum())) for count, tokens, sums in answers]
+        trial.agreed = trial.agreed + agreed.sum(1)
 
     def follow(self, readings: Sequence[Reading]) -> None:
         """Leave out all but these readings."""
-        kept = [number for number, reading in enumerate(self._readings) if reading in readings]
-        self._readings, self._heads = [self._readings[n] for n in kept], [self._heads[n] for n in kept]
-        self._drafters, self._tallies = [self._drafters[n] for n in kept], [self._tallies[n] for n in kept]
-        self._agreed = [self._agreed[n] for n in kept]
+        self._trials = [trial for trial in self._trials if trial.reading in readings]
 
     def diagnosis(self) -> Diagnosis:
-        """Compare the readings on all answers so far. Raises `ValueError` when fewer than two were long enough."""
+        """Compare the readings on all answers so far.
+
+        Raises:
+            ValueError: fewer than two answers were long enough.
+        """
+        tallied = len(self._trials[0].tallies)
         if not self.is_ready:
             raise ValueError(
-                f"{len(self._tallies[0])} of {self._seen} answers have at least {self._depths} tokens of the target, "
-                "but at least 2 are needed. Pass about 50 answers."
+                f"{tallied} of {self._seen} answers have at least {self._depths} tokens of the target, but at least "
+                "2 are needed. Pass about 50 answers."
             )
-        cells = []
-        for reading, tallies, agreed in zip(self._readings, self._tallies, self._agreed, strict=True):
-            share = agreed / sum(tally.positions for tally in tallies)
-            cells.append(Cell(reading, tuple(share.tolist()), tuple(tallies)))
-        return Diagnosis(tuple(cells))
+        return Diagnosis(tuple(trial.score() for trial in self._trials))
+
+
+@dataclass(slots=True)
+class _TriedReading:
+    """A head under one reading, and its results so far."""
+
+    reading: Reading
+    head: TrainableSource
+    drafter: TrainableModel
+    tallies: list[Tally] = field(default_factory=list)
+    agreed: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))  # [depths]
+
+    @classmethod
+    def of(cls, target: PreTrainedModel, reading: Reading, head: TrainableSource) -> "_TriedReading":
+        # packing would copy the weights for each reading, and so many rows at once do not need it
+        return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
+
+    def score(self) -> ReadingScore:
+        share = self.agreed / sum(tally.positions for tally in self.tallies)
+        return ReadingScore(self.reading, tuple(share.tolist()), tuple(self.tallies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +239,7 @@ def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
 
 
 class Allowance:
-    """The seconds that an examination may take, and how many more answers they are enough for."""
+    """The seconds that an examination may take, and the number of answers for which they are enough."""
 
     def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -242,13 +247,13 @@ class Allowance:
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:
-        """Inside, so many tokens are read."""
+        """Time the `with` block, which reads so many tokens."""
         start = self._clock()
         yield
         self._per_token = (self._clock() - start) / tokens
 
     def answers(self, tokens: int) -> int:
-        """How many answers of so many tokens can be read in time, as fast as the last ones were."""
+        """How many answers of so many tokens can be read in time, at the pace of the last ones."""
         seconds = self._per_token * tokens
         left = max(self._end - self._clock(), 0.0)
         return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
@@ -264,18 +269,13 @@ def refined(
     has_images: bool = False,
     allowance: Allowance | None = None,
 ) -> Iterator[Diagnosis]:
-    """Diagnose `head` on few and short answers, then on more and more, which may be longer.
+    """Diagnose `head` on few and short answers, then on more and longer ones.
 
-    Readings that the first look finds far worse are dropped, and its answers do not count later where those are
-    longer. Ends when more answers would change nothing, after `count` answers, or when the allowance is used up.
-    Raises `ValueError` as `Probe` does.
+    Drops readings that the first look finds far worse; its answers do not count later where those are longer. Ends
+    when more answers would change nothing, after `count` answers, or when the allowance is used up.
     """
-    probe, allowance, start, has_verdict = (
-        Probe(target, head, has_images=has_images),
-        allowance or Allowance(),
-        0,
-        False,
-    )
+    probe, start, has_verdict = Probe(target, head, has_images=has_images), 0, False
+    allowance = allowance or Allowance()
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
         first, most = min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)
         with allowance.reading(first * most):
@@ -308,7 +308,7 @@ def refined(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does, as schedulers send it before they kill a process."""
+    """Treat SIGTERM as Ctrl-C inside the `with` block; schedulers send it before they kill a process."""
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
@@ -347,15 +347,13 @@ def run(args: argparse.Namespace) -> int:
     promise = f"A first verdict comes from a few answers, better ones from up to {count}, {how_long}; Ctrl-C ends it."
     print(promise, file=sys.stderr, flush=True)
     with tqdm(desc="Answers", total=count, unit="answer") if sys.stderr.isatty() else Lines(count) as bar:
-        source, allowance = (
-            source_of(target, answers, prompts, bar),
-            Allowance(math.inf if args.thorough else _SECONDS),
-        )
+        source = source_of(target, answers, prompts, bar)
+        allowance = Allowance(math.inf if args.thorough else _SECONDS)
         verdicts = refined(target, head, source, count, most, has_images=has_images, allowance=allowance)
         try:
             with interruptible():
                 for found in verdicts:
-                    tried = max(tried, len(found.cells))
+                    tried = max(tried, len(found.scores))
                     bar.clear()
                     print(f"{found.answers}/{count} answers: {found.verdict}", file=sys.stderr, flush=True)
         except KeyboardInterrupt as interrupt:
@@ -373,7 +371,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """Stands for a bar where no terminal draws one: a line to stderr after every tenth of the answers."""
+    """A progress bar without a terminal: writes a line to stderr after every tenth of the answers."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._said = total, 0, 0
@@ -398,7 +396,7 @@ class Lines:
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
     """Return a diagnosis as JSON values, best reading first."""
-    cells = sorted(diagnosis.cells, key=lambda cell: -cell.accepted)
+    scores = sorted(diagnosis.scores, key=lambda score: -score.accepted)
     return {
         "verdict": diagnosis.verdict,
         "is_healthy": diagnosis.is_healthy,
@@ -407,15 +405,15 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
         "overrides": diagnosis.overrides,
         "machine": machine_line(),
         "readings": [
-            asdict(cell.reading)
+            asdict(score.reading)
             | {
-                "is_configured": cell is diagnosis.configured,
-                "is_best": cell is diagnosis.best,
-                "agreement": cell.agreement,
-                "accepted": cell.accepted,
-                "log_likelihood": cell.log_prob,
+                "is_configured": score is diagnosis.configured,
+                "is_best": score is diagnosis.best,
+                "agreement": score.agreement,
+                "accepted": score.accepted,
+                "log_likelihood": score.log_prob,
             }
-            for cell in cells
+            for score in scores
         ],
     }
 
@@ -471,7 +469,7 @@ def answered(
 def about_images(
     args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
 ) -> list[LabelledText]:
-    """The first answers of `--dataset` where its rows show images, as trainers read them; otherwise none."""
+    """Read the first answers of `--dataset` where its rows show images; otherwise none."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
         return []
     if Path(args.dataset).is_file():
@@ -503,20 +501,20 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
     print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
-    told = [cell.reading.told for cell in diagnosis.cells]
+    told = [score.reading.told for score in diagnosis.scores]
     widths = {name: max(len(name), *(len(one[name]) for one in told)) for name in told[0]}
     names = "  ".join(f"{name:{width}}" for name, width in widths.items())
     print(f"  {names}{columns}  accepted  log likelihood")
-    for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
-        print(row(cell, diagnosis, widths))
-    dropped = tried - len(diagnosis.cells)
+    for score in sorted(diagnosis.scores, key=lambda score: -score.accepted):
+        print(row(score, diagnosis, widths))
+    dropped = tried - len(diagnosis.scores)
     left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
     print(f"\n  > as configured   * best{left_out}")
 
 
-def row(cell: Cell, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
+def row(score: ReadingScore, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
     """Return one line of the table."""
-    marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
-    numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
-    told = "  ".join(f"{cell.reading.told[name]:{width}}" for name, width in widths.items())
-    return f"{marks}{told}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
+    marks = (">" if score is diagnosis.configured else " ") + ("*" if score is diagnosis.best else " ")
+    numbers = "".join(f"{share:9.3f}" for share in score.agreement)
+    told = "  ".join(f"{score.reading.told[name]:{width}}" for name, width in widths.items())
+    return f"{marks}{told}{numbers}{score.accepted:10.2f}{score.log_prob:16.3f}"

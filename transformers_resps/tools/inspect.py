@@ -22,7 +22,7 @@ from transformers.utils.logging import tqdm
 from ..data import to_tokens
 from ..drafting import DraftSource
 from ..generation.attach import attach
-from ..generation.request import SpeculationDefaults
+from ..generation.keywords import SpeculationDefaults
 from ..policies.auto import default_policy
 from ..policies.base import Level, Observation, Policy, PolicyWrapper
 from ..policies.fixed import FixedPolicy

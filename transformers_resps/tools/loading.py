@@ -1,4 +1,4 @@
-"""What a command line names: targets, what drafts for them, policies and questions."""
+"""Load the targets, drafters, policies and questions that a command line names."""
 
 import argparse
 import re
@@ -23,7 +23,7 @@ from ..verifying.prepacking import prepack
 from .cli import shape
 
 
-# Folder names of every training run, which do not tell runs apart.
+# Folder names that every training run has.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
 
 # Fifty questions that any chat model answers at some length: every task with every subject.
@@ -56,8 +56,9 @@ def load_target(name: str, dtype: str | None, device: str | None = None, *, pack
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load what drafts for a target, which is attached and keeps it: a draft head, MTP layers, an assistant or a small
-    model, from a folder or Hub id, or by the word "mtp"; `None` without a name. Only a head may have a revision.
+    """Load a drafter of any kind for a target, which is attached and keeps it; `None` without a name.
+
+    It comes from a folder or Hub id, at a revision, or by the word "mtp" with the target.
     """
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
@@ -65,7 +66,7 @@ def load_source(name: str | None, target: Any, revision: str | None = None) -> D
 
 
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
-    """Return a fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
+    """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or the word "auto".
 
     Without a text it is the head's default tree, and without a head "auto". Raises `ValueError` for unknown names.
     """
@@ -88,7 +89,7 @@ def named_tree(text: str) -> TreeShape | None:
 
 
 def short_name(source: str) -> str:
-    """The last part of a folder or Hub id; where that is only `head`, `policy` or a checkpoint, the part before it.
+    """Return the last part of a folder or Hub id that is more than `head`, `policy` or a checkpoint.
 
     >>> short_name("runs/gsm8k/policy"), short_name("runs/chat"), short_name("you/head"), short_name("checkpoint-20")
     ('gsm8k', 'chat', 'you', 'checkpoint-20')

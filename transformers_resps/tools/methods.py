@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting import DraftSource
+from ..generation.keywords import SpeculationDefaults
 from ..generation.output import end_ids, sampling
-from ..generation.request import SpeculationDefaults
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport

@@ -1,4 +1,4 @@
-"""The target, its tokenizer and its head that a training starts from: given, loaded by name, or a new head."""
+"""Load the target, the tokenizer and the head of a training, or make a new head."""
 
 import copy
 import sys
@@ -33,13 +33,13 @@ _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other token
 
 
 def default_folder(target: Any, artefact_name: str) -> str:
-    """Where a run without `args` writes, named after its target as in TRL."""
+    """Name the folder of a run without `args` after its target, as TRL does."""
     name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
     return f"{Path(name).name or 'target'}-{artefact_name}"
 
 
 def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The target itself, or the one with this name, by default in its own dtype."""
+    """Return the target, loaded by its name if that was given, by default in its own dtype."""
     if not isinstance(target, str):
         check_type("target", target, PreTrainedModel)
         if isinstance(target, TrainableSource):
@@ -64,12 +64,12 @@ def check_target_name(target: str, **hub: Any) -> None:
 
 
 def context_of(target: PreTrainedModel) -> int:
-    """How many positions a target reads at most."""
+    """The most positions that a target reads."""
     return getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or that of the processor, that was given; or else the one where the target came from, if any."""
+    """Return the given tokenizer, or the processor's; without one, the target's own, if there is any."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)
@@ -172,7 +172,7 @@ class Pair:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a policy is trained for: the target and its head."""
+        """The identity of target and head, for which a policy is trained."""
         return pair_identity(self.target, self.head)
 
     @property

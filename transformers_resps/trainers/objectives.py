@@ -1,4 +1,4 @@
-"""What a head learns from a batch: levels that read each other, or blocks that are filled at once."""
+"""Objectives of training a head: levels that read each other, or blocks that are filled at once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -152,7 +152,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `soft_cross_entropy`, of outputs `[n, h]` after tokens `[n]`; with what else the head has to learn."""
+        """Compute the losses of outputs `[n, h]` after tokens `[n]`, see `soft_cross_entropy`, and of all parts."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         total, losses, hits = soft_cross_entropy(
@@ -176,7 +176,7 @@ class BlockObjective(Objective):
 
 
 def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
-    """Levels that share an output head, and its rows."""
+    """Yield the levels that share an output head, and its rows."""
     if model.depths == 1:
         yield list(range(levels)), model.output_rows()
     else:
@@ -184,7 +184,7 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
 
 
 def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
-    """How a head is trained.
+    """Find the objective that trains a head.
 
     Raises:
         ValueError: it cannot be trained with these settings.

@@ -1,4 +1,4 @@
-"""What the publishers of EAGLE-3 heads mean by the same words: layer ids, RoPE, norms.
+"""Interpret the config of each publisher of EAGLE-3 heads: layer ids, RoPE, norms.
 
 The sources are read commits of SafeAILab/EAGLE, sgl-project/SpecForge, Tencent/AngelSlim, NVIDIA/Model-Optimizer,
 vllm-project/speculators and deepseek-ai/DeepSpec.
@@ -58,11 +58,10 @@ class PublishedConfig:
     """A published `config.json`, with the user's corrections.
 
     Attributes:
-        fields: flat, with those of speculators' `transformer_layer_config` and others' `eagle_config`. What is null
-            counts as left out.
-        corrections: of the user, also in `fields`.
+        fields: flat, also from `transformer_layer_config` and `eagle_config`; null counts as left out.
+        corrections: the user's, also in `fields`.
         publisher: decides what the fields mean.
-        source: where from, for messages.
+        source: where it is from, for messages.
     """
 
     fields: dict[str, Any]
@@ -99,9 +98,7 @@ class PublishedConfig:
         return next((field for field in _ID_FIELDS if self.fields.get(field)), "")
 
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
-        """Feature layers in the `output_hidden_states` convention of Transformers, ascending.
-
-        The number of layers itself is the index of the last layer's output, before the final norm.
+        """Return the feature layers as indices of `output_hidden_states`, ascending.
 
         Args:
             count: how many layers `fc` reads.
@@ -131,11 +128,11 @@ class PublishedConfig:
         return layers
 
     def _counted_as_hidden_states(self, ids: list[int], layer_count: int | None) -> list[int]:
-        """Published ids -> indices of `hidden_states`.
+        """Convert published ids to indices of `hidden_states`.
 
-        Converters lift ids unchanged from one format to another, so a file's format alone does not tell what they
-        count. The smallest id does (sgl-project/sglang #25454): EAGLE-3's own lowest features are the output of layer
-        1, which is boundary 2. For any other layers the convention of the format holds.
+        Converters copy ids from one format to another, so the format alone does not say what they count. The smallest
+        id does (sgl-project/sglang #25454): EAGLE-3's lowest features are the output of layer 1, which is boundary 2.
+        Other layers follow the format.
         """
         are_layers = [layer + 1 for layer in ids]
         if self._id_field == "target_layer_ids":  # DeepSpec's, whatever the layer
@@ -162,11 +159,10 @@ class PublishedConfig:
         return are_layers
 
     def rope_parameters(self) -> dict[str, Any]:
-        """RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
+        """Return RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
         AngelSlim's plain RoPE and SpecForge's M-RoPE are trained with base 10000 whatever the config says, so that is
-        what is used unless corrected. Where all tokens are text M-RoPE is plain RoPE, and after an image it counts
-        fewer positions than there are tokens.
+        used unless corrected. For text M-RoPE is plain RoPE; after an image it counts fewer positions than tokens.
 
         Raises:
             ValueError: the config contradicts itself.
@@ -205,10 +201,9 @@ class PublishedConfig:
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self, *, is_parallel: bool = False) -> dict[str, bool]:
-        """`norm_before_residual` and `feedback_post_norm`; a P-EAGLE head that states neither has neither.
+        """Return `norm_before_residual` and `feedback_post_norm`; a P-EAGLE head that states neither has neither.
 
-        `norm_output` means the latter only in speculators files; in SpecForge's it says that logits are normed, which
-        they always are.
+        `norm_output` means the latter only in speculators files; in SpecForge's it is about logits.
         """
         is_speculators = self.publisher is Publisher.SPECULATORS
         before = self.fields.get("norm_before_residual")

@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...drafting.kinds import BLOCK, EAGLE, SHAPING, DrafterKind, kind_of_files
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
 from ..config import DraftHeadConfig
-from ..identity import check_is_model, target_identity
+from ..identity import target_identity
 from .publishers import MODELOPT_LAYER, PublishedConfig
-from .tensor_names import canonical_names, check_complete, check_exact, layer_count
+from .tensor_names import canonical_names, check_complete, layer_count
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
@@ -402,7 +402,7 @@ def check_is_head(config: dict[str, Any], names: Container[str], source: str) ->
         raise error
 
 
-# Parts of tensors' names -> what they are of, where an EAGLE-3 head has none.
+# Parts of tensors' names -> the drafter that has them, and no EAGLE-3 head.
 _OTHER_PARTS = {
     ("imadpt.", "img_fc."): (
         "is a ViSpec head: its adaptor (`imadpt`, `img_fc`) compresses the images of a prompt for an EAGLE-2 layer, "
@@ -418,7 +418,7 @@ _OTHER_PARTS = {
 
 
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Why this drafter would not load, or load and draft nonsense; nothing for an EAGLE-3 head."""
+    """Yield why this drafter would not load, or load and draft nonsense; nothing for an EAGLE-3 head."""
     is_parallel = "mask_hidden" in tensors
     if not is_parallel and (
         any("parallel_draft_heads" in name for name in tensors)
@@ -458,10 +458,10 @@ def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
 
 
 def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source: str) -> Tensor | None:
-    """Offsets `d2t` `[d]` (the target id of draft id i is i + d2t[i]), or `None` when all v tokens can be proposed.
+    """Return offsets `d2t` `[d]` (the target id of draft id i is i + d2t[i]), or `None` when all v can be proposed.
 
     Published as the offsets `d2t`, as absolute ids `hot_token_id` (SGLang), or as the mask `t2d` `[v]`. A `d2t` that
-    holds absolute ids is recognised by its `t2d`. `rows` are those of the output head, d.
+    holds absolute ids is recognised by its `t2d`. The output head has `rows` d.
 
     Raises:
         ValueError: ids leave the vocabulary, are not ascending, contradict `t2d`, or are missing although d < v.
@@ -514,7 +514,7 @@ _LOADING = {
 def split_keywords(
     keywords: dict[str, Any], config_class: type[PreTrainedConfig]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
+    """Split keywords into where the files are, how Transformers loads them, and corrections to the head's config."""
     fields = set(config_class.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
@@ -532,35 +532,3 @@ def split_keywords(
 
 
 Canonical = Callable[[Checkpoint, PreTrainedModel | None, dict[str, Any]], tuple[Any, dict[str, Tensor]]]
-
-
-def load_head(
-    kind: Any,
-    canonical: Canonical,
-    name: str | os.PathLike[str] | None,
-    target: PreTrainedModel | None,
-    keywords: dict[str, Any],
-) -> Any:
-    """A head of a class of ours from its files, with every weight read from them; see `DraftHead.from_pretrained`.
-
-    `canonical` makes its config and tensors of a checkpoint.
-    """
-    hub, loading, overrides = split_keywords(keywords, kind.config_class)
-    if target is not None:
-        check_is_model(target)
-    stated = loading.pop("config", None)
-    checkpoint = read_checkpoint(name, stated, loading.pop("state_dict", None), **hub)
-    config, tensors = canonical(checkpoint, target, overrides)
-    with torch.device("meta"):
-        wanted = kind(config)
-    check_exact(wanted.state_dict(), tensors, checkpoint.name)
-    if target is not None:
-        wanted.check_target(target)
-        loading.setdefault("dtype", target.dtype)
-    loading.setdefault("dtype", tensors["fc.weight"].dtype)
-    load: Any = PreTrainedModel.from_pretrained
-    head = load.__func__(kind, None, config=config, state_dict=tensors, **loading)
-    head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
-    if target is not None and "device_map" not in loading:
-        head.to(device=target.device)
-    return head

@@ -1,4 +1,4 @@
-"""Names of tensors: every published spelling -> ours, and what a head must have."""
+"""Translate the published names of tensors into ours, and check that a head has all of them."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -37,7 +37,7 @@ _LAYER = (
 
 
 def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
-    """The same tensors, or what else has their names, under ours; `t2d` and `hot_token_id` are kept.
+    """Rename tensors, or anything under their names, to ours; `t2d` and `hot_token_id` are kept.
 
     Raises:
         ValueError: two tensors mean the same.

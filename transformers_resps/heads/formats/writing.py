@@ -54,11 +54,7 @@ def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
 
 
 def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
-    """As `export_head`, for a block head: "z-lab" (`dflash_config`, ids of layers) or "speculators".
-
-    Raises:
-        ValueError: the layout is unknown, or cannot express what this head does.
-    """
+    """Write a block head as "z-lab" (`dflash_config`, ids of layers) or "speculators"; see `export_head`."""
     _check_block(config, layout)
     tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
     if layout == "z-lab":
@@ -71,7 +67,7 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Of each layer; where its kind is not told apart, a sliding layer is causal."""
+    """Whether each layer is sliding, which means causal where a layout does not say."""
     return [window is not None for window in config.windows or ()]
 
 
