@@ -35,7 +35,7 @@ def train(generator: torch.Generator) -> tuple[PreTrainedModel, MtpHead]:
     optimizer, frozen = torch.optim.AdamW(head.parameters(), lr=4e-3), FrozenTarget(target, head.feature_layers)
     for _ in range(120):
         texts = periodic_texts(16, generator)
-        levels = unroll(head.bind(target, head), frozen.read(texts).features, texts, DEPTHS)
+        levels = unroll(head.bind(target, head), frozen.run(texts).features, texts, DEPTHS)
         losses = [
             F.cross_entropy(layer.head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
             for depth, level in enumerate(levels)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach
 from transformers_resps.replay import RankedText, RecordedText
-from transformers_resps.trainers.data import Recorder
+from transformers_resps.trainers.data import AnswerRecorder
 
 
 GENERATION = {"max_new_tokens": 8, "do_sample": False}
@@ -24,7 +24,7 @@ def test_processes_share_the_recording_and_read_what_all_have_recorded(
     answered: list[int] = []
     waited: list[int] = []
 
-    class Scripted(Recorder[Any]):
+    class Scripted(AnswerRecorder[Any]):
         def _answer(self, prompt: torch.Tensor) -> Any:
             answered.append(int(prompt))
             return None if prompt == 4 else SimpleNamespace(save=lambda file: save_file({"prompt": prompt}, file))
@@ -52,7 +52,7 @@ def test_a_recording_belongs_to_the_weights_the_shapes_the_settings_and_the_form
     def record(kind: Any = RankedText, levels: int = 2, **changes: Any) -> int:
         """How many files were made."""
         before = set(tmp_path.iterdir())
-        recorder = Recorder(target, head, kind, {2: levels}, tmp_path, GENERATION | changes)
+        recorder = AnswerRecorder(target, head, kind, {2: levels}, tmp_path, GENERATION | changes)
         assert len(recorder.record(PROMPTS)) == 2
         return len(set(tmp_path.iterdir()) - before)
 
@@ -72,6 +72,6 @@ def test_a_recording_belongs_to_the_weights_the_shapes_the_settings_and_the_form
 def test_prompts_without_an_answer_are_told(tmp_path: Path) -> None:
     target: Any = attach(Architecture("llama").build("sdpa").float())
     head = DraftHead.from_target(target, draft_vocab_size=12).eval()
-    recorder = Recorder(target, head, RecordedText, {1: 1}, tmp_path, GENERATION | {"max_new_tokens": 1})
+    recorder = AnswerRecorder(target, head, RecordedText, {1: 1}, tmp_path, GENERATION | {"max_new_tokens": 1})
     with pytest.raises(ValueError, match="None of 2 prompts has an answer of at least two tokens. .*raise"):
         recorder.record(PROMPTS)

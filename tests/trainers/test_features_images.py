@@ -21,7 +21,7 @@ def read(kind: MultimodalTarget, frozen: FrozenTarget, *rows: str, seed: int = 0
     pads = (prompt.pop("attention_mask") == 0).sum(1).tolist()
     for name in {"input_ids", kind.types} & prompt.keys():
         prompt[name] = torch.stack([row.roll(-pad) for row, pad in zip(prompt[name], pads, strict=True)])
-    return frozen.read(prompt.pop("input_ids"), image_inputs=prompt)
+    return frozen.run(prompt.pop("input_ids"), image_inputs=prompt)
 
 
 def close(one: Tensor, other: Tensor) -> bool:

@@ -95,7 +95,10 @@ def test_tau_is_measured_on_as_many_texts_as_asked(tmp_path, monkeypatch, held_o
     )
     target, head = fresh()
     sets = texts(), texts(held_out)
-    assert DraftHeadTrainer(head, config(tmp_path, tau_texts=asked), *sets, target=target).measure_tau() == measured
+    assert (
+        DraftHeadTrainer(head, config(tmp_path, tau_texts=asked), *sets, target=target).evaluate().get("eval_tau", 0)
+        == measured
+    )
 
 
 def test_adapters_train_alone_and_are_merged_into_the_export(tmp_path):
@@ -141,7 +144,7 @@ def test_the_bias_of_a_targets_output_head_is_part_of_what_a_head_learns():
     target.lm_head.bias.data.normal_(std=9.0)
     tokens = torch.arange(3, 40)[None]
     frozen = FrozenTarget(target, [1, 2, 3])
-    read, logits = frozen.read(tokens), target(tokens).logits
+    read, logits = frozen.run(tokens), target(tokens).logits
     assert torch.equal(read.picks, logits.argmax(-1))
     ids = torch.arange(5, 30)
     expected = logits[0, :, ids].softmax(-1)

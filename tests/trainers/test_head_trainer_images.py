@@ -71,7 +71,7 @@ def test_each_image_is_read_with_its_own_text(tmp_path: Path) -> None:
     """The same text with other images has other features, in whatever batch it stands."""
     run = trainer(tmp_path)
     batches = [batch for batch in run.get_eval_dataloader() if "image_inputs" in batch]
-    shown = [run.target.read(batch["input_ids"], image_inputs=batch["image_inputs"]).features for batch in batches]
+    shown = [run.target.run(batch["input_ids"], image_inputs=batch["image_inputs"]).features for batch in batches]
     first, second = (
         (ids, features)
         for batch, found in zip(batches, shown, strict=True)

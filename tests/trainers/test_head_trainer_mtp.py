@@ -118,7 +118,7 @@ def test_a_fresh_layer_says_what_the_state_that_it_reads_says(model_type: str, s
     target.model.norm.weight.copy_(torch.linspace(0.4, 2, 32))
     head = MtpHead.fresh(target, **settings)
     tokens = torch.randint(3, 64, (2, 9))
-    read = FrozenTarget(target, head.feature_layers).read(tokens)
+    read = FrozenTarget(target, head.feature_layers).run(tokens)
     model = head.bind(target, head)
     for level in unroll(model, read.features, tokens, head.settings.depths):
         torch.testing.assert_close(model.normed_logits(level), target(tokens).logits, atol=2e-3, rtol=2e-3)

@@ -74,7 +74,7 @@ def test_the_loss_of_blocks_is_that_of_each_slot_alone(name: str, tmp_path: Path
     case.write(tmp_path, tensors, case)
     head = BlockHead.from_pretrained(tmp_path, target=target).eval()
     frozen = FrozenTarget(target, head.feature_layers)
-    read = frozen.read(TOKENS)
+    read = frozen.run(TOKENS)
     read.picks[:, ::2] = head.draft_token_ids[0]  # others may lie outside a draft vocabulary
     args = config(tmp_path, ttt_steps=LEVELS, ttt_step_decay=DECAY, loss_chunk_size=3)
     found = BlockObjective(frozen, args)(head, head, TOKENS, PREDICTED, read)

@@ -37,7 +37,7 @@ from transformers_resps.heads import pair_identity
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.resps import ReSpSConfig
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, data, fit_policy
-from transformers_resps.trainers.data import Recorder
+from transformers_resps.trainers.data import AnswerRecorder
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
@@ -163,7 +163,7 @@ def test_a_fit_keeps_the_sizes_of_a_policy_and_uses_recordings_again(
     assert not Path("run/costs.json").exists() and told.keys() == {"training"}, "nothing was judged"
     recipe = yaml.safe_load(Path("run/policy/recipe.yaml").read_text())
     assert told["training"]["texts"] > 0 and (recipe["target"], recipe["head"]) == ("target", "head")
-    monkeypatch.setattr(Recorder, "_answer", None)
+    monkeypatch.setattr(AnswerRecorder, "_answer", None)
     fit_policy(ThroughputPolicy(3, 2, 5), config(), TRAIN, **keywords)
 
 
@@ -214,7 +214,7 @@ def test_a_run_killed_while_recording_and_again_while_training_ends_as_an_uninte
     pair: tuple[Any, DraftHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keywords: Any = {"target": pair[0], "head": pair[1]}
-    answer, answered = Recorder._answer, list[int]()
+    answer, answered = AnswerRecorder._answer, list[int]()
 
     def killed_at_the_third(recorder: Any, prompt: torch.Tensor) -> Any:
         answered.append(len(prompt))
@@ -222,7 +222,7 @@ def test_a_run_killed_while_recording_and_again_while_training_ends_as_an_uninte
             raise KilledError
         return answer(recorder, prompt)
 
-    monkeypatch.setattr(Recorder, "_answer", killed_at_the_third)
+    monkeypatch.setattr(AnswerRecorder, "_answer", killed_at_the_third)
     with pytest.raises(KilledError):
         PolicyTrainer(resps(pair), config(), TRAIN, HELD_OUT, **keywords).train(resume_from_checkpoint=True)
     assert len(list(Path("run/replay").iterdir())) == 2 and not Path("run/policy").exists()

@@ -22,7 +22,7 @@ def test_simulated_tau_is_that_of_decoding(prompt):
         do_sample=False,
         return_dict_in_generate=True,
     )
-    read = FrozenTarget(target, head.config.feature_layers).read(out.sequences)
+    read = FrozenTarget(target, head.config.feature_layers).run(out.sequences)
     tokens = out.sequences[0]
     is_answer = torch.arange(len(tokens)) >= prompt["input_ids"].shape[1]
     text = {"input_ids": tokens, "loss_mask": is_answer, "features": read.features[0]}

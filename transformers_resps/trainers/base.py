@@ -1,7 +1,4 @@
-"""What both trainers share: a product beside the checkpoints, runs that stop and go on cleanly, and their settings.
-
-Schedulers such as Slurm, Kubernetes and Docker send SIGTERM before they kill a process.
-"""
+"""The base of both trainers: a product beside the checkpoints, clean interruption and resumption, checked settings."""
 
 import json
 import logging
@@ -16,7 +13,7 @@ from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -43,15 +40,12 @@ _UNMEASURED = Existing(refuse=(RESULTS,))
 
 
 class ArtefactTrainer(Trainer):
-    """Trainer whose product is a head or a policy, in `OUTPUT_DIR/artefact_name`; it pushes that folder to the Hub.
+    """Trains a head or a policy into the folder `OUTPUT_DIR/artefact_name`, and pushes that folder alone to the Hub.
 
-    The folder is written when the run has reached `max_steps`, or early stopping ended it; `recipe.yaml` in it has the
-    settings, `metrics.json` the size of the run and what `evaluate` finds later. Until then the newest state is in
-    `OUTPUT_DIR/artefact_name-unfinished`, written at each checkpoint.
-
-    Transformers' own trainer would push the whole output folder: weights in training precision, and
-    `training_args.bin`, which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise there is
-    one at each checkpoint, too.
+    A finished run writes the folder with its settings (`recipe.yaml`), its size and later evaluations
+    (`metrics.json`). Until then each checkpoint writes the newest state into `OUTPUT_DIR/artefact_name-unfinished`.
+    Unless `hub_strategy="end"`, each checkpoint is pushed, too. Transformers' trainer would push weights in training
+    precision and a pickle.
     """
 
     artefact_name: ClassVar[str]
@@ -63,23 +57,23 @@ class ArtefactTrainer(Trainer):
         self.add_callback(self._timing)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback):
-                callback.on_train_end(self.args, self.state, self.control)  # gives its signal back
-        self.remove_callback(JITCheckpointCallback)  # it saves in the middle of a step: what resumes there differs
+                callback.on_train_end(self.args, self.state, self.control)  # restores its signal handler
+        self.remove_callback(JITCheckpointCallback)  # it saves in the middle of a step, which resumes differently
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the current head or policy into `folder`, as it is served."""
+        """Write the current head or policy into `folder`, in the form that is served."""
         raise NotImplementedError
 
     def plain_card(self, repo_id: str) -> str:
-        """The card of a repository that has no other."""
+        """Return the card of a repository that has no other."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` tells of a finished run; its `training` tells the size."""
+        """Return the content of `metrics.json` of a finished run, with its size in `training`."""
         return {"training": {"steps": self.state.global_step}}
 
     def models(self) -> dict[str, str | None]:
-        """What was trained for what, for `recipe.yaml`: names of folders and Hub ids."""
+        """Return the folders and Hub ids of the models, for `recipe.yaml`."""
         return {}
 
     @property
@@ -89,12 +83,12 @@ class ArtefactTrainer(Trainer):
 
     @property
     def artefact_folder(self) -> Path:
-        """Where the product of a finished run is."""
-        return Path(cast(str, self.args.output_dir)) / self.artefact_name
+        """Folder of the product of a finished run."""
+        return Path(str(self.args.output_dir)) / self.artefact_name
 
     @property
     def unfinished_folder(self) -> Path:
-        """Where the newest state of a run is that has not ended."""
+        """Folder of the newest state of an unfinished run."""
         return _unfinished(self.artefact_folder)
 
     @property
@@ -107,13 +101,16 @@ class ArtefactTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; then `artefact_folder` is written. At SIGINT or SIGTERM a checkpoint is saved first.
+        """Train as in Transformers, then write `artefact_folder`; SIGINT and SIGTERM save a checkpoint and stop it.
 
-        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete one in `output_dir`. After
-        the signal it raises `KeyboardInterrupt`, or `SystemExit`.
+        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete one in `output_dir`.
+
+        Raises:
+            KeyboardInterrupt: SIGINT was received, and the checkpoint is saved.
+            SystemExit: SIGTERM was received, and the checkpoint is saved.
         """
         if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
-            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir)) or True
+            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, str):
             self._timing.resume(resume_from_checkpoint)
         with interruptible(self, self.steps_per_update):
@@ -131,7 +128,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """The end of a run that has taken all its steps before: Transformers would take one more."""
+        """Restore a run that has taken all its steps before; Transformers would take one more."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -146,12 +143,12 @@ class ArtefactTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As in Transformers, but a schedule longer than the run is shortened, with a warning."""
+        """Create the scheduler as in Transformers, after fitting a schedule that is longer than the run."""
         fit_schedule(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the head or policy as it is served, by default into `artefact_folder`.
+        """Write the served form of the head or policy, by default into `artefact_folder`.
 
         Raises:
             ValueError: no folder was passed, and the run has not finished.
@@ -164,29 +161,31 @@ class ArtefactTrainer(Trainer):
             self.write_artefact(Path(output_dir) if output_dir else self.artefact_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with written(cast(str, self.args.output_dir)):
+        with written(str(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self.write_artefact(self.unfinished_folder)
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             message = f"Training in progress, step {self.state.global_step}"
             folder = self.unfinished_folder
-            files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]  # no card or metrics of earlier runs
+            files = [
+                *folder.glob("config.json"),
+                *folder.glob("*.safetensors"),
+            ]  # no card or metrics of an earlier run
             try:
                 push_folder(folder, self.args, message, files=files)
             except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Does nothing: `_save_checkpoint` pushes in place of Transformers."""
+        """Do nothing: `_save_checkpoint` pushes instead."""
 
     def push_to_hub(  # type: ignore[override]  # only those of Trainer's parameters that apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
     ) -> Any:
-        """Push the head's or policy's folder to `args.hub_model_id`, in one commit; a plain card if there is none.
+        """Push `artefact_folder` to `args.hub_model_id` in one commit, with a plain card if there is none.
 
-        `where` is another `token`, `revision` or `private` than that of `args`. Returns the address of the commit;
-        `None` in all but one of several processes.
+        `where` replaces `token`, `revision` or `private` of `args`. Returns the commit's URL, in one process.
 
         Raises:
             ValueError: the run has not finished.
@@ -203,8 +202,7 @@ class ArtefactTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository before training, so that a refusal costs no work."""
         if self.is_world_process_zero():
-            made: Any = make_unmeasured_repository(self.args)
-            self.hub_model_id = made  # Transformers infers that it is None
+            self.hub_model_id: Any = make_unmeasured_repository(self.args)
 
     def _check_finished(self, what: str) -> None:
         if not self.is_finished:
@@ -224,7 +222,7 @@ def _unfinished(folder: Path) -> Path:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside this one, then move its files here: a kill leaves no half-written file."""
+    """Let `write` fill a folder beside this one, then move its files here, so that a kill leaves no half of a file."""
     unfinished = _unfinished(folder)
     with written(unfinished):
         write(unfinished)
@@ -236,36 +234,33 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json` of a head or policy, or add to what it tells."""
+    """Write `metrics.json` of a head or policy, or update it."""
     file = folder / METRICS
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps(told | metrics, indent=2) + "\n", encoding="utf-8")
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
 
 
-_OF_THE_MACHINE = ("_dir", "_token", "run_name", "local_rank")  # ends of settings that belong to one machine or run
+_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Suffixes of settings of one machine or run.
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
-    """Write the models of a run, and its settings that are no defaults, as `recipe.yaml`; a user adds a `card` there.
-
-    What was loaded from a folder is called by the folder's name, because the file is published.
-    """
+    """Write `recipe.yaml`: the models of a run, folders by name only, and its settings that are no defaults."""
     settings: dict[str, Any] = {}
     for field in fields(args):
         default = field.default_factory() if callable(field.default_factory) else field.default
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
-        if value != default and not field.name.endswith(_OF_THE_MACHINE) and _is_plain(value):
+        if value != default and not field.name.endswith(_LOCAL_SUFFIXES) and _is_plain(value):
             settings[field.name] = value
-    told = {
+    names = {
         name: Path(model).resolve().name if model and Path(model).is_dir() else model for name, model in models.items()
     }
     head = f"# Written by {trainer}. `card` is missing: PUBLISHING.md beside the scripts says what a card tells.\n"
-    (folder / RECIPE).write_text(head + yaml.safe_dump(told | settings, sort_keys=False), encoding="utf-8")
+    (folder / RECIPE).write_text(head + yaml.safe_dump(names | settings, sort_keys=False), encoding="utf-8")
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold the value as it is."""
+    """Whether YAML can hold the value."""
     if isinstance(value, dict):
         return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
     if isinstance(value, list):
@@ -275,11 +270,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def written(place: str | Path) -> Iterator[None]:
-    """Inside, files of a run are written; PyTorch and safetensors raise errors of their own.
-
-    Raises:
-        OSError: names the place, the fault and the way on.
-    """
+    """Turn any error of writing a run's files into an `OSError` that names the place, the fault and the way on."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -291,9 +282,9 @@ def written(place: str | Path) -> Iterator[None]:
 
 
 def destination_of(args: TrainingArguments, **where: Any) -> Destination:
-    """The repository that the settings of a run name; `where` replaces its `token`, `revision` and `private`."""
+    """Return the repository of a run's settings; `where` replaces its `token`, `revision` and `private`."""
     return Destination(
-        args.hub_model_id or Path(cast(str, args.output_dir)).absolute().name,
+        args.hub_model_id or Path(str(args.output_dir)).absolute().name,
         private=where.get("private", args.hub_private_repo),
         token=where.get("token", args.hub_token),
         revision=where.get("revision", args.hub_revision),
@@ -301,7 +292,7 @@ def destination_of(args: TrainingArguments, **where: Any) -> Destination:
 
 
 def make_unmeasured_repository(args: TrainingArguments) -> str:
-    """Make the repository of a run, unless it was published with measurements, and return its id."""
+    """Make the repository of a run and return its id; refuses one that was published with measurements."""
     return make_repository(destination_of(args), _UNMEASURED)
 
 
@@ -314,13 +305,10 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a head's or policy's folder, or `files` of it, in one commit, and return its address.
-
-    `args` name the repository, unless `where` has another `token`, `revision` or `private`. `card` is for a repository
-    and a folder that have none.
+    """Upload a folder, or `files` of it, in one commit and return its URL; `card` is used if there is none.
 
     Raises:
-        OSError: as `ArtefactTrainer.push_to_hub`.
+        OSError: see `ArtefactTrainer.push_to_hub`.
     """
     content: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file for file in (_files(folder) if files is None else files)
@@ -332,19 +320,13 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint in an output folder: `trainer_state.json` is the last file that is written.
-
-    Transformers' `get_last_checkpoint` would also return one that a kill left incomplete, which cannot be loaded.
-    """
+    """Find the newest checkpoint that has `trainer_state.json`, its last file; others cannot be loaded."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Refuse an output folder whose checkpoints were trained on other inputs; `run.json` keeps what they were.
-
-    `facts` are the names of the inputs and hashes of them.
-    """
+    """Refuse an output folder whose checkpoints were trained on other inputs; `facts` maps inputs to hashes."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -360,7 +342,7 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
 
 
 class InterruptionCallback(TrainerCallback):
-    """Saves a checkpoint and stops, in all processes at the same step, once one of them received a signal."""
+    """Saves a checkpoint and stops all processes at the same step after one of them received a signal."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -379,13 +361,14 @@ class InterruptionCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM makes `trainer` save a checkpoint and stop; a second one stops it at once.
+    """Let the first SIGINT or SIGTERM save a checkpoint and stop `trainer` after a multiple of `steps`.
 
-    It stops after a multiple of `steps`. Outside Python's main thread, which alone gets signals, nothing changes.
+    A second signal stops it at once. Schedulers such as Slurm and Kubernetes send SIGTERM before they kill a process.
+    Outside Python's main thread, which alone gets signals, nothing changes.
 
     Raises:
-        KeyboardInterrupt: after the checkpoint, SIGINT was received.
-        SystemExit: after the checkpoint, SIGTERM was received; the exit status is 143.
+        KeyboardInterrupt: SIGINT was received, and the checkpoint is saved.
+        SystemExit: SIGTERM was received, and the checkpoint is saved; the exit status is 143.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -422,9 +405,9 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """Shorten the warmup and the decay in `args` in proportion, with a warning, if together they exceed the run.
+    """Shorten warmup and decay in `args` in proportion, with a warning, if together they exceed the run.
 
-    Transformers would begin in the middle of the decay, at a fraction of the learning rate.
+    Transformers would begin in the middle of the decay.
     """
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
@@ -448,10 +431,9 @@ _SECONDS = "seconds.json"
 
 
 class TimingCallback(TrainerCallback):
-    """Counts the seconds of training. Every checkpoint holds them, so a resumed run continues the count.
+    """Counts the seconds of training in every checkpoint, so that a resumed run continues the count.
 
-    Steps that a kill undid are not counted. `seconds` is `None` if the checkpoint that the run resumed from does not
-    say how long it took.
+    `seconds` is `None` if the checkpoint of the resumed run lacks them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -482,7 +464,7 @@ class TimingCallback(TrainerCallback):
 
 
 def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
-    """Check the type of an argument."""
+    """Refuse an argument of another type."""
     if not isinstance(value, kinds):
         needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise ValueError(
@@ -491,7 +473,7 @@ def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
 
 
 def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: str) -> None:
-    """Check a setting of a trainer; `needed` says what would be valid."""
+    """Refuse an invalid setting of a trainer; `needed` describes a valid one."""
     if not is_valid:
         raise ValueError(
             f"`{name}` is {getattr(config, name)!r}, but it must be {needed}. See `{type(config).__name__}`."
@@ -499,7 +481,7 @@ def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: 
 
 
 def check_count(config: TrainingArguments, name: str, least: int, otherwise: str = "") -> None:
-    """Check that a setting is a whole number of at least `least`; `otherwise` names what else it may be."""
+    """Check that a setting is a whole number of at least `least`; `otherwise` names an alternative."""
     value = getattr(config, name)
     check_setting(config, name, isinstance(value, int) and value >= least, f"a whole number from {least}{otherwise}")
 

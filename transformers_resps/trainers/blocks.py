@@ -1,4 +1,4 @@
-"""What a block head learns below many anchors of a text at once."""
+"""Draw anchors of training blocks, and compute the losses of a block head's corrections."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,14 @@ from .losses import Teacher
 
 
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw the roots of a batch's blocks: where a token is learned from, and the next one, too.
+    """Draw the roots of a batch's blocks among tokens that are predicted together with the next one.
 
     Args:
-        predicted: `[b, t]` bool, the tokens that are learned from.
-        share: of these roots; 1 takes all, and draws nothing.
+        predicted: `[b, t]` bool, the tokens to learn from.
+        share: share of the roots to draw; 1 takes all, without random numbers.
 
     Returns:
-        `[b, m]` positions, and `[b, m]` bool which of them are roots: texts with fewer are filled up.
+        `[b, m]` positions, and `[b, m]` bool whether each is a root or padding.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
     counts = (may.sum(-1, keepdim=True) * share).ceil().long()
@@ -28,25 +28,22 @@ def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contexts_of(
     correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
 ) -> Tensor:
-    """What a correction multiplies its table by after the true tokens.
+    """Compute the factors `[k, n, r]` of a correction's table after the true tokens.
 
     Args:
-        correction: of the head.
+        correction: the head's correction.
         hidden: `[k, n, h]` outputs that predict the tokens of n paths.
         before: `[k, n]` the true token before each.
-        first: `[n, h]` output of the root's slot, where that predicts nothing.
-
-    Returns:
-        `[k, n, r]`.
+        first: `[n, h]` output of the root's slot, if that predicts nothing.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
         return correction.context(rows[:, :, None], hidden)[:, :, 0]
-    state, found = correction.state_at(rows[0, :, None], first), []
-    for states, own in zip(hidden, rows, strict=True):
-        context, state = correction.step(own[:, None], states, state)
-        found.append(context[:, 0])
-    return torch.stack(found)
+    state, contexts = correction.state_at(rows[0, :, None], first), []
+    for states, token_rows in zip(hidden, rows, strict=True):
+        context, state = correction.step(token_rows[:, None], states, state)
+        contexts.append(context[:, 0])
+    return torch.stack(contexts)
 
 
 def selection_loss(
@@ -58,19 +55,10 @@ def selection_loss(
     chunk_size: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of a selector's scores of a slot's likeliest candidates, whose own logits are not trained by it.
+    """Compute the cross entropy `[n]` of a selector's scores of each slot's candidates; their logits get no gradient.
 
-    Args:
-        hidden: `[n, h]` normed outputs.
-        weight: `[d, h]` output rows.
-        teacher: the target's distribution at the n tokens.
-        selector: of the head.
-        contexts: `[n, r]`, see `contexts_of`.
-        chunk_size: slots whose logits are alive at once.
-        bias: `[d]` of the output rows.
-
-    Returns:
-        Loss of each slot, `[n]`; the less of the target's probability the candidates have, the less it is.
+    The loss is weighted by the target's probability of all candidates. `hidden` are normed outputs `[n, h]`, and
+    `contexts` `[n, r]` come from `contexts_of`; see `soft_cross_entropy` for the others.
     """
     losses = []
     for start in range(0, max(len(hidden), 1), chunk_size):
@@ -93,12 +81,9 @@ def shared_probability(
     bias: Tensor | None = None,
     added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The share of a slot's probabilities that the target shares, 1 - L1 / 2: what a confidence head learns.
+    """Compute the overlap of head and target, 1 - L1 / 2, fp32 `[n]`: the label of a confidence head.
 
-    Arguments as for `soft_cross_entropy`, of one level. Source: DSpark (arXiv 2607.05147).
-
-    Returns:
-        fp32 `[n]`.
+    See `soft_cross_entropy` for the arguments, of one level. Source: DSpark (arXiv 2607.05147).
     """
     shares = []
     for start in range(0, max(len(hidden), 1), chunk_size):

@@ -1,4 +1,4 @@
-"""From datasets in TRL's columns to what trainers learn from: batches of texts, or the target's recorded answers."""
+"""Turn datasets in TRL's columns into batches of texts, or into the target's recorded answers."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ from .rollouts import LiveRollouts, ReplayRollouts
 
 
 def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
-    """Check that a dataset, given as the argument `name`, is of a class that can be prepared."""
+    """Refuse a dataset, passed as the argument `name`, of a class that cannot be prepared."""
     import datasets
 
     if isinstance(dataset, Mapping):
@@ -58,17 +58,17 @@ def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
 
 
 def is_streamed(rows: Any) -> bool:
-    """Whether a dataset is read once, in order, and has no length."""
-    return not hasattr(rows, "__len__")  # `datasets` need not be imported, nor installed, to tell
+    """Whether a dataset is iterated once and has no length."""
+    return not hasattr(rows, "__len__")  # needs no import of `datasets`
 
 
-_COUNTED_TEXTS = 4096  # of a dataset that is streamed
+_COUNTED_TEXTS = 4096  # Texts of a stream that a draft vocabulary is counted over.
 
 
 class HeadTexts:
     """Prepares datasets for one target, and makes batches of a token budget of them.
 
-    Texts that are token ids need no `tokenizer`. `processor` is `None` until a dataset has images.
+    `tokenizer` is `None` if there is none, which suffices for token ids; `processor` until a dataset has images.
     """
 
     def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
@@ -90,7 +90,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them."""
+        """Tokenize and mask a dataset, passed as the argument `name`; for evaluation also a dict of them."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -110,7 +110,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """The texts of a prepared dataset; with `feature_cache_dir` with the target's features, computed as needed."""
+        """Wrap a prepared dataset; with `feature_cache_dir` it includes the target's features, computed as needed."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -120,13 +120,13 @@ class HeadTexts:
     def loader(
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
     ) -> DataLoader[Any]:
-        """Batches of up to `tokens_per_batch` tokens, in random order or in a fixed one."""
+        """Make batches of up to `tokens_per_batch` tokens, in random order or in a fixed one."""
         args = self._args
-        how: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out as if they were rows
-            return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **how)
+        options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
+        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out like rows
+            return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **options)
         batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
-        return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **how)
+        return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **options)
 
 
 def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
@@ -135,12 +135,12 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:
-    """The examples of a prepared dataset that a draft vocabulary is counted over: all, or the first of a stream."""
+    """Yield the examples that a draft vocabulary is counted over: all of a dataset, or the first of a stream."""
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def questions_in(rows: Any) -> set[str]:
-    """The first user turns of a prepared dataset, or of several; of a stream there are none before it is read."""
+    """Collect the first user turns of a prepared dataset or of several; a stream gives none."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
     questions = () if rows is None or is_streamed(rows) else rows["question"]
@@ -151,8 +151,8 @@ def questions_in(rows: Any) -> set[str]:
 class PolicyPrompts:
     """Distinct prompts, in the order of their dataset."""
 
-    tokens: dict[str, Tensor]  # a hash of each prompt -> its token ids [s]
-    first_questions: set[str]  # what the first user turns say, by which a benchmark recognises them
+    tokens: dict[str, Tensor]  # hash of a prompt -> its token ids [s]
+    first_questions: set[str]  # texts of the first user turns, by which a benchmark recognises them
 
     @property
     def longest(self) -> int:
@@ -160,10 +160,10 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Read the prompts of a dataset, given as the argument `name`.
+        """Tokenize the prompts of a dataset, passed as the argument `name`.
 
-        Its column is `prompt` (a string, which is taken as it is, or messages) or `messages`. Of messages, all turns
-        up to the last question are the prompt, in the chat template.
+        Its column is `prompt` (a string, without a chat template, or messages) or `messages`, which are used up to the
+        last question.
         """
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
@@ -182,7 +182,7 @@ class PolicyPrompts:
         column = "prompt" if "prompt" in dataset.column_names else "messages"
         for number, row in enumerate(dataset):
             try:
-                tokens, question = _read_prompt(row[column], column, tokenizer)
+                tokens, question = _tokenized_prompt(row[column], column, tokenizer)
             except ValueError as error:
                 raise ValueError(f"Row {number} of `{name}` {error}") from None
             prompts.tokens[name_of(tokens)] = tokens
@@ -190,24 +190,24 @@ class PolicyPrompts:
         return prompts
 
 
-def _read_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
-    """A prompt in tokens `[s]`, and its first question."""
+def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
+    """Return a prompt's tokens `[s]` and its first question."""
     if isinstance(value, str) and column == "prompt" and value.strip():
         return tensor(tokenizer(value)["input_ids"]), value
     messages = as_messages(value, None)
-    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if not asked:
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if not questions:
         raise ValueError("has no turn of the user, so there is nothing to answer. Leave it out.")
-    return to_tokens(messages[: asked[-1] + 1], tokenizer), messages[asked[0]]["content"]
+    return to_tokens(messages[: questions[-1] + 1], tokenizer), messages[questions[0]]["content"]
 
 
 def name_of(tokens: Tensor) -> str:
-    """A hash of token ids `[s]`."""
+    """Hash token ids `[s]`."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of JSON values."""
+    """Hash JSON values by SHA-256."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -215,23 +215,20 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 
 @dataclass
-class Recorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there."""
+class AnswerRecorder(Generic[Recorded]):
+    """Lets an attached target answer prompts, and records each answer in a file of `folder` unless it is there."""
 
     target: Any
     head: DraftHead | BlockHead
-    recording: type[Recorded]  # what is kept of an answer
-    depths: dict[int, int]  # as for `record_pools`
+    recording: type[Recorded]  # the class of a recording
+    depths: dict[int, int]  # see `record_pools`
     folder: Path
-    generation: dict[str, Any]  # passed to `generate`: JSON values, with `max_new_tokens`
-    block_nodes: int = MOST_NODES  # as for `record_pools`
+    generation: dict[str, Any]  # arguments of `generate` as JSON values, with `max_new_tokens`
+    block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Recordings of all prompts `[s]` with an answer of at least two tokens, in their order.
-
-        Each of several processes records its share, then reads the recordings of all.
-        """
-        from accelerate import PartialState  # of the extra `train`; heads are checked without it
+        """Record all prompts `[s]` with an answer of at least two tokens; several processes share them out."""
+        from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
         state = PartialState()
@@ -258,7 +255,7 @@ class Recorder(Generic[Recorded]):
 
     @cached_property
     def _made_with(self) -> str:
-        """A hash of everything that changes a recording: of the target's weights, for instance, not of its path."""
+        """Hash everything that changes a recording, such as the target's weights."""
         recording: Any = self.recording
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
         kept = [self.head.fingerprint(), recording.__name__, recording.FORMAT, sorted(self.depths.items())]
@@ -276,16 +273,16 @@ class Recorder(Generic[Recorded]):
         if answered < 2:
             return None
         room = self.generation["max_new_tokens"] - answered
-        how: dict[str, Any] = {"depths": self.depths, "spare_room": room, "block_nodes": self.block_nodes}
-        pools = record_pools(self.target, self.head, text, len(prompt), **how)
+        options: dict[str, Any] = {"depths": self.depths, "spare_room": room, "block_nodes": self.block_nodes}
+        pools = record_pools(self.target, self.head, text, len(prompt), **options)
         return self.recording.from_recording(pools)
 
 
-_USUAL_CONTEXT = 256  # positions, where there are no prompts yet
+_USUAL_CONTEXT = 256  # Positions that are assumed before there are prompts.
 
 
 class PolicyData:
-    """The prompts of a trainer by the names of its arguments; answers and costs are made when first needed."""
+    """Holds the prompts of a trainer, by argument, and makes recordings and costs when first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -298,7 +295,7 @@ class PolicyData:
                 self.add(name, dataset)
 
     def add(self, name: str, dataset: Any) -> None:
-        """Read a dataset, in place of one of the same name."""
+        """Add a dataset or replace the one of the same name."""
         prompts = PolicyPrompts.of(dataset, name, self.pair.tokenizer)
         answer, context = self._args.max_completion_length, context_of(self.pair.target)
         if prompts.longest + answer > context:
@@ -310,16 +307,13 @@ class PolicyData:
         self._replays.pop(name, None)
 
     def check_has(self, name: str, use: str) -> None:
-        """Check that there is a dataset for `use`."""
+        """Refuse `use` without a dataset."""
         if name not in self.prompts:
             raise ValueError(f"`{name}` is missing, but {use} needs prompts. Pass a dataset of them.")
 
     @cached_property
     def costs(self) -> CostTable:
-        """What steps cost on this machine, from `OUTPUT_DIR/costs.json`: a resumed run keeps those it started with.
-
-        One process measures while the others wait: together they would slow each other and learn different costs.
-        """
+        """Costs of steps on this machine, kept in `OUTPUT_DIR/costs.json`; one process measures while others wait."""
         file = self._folder / "costs.json"
         with self._args.main_process_first(desc="measuring what steps cost"):
             if not file.is_file():
@@ -330,28 +324,28 @@ class PolicyData:
 
     @property
     def usual_context(self) -> int:
-        """Positions in the middle of the answer to a prompt of middle length."""
+        """Positions in the middle of the answer to a prompt of median length."""
         lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
         return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
 
     @property
     def training(self) -> dict[str, Any]:
-        """What was learned from and where, for `metrics.json`."""
+        """Number of texts, dtype and device, for `metrics.json`."""
         target = self.pair.target
         where = {"dtype": str(target.dtype).removeprefix("torch."), "device": device_name(target.device)}
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
-        """The first questions in these datasets; a dataset may be missing."""
+        """Collect the first questions of these datasets; missing ones are skipped."""
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:
-        """How many prompts of a dataset are in `train_dataset`, too."""
+        """Count the prompts of a dataset that are in `train_dataset`, too."""
         learned = self.prompts.get("train_dataset")
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
-        """The outcome of every shape of `grid` at every position of the answers."""
+        """Compute the outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
             most = max(shape.total_tokens - 1 for shape in grid.shapes)
             texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))
@@ -361,17 +355,17 @@ class PolicyData:
     def record(
         self, name: str, recording: type[Recorded], depths: dict[int, int], block_nodes: int = MOST_NODES
     ) -> list[Recorded]:
-        how = depths, self._folder / "replay", self._generation, block_nodes
-        recorder = Recorder(self.pair.target, self.pair.head, recording, *how)
+        settings = depths, self._folder / "replay", self._generation, block_nodes
+        recorder = AnswerRecorder(self.pair.target, self.pair.head, recording, *settings)
         return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:
         prompts = list(self.prompts["train_dataset"].tokens.values())
-        how = self._generation | {"includes_drafting": self._args.reward_includes_drafting}
-        return LiveRollouts(self.pair.target, self.pair.head, prompts, **how)
+        options = self._generation | {"includes_drafting": self._args.reward_includes_drafting}
+        return LiveRollouts(self.pair.target, self.pair.head, prompts, **options)
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
-        """Hashes of what a policy over `grid` learns from: a checkpoint is resumed only with the same."""
+        """Hash all that a policy over `grid` learns from; a checkpoint needs the same to resume."""
         longest = max(prompts.longest for prompts in self.prompts.values())
         seconds = [[self.costs.step_seconds(shape, context) for shape in grid.shapes] for context in (0, longest)]
         return {

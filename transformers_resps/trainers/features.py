@@ -1,4 +1,4 @@
-"""What a head learns from: the target's features, last hidden states and picks, read anew or once and kept on disk."""
+"""Compute the target's features, hidden states and picks that a head learns from, or keep them on disk."""
 
 import hashlib
 import inspect
@@ -26,23 +26,23 @@ from ..verifying.forward import FeatureTap
 from .losses import Teacher
 
 
-_PICK_CHUNK = 512  # positions whose full logits are alive at once
-_SAME = 0.02  # share of the largest feature that half precision may round away
+_PICK_CHUNK = 512  # Positions whose full logits are alive at once.
+_SAME = 0.02  # Share of the largest feature that half precision may round away.
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """The target's outputs for a batch of texts."""
+    """Outputs of the target for a batch of texts."""
 
     features: Tensor  # [b, t, F]
     hidden: Tensor  # [b, t, target hidden] after the target's final norm: the input of its output head
-    picks: Tensor  # [b, t] the target's most likely token after each position; 0 where it was not asked for
+    picks: Tensor  # [b, t] the target's most likely token after each wanted position; 0 elsewhere
 
 
 class FrozenTarget:
-    """The target that a head learns from: in evaluation mode, without gradients, not part of the trained module.
+    """The target that a head learns from, in evaluation mode and without gradients; not part of the trained module.
 
-    `feature_layers` and `before_deepstack` are as in `DraftHeadConfig`.
+    See `DraftHeadConfig` for `feature_layers` and `before_deepstack`.
 
     Raises:
         ValueError: the model has no output head.
@@ -67,7 +67,7 @@ class FrozenTarget:
         self._is_known_causal = False  # for texts with images
 
     @torch.no_grad()
-    def read(
+    def run(
         self,
         input_ids: Tensor,
         predicted: Tensor | None = None,
@@ -77,41 +77,40 @@ class FrozenTarget:
 
         Args:
             input_ids: `[b, t]` the texts.
-            predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all. Fewer save time: the output
-                head is a fifth of a small target.
-            image_inputs: see `collate`; `None` where no text shows an image.
+            predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all, which takes a fifth longer.
+            image_inputs: see `collate`; `None` if no text shows an image.
 
         Raises:
-            ValueError: the target reads an answer after images in both directions.
+            ValueError: the target attends to an answer after images in both directions.
         """
         if image_inputs and not self._is_known_causal:
             self._check_causal(input_ids, image_inputs)
-        features, hidden = self._run(input_ids, image_inputs)
+        features, hidden = self._outputs(input_ids, image_inputs)
         return TargetFeatures(features, hidden, self._picks(hidden, predicted))
 
-    def _run(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The features, and the decoder's output after its final norm."""
+    def _outputs(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the features, and the decoder's output after its final norm."""
         decoder = self.model.get_decoder()
         tap = FeatureTap(self.model, self.feature_layers, before_deepstack=self.before_deepstack)
         with tap, tap.record() as features:
             if not image_inputs:
                 hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 return features.concatenated(), hidden
-            outputs = list[Any]()  # not every class hands on what its decoder gives
+            outputs = list[Any]()  # not every class returns its decoder's output
             hook = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
             try:
                 inputs = cast_for(self.model, image_inputs) | self._kept_logits
-                shown = torch.ones_like(input_ids)  # without a mask, Qwen-Omni counts no positions of images
-                self.model(input_ids=input_ids, attention_mask=shown, use_cache=False, **inputs)
+                mask = torch.ones_like(input_ids)  # without a mask, Qwen-Omni counts no positions of images
+                self.model(input_ids=input_ids, attention_mask=mask, use_cache=False, **inputs)
             finally:
                 hook.remove()
         return features.concatenated(), outputs[-1].last_hidden_state
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
-        """In `generate` an answer is read token by token: its features must not depend on what follows."""
+        """Refuse a target whose features depend on later tokens, which `generate` does not have yet."""
         other = input_ids.clone()
         other[:, -1] = (other[:, -1] == 0).long()
-        before, after = (self._run(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
+        before, after = (self._outputs(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
         if not torch.allclose(before, after, rtol=_SAME, atol=_SAME * float(before.abs().max())):
             raise ValueError(
                 f"{type(self.model).__name__} reads a whole text with images in both directions, but answers only "
@@ -121,7 +120,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Argmax over the whole vocabulary, in chunks; scale and soft cap are monotone, so they don't matter."""
+        """Take the argmax over the whole vocabulary, in chunks; scale and soft cap are monotone and left out."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
@@ -132,30 +131,24 @@ class FrozenTarget:
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
-        """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
+        """Return the distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
         bias = getattr(self._output, "bias", None)
         bias = None if bias is None else bias[token_ids]
         return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)
 
 
-_BLOCK = 64  # texts per file
-_DTYPE = torch.bfloat16  # half the disk of fp32, and what heads are served in
+_BLOCK = 64  # Texts per file.
+_DTYPE = torch.bfloat16  # Half the disk of fp32, and the dtype of served heads.
 _MAX_OPEN_FILES = 256
-_TOKENS_PER_FORWARD = 4096  # in a batch of the target, padding included
+_TOKENS_PER_FORWARD = 4096  # Tokens in a batch of the target, padding included.
 
 
 class CachedFeatures(PreparedTexts):
-    """Texts with the target's features on disk, so that training does not run the target.
+    """Texts with the target's outputs on disk (see `TargetFeatures`), so that training does not run the target.
 
-    Missing features are computed when the object is made. A row has also `features` `[t, F]`, `hidden`
-    `[t, target hidden]` and `picks` `[t]`, see `TargetFeatures`.
-
-    There is one safetensors file per block of texts, named by a hash of its content. It is written under another name
-    and then renamed, so a killed run leaves complete files only, and the next run continues from them. Adding texts at
-    the end of a dataset computes the new ones only.
-
-    Files of other texts or another target are left alone. `rows` are of `prepare_dataset`, and `collator` makes
-    batches of them: `collate` is enough without images.
+    Missing outputs are computed when the object is made. Each block of texts has a safetensors file named by a hash of
+    its content, so a killed run continues, and texts added at the end of a dataset are computed alone. `rows` come
+    from `prepare_dataset`; `collator` makes batches of them.
     """
 
     def __init__(
@@ -164,7 +157,7 @@ class CachedFeatures(PreparedTexts):
         super().__init__(rows)
         self._folder, self._target, self._collate = Path(folder), target, collator
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Files of another target, or of another dtype, must not be read
+        # Files of another target or dtype must have other names
         model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
         identity: dict[str, Any] = {"layers": target.feature_layers, "dtype": str(_DTYPE), "target": model}
         identity |= {"before_deepstack": True} if target.before_deepstack else {}
@@ -199,7 +192,7 @@ class CachedFeatures(PreparedTexts):
         digest = hashlib.sha256(self._identity.encode())
         for example in block:
             digest.update(example.input_ids.numpy().tobytes() + b"|")
-            digest.update(example.predicted.numpy().tobytes() + b"|")  # picks are there for predicted tokens alone
+            digest.update(example.predicted.numpy().tobytes() + b"|")  # only predicted tokens have picks
             digest.update(b"" if example.pictures is None else example.pictures.key.encode())
         return digest.hexdigest()[:24]
 
@@ -219,10 +212,10 @@ class CachedFeatures(PreparedTexts):
             batch = self._collate([example.tensors for example in part])
             device = self._target.model.device
             predicted = (batch["labels"] != IGNORED).to(device)
-            read = self._target.read(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))
-            for place, row in enumerate(rows):
+            outputs = self._target.run(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))
+            for index, row in enumerate(rows):
                 for name, dtype in (("features", _DTYPE), ("hidden", _DTYPE), ("picks", torch.int32)):
-                    states = getattr(read, name)[place, : lengths[row]]
+                    states = getattr(outputs, name)[index, : lengths[row]]
                     tensors[f"{row}.{name}"] = states.to("cpu", dtype).contiguous()
         partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
         try:

@@ -107,14 +107,14 @@ class DraftHeadTrainingConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and prefers_bf16(use_cpu=self.use_cpu)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # as it is anyway; Transformers refuses bf16 on a CPU that was not asked for
+            self.use_cpu = True  # Transformers refuses bf16 on a CPU unless it is asked for
         optim, self.optim = self.optim, OptimizerNames.ADAMW_TORCH if self.optim == MUON else self.optim
         super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
         self.optim = MUON if optim == MUON else self.optim
         self.remove_unused_columns = False
         self.label_names = ["labels"]
         accelerator: Any = self.accelerator_config
-        accelerator.dispatch_batches = False  # those of a stream differ in size: no process can cut them for all
+        accelerator.dispatch_batches = False  # batches of a stream differ in size: no process can cut them for all
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
         self._check()
@@ -139,14 +139,11 @@ class DraftHeadTrainingConfig(TrainingArguments):
         check_setting(self, "model_init_kwargs", has_own, "without `draft_vocab_size`, a setting of its own")
 
 
-_UNITS = {"avx512_bf16", "amx_bf16"}  # of a CPU that multiplies bf16 itself; others convert to fp32 and back
+_UNITS = {"avx512_bf16", "amx_bf16"}  # Instructions that multiply bf16; other CPUs convert to fp32 and back.
 
 
 def prefers_bf16(*, use_cpu: bool = False) -> bool:
-    """Whether bf16 autocast is faster than fp32 on the device that training will use.
-
-    It is on an accelerator that multiplies bf16 in hardware, and on a CPU with AVX512-BF16 or AMX.
-    """
+    """Tell whether bf16 autocast is faster than fp32 on the training device: where hardware multiplies bf16."""
     if use_cpu or not torch.accelerator.is_available():
         return bool(_UNITS & cpu_flags())
     if torch.cuda.is_available():

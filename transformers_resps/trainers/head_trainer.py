@@ -1,4 +1,4 @@
-"""Train a draft head on a target's own distribution; what it learns from a batch is in `objectives`."""
+"""Train a draft head on a target's own distribution; `objectives` computes the loss of a batch."""
 
 import copy
 import logging
@@ -40,23 +40,23 @@ logger = logging.getLogger(f"transformers.{__name__}")
 class DraftHeadTrainer(ArtefactTrainer):
     """Trains a `DraftHead`, `BlockHead` or `MtpHead` on a target's outputs, by soft cross entropy of all draft levels.
 
-    The signature is that of TRL's `SFTTrainer`, and the target. Datasets have the columns `messages`; `prompt` and
+    The signature is TRL's `SFTTrainer`'s plus the target. Datasets have the columns `messages`; `prompt` and
     `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
-    chat template and are learned from where the assistant speaks; prompts are not learned from.
+    chat template; only the assistant's turns, or completions, are learned.
 
-    Checkpoints hold the head alone and load with its `from_pretrained`; `OUTPUT_DIR/head` is the head of the finished
-    run, in bf16, with the fingerprints of the prompts that it learned from.
+    Checkpoints hold the head alone and load with its `from_pretrained`. A finished run writes `OUTPUT_DIR/head` in
+    bf16, with the fingerprints of its prompts.
 
     Args:
         model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the layers that came with the target;
             `None` for a new head, whose draft vocabulary is counted over the training data.
         args: see `DraftHeadTrainingConfig`; by default they write into `TARGET-head`.
         train_dataset: a `Dataset`, or an `IterableDataset`, which needs `max_steps`.
-        eval_dataset: held-out texts: one of these, or a dict of them.
-        processing_class: the target's tokenizer; by default the one that lies where the target came from.
-        callbacks: as in Transformers.
-        peft_config: trains adapters instead, for instance `LoraConfig`; they are merged into the saved head.
-        target: the model it drafts for, or its folder or Hub id; it is neither trained nor saved.
+        eval_dataset: held-out texts: a dataset or a dict of several.
+        processing_class: the target's tokenizer; by default loaded from the target's folder or repository.
+        callbacks: see Transformers.
+        peft_config: trains adapters, for instance `LoraConfig`, which are merged into the saved head.
+        target: the model to draft for, or its folder or Hub id; it is neither trained nor saved.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
@@ -86,7 +86,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         set_seed(args.seed)
         loaded = as_target(target, cast(Any, args.target_init_kwargs))
         if isinstance(target, str) and loaded.dtype is torch.float32 and args.device.type == "cpu":
-            prepack(loaded)  # a sixth faster, not in bf16; a model of the caller's stays as it is
+            prepack(loaded)  # a sixth faster in fp32; a caller's model is not changed
         settings: dict[str, Any] = cast(Any, args.model_init_kwargs) or {}
         head: Any = model
         if isinstance(model, str):
@@ -100,7 +100,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         if head is None:
             examples = [] if rows is None else counted_examples(rows)
             head = new_head(loaded, examples, self.tokenizer, args, **settings)
-        elif rows is not None:  # a head that could learn nothing is refused
+        elif rows is not None:  # refuses a head that could learn nothing
             vocabulary_of(unwrapped(head), counted_examples(rows))
         self._origin: str = unwrapped(head).name_or_path  # folder or Hub id; empty for a new head
         if peft_config is not None:
@@ -120,11 +120,10 @@ class DraftHeadTrainer(ArtefactTrainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
-        reads = self.head
-        self.target = FrozenTarget(loaded, reads.feature_layers, before_deepstack=reads.before_deepstack)
+        self.target = FrozenTarget(loaded, self.head.feature_layers, before_deepstack=self.head.before_deepstack)
         self._objective = objective(self.target, args)
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
-        self._pace = Pace()
+        self._speed = RunSpeed()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -149,15 +148,15 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     @property
     def head(self) -> Any:
-        """The head in training, without adapters' or processes' wrappers."""
+        """The head in training, without wrappers of adapters or processes."""
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
-        """The tokens that the head can propose, and the share of the training data's answers that they cover."""
+        """Return the tokens that the head can propose, and their share of the training answers."""
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._pace = Pace()
+        self._speed = RunSpeed()
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -167,9 +166,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted loss of all levels, per predicted token of the optimiser step."""
+        """Compute the weighted loss of all levels, per predicted token of the optimiser step."""
         if model.training:
-            self._pace.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
+            self._speed.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
         loss, losses, hits, predicted = self._loss(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
@@ -180,11 +179,11 @@ class DraftHeadTrainer(ArtefactTrainer):
     def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Loss:
         predicted = inputs["labels"] != IGNORED
         if "features" in inputs:
-            read = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
+            outputs = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         else:
-            read = self.target.read(inputs["input_ids"], predicted, inputs.get("image_inputs"))
+            outputs = self.target.run(inputs["input_ids"], predicted, inputs.get("image_inputs"))
         with self.accelerator.autocast():
-            return self._objective(self.head, model, inputs["input_ids"], predicted, read)
+            return self._objective(self.head, model, inputs["input_ids"], predicted, outputs)
 
     def evaluation_loop(
         self,
@@ -194,22 +193,22 @@ class DraftHeadTrainer(ArtefactTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Transformers, with agreement per level, and tau of the default tree on some of the texts."""
+        """Evaluate as in Transformers, and add agreement per level, and tau of the default tree on some texts."""
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics, _ = self._meters["eval"].read(self._over_processes)
-        if self.args.tau_texts:  # in every process: each of them looks for the best metric
+        metrics, _ = self._meters["eval"].summary(self._over_processes)
+        if self.args.tau_texts:  # in every process, since each compares the best metric
             started = time.monotonic()
             metrics |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
         cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in metrics.items()})
-        self._pace.pause(time.monotonic() - began)
+        self._speed.pause(time.monotonic() - began)
         return output
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in Transformers; after training, `metrics.json` beside the head tells the result, too."""
+        """Evaluate as in Transformers; after training also write the result to `metrics.json` beside the head."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
@@ -217,12 +216,12 @@ class DraftHeadTrainer(ArtefactTrainer):
             prefix = "eval_accuracy_"
             levels = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
             agreement = {level: metrics[prefix + level] for level in levels}
-            told = {"held_out_texts": len(rows), "agreement": agreement}
+            result = {"held_out_texts": len(rows), "agreement": agreement}
             if "eval_tau" in metrics:
-                tree = str(replace(self.head.default_shape, lookup=0))  # as `simulated_tau` drafts
+                tree = str(replace(self.head.default_shape, lookup=0))  # the trees of `simulated_tau`
                 count = min(self.args.tau_texts, len(rows))
-                told |= {"tau_texts": count, "simulated_tau": {tree: metrics["eval_tau"]}}
-            add_metrics(self.artefact_folder, told)
+                result |= {"tau_texts": count, "simulated_tau": {tree: metrics["eval_tau"]}}
+            add_metrics(self.artefact_folder, result)
         return metrics
 
     def metrics(self) -> dict[str, Any]:
@@ -240,11 +239,8 @@ class DraftHeadTrainer(ArtefactTrainer):
     def models(self) -> dict[str, str | None]:
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
-    def measure_tau(self) -> float:
-        """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
-        return self._tau(self.get_eval_dataloader().dataset)
-
     def _tau(self, texts: Any) -> float:
+        """Simulate tau of the default tree on `tau_texts` texts, evenly spread over their lengths."""
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -257,13 +253,13 @@ class DraftHeadTrainer(ArtefactTrainer):
         tensors = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
         if "features" not in tensors:
             shown = self._data.collate([row]).get("image_inputs")
-            tensors["features"] = self.target.read(tensors["input_ids"][None], image_inputs=shown).features[0]
+            tensors["features"] = self.target.run(tensors["input_ids"][None], image_inputs=shown).features[0]
         return tensors
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone: logits of a whole batch would not fit into memory."""
+        """Return the loss alone: logits of a whole batch would not fit into memory."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
@@ -271,8 +267,8 @@ class DraftHeadTrainer(ArtefactTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add agreement per level, tokens per second and time left to Trainer's own metrics of training."""
         if "loss" in logs:
-            agreement, tokens = self._meters["train"].read(self._over_processes)
-            logs |= agreement | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
+            agreement, tokens = self._meters["train"].summary(self._over_processes)
+            logs |= agreement | self._speed.lap(tokens, self.state.global_step, self.state.max_steps)
             self._meters["train"].reset()
         super().log(logs, start_time)
 
@@ -291,14 +287,14 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._train_texts, shuffle=True)
 
     def _positions(self, texts: PreparedTexts | StreamedBatches) -> int:
-        """How many positions the run trains on, at most: all epochs, all processes, padding included."""
+        """Count the positions of the whole run: all epochs, all processes, padding included."""
         args = self.args
         if isinstance(texts, PreparedTexts) and args.max_steps <= 0:
             return int(args.num_train_epochs * sum(texts.lengths))
         return int(args.max_steps * args.gradient_accumulation_steps * args.world_size * args.tokens_per_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Batches of a token budget, in a fixed order."""
+        """Make batches of a token budget, in a fixed order."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast(Any, self.eval_dataset)[dataset]
@@ -331,7 +327,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:
-    """Check what `DraftHeadTrainer` is given before anything is loaded."""
+    """Refuse wrong arguments of `DraftHeadTrainer` before anything is loaded."""
     check_type("args", args, DraftHeadTrainingConfig)
     if model is not None and not isinstance(model, str):
         if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), TrainableSource):
@@ -370,7 +366,7 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the output rows of a head, or leave them to be trained."""
+    """Freeze the output rows of a head, or refuse a choice that cannot work."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -390,7 +386,7 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a head to `folder` in `dtype`, with adapters merged; the model in memory stays unchanged."""
+    """Write a copy of a head to `folder` in `dtype`, with adapters merged."""
     head = copy.deepcopy(model)
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
@@ -402,7 +398,7 @@ _MEASURED = "1.6 after 150,000, 1.8 after 390,000, 1.9 after 560,000"  # SmolLM2
 
 
 def warn_if_small(tokens: int) -> bool:
-    """Warn if a run over `tokens` positions, epochs included, is too small for a useful head; return whether it is."""
+    """Warn if a run over `tokens` positions is too small for a useful head; return whether it is."""
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
@@ -417,9 +413,9 @@ def warn_if_small(tokens: int) -> bool:
 
 
 class LevelMeter:
-    """Loss and top-1 agreement with the target's pick, by level, since the last reset.
+    """Sums loss and top-1 agreement with the target's pick, by level, since the last reset.
 
-    Tokens whose pick is outside the draft vocabulary count as misses: they are misses when decoding.
+    A pick outside the draft vocabulary is a miss, as when decoding.
     """
 
     def __init__(self, levels: int) -> None:
@@ -431,12 +427,12 @@ class LevelMeter:
         self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
-        """Add a batch: per level `[k]` the summed loss, hits and predicted tokens; and the tokens of the batch."""
+        """Add a batch: the summed loss, hits and predicted tokens of each level `[k]`, and the number of tokens."""
         self._sums += torch.stack([losses, hits, predicted]).detach().to("cpu", torch.float64)
         self._tokens += tokens
 
-    def read(self, over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], int]:
-        """`loss_1`, `accuracy_1`, `accuracy_2`, ... for levels counted from 1, and the tokens of all batches."""
+    def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
+        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ... (levels from 1), and the tokens of all batches."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -446,23 +442,23 @@ class LevelMeter:
         }, int(everything[-1])
 
 
-class Pace:
-    """The speed of a run since the last line of metrics, and when it will end."""
+class RunSpeed:
+    """Measures the speed of a run between two lines of metrics, and the time that is left."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None  # seconds and step
 
     def start(self, step: int) -> None:
-        """Note when the first step that is measured begins; later calls do nothing."""
+        """Note when the first measured step begins; later calls do nothing."""
         self._since = self._since or (time.monotonic(), step)
 
     def pause(self, seconds: float) -> None:
-        """Leave out seconds in which nothing was trained."""
+        """Leave out seconds without training."""
         if self._since is not None:
             self._since = self._since[0] + seconds, self._since[1]
 
-    def read(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """`tokens_per_second` and `minutes_left` after the `tokens` since the last line; empty after no step."""
+    def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
+        """Return `tokens_per_second` and `minutes_left` after `tokens` since the last line; empty after no step."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

@@ -1,4 +1,4 @@
-"""The loss of all levels of EAGLE-3's training-time test, see `heads.unrolled`.
+"""Compute the loss of all levels of EAGLE-3's training-time test, see `heads.unrolled`.
 
 Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..verifying.prepacking import packed_linear
 
 
-_CACHED_ROWS = 32  # positions whose fp32 logits stay in a CPU's cache from one pass over them to the next
+_CACHED_ROWS = 32  # Positions whose fp32 logits stay in a CPU's cache between two passes over them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Teacher:
 
     hidden: Tensor  # [n, h] the target's last hidden state after its final norm
     weight: Tensor  # [d, h] the target's output rows of the draft vocabulary
-    scale: float = 1.0  # what the target multiplies its logits by
-    softcap: float | None = None  # of the target's final logits
-    bias: Tensor | None = None  # [d] of the target's output head
+    scale: float = 1.0  # factor of the target's logits
+    softcap: float | None = None  # soft cap of the target's final logits
+    bias: Tensor | None = None  # [d] bias of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
-        """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
+        """Compute the probabilities of some rows, fp32 `[c, d]`, renormalised over the draft vocabulary."""
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
@@ -48,25 +48,23 @@ def soft_cross_entropy(
     bias: Tensor | None = None,
     added: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of every level's logits against the target's probabilities.
+    """Compute the cross-entropy of every level's logits against the target's probabilities.
+
+    Gradients are formed with the logits, as in fused linear losses. Under autocast to bf16 the head's products are in
+    bf16, the teacher's in its own dtype, and sums over the draft vocabulary in fp32.
 
     Args:
         hidden: `[k, n, h]` normed hidden states of the k levels that predict the same n tokens.
         weight: `[d, h]` the head's output rows.
-        teacher: the target's distribution at those n tokens.
+        teacher: the target's distribution at the n tokens.
         row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
         chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
-        bias: `[d]` of the output rows, if they are borrowed and have one; not trained.
+        bias: `[d]` of borrowed output rows, if they have one; not trained.
         added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
 
-    Under autocast to bf16 the head's products are in bf16; the teacher's are always in its own dtype, and what is
-    summed over the draft vocabulary in fp32.
-
     Returns:
-        The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
-        the target's `[k]`, both over the rows of non-zero weight and without gradient.
-
-    Gradients are formed with the logits, as in fused linear losses.
+        The weighted sum of the losses; and without gradient, over the rows of non-zero weight, the unweighted sum of
+        each level `[k]` and the count of rows whose best token is the target's `[k]`.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]
@@ -87,7 +85,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`pairs` are states and rows in turn: the logits are the sum of their products."""
+        """Sum the products of `pairs`, states and rows in turn, to the logits."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
         grads = [
             torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None
@@ -128,7 +126,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy `[c]` in fp32, and whether `best` is the most likely; leaves the slopes in `logits` `[c, d]`."""
+    """Return the fp32 cross-entropy `[c]` and whether `best` is the likeliest; overwrites `logits` with slopes."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()
@@ -142,21 +140,21 @@ def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tens
 
 
 def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
-    """Views of `[c, d]`, small enough for a CPU's cache."""
+    """Split `[c, d]` into views that fit into a CPU's cache."""
     parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
     return parts
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Choose the slots that a batch's losses need: the same number q in every text.
+    """Choose the slots that a batch's losses need, the same number q in every text of `shape` (b, t).
 
     Args:
         rows: `[m]` the text of each predicted token.
-        slots: `[k, m]` the slot that predicts it, by level; what lies before the text counts as slot 0.
+        slots: `[k, m]` the slot that predicts it, by level; below 0 counts as 0.
         shape: b and t.
 
     Returns:
-        `[b, q]` slots of each text, ascending, and `[k, m]` where `slots` are among them.
+        `[b, q]` slots of each text, ascending, and `[k, m]` the index of `slots` among them.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

@@ -1,4 +1,4 @@
-"""Train a policy on prompts, in the manner of TRL: recordings and measurements are made inside."""
+"""Train a policy on prompts, in the manner of TRL, with its own recordings and measurements."""
 
 import copy
 import logging
@@ -48,14 +48,14 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` on rollouts: the learning that `PolicyTrainer` does, without the recording.
+    """Trains a `ReSpSPolicy` in place on rollouts that exist already; see `PolicyTrainer`.
 
     Args:
-        policy: trained in place.
+        policy: the policy.
         args: see `PolicyTrainingConfig`.
-        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts`, which are timed.
+        rollouts: the source of decisions.
         eval_rollouts: held-out replayed texts, for `evaluate`.
-        reward_func: as in `PolicyTrainer`.
+        reward_func: see `PolicyTrainer`.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
@@ -98,7 +98,7 @@ class RolloutTrainer(ArtefactTrainer):
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Numbers, as many as there are prompts: what a step learns from is decided when an update begins."""
+        """Yield numbers, as many as prompts: each update collects its own decisions."""
         numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
         return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
 
@@ -111,7 +111,7 @@ class RolloutTrainer(ArtefactTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one optimiser step: a minibatch of the current update; a new update decides first."""
+        """Compute the loss of a minibatch of the current update; a new update decides first."""
         number, step = divmod(self.state.global_step, self.args.steps_per_update)
         if self._update is None or self._update.number != number:
             self._update = Update(number, self.policy, self._given_rollouts, self.reward_func, self.args)
@@ -125,7 +125,7 @@ class RolloutTrainer(ArtefactTrainer):
             self._noted[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was noted since the last line."""
+        """Add the means since the last line."""
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
         self._noted.clear()
         super().log(logs, start_time)
@@ -133,19 +133,18 @@ class RolloutTrainer(ArtefactTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Compare the policy with the best fixed tree and the oracle on all held-out texts.
 
-        A `PolicyTrainer` records them first, where they are not recorded yet. After training, `metrics.json` in the
-        policy's folder tells the result.
+        Missing recordings are made. After training the result is written to `metrics.json` in the policy's folder.
 
         Args:
             eval_dataset: prompts for a `PolicyTrainer`, otherwise `ReplayRollouts`; `None` for those of the trainer.
-            ignore_keys: not used.
-            metric_key_prefix: stands before each name.
+            ignore_keys: ignored.
+            metric_key_prefix: prefix of each name.
 
         Returns:
-            With the prefix: `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on
-            the training texts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, and
-            its 95% interval over texts, `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`,
-            how many trees it chose; `held_out_texts`.
+            `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on the training
+            texts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, with the 95%
+            interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the
+            number of chosen trees; `held_out_texts`.
 
         Raises:
             ValueError: no texts were held out.
@@ -159,14 +158,14 @@ class RolloutTrainer(ArtefactTrainer):
         return metrics
 
     def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
-        """As `evaluate`, but logs nothing."""
+        """Compare like `evaluate`, without logging."""
         held_out, training = eval_dataset or self.eval_rollouts, self.rollouts
         if held_out is None:
             raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass `eval_rollouts`.")
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Decide on held-out texts as in use, beside the fixed shape that is fastest on the texts `searched`."""
+        """Compare the policy in use on held-out texts with the fixed shape that is fastest on the texts `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -180,7 +179,7 @@ class RolloutTrainer(ArtefactTrainer):
         )
 
     def judge(self, comparison: "PolicyComparison") -> None:
-        """Warn once of a policy that is not worth having, and tell the verdict in `metrics.json` beside the policy."""
+        """Warn once of a policy that is not worth having, and write the verdict to its `metrics.json`."""
         if not self.is_world_process_zero():
             return
         if not self._has_warned:
@@ -200,39 +199,37 @@ def _collate(steps: list[int]) -> dict[str, Tensor]:
 
 
 class PolicyTrainer(RolloutTrainer):
-    """Trains a Re-SpS policy for a target and its head on your prompts; see `fit_policy` for what "auto" means.
+    """Trains a Re-SpS policy for a target and its head on your prompts; `fit_policy` fits the policy "auto".
 
-    The target answers the prompts once, and it is recorded what every tree would have emitted at every position
-    (`OUTPUT_DIR/replay`). What steps cost is measured on this machine (`OUTPUT_DIR/costs.json`). Then the policy
-    learns from both, without decoding; with `args.live_rollouts` it learns by decoding. Recordings and costs that are
-    there are used again, so a run that was stopped at any moment goes on with `train(resume_from_checkpoint=True)`,
-    and ends as an uninterrupted one.
+    The target answers the prompts once, and the outcomes of every tree at every position are recorded
+    (`OUTPUT_DIR/replay`). The costs of steps are measured on this machine (`OUTPUT_DIR/costs.json`). Then the policy
+    learns from both without decoding, or by decoding with `args.live_rollouts`. Existing recordings and costs are
+    reused, so a stopped run continues with `train(resume_from_checkpoint=True)` and ends like an uninterrupted one.
 
-    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. If there is an `eval_dataset`,
-    `metrics.json` beside it compares it with the best fixed tree, and a warning says if it is no better.
+    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`,
+    `metrics.json` beside it compares it with the best fixed tree, and a warning appears if it is no better.
 
-    Logged for each update: `tokens_per_second`; `reward`, of another reward than the default; `entropy` in nats;
-    `distinct_actions`, how many actions are the likeliest one of some decision. On recorded texts also `gain_regret`,
-    the tokens per step lost compared with the best actions, and `oracle_regret`, the time lost compared with the
-    fastest sequence of shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the
-    clock jumped.
+    Each update logs `tokens_per_second`; `reward` if it is not the default; `entropy` in nats; `distinct_actions`, the
+    number of actions that are the likeliest somewhere; on recorded texts `gain_regret`, the tokens per step lost
+    against the best actions, and `oracle_regret`, the time lost against the fastest sequence of shapes, as a share of
+    its time; live `dropped`, the decisions left out because the clock jumped.
 
     Args:
-        model: the policy: "resps" for a new one over the trees that can pay on this machine; or a `ReSpSPolicy`,
-            guarded or not, or its folder or Hub id. It is trained in place.
+        model: "resps" for a new policy over the trees that can pay on this machine; or a `ReSpSPolicy`, guarded or
+            not, or its folder or Hub id. It is trained in place.
         args: see `PolicyTrainingConfig`.
-        train_dataset: a `datasets.Dataset` with a column `prompt` (a string, taken as it is, or messages) or
+        train_dataset: a `datasets.Dataset` with a column `prompt` (a string, without a chat template, or messages) or
             `messages` (used up to the last question).
         eval_dataset: held-out prompts, in the same columns.
-        processing_class: the target's tokenizer; `None` loads it from where the target came from.
+        processing_class: the target's tokenizer; `None` loads it from the target's folder or repository.
         callbacks: added to the usual ones.
         target: the model that decodes, attached or not, or its folder or Hub id.
         head: its draft head or block head, or the folder or Hub id of it.
-        reward_func: what the policy maximises. "tokens_per_second": total tokens over total seconds. "mean_rate":
-            mean of the steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of
-            keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens and seconds of an action while
-            it is held, and the mean of its steps' tokens per second), `rate` (tokens per second of the policy) and
-            `persistence` (steps that an action is held).
+        reward_func: the objective. "tokens_per_second": total tokens over total seconds. "mean_rate": mean of the
+            steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of keywords
+            `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens, seconds and mean tokens per second of
+            an action while it is held), `rate` (tokens per second of the policy) and `persistence` (steps that an
+            action is held).
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
@@ -274,7 +271,7 @@ class PolicyTrainer(RolloutTrainer):
         super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **datasets, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
+        """Record missing answers, then train; see `ArtefactTrainer.train`.
 
         With `resume_from_checkpoint=True` a run that was stopped before its first checkpoint begins anew.
 
@@ -311,7 +308,7 @@ class PolicyTrainer(RolloutTrainer):
         return self.data.pair.names
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
+        """Write the policy, in a guard if it came in one, and hashes of its prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
         (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
@@ -327,21 +324,21 @@ def fit_policy(
     target: PreTrainedModel | str,
     head: DraftHead | BlockHead | str,
 ) -> BaselineGuard:
-    """Fit what `policy="auto"` means to your prompts: how often the head's drafts are accepted, for any machine.
+    """Fit the policy "auto" to your prompts: how often the head's drafts are accepted, for any machine.
 
-    The target answers the prompts once, and the head's drafts are recorded (`OUTPUT_DIR/replay`; recordings that are
-    there are used again). The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an
-    `eval_dataset` it is compared with the best fixed tree, at the costs of this machine (`OUTPUT_DIR/costs.json`):
-    `metrics.json` beside it tells the result as `PolicyTrainer.evaluate` does, and a warning says if it is no better.
+    The target answers the prompts once, and the head's drafts are recorded in `OUTPUT_DIR/replay`, where existing
+    recordings are reused. The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an
+    `eval_dataset` it is compared with the best fixed tree at the costs of this machine (`OUTPUT_DIR/costs.json`):
+    `metrics.json` holds the result of `PolicyTrainer.evaluate`, and a warning appears if the policy is no better.
 
     Args:
-        model: gives the sizes: "auto", or a `ThroughputPolicy`, guarded or not, or its folder or Hub id.
-        args: `output_dir`, and how prompts are answered.
-        train_dataset: prompts, as in `PolicyTrainer`.
-        eval_dataset: held-out prompts, to judge the policy by.
-        processing_class: as in `PolicyTrainer`.
-        target: likewise.
-        head: likewise.
+        model: "auto", or a `ThroughputPolicy` whose sizes are kept, guarded or not, or its folder or Hub id.
+        args: `output_dir`, and the settings of answers.
+        train_dataset: prompts, see `PolicyTrainer`.
+        eval_dataset: held-out prompts.
+        processing_class: see `PolicyTrainer`.
+        target: see `PolicyTrainer`.
+        head: see `PolicyTrainer`.
 
     Returns:
         The policy in its guard.
@@ -362,7 +359,7 @@ def fit_policy(
     if args.push_to_hub and args.should_save:
         make_unmeasured_repository(args)  # a refusal costs no work
 
-    # Depths that the policy asks for, and the fixed trees that it is compared with
+    # The depths of the policy's drafts, and of the fixed trees in the comparison
     depths = dict.fromkeys(sorted({*_TOP_KS, *begun.widths}), max(_DEPTH, sizes["depth"]))
     texts = data.record("train_dataset", RecordedText, depths)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
@@ -387,13 +384,13 @@ def fit_policy(
     return policy
 
 
-_DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # of the fixed trees that a fitted policy is compared with
+_DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of fixed trees that a fitted policy is compared with.
 
 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay held-out texts with a copy of a policy, which learns as in use, and the best fixed tree of `searched`."""
+    """Replay held-out texts with a learning copy of a policy, and with the best fixed tree of `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -412,13 +409,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """The policy that is given as an object, a folder or a Hub id, without its guard; and whether it had one."""
+    """Return a policy, or load it by folder or Hub id, without its guard, and whether it had one."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """A fresh Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions."""
+    """Make a Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -441,17 +438,17 @@ FEW_TEXTS = 10
 
 @dataclass(frozen=True)
 class PolicyComparison:
-    """The same held-out texts, decoded with a policy and with one fixed tree."""
+    """Timings of the same held-out texts with a policy and with one fixed tree."""
 
-    own: Sequence[Timing]  # of each text with the policy
-    fixed: Sequence[Timing]  # with the best fixed tree of the training texts
-    oracle_seconds: float  # the least that all texts together could have taken
-    distinct_actions: int  # trees that the policy chose
-    learned_prompts: int = 0  # held-out prompts that it was trained on
+    own: Sequence[Timing]  # each text with the policy
+    fixed: Sequence[Timing]  # each text with the best fixed tree of the training texts
+    oracle_seconds: float  # least possible seconds of all texts
+    distinct_actions: int  # number of trees that the policy chose
+    learned_prompts: int = 0  # number of held-out prompts that it was trained on
 
     @property
     def gain(self) -> float:
-        """Tokens per second over those of the best fixed tree."""
+        """Speed over the best fixed tree's."""
         return rate(self.own) / rate(self.fixed)
 
     @cached_property
@@ -483,9 +480,9 @@ class PolicyComparison:
         low, high = self.interval
         reasons = []
         if low <= 1.0:
-            told = f"{self.gain:.3f} times its speed, 95% interval {low:.3f} to {high:.3f}"
+            figures = f"{self.gain:.3f} times its speed, 95% interval {low:.3f} to {high:.3f}"
             compared = "slower" if self.is_slower else "not faster"
-            reasons.append(f"it is {compared} than the best fixed tree beyond chance ({told})")
+            reasons.append(f"it is {compared} than the best fixed tree beyond chance ({figures})")
         if self.distinct_actions == 1:
             reasons.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
         if self.learned_prompts:

@@ -1,4 +1,4 @@
-"""One update of a Re-SpS policy, and the maths of policy optimisation as pure functions.
+"""Update a Re-SpS policy, with the maths of policy optimisation as pure functions.
 
 Tensor shapes: n decisions, a actions.
 
@@ -6,7 +6,7 @@ Source: Schulman et al. 2017, PPO (arXiv 1707.06347), algorithm 1; Re-SpS (arXiv
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ RewardFunc = Callable[..., Tensor]
 
 
 class Update:
-    """One update: decide over some texts, value what came of it, then the loss of each minibatch.
+    """Decides over some texts, values the outcomes, and computes the loss of each minibatch.
 
-    Its number and the seed determine all random numbers, so that a resumed run repeats them.
+    The update's number and the seed determine all random numbers, so that a resumed run repeats them.
     """
 
     def __init__(
@@ -38,14 +38,13 @@ class Update:
         likeliest = logits.argmax(-1)
 
         def rewards(outcomes: HeldOutcomes, attained: HeldOutcomes) -> Tensor:
-            # The best policy is at least as fast as the best fixed shape, so a lower rate would only send the first
-            # updates the wrong way
+            # The best policy is at least as fast as the best fixed shape: a lower rate would mislead the first updates
             rate = max(float(attained.emitted.sum() / attained.seconds.sum()), rollouts.best_fixed_rate)
             return rewards_of(reward_func, outcomes, rate, args.persistence)
 
         taken, every = rewards(decisions.outcomes, decisions.outcomes), None
         if decisions.all_outcomes is not None:
-            # At the rate of the actions that would be taken in use, at the positions visited
+            # At the rate of the likeliest actions, which are taken in use, at the visited positions
             every = rewards(decisions.all_outcomes, decisions.all_outcomes.of_actions(likeliest))
             self._gains = relative_gains(every)
         if not is_exact:
@@ -66,7 +65,7 @@ class Update:
             self.metrics["dropped"] = decisions.dropped
 
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, float]:
-        """The loss of the minibatch of an optimiser step, counted within this update, and the mean entropy in nats."""
+        """Return the loss of the minibatch of a step of this update, and the mean entropy in nats."""
         args, decisions = self._args, self._decisions
         epoch, part = divmod(step, args.num_mini_batches)
         order = torch.randperm(len(decisions), generator=seeded(args.seed, self.number, 1 + epoch))
@@ -85,25 +84,25 @@ class Update:
             loss = -clipped_surrogate(log_probs, old, advantages, args.cliprange)
             loss = loss + args.vf_coef * value_loss(values, returns)
         bonus = entropy(logits).mean()
-        return loss - cast(float, args.entropy_coef) * bonus, bonus.item()
+        return loss - (args.entropy_coef or 0.0) * bonus, bonus.item()
 
 
 def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
-    """Random numbers that depend on these three alone."""
+    """Make a generator of random numbers that depend on these three alone."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + update) * 1_009 + purpose) % 2**63)
 
 
 def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
-    """What outcomes are worth, in tokens per step: tokens minus what the policy emits in the same time on average.
+    """Value outcomes in tokens per step: their tokens minus the tokens that the policy emits in the same time.
 
-    Maximising its sum at the rate it attains itself maximises total tokens over total seconds (Dinkelbach 1967); the
-    mean of per-step rates, the reward of Re-SpS, has another maximum.
+    Maximising the sum at the policy's own rate maximises total tokens over total seconds (Dinkelbach 1967); the mean
+    of per-step rates, the reward of Re-SpS, has another maximum.
     """
     return (emitted - rate * seconds) / persistence
 
 
 def mean_rate(*, mean_rates: Tensor, **_: Any) -> Tensor:
-    """Mean of the steps' tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
+    """Return the mean of the steps' tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
     return mean_rates
 
 
@@ -111,7 +110,7 @@ REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "
 
 
 def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
-    """The function that a name stands for; a function stands for itself."""
+    """Return the reward function of a name, or the function itself."""
     func = REWARD_FUNCS.get(reward) if isinstance(reward, str) else reward
     if not callable(func):
         raise ValueError(
@@ -122,7 +121,7 @@ def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action."""
+    """Compute the rewards of outcomes `[n]` or `[n, a]`: fp64 of their shape."""
     keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
@@ -136,10 +135,9 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 
 
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
-    """Generalised advantage estimates `[n]`.
+    """Compute generalised advantage estimates `[n]` from rewards, the critic's values and ends of texts, each `[n]`.
 
-    Rewards, the critic's `values` before them, and `ends`, after which nothing follows, are `[n]`, in the order of the
-    decisions. At `discount` (gamma) 0 an advantage is `reward - value`; `decay` is lambda.
+    At `discount` (gamma) 0 an advantage is `reward - value`; `decay` is lambda.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """
@@ -155,13 +153,13 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay
 
 
 def standardized(values: Tensor) -> Tensor:
-    """`[n]` with mean 0 and deviation 1; all 0 when they are equal, also when there is only one."""
+    """Shift and scale `[n]` to mean 0 and deviation 1; equal values, or one alone, give 0."""
     centred = values - values.mean()
     return centred / (centred.square().mean().sqrt() + 1e-8)
 
 
 def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """The objective to maximise, a scalar, from three times `[n]`.
+    """Compute PPO's objective to maximise, a scalar, from three tensors `[n]`.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
@@ -170,30 +168,29 @@ def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tens
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """`[n, a]` -> `[n]`, in nats."""
+    """Compute the entropy of logits `[n, a]` in nats, `[n]`."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Mean squared error of the critic, a scalar, from twice `[n]`; unclipped, as in stable-baselines3."""
+    """Compute the critic's mean squared error from two tensors `[n]`, unclipped as in stable-baselines3."""
     return (values - returns).square().mean()
 
 
 def relative_gains(action_gains: Tensor) -> Tensor:
-    """Gains of every action `[n, a]` relative to the mean of their row, in units of their spread over all rows.
+    """Scale gains of every action `[n, a]` to mean 0 in each row and deviation 1 over all.
 
-    As `standardized` does for advantages: the entropy bonus then weighs the same whatever a token is worth. It keeps
-    the policy uncertain enough to follow when the rate, and with it all gains, changes.
+    The entropy bonus then weighs the same whatever a token is worth, so the policy stays uncertain enough to follow
+    when the rate, and with it all gains, changes.
     """
     relative = action_gains - action_gains.mean(-1, keepdim=True)
     return relative / (relative.square().mean().sqrt() + 1e-8)
 
 
 def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
-    """Mean gain under the policy, a scalar to maximise, from logits and gains of every action, both `[n, a]`.
+    """Compute the mean gain under the policy, a scalar to maximise, from logits and gains of every action `[n, a]`.
 
-    Cost-sensitive classification: when the outcomes of all actions are known the policy gradient is exact and needs
-    neither samples nor a critic.
+    With known outcomes of all actions the policy gradient is exact and needs neither samples nor a critic.
     """
     return (logits.softmax(-1) * action_gains).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Where the decisions that a policy learns from come from: replayed texts, or real decoding that is timed.
+"""Sources of the decisions that a policy learns from: replayed texts, or timed decoding.
 
 Tensor shapes: n decisions, a actions, F width of the features.
 """
@@ -27,15 +27,15 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Decisions in the order they were taken, text after text."""
+    """Decisions in the order of their texts and steps."""
 
     features: Tensor  # [n, F]
     actions: Tensor  # [n]
-    log_probs: Tensor  # [n] of the actions, when they were taken
-    outcomes: HeldOutcomes  # [n] of the actions taken
+    log_probs: Tensor  # [n] log probabilities of the actions when they were taken
+    outcomes: HeldOutcomes  # [n] outcomes of the actions
     ends: Tensor  # [n] bool, the last decision of a text
-    all_outcomes: HeldOutcomes | None = None  # [n, a] of every action, where known
-    oracle_seconds: float | None = None  # the least that these texts could have taken, where known
+    all_outcomes: HeldOutcomes | None = None  # [n, a] outcomes of every action, if known
+    oracle_seconds: float | None = None  # least possible seconds of these texts, if known
     dropped: int = 0  # decisions left out because the clock had jumped or stood still
 
     def __len__(self) -> int:
@@ -47,45 +47,45 @@ class Decisions:
 
     @property
     def seconds_of_texts(self) -> Tensor:
-        """`[texts]` fp64."""
+        """Seconds of each text, fp64 `[texts]`."""
         texts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends.long().cumsum(0)])[:-1]
         total = torch.zeros(int(self.ends.sum()), dtype=torch.float64)
         return total.index_add(0, texts, self.outcomes.seconds.double())
 
     @property
     def oracle_regret(self) -> float | None:
-        """Time lost compared with the fastest sequence of shapes, as a share of the fastest time."""
+        """Time lost against the fastest sequence of shapes, as a share of its time."""
         if self.oracle_seconds is None:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
 
 
 class Rollouts(ABC):
-    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
+    """A source of decisions: `ReplayRollouts` or `LiveRollouts`."""
 
-    knows_all_outcomes = False  # whether decisions come with the outcome of every action
+    knows_all_outcomes = False  # whether decisions have the outcome of every action
 
     @property
     def best_fixed_rate(self) -> float:
-        """Tokens per second that the best fixed shape attains on all texts; 0 if that is not known."""
+        """Tokens per second of the best fixed shape on all texts; 0 if unknown."""
         return 0.0
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many texts there are to decide over."""
+        """Return the number of texts."""
 
     @abstractmethod
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Decide over so many texts, or all if there are fewer, chosen by `generator`, which lives on the CPU.
+        """Decide over `texts` texts or all, chosen by `generator`, which lives on the CPU.
 
-        The network of `policy` decides, greedily or by drawing; its own persistence and sampling are not used.
+        The network of `policy` decides, greedily or by drawing; its own persistence and sampling are ignored.
         """
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """From `[n, a]` the actions `[n]`, drawn or without a generator the likeliest, and their log probabilities."""
+    """Draw actions `[n]` from logits `[n, a]`, or take the likeliest without a generator; adds log probabilities."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
@@ -125,9 +125,9 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Decide over the texts with the indices `texts`, all of them side by side; see `collect`.
+        """Decide over the texts of these indices side by side, see `collect`; without a generator greedily.
 
-        Without a generator the likeliest actions are taken. `temperature` divides the logits before a draw.
+        `temperature` divides the logits before a draw.
         """
         self._check(policy)
         held = self.table.held(persistence)
@@ -142,7 +142,7 @@ class ReplayRollouts(Rollouts):
             rounds.append((lanes, positions, actions, log_probs, ~alive))
             positions, stops, lanes = ends_at[alive], stops[alive], lanes[alive]
         order, positions, actions, log_probs, ends = (torch.cat(parts) for parts in zip(*rounds, strict=True))
-        order = order.sort(stable=True).indices  # text after text; within a text the order is kept
+        order = order.sort(stable=True).indices  # by text, and within a text by step
         all_outcomes = held.at(positions[order])
         return Decisions(
             self.table.features[positions[order]],
@@ -175,11 +175,10 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """Decides with a policy's network, holds each decision, and credits every step to the decision that shaped it.
+    """Decides with a policy's network, holds each decision, and credits every step to its decision.
 
     The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
-    Here `observe` follows the step that `choose` shaped, so neither can happen. Without a generator the likeliest
-    actions are taken.
+    Without a generator the likeliest actions are taken.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -198,8 +197,8 @@ class DecisionRecorder(Policy):
         self.decisions[-1].records.append(record)
 
 
-_JUMP = 10.0  # times a shape's usual seconds: the machine slept, or the clock was set
-_REMEMBERED = 64  # steps per shape
+_JUMP = 10.0  # Factor over a shape's usual seconds that shows that the machine slept or the clock was set.
+_REMEMBERED = 64  # Steps per shape in its usual seconds.
 
 
 class LiveRollouts(Rollouts):
@@ -209,8 +208,8 @@ class LiveRollouts(Rollouts):
         target: an attached model.
         head: its draft head.
         prompts: token ids `[s]` each.
-        includes_drafting: count observing, choosing and drafting in a step's time. The code of Re-SpS does not, so
-            deep trees look free to it: turn it off for ablations only.
+        includes_drafting: whether a step's time includes drafting. The code of Re-SpS leaves it out, which makes deep
+            trees look free: turn it off for ablations only.
         generation: passed to `generate`, for example `max_new_tokens`.
     """
 
@@ -242,10 +241,10 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """As `Rollouts.collect`; raises `ValueError` where no step took a plausible time."""
+        """Collect as in `Rollouts`; raises `ValueError` if no step took a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept: list[_Decision] = []
-        times: list[list[float]] = []  # seconds of the steps of each
+        times: list[list[float]] = []  # seconds of each decision's steps
         ends: list[bool] = []
         decided = 0
         for index in chosen:
@@ -254,7 +253,7 @@ class LiveRollouts(Rollouts):
             decided += len(decisions)
             kept += [one for one, _ in timed]
             times += [seconds for _, seconds in timed]
-            ends += [place == len(timed) for place in range(1, len(timed) + 1)]
+            ends += [number == len(timed) for number in range(1, len(timed) + 1)]
         if not kept:
             raise ValueError(
                 f"None of the {decided} decisions over {len(chosen)} prompts took a positive, steady time. Check the "
@@ -279,7 +278,7 @@ class LiveRollouts(Rollouts):
         )
 
     def _decode(self, index: int, recorder: DecisionRecorder) -> list[_Decision]:
-        """Decode a prompt; the decisions that shaped a step."""
+        """Decode a prompt and return the decisions that shaped a step."""
         prompt = self._prompts[index][None].to(self._target.device)
         mask = torch.ones_like(prompt)
         self._target.generate(
@@ -288,7 +287,7 @@ class LiveRollouts(Rollouts):
         return [decision for decision in recorder.decisions if decision.records]
 
     def _believable(self, records: list[StepRecord]) -> list[float] | None:
-        """Seconds of each step, or `None` when one of them stood still, ran backwards or jumped."""
+        """Return the seconds of each step, or `None` if the clock stood still, ran backwards or jumped."""
         times = []
         for record in records:
             seconds = record.step_seconds - (0.0 if self._includes_drafting else record.draft_seconds)

@@ -1,4 +1,4 @@
-"""What a head drafts on existing texts, without a forward of the target: simulated tau."""
+"""Simulate tau: a head drafts on existing texts without a forward of the target."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,19 +17,16 @@ from ..tree import TreeShape
 def simulated_tau(
     source: LevelSource, target: PreTrainedModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape
 ) -> float:
-    """Simulate tau, the mean acceptance length: tokens per target forward when `shape` is drafted at every step.
+    """Simulate tau, the mean acceptance length: tokens per target forward with trees of `shape` at every step.
 
-    Exact for texts that the target itself wrote, greedily or sampled.
+    It is exact for texts that the target itself wrote, greedily or sampled, and at least 1.
 
     Args:
-        source: what drafts.
+        source: drafts the trees.
         target: the model that wrote the texts; it does not run.
         texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The last run of true `loss_mask`
             is the output, and its first token comes from prefill.
-        shape: nodes, depth and width of every tree; its `lookup` is not simulated.
-
-    Returns:
-        Tau, at least 1; 1 without texts.
+        shape: nodes, depth and width of every tree; its `lookup` is ignored.
     """
     emitted = [step.accepted + 1 for text in texts for step in _decoded_again(source, target, text, shape)]
     return sum(emitted) / len(emitted) if emitted else 1.0
@@ -38,7 +35,7 @@ def simulated_tau(
 def _decoded_again(
     source: LevelSource, target: PreTrainedModel, text: dict[str, Tensor], shape: TreeShape
 ) -> Iterator[ReplayedStep]:
-    """The engine's own drafting over an output, with trees of `shape`; none is cut at the end."""
+    """Run the engine's drafting over an output; no tree is cut at its end."""
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
     drafter = source.drafter(DraftCall(target))
     if begins > 1:
