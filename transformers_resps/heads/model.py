@@ -306,6 +306,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
+        assert cls.config_class is not None
         hub, loading, overrides = split_keywords(keywords, cls.config_class)
         if target is not None:
             check_is_model(target)
