@@ -159,7 +159,7 @@ class _Steps(StepModel):
         return at_wanted(states, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Of the tokens that the target has, too; scaled and capped as some families do after the output head."""
+        """Compute logits of the tokens that the target has, too, with the scale and cap of the family."""
         config, logits = self._config, self._output(output).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
         logits = logits / getattr(config, "logits_scaling", 1.0)
@@ -167,7 +167,7 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Of each kind of layers where the model has several; `None` where it attends as to a text."""
+        """Make a mask for each kind of layers if there are several; `None` for plain causal attention."""
         mask = entries.mask
         if not any(self._windows.values()):
             if mask is None:
@@ -190,7 +190,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """Of one pass over a whole text, of which nothing is kept."""
+    """Serves one pass over a whole text and keeps nothing."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask

@@ -21,7 +21,7 @@ from .loaded import LoadedModel
 
 
 class GemmaAssistant(LoadedModel):
-    """An assistant of a size of Gemma 4, as it is loaded by Transformers."""
+    """An assistant of a size of Gemma 4, loaded by Transformers."""
 
     reads_target = True
 
@@ -31,7 +31,7 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's final norm; see `FeatureTap`."""
+        """The output of the target's final norm; see `FeatureTap`."""
         return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
@@ -58,7 +58,7 @@ class GemmaAssistant(LoadedModel):
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
-    """What each kind of layers attends to."""
+    """Describe the keys that each kind of layers attends to."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
     return {
@@ -69,7 +69,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
 
 
 class _OfTarget(Entries):
-    """What the target keeps; the assistant's layers use its keys as those of a layer before them."""
+    """Shows an assistant's layers the target's keys, as if an earlier layer had shared them."""
 
     def __init__(self, kept: TargetEntries) -> None:
         self.kept = kept

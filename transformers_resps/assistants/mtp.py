@@ -648,7 +648,7 @@ def _near(entries: Entries, positions: Tensor, window: int) -> Tensor | None:
 
 
 class _Newest(Entries):
-    """Entries of which a lone query, without a mask, sees those of a tree and the newest of the text."""
+    """Shows a lone query, which has no mask, the entries of its tree and the newest of the text."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window
@@ -664,7 +664,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """What eager attention adds to the scores: 0 where attended, else the dtype's minimum. `like` is `[b, t, h]`."""
+    """Convert a mask to what eager attention adds to scores; `like` `[b, t, h]` gives length and dtype."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

@@ -1,6 +1,6 @@
 """Layouts of MTP layers by publisher: what a module computes, and its tensors.
 
-Only JSON and the module's own tensors in safetensors are read. The names are those that SGLang 0.5.23 loads
+Only JSON and the module's own tensors in safetensors are read. The names are from SGLang 0.5.23
 (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
 """
 

@@ -1,6 +1,6 @@
-"""Choose the kernels that packaged code calls, among those that this machine can run, by timing them.
+"""Choose the kernels that packaged code calls, by timing all that this machine can run.
 
-Our kernels are in `native.cpp`; "onednn" is PyTorch's own. An instruction set tells what can run, not what is fast.
+Our kernels are in `native.cpp`; "onednn" is PyTorch's own. An instruction set decides what can run, not what is fast.
 With AMX 16 rows took the time of one, and our kernels were faster than oneDNN's for 1 to 512 rows; with AVX512-BF16
 alone they were no slower (two cores). Other sizes and numbers of cores may differ, so a model's products are timed
 when it is compiled.

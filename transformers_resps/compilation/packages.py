@@ -4,7 +4,7 @@ A package holds no weights: for each constant of its code it says how to make it
 that loads it does so. It takes a few megabytes, however large the model is, and loads in no time.
 
 A package is native code. It is loaded only from a folder that belongs to this user and that no other user may write,
-if all bytes are those that were written, and if weights, modules, settings, machine and versions are still the same.
+if its bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
 """
 
 import hashlib

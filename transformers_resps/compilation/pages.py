@@ -1,8 +1,7 @@
 """Move tensors into huge pages of Linux: with pages of 4 KiB, a CPU that reads weights waits for page addresses.
 
 `MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
-memory that is not yet written begin in one. All other memory stays as it is, and so does everything where the kernel
-refuses.
+memory that is not yet written begin in one. All other memory is left alone, and all is if the kernel refuses.
 """
 
 import ctypes

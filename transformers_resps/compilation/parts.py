@@ -28,7 +28,7 @@ class ProgramPart:
     """Consecutive nodes of a program.
 
     Attributes:
-        nodes: in their order, after those that compute the sizes they need.
+        nodes: in their order, after the nodes that compute their sizes.
         inputs: inputs of the program and outputs of earlier parts that the nodes use.
         weights: placeholders of the weights that they use.
         outputs: nodes that later parts use or the program returns.

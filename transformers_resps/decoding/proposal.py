@@ -69,7 +69,7 @@ class Proposer:
     Args:
         policy: chooses the shape, says after each level whether to go on, and counts the nodes to verify.
         drafter: `None` to draft by lookup alone.
-        rows: those that are decoded.
+        rows: the rows to decode.
         lookup: drafts beside it.
     """
 

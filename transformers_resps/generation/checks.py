@@ -300,7 +300,7 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         if not isinstance(cache, EncoderDecoderCache):
             raise _refusal(f"a `{type(cache).__name__}` for an encoder-decoder", "Pass an `EncoderDecoderCache`")
         cache = cache.self_attention_cache
-    elif isinstance(cache, StaticCache):  # of which trees get a dynamic copy
+    elif isinstance(cache, StaticCache):  # trees get a dynamic copy
         _check_static_cache(model, cache)
         return
     check_cache(cache)
@@ -405,7 +405,7 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
             f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
             "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."
         )
-    caps_scores = getattr(config, "attn_logit_softcapping", None) is not None  # of which sdpa knows nothing
+    caps_scores = getattr(config, "attn_logit_softcapping", None) is not None  # sdpa ignores it
     if is_flash(attention) and (caps_scores or not model._supports_sdpa):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, which takes no draft trees, and 'sdpa', which does, "

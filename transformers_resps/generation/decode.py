@@ -104,7 +104,7 @@ def _drafters(
         prepared.target,
         verifier,
         len(batch),
-        # the mask counts what the cache holds, of which the batch may know nothing
+        # the mask counts cached positions, which the batch may not know
         text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
         # features begin after cached positions, whose own are gone, and where tokens are known
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],

@@ -256,7 +256,7 @@ class Prefiller(StrEnum):
 class Plan:
     """How one call is decoded. Every choice between our ways stands here, and none is made after it.
 
-    Code that another call holds just then is no choice: what it would have run goes as it is.
+    Code that another call holds at that moment is no choice: the step then runs without it.
 
     Attributes:
         request: what the caller asked for beyond stock.

@@ -242,8 +242,8 @@ class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
-    `assistant_model`. The embedding table is the target's, whose rows are read as they are, and so is the output head
-    unless the head has its own.
+    `assistant_model`. The embedding table is the target's, unscaled, and so is the output head unless the head has
+    its own.
     """
 
     config_class = BlockHeadConfig
@@ -507,7 +507,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
             scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
             scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
             return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
-        # Of a corrected slot only the likeliest candidates, whose probabilities together stay as they are
+        # Only a slot's likeliest candidates are corrected; the sum of their probabilities stays
         base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
         mass = base.logsumexp(-1)
         tokens, rows = self.target_ids(candidates), correction.rows(candidates)  # [b, D, m, r]

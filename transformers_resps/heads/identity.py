@@ -36,7 +36,7 @@ def check_made_for(
     Args:
         target: the loaded model.
         sizes: `vocab_size` and `hidden_size` that the head needs.
-        known: identity of its own target, as far as it is known.
+        known: identity of its own target; keys may be missing.
         feature_layers: the hidden states that it reads, ascending.
 
     Raises:

@@ -410,7 +410,7 @@ class DraftHead(HeadModel):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.rotary_emb = RotaryEmbedding(config)
         self._packed = PackedWeights()
-        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # of which version of `fc`, and what it is
+        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # version of `fc`, and its fingerprint
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def fuse(self, features: Tensor) -> Tensor:

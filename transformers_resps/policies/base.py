@@ -90,7 +90,7 @@ class Policy(ABC):
     """Decides how each step drafts. Subclass it, write `choose`, and override `grow`, `size` and `observe` as needed.
 
     A policy affects speed only: whatever it decides, the output stays the target's own. Set the attributes in the
-    class or on the object; those that steer a step may change in `choose`.
+    class or on the object; some may change in `choose`.
 
     Attributes:
         needs_head: false if it works without a head.

@@ -1,1 +1,1 @@
-"""What the command `resps` runs."""
+"""The subcommands of `resps`."""

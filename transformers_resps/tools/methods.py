@@ -28,7 +28,7 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGL
 
 
 class Answer(NamedTuple):
-    """What a method wrote, and what it tells about it. Without counts, forwards are counted at the target's layers."""
+    """Output of a method with its report; if it counts no forwards, they are counted at the target's layers."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # of `generate` with a policy

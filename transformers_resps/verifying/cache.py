@@ -22,7 +22,7 @@ _MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the front of a larger buffer, so that a forward copies no past.
 
-    It stands for a filled `stock` layer. Other code may shorten it or replace its tensors, as with that one.
+    It replaces a filled `stock` layer. Other code may shorten it or replace its tensors like those of a stock one.
     """
 
     buffer: "SharedBuffer"
@@ -143,7 +143,7 @@ def _allocate(layers: list[Any], length: int) -> None:
 
 
 def _fill(layer: Any, keys: Any, values: Any) -> None:
-    """As `lazy_initialization`, which would make empty tensors first: each waits for an accelerator."""
+    """Fill a layer without `lazy_initialization`, which makes empty tensors that wait for an accelerator."""
     layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     layer.keys, layer.values = keys, values
 
@@ -332,7 +332,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
-    """Forget all rows but `rows`, of which the longest has `length` positions."""
+    """Forget all rows but `rows`, whose longest has `length` positions."""
     order, layers = torch.tensor(rows), list[Any](cache.layers)
     for layer in layers:
         states = _states(layer)

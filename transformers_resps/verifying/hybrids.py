@@ -121,7 +121,7 @@ class LayerStates(NamedTuple):
 
 
 class _Updates(NamedTuple):
-    """What nodes add to states `[..., k, v]`, `[..., n, any]` each, in float32.
+    """Updates of nodes to states `[..., k, v]`, `[..., n, any]` each, in float32.
 
     After a path to the node i they are e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the nodes j of
     the path. Related: STree (arXiv 2505.14969), section 4.
@@ -157,7 +157,7 @@ _REPLACED = (
 class WholeTree:
     """A tree as mixers read it, all of it in one forward of the target: no node is read twice, and no state changes.
 
-    The forward hands it on to what stands for scans and convolutions as the keyword `resps_tree`; see `reading_trees`.
+    The forward passes it to the replaced scans and convolutions as the keyword `resps_tree`; see `reading_trees`.
 
     Args:
         depths: `[b, n]`, see `DraftTree`.
@@ -286,7 +286,7 @@ class WholeTree:
         return outputs.transpose(1, 2)
 
     def noted(self, layer: int) -> list[Tensor]:
-        """What advances the states of a layer: `[b, any, n]` that were convolved, and of a scan the `_Updates`.
+        """Return what advances a layer's states: inputs of convolutions `[b, any, n]`, and `_Updates` of a scan.
 
         Raises:
             ValueError: the mixer computes in another way than its class does.
@@ -367,7 +367,7 @@ def reading_trees(mixers: Iterable[Any]) -> AbstractContextManager[None]:
 
 
 class WholeTreeCache(Cache):
-    """The cache in a forward over a whole tree: layers with keys as they are, and the states of `tree`."""
+    """The cache of a forward over a whole tree: unchanged layers with keys, and the states of `tree`."""
 
     def __init__(self, layers: list[Any], tree: WholeTree) -> None:
         super().__init__(layers=layers)
@@ -451,7 +451,7 @@ class StateKinds:
         return found
 
     def noted(self, tree: WholeTree) -> list[Tensor]:
-        """What a tree has noted, of all layers of each kind together: `[layers, b, ...]`."""
+        """Stack what a tree has noted for all layers of each kind: `[layers, b, ...]`."""
         found: list[Tensor] = []
         for layers, _ in self._kinds:
             found += [torch.stack(part) for part in zip(*[tree.noted(layer) for layer in layers], strict=True)]
@@ -507,7 +507,7 @@ class RecurrentMixers:
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
-        """What the forward that runs inside is given besides, so that it reads a tree.
+        """Yield further arguments for the forward that runs inside, with which it processes a tree.
 
         A lone root advances the states, as in a plain step.
         """

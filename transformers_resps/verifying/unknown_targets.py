@@ -55,7 +55,7 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
     """The largest difference of logits between tree and text, and the largest logit.
 
     The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
-    encoder-decoder a chain, of which 0, 1, 2 are kept. The prompt has four tokens, or as many as a short table of
+    encoder-decoder a chain, whose 0, 1, 2 are kept. The prompt has four tokens, or as many as a short table of
     positions has room for.
     """
     vocabulary, most = target.config.get_text_config().vocab_size, last_position(target.config, 0)

@@ -87,7 +87,7 @@ def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: s
     """Refuse a file whose tensors are not exactly those of the head that its config describes.
 
     Args:
-        wanted: the head's state dict, of which only names and shapes count.
+        wanted: the head's state dict; only names and shapes count.
         tensors: what the file holds, under our names.
         source: where from, for messages.
 

@@ -58,7 +58,7 @@ def levels_below(place: int, depth: int) -> int:
 
 
 class Layout(NamedTuple):
-    """What the nodes of a tree, or the tokens of a prompt, read of buffers in the order of the text.
+    """Blocks of buffers that the nodes of a tree, or the tokens of a prompt, attend to, in the order of the text.
 
     The entry of place i of the text lies in slot i, and that of node i in the slot i after the root's place.
 
@@ -116,7 +116,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "Layout":
-        """As `of_tree` for the last nodes of a tree, which is not read: it may be on a device."""
+        """Lay out the last nodes of a tree like `of_tree`, without a transfer from the device."""
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
         places, first, levels = roots + depths, count - sizes.asking, sizes.levels
@@ -162,7 +162,7 @@ class Layout(NamedTuple):
 
 
 class _RowLayout:
-    """What a `Layout` says of one row, as Python numbers: tensors would take longer for few nodes.
+    """The `Layout` of one row in Python numbers, which for few nodes are faster than tensors.
 
     Attributes:
         groups, places, starts: as in `Layout`.
@@ -268,7 +268,7 @@ class _Rows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """What groups read.
+    """Entries that groups attend to.
 
     Attributes:
         rows: of groups, over their own blocks.
@@ -283,13 +283,13 @@ class _OwnReads(NamedTuple):
     is_missing: Tensor | None
 
     def gathered(self, states: Tensor) -> Tensor:
-        """Of `[b, kv heads, slots, hd]`: `[g, b * kv heads, BLOCK, hd]`."""
+        """Gather `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
         entries = states.flatten(0, 2).index_select(0, self.entries)
         return entries.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
 
 
 class _LayerReads(NamedTuple):
-    """What a kind of layers reads.
+    """Entries that a kind of layers attends to.
 
     Attributes:
         shared: rows over shared blocks.
@@ -303,7 +303,7 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """What the layers of one forward read: laid out for the heads that share keys, once for all layers that are alike.
+    """Entries that the layers of one forward attend to, laid out once for all layers that are alike.
 
     Args:
         layout: on the device.
@@ -337,7 +337,7 @@ class BlockReads:
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min / 2)
 
     def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
-        """What layers with so many heads, a mask of `mask` and buffers of so many slots, the same for all, read."""
+        """Lay out the entries for layers of this mask, these heads and buffers of `slots` slots."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -487,7 +487,7 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
 
 
 def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """What the rows of groups got, in the order of the rows over shared blocks."""
+    """Bring the results of groups into the order of the rows over shared blocks."""
     levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], states.shape[-2:]
     states = states.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)

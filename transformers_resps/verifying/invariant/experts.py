@@ -58,7 +58,7 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """What a module of experts computes, as Transformers' implementations of it up to rounding.
+    """Compute a module of experts, up to rounding like Transformers' implementations.
 
     Args:
         experts: decorated with Transformers' `use_experts_implementation`.
@@ -143,8 +143,8 @@ class RoutedLayer(nn.Module):
 
 
 def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
-    """Of all mixtures of experts what to try of a machine's kernels, with names: the products and the activation of an
-    expert, routers that are no linear layers, and what the mixture makes of it all.
+    """Yield the parts of all mixtures of experts whose kernels are to be tried: the products and the activation of an
+    expert, routers that are no linear layers, and the whole mixture.
 
     Args:
         target: for which `has_invariant_experts` holds.
@@ -192,7 +192,7 @@ def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tenso
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
-    """Whether a module asks the interface, by the name in `config`, and multiplies weights as they are."""
+    """Whether a module uses the interface, by the name in `config`, and multiplies unquantized weights."""
     if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")) or module.config is not config:
         return False
     is_whole: bool = module.down_proj.dtype.itemsize > 1  # quantized weights have one byte at most

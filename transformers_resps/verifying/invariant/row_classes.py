@@ -84,7 +84,7 @@ def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: 
 
 
 def kernel_settings() -> dict[str, Hashable]:
-    """What may give a layer other kernels on a CPU at the next call, by its name.
+    """Settings that may give a layer other kernels on a CPU at the next call, by name.
 
     Not autocast, which the invariant mode refuses.
     """
@@ -158,7 +158,7 @@ class RowClasses:
         return self._needs(target, _parts)
 
     def needs_of_experts(self, target: PreTrainedModel) -> RowNeeds:
-        """As `needs`, where nothing but the experts is multiplied by PyTorch's kernels."""
+        """Return the `needs` if only the experts are multiplied by PyTorch's kernels."""
         return self._needs(target, _routed_parts)
 
     def _needs(self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_Part"]]) -> RowNeeds:
@@ -196,7 +196,7 @@ class _Part(ABC):
     @property
     @abstractmethod
     def kind(self) -> Hashable:
-        """Equal for those that run the same kernels."""
+        """Return a key that parts of the same kernels share."""
 
     def rows(self, way: RowNeeds) -> int | None:
         """How many rows it needs in one way; `None` where that does not help."""
@@ -253,7 +253,7 @@ class _Layer(_Part):
         return keeps_rows(self._answers(2 * count), (0,), count)
 
     def _answers(self, size: int) -> Callable[[range], Tensor]:
-        """What the layer makes of rows of a sample of this size."""
+        """Make a function that runs the layer on rows of a sample of this size."""
         sample = self._sample(size)
 
         def answer(rows: range) -> Tensor:
@@ -307,7 +307,7 @@ class _Attention(_Part):
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
 
     def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
-        """What tokens of a sample get, read as a prompt and as a tree; no numbers where these differ."""
+        """Make a function that attends for tokens of a sample, as a prompt and as a tree; NaN where these differ."""
         states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.device, self.dtype)
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
@@ -347,7 +347,7 @@ def _random(*sizes: int) -> Tensor:
 
 
 def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
-    """What mixtures of experts compute."""
+    """Yield the parts of mixtures of experts."""
     for name, layer in routed_layers(target, enough):
         yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
 
