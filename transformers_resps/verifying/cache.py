@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..compat import CacheLayer, cache_layers
+
 
 _SPARE = 256  # positions allocated beyond what is needed
 _MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they grow, all their past is there twice
@@ -116,7 +118,7 @@ def restore_stock_layers(cache: Cache) -> None:
             cache.layers[index] = layer.stock()
 
 
-def entries_of(layers: Iterable[Any]) -> Iterator[Tensor]:
+def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
     """Every entry of filled layers once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
     changes the layers.
     """
@@ -226,7 +228,7 @@ def stop_recording(cache: Cache) -> None:
 
 def crop_to(cache: Cache, length: int) -> None:
     """Forget all but the first `length` positions of each layer; a forward may have been interrupted."""
-    layers: list[Any] = cache.layers
+    layers = cache_layers(cache)
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
         if surplus > 0:
@@ -243,11 +245,11 @@ def crop(cache: Cache, count: int) -> None:
 
     Sliding layers then forget what has left their window, also with 0.
     """
-    for layer in cache.layers:
+    for layer in cache_layers(cache):
         _crop_entries(layer, count)
 
 
-def _crop_entries(layer: Any, count: int) -> None:
+def _crop_entries(layer: CacheLayer, count: int) -> None:
     """Forget the newest `count` keys and values of a layer, which may hold a state beside them, or nothing else."""
     if not holds_state(layer):
         layer.crop(-count)
@@ -257,7 +259,7 @@ def _crop_entries(layer: Any, count: int) -> None:
 
 def visible_length(cache: Cache, layer_index: int) -> int:
     """Past positions that layer `layer_index` still shows to a new token."""
-    states = _states(cache.layers[layer_index])
+    states = _states(cache_layers(cache)[layer_index])
     window = window_of(cache, layer_index)
     kept = states[0].shape[-2] if states else 0
     return kept if window is None else min(kept, window - 1)
@@ -265,14 +267,14 @@ def visible_length(cache: Cache, layer_index: int) -> int:
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
     """Keys and values of these positions, `[b, kv heads, visible length, hd]` each, of a layer that holds some."""
-    layer: Any = cache.layers[layer_index]
+    layer = cache_layers(cache)[layer_index]
     start = layer.keys.shape[-2] - visible_length(cache, layer_index)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
 
 
 def window_of(cache: Cache, layer_index: int) -> int | None:
     """The sliding window of a layer, or `None` where attention is full."""
-    layer: Any = cache.layers[layer_index]
+    layer = cache_layers(cache)[layer_index]
     return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
 
 
@@ -281,7 +283,7 @@ def has_windows(cache: Cache) -> bool:
     return any(window_of(cache, index) is not None for index in range(len(cache.layers)))
 
 
-def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
+def _states(layer: CacheLayer) -> tuple[Tensor, Tensor] | None:
     """Keys and values `[b, heads, s, hd]`, or `None` for a layer that holds none (yet, or because it shares)."""
     keys = getattr(layer, "keys", None)
     return None if keys is None or not keys.numel() else (keys, layer.values)
@@ -296,7 +298,7 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
     """
     kept = path.shape[1]
     if 1 < kept < node_count and not is_front:
-        for states in entries_of(cache.layers):
+        for states in entries_of(cache_layers(cache)):
             _move_forward(states, path, states.shape[-2] - node_count)
     crop(cache, node_count - kept)
 
@@ -317,7 +319,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
     surplus = cached_length(cache) - length
     counts = slots[:, -1] + 1 - slots[:, 0]
     rows = torch.arange(len(path), device=path.device)[:, None]
-    layers: list[Any] = cache.layers
+    layers = cache_layers(cache)
     full = [layer for index, layer in enumerate(layers) if window_of(cache, index) is None]
     for part in entries_of(full):  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
         own, to, nodes = (index.to(part.device) for index in (rows, slots, path))  # layers may lie on several devices
@@ -333,7 +335,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
     """Forget all rows but `rows`, whose longest has `length` positions."""
-    order, layers = torch.tensor(rows), list[Any](cache.layers)
+    order, layers = torch.tensor(rows), cache_layers(cache)
     for layer in layers:
         states = _states(layer)
         order = order if states is None else order.to(states[0].device)  # once, unless layers lie on several devices
@@ -354,12 +356,12 @@ def copied_row(cache: Cache, row: int, length: int) -> Cache:
     In a sliding layer all rows end where the layer ends, see `compact_ragged`.
     """
     copied = copy.copy(cache)
-    copied.layers = [_copied_row(layer, row, length) for layer in cache.layers]
+    copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
     return copied
 
 
-def _copied_row(layer: Any, row: int, length: int) -> Any:
+def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
     own: Any = layer.stock() if isinstance(layer, PreallocatedLayer) else copy.copy(layer)
     if holds_state(layer):
         own.has_previous_state = dict(layer.has_previous_state)
@@ -378,8 +380,8 @@ def _copied_row(layer: Any, row: int, length: int) -> Any:
 
 def joined_rows(caches: list[Cache]) -> Cache:
     """One cache of the rows of several, which are of one length; it takes the place of the first."""
-    for own, *others in zip(*(cache.layers for cache in caches), strict=True):
-        rows: list[Any] = [own, *others]
+    for own, *others in zip(*map(cache_layers, caches), strict=True):
+        rows = [own, *others]
         if holds_state(own):
             for name in ("conv_states", "recurrent_states"):
                 states = {index: [getattr(row, name)[index] for row in rows] for index in getattr(own, name)}
@@ -399,7 +401,7 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
     return states.gather(2, _along_positions(torch.where(order < past, order.clamp(min=0), past + nodes), states))
 
 
-def replace_entries(layer: Any, states: list[Tensor], length: int) -> None:
+def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
     """Give a layer other entries `[b, heads, s, hd]`, in a sliding one the last of `length` positions."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
