@@ -111,51 +111,42 @@ class HeadConfig(PreTrainedConfig):
 class DraftHeadConfig(HeadConfig):
     """Configuration of a `DraftHead`: its sizes, its conventions, and the target it was made for.
 
+    Fields that are not listed mean the same as in `LlamaConfig`.
+
     Attributes:
         hidden_size: width h of the head.
-        intermediate_size: width of the MLP inside a layer.
         num_hidden_layers: number of decoder layers; published heads have one.
-        num_attention_heads: number of query heads.
-        num_key_value_heads: number of key and value heads; divides `num_attention_heads`.
         head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
-        hidden_act: activation of the MLP, by its name in Transformers.
-        rms_norm_eps: epsilon of every RMSNorm.
         max_position_embeddings: for RoPE types that depend on it; the head itself reads sequences of any length.
-        sliding_window: how many of the newest positions the head sees at most when it drafts, and at least fifteen
-            sixteenths of them in a longer text; `None` for all. Training shows it all.
+        sliding_window: the most newest positions that the head sees when it drafts, and at least fifteen sixteenths of
+            them; `None` for all. Training shows it all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
-        initializer_range: standard deviation of fresh weights.
         attention_bias: whether the query, key and value projections have biases.
         attention_output_bias: whether the attention's output projection has a bias.
-        mlp_bias: whether the MLP's projections have biases.
         fc_bias: whether `fc`, which fuses the features, has a bias.
         target_hidden_size: width of the target's hidden states; `None` means h.
         feature_layers: indices of the target's hidden states that the head reads, ascending, counted as in
             `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1. The
             last layer's output is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's choice for
             a target with 30 layers.
-        before_deepstack: whether these are read before DeepStack adds an image's features to the first layers' outputs
-            (Qwen3-VL); otherwise after it, as the next layer reads them.
+        before_deepstack: whether these are read before DeepStack adds an image's features to them (Qwen3-VL).
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
-        owns_embedding: whether the head has its own embedding table, as it must if its width is not the target's;
+        owns_embedding: whether the head has an embedding table, which it needs if its width is not the target's;
             otherwise it uses the target's.
-        owns_output_head: whether the head has its own output head; otherwise it uses the target's.
+        owns_output_head: whether the head has an output head; otherwise it uses the target's.
         norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); excludes `norm_before_fc`.
         feedback_post_norm: whether the next level reads the output after `norm` instead of before it (EAGLE-3.1).
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
-        mask_token_id: of the token in the placeholders of a P-EAGLE head, which drafts all levels in one pass; `None`
-            for any other head.
+        mask_token_id: the token in the placeholders of a P-EAGLE head, which drafts all levels in one pass; else
+            `None`.
         parallel_levels: tokens that a P-EAGLE head drafts.
         default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is used without a policy;
             `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
         target: name and sizes of the model the head was made for; `None` if unknown.
         source: for an imported head, its publisher's format and its layer ids as published.
-        bos_token_id: the target's.
-        eos_token_id: the target's, one or several.
-        pad_token_id: the target's.
         tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
 
     Raises:
@@ -275,17 +266,16 @@ class BlockHeadConfig(HeadConfig):
 
     Attributes:
         block_size: slots of a block, the root's included.
-        mask_token_id: of the token that stands in the slots after the root, a row of the target's table.
-        shifted: whether a slot predicts the token after its own position, the root's slot included; otherwise the
-            token at its own position.
-        causal: of each layer, whether a slot sees no later one.
-        windows: of each layer, how many positions a slot sees, its own included; `None` for all.
-        embedding_scale: what embeddings are multiplied by.
-        output_multiplier: what logits are multiplied by, before the cap.
+        mask_token_id: the token in the slots after the root, a row of the target's table.
+        shifted: whether a slot predicts the token after its own position; otherwise the token at it.
+        causal: whether a slot sees no later one, for each layer.
+        windows: number of positions that a slot sees, its own included, for each layer; `None` for all.
+        embedding_scale: factor of the embeddings.
+        output_multiplier: factor of the logits, before the cap.
         final_logit_softcapping: cap of the logits; `None` for none.
-        correction: what the token before adds to a slot's logits: "none"; "vanilla", "gated" or "rnn" of DSpark's
+        correction: how the token before corrects a slot's logits: "none"; "vanilla", "gated" or "rnn" of DSpark's
             Markov heads; "selector" of DFlash 2.
-        correction_rank: of its tables.
+        correction_rank: rank of its tables.
         selector_top_k: candidates of a slot that a selector scores.
         confidence: whether there is a confidence head.
         confidence_with_markov: whether it reads the row of the token before, too.
