@@ -33,8 +33,8 @@ class Objective(ABC):
     """Trains a head for a target."""
 
     def __init__(self, target: FrozenTarget, args: DraftHeadTrainingConfig) -> None:
-        self._target, self._levels, self._decay = target, args.ttt_steps, args.ttt_step_decay
-        self._chunk_size, self._anchor_share = args.loss_chunk_size, args.anchor_share
+        self.target, self.levels, self.decay = target, args.ttt_steps, args.ttt_step_decay
+        self.chunk_size, self.anchor_share = args.loss_chunk_size, args.anchor_share
 
     @staticmethod
     @abstractmethod
@@ -70,22 +70,22 @@ class LevelObjective(Objective):
     def __call__(
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
     ) -> Loss:
-        bound = head.bind(self._target.model, head)  # type: ignore[arg-type]  # a module, too
+        bound = head.bind(self.target.model, head)  # type: ignore[arg-type]  # a module, too
         rows, positions = predicted.nonzero(as_tuple=True)  # the n predicted tokens
-        levels = torch.arange(self._levels, device=positions.device)[:, None]
+        levels = torch.arange(self.levels, device=positions.device)[:, None]
         slots = positions - 2 - levels  # [k, n]
         exists = slots >= 0
         token_ids = head.draft_token_ids
         learnt = torch.isin(read.picks[rows, positions - 1], token_ids)  # other picks have no loss at any level
         rows, positions, slots = rows[learnt], positions[learnt], slots[:, learnt]
         packed, columns = pack(rows, slots, read.picks.shape)
-        first_pass = head.bind(self._target.model, model).run
-        teacher = self._target.teacher(read.hidden[rows, positions - 1], token_ids)
-        factors = (self._decay**levels * exists[:, learnt]).float()
+        first_pass = head.bind(self.target.model, model).run
+        teacher = self.target.teacher(read.hidden[rows, positions - 1], token_ids)
+        factors = (self.decay**levels * exists[:, learnt]).float()
         hidden = unroll(bound, read.features, tokens, len(levels), packed, first_pass=first_pass)
         hidden = hidden[levels, rows, columns]  # [k, m, h]
         parts = [
-            soft_cross_entropy(hidden[one], weight, teacher, factors[one], self._chunk_size, bias)
+            soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.chunk_size, bias)
             for one, (weight, bias) in _by_output_head(bound, len(levels))
         ]
         loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
@@ -119,12 +119,12 @@ class BlockObjective(Objective):
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
     ) -> Loss:
         assert isinstance(head, BlockHead)
-        bound, correction = head.bind(self._target.model, model), head.correction
-        share = self._anchor_share if model.training else 1.0
+        bound, correction = head.bind(self.target.model, model), head.correction
+        share = self.anchor_share if model.training else 1.0
         anchors, drawn = draw_anchors(predicted, share)
-        slots = run_blocks(bound, read.features, tokens, anchors, self._levels)
-        hidden = bound.predicting(slots, self._levels).movedim(2, 0)  # [k, b, m, h]
-        levels = torch.arange(self._levels, device=tokens.device)[:, None, None]
+        slots = run_blocks(bound, read.features, tokens, anchors, self.levels)
+        hidden = bound.predicting(slots, self.levels).movedim(2, 0)  # [k, b, m, h]
+        levels = torch.arange(self.levels, device=tokens.device)[:, None, None]
         texts, ends = torch.arange(len(tokens), device=tokens.device)[:, None], anchors + 1 + levels
         places = ends.clamp(max=tokens.shape[1] - 1)  # [k, b, m] of the predicted tokens
         exists = (predicted[texts, places] & (places == ends) & drawn).cumprod(0).bool()
@@ -134,12 +134,12 @@ class BlockObjective(Objective):
         if correction is not None:
             first = None if head.config.shifted else slots[:, :, 0].flatten(0, 1)
             contexts = contexts_of(correction, hidden.flatten(1, 2), before.flatten(1), first).view(*before.shape, -1)
-        teacher, parts = self._target.teacher(read.hidden[texts, places - 1], token_ids), []
+        teacher, parts = self.target.teacher(read.hidden[texts, places - 1], token_ids), []
         for level, rows in enumerate(learnt):
             of_level = replace(teacher, hidden=teacher.hidden[level][rows])
             context = None if contexts is None else contexts[level][rows]
             found = self._of_slots(head, bound, hidden[level][rows], context, before[level][rows], of_level)
-            parts.append((found[0] * self._decay**level / share, *found[1:]))
+            parts.append((found[0] * self.decay**level / share, *found[1:]))
         loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
         return Loss(loss.sum(), losses, hits, exists.sum((1, 2)))
 
@@ -160,16 +160,16 @@ class BlockObjective(Objective):
             weight,
             teacher,
             torch.ones(1, len(normed), device=normed.device),
-            self._chunk_size,
+            self.chunk_size,
             bias,
             None if added is None else (added[0][None], added[1]),
         )
         if isinstance(correction, CandidateSelector):
             assert context is not None
-            chosen = selection_loss(normed, weight, teacher, correction, context, self._chunk_size, bias)
+            chosen = selection_loss(normed, weight, teacher, correction, context, self.chunk_size, bias)
             total = total + chosen.sum()
         if head.config.confidence:
-            wanted = shared_probability(normed, weight, teacher, self._chunk_size, bias, added)
+            wanted = shared_probability(normed, weight, teacher, self.chunk_size, bias, added)
             sure = head.confidence(states, None if correction is None else correction.before(before))
             total = total + F.binary_cross_entropy_with_logits(sure, wanted, reduction="sum")
         return total, losses, hits
