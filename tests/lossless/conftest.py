@@ -1,4 +1,4 @@
-"""A tiny target, a head that guesses, and a prompt."""
+"""A tiny target, a head that guesses for it or for the `target` of a module, and a prompt."""
 
 import pytest
 import torch

@@ -46,12 +46,6 @@ def target() -> PreTrainedModel:
     return attach(Architecture("llama").build("sdpa"))
 
 
-@pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_three_turns_each_from_the_cache_of_the_last(architecture: Architecture) -> None:
     """Turns cross the windows; every second one is plain, so that each goes on from the other's cache."""

@@ -42,12 +42,6 @@ def target(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
-
-
-@pytest.fixture(scope="module")
 def prompts(target: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     """One row and three of which one is padded; embeddings of no token stand before the tokens of the last two."""
     generator = torch.Generator().manual_seed(0)

@@ -151,30 +151,6 @@ def test_a_tree_that_no_memory_holds_is_refused_before_it_is_drafted() -> None:
         check_three_parts(caught.value)
 
 
-class Restless(Policy):
-    """Another answer at every question, sensible or not."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def choose(self, observation: Any) -> TreeShape:
-        most, depth, top_k, lookup = (self.random.choice([0, 1, 2, 5, 30, 999]) for _ in range(4))
-        return TreeShape(most + 1, depth, top_k + 1, lookup)
-
-    def grow(self, level: Any) -> bool:
-        return self.random.random() < 0.7
-
-    def size(self, scores: Any, levels: Any) -> int:
-        return self.random.randint(-3, 60)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_policy_that_switches_at_random_changes_nothing(
-    seed: int, target: PreTrainedModel, head: DraftHead, plain: Any
-) -> None:
-    assert generate(target, head, Restless(seed)) == plain
-
-
 # --- clocks and costs ----------------------------------------------------------------------------------------------
 
 CLOCKS: dict[str, Callable[[int], float]] = {

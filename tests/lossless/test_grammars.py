@@ -64,12 +64,6 @@ def target() -> PreTrainedModel:
     return attach(Architecture("llama", {"vocab_size": len(VOCABULARY), "eos_token_id": 1}).build("sdpa"))
 
 
-@pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
-
-
 def compiler(tokenizer: PreTrainedTokenizerFast) -> Any:
     xgrammar = pytest.importorskip("xgrammar")
     return xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(VOCABULARY)))

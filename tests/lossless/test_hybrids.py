@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
 
 from tests.caches import check_equal_caches
 from tests.compilation.as_it_is import AsItIs, compiled_as_it_is
-from tests.lossless.answering import Heard
 from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
 from tests.lossless.test_options import StopAfter
 from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
@@ -30,12 +29,6 @@ FAMILIES = recurrent("qwen3_next", "kimi_linear", "falcon_h1-clamped", "lfm3")
 @pytest.fixture(scope="module", params=RECURRENT, ids=str)
 def target(request: pytest.FixtureRequest) -> PreTrainedModel:
     return attach(request.param.build())
-
-
-@pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +167,6 @@ def test_lookups_alone_give_the_text_of_plain_generate(target: PreTrainedModel) 
 @pytest.mark.parametrize("has_head", [True, False], ids=["head", "lookups alone"])
 def test_auto_gives_the_text_of_plain_generate(target: PreTrainedModel, head: DraftHead, has_head: bool) -> None:
     compare(target, head if has_head else None, tokens(9), policy="auto")
-
-
-@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
-def test_the_streamer_gets_what_plain_generate_streams(target: PreTrainedModel, head: DraftHead) -> None:
-    plain, tree = Heard(), Heard()
-    answer(target, tokens(9), streamer=plain)
-    answer(target, tokens(9), streamer=tree, assistant_model=head, policy=AnyShape(0))
-    assert tree.values == plain.values
 
 
 @pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)

@@ -25,12 +25,6 @@ def target() -> PreTrainedModel:
     return attach(Architecture("qwen3").build("sdpa"))
 
 
-@pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
-
-
 def written(target: PreTrainedModel, **options: Any) -> Any:
     set_seed(0)
     return target.generate(return_dict_in_generate=True, max_new_tokens=30, **options)

@@ -76,12 +76,6 @@ def test_scores_and_logits_are_those_of_plain_generate(
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_prompt_may_be_a_single_token(target: PreTrainedModel, head: DraftHead, length: int) -> None:
-    plain, tree = both(target, head, torch.arange(5, 5 + length)[None], **SAMPLING)
-    assert tree.sequences.tolist() == plain.sequences.tolist()
-
-
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_rows_of_a_padded_batch_finish_on_their_own(target: PreTrainedModel, head: DraftHead, do_sample: bool) -> None:
     ids = torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(2))

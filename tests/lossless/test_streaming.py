@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, TextIteratorStreamer, set_seed
+from transformers import LogitsProcessorList, PreTrainedModel, TextIteratorStreamer
 
-from tests.lossless.answering import SAMPLING, WIDE, Heard, Raises, both, in_threads
+from tests.lossless.answering import WIDE, Heard, Raises, both, in_threads
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
 
@@ -69,17 +69,6 @@ def test_a_streamer_that_raises_leaves_the_model_usable(
     assert not streamer.ended
     plain, tree = both(target, head, prompt)
     assert tree.sequences.tolist() == plain.sequences.tolist()
-
-
-def test_drafting_leaves_the_global_generator_where_plain_generate_leaves_it(
-    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
-) -> None:
-    states = []
-    for extra in ({}, {"assistant_model": head}):
-        set_seed(4)
-        target.generate(prompt, max_new_tokens=20, **SAMPLING, **extra)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
 
 
 def test_two_threads_share_a_model(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:

@@ -24,12 +24,8 @@ _MIXER_COUNT = 3
 # Per type: its config, its mixer, and the functions for which kernels exist; here they come apart.
 TARGETS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "qwen3_5_text": (
-        {
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
+        dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 4)
+        | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
         modeling_qwen3_5.Qwen3_5GatedDeltaNet,
         (
             "causal_conv1d_fn",

@@ -30,45 +30,26 @@ from .pair import VOCABULARY, block, cycle, mtp, pair
 _NEW_TOKENS = 48
 _FORWARD_SECONDS, _READING_SECONDS = 8e-3, 2e-4
 
+_TREE = {"with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))}
+_LARGE = {"with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))}
+_CAPTURED = {"captures": True}
+_SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 8}
 CALLS: dict[str, dict[str, Any]] = {
     "stock plain": {},
     "stock prompt lookup": {"prompt_lookup_num_tokens": 8},
     "plain": {"with_head": True, "policy": FixedPolicy(TreeShape.plain())},
-    "8/4/2": {"with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
-    "60/8/10": {"with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
-    "8/4/2 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
-    "60/8/10 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
-    "auto captured": {"captures": True, "with_head": True, "policy": "auto"},
-    "8/4/2 with one text": {"invariant": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
-    "8/4/2 with one text, captured": {
-        "invariant": True,
-        "captures": True,
-        "with_head": True,
-        "policy": FixedPolicy(TreeShape(8, 4, 2)),
-    },
-    "8/4/2 in a window": {"window": 16, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
-    "8/4/2 in a window, captured": {
-        "captures": True,
-        "window": 16,
-        "with_head": True,
-        "policy": FixedPolicy(TreeShape(8, 4, 2)),
-    },
-    "8/4/2 sampled": {
-        "with_head": True,
-        "policy": FixedPolicy(TreeShape(8, 4, 2)),
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 8,
-    },
-    "8/4/2 sampled, penalty": {
-        "with_head": True,
-        "policy": FixedPolicy(TreeShape(8, 4, 2)),
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 8,
-        "repetition_penalty": 1.05,
-    },
-    "8/4/2 of three rows": {"rows": 3, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "8/4/2": _TREE,
+    "60/8/10": _LARGE,
+    "8/4/2 captured": _CAPTURED | _TREE,
+    "60/8/10 captured": _CAPTURED | _LARGE,
+    "auto captured": _CAPTURED | {"with_head": True, "policy": "auto"},
+    "8/4/2 with one text": {"invariant": True} | _TREE,
+    "8/4/2 with one text, captured": {"invariant": True} | _CAPTURED | _TREE,
+    "8/4/2 in a window": {"window": 16} | _TREE,
+    "8/4/2 in a window, captured": {"window": 16} | _CAPTURED | _TREE,
+    "8/4/2 sampled": _TREE | _SAMPLED,
+    "8/4/2 sampled, penalty": _TREE | _SAMPLED | {"repetition_penalty": 1.05},
+    "8/4/2 of three rows": {"rows": 3} | _TREE,
     "auto": {"with_head": True, "policy": "auto"},
     "mtp 8/4/2": {"with_mtp": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "mtp 8/3/2": {"with_mtp": True, "policy": FixedPolicy(TreeShape(8, 3, 2))},
