@@ -15,6 +15,7 @@ from examples.demo import __main__ as demo
 from tests.image_processors import image_target
 from tests.processors import StandIn
 from tests.targets import Architecture
+from training.studies import batches
 from transformers_resps import compat
 from transformers_resps.compat import check_extra
 
@@ -74,14 +75,9 @@ def test_a_command_stops_with_one_line(
     assert f"'transformers-resps[{extra}]'" in said and not [line for line in earlier if "loading" not in line]
 
 
-@pytest.mark.parametrize("module", ["batches"])
-def test_a_smaller_benchmark_stops_with_one_line(
-    module: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(sys.modules, f"training.studies.{module}", raising=False)
-    monkeypatch.setattr(sys, "argv", [module, "target", "head", "--dataset", "prompts.jsonl"])
+def test_a_study_stops_with_one_line(installed: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module(f"training.studies.{module}", run_name="__main__", alter_sys=False)
+        batches.main(["target", "head", "--dataset", "prompts.jsonl"])
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "'transformers-resps[bench]'" in said
 

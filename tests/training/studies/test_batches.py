@@ -1,12 +1,16 @@
 """The measurement of batches: what is counted, and that every way writes the same text."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.compilation.as_it_is import compiled_as_it_is
 from tests.targets import Architecture
+from tests.tools.conversations import save_models, save_rows
 from training.studies.batches import WAYS, BatchBench, GroupTiming, main, table
 from training.studies.experiment import Experiment
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -50,6 +54,20 @@ def test_rates_are_total_tokens_over_total_seconds() -> None:
     assert rows["ragged"]["to_plain_batch"] == 2.0
     assert rows["ragged"]["to_one_by_one"] == 10.0 / 7.5
     assert rows["ragged"]["same_text"] == 0.75
+
+
+def test_the_command_prints_every_way_and_keeps_where_it_ran(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, head = save_models(tmp_path, tiny_target, tiny_head)
+    file = save_rows(tmp_path / "mine.jsonl", [["defg", "hi"], ["klkl"], ["mnop"]])
+    options = ["--limit", "2", "--max-new-tokens", "6", "--repeats", "1", "--batch-sizes", "1", "2", "9"]
+    assert main([target, head, "--dataset", file, *options, "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["way"] for row in found["rows"]} >= {"plain", "ragged", "lockstep", "tree, one by one"}
+    assert all(row["same_text"] == 1.0 for row in found["rows"])
+    assert found["arguments"]["limit"] == 2 and found["runs"] and {"commit", "device", "threads"} <= found.keys()
+    assert "| tree, one by one |" in capsys.readouterr().out
 
 
 def test_sizes_that_no_group_fills_are_refused_in_one_line(
