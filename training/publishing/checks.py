@@ -1,4 +1,4 @@
-"""Find everything that is wrong with a folder before it is published."""
+"""Find all faults of a folder before it is published."""
 
 import json
 import stat
@@ -64,7 +64,7 @@ _ORIGINS = {
 
 
 def _file_faults(folder: Path, file: Path, names: tuple[str, ...]) -> Iterator[str]:
-    """Faults of one file."""
+    """Yield the faults of one file."""
     name = file.relative_to(folder).as_posix()
     if file.is_symlink():
         yield f"{name} is a link, but only plain files are published. Copy the file itself."
@@ -126,7 +126,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def _result_faults(folder: Path) -> Iterator[str]:
-    """Results in another schema, of other weights, or not fit to publish."""
+    """Yield why results may not be published: another schema, other weights, or doubts about them."""
     try:
         results = read_results(folder / RESULTS)
     except ValueError as error:
@@ -148,7 +148,7 @@ def _result_faults(folder: Path) -> Iterator[str]:
 
 
 def _training_prompt_faults(folder: Path) -> Iterator[str]:
-    """The hashes of the training prompts are missing or damaged."""
+    """Yield a fault if the hashes of the training prompts are missing or damaged."""
     try:
         is_kept = read_training_prompts(folder) is not None
     except ValueError as error:
@@ -162,7 +162,7 @@ def _training_prompt_faults(folder: Path) -> Iterator[str]:
 
 
 def _content_faults(artefact: Artefact, names: tuple[str, ...]) -> Iterator[str]:
-    """Faults of the contents, once all files could be read."""
+    """Yield the faults of the contents, once all files could be loaded."""
     folder = artefact.folder
     if (folder / RECIPE).is_file():
         yield from card_faults(artefact.said, artefact.target, RECIPE)

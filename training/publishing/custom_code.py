@@ -12,7 +12,7 @@ _CODE, _REQUIREMENTS = "generate.py", "requirements.txt"
 
 
 def custom_generate_files(artefact: Artefact, name: str) -> dict[str, bytes]:
-    """Path in the repository -> content; the code decodes with what `from_pretrained(name)` loads by default."""
+    """Return the files by their paths in the repository; the code decodes with `from_pretrained(name)` by default."""
     head, policy = (artefact.head, name) if artefact.is_policy else (name, "auto")
     code = (_OURS / _CODE).read_text(encoding="utf-8")
     for constant, value in (("HEAD", head), ("POLICY", policy)):
@@ -28,7 +28,7 @@ def _literal(value: str | None) -> str:
 
 
 def is_ours(folder: Path, file: Path, names: Iterable[str]) -> bool:
-    """Whether a file below `folder` equals, byte for byte, one that is written for one of the `names`."""
+    """Return whether a file below `folder` equals, byte for byte, one that is written for one of the `names`."""
     try:
         artefact = read_artefact(folder)
     except UnreadableArtefactError:

@@ -1,4 +1,4 @@
-"""What a run must say before it starts, so that its result can be published when it ends."""
+"""Checks before a run, so that its result can be published when it ends."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -57,7 +57,7 @@ def check_publishable(recipe: str, args: TrainingArguments, target: str) -> None
 
 
 def card_faults(card: Mapping[str, Any], target: str | None, source: str) -> Iterator[str]:
-    """What the card of a published artefact lacks, and ids in it that the Hub would not take.
+    """Yield what the card of a published artefact lacks, and ids in it that the Hub would not take.
 
     Args:
         card: of the recipe, without faults of kind (`check_card`).
@@ -81,7 +81,7 @@ def card_faults(card: Mapping[str, Any], target: str | None, source: str) -> Ite
 
 
 def target_faults(target: str | None, source: str) -> Iterator[str]:
-    """What is wrong with the name that others load the target by; `source` names the recipe, for the message."""
+    """Yield the faults of the name by which others load the target; `source` names the recipe, for the message."""
     if target is None:
         yield f"No file names the target. Put `target: HUB_ID` under `card` in {source}."
     elif as_hub_id(target) is None:

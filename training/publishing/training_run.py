@@ -1,4 +1,4 @@
-"""Write what a training command adds to the folder that its trainer wrote: the recipe as typed, card and code."""
+"""Write the recipe, card and code of a training command beside the files of its trainer."""
 
 import shlex
 from pathlib import Path
@@ -29,7 +29,7 @@ def recipe_of(command: list[str], settings: dict[str, Any]) -> str:
 
 
 def write_run(folder: Path, recipe: str, *, name: str | None = None) -> None:
-    """Write the recipe with its command, the card and `custom_generate/` beside what a trainer wrote into `folder`.
+    """Write the recipe with its command, the card and `custom_generate/` into the `folder` of a trainer.
 
     Args:
         folder: of the head or policy.

@@ -9,7 +9,6 @@ chains gain a little, and trees, which were read path by path then, nothing.
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
-    python -m training.studies.engine_speed --tau 2.5 --prompt-tokens 16384 --compiled --limit 1 --repeats 1
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
 Method: targets of random weights (`random_target`) and, rigged to each tau (`rigged_head`), a head that drafts as a
@@ -21,7 +20,6 @@ recurrent, Transformers has no prompt lookup.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,7 +81,6 @@ def ways_of(
     shapes: dict[float, Sequence[TreeShape]],
     *,
     compiles: bool,
-    is_eager: bool = True,
     looks_up: bool = True,
 ) -> list[Way]:
     """Every way, in the order of the table.
@@ -92,7 +89,6 @@ def ways_of(
         heads: tau -> the head that is rigged to it.
         shapes: tau -> what that head drafts.
         compiles: whether ours are also decoded with, compiled.
-        is_eager: whether they are decoded with as they are.
         looks_up: whether Transformers' prompt lookup takes the target.
     """
     found = [
@@ -105,8 +101,7 @@ def ways_of(
         own += [(auto, None) for auto in policies(head, {"auto": "auto"})]
         for method, planted in own:
             named = Generate(f"{method.name}, tau {tau:g}", method.keywords)
-            eager, fast = [named] if is_eager else [], [compiled(named)] if compiles else []
-            found += [Way(one, planted) for one in (*eager, *fast)]
+            found += [Way(one, planted) for one in ([named, compiled(named)] if compiles else [named])]
     return found
 
 
@@ -119,14 +114,12 @@ class EngineRun:
         planted: the tau of the way.
         timing: names the way.
         same: whether the text is that of plain decoding.
-        draft_seconds: of a step, the median; `None` where no step is told.
     """
 
     model: str
     planted: float | None
     timing: AnswerTiming
     same: bool
-    draft_seconds: float | None = None
 
 
 def rig(target: Any, texts: Sequence[Tensor], tau: float, draft_vocabulary: int) -> DraftHead:
@@ -144,7 +137,7 @@ class EngineBench:
         model: of `SHAPES`.
         bench: of the target.
         ways: plain decoding first.
-        texts: `[s]` each, the prompts of one length and their plain continuations, by compiled code with `--compiled`.
+        texts: `[s]` each, the prompts of one length and their plain continuations.
         prompt_tokens: of each text.
         not_compiled: why nothing is compiled; `None` where it is.
     """
@@ -169,13 +162,10 @@ class EngineBench:
         ]
         short = replace(prompts[0], input_ids=prompts[0].input_ids[:_WARM_UP])
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(short)
-        writes = compiled(plain_steps()) if args.compiled and reason is None else plain()
-        texts = [torch.cat([prompt.input_ids, bench.decode(prompt, writes).token_ids]) for prompt in prompts]
+        texts = [torch.cat([prompt.input_ids, bench.decode(prompt, plain()).token_ids]) for prompt in prompts]
         heads = {tau: rig(target, texts, tau, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
-        is_eager = reason is not None or not args.compiled
-        looks_up = is_eager and not is_recurrent(target)
-        ways = ways_of(heads, shapes, compiles=reason is None, is_eager=is_eager, looks_up=looks_up)
+        ways = ways_of(heads, shapes, compiles=reason is None, looks_up=not is_recurrent(target))
         return cls(model, bench, ways, texts, args.prompt_tokens, reason)
 
     def run(self, repeats: int) -> Iterator[EngineRun]:
@@ -192,36 +182,20 @@ class EngineBench:
         """Decode a text in some way after its prompt, of which `most` tokens are read."""
         prompt, answer = self.texts[number].tensor_split([self.prompt_tokens])
         run = self.bench.decode(Prompt(f"random/{number}", prompt[:most]), way.method, repeat)
-        same = run.token_ids.tolist() == answer.tolist()
-        taken = [step.draft_seconds for step in run.steps[2:]]  # the prefill, and a draft that reads the prompt
-        return EngineRun(self.model, way.tau, run.timing, same, statistics.median(taken) if taken else None)
-
-
-def _after_prompt(timing: AnswerTiming) -> AnswerTiming:
-    return replace(timing, tokens=timing.tokens - 1, seconds=timing.seconds - timing.prefill_seconds)
+        return EngineRun(self.model, way.tau, run.timing, run.token_ids.tolist() == answer.tolist())
 
 
 def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
-    """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts.
-
-    `after_prompt` is the ratio to plain decoding, or to compiled plain decoding where there is one, of what follows
-    the first token: a long prompt takes longer than its answer. `draft_to_plain` is a draft over such a plain step.
-    """
+    """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts."""
     timed = [run for run in runs if run.timing.repeat >= 0]
     rows = []
     for model, way in dict.fromkeys((run.model, run.timing.method) for run in timed):
         own = [run for run in timed if (run.model, run.timing.method) == (model, way)]
         timings = [run.timing for run in timed if run.model == model]
         found = asdict(summarise(timings, way))
-        after = [_after_prompt(timing) for timing in timings]
-        late, base = summarise(after, way), {"plain, compiled", "plain"} & {timing.method for timing in timings}
-        step = 1 / summarise(after, max(base)).tokens_per_second
-        drafts = [run.draft_seconds for run in own if run.draft_seconds is not None]
         rows.append(
             {"model": model, "way": found.pop("method"), "planted": own[0].planted}
             | {name: value for name, value in found.items() if name != "temperature"}
-            | {"after_prompt": late.ratio if late.compiled_ratio is None else late.compiled_ratio}
-            | {"draft_to_plain": statistics.median(drafts) / step if drafts else None}
             | {"same_text": sum(run.same for run in own) / len(own)}
         )
     return rows
@@ -266,9 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--trees", nargs="+", type=shape, help="besides chains: total_tokens,depth,top_k; default: as deep and wide")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")
-    ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--eager", action="store_true", help="compile nothing")
-    ways.add_argument("--compiled", action="store_true", help="leave out what is not compiled")
+    add("--eager", action="store_true", help="compile nothing")
     add("--pack", action="store_true", help="prepack the target's weights, for every way")
     add("--limit", type=positive, default=4, help="prompts; default: 4")
     add("--prompt-tokens", type=positive, default=64, help="of a prompt; default: 64")

@@ -50,14 +50,6 @@ def test_every_way_of_ours_is_also_compiled() -> None:
         assert way.method.keywords.get("compile", False) == way.method.name.endswith(", compiled")
 
 
-def test_long_prompts_leave_out_what_is_not_compiled() -> None:
-    target = random_target("tiny")
-    heads, shapes = {2.0: DraftHead.from_target(target)}, {2.0: [TreeShape(4, 3, 1)]}
-    ways = ways_of(heads, shapes, compiles=True, is_eager=False, looks_up=False)
-    names = ["plain", "plain, compiled", "tree 4/3/1, tau 2, compiled", "auto, tau 2, compiled"]
-    assert [way.method.name for way in ways] == names
-
-
 def test_efficiency_is_the_share_of_tau_that_became_speed_against_each_plain() -> None:
     runs = [
         EngineRun("tiny", None, AnswerTiming("plain", "r/0", 0, 12, 12, 12.0), True),
@@ -69,5 +61,4 @@ def test_efficiency_is_the_share_of_tau_that_became_speed_against_each_plain() -
     tree = rows["tree 4/3/1, compiled"]
     assert (tree["tau"], tree["ratio"], tree["compiled_ratio"]) == (3.0, 3.0, 2.0)
     assert tree["efficiency"] == 1.0 and tree["compiled_efficiency"] == pytest.approx(2 / 3)
-    assert tree["after_prompt"] == pytest.approx((8.0 - 1.0) / (4.0 - 2.0))
     assert tree["same_text"] == 1.0 and rows["plain, compiled"]["ratio"] == 1.5
