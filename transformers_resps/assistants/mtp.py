@@ -27,7 +27,7 @@ from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource
 from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
-from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
+from ..heads.identity import check_beside, check_is_model, check_made_for, parameter_fingerprint, target_identity
 from ..hub.checkpoint import HUB
 from ..hub.upload import plain_card
 from ..tree import TreeShape
@@ -374,20 +374,8 @@ class MtpHead(TrainableSource, nn.Module):
         return TreeShape(16, 4 if self.settings.depths == 1 else min(4, self.settings.depths), 4)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        check_is_model(target)
-        theirs = target_identity(target)
-        sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        wrong = [
-            f"{key} {self.target[key]} (this target: {theirs[key]})"
-            for key in sizes
-            if self.target[key] != theirs[key]
-        ]
-        if wrong:
-            raise ValueError(
-                f"These MTP layers were loaded for {self.target['name_or_path'] or 'another target'}, not for "
-                f"{theirs['name_or_path'] or type(target).__name__}: they need {', '.join(wrong)}. Load those of this "
-                "target with `MtpHead.from_target(model)`."
-            )
+        sizes = {key: self.target[key] for key in ("hidden_size", "vocab_size")}
+        check_made_for(target, sizes, self.target, [])
 
     def fingerprint(self) -> str:
         return parameter_fingerprint(self)
@@ -427,12 +415,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
-        table = input_embedding(target)
-        if table.weight.device != self.device and not hasattr(table, "_hf_hook"):
-            raise ValueError(
-                f"The MTP layers are on {self.device}, but the target's embedding is on {table.weight.device}. Call "
-                f"`head.to('{table.weight.device}')`, or load them with `target=model`."
-            )
+        check_beside(self.device, input_embedding(target))
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
         self.prepare(target)

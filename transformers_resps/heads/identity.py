@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -52,16 +53,16 @@ def check_made_for(
         raise ValueError(
             f"This head was made for {known.get('name_or_path') or 'another target'}, not for "
             f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
-            "belongs to this target, or train one with `DraftHeadTrainer`."
+            "belongs to this target (its MTP layers with `MtpHead.from_target`), or train one with `DraftHeadTrainer`."
         )
 
 
-def check_beside(head: PreTrainedModel, table: nn.Module) -> None:
-    """Raise a `ValueError` for a head that is on another device than its target's embedding `table`."""
+def check_beside(own: torch.device, table: nn.Module) -> None:
+    """Raise a `ValueError` for a head whose `own` device is another than that of its target's embedding `table`."""
     device = table.weight.device
-    if device != head.device and not hasattr(table, "_hf_hook"):
+    if device != own and not hasattr(table, "_hf_hook"):
         raise ValueError(
-            f"The head is on {head.device}, but the target's embedding is on {device}. "
+            f"The head is on {own}, but the target's embedding is on {device}. "
             f"Call `head.to('{device}')`, or load the head with `target=model`."
         )
 

@@ -273,7 +273,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
-        check_beside(self, input_embedding(target))
+        check_beside(self.device, input_embedding(target))
 
     def packed_view(self) -> Self:
         """The head with layers that multiply by packed weights; this very head where that is no faster.
