@@ -32,9 +32,9 @@ def test_a_fresh_layer_learns_and_leaves_alone_what_it_borrows(tmp_path: Path) -
     saved: Any = MtpHead.from_pretrained(tmp_path / "head", target)
     torch.testing.assert_close(bits(saved), bits(trainer.head), atol=0.01, rtol=0.01)  # in bfloat16
     assert saved.draft_token_ids.tolist() == trainer.draft_vocabulary().token_ids.tolist()
-    names = load_file(tmp_path / "head" / "model.safetensors").keys()
-    assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"} < names
-    assert not any("embed_tokens" in name or "head" in name for name in names)
+    names, layer = load_file(tmp_path / "head" / "model.safetensors").keys(), target.config.num_hidden_layers
+    ours = {f"model.layers.{layer}.{part}.weight" for part in ("eh_proj", "shared_head.norm", "self_attn.q_proj")}
+    assert ours < names and not any("embed_tokens" in name or "shared_head.head" in name for name in names)
 
 
 @pytest.mark.parametrize("settings", [{}, {"depths": 2}], ids=str)

@@ -135,8 +135,9 @@ class MtpHead(TrainableSource, nn.Module):
         self._rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
-        """Return the name of a tensor in a checkpoint that numbers these layers after the target's own."""
+        """Return DeepSeek-V3's name of a tensor: in layers that are numbered after the target's own."""
         _, depth, rest = name.split(".", 2)
+        rest = re.sub(r"^(norm|head)\.", r"shared_head.\1.", rest.removeprefix("block."))
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
 
     @classmethod
@@ -224,7 +225,7 @@ class MtpHead(TrainableSource, nn.Module):
         draft_token_ids: Tensor | Sequence[int] | None = None,
         **settings: Any,
     ) -> "MtpHead":
-        """Make an untrained module for `target`, in its dtype and on its device, in the names of Qwen3.5's.
+        """Make an untrained module for `target`, in its dtype and on its device, in the names of DeepSeek-V3's.
 
         It begins with the target's own state, and a copy of its last layer that adds nothing yet, which trains faster.
 
@@ -245,8 +246,6 @@ class MtpHead(TrainableSource, nn.Module):
         if not config.experts and "mlp.gate.weight" in decoder_layers(target)[-1].state_dict():
             config = replace(config, experts=(True,) * config.depths)
         head = cls(config, target).to(target.device, target.dtype)
-        if config.depths == 1:
-            head._stored = {name: Stored.whole(_fresh_name(name)) for name in head._stored}
         head._start_from(target)
         return head.eval()
 
@@ -435,22 +434,6 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 _SMALLEST_FACTOR = 0.1  # by which a norm is undone
-# Names of the parts of a new module.
-_FRESH = {
-    "enorm": "pre_fc_norm_embedding",
-    "hnorm": "pre_fc_norm_hidden",
-    "eh_proj": "fc",
-    "norm": "norm",
-    "embed_tokens": "embed_tokens",
-    "block": "layers.0",
-    "head": "layers.0.shared_head.head",
-}
-
-
-def _fresh_name(ours: str) -> str:
-    """Return the name of a tensor of a new module with one depth."""
-    part, rest = ours.removeprefix("layers.0.").split(".", 1)
-    return f"mtp.{_FRESH[part]}.{rest}"
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
