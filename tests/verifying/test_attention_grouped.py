@@ -20,10 +20,9 @@ from transformers_resps.verifying.attention import (
     attend,
     grouped_attention,
     stacked,
-    tree_attention_mask,
-    tree_positions,
     use_gqa_attention,
 )
+from transformers_resps.verifying.masks import tree_attention_mask, tree_positions
 
 
 def tree_logits(target: PreTrainedModel, batch_size: int) -> Tensor:

@@ -12,8 +12,8 @@ from tests.trees import parents, path_of
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.attention import tree_attention_mask, tree_positions
 from transformers_resps.verifying.cache import compact, compact_ragged, keep_rows
+from transformers_resps.verifying.masks import tree_attention_mask, tree_positions
 
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11], [9, 1, 2, 6, 6, 8, 2, 10, 3]])
@@ -63,16 +63,6 @@ def test_the_cache_keeps_the_accepted_path_and_forgets_the_rest(
         slots = [*range(past), *(past + node for node in path)]
         assert torch.equal(cache.layers[0].keys[row], before[row, :, slots])
         assert torch.equal(cache.layers[0].values[row], -before[row, :, slots])
-
-
-def test_the_mask_is_never_bool() -> None:
-    """Eager attention adds its mask to the scores: a bool one would be silently wrong."""
-    tree = DraftTree.from_parents(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 0, 0]]))
-    config = Architecture("llama").build("sdpa").config
-    mask = tree_attention_mask(config, DynamicCache(config=config), None, tree, torch.bfloat16)
-    assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bfloat16
-    lowest = torch.finfo(torch.bfloat16).min
-    assert mask[0, 0].tolist() == [[0, lowest, lowest], [0, 0, lowest], [0, lowest, 0]]
 
 
 def test_sliding_layers_hold_the_last_entries_of_every_row() -> None:

@@ -25,6 +25,7 @@ from transformers_resps.verifying.invariant.attention import (
     levels_below,
 )
 from transformers_resps.verifying.invariant.row_classes import RowClasses
+from transformers_resps.verifying.masks import AttentionPattern
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -165,7 +166,7 @@ def attend(
 ) -> Tensor:
     reads = BlockReads(layout, places, queries.dtype)
     keys, values = buffers
-    module, mask = Module(), reads.mask(window)
+    module, mask = Module(), reads.mask(AttentionPattern(window))
     return invariant_attention(module, queries.transpose(1, 2), keys, values, mask, resps_reads=reads, s_aux=sinks)[0]
 
 
@@ -352,7 +353,7 @@ def test_a_kernel_of_a_gpu_gets_what_it_takes() -> None:
     layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
     reads = BlockReads(Layout(*(part.to("meta") for part in layout)), torch.zeros(1, 3, device="meta"), torch.bfloat16)
     query, key, value = (torch.empty(1, *sizes, device="meta", dtype=torch.bfloat16) for sizes in META_SIZES)
-    mask = reads.mask(None)
+    mask = reads.mask(AttentionPattern())
     found, _ = invariant_attention(Module(), query, key, value, mask, resps_reads=reads)
     assert found.shape == (1, 3, 6, 16) and found.device.type == "meta"
 
@@ -361,7 +362,7 @@ def test_a_kernel_of_a_gpu_gets_what_it_takes() -> None:
 def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtype) -> None:
     """Those of a GPU multiply by log2(e), and give a row whose scores are all infinite the log-sum-exp 0."""
     layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
-    mask = BlockReads(layout, torch.arange(70, 73)[None], dtype).mask(None)
+    mask = BlockReads(layout, torch.arange(70, 73)[None], dtype).mask(AttentionPattern())
     assert mask.min() < -3e4 and (mask.float() / math.log(2)).isfinite().all()
 
 

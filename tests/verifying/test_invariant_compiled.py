@@ -16,6 +16,7 @@ from transformers_resps.compilation.native import bf16_block_attention
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.invariant.attention import BlockReads, Layout
+from transformers_resps.verifying.masks import AttentionPattern
 
 
 SCALE = 0.125
@@ -25,7 +26,7 @@ WINDOWS = (None, 1, 40, 64, 200)
 def asked(case: Case, layout: Layout, window: int | None) -> list[Tensor]:
     """What the operator gets of a whole tree."""
     places = torch.tensor(case.roots)[:, None] + case.drafted.depths
-    mask = BlockReads(layout, places, torch.bfloat16).mask(window)
+    mask = BlockReads(layout, places, torch.bfloat16).mask(AttentionPattern(window))
     return [case.queries.transpose(1, 2), *case.buffers(), mask, layout.groups, layout.slots]
 
 

@@ -13,13 +13,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
 from ..drafting import Entries, Places, StepModel, Wanted, at_wanted
-from ..verifying.attention import last_position, use_gqa_attention
-from ..verifying.cache import window_of
-from ..verifying.hybrids import is_recurrent, layer_kinds, recurrence_obstacle
+from ..verifying.attention import use_gqa_attention
+from ..verifying.hybrids import is_recurrent, recurrence_obstacle
+from ..verifying.masks import (
+    ATTENTION_TYPES,
+    additive,
+    attention_patterns,
+    last_position,
+    layer_types,
+)
 from .loaded import LoadedModel
 
 
-_KINDS = {"full_attention", "sliding_attention"}
 _PADDED = 0.01  # the share of its rows by which a vocabulary may be padded
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_TOLERANCE = 0.25  # of the largest logit
@@ -49,7 +54,7 @@ class CausalDrafter(LoadedModel):
                 "has recurrent layers, whose state cannot branch in a tree. Pass a model with attention alone, or "
                 "`policy='auto'` without an assistant, which drafts by lookup."
             )
-        odd = layer_kinds(model) - _KINDS
+        odd = layer_types(model) - ATTENTION_TYPES
         if odd:
             return f"has layers of the kind {sorted(odd)}, which it would draft wrongly with. Pass another model."
         if "position_ids" not in signature(model.forward).parameters:
@@ -120,9 +125,7 @@ class _Steps(StepModel):
         self._known_tokens = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         self._has_unknown = target_vocab_size > self._known_tokens
         self.proposable_tokens = min(target_vocab_size, _vocab_size(model))
-        kinds: list[str | None] = getattr(config, "layer_types", None) or [None]
-        layers = DynamicCache(config=config)
-        self._windows = {kind: window_of(layers, kinds.index(kind)) for kind in kinds}
+        self._patterns = attention_patterns(config, DynamicCache(config=config))
         self._last_position = last_position(config, 0)
         self.device, self.dtype = model.device, model.dtype
 
@@ -167,26 +170,19 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Make a mask for each kind of layers if there are several; `None` for plain causal attention."""
+        """Make the mask, or one for each layer type; `None` where the model attends as to a text."""
         mask = entries.mask
-        if not any(self._windows.values()):
+        patterns = {name: pattern for name, pattern in self._patterns.items() if pattern is not None}
+        if all(pattern.window is None for pattern in patterns.values()):
             if mask is None:
                 return None
-            masks = dict.fromkeys(self._windows, self._additive(mask))
+            masks = dict.fromkeys(patterns, additive(mask, self.dtype))
         else:  # the positions of all entries are kept with them, as one more layer
             own = positions[:, None, :, None].float()
             known, _ = entries.update(own, own, self._config.num_hidden_layers)
-            distance = own - known.transpose(-1, -2)  # [b, 1, t, s]
-            seen = distance >= 0 if mask is None else mask
-            windows = self._windows.items()
-            masks = {
-                kind: self._additive(seen if size is None else seen & (distance < size)) for kind, size in windows
-            }
+            keys = known.transpose(-1, -2)
+            masks = {name: additive(one.mask(own, keys, mask), self.dtype) for name, one in patterns.items()}
         return masks.get(None, masks)
-
-    def _additive(self, mask: Tensor) -> Tensor:
-        """Eager attention adds a mask to the scores, and SDPA would make the same of a bool one in each layer."""
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
 class _Shown(Entries):

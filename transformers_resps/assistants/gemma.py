@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..drafting import Entries, Places, StepModel, Wanted
 from ..verifying.forward import decoder_layers
-from ..verifying.hybrids import layer_kinds
+from ..verifying.masks import layer_types
 from ..verifying.verifier import TargetEntries, Verifier
 from .loaded import LoadedModel
 
@@ -37,7 +37,7 @@ class GemmaAssistant(LoadedModel):
     def _obstacle(self, target: PreTrainedModel) -> str | None:
         model, config = self.model, target.config.get_text_config(decoder=True)
         way_out = "Load the assistant of the target's own size, `google/gemma-4-E4B-it-assistant` for example."
-        if not config.model_type.startswith("gemma4") or not layer_kinds(model) <= layer_kinds(target):
+        if not config.model_type.startswith("gemma4") or not layer_types(model) <= layer_types(target):
             return f"drafts for Gemma 4 alone, not for a {type(target).__name__} ({config.model_type}). {way_out}"
         needed = {
             "hidden_size": model.config.backbone_hidden_size,

@@ -33,6 +33,7 @@ from ..hub.upload import plain_card
 from ..tree import TreeShape
 from ..verifying.attention import GROUPED
 from ..verifying.forward import decoder_layers
+from ..verifying.masks import AttentionPattern, additive
 from ..verifying.prepacking import PackedWeights, packed_linear
 from .mtp_layouts import MtpCheckpoint, MtpConfig, Stored
 
@@ -507,8 +508,9 @@ class BoundMtp(TrainableModel):
         self._kinds = _kinds_of_angles(self._rotary, config)
         self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
         types = [config.layer_type(depth) for depth in range(config.depths)]
-        self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
-        is_odd = any(config.experts) or any(self._windows)  # values choose experts, and lengths what a window shows
+        self._patterns = [AttentionPattern.of_type(name, text) for name in types]
+        has_windows = any(pattern.window is not None for pattern in self._patterns)
+        is_odd = any(config.experts) or has_windows  # values choose experts, and lengths what a window shows
         self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
@@ -547,10 +549,10 @@ class BoundMtp(TrainableModel):
         if self._kinds:
             at = 2 * list(self._kinds).index(self._config.layer_type(depth))
             options["position_embeddings"] = places[at : at + 2]
-        window, mask = self._windows[depth], entries.mask
-        if window is not None:
-            mask = _near(entries, positions, window)
-            entries = entries if mask is not None else _Newest(entries, window)
+        pattern, mask = self._patterns[depth], entries.mask
+        if pattern.window is not None:
+            mask = _near(entries, positions, pattern)
+            entries = entries if mask is not None else _Newest(entries, pattern.window)
         if self._layers[depth].is_eager:
             mask = _added(mask, embeddings)
         options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
@@ -599,18 +601,18 @@ def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
     return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
 
 
-def _near(entries: Entries, positions: Tensor, window: int) -> Tensor | None:
-    """The mask of `entries`, without those of the text that a window has left; `None` where a lone query has none.
+def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
+    """Hide entries of the text that have left the window from the mask of all; `None` where a lone query has none.
 
-    Positions are slots, `[b or 1, t, 1]`.
+    Positions are slots, `[b or 1, t, 1]`. A tree, in the slots below 0, never leaves the window.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
         return None
     length = count if mask is None else mask.shape[-1]
     slots = torch.arange(length, device=positions.device) + entries.first_slot
-    near = (slots < 0) | (slots > positions - window)
-    return (near if mask is not None else near & (slots <= positions))[:, None] & (True if mask is None else mask)
+    keys = torch.where(slots < 0, positions, slots)
+    return pattern.mask(positions[:, None], keys[:, None], mask)
 
 
 class _Newest(Entries):
@@ -635,5 +637,6 @@ def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask is None and count == 1:
         return None
     if mask is None:
-        mask = torch.ones(1, 1, count, count, dtype=torch.bool, device=like.device).tril()
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, torch.finfo(like.dtype).min)
+        order = torch.arange(count, device=like.device)
+        mask = AttentionPattern().mask(order[:, None], order)[None, None]
+    return additive(mask, like.dtype)

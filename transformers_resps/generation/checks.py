@@ -33,11 +33,12 @@ from ..drafting import DraftSource
 from ..drafting.continuations import LONGEST_DRAFT
 from ..policies.base import Policy
 from ..tree import TreeShape
-from ..verifying.attention import is_flash, longrope_boundary
+from ..verifying.attention import is_flash
 from ..verifying.cache import cached_length, check_cache, given_cache, window_of
 from ..verifying.forward import is_compiled
-from ..verifying.hybrids import RECURRENT_KINDS, is_recurrent, layer_kinds, recurrence_obstacle
+from ..verifying.hybrids import is_recurrent, recurrence_obstacle
 from ..verifying.invariant.attention import LENT
+from ..verifying.masks import longrope_boundary, unknown_layer_types
 from .keywords import AUTO, PLAIN, Keywords, is_name
 
 
@@ -97,9 +98,6 @@ _MEDIA = ("image", "video", "audio", "vision")
 _PIXELS = tuple(
     name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
 )
-# "mlp" and "moe" are layers without attention.
-_LAYER_KINDS = RECURRENT_KINDS | {"full_attention", "sliding_attention", "hybrid", "mlp", "moe"}
-
 # Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
 _ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
 _ROUNDING_LAYERS = frozenset(
@@ -456,7 +454,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
         return "counts the window of its local layers in cache slots"
     if not model.config.is_encoder_decoder and "position_ids" not in inspect.signature(model.forward).parameters:
         return "takes no `position_ids`"
-    odd = layer_kinds(model) - _LAYER_KINDS
+    odd = unknown_layer_types(model)
     if odd:
         return f"has layers of the kind {sorted(odd)}"
     rope = getattr(config, "rope_parameters", None) or {}

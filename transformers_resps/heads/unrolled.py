@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..drafting import Entries, TrainableModel, Wanted
 from ..verifying.attention import attend
+from ..verifying.masks import AttentionPattern
 from .block_head import BoundBlockHead
 
 
@@ -176,22 +177,22 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
     before = order < anchors.repeat_interleave(count, dim=1)[..., None]  # [b, m * q, t]
     same = slots[:, None] // count == slots // count
 
-    def masked(is_causal: bool, window: int | None) -> Tensor:
-        near = before if window is None else before & (positions.flatten(1)[..., None] - order < window)
-        own = same & (slots <= slots[:, None]) if is_causal else same
+    def masked(pattern: AttentionPattern) -> Tensor:
+        near = pattern.mask(positions.flatten(1)[..., None], order, before)
+        own = pattern.mask(slots[:, None], slots) & same  # a block is shorter than the window
         return torch.cat([near, own.expand(rows, -1, -1)], dim=-1)[:, None]
 
     def together(states: Tensor) -> Tensor:
         """`[b * m, heads, q, hd]` -> `[b, heads, m * q, hd]`."""
         return states.reshape(rows, blocks, *states.shape[1:]).transpose(1, 2).flatten(2, 3)
 
-    kinds = list(zip(model.causal, model.windows, strict=True))
-    masks = {kind: masked(*kind) for kind in dict.fromkeys(kinds)}
+    patterns = [AttentionPattern(*kind) for kind in zip(model.windows, model.causal, strict=True)]
+    masks = {pattern: masked(pattern) for pattern in dict.fromkeys(patterns)}
 
     def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         entries = zip(model.context_entries(layer, fused, text), (keys, values), strict=True)
         keys, values = (torch.cat([of_text, together(own)], dim=2) for of_text, own in entries)
-        attended = attend(together(queries), keys, values, masks[kinds[layer]])
+        attended = attend(together(queries), keys, values, masks[patterns[layer]])
         return attended.reshape(rows, -1, blocks, *queries.shape[2:]).transpose(1, 2).flatten(0, 1)
 
     roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)

@@ -1,4 +1,4 @@
-"""What the target attends to when it verifies a tree, and SDPA for heads that share keys.
+"""SDPA for heads that share keys, as the attention of a target while it verifies trees.
 
 With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
 `enable_gqa` reads them once for each head. Here these heads become queries of one head, which gives the same up to
@@ -15,24 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compilation.native import attends_natively, bf16_attention
-from ..tree import DraftTree
-from .cache import cached_length, visible_length, window_of
-from .hybrids import RECURRENT_KINDS
 from .lending import Change, lent
+from .masks import additive
 
 
 STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementations
 # On accelerators PyTorch's memory-efficient kernel takes a mask whose rows begin at multiples of 8 elements, of 16 in
 # older releases, and copies any other (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
-# Positions that a decoder's table has: Whisper's, LED's, all others'.
-_TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that `sdpa` alone heeds, and that change the result
 
 
@@ -115,7 +111,7 @@ def attend(
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if mask is not None and mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+            mask = additive(mask, query.dtype)
         attended: Tensor = bf16_attention(query, key, value, mask, scale)
         return attended.transpose(1, 2)
     batch_size, heads, count = query.shape[:3]
@@ -186,99 +182,3 @@ def _flash_or_tree(
     """`flash`, which takes masks `[b, s]` of padding alone; with a mask for each node `grouped_attention`."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)
-
-
-def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
-    """Position ids `[..., b, n]` of the nodes, given those of the roots `[..., b, 1]`, or that of all roots."""
-    return tree.depths + root_positions
-
-
-def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """The largest position that a node may take; `None` where there is no limit.
-
-    A table of learned positions ends there. 'longrope' switches the frequencies of a whole forward as soon as one
-    position passes the original context; plain decoding does so one token at a time. `root_position` is the first
-    tree's.
-    """
-    config = config.get_text_config()
-    boundary = longrope_boundary(config)
-    if boundary is not None:
-        return boundary - 1 if root_position < boundary else None
-    most = next((getattr(config, name) for name in _TABLE_SIZES if getattr(config, name, None) is not None), None)
-    return None if getattr(config, "rope_parameters", None) or most is None else int(most) - 1
-
-
-def longrope_boundary(config: PretrainedConfig) -> int | None:
-    """The first position at which 'longrope' switches the frequencies of a whole forward; `None` for other ropes."""
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-
-
-def tree_attention_mask(
-    config: PretrainedConfig,
-    cache: Cache,
-    prefix_mask: Tensor | None,
-    tree: DraftTree,
-    dtype: torch.dtype,
-    ends: Tensor | None = None,
-) -> Tensor | dict[str, Tensor | None]:
-    """The additive 4-D mask of a tree's forward.
-
-    Args:
-        config: the target's.
-        cache: before the forward.
-        prefix_mask: `[b, s]`, 0 where a row has no entry in a slot, or padding; `None` when there is no such slot.
-        tree: the nodes to verify.
-        dtype: the target's.
-        ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
-
-    Returns:
-        `[b, 1, n, visible past + n]`: 0 where a node may look, else the dtype's minimum. A dict of masks by layer type
-        where the target has several types; `None` for recurrent ones. A float mask on purpose: eager attention adds a
-        bool one to the scores.
-    """
-    layer_types = getattr(config.get_text_config(), "layer_types", None)
-    if layer_types is None:
-        return _mask(cache, 0, prefix_mask, tree, dtype, ends)
-    masks: dict[str, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
-    for kind in dict.fromkeys(layer_types):
-        if kind not in masks:
-            mask = _mask(cache, layer_types.index(kind), prefix_mask, tree, dtype, ends)
-            masks |= {"full_attention": mask} if kind == "hybrid" else {kind: mask}
-    return masks
-
-
-def _mask(
-    cache: Cache,
-    layer_index: int,
-    prefix_mask: Tensor | None,
-    tree: DraftTree,
-    dtype: torch.dtype,
-    ends: Tensor | None,
-) -> Tensor:
-    """The mask of one layer. Sliding windows count in slots, as Transformers' own masks do: a node's slot is where it
-    would stand if its path were the text.
-    """
-    past, visible, window = cached_length(cache), visible_length(cache, layer_index), window_of(cache, layer_index)
-    batch_size, node_count = tree.tokens.shape
-    minimum = torch.finfo(dtype).min
-    device = tree.tokens.device
-    mask = torch.zeros(batch_size, 1, node_count, visible + node_count, dtype=dtype, device=device)
-    mask[..., visible:].masked_fill_(~tree.ancestors[:, None], minimum)
-    slides = window is not None and past + node_count > window - 1
-    if prefix_mask is None and not slides:
-        return mask
-    past_slots = torch.arange(past - visible, past, device=device).expand(batch_size, -1)
-    if ends is not None and window is not None:  # rows end where the layer ends, see `compact_ragged`
-        past_slots = past_slots + ends - past
-    if prefix_mask is not None:
-        hidden = (prefix_mask.gather(1, past_slots.clamp(min=0)) == 0) | (past_slots < 0)
-        mask[..., :visible].masked_fill_(hidden[:, None, None], minimum)
-    if window is not None and slides:
-        node_slots = tree.depths + (past if ends is None else ends)  # [b, n]
-        key_slots = torch.cat([past_slots, node_slots], dim=1)[:, None, None, :]
-        mask.masked_fill_(key_slots <= node_slots[:, None, :, None] - window, minimum)
-    return mask

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..tree import DraftTree
-from .attention import tree_attention_mask, tree_positions
 from .cache import (
     compact,
     compact_ragged,
@@ -19,6 +18,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
+from .masks import tree_attention_mask, tree_positions
 from .rows import RowEnds
 from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
@@ -73,7 +73,7 @@ class TreeVerifier(Verifier):
         self._newest_nodes = tree.node_count
         return outputs.logits, features
 
-    def _tree_mask(self, tree: DraftTree) -> Tensor | dict[str, Tensor | None]:
+    def _tree_mask(self, tree: DraftTree) -> Tensor | dict[str | None, Tensor | None] | None:
         target, prefix_mask = self.forward.target, self.rows.prompt_mask(self.length)
         ends = None if self.rows.slots.is_even else self.rows.slots.ends(tree.tokens.device)
         return tree_attention_mask(target.config, self.forward.cache, prefix_mask, tree, target.dtype, ends)

@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from ..compat import CACHE_KEYWORD, HAS_RECURRENT_STATES
 from ..tree import DraftTree
 from .lending import Change, lent
+from .masks import HYBRID_TYPES, RECURRENT_TYPES, layer_types
 
 
 # Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other, and
@@ -60,19 +61,12 @@ _REFUSED = {
     "xlstm": "keeps its states in a cache of its own",
 }
 
-# Kinds of layers, as `config.layer_types` names them, whose state is no list of keys and values.
-RECURRENT_KINDS = frozenset(("linear_attention", "conv", "mamba"))
-_MIXED_KINDS = frozenset(("hybrid", "hybrid_sliding"))
-
-
-def layer_kinds(model: PreTrainedModel) -> set[str]:
-    """The kinds of the target's layers; empty where its config does not tell them."""
-    return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+_STATEFUL_TYPES = RECURRENT_TYPES | HYBRID_TYPES.keys()
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether the target has layers with a state that cannot be taken back."""
-    return bool(getattr(model, "_is_stateful", False) or layer_kinds(model) & (RECURRENT_KINDS | _MIXED_KINDS))
+    return bool(getattr(model, "_is_stateful", False) or layer_types(model) & _STATEFUL_TYPES)
 
 
 def known_mixers(model: nn.Module) -> dict[int, Any]:
@@ -90,14 +84,14 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
         return None
     if not HAS_RECURRENT_STATES:
         return "has recurrent layers, which need Transformers 5.24 or newer"
-    if "hybrid_sliding" in layer_kinds(model):
+    if "hybrid_sliding" in layer_types(model):
         return "has layers with a recurrent state and a sliding window in one"
     kinds = getattr(config, "layer_types", None) or ()
     known = known_mixers(model)
-    recurrent = [index for index, kind in enumerate(kinds) if kind in RECURRENT_KINDS | _MIXED_KINDS]
+    recurrent = [index for index, kind in enumerate(kinds) if kind in _STATEFUL_TYPES]
     if not recurrent or any(index not in known for index in recurrent):
         return "has recurrent layers of a class that is not known to read several tokens as one after the other"
-    if len(recurrent) == len(kinds) and not set(kinds) & _MIXED_KINDS:
+    if len(recurrent) == len(kinds) and not set(kinds) & HYBRID_TYPES.keys():
         return _REFUSED["mamba2"]
     return None
 

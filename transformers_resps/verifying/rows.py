@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention import last_position
+from .masks import last_position
 from .cache import cached_length
 from .forward import TargetForward
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..tree import DraftTree
-from .attention import is_flash, last_position
+from .attention import is_flash
 from .forward import TargetForward
 from .growing import GrowingMode
 from .verifier import Verifier

@@ -11,14 +11,14 @@ from transformers_resps.tree import DraftTree
 from ..planting import Function, Mutation, bug
 
 
-SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+SIGHT = "tests/verifying/test_masks.py::test_a_node_sees_the_prefix_and_its_own_path"
 ATTENDING = "tests/compilation/test_native.py::test_packaged_code_attends_by_it"
 MULTIPLYING = "tests/compilation/test_native.py::test_packaged_code_multiplies_by_it_alike_whatever_rows_stand_beside"
 TEXTS = "tests/verifying/test_invariant_compiled.py::"
 BLOCKS = f"{TEXTS}test_a_node_gets_the_bits_of_its_text_alone_by_any_number_of_threads"
 GATING = "tests/compilation/test_native.py::test_packaged_code_rounds_what_is_gated_as_pytorch_does"
 PROMPTS = "tests/generation/test_compiling_prompts.py::test_text_and_cache_are_those_of_plain_decoding"
-WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
+WINDOW = "tests/verifying/test_masks.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 ENCODED = "tests/lossless/test_encoder_decoders.py::test_chains_write_what_plain_decoding_writes"
 BEGUN = "tests/lossless/test_encoder_decoders.py::test_a_decoder_may_begin_with_a_prompt"
@@ -50,7 +50,7 @@ def move_from_the_prefix(move_forward: Function, states: Tensor, path: Tensor, s
         states[..., start : start + path.shape[1], :] = states.index_select(3, path[0])
 
 
-@bug("nodes see their children", "verifying.attention:tree_attention_mask", SIGHT)
+@bug("nodes see their children", "verifying.masks:tree_attention_mask", SIGHT)
 def see_children(
     tree_attention_mask: Function,
     config: Any,
@@ -64,7 +64,7 @@ def see_children(
     return tree_attention_mask(config, cache, prefix_mask, upside_down, *rest, **options)
 
 
-@bug("padding is seen, and the text is not", "verifying.attention:tree_attention_mask", SIGHT)
+@bug("padding is seen, and the text is not", "verifying.masks:tree_attention_mask", SIGHT)
 def see_the_text_as_padding(
     tree_attention_mask: Function, config: Any, cache: Any, prefix_mask: Tensor | None, *rest: Any, **options: Any
 ) -> Any:
@@ -72,7 +72,7 @@ def see_the_text_as_padding(
     return tree_attention_mask(config, cache, inverted, *rest, **options)
 
 
-@bug("positions count nodes", "verifying.attention:tree_positions", SIGHT)
+@bug("positions count nodes", "verifying.masks:tree_positions", SIGHT)
 def count_nodes_as_positions(tree_positions: Function, tree: DraftTree, root_positions: Tensor | int) -> Tensor:
     return torch.arange(tree.node_count).expand_as(tree.tokens) + root_positions
 

@@ -16,7 +16,7 @@ CHILD = "tests/test_tree.py::test_a_child_is_the_first_that_carries_the_token"
 CHAIN = "tests/test_tree.py::test_a_merged_chain_adds_its_texts_and_nothing_else"
 MERGED = "tests/test_tree.py::test_merged_pools_hold_every_path_once_with_its_best_score"
 MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
-SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+SIGHT = "tests/verifying/test_masks.py::test_a_node_sees_the_prefix_and_its_own_path"
 
 
 @bug("kept nodes stand in order of score", "tree:DraftTree.from_pool", POOL)

@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from ...compilation.native import attends_natively, bf16_block_attention
 from ..attention import GROUPED, STOCK, grouped_attention
 from ..lending import Change, lent
+from ..masks import AttentionPattern, additive
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -315,26 +316,24 @@ class BlockReads:
         self.layout, self._places, self._dtype = layout, places, dtype
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
-    def mask(self, window: int | None) -> Tensor:
-        """The additive mask of a kind of layers, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: of shared blocks, then of
+    def mask(self, pattern: AttentionPattern) -> Tensor:
+        """The additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: of shared blocks, then of
         groups. Some targets hand on a view of it.
         """
         layout = self.layout
-        shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, window)
+        shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
         if not layout.groups.shape[1]:
             return shared.flatten(1, 2)[:, None]
         starts, places = layout.starts[..., None, None], layout.places[..., None]
-        own = self._shown(starts + torch.arange(BLOCK, device=starts.device), places, places, window)
+        own = self._shown(starts + torch.arange(BLOCK, device=starts.device), places, places, pattern)
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
-    def _shown(self, keys: Tensor, places: Tensor, last: Tensor, window: int | None) -> Tensor:
+    def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
         """Where nodes at `places` see keys at other places, up to the `last`."""
-        seen = keys <= last
-        if window is not None:
-            seen = seen & (places - keys < window)
+        seen = pattern.mask(places, keys, keys <= last)
         # Kernels on a GPU multiply scores by log2(e): the minimum itself would become infinite there, and they give a
         # block without any key the log-sum-exp 0.
-        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min / 2)
+        return additive(seen, self._dtype, hidden=torch.finfo(self._dtype).min / 2)
 
     def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
         """Lay out the entries for layers of this mask, these heads and buffers of `slots` slots."""

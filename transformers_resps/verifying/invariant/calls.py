@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from ...compilation.native import keeps_rows_apart
-from ..attention import longrope_boundary
 from ..cache import cached_length, given_cache
 from ..forward import TargetForward, is_compiled
 from ..hybrids import is_recurrent
+from ..masks import longrope_boundary
 from ..prepacking import is_prepacked
 from ..rows import RowEnds
 from ..slots.buffers import SlotBuffers, parts_of

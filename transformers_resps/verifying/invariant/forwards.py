@@ -91,7 +91,8 @@ class InvariantForward(SlotForward):
         tokens, depths, roots, positions, _ = inputs
         slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
         reads = BlockReads(layout, roots + depths, self.target.dtype)
-        masks = {kind: reads.mask(window) for kind, window in self.windows.items()}
+        patterns = self.patterns.items()
+        masks = {name: None if pattern is None else reads.mask(pattern) for name, pattern in patterns}
         return self.run(tokens, slots, by_planes(positions), masks, buffers, kept, resps_reads=reads)
 
     @contextmanager

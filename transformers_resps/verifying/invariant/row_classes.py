@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..masks import AttentionPattern
 from ..prepacking import is_prepacked
 from .attention import BLOCK, BlockReads, Layout, Sizes, invariant_attention, levels_below
 from .experts import routed_layers
@@ -324,7 +325,7 @@ class _Attention(_Part):
             for layout in layouts:
                 layout = Layout(*(part.to(self.device) for part in layout))
                 reads = BlockReads(layout, (roots + depths).to(self.device), self.dtype)
-                inputs = query[:, :, rows.start : rows.stop], key, value, reads.mask(None)
+                inputs = query[:, :, rows.start : rows.stop], key, value, reads.mask(AttentionPattern())
                 answers.append(invariant_attention(nn.Module(), *inputs, resps_reads=reads)[0][0])
             return answers[0] if torch.equal(*answers) else torch.full_like(answers[0], torch.nan)
 

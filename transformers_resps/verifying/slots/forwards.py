@@ -10,9 +10,10 @@ from transformers import Cache, PreTrainedModel
 
 from ...compat import CACHE_KEYWORD
 from ..attention import GROUPED, STOCK, PackedNodes, use_gqa_attention
-from ..cache import holds_state, window_of
+from ..cache import holds_state
 from ..forward import hidden_states_asked, output_places
-from ..hybrids import RECURRENT_KINDS, StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers, reading_trees
+from ..hybrids import StateKinds, WholeTree, WholeTreeCache, is_recurrent, known_mixers, reading_trees
+from ..masks import AttentionPattern, additive, attention_patterns
 from .buffers import SlotLayer, row_index
 
 
@@ -103,7 +104,7 @@ class SlotForward:
         self._last = target.config.get_text_config().num_hidden_layers
         self.places = list(range(self._last + 1) if feature_layers is None else output_places(target, feature_layers))
         self.run = _run(target, cache, self.places, self.layer)
-        self.windows = _windows(target, cache)
+        self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Run over `SlotInputs`, or `PackedInputs`, and buffers: the logits, and the hidden states of each place."""
@@ -112,7 +113,7 @@ class SlotForward:
         inputs, buffers = kind(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if self._packs_rows else None
         are_computed = None if nodes is None else nodes.are_computed
-        slots, masks = _laid_out(inputs, self.windows, self.target.dtype, are_computed)
+        slots, masks = _laid_out(inputs, self.patterns, self.target.dtype, are_computed)
         tokens, positions = inputs.tokens, node_positions(inputs.roots[:, 1:], inputs.depths)
         options = {"size": inputs.seen.shape[1]}
         if nodes is not None:
@@ -167,10 +168,7 @@ class HybridForward(SlotForward):
         """Run over `SlotInputs`, states and buffers."""
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
-        attending = {kind: window for kind, window in self.windows.items() if kind not in RECURRENT_KINDS}
-        slots, laid_out = _laid_out(inputs, attending, self.target.dtype)
-        masks: dict[str | None, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
-        masks |= {"full_attention" if kind == "hybrid" else kind: mask for kind, mask in laid_out.items()}
+        slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)
         tree = WholeTree(inputs.depths, inputs.ancestors, self.states.by_layer(parts[:count]))
         positions = by_planes(node_positions(inputs.roots[:, 1:], inputs.depths))
         options = {"size": inputs.seen.shape[1], "resps_tree": tree}
@@ -203,10 +201,10 @@ def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
 
 def _laid_out(
     inputs: SlotInputs | PackedInputs,
-    windows: dict[str | None, int | None],
+    patterns: Mapping[str | None, AttentionPattern | None],
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
-) -> tuple[Tensor, dict[str | None, Tensor]]:
+) -> tuple[Tensor, dict[str | None, Tensor | None]]:
     """The slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each kind of layers.
 
     Nodes that are not computed, where `are_computed` `[b, n]` is false, see nothing, which costs least.
@@ -219,11 +217,11 @@ def _laid_out(
     index = slots[:, None].expand_as(ancestors)
     visible = (seen & (places < root))[:, None].expand(-1, depths.shape[1], -1).scatter(2, index, ancestors)
     visible = visible if are_computed is None else visible & are_computed[..., None]
-    distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
-    masks: dict[str | None, Tensor] = {}
-    for kind, window in windows.items():
-        shown = visible if window is None else visible & (distance < window)
-        masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+    queries, keys = node_places[..., None], places.scatter(1, slots, node_places)[:, None]
+    masks = {
+        name: None if pattern is None else additive(pattern.mask(queries, keys, visible), dtype)[:, None]
+        for name, pattern in patterns.items()
+    }
     return slots, masks
 
 
@@ -236,12 +234,6 @@ def by_planes(positions: Tensor) -> Tensor:
     """Order positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
-
-
-def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | None]:
-    """Kind of layers -> its sliding window. Without kinds one mask serves all layers."""
-    kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
-    return {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
 
 
 def _run(

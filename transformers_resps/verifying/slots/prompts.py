@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..attention import longrope_boundary
+from ..masks import longrope_boundary
 from ..forward import Features, TargetForward
 from ..rows import RowEnds
 from ..verifier import read_in_chunks

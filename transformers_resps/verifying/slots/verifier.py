@@ -11,6 +11,7 @@ from ...tree import DraftTree, Pricing, moved
 from ..cache import copied_row, window_of
 from ..forward import Features, TargetForward
 from ..hybrids import is_recurrent
+from ..masks import AttentionPattern, additive
 from ..returned import UnreadDynamicCache
 from ..rows import RowEnds
 from ..verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
@@ -138,17 +139,15 @@ class SlotVerifier(Verifier):
         ends, planes = torch.tensor(texts.places)[:, None], torch.tensor(self.rows.roots)  # [b, planes]
         if device.type != "cpu":
             ends, planes = moved([ends, planes], device)
-        distance = ends - torch.arange(size, device=device)
-        seen = texts.visible(size)[:rows] & (distance > 0)
+        slots = torch.arange(size, device=device)
+        seen = texts.visible(size)[:rows] & (slots < ends)
         parts, indices = texts.buffers.parts(), filled(texts.pattern)
         states, masks = {}, {}
         for kind, index in layers_by_kind(self.forward, texts.pattern).items():
-            place, window = 2 * indices.index(index), window_of(texts.pattern, index)
+            place, pattern = 2 * indices.index(index), AttentionPattern(window_of(texts.pattern, index))
             keys, values = (part[:rows, :, :size] for part in parts[place : place + 2])
             states[kind] = keys, values
-            shown = seen if window is None else seen & (distance < window)
-            minimum = torch.finfo(keys.dtype).min
-            masks[kind] = torch.zeros_like(shown, dtype=keys.dtype).masked_fill_(~shown, minimum)[:, None, None]
+            masks[kind] = additive(pattern.mask(ends, slots, seen), keys.dtype)[:, None, None]
         return TargetEntries(states, masks, planes if planes.shape[1] == 1 else planes.t()[..., None])
 
 

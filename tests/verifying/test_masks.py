@@ -8,7 +8,36 @@ from transformers import LlamaConfig, MistralConfig
 from tests.trees import path_of, trees
 from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.attention import tree_attention_mask, tree_positions
+from transformers_resps.verifying.masks import AttentionPattern, additive, tree_attention_mask, tree_positions
+
+
+@settings(max_examples=300)
+@given(st.none() | st.integers(1, 6), st.booleans(), st.lists(st.integers(-3, 9), min_size=1, max_size=6), st.data())
+def test_a_pattern_shows_what_its_window_and_causality_leave(
+    window: int | None, is_causal: bool, queries: list[int], data: st.DataObject
+) -> None:
+    pattern, keys = AttentionPattern(window, is_causal), range(9)
+    shown = [data.draw(st.lists(st.booleans(), min_size=9, max_size=9)) for _ in queries]
+    places = torch.tensor(queries)[:, None], torch.arange(9)
+    by_positions, given_some = pattern.mask(*places), pattern.mask(*places, torch.tensor(shown))
+    for query, own, *masks in zip(queries, shown, by_positions.tolist(), given_some.tolist(), strict=True):
+        near = [window is None or query - key < window for key in keys]
+        assert masks[0] == [
+            is_near and (key <= query or not is_causal) for key, is_near in zip(keys, near, strict=True)
+        ]
+        assert masks[1] == [is_near and is_shown for is_near, is_shown in zip(near, own, strict=True)]
+    for length in range(1, 10):
+        order = torch.arange(length)
+        hides = not AttentionPattern(window).mask(order[:, None], order).equal(order <= order[:, None])
+        assert pattern.cuts(length) == hides
+
+
+def test_an_additive_mask_is_never_bool() -> None:
+    """Eager attention adds its mask to the scores: a bool one would be silently wrong."""
+    seen, lowest = torch.tensor([[True, False], [True, True]]), torch.finfo(torch.bfloat16).min
+    mask = additive(seen, torch.bfloat16)
+    assert mask.dtype == torch.bfloat16 and mask.tolist() == [[0, lowest], [0, 0]]
+    assert additive(seen, torch.float64, past=1, hidden=-2.0).tolist() == [[0, 0, -2], [0, 0, 0]]
 
 
 @settings(max_examples=300)
