@@ -22,18 +22,18 @@ from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..drafting import DraftSource
 from ..policies.base import Policy
-from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
 from ..verifying.forward import (
     EncoderDecoderForward,
     TargetForward,
-    are_outputs,
     counts_slots,
+    gives_hidden_states,
     is_compiled,
     skips_positions,
 )
 from ..verifying.growing import GrowingMode
 from ..verifying.hybrids import is_recurrent
+from ..verifying.masks import longrope_boundary
 from ..verifying.returned import dynamic_copy
 from ..verifying.slots.verifier import SlotMode
 from ..verifying.verifier import VerifyingMode
@@ -331,7 +331,7 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
     if request.invariant:
         check_compiles(why_eager if warns else None)
         mode = state.invariant_calls.mode(target, compiles=why_eager is None)
-    elif why_eager is None or (is_static and are_outputs(target, forward.layers)):
+    elif why_eager is None or (is_static and gives_hidden_states(target, forward.layers)):
         mode = SlotMode(_compile_options(prepared), stock_reads=prefiller is Prefiller.STOCK)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
@@ -392,7 +392,7 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         "the model is in training mode": target.training,
         "the model has recurrent layers, and its states would have to stay where they are in a graph": is_in_graph,
         "the head reads the last layer's output, which a compiled forward gives only after the final norm": (
-            not are_outputs(target, layers)
+            not gives_hidden_states(target, layers)
         ),
         "the model is an encoder-decoder": target.config.is_encoder_decoder,
         "an adapter is active; merge it first": _has_active_adapter(target),

@@ -1,10 +1,9 @@
-"""SDPA for heads that share keys, as the attention of a target while it verifies trees.
+"""SDPA for heads that share keys: the attention of a target while it verifies trees.
 
 With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
 `enable_gqa` reads them once for each head. Here these heads become queries of one head, which gives the same up to
-rounding. A lone token gains most, because PyTorch spends about as much on one query as on three: one layer of SmolLM2
-in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead of 0.59, three nodes in each of eight rows after 250
-positions 0.36 ms instead of 0.55. On accelerators it was not timed.
+rounding. A lone token gains most: one layer of SmolLM2 in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead
+of 0.59, three nodes in each of eight rows after 250 positions 0.36 ms instead of 0.55. Not timed on accelerators.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,23 +24,18 @@ from .lending import Change, lent
 from .masks import additive
 
 
-STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementations
-# On accelerators PyTorch's memory-efficient kernel takes a mask whose rows begin at multiples of 8 elements, of 16 in
-# older releases, and copies any other (`preprocess_mask` in ATen's `attention.cpp`).
+STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # attention implementations by name
+# Mask rows begin at multiples of so many elements: PyTorch's memory-efficient kernel needs 8, older releases 16, and
+# copies any other mask (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
-_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that `sdpa` alone heeds, and that change the result
+_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result, and that only `sdpa` knows
 
 
 class PackedNodes:
-    """Some nodes of the trees of several rows, as one row of a forward.
+    """Packs some nodes of several rows into one row of a forward.
 
-    Args:
-        places: `[r]` of them among all nodes of all rows, one row after the other.
-        rows: b.
-        count: nodes of each row, n.
-
-    Attributes:
-        are_computed: `[b, n]` bool, those among all.
+    `places` are the `[r]` indices of these nodes among the `rows * count` of all rows; `are_computed` `[b, n]` is true
+    for them.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -56,7 +50,7 @@ class PackedNodes:
         return states.flatten(0, 1).index_select(0, self._places)[None]
 
     def apart(self, states: Tensor) -> Tensor:
-        """`[1, r, ...]` -> `[b, n, ...]`; in the place of other nodes stands any of these."""
+        """`[1, r, ...]` -> `[b, n, ...]`; other nodes get arbitrary values."""
         return states[0].index_select(0, self._orders).view(*self._size, *states.shape[2:])
 
 
@@ -71,10 +65,10 @@ def grouped_attention(
     resps_packed: "PackedNodes | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa`, by `attend` where it would copy keys; see there for shapes.
+    """Compute Transformers' `sdpa`, by `attend` where `sdpa` would copy keys; see `attend` for shapes.
 
-    An `attention_mask` of `None` is causal. With `resps_packed` the query holds the nodes of several rows, `[1, heads,
-    r, hd]`, and keys and the mask are those of all rows. Returns `[b, q, heads, hd]`, and nothing for the weights.
+    An `attention_mask` of `None` is causal. With `resps_packed` the query holds nodes of several rows, `[1, heads, r,
+    hd]`, while keys and the mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
     """
     if resps_packed is not None:
         whole = resps_packed.apart(query.transpose(1, 2)).transpose(1, 2)
@@ -97,16 +91,16 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """SDPA in which heads that share keys are queries of one head.
+    """Compute SDPA with heads that share keys as queries of one head.
 
     Args:
-        query: `[b, heads, q, hd]`, as the result.
+        query: `[b, heads, q, hd]`, like the result.
         key: `[b, kv heads, t, hd]`.
         value: like `key`.
-        mask: `[b or 1, 1, q, t]`, true where attended or added to the scores; `None` sees everything. Where the second
-            size is the number of heads that share keys, it is not copied.
-        dropout: share of the weights.
-        scaling: of the scores; `hd ** -0.5` when `None`.
+        mask: `[b or 1, 1 or heads that share keys, q, t]` bool or additive; `None` sees everything. It is copied where
+            the second size is 1.
+        dropout: probability of dropping a weight.
+        scaling: factor of the scores; `hd ** -0.5` when `None`.
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -125,9 +119,9 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """A mask `[b, 1 or sharing, q, t]` for each of the heads that share keys: `[b, 1, sharing * q, t]`.
+    """Repeat a mask `[b, 1 or sharing, q, t]` for the heads that share keys: `[b, 1, sharing * q, t]`.
 
-    If it is copied, each row begins at a multiple of `alignment` elements.
+    Rows of a copy begin at multiples of `alignment` elements.
     """
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
@@ -142,11 +136,11 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 @contextmanager
 def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target` attends by `grouped_attention` if it would by `sdpa`.
+    """Let a target of `sdpa` attend by `grouped_attention` inside the `with` block.
 
-    A layer asks its config for the name at each forward, so the name changes for the forward over a tree alone:
-    prompts, and whoever else runs the target between two steps, attend by `sdpa` bit for bit. Calls in other threads
-    may see either name, so both give the same result, up to rounding. FlashAttention keeps its name and takes trees.
+    Layers look up the name in their config at each forward, so it changes only for a forward over a tree: prompts and
+    other users of the target attend by `sdpa` bit for bit. A call in another thread may see either name, and gets the
+    same result up to rounding. FlashAttention keeps its name and learns to take trees.
     """
     config = target.config.get_text_config()
     if is_flash(config._attn_implementation):
@@ -161,9 +155,7 @@ def is_flash(attention: str) -> bool:
 
 
 def _take_trees(attention: str) -> None:
-    """Let a FlashAttention, as it is registered, attend to trees. The name of a target's attention does not change,
-    since a call in another thread may read a prompt meanwhile.
-    """
+    """Teach a registered FlashAttention to attend to trees, under its own name: other threads may use it meanwhile."""
     function: Any = ALL_ATTENTION_FUNCTIONS[attention]
     if getattr(function, "func", None) is not _flash_or_tree:
         AttentionInterface.register(attention, partial(_flash_or_tree, function))
@@ -179,6 +171,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """`flash`, which takes masks `[b, s]` of padding alone; with a mask for each node `grouped_attention`."""
+    """Run `flash`, which takes only padding masks `[b, s]`, or `grouped_attention` where each node has a mask."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

@@ -1,44 +1,52 @@
-"""Runs the target over prompts and trees, and catches the hidden states that a head reads, its features, by hooks.
+"""The target's forward over prompts and trees; hooks catch the hidden states that a head reads, its features.
 
-Stock `generate` reads prompts that hold more than tokens: what of them the steps need is caught in the same way.
-
-`output_hidden_states` of Transformers would do as well, but it leaves hooks in the model that cannot be pickled,
-keeps all layers in releases before 5.23, and gives the last layer only after the final norm.
+Hooks also work inside stock `generate`, which runs prompts that hold more than tokens. `output_hidden_states` of
+Transformers leaves hooks in the model that cannot be pickled, keeps all layers in releases before 5.23, and gives the
+last layer only after the final norm.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .attention import use_gqa_attention
 from .cache import crop
+from .masks import Masks
 
 
-# The tap that the forward of this thread belongs to, and what it caught: two threads may share a target.
+# The tap of this thread's forward, and the states it has caught: two threads may share a target.
 _recording: ContextVar[tuple["FeatureTap", dict[int, Tensor]] | None] = ContextVar("resps_features", default=None)
-# Likewise the `position_ids` that the text decoder gets, forward by forward.
+# The `position_ids` that the text decoder got in each forward of this thread.
 _seen_positions: ContextVar[list[Tensor | None] | None] = ContextVar("resps_positions", default=None)
 
 
 Result = TypeVar("Result")
 
 
+class TargetOutputs(Protocol):
+    """The outputs of a target's forward that a step reads: logits `[b, t, v]`, and hidden states `[b, t, h]`."""
+
+    logits: Tensor
+    hidden_states: Sequence[Tensor]
+
+
 class FeatureTap:
-    """Catches hidden states of `target` by hooks, which are there inside `with` and catch only during `record`.
+    """Catches hidden states of `target` by hooks, which exist inside `with` and catch only during `record`.
 
     Args:
         target: any decoder of Transformers.
-        layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
-            what leaves the last one, before the final norm, and one more is what leaves that norm.
-        before_deepstack: catch what leaves layer j - 1 instead, to which DeepStack adds features of images.
+        layers: ascending, in the `output_hidden_states` convention: j is the input of layer j. The number of layers
+            means the last one's output before the final norm, and one more the output of that norm.
+        before_deepstack: catch the output of layer j - 1 instead, before DeepStack adds features of images to it.
 
     Raises:
         ValueError: the target has no such layers.
@@ -74,7 +82,7 @@ class FeatureTap:
 
     @contextmanager
     def record(self) -> Iterator["Features"]:
-        """Catch the features of the forward that runs inside, or of several that read a prompt in chunks."""
+        """Catch the features of the forward that runs inside, or of several over chunks of a prompt."""
         features = Features(self._layers)
         token = _recording.set((self, features.caught))
         try:
@@ -85,33 +93,31 @@ class FeatureTap:
     def _entering(
         self, index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> None:
-        """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
+        """Catch a layer's input. `keywords` is missing, and the states not ours, while a thread removes its hook."""
         if keywords is not None:
             self._catch(index, arguments[0] if arguments else keywords["hidden_states"])
 
-    def _leaving(self, index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def _leaving(
+        self, index: int, module: nn.Module, arguments: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         self._catch(index, output[0] if isinstance(output, tuple) else output)
 
     def _catch(self, index: int, states: Tensor) -> None:
         tap, caught = _recording.get() or (None, {})
         if tap is self:
-            before = caught.get(index)  # of an earlier chunk
+            before = caught.get(index)  # an earlier chunk's
             caught[index] = states if before is None else torch.cat([before, states], dim=1)
 
 
 class Features:
-    """The hidden states of one forward, or of a prompt that is read in chunks."""
+    """The hidden states of one forward, or of a prompt in chunks."""
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
         self.caught: dict[int, Tensor] = {}
 
     def concatenated(self) -> Tensor:
-        """Join the layers, shallow to deep: `[b, t, F]`.
-
-        Raises:
-            ValueError: a layer gave none.
-        """
+        """Join the layers, shallow to deep: `[b, t, F]`. Raises a `ValueError` where a layer gave none."""
         missing = [layer for layer in self.layers if layer not in self.caught]
         if missing:
             raise ValueError(
@@ -130,8 +136,9 @@ def _note_positions(module: nn.Module, arguments: tuple[Any, ...], keywords: dic
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The outermost list of the text decoder with as many modules as it has layers: a tower for images may have as
-    many. Raises a `ValueError` where none is.
+    """Find the text decoder's layers, its outermost `ModuleList` of that length: a vision tower may have one as long.
+
+    Raises a `ValueError` where none is.
     """
     count = target.config.get_text_config(decoder=True).num_hidden_layers
     for module in target.get_decoder().modules():
@@ -144,22 +151,16 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the caller compiled a target, or a part: it, by `compile()` or `torch.compile`, or its `forward`."""
+    """Whether the caller compiled a module, by `compile()` or `torch.compile`, or its `forward`."""
     compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 class TargetForward:
-    """Runs the target as it is. Inside `with`.
+    """Runs the target over `cache` and catches the hidden states of `layers`, inside `with`.
 
-    Args:
-        target: any decoder of Transformers.
-        layers: the head's feature layers; `None` without a head.
-        cache: of the call.
-        before_deepstack: see `FeatureTap`.
-
-    Raises:
-        ValueError: the caller compiled the target, and the head reads what its forward does not give.
+    `layers` is `None` without a head; see `FeatureTap`. Raises a `ValueError` where the caller compiled the target and
+    the head reads a state that its outputs lack.
     """
 
     def __init__(
@@ -167,11 +168,11 @@ class TargetForward:
     ) -> None:
         self.target, self.cache = target, cache
         self.layers = layers or []
-        # PyTorch does not notice that hooks are added to a compiled module or removed from it.
+        # Compiled modules ignore hooks that are added later.
         self._tap = None
         if layers is not None and not is_compiled(target):
             self._tap = FeatureTap(target, layers, before_deepstack=before_deepstack)
-        if self._tap is None and not are_outputs(target, self.layers):
+        if self._tap is None and not gives_hidden_states(target, self.layers):
             raise ValueError(
                 f"The head reads hidden state {self.layers[-1]}, the last layer's output, which a compiled target "
                 "gives only after the final norm. Use the target as it was before it was compiled."
@@ -181,7 +182,7 @@ class TargetForward:
     def of(
         cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False
     ) -> "TargetForward":
-        """The forward of a decoder-only target over a new cache that grows."""
+        """Make the forward of a decoder-only target over a new cache that grows."""
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         return cls(target, layers, cache, before_deepstack=before_deepstack)
 
@@ -198,26 +199,25 @@ class TargetForward:
         if self._tap is not None:
             self._tap.__exit__()
 
-    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
-        """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
+    def read(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
+        """Run over tokens and positions `[b, t]` of a prompt. Returns the outputs and the features."""
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
         return outputs, features
 
     def catch(self, run: Callable[[], Result]) -> tuple[Result, Features]:
-        """What `run` returns, and the features of the forwards in it; the caller did not compile the target."""
+        """Return the result of `run` and the features of its forwards, over a target that is not compiled."""
         with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
             return run(), features
 
-    def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
+    def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
         """Let `run` read a prompt, in one forward or in chunks.
 
-        Returns:
-            What `run` returned, the features, and the positions `[..., t]` that the text decoder got in the last
-            forward: they are not always those of `generate` (PaliGemma counts from 1). `None` where it got none.
+        Returns the result of `run`, the features, and the positions `[..., t]` that the text decoder got in the last
+        forward, or `None`: they may differ from those of `generate` (PaliGemma counts from 1).
 
         Raises:
-            ValueError: the caller compiled the target, which then notices no hook.
+            ValueError: the caller compiled the target, which then ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -234,42 +234,42 @@ class TargetForward:
             _seen_positions.reset(token)
         return outputs, features, seen[-1] if seen else None
 
-    def verify(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
-        """Run over the nodes of a tree: `[b, n]`. Returns the outputs and the features."""
+    def verify(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
+        """Run over the nodes `[b, n]` of a tree. Returns the outputs and the features."""
         with use_gqa_attention(self.target):
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Read for these rows only, from now on; whoever owns the cache cuts it."""
+        """Run these rows only, from now on; the owner of the cache cuts the cache."""
 
-    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
-        """A forward's inputs by the names that the target gives them."""
+    def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
+        """Name a forward's inputs as the target does."""
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return inputs | {CACHE_KEYWORD: self.cache}
 
-    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
+    def _run(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
         inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
             return self.catch(lambda: self.target(**inputs))
         places = output_places(self.target, self.layers)
-        outputs: Any = self.target(**inputs, **hidden_states_asked(places))
+        outputs: TargetOutputs = self.target(**inputs, **hidden_states_asked(places))
         features = Features(self.layers)
         features.caught = {layer: outputs.hidden_states[at] for layer, at in zip(self.layers, places, strict=True)}
         return outputs, features
 
 
 class EncoderDecoderForward(TargetForward):
-    """Runs the decoder of an encoder-decoder, whose encoder has read the source.
+    """Runs the decoder of an encoder-decoder over its `self_attention_cache`, after the encoder has read the source.
 
-    Args:
-        target: any encoder-decoder of Transformers.
-        cache: of the call. What the decoder has read is in its `self_attention_cache`.
-        encoder_outputs: of the source, as stock `generate` hands them to the target's forward.
-        encoder_mask: `[b, source]`, or `None`.
+    `encoder_outputs` and `encoder_mask` `[b, source]`, or `None`, are those of stock `generate`.
     """
 
     def __init__(
-        self, target: PreTrainedModel, cache: EncoderDecoderCache, encoder_outputs: Any, encoder_mask: Tensor | None
+        self,
+        target: PreTrainedModel,
+        cache: EncoderDecoderCache,
+        encoder_outputs: ModelOutput,
+        encoder_mask: Tensor | None,
     ) -> None:
         super().__init__(target, None, cache.self_attention_cache)
         self._both_caches, self._encoder_outputs, self._encoder_mask = cache, encoder_outputs, encoder_mask
@@ -277,17 +277,17 @@ class EncoderDecoderForward(TargetForward):
 
     @classmethod
     def of_first(
-        cls, target: PreTrainedModel, encoder_outputs: Any, encoder_mask: Tensor | None
+        cls, target: PreTrainedModel, encoder_outputs: ModelOutput, encoder_mask: Tensor | None
     ) -> "EncoderDecoderForward":
-        """The forward for the first row's source, over new caches that grow."""
+        """Make the forward for the first row's source, over new caches that grow."""
         config = target.config.get_text_config(decoder=True)
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         forward = cls(target, cache, encoder_outputs, encoder_mask)
         forward.keep_rows([0])
         return forward
 
-    def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
-        """As `TargetForward.read_by`. A decoder that gets no positions counts slots."""
+    def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
+        """Let `run` read a prompt, see `TargetForward`. A decoder that gets no positions counts slots."""
         outputs, features, positions = super().read_by(run)
         if positions is None:
             positions = torch.arange(int(self.cache.get_seq_length()), device=self.target.device)[None]
@@ -301,7 +301,7 @@ class EncoderDecoderForward(TargetForward):
         kept = {name: part[rows] if isinstance(part, Tensor) else part for name, part in outputs.items()}
         self._encoder_outputs = type(outputs)(**kept)
 
-    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+    def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
         inputs = {"decoder_input_ids": tokens, "decoder_attention_mask": mask, CACHE_KEYWORD: self._both_caches}
         if self._takes_positions:
             inputs["decoder_position_ids"] = positions.expand_as(tokens)
@@ -309,36 +309,36 @@ class EncoderDecoderForward(TargetForward):
 
 
 def counts_slots(target: PreTrainedModel) -> bool:
-    """Whether a decoder takes no positions, but counts the slots of its cache: only a chain stands where it should."""
+    """Whether a decoder counts the slots of its cache in place of positions, so that only chains stand right."""
     takes = signature(target.forward).parameters
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
 def skips_positions(target: PreTrainedModel) -> bool:
-    """Whether layers without keys of their own skip positions whose logits are not kept, as those of Gemma 4 do."""
+    """Whether layers without own keys skip positions whose logits are not kept, as in Gemma 4."""
     return bool(getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
-def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:
-    """Whether the target's outputs hold these hidden states; they give the last layer's after the final norm."""
+def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
+    """Whether the target can return these hidden states: the last layer's only comes after the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 
 def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Where the target's outputs have the hidden states of these `are_outputs` layers."""
+    """Index the hidden states of these layers, see `gives_hidden_states`, among the target's outputs."""
     return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
 
 
-def hidden_states_asked(layers: list[int]) -> dict[str, Any]:
-    """The keyword with which a forward returns the hidden states at these places."""
+def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
+    """Make the keyword with which a forward returns the hidden states at these indices."""
     return {"output_hidden_states": layers if SELECTS_HIDDEN_STATES else True} if layers else {}
 
 
 def wait_for(states: Tensor) -> None:
-    """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
+    """Wait until an accelerator has computed `states` `[b, t, any]`: else the clock measures a launch.
 
-    After the target's forward acceptance would wait all the same. Drafting is not waited for, so that the forward is
-    launched meanwhile: what is left of it counts as verifying.
+    After the target's forward acceptance waits all the same. Nothing waits for a draft: the forward is launched
+    meanwhile, and the rest of the draft counts as verifying.
     """
     if states.device.type != "cpu":
         states[0, -1, 0].item()

@@ -18,7 +18,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .masks import tree_attention_mask, tree_positions
+from .masks import Masks, tree_attention_mask, tree_positions
 from .rows import RowEnds
 from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
@@ -64,7 +64,7 @@ class TreeVerifier(Verifier):
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         """Run one forward over the tree. A lone root gets plain decoding's mask."""
         if tree.node_count == 1 and (self.rows.slots.is_even or not has_windows(self.forward.cache)):
-            mask: Any = self.rows.prompt_mask(self.length + 1)
+            mask: Masks = self.rows.prompt_mask(self.length + 1)
         else:
             mask = self._tree_mask(tree)
         positions = tree_positions(tree, self._roots())
@@ -73,7 +73,7 @@ class TreeVerifier(Verifier):
         self._newest_nodes = tree.node_count
         return outputs.logits, features
 
-    def _tree_mask(self, tree: DraftTree) -> Tensor | dict[str | None, Tensor | None] | None:
+    def _tree_mask(self, tree: DraftTree) -> Masks:
         target, prefix_mask = self.forward.target, self.rows.prompt_mask(self.length)
         ends = None if self.rows.slots.is_even else self.rows.slots.ends(tree.tokens.device)
         return tree_attention_mask(target.config, self.forward.cache, prefix_mask, tree, target.dtype, ends)

@@ -1,4 +1,4 @@
-"""Attributes that calls change while they run, and give back: names of attention, scans of mixers, training modes."""
+"""Attributes that calls change and then restore: names of attention, scans of mixers, training modes."""
 
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +11,8 @@ from torch.nn import Module
 
 
 class Change(NamedTuple):
-    """Of the attribute `name` of `owner`: what `make` makes of its own value. Among the calls that run the largest
-    `rank` counts, and the newest of equals.
+    """Replaces the attribute `name` of `owner` by `make` of its own value. Among calls that run at once the largest
+    `rank` wins, then the newest.
     """
 
     owner: Any
@@ -28,13 +28,13 @@ class _Value(NamedTuple):
 
 @dataclass
 class _Loan:
-    own: Any  # what stood there before
-    values: list[_Value] = field(default_factory=list)  # of the calls that run, the one that counts last
+    own: Any  # the value before all calls
+    values: list[_Value] = field(default_factory=list)  # one of each call that runs, the winner last
 
 
 class Lent:
-    """Who has changed what. Calls of several threads may overlap: see `Change` for whose value counts. The last call
-    gives back what was there first. What anyone else has set meanwhile stays.
+    """Changes attributes for calls whose threads may overlap. The last call to end restores the first value; a value
+    that other code has set meanwhile stays.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Lent:
             del self._loans[id(owner), name]
 
 
-lent = Lent()  # of this process, as what it lends: modules of Transformers, and models that several threads share
+lent = Lent()  # one for the process, like the modules and models that its threads share
 
 
 @contextmanager

@@ -25,6 +25,9 @@ FEED_FORWARD_TYPES = frozenset(("mlp", "moe"))
 # Names of the number of learned positions in configs: Whisper's, LED's, all others'.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 
+# The additive mask of a target's forward, or a dict of them by layer type; `None` where the target needs none.
+Masks = Tensor | dict[str | None, Tensor | None] | None
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
@@ -103,7 +106,7 @@ def tree_attention_mask(
     tree: DraftTree,
     dtype: torch.dtype,
     ends: Tensor | None = None,
-) -> Tensor | dict[str | None, Tensor | None] | None:
+) -> Masks:
     """Make the additive mask of a tree whose entries will follow those of a cache.
 
     Args:
@@ -115,7 +118,7 @@ def tree_attention_mask(
         ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
 
     Returns:
-        `[b, 1, n, visible past + n]`; or a dict of masks by layer type, `None` for layers without attention.
+        `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
     """
     masks = {
         name: None if pattern is None else _tree_mask(pattern, cached_length(cache), prefix_mask, tree, dtype, ends)

@@ -1,11 +1,10 @@
 """Linear layers with prepacked weights, fast for few rows, as in a tree's forward or a head's level.
 
-On a CPU `torch.nn.Linear` lays its weights out again at every call. In float32, whose library is made for one row or
-for hundreds, the 2 to 64 rows of a tree then cost two to four times one row (measured on AVX2: SmolLM2's forward
-takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms). oneDNN keeps weights in its own blocked layout
-instead, and a row's result hardly depends on how many are multiplied with it: on AVX2 never, on AVX-512 in some sizes
-(docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed layers are faster for any number
-of rows (SmolLM2's forward on Zen 4: 41 ms over one token and 51 ms over eight; packed 34 and 35 ms).
+On a CPU `torch.nn.Linear` lays its weights out again at every call, so in float32 the 2 to 64 rows of a tree cost two
+to four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
+oneDNN keeps weights in its own blocked layout, where a row's result hardly depends on the number of rows: on AVX2
+never, on AVX-512 in some sizes (docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed
+layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
 """
 
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from ..compilation.pages import collapse
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# The layout is chosen for a number of rows; this one was no slower than any other from 1 to 256.
+# oneDNN chooses its layout for so many rows; none was faster for 1 to 256 rows.
 _ROWS = 8
 
 
 class PackedWeight:
-    """The packed copy of one weight, made when it is asked for and anew when the weight has changed."""
+    """Keeps the packed copy of one weight, and packs again when the weight has changed."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
@@ -48,20 +47,20 @@ class PackedWeight:
             return None
         blocks = self._blocks = _reordered(weight)
         self._place, self._version = weight.data_ptr(), weight._version
-        self._weight = weight  # last: other threads may read meanwhile
+        self._weight = weight  # last: another thread may call `blocks` meanwhile
         return blocks
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear layer with a second, packed copy of its weight, used where no gradient is computed.
+    """A linear layer with a second, packed copy of its weight for passes without gradients.
 
-    Parameters, names and what is saved stay those of `nn.Linear`.
+    Parameters, their names and the state dict stay those of `nn.Linear`.
     """
 
     packed: PackedWeight
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, up to rounding."""
+        """Compute what `nn.Linear` does, up to rounding."""
         weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; none if parametrised
         if (
             weight is None
@@ -85,7 +84,7 @@ def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeights:
-    """The packed weights of one module that itself stays as it is, kept from one `view` to the next."""
+    """Keeps packed weights of a module, which does not change itself, from one `view` to the next."""
 
     def __init__(self) -> None:
         self._weights: dict[str, PackedWeight] = {}
@@ -94,9 +93,9 @@ class PackedWeights:
         return PackedWeights, ()
 
     def view(self, module: Module) -> Module:
-        """Make a second `module` that multiplies by packed weights, and shares parameters, buffers and hooks.
+        """Make a twin of `module` that multiplies by packed weights and shares parameters, buffers and hooks.
 
-        It is a view of the layers that the module has now; `module` itself where none can be packed.
+        The twin has the layers of this moment. Returns `module` itself where no weight can be packed.
         """
         kept: dict[str, PackedWeight] = {}
         twin = self._view(module, "", kept)
@@ -116,7 +115,7 @@ class PackedWeights:
 
 
 def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Module:
-    """A module with the state of `module`, made as unpickling would make it."""
+    """Make a module with the state of `module`, as unpickling does."""
     twin = module_class.__new__(module_class)
     twin.__setstate__(vars(module) | changed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return twin
@@ -148,9 +147,9 @@ def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees, on a CPU in float32, and in bfloat16 if the CPU multiplies it; elsewhere the
-    layers work as before. The packed copies take as much memory as the weights; Linux keeps them in huge pages where
-    it can. Results differ by rounding at most. Call it again after weights were changed through `.data`, as PEFT's
-    merge does: such a change cannot be noticed.
+    layers work as before. Packed copies take as much memory as the weights; Linux keeps them in huge pages where it
+    can. Results differ by rounding at most. Call it again after weights were changed through `.data`, which cannot be
+    noticed; PEFT's merge does so.
 
     Args:
         module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are
@@ -167,11 +166,11 @@ def prepack(module: Module) -> Module:
     packed = list[Tensor]()
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            # A new object in its parent would lack what others have put on this one: hooks and their handles, the
-            # `forward` of accelerate's offloading, references in lists. `torch.nn.utils.parametrize` does it so, too.
+            # A new object would lack what others have put on this one: hooks and their handles, the `forward` of
+            # accelerate's offloading, references in lists. `torch.nn.utils.parametrize` swaps the class as well.
             layer.__class__ = PrepackedLinear
         if type(layer) is PrepackedLinear:
-            layer.packed = PackedWeight()  # without what was packed before
+            layer.packed = PackedWeight()  # `.data` may have changed
             weight = layer._parameters.get("weight")
             blocks = None if weight is None else layer.packed.blocks(weight)
             packed += [] if blocks is None else [blocks]
@@ -202,12 +201,12 @@ def is_prepacked(module: nn.Module) -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Without such units oneDNN would compute by a slow reference path."""
+    """Whether the CPU has units for it: without, oneDNN computes by a slow reference path."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    """An inference tensor does not tell when it changes, so its packed copy could grow stale."""
+    """Whether oneDNN packs a weight. An inference tensor has no version, so its copy could grow stale."""
     return (
         (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
         and weight.device.type == "cpu"

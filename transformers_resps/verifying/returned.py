@@ -1,7 +1,7 @@
-"""The cache that a call hands back, as plain decoding leaves it: all rows as long as the longest.
+"""The cache that a call hands back, equal to plain decoding's: all rows as long as the longest.
 
-Most callers never look at it, so it is made when someone does. Plain decoding goes on reading the padding of a row
-that has ended. Here the row's entries are copied where it ends, and its padding is read then.
+Plain decoding runs the target over the padding of a row that has ended. Here the row's entries are copied when it
+ends, and its padding is run only when a caller looks at the cache, which most never do.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,13 @@ from .hybrids import is_recurrent
 
 @dataclass(frozen=True, slots=True)
 class EndedRow:
-    """What the target has read of a row.
-
-    Attributes:
-        cache: of this row alone.
-        position: `[planes]` of its next token.
-    """
+    """A row's own cache, and the position `[planes]` of its next token."""
 
     cache: Cache
     position: Tensor
 
     def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
-        """Read the next tokens `[1, t]` as plain decoding does, recurrent layers one by one."""
+        """Run the next tokens `[1, t]` like plain decoding, one by one where layers are recurrent."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
         for part in ahead.split(1 if is_recurrent(target) else len(ahead)):
@@ -52,11 +47,11 @@ class EndedRow:
 def whole_cache(
     target: PreTrainedModel, rows: Sequence[EndedRow], tokens: Tensor, prompt_mask: Tensor | None
 ) -> Cache:
-    """The cache of all rows, after each has read what it lacks of the longest.
+    """Join the caches of b rows, after each row was run up to the length of the longest.
 
     Args:
         target: in evaluation mode.
-        rows: b of them; their own caches are used up.
+        rows: their caches are used up.
         tokens: `[b, any]` prompts and answers with their padding, or the end of them.
         prompt_mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
     """
@@ -73,7 +68,7 @@ def whole_cache(
 
 
 def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
-    """A dynamic cache with the entries of a static one of the same model; `config` is the target's."""
+    """Copy a static cache's entries into a new dynamic cache of the same target."""
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     layers: list[Any] = [*zip(cache.layers, static.layers, strict=True)]
     for layer, filled in layers:
@@ -88,15 +83,15 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
 
 
 def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
-    """Give a static cache the entries of a dynamic one in place of its own. It is long enough."""
+    """Replace the entries of a static cache, which is long enough, by those of a dynamic one."""
     layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
     for layer, filled in layers:
         if getattr(filled, "keys", None) is None:
             continue
-        left = filled.get_seq_length() - filled.keys.shape[-2]  # what a sliding layer has forgotten
+        left = filled.get_seq_length() - filled.keys.shape[-2]  # entries that a sliding layer has forgotten
         keys, values = (pad(part, (0, 0, left, 0)) for part in (filled.keys, filled.values))
         if layer.is_initialized and layer.keys.shape[:2] == keys.shape[:2]:
-            layer.reset()  # code that was compiled for its tensors goes on with them
+            layer.reset()  # keeps the tensors that code was compiled for
         else:
             layer.lazy_initialization(keys, values)
         layer.update(keys, values)
@@ -104,10 +99,10 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """A cache whose layers are those of the cache that `make` gives, when they are first looked at."""
+    """A cache that takes its layers from the cache that `make` returns, when it is first looked at."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
-        self._make, self._lock = make, Lock()  # a call in another thread may need the place of the entries
+        self._make, self._lock = make, Lock()  # a call in another thread may overwrite the entries, and asks first
         self.offloading, self.layer_class_to_replicate = False, None
 
     @cached_property
@@ -115,12 +110,12 @@ class _Unread:
         with self._lock:
             if "layers" not in vars(self):
                 vars(self)["layers"] = self._make().layers
-                del self._make  # it holds the rows that are joined now
+                del self._make  # frees what it holds
             made: list[Any] = vars(self)["layers"]
             return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled."""
+        """Copy and pickle the filled layers."""
         return {"layers": self.layers, "offloading": False, "layer_class_to_replicate": None}
 
 

@@ -1,4 +1,4 @@
-"""Which slots of a cache hold the entries of each row of a batch, and where its next ones go, at which positions."""
+"""The slots of a cache that hold the entries of each row of a batch, and where and at which positions rows go on."""
 
 import sys
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masks import last_position
 from .cache import cached_length
 from .forward import TargetForward
+from .masks import last_position
 
 
 class SlotMap:
@@ -139,16 +139,13 @@ class RowEnds:
     Args:
         forward: the target's, over the cache to decode with.
         positions: `[b or 1, s]` of the prompt, or `[planes, b or 1, s]` where a token has several positions; s counts
-            what the cache already holds.
+            the cached tokens, too.
         mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
 
     Attributes:
-        device: of the trees.
-        slots: where each row ends.
-        positions: as given.
-        shifts: of each row, what its positions are ahead of its slots in each plane.
+        shifts: each row's positions minus its slots, in each plane.
         shift: the same as one number, `[b, 1]`, or `[planes, b, 1]`. Some targets count in floats, and get floats.
-        last_position: the largest one that the target has; `None` where there is no limit.
+        last_position: the largest position of the target; `None` where there is no limit.
     """
 
     shift: float | Tensor

@@ -11,6 +11,7 @@ from ..tree import DraftTree
 from .attention import is_flash
 from .forward import TargetForward
 from .growing import GrowingMode
+from .masks import last_position
 from .verifier import Verifier
 
 

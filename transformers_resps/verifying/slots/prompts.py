@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..masks import longrope_boundary
 from ..forward import Features, TargetForward
+from ..masks import longrope_boundary
 from ..rows import RowEnds
 from ..verifier import read_in_chunks
 from .forwards import PackedInputs, SlotInputs
