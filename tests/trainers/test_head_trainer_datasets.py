@@ -22,11 +22,10 @@ def streamed(count: int = 40) -> Any:
     return texts(count).to_iterable_dataset()
 
 
-@pytest.mark.parametrize("kind", ["streamed", "cached", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "bf16", "streamed", "cached", "adapters"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plain case is in test_head_trainer_resuming.py."""
     monkeypatch.setattr("transformers_resps.data.batches._STREAM_BUFFER", 16)
     given: dict[str, Any] = {"train_dataset": streamed() if kind == "streamed" else texts()}
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
@@ -35,7 +34,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         for stop in stops:
             target, head = fresh()
             cache = {"feature_cache_dir": str(tmp_path / "features")} if kind == "cached" else {}
-            args = config(tmp_path / folder, max_steps=7, **cache)
+            args = config(tmp_path / folder, max_steps=7, bf16=kind == "bf16", **cache)
             callbacks = [Stop(stop)] if stop else None
             adapters = lora if kind == "adapters" else None
             trainer = DraftHeadTrainer(head, args, callbacks=callbacks, peft_config=adapters, target=target, **given)

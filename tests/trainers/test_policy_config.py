@@ -29,7 +29,11 @@ def config(**changes: Any) -> PolicyTrainingConfig:
         ({"gamma": 1.5}, "`gamma` is 1.5, but it must be from 0 to 1"),
         ({"lam": -0.1}, "`lam` is -0.1, but it must be from 0 to 1"),
         ({"target_init_kwargs": "bf16"}, "`target_init_kwargs` is 'bf16', but it must be a dict or None"),
-        ({"gradient_accumulation_steps": 2}, "must be 1: choose `num_mini_batches` instead"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "must be 1: choose `num_mini_batches` instead. See `PolicyTrainingConfig`",
+        ),
+        ({"max_steps": -1}, "`max_steps` is -1, but it must be a whole number from 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], needed: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compat import output_layer, text_config
 from ..verifying.forward import decoder_layers
 from .config import ROPE_BASE, default_feature_layers
 from .identity import check_is_model, target_identity
@@ -21,7 +22,7 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     They are `ids` in any order or, without them, the `size` lowest. Raises a `ValueError` for a wrong vocabulary.
     """
     check_is_model(target)
-    vocab_size = target.config.get_text_config().vocab_size
+    vocab_size = text_config(target).vocab_size
     if size is not None and not (isinstance(size, int) and 1 <= size <= vocab_size):
         raise ValueError(
             f"`draft_vocab_size` is {size!r}, but the target has {vocab_size} tokens. "
@@ -94,11 +95,11 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
 def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
     """Begin with the deepest feature unchanged and with the target's output `rows`, which trains faster."""
     width = head.config.hidden_size
-    if width == target.config.get_text_config().hidden_size:
+    if width == text_config(target).hidden_size:
         head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
     if rows is not None:
         head.d2t.copy_(rows - torch.arange(len(rows)))
-    output: Any = target.get_output_embeddings()
+    output = output_layer(target)
     if output is None or output.weight.shape[-1] != width:
         return
     if head.config.owns_output_head:
@@ -108,7 +109,7 @@ def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
 
 
 def _plain_norm(target: PreTrainedModel) -> Tensor | None:
-    """The weight of the target's final norm, where that multiplies by it."""
+    """Return the weight of the target's final norm if it is a plain factor."""
     norm: Any = getattr(target.get_decoder(), "norm", None)
     name = type(norm).__name__
     return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma's adds 1
@@ -117,7 +118,7 @@ def _plain_norm(target: PreTrainedModel) -> Tensor | None:
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
     """Fill up the `given` fields of a small block head for `target`."""
     check_is_model(target)
-    config = target.config.get_text_config()
+    config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
     spread = {min(max(round(1 + place * (depth - 4) / 4) + 1, 0), depth) for place in range(5)}  # as in DFlash's code
     fields = {
@@ -195,8 +196,8 @@ def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """The sizes of a head whose layer has the proportions of the target's layers."""
-    config = target.config.get_text_config()
+    """Return the sizes of a head whose layer has the proportions of the target's layers."""
+    config = text_config(target)
     heads = config.num_attention_heads
     head_dim = _stated(config, "head_dim", config.hidden_size // heads)
     return {

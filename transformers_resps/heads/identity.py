@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..compat import text_config
+
 
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
-    """Name and sizes of `target`, as kept in `DraftHeadConfig.target`."""
-    config = target.config.get_text_config()
+    """Return name and sizes of `target` for `DraftHeadConfig.target`."""
+    config = text_config(target)
     return {
         "name_or_path": target.config.name_or_path,
         "model_type": config.model_type,

@@ -135,7 +135,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), TrainableSource):
-            self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
@@ -144,7 +144,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         whole = self.accelerator.unwrap_model(self.model)
         is_known = isinstance(whole, PreTrainedModel)  # Transformers saves other modules without a config
         if isinstance(whole, TrainableSource) and not is_known and self.args.should_save:
-            whole.save_pretrained(cast(str, output_dir or self.args.output_dir))
+            whole.save_pretrained(str(output_dir or self.args.output_dir))
 
     @property
     def head(self) -> Any:
