@@ -124,7 +124,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
         tree: what was verified, for the decoded rows.
         logits: `[b, n, v]` the target's, one row per node.
         text: gains the picks.
-        reached: gains the nodes of all rows at each level, as soon as they are come to: an error may end the walk.
+        reached: gains the nodes of all rows at each level at once, since an error may end the walk.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached

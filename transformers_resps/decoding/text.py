@@ -59,7 +59,7 @@ class Text:
         stopping_criteria: called after each committed position.
         do_sample: draw from the processed scores, else take the largest.
         pad_token: what finished rows are filled with, where an end token is among the criteria.
-        streamer: gets each token as it is committed.
+        streamer: gets each committed token.
         keep_scores: keep the processed scores of each position.
         keep_logits: keep the raw logits of each position.
         keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for

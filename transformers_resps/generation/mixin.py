@@ -91,7 +91,7 @@ class ReSpSGenerationMixin(GenerationMixin):
           rows advance each on its own: faster, with the distribution of plain decoding and other draws.
         - `compile`: whether the target's steps run compiled, on a CPU prompts too and the weights inside the code, on
           a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; with "auto" another process does
-          on a CPU, and calls go on as they are until its code is there. What cannot be compiled runs as it is, with a
+          on a CPU, and calls go on eagerly until its code is there. What cannot be compiled runs eagerly, with a
           warning. A `compile_config` means `True`.
         - `invariant`: whether the text is to be the same in any dtype, whatever drafts, whatever the policy decides,
           however the prompt is cut and whichever greedy rows stand beside it. Without head and policy this is plain

@@ -76,7 +76,7 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
     tokenizer: Any = getattr(processing_class, "tokenizer", None) if is_processor else processing_class
     check_type("processing_class", tokenizer, PreTrainedTokenizerBase)
     if is_processor and tokenizer.chat_template is None:
-        tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
+        tokenizer = copy.copy(tokenizer)  # the caller's is not changed
         tokenizer.chat_template = processing_class.chat_template
     own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
     if own is not None:

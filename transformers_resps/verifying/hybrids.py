@@ -259,7 +259,7 @@ class WholeTree:
         *,
         has_values_first: bool = False,
     ) -> Tensor:
-        """What nodes read of the state after their paths, `[b, n, heads, v]`, given `[b, n, heads, any]` each.
+        """Read the state after each node's path, `[b, n, heads, v]`, with queries and the rest `[b, n, heads, any]`.
 
         A node makes of a state S, in float32, with rates e^decay S + key (rate (value - key e^decay S)), and without
         e^decay S + key value. Sources: Gated Delta Networks (arXiv 2412.06464), equation 10; Transformers are SSMs

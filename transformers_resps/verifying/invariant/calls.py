@@ -198,7 +198,7 @@ class InvariantCalls:
             model: the target.
             setting: tells a generation setting of the call by its name, as `generate` resolves it.
             arguments: keyword arguments of the call.
-            media: names of those that belong to images, sounds or embeddings of its prompts.
+            media: names of the arguments of images, sounds or embeddings of its prompts.
             compile: whether its steps run compiled.
         """
         call = _of_call(setting, arguments, media, compile)
