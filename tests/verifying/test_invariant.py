@@ -18,8 +18,8 @@ from tests.trees import path_of
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.invariant.attention import (
     BLOCK,
+    BlockLayout,
     BlockReads,
-    Layout,
     Sizes,
     invariant_attention,
     levels_below,
@@ -80,11 +80,11 @@ class Case:
         return [torch.cat([text[row, : self.roots[row]], nodes[row, path]]) for text, nodes in pairs]
 
     def tree(
-        self, stale: float = STALE, is_compiled: bool = False, layout: Layout | None = None, **options: Any
+        self, stale: float = STALE, is_compiled: bool = False, layout: BlockLayout | None = None, **options: Any
     ) -> Tensor:
         """What all nodes get in one forward, `[b, n, heads, hd]`, also of the sizes that compiled code takes."""
         tree, roots = self.drafted, torch.tensor(self.roots)[:, None]
-        layout = layout or Layout.of_tree(roots, tree.depths, tree.ancestors, least=2 if is_compiled else 0)
+        layout = layout or BlockLayout.of_tree(roots, tree.depths, tree.ancestors, least=2 if is_compiled else 0)
         buffers = self.buffers(stale)
         return attend(layout, roots + tree.depths, self.queries, buffers, **self.options(**options))
 
@@ -115,7 +115,7 @@ class Case:
             own, sizes = slice(stop - step, stop), Sizes(step, blocks, levels_below(root, tree.level_count))
             for buffer, nodes in zip(buffers, self.nodes, strict=True):
                 put(buffer, 0, root + own.start, nodes[0, own])
-            layout = Layout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
+            layout = BlockLayout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
             asking = (places + tree.depths)[:, own], self.queries[:1, own]
             found.append(attend(layout, *asking, buffers, window=None, sinks=None)[0])
         return torch.cat(found)
@@ -124,7 +124,7 @@ class Case:
         """What a node gets as the newest token of its text, `[heads, hd]`."""
         entries = self.text_of(row, node)
         place = torch.tensor([[len(entries[0]) - 1]])
-        layout = Layout.of_chain(place, torch.zeros_like(place))
+        layout = BlockLayout.of_chain(place, torch.zeros_like(place))
         buffers = buffers_of(self.heads, layout.shared.numel(), 1, self.dtype, STALE)
         for buffer, text in zip(buffers, entries, strict=True):
             put(buffer, 0, 0, text)
@@ -162,7 +162,13 @@ def put(buffer: Tensor, row: int, first: int, entries: Tensor) -> None:
 
 
 def attend(
-    layout: Layout, places: Tensor, queries: Tensor, buffers: list[Tensor], *, window: int | None, sinks: Tensor | None
+    layout: BlockLayout,
+    places: Tensor,
+    queries: Tensor,
+    buffers: list[Tensor],
+    *,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     reads = BlockReads(layout, places, queries.dtype)
     keys, values = buffers
@@ -312,7 +318,7 @@ def test_slots_after_the_blocks_of_the_tree_are_not_read(root: int, value: float
 def test_each_path_of_a_tree_asks_its_own_block_after_the_last_border() -> None:
     """A root at 66 and three nodes, of which the last is a child of the first, and one of padding: by hand."""
     tree = DraftTree.from_parents(torch.tensor([[7, 8, 9, 5]]), torch.tensor([[0, 0, 0, 1]])).padded(5)
-    layout = Layout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors)
+    layout = BlockLayout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors)
     assert layout.shared.tolist() == [list(range(64))] and layout.ends.tolist() == [[64] * 5]
     assert layout.groups.tolist() == [[[0, 2, 0, 0], [1, 3, 0, 0]]]  # node 2 is the first leaf
     assert layout.places.tolist() == [[[66, 67, -1, -1], [67, 68, -1, -1]]]
@@ -324,7 +330,7 @@ def test_each_path_of_a_tree_asks_its_own_block_after_the_last_border() -> None:
 def test_a_node_after_the_next_border_asks_two_blocks_of_its_path() -> None:
     """A root at 62 and a chain of three nodes: one block of it and its child, and one of the last node."""
     ancestors = torch.ones(1, 3, 3, dtype=torch.bool).tril()
-    layout = Layout.of_tree(torch.tensor([[62]]), torch.arange(3)[None], ancestors)
+    layout = BlockLayout.of_tree(torch.tensor([[62]]), torch.arange(3)[None], ancestors)
     assert layout.shared.numel() == 0 and layout.starts.tolist() == [[0, 64]]
     assert layout.groups.tolist() == [[[0, 1, 2, 0], [2, 0, 0, 0]]]
     assert layout.asked.tolist() == [[[0, 1, 2]], [[-1, -1, 4]]]
@@ -336,7 +342,7 @@ def test_the_last_nodes_of_a_tree_ask_blocks_of_fixed_sizes() -> None:
     parents = torch.tensor([[0, 0, 0, 1]])
     tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
     sizes = Sizes(asking=2, blocks=4, levels=levels_below(66, 2))
-    layout = Layout.of_sizes(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
+    layout = BlockLayout.of_sizes(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
     assert layout.shared.flatten().tolist() == list(range(256)) and layout.ends.tolist() == [[64, 64]]
     assert layout.groups.tolist() == [[[0, 0, 0, 0], [1, 0, 0, 0]]] and layout.asked.tolist() == [[[0, 4]]]
     assert layout.places.tolist() == [[[67, -1, -1, -1], [68, -1, -1, -1]]]
@@ -350,8 +356,10 @@ def test_the_blocks_below_a_root_are_counted_by_hand(place: int, depth: int, blo
 
 def test_a_kernel_of_a_gpu_gets_what_it_takes() -> None:
     """On the meta device, where PyTorch checks shapes: with heads that share keys, and values narrower than keys."""
-    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
-    reads = BlockReads(Layout(*(part.to("meta") for part in layout)), torch.zeros(1, 3, device="meta"), torch.bfloat16)
+    layout = BlockLayout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    reads = BlockReads(
+        BlockLayout(*(part.to("meta") for part in layout)), torch.zeros(1, 3, device="meta"), torch.bfloat16
+    )
     query, key, value = (torch.empty(1, *sizes, device="meta", dtype=torch.bfloat16) for sizes in META_SIZES)
     mask = reads.mask(AttentionPattern())
     found, _ = invariant_attention(Module(), query, key, value, mask, resps_reads=reads)
@@ -361,7 +369,7 @@ def test_a_kernel_of_a_gpu_gets_what_it_takes() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtype) -> None:
     """Those of a GPU multiply by log2(e), and give a row whose scores are all infinite the log-sum-exp 0."""
-    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    layout = BlockLayout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
     mask = BlockReads(layout, torch.arange(70, 73)[None], dtype).mask(AttentionPattern())
     assert mask.min() < -3e4 and (mask.float() / math.log(2)).isfinite().all()
 
@@ -374,7 +382,7 @@ def test_nodes_of_padding_ask_nothing_and_change_no_bit(root: int, asking: int) 
     case = Case(HEADS[1], [root, root // 2], parents, torch.bfloat16, asking)
     tree = DraftTree.from_parents(torch.zeros(1, 8, dtype=torch.long), torch.tensor([parents]))
     nodes = (part.expand(2, *part.shape[1:]) for part in (tree.depths, tree.ancestors))
-    layout = Layout.of_tree(torch.tensor(case.roots)[:, None], *nodes).of_nodes(asking)
+    layout = BlockLayout.of_tree(torch.tensor(case.roots)[:, None], *nodes).of_nodes(asking)
     found = case.tree(layout=layout)
     assert torch.equal(found[:, :asking], case.tree()[:, :asking])
     assert all(torch.equal(found[:, node], found[:, asking - 1]) for node in range(asking, 8))
@@ -385,13 +393,13 @@ def test_the_fewest_parts_of_a_layout_are_filled_up_for_compiled_code() -> None:
     root, node, ancestors = torch.tensor([[3]]), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1).bool()
     sizes = [
         (len(found.shared), found.groups.shape[1], len(found.asked))
-        for found in (Layout.of_tree(root, node, ancestors, least) for least in (0, 2))
+        for found in (BlockLayout.of_tree(root, node, ancestors, least) for least in (0, 2))
     ]
     assert sizes == [(0, 1, 1), (2, 2, 2)]
 
 
 def test_a_chain_is_read_where_it_lies() -> None:
-    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    layout = BlockLayout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
     assert layout.shared.flatten().tolist() == list(range(128)) and layout.ends.tolist() == [[71, 72, 73]]
     assert not layout.groups.numel()
 
@@ -400,6 +408,6 @@ def test_a_chain_is_read_where_it_lies() -> None:
 def test_a_lone_root_is_read_where_it_lies_beside_its_padding(heads: Heads) -> None:
     """Its heads lie one after another, so its rows are not copied; heads of the padding fill them up."""
     case = Case(heads, [130], [0] * 4, torch.bfloat16, 3)
-    layout = Layout.of_chain(torch.tensor([[130]]), torch.zeros(1, 4, dtype=torch.long)).of_nodes(1)
+    layout = BlockLayout.of_chain(torch.tensor([[130]]), torch.zeros(1, 4, dtype=torch.long)).of_nodes(1)
     found = case.tree(layout=layout)[0]
     assert torch.equal(found, case.alone(0, 0).expand_as(found))

@@ -15,7 +15,7 @@ from transformers_resps.compilation.kernels import TILES, VECTORS, Kernels
 from transformers_resps.compilation.native import bf16_block_attention
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, ModulePackages
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant.attention import BlockReads, Layout
+from transformers_resps.verifying.invariant.attention import BlockLayout, BlockReads
 from transformers_resps.verifying.masks import AttentionPattern
 
 
@@ -23,7 +23,7 @@ SCALE = 0.125
 WINDOWS = (None, 1, 40, 64, 200)
 
 
-def asked(case: Case, layout: Layout, window: int | None) -> list[Tensor]:
+def asked(case: Case, layout: BlockLayout, window: int | None) -> list[Tensor]:
     """What the operator gets of a whole tree."""
     places = torch.tensor(case.roots)[:, None] + case.drafted.depths
     mask = BlockReads(layout, places, torch.bfloat16).mask(AttentionPattern(window))
@@ -35,7 +35,7 @@ def tree_of(case: Case, window: int | None = None, count: int | None = None) -> 
     count, roots = count or len(case.parents), torch.tensor(case.roots)[:, None]
     parents = torch.tensor([case.parents[:count]] * len(roots))
     tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(len(case.parents))
-    layout = Layout.of_tree(roots, tree.depths, tree.ancestors, 2)
+    layout = BlockLayout.of_tree(roots, tree.depths, tree.ancestors, 2)
     return asked(case, layout.of_nodes(count, compiled=True), window)
 
 
@@ -46,7 +46,7 @@ def alone(case: Case, row: int, node: int, window: int | None) -> list[Tensor]:
     one.text, one.nodes = [part[None, :-1] for part in keys], [part[None, -1:].repeat(1, 2, 1, 1) for part in keys]
     one.queries = case.queries[row, node][None, None].repeat(1, 2, 1, 1)
     roots = torch.tensor(one.roots)[:, None]
-    return asked(one, Layout.of_chain(roots, torch.zeros(1, 2, dtype=torch.long), 2), window)
+    return asked(one, BlockLayout.of_chain(roots, torch.zeros(1, 2, dtype=torch.long), 2), window)
 
 
 def cases(heads: Heads, rows: int) -> list[Case]:

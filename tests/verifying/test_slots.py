@@ -15,7 +15,7 @@ from tests.verifying.filled_cache import filled_cache
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.attention import attend
 from transformers_resps.verifying.invariant import attention
-from transformers_resps.verifying.invariant.attention import BLOCK, Layout
+from transformers_resps.verifying.invariant.attention import BLOCK, BlockLayout
 from transformers_resps.verifying.invariant.forwards import InvariantForward
 from transformers_resps.verifying.slots import engine as slots_module
 from transformers_resps.verifying.slots.buffers import SlotBuffers
@@ -218,7 +218,11 @@ def test_code_of_the_invariant_mode_takes_blocks_paths_and_levels_of_any_number(
     engine, tree, roots = SlotEngine(), DraftTree.from_parents(*TREES), torch.tensor([[200], [170], [230]])
     forward = InvariantForward(Lock(), 1, target, engine.pattern(target), [])
     own = [part[:rows] for part in (tree.tokens, tree.depths, tree.ancestors, roots)]
-    layout = Layout.of_chain(own[3], own[1], least=2) if is_chain else Layout.of_tree(own[3], own[1], own[2], least=2)
+    layout = (
+        BlockLayout.of_chain(own[3], own[1], least=2)
+        if is_chain
+        else BlockLayout.of_tree(own[3], own[1], own[2], least=2)
+    )
     positions = (own[3] + own[1])[..., None]
     tensors = [*own[:2], own[3], positions, torch.arange(2), *layout]
     tensors += [part[:rows] for part in buffers_of(target, engine.pattern(target), 270)]

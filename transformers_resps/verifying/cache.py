@@ -18,7 +18,7 @@ from ..compat import CacheLayer, cache_layers
 
 
 _SPARE = 256  # positions allocated beyond what is needed
-_MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they grow, all their past is there twice
+_MAX_SHARING = 8  # layers of one buffer: more would move faster, but a buffer that grows exists twice
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -26,9 +26,8 @@ from .lending import Change, lent
 from .masks import HYBRID_TYPES, RECURRENT_TYPES, layer_types
 
 
-# Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other, and
-# hand on to convolution and scan what a forward is told; a mixer that is not listed may ignore that state, as some of
-# stock's do.
+# Class of a mixer -> its folder in `transformers.models`. These go on from a given state over several tokens and pass
+# keywords of a forward on to convolution and scan; other mixers may ignore the state, as some of stock's do.
 _MIXERS = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
     "Qwen3_5GatedDeltaNet": "qwen3_5",

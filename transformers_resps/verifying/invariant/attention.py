@@ -1,14 +1,13 @@
-"""Attention whose result for a token depends on its own text alone, not on what else is in the forward.
+"""Attention whose result for a token depends on its own text alone, not on the other tokens of the forward.
 
-A kernel adds up the keys of a row in an order that it chooses by the shape of the whole problem, and in low precision
-another order is another text. Here the keys lie in blocks that begin at fixed places of the text, and each block is a
-problem of its own for PyTorch's kernel: of one size, with each key where it stands in the text, so that the kernel
-does the same for a row whatever stands beside it. A softmax over the log-sum-exps of its blocks, in float64, joins
-what they give to a row, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
+A kernel sums the keys of a row in an order that it chooses by the shape of the whole problem, and in low precision
+another order may be another text. Here the keys lie in blocks that begin at fixed places of the text, and PyTorch's
+kernel gets each block as a problem of its own, always of one size. A softmax over the log-sum-exps of the blocks, in
+float64, joins their results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-All nodes of a tree share the blocks before the last border before its root, and read them where they lie. A block
-after that border is put together for each path, from the text and from the path's nodes, and read by nodes of that
-path only. So a node gets the bits that it would get as text, and one that is read alone those of a long prompt.
+All nodes of a tree share the blocks before the last border before its root. A block after that border is gathered for
+each path, from the text and the path's nodes, for nodes of that path only. So a node gets the bits that it would get
+as text, alone or in a long prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,21 +28,21 @@ from ..masks import AttentionPattern, additive
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
-LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it
+LENT = (STOCK, GROUPED, INVARIANT)  # names that a target of `sdpa` has while calls in other threads run it
 BLOCK = 64  # keys of a block
-_ROWS = 4  # nodes of a group
-# Of 32 query rows at a time PyTorch's kernel on a CPU lets MKL multiply a rest of one to three, and with the kernels
-# that `MKL_CBWR=COMPATIBLE` asks for one to seven, in another order than more.
+_ROWS = 4  # nodes that query a path's block together
+# PyTorch's kernel on a CPU takes 32 query rows at a time, and MKL multiplies a rest of one to three in another order,
+# one to seven with `MKL_CBWR=COMPATIBLE`.
 _MULTIPLE = 8
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layout for the last nodes of a tree. A few of them serve all trees, so no tree need be read.
+    """Sizes of a layout for the last nodes of a tree; a few of them serve all trees, whose values stay on the device.
 
     Attributes:
-        asking: the last nodes. Those before them lie in their slots already.
-        blocks: that are shared.
-        levels: blocks that any path has after the border, at most; see `levels_below`.
+        asking: the last nodes, which this forward computes; earlier ones lie in their slots already.
+        blocks: shared blocks.
+        levels: most blocks that a path has after the border; see `levels_below`.
     """
 
     asking: int
@@ -52,26 +51,24 @@ class Sizes(NamedTuple):
 
 
 def levels_below(place: int, depth: int) -> int:
-    """Blocks in which the nodes of a tree lie whose root has this place in the text and whose deepest node this
-    depth.
-    """
+    """Count the blocks that hold the nodes of a tree, from its root's place in the text and its largest depth."""
     return (place % BLOCK + depth) // BLOCK + 1
 
 
-class Layout(NamedTuple):
+class BlockLayout(NamedTuple):
     """Blocks of buffers that the nodes of a tree, or the tokens of a prompt, attend to, in the order of the text.
 
     The entry of place i of the text lies in slot i, and that of node i in the slot i after the root's place.
 
     Attributes:
-        shared: `[blocks, BLOCK]` places of the blocks that are read where they lie.
-        ends: `[b, n]` the place where these end for a node.
+        shared: `[blocks, BLOCK]` places of the blocks that all nodes share.
+        ends: `[b, n]` the place where these blocks end for a node.
         order: `[any]` the real nodes, which are the first ones. Padding nodes get a copy of the last one's result.
-        groups: `[b, g, _ROWS]` nodes of one path that ask another block together.
-        places: `[b, g, _ROWS]` of these nodes in the text; -1 where a group has fewer.
-        slots: `[b, g, BLOCK]` of the entries in that block, in the order of the text.
-        starts: `[b, g]` place of its first entry.
-        asked: `[levels, b, n]` where a node stands in the groups of a row, for each such block that it asks; or -1.
+        groups: `[b, g, _ROWS]` nodes of one path that query one of its blocks together.
+        places: `[b, g, _ROWS]` places of these nodes in the text; -1 where a group has fewer.
+        slots: `[b, g, BLOCK]` slots of the entries in that block, in the order of the text.
+        starts: `[b, g]` place of the block's first entry.
+        asked: `[levels, b, n]` index of a node in its row's groups, for each block of a path that it queries; or -1.
     """
 
     shared: Tensor
@@ -84,8 +81,8 @@ class Layout(NamedTuple):
     asked: Tensor
 
     @classmethod
-    def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "Layout":
-        """The layout of tokens at `depths` `[b, n]` after the places `roots` `[b, 1]`: as text, all blocks are shared.
+    def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
+        """Lay out tokens at `depths` `[b, n]` after the places `roots` `[b, 1]` as text: all blocks are shared.
 
         All tensors are on the host. There are at least `least` blocks, empty groups and levels, see `of_tree`.
         """
@@ -97,11 +94,11 @@ class Layout(NamedTuple):
         return cls(shared, roots + depths + 1, torch.arange(count), groups, groups - 1, slots, none, asked)
 
     @classmethod
-    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "Layout":
-        """The layout of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All tensors are on the host.
+    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "BlockLayout":
+        """Lay out a tree below the places `roots` `[b, 1]`; see `DraftTree`. All tensors are on the host.
 
-        There are at least `least` blocks, groups and levels. Compiled code takes two or more of each, because sizes of
-        none and one would be compiled apart.
+        There are at least `least` blocks, groups and levels: compiled code gets two or more, because sizes of none and
+        one would be compiled apart.
         """
         rows = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
         read = [_RowLayout(*row) for row in rows]
@@ -116,7 +113,7 @@ class Layout(NamedTuple):
         return cls(shared, ends, torch.arange(count), groups, places, slots, starts, asked.transpose(0, 1))
 
     @classmethod
-    def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "Layout":
+    def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "BlockLayout":
         """Lay out the last nodes of a tree like `of_tree`, without a transfer from the device."""
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
@@ -150,25 +147,22 @@ class Layout(NamedTuple):
         shared, ends = _blocks(sizes.blocks * BLOCK, depths.device), border.expand(-1, count)
         return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)._from(first)
 
-    def _from(self, first: int) -> "Layout":
-        """The layout in which only the nodes from `first` on ask."""
+    def _from(self, first: int) -> "BlockLayout":
+        """Cut the layout to the nodes from `first` on."""
         ends, order, asked = self.ends[:, first:], self.order[: self.order.shape[0] - first], self.asked[..., first:]
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
-    def of_nodes(self, count: int, *, compiled: bool = False) -> "Layout":
-        """The layout in which nodes from `count` on are padding, which sees nothing in compiled code."""
+    def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
+        """Turn nodes from `count` on into padding, which sees nothing in compiled code."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 class _RowLayout:
-    """The `Layout` of one row in Python numbers, which for few nodes are faster than tensors.
+    """The `BlockLayout` of one row in Python numbers, which for few nodes are faster than tensors.
 
-    Attributes:
-        groups, places, starts: as in `Layout`.
-        paths: `[g, n + 1]` nodes of the path of each group, and roots after them.
-        asked: `[levels, n]`.
+    `paths` are `[g, n + 1]` nodes of each group's path, filled up with roots.
     """
 
     def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
@@ -183,7 +177,7 @@ class _RowLayout:
         known = set[int]()
         for leaf in (node for node in nodes if node not in inner):
             path = paths[leaf]
-            new = [node for node in path if node not in known]  # the others ask with an earlier leaf
+            new = [node for node in path if node not in known]  # the others belong to an earlier leaf's path
             known.update(new)
             for level, asked in enumerate(self.asked):
                 asking = [node for node in new if own + depths[node] >= level * BLOCK]
@@ -212,7 +206,7 @@ class _RowLayout:
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """`[b, g, n + 1]` nodes of these `paths` `[b, g]`, counted by their leaves, and roots after them."""
+    """List the nodes of `paths` `[b, g]`, numbered by their leaves: `[b, g, n + 1]`, filled up with roots."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
@@ -222,9 +216,9 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 
 
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
-    """The slots of entries from the places `starts` `[b, g]` on, on paths of these `nodes` `[b, g, n + 1]`.
+    """List the slots of blocks that begin at the places `starts` `[b, g]` on paths of `nodes` `[b, g, n + 1]`.
 
-    After the end of a path stands the root's slot, which no node sees.
+    After the end of a path comes the root's slot, which the mask hides.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -240,20 +234,20 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """Repeat the last row until PyTorch's kernel takes the number of rows."""
+    """Repeat the last row up to a multiple of `_MULTIPLE`."""
     count = part.shape[dim]
     if count % _MULTIPLE == 0:
         return part
     return part.index_select(dim, torch.arange(_rounded_up(count, _MULTIPLE), device=part.device).clamp(max=count - 1))
 
 
-class _Rows(NamedTuple):
-    """Query rows of one kind of layers: the heads of some nodes that share keys, one after another.
+class _QueryRows(NamedTuple):
+    """Query rows of one layer type: the heads of some nodes that share keys, one after another.
 
     Attributes:
-        heads: `[any * b * kv heads * rows]` of `[b * n * heads, hd]` queries.
+        heads: `[any * b * kv heads * rows]` indices into the `[b * n * heads, hd]` queries.
         mask: `[blocks, 1 or b * kv heads, rows, BLOCK]`, additive.
-        step: heads from one key head's first row to the next one's, where the rows need not be copied; else 0.
+        step: heads from one key head's first row to the next one's, if the rows need not be copied; else 0.
     """
 
     heads: Tensor
@@ -261,7 +255,7 @@ class _Rows(NamedTuple):
     step: int = 0
 
     def gathered(self, queries: Tensor, key_heads: int) -> Tensor:
-        """`[blocks or 1, b * kv heads, rows, hd]` of `[b * n * heads, hd]`: one where all blocks are asked alike."""
+        """Pick the rows, `[blocks or 1, b * kv heads, rows, hd]`: one where all blocks get the same."""
         count, size, distance = self.mask.shape[2], queries.shape[1], queries.stride(0)
         if self.step:
             return queries.as_strided((1, key_heads, count, size), (0, self.step * distance, distance, 1))
@@ -269,16 +263,16 @@ class _Rows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """Entries that groups attend to.
+    """Query rows of groups and the blocks of their paths.
 
     Attributes:
-        rows: of groups, over their own blocks.
-        entries: `[g * b * kv heads * BLOCK]` of these blocks among `[b * kv heads * slots]`.
-        places: `[levels * rows * b * kv heads]` of rows over shared blocks among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, rows, b * kv heads]` which of them stand nowhere; `None` where each node asks each level.
+        rows: query rows over these blocks.
+        entries: `[g * b * kv heads * BLOCK]` indices of the blocks' entries among `[b * kv heads * slots]`.
+        places: `[levels * rows * b * kv heads]` indices of rows over shared blocks among `[g, rows, b * kv heads]`.
+        is_missing: `[levels, rows, b * kv heads]` rows without a block; `None` where every node has all levels.
     """
 
-    rows: _Rows
+    rows: _QueryRows
     entries: Tensor
     places: Tensor
     is_missing: Tensor | None
@@ -290,35 +284,30 @@ class _OwnReads(NamedTuple):
 
 
 class _LayerReads(NamedTuple):
-    """Entries that a kind of layers attends to.
+    """Query rows of a layer type over shared blocks and, if there are groups, over their own.
 
-    Attributes:
-        shared: rows over shared blocks.
-        order: `[b * n * heads]` of `[rows * b * kv heads]`, by nodes.
-        own: of groups, if there are any.
+    `order` `[b * n * heads]` sorts the results `[rows * b * kv heads]` by nodes.
     """
 
-    shared: _Rows
+    shared: _QueryRows
     order: Tensor
     own: _OwnReads | None
 
 
 class BlockReads:
-    """Entries that the layers of one forward attend to, laid out once for all layers that are alike.
+    """Query rows and masks of a layout on the device, made once for all equal layers of a forward.
 
-    Args:
-        layout: on the device.
-        places: `[b, n]` of the nodes in the text.
-        dtype: of the queries.
+    `places` `[b, n]` are those of the nodes in the text, and `dtype` is that of the queries.
     """
 
-    def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, pattern: AttentionPattern) -> Tensor:
-        """The additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: of shared blocks, then of
-        groups. Some targets hand on a view of it.
+        """Make the additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: shared blocks, then groups.
+
+        Some targets hand on a view of it.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
@@ -329,7 +318,7 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Where nodes at `places` see keys at other places, up to the `last`."""
+        """Make the additive mask of keys up to the `last` place."""
         seen = pattern.mask(places, keys, keys <= last)
         # Kernels on a GPU multiply scores by log2(e): the minimum itself would become infinite there, and they give a
         # block without any key the log-sum-exp 0.
@@ -378,19 +367,19 @@ class BlockReads:
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
-    def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
-        """The query rows of nodes `[any, b, r]`, which see `[any, b, r, BLOCK]`. Heads that share keys adjoin."""
+    def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _QueryRows:
+        """Make query rows of nodes `[any, b, r]` with masks `[any, b, r, BLOCK]`; heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # later heads fill up its rows
-            return _Rows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
+            return _QueryRows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
         head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
         first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads
         mask = mask[:, :, :, None].expand(-1, -1, -1, sharing, -1).flatten(2, 3)
         if rows > 1:
             mask = mask[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
         index = (first[:, :, None, :, None] + head).flatten(3)
-        return _Rows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
+        return _QueryRows(_filled_up(index, 3).flatten(), _filled_up(mask, 2))
 
 
 def invariant_attention(
@@ -406,24 +395,22 @@ def invariant_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over buffers that a `Layout` describes.
-
-    Without `resps_reads` as `grouped_attention`: a call in another thread may run the same target meanwhile.
+    """Attend over buffers by the layout in `resps_reads`, or by `grouped_attention` in a forward of another thread.
 
     Args:
-        module: of the target.
+        module: unused, like `dropout`.
         query: `[b, heads, n, hd]` of the nodes.
         key: `[b, kv heads, slots, hd]`, the nodes' own among them.
         value: like `key`; `hd` may be smaller.
         attention_mask: of `BlockReads.mask`.
-        dropout: none; the mode is for evaluation.
-        scaling: of the scores; `hd ** -0.5` when `None`.
-        resps_reads: of this forward.
-        s_aux: `[heads]` the scores of attention sinks.
+        dropout: the mode is for evaluation.
+        scaling: factor of the scores; `hd ** -0.5` when `None`.
+        resps_reads: layout of this forward.
+        s_aux: `[heads]` scores of attention sinks.
         options: of other implementations.
 
     Returns:
-        `[b, n, heads, hd of values]`, and nothing for the weights.
+        `[b, n, heads, hd of values]`, and `None` for the weights.
     """
     if resps_reads is None:
         options |= {} if s_aux is None else {"s_aux": s_aux}
@@ -456,16 +443,18 @@ def invariant_attention(
 
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
-    """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
+    """View the first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
     (rows, kv_heads, _, size), (_, of_head, of_slot, step) = states.shape, states.stride()
     return states.as_strided((blocks, rows * kv_heads, BLOCK, size), (BLOCK * of_slot, of_head, of_slot, step))
 
 
-def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of the scores of each block, and what the rows get of it, in the order in which a CPU's kernel
-    writes them: `[blocks, rows, b * kv heads]` and `[blocks, rows, b * kv heads, hd]`.
+def _attended(
+    queries: Tensor, rows: _QueryRows, entries: list[Tensor], scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to each block of `entries`, keys and values `[blocks, b * kv heads, BLOCK, hd]`; values may be narrower.
 
-    `entries` are keys and values of the blocks, `[blocks, b * kv heads, BLOCK, hd]` each; values may be narrower.
+    Returns the log-sum-exps `[blocks, rows, b * kv heads]` and the results `[blocks, rows, b * kv heads, hd]`, in the
+    order in which a CPU's kernel writes them.
     """
     keys, values = entries
     size, narrow, count = keys.shape[-1], values.shape[-1], rows.mask.shape[2]
@@ -477,12 +466,12 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
         )
         return sums.transpose(1, 2), attended.transpose(1, 2)
-    # Of the kernels with a mask, the one chosen by the size of heads, not by the number of rows (`cutlassF.h`).
+    # The one kernel with a mask that is chosen by the size of heads, not by the number of rows (`cutlassF.h`).
     mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
     attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         asking, keys, values, mask, True, scale=scaling
     )
-    return sums[..., :count].transpose(1, 2), attended.transpose(1, 2)  # it fills up the sums
+    return sums[..., :count].transpose(1, 2), attended.transpose(1, 2)  # the kernel pads the sums
 
 
 def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,12 +483,12 @@ def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Te
 
 
 def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum of these `[blocks, ...]`, one after another, in float64."""
+    """Sum the parts `[blocks, ...]` with their weights, one after another, in float64."""
     return _widened(parts).mul_(weights[..., None]).sum(dim=0)
 
 
 def _widened(parts: Sequence[Tensor]) -> Tensor:
-    """These `[blocks, ...]`, one after another, in float64."""
+    """Join the parts `[blocks, ...]` in float64."""
     if len(parts) == 1:
         return parts[0].double()
     joined = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:], dtype=torch.float64)
@@ -511,7 +500,7 @@ def _widened(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
-    """The weight of each block by the log-sum-exps of its scores `[blocks, rows, b * kv heads]`, in float64."""
+    """Weigh each block by the log-sum-exps of its scores `[blocks, rows, b * kv heads]`, in float64."""
     if sinks is None:
         return sums.softmax(dim=0, dtype=torch.float64)
     _, count, key_heads = sums.shape
@@ -526,10 +515,9 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target`, which attends by `sdpa` or knows no other than `eager`, attends by `invariant_attention`. One
-    thread at a time.
+    """Let a target of `sdpa`, or one that knows only `eager`, attend by `invariant_attention` inside `with`.
 
-    That outranks `use_gqa_attention` in another thread, which knows no `BlockReads`.
+    One thread at a time. It outranks `use_gqa_attention` in another thread, which knows no `BlockReads`.
     """
     with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield

@@ -1,8 +1,8 @@
 """Mixtures of experts in which the result of a token does not depend on the tokens beside it.
 
-How many tokens of a forward go to an expert depends on all of them, and a product over other rows may round in another
-way. Here the rows of an expert are filled up to a number that rounds alike, and a token adds the results of its
-experts in its own order. Transformers' modules of experts, which look up their function at each forward, are served.
+The other tokens of a forward decide how many rows an expert gets, and another number of rows may round otherwise. Here
+an expert's rows are filled up to a number that rounds alike, and a token adds the results of its experts in its own
+order. This reaches Transformers' modules of experts, which look up their function at each forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
 def multiply_segments(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
-    """Multiply each segment of rows by its own weight. One operator, so that compiled code need not know the segments.
+    """Multiply each segment of rows by its own weight: one operator, so that compiled code need not know the segments.
 
     Args:
         rows: `[s, i]`, the segments in order.
         weights: `[experts, i, o]`.
         ends: `[experts]` where each segment ends.
-        least: rows of a product, or a multiple of them. A segment that has fewer is multiplied with rows beside it,
-            whose results are dropped.
+        least: rows of a product are a multiple of it. A shorter segment takes rows beside it along, and their results
+            are dropped.
 
     Returns:
         `[s, o]`, in memory of its own.
@@ -88,20 +88,16 @@ def invariant_experts(
     if getattr(experts, "has_post_expert_norm", False):  # not in the first releases that we support
         rows = experts.post_expert_norm(rows)
     results = rows[order.argsort()].unflatten(0, top_k_index.shape) * top_k_weights[..., None]
-    # One after the other: how `sum` groups its terms is its own affair.
+    # One after the other: `sum` may group its terms by the number of rows.
     total: Tensor = reduce(torch.add, results.to(torch.promote_types(results.dtype, torch.float32)).unbind(1))
     return total.to(hidden_states.dtype)
 
 
 @contextmanager
 def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]:
-    """Inside, `target` computes its experts by `invariant_experts`; without experts it computes as ever.
+    """Let a target with `has_invariant_experts` compute its experts by `invariant_experts` inside `with`.
 
-    As in `use_gqa_attention` the name changes for one forward, and calls in other threads may see either name.
-
-    Args:
-        target: for which `has_invariant_experts` holds.
-        least: see `invariant_experts`.
+    The name changes for one forward, as in `use_gqa_attention`; calls in other threads may see either name.
     """
     config, name = target.config.get_text_config(decoder=True), f"resps_invariant_{least}"
     ExpertsInterface.register(name, partial(invariant_experts, least=least))
@@ -110,8 +106,9 @@ def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]
 
 
 def has_invariant_experts(target: PreTrainedModel) -> bool:
-    """Whether `use_invariant_experts` reaches all experts of `target`: none are left out that are quantized, spread
-    over machines, or of a class that multiplies in a way of its own. True without experts.
+    """Whether `use_invariant_experts` reaches all experts of `target`; true without experts.
+
+    It does not reach experts that are quantized, spread over machines, or of a class with its own multiplication.
     """
     config = target.config.get_text_config(decoder=True)
     mixtures = (module for module in target.modules() if type(module).__name__.endswith(_ENDS_OF_NAMES))
@@ -119,12 +116,9 @@ def has_invariant_experts(target: PreTrainedModel) -> bool:
 
 
 class RoutedLayer(nn.Module):
-    """Something that a mixture of experts computes of each row, `[..., in_features]` -> `[..., out_features]`.
+    """A part of a mixture of experts as a layer `[..., in_features]` -> `[..., out_features]`.
 
-    Args:
-        run: of rows `[m, in_features]`.
-        sizes: inputs and outputs.
-        weight: `[out_features, in_features]` where the rows are multiplied by one.
+    `run` takes rows `[m, in_features]`, and multiplies them by `weight` `[out_features, in_features]` if there is one.
     """
 
     bias = None
@@ -135,7 +129,7 @@ class RoutedLayer(nn.Module):
         self.in_features, self.out_features = sizes
 
     def forward(self, states: Tensor) -> Tensor:
-        """Join the results; of several only those of floating point."""
+        """Run, and join the results that are floating point."""
         results = self._run(states.flatten(0, -2))
         parts = [part for part in ([results] if isinstance(results, Tensor) else results) if part.is_floating_point()]
         joined = torch.cat(parts, dim=-1)
@@ -147,7 +141,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
     expert, routers that are no linear layers, and the whole mixture.
 
     Args:
-        target: for which `has_invariant_experts` holds.
+        target: one with `has_invariant_experts`.
         least: see `invariant_experts`; so many serve on any machine.
     """
     config = target.config.get_text_config(decoder=True)
@@ -166,7 +160,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
 
 
 def _of_expert(experts: Any) -> Iterator[RoutedLayer]:
-    """The products and the activation of the first expert."""
+    """Yield the products and the activation of the first expert."""
     raised = experts.gate_up_proj if experts.has_gate else experts.up_proj
     for weights in (raised, experts.down_proj):
         weight = weights[0].detach() if experts.is_transposed else weights[0].detach().t()
@@ -178,7 +172,7 @@ def _of_expert(experts: Any) -> Iterator[RoutedLayer]:
 
 def _router(router: Any, block: nn.Module) -> Callable[[Tensor], Any]:
     _, *others = signature(router.forward).parameters.values()
-    asked = [each.name for each in others if each.default is each.empty]  # biases, which some mixtures keep
+    asked = [each.name for each in others if each.default is each.empty]  # biases, which some mixtures own
     return partial(router.forward, **{name: getattr(block, name) for name in asked})
 
 

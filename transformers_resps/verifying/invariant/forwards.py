@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..slots.buffers import SlotLayer
 from ..slots.forwards import SlotForward, by_planes, node_positions
-from .attention import BlockReads, Layout, Sizes, use_invariant_attention
+from .attention import BlockLayout, BlockReads, Sizes, use_invariant_attention
 from .experts import use_invariant_experts
 
 
@@ -24,7 +24,7 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 class InvariantInputs(NamedTuple):
-    """A tree or a part of a prompt, and where it stands, before its `Layout`.
+    """A tree or a part of a prompt, and where it stands, before its `BlockLayout`.
 
     Attributes:
         tokens: `[b, n]`.
@@ -80,13 +80,13 @@ class InvariantForward(SlotForward):
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run over the tensors of `InvariantInputs`, of a `Layout` and of the buffers."""
-        ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(Layout._fields)
-        inputs, layout = InvariantInputs(*tensors[: ends[0]]), Layout(*tensors[slice(*ends)])
+        """Run over the tensors of `InvariantInputs`, of a `BlockLayout` and of the buffers."""
+        ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(BlockLayout._fields)
+        inputs, layout = InvariantInputs(*tensors[: ends[0]]), BlockLayout(*tensors[slice(*ends)])
         return self._read(inputs, layout, tensors[ends[1] :], inputs.kept)
 
     def _read(
-        self, inputs: InvariantInputs, layout: Layout, buffers: tuple[Tensor, ...], kept: Tensor | None
+        self, inputs: InvariantInputs, layout: BlockLayout, buffers: tuple[Tensor, ...], kept: Tensor | None
     ) -> tuple[Tensor, ...]:
         tokens, depths, roots, positions, _ = inputs
         slots = roots + torch.arange(tokens.shape[1], device=tokens.device)
@@ -111,7 +111,7 @@ class PartForward(InvariantForward):
         part, buffers = PartInputs(*tensors[: len(PartInputs._fields)]), tensors[len(PartInputs._fields) :]
         sizes = Sizes(part.tokens.shape[1], len(part.blocks), len(part.levels))
         root = part.roots[:, :1].long()
-        layout = Layout.of_sizes(root, part.depths, part.ancestors, sizes)
+        layout = BlockLayout.of_sizes(root, part.depths, part.ancestors, sizes)
         first = part.depths.shape[1] - part.tokens.shape[1]
         own = part.depths[:, first:]
         positions = node_positions(part.roots[:, 1:], own)

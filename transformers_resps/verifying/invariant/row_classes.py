@@ -1,8 +1,8 @@
 """How many rows a layer needs, so that a row gets the same bits whatever other rows stand beside it.
 
-A kernel chooses its loops by the whole problem: it may sum a lone row in another order than two rows, the rest of a
-number that four does not divide in another than the rows before it, and compute what lies where one thread ends in
-another way than what lies in the middle. No documentation says when, so the kernels of this machine are tried.
+A kernel chooses its loops by the whole problem: it may sum a lone row in another order than two rows, or the last
+three rows of seven in another order than the first four, or rows at the end of a thread's share in another order than
+the rows inside. No documentation says when, so this module tries the kernels of the machine.
 """
 
 from abc import ABC, abstractmethod
@@ -18,23 +18,23 @@ from transformers.pytorch_utils import Conv1D
 
 from ..masks import AttentionPattern
 from ..prepacking import is_prepacked
-from .attention import BLOCK, BlockReads, Layout, Sizes, invariant_attention, levels_below
+from .attention import BLOCK, BlockLayout, BlockReads, Sizes, invariant_attention, levels_below
 from .experts import routed_layers
 
 
-_CANDIDATES = (16, 8, 4, 2, 1)  # each divides those before it, so the largest of several layers serves them all
+_CANDIDATES = (16, 8, 4, 2, 1)  # each divides its predecessors: the largest of several layers serves all
 _COUNTS = (*range(1, 10), 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 49, 64, 65, 100, 128, 200, 512)
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
-_TRIED = 12  # rows of each count: one shows another order of its sum with a probability of at least 0.5 (measured)
-# Where a forward has a fixed number of rows, how far a row is moved among them: kernels go by halves, fours and pairs.
+_TRIED = 12  # rows of each count: one shows another order of its sum with a probability of 0.5 or more (measured)
+# Distances by which rows move in forwards with a fixed number of rows: kernels work on halves, fours and pairs.
 _SHIFTS = (1, 2, 4, 8, 15)
-_APART = 13  # rows from where they stand in the whole sample: no multiple of what kernels go by
+_APART = 13  # distance of rows from their place in the whole sample: no multiple of a kernel's sizes
 _TRIED_VALUES = 2**14  # of an activation or attention: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
-_CHAINS = (*range(1, 37), 128, _PLACES)  # tokens: a kernel groups the rows of their heads by 32, and looks at the rest
-# Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice what "auto" asks for,
+_CHAINS = (*range(1, 37), 128, _PLACES)  # tokens: a kernel groups the rows of their heads by 32, with a rest
+# Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice the nodes of "auto",
 # and few enough that weights, not products, take the time in float32, too.
 _EXACTLY = 32
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -48,10 +48,10 @@ def least_rows(
     """Find how many rows must be computed together, or a multiple of them, so that their bits depend on no others.
 
     Args:
-        answer: to these rows of one sample, computed together: `[len(rows), ...]`. They may be rows of a matrix, or
-            the nodes of a chain, which depend on the nodes before them.
+        answer: computes these rows of one sample together: `[len(rows), ...]`. They are rows of a matrix, or nodes of
+            a chain, which depend on the nodes before them.
         counts: numbers of rows to try. The sample has as many as the largest, which is a multiple of 16.
-        starts: where so many rows begin in the sample; a chain begins at 0.
+        starts: first rows to try for a count; a chain begins at 0.
 
     Returns:
         1, 2, 4, 8 or 16; `None` where not even multiples of 16 agree.
@@ -68,12 +68,9 @@ def least_rows(
 
 
 def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
-    """Whether `count` rows computed together get the same bits at other places among them, and beside other rows.
+    """Whether `count` rows computed together get the same bits at other places and beside other rows.
 
-    Args:
-        answer: as in `least_rows`.
-        starts: multiples of `count`; rows from there on are moved among others.
-        count: rows of each call.
+    `answer` is that of `least_rows`; `starts` are multiples of `count` from which rows are moved.
     """
     for start in starts:
         known = torch.cat([answer(range(first, first + count)) for first in (start, start + count)])
@@ -90,7 +87,7 @@ def kernel_settings() -> dict[str, Hashable]:
     Not autocast, which the invariant mode refuses.
     """
     onednn: Any = torch.backends.mkldnn
-    # `torch.get_float32_matmul_precision()` raises where its parts were set apart
+    # `torch.get_float32_matmul_precision()` raises where backends have different precisions.
     precision = onednn.matmul.fp32_precision
     return {
         "torch.get_num_threads()": torch.get_num_threads(),
@@ -104,9 +101,7 @@ def kernel_settings() -> dict[str, Hashable]:
 class RowNeeds:
     """How many rows of one target must be computed together.
 
-    Attributes:
-        forward: nodes of all rows of a forward, or a multiple of them.
-        is_exact: whether each forward has just so many nodes, of one row, and no multiple.
+    A forward has `forward` nodes in all its rows, or a multiple; exactly so many, of one row, if `is_exact`.
     """
 
     forward: int
@@ -114,13 +109,13 @@ class RowNeeds:
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """Needs that are met on every machine on which any are: forwards of exactly so many rows."""
+        """The strictest needs of a device: forwards of exactly so many rows."""
         *_, last = _ways(device)
         return last
 
 
 def _ways(device: torch.device) -> Iterator[RowNeeds]:
-    """The needs that may hold on a device, the cheapest first."""
+    """Yield the needs that may hold on a device, the cheapest first."""
     if device.type == "cpu":
         yield RowNeeds(_CANDIDATES[0])
         yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
@@ -129,7 +124,7 @@ def _ways(device: torch.device) -> Iterator[RowNeeds]:
 
 
 class RowClasses:
-    """Finds the rows that a target's kernels need on this machine, and keeps what it found of each kind of layer.
+    """Finds the rows that a target's kernels need on this machine, and remembers them for each kind of layer.
 
     A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
     """
@@ -138,18 +133,13 @@ class RowClasses:
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel) -> RowNeeds:
-        """Find how many rows a forward of the target must have, or a multiple of them, or where none is found one
-        number of rows for each forward.
+        """Find how many rows a forward of a target, on a CPU or on one GPU, must have.
 
-        The first call costs about as much as a prompt of 60 tokens, another one a look at each layer. No hook runs,
-        and the random state of the process stays.
-
-        Args:
-            target: on a CPU, or on one GPU.
+        The first call costs about as much as a prompt of 60 tokens, later ones a look at each layer. No hook runs, and
+        the random state of the process stays.
 
         Returns:
-            1, 2, 4, 8 or 16, or 16 exactly; 32 exactly on a GPU. 1 in float64, which rounds too far from any choice of
-            a token.
+            1, 2, 4, 8 or 16, or 16 exactly; 32 exactly on a GPU. 1 in float64, whose rounding changes no token.
 
         Raises:
             ValueError: a layer, or attention, has no such number.
@@ -162,7 +152,9 @@ class RowClasses:
         """Return the `needs` if only the experts are multiplied by PyTorch's kernels."""
         return self._needs(target, _routed_parts)
 
-    def _needs(self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_Part"]]) -> RowNeeds:
+    def _needs(
+        self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_RowwisePart"]]
+    ) -> RowNeeds:
         for way in _ways(target.device):
             settings, needed = (*kernel_settings().values(), way), [1]
             for part in parts(target, way.forward):
@@ -178,7 +170,7 @@ class RowClasses:
         )
 
     @torch.no_grad()
-    def _rows_of(self, part: "_Part", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
+    def _rows_of(self, part: "_RowwisePart", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
         kind = *settings, part.kind
         if kind in self._known:
             return self._known[kind]
@@ -188,11 +180,11 @@ class RowClasses:
         return found
 
 
-class _Part(ABC):
-    """A part of the target that computes each row by itself."""
+class _RowwisePart(ABC):
+    """A part of the target in which rows meet only in the kernel."""
 
     remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
-    shows_order = True  # whether its bits show in which order a sum was formed
+    shows_order = True  # whether its bits depend on the order of a sum
 
     @property
     @abstractmethod
@@ -200,22 +192,22 @@ class _Part(ABC):
         """Return a key that parts of the same kernels share."""
 
     def rows(self, way: RowNeeds) -> int | None:
-        """How many rows it needs in one way; `None` where that does not help."""
+        """Find how many rows the part needs, `None` where even `way` does not help."""
         if not way.is_exact:
             return self.least_rows()
         return way.forward if self.keeps_rows(way.forward) else None
 
     @abstractmethod
     def least_rows(self) -> int | None:
-        """Apply the function of this name to a random sample, with each row at several places."""
+        """Apply `least_rows` to a random sample, with each row at several places."""
 
     @abstractmethod
     def keeps_rows(self, count: int) -> bool:
-        """Apply the function of this name to a random sample."""
+        """Apply `keeps_rows` to a random sample."""
 
 
 @dataclass(frozen=True)
-class _Layer(_Part):
+class _Layer(_RowwisePart):
     """A layer from `[..., inputs]` to `[..., outputs]`."""
 
     name: str
@@ -264,7 +256,7 @@ class _Layer(_Part):
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Random rows `[size, inputs]`. Of a linear layer one result of each row is almost 0: the others, rounded to
+        """Draw rows `[size, inputs]`, for which a linear layer has one result near 0: larger results, rounded to
         bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
         sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
@@ -283,7 +275,7 @@ class _Layer(_Part):
 
 
 @dataclass(frozen=True)
-class _Attention(_Part):
+class _Attention(_RowwisePart):
     """`invariant_attention` over chains of tokens, anywhere in a text."""
 
     heads: int
@@ -315,15 +307,15 @@ class _Attention(_Part):
         def answer(rows: range) -> Tensor:
             roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
             ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
-            tree, layouts = (roots, depths, ancestors), [Layout.of_chain(roots, depths)]
+            tree, layouts = (roots, depths, ancestors), [BlockLayout.of_chain(roots, depths)]
             if is_exact:
                 sizes = Sizes(len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1))
-                layouts.append(Layout.of_sizes(*tree, sizes))
+                layouts.append(BlockLayout.of_sizes(*tree, sizes))
             else:
-                layouts.append(Layout.of_tree(*tree))
+                layouts.append(BlockLayout.of_tree(*tree))
             answers = []
             for layout in layouts:
-                layout = Layout(*(part.to(self.device) for part in layout))
+                layout = BlockLayout(*(part.to(self.device) for part in layout))
                 reads = BlockReads(layout, (roots + depths).to(self.device), self.dtype)
                 inputs = query[:, :, rows.start : rows.stop], key, value, reads.mask(AttentionPattern())
                 answers.append(invariant_attention(nn.Module(), *inputs, resps_reads=reads)[0][0])
@@ -333,7 +325,7 @@ class _Attention(_Part):
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
-    """Where a number of the `size` rows of a sample are tried, so that `tried` rows or more are."""
+    """Spread the first rows of trials over a sample of `size` rows, so that `tried` rows or more are tried."""
 
     def starts(count: int) -> list[int]:
         places = size - count + 1
@@ -347,16 +339,14 @@ def _random(*sizes: int) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
-def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
+def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
     """Yield the parts of mixtures of experts."""
     for name, layer in routed_layers(target, enough):
         yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
 
 
-def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
-    """The linear layers, the activations beside them, whose input is that of the last one, norms, experts, and
-    attention.
-    """
+def _parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
+    """Yield linear layers, activations with the input size of the layer beside them, norms, experts and attention."""
     for prefix, parent in target.named_modules():
         children = dict(parent.named_children())
         widths = [inputs for part in children.values() if (inputs := _sizes(part)[0])]
@@ -379,7 +369,7 @@ def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
 
 
 def _sizes(layer: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, or of one that an adapter wraps; 0 of others."""
+    """Inputs and outputs of a linear layer, also below an adapter; 0 for other modules."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)

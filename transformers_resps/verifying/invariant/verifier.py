@@ -20,7 +20,7 @@ from ..slots.engine import LEAST_ROWS, SlotEngine, padded_count
 from ..slots.forwards import SlotForward, node_positions
 from ..slots.steps import VerifyingSteps
 from ..slots.texts import SPARE, WINDOW, SlotTexts, rounded_up, windowed
-from .attention import BLOCK, Layout, levels_below
+from .attention import BLOCK, BlockLayout, levels_below
 from .forwards import InvariantForward, InvariantInputs, PartForward, PartInputs
 from .row_classes import RowNeeds, kernel_settings
 
@@ -178,14 +178,14 @@ class InvariantSteps(VerifyingSteps):
         count = rounded_up(padded_count(self.texts.rows.device, nodes, rows), step)
         return count + step * (count == rows)  # what is equal at first is compiled as always equal
 
-    def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> Layout:
+    def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> BlockLayout:
         """The layout of a chain, or of a tree with `ancestors`; nodes from `count` on are padding."""
         is_compiled = self.engine is not None
         least = 2 if is_compiled else 0
         if ancestors is None:
-            layout = Layout.of_chain(roots, depths, least)
+            layout = BlockLayout.of_chain(roots, depths, least)
         else:
-            layout = Layout.of_tree(roots, depths, ancestors, least)
+            layout = BlockLayout.of_tree(roots, depths, ancestors, least)
         return layout.of_nodes(count, compiled=is_compiled)
 
     def check_code(self, rows: int, sample: Tensor | None = None) -> None:
@@ -210,7 +210,7 @@ class InvariantSteps(VerifyingSteps):
         size = windowed(_PLACE + self.count(count, rows, 1)) + SPARE
         buffers.reserve(parts_of(self.texts.pattern), rows, size)
         inputs = self._trial_inputs(nodes, 0)
-        self._over_slots((*inputs, *Layout.of_chain(inputs.roots, nodes)), buffers.parts())
+        self._over_slots((*inputs, *BlockLayout.of_chain(inputs.roots, nodes)), buffers.parts())
         return buffers.parts()
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
