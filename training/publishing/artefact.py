@@ -33,8 +33,9 @@ class Artefact:
         recipe: `recipe.yaml`; its `card` holds what no run can know.
         metrics: `metrics.json`, written by the trainer.
         results: `results.json` of the benchmark; empty if missing or in another schema.
-        plots: PNG files, sorted. A policy without any has those of its head, if the folder next to it was measured in
-            the same run: plots stand once for each target.
+        measured: the folder of results and plots: its own, or for a policy without results its head's, if that lies
+            next to it. Both were measured in one run, which stands once for each target.
+        plots: PNG files, sorted.
     """
 
     folder: Path
@@ -42,7 +43,6 @@ class Artefact:
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    plots: tuple[Path, ...] = ()
 
     @property
     def is_policy(self) -> bool:
@@ -72,6 +72,17 @@ class Artefact:
         """For a policy: the name of the head it was trained with."""
         return self.said.get("head") or self._trained_with("head")
 
+    @property
+    def measured(self) -> Path:
+        if not self.is_policy or self.head is None or (self.folder / RESULTS).is_file():
+            return self.folder
+        beside = self.folder.resolve().parent / Path(self.head).name
+        return beside if (beside / RESULTS).is_file() else self.folder
+
+    @property
+    def plots(self) -> list[Path]:
+        return sorted(self.folder.glob("*.png")) or sorted(self.measured.glob("*.png"))
+
     def _trained_with(self, what: str) -> str | None:
         config = self.config["policy"] if self.config.get("policy_type") == "guard" else self.config
         return (config.get(what) or {}).get("name_or_path")
@@ -91,27 +102,11 @@ def read_artefact(folder: Path) -> Artefact:
             + ("describes neither a draft head nor a policy" if config else "is missing")
             + ". Pass a folder that `save_pretrained` of a `DraftHead` or policy wrote."
         )
-    results, recipe = _mapping(folder / RESULTS), _mapping(folder / RECIPE)
+    recipe = _mapping(folder / RECIPE)
     check_card(recipe.get("card"), folder / RECIPE)
-    artefact = Artefact(
-        folder,
-        config,
-        recipe=recipe,
-        metrics=_mapping(folder / METRICS),
-        results=results if results.get("schema_version") == SCHEMA_VERSION else {},
-    )
-    return replace(artefact, plots=tuple(_plots(artefact)))
-
-
-def _plots(artefact: Artefact) -> list[Path]:
-    own = sorted(artefact.folder.glob("*.png"))
-    if own or not artefact.is_policy or artefact.head is None:
-        return own
-    beside = artefact.folder.resolve().parent / Path(artefact.head).name
-    files = [folder / RESULTS for folder in (artefact.folder, beside)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
-        return []
-    return sorted(beside.glob("*.png"))
+    artefact = Artefact(folder, config, recipe, _mapping(folder / METRICS))
+    results = _mapping(artefact.measured / RESULTS)
+    return replace(artefact, results=results if results.get("schema_version") == SCHEMA_VERSION else {})
 
 
 def check_card(card: Any, source: str | Path) -> None:

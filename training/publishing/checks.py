@@ -38,12 +38,14 @@ def find_faults(folder: Path, *names: str) -> list[str]:
     """
     files = sorted(file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
     faults = [fault for file in files for fault in _file_faults(folder, file, names)]
-    missing = [name for name in (CONFIG, CARD, RESULTS, METRICS, RECIPE) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG, CARD, METRICS, RECIPE) if not (folder / name).is_file()]
     faults += [f"{name} is missing. {_ORIGINS[name]}" for name in missing]
     if CONFIG in missing:
         return faults
     try:
         artefact = read_artefact(folder)
+        if not (artefact.measured / RESULTS).is_file():
+            faults.append(f"{RESULTS} is missing. {_ORIGINS[RESULTS]}")
         if not artefact.is_policy and not (folder / WEIGHTS).is_file():
             return [*faults, f"{WEIGHTS} is missing. {_ORIGINS[WEIGHTS]}"]
         if not artefact.is_mtp:  # which takes its sizes from its target
@@ -125,10 +127,11 @@ def read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def _result_faults(folder: Path) -> Iterator[str]:
+def _result_faults(artefact: Artefact) -> Iterator[str]:
     """Yield why results may not be published: another schema, other weights, or doubts about them."""
+    folder = artefact.folder
     try:
-        results = read_results(folder / RESULTS)
+        results = read_results(artefact.measured / RESULTS)
     except ValueError as error:
         yield str(error)
         return
@@ -170,8 +173,8 @@ def _content_faults(artefact: Artefact, names: tuple[str, ...]) -> Iterator[str]
         yield f"{METRICS} has no `training`. Copy the file that the training script wrote."
     if (folder / WEIGHTS).is_file():  # a policy without weights has learned nothing
         yield from _training_prompt_faults(folder)
-    if (folder / RESULTS).is_file():
-        yield from _result_faults(folder)
+    if (artefact.measured / RESULTS).is_file():
+        yield from _result_faults(artefact)
     if (folder / CARD).is_file():
         card = (folder / CARD).read_text(encoding="utf-8")
         if all(card != render_card(artefact, name) for name in names):

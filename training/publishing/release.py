@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from transformers_resps.hub.upload import CARD, Destination, Existing, upload
+from transformers_resps.hub.upload import CARD, RESULTS, Destination, Existing, upload
 
 from .artefact import read_artefact
 from .card import render_card
@@ -43,9 +43,9 @@ def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """What publishing `folder` uploads: path in the repository -> a local file, or its content."""
     artefact = read_artefact(folder)
     plain = {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD}
-    plots = {file.name: file for file in artefact.plots}
+    measured = {file.name: file for file in (artefact.measured / RESULTS, *artefact.plots) if file.is_file()}
     card = render_card(artefact, repo_id, with_plots=True).encode()
-    return {CARD: card, **plain, **plots, **custom_generate_files(artefact, repo_id)}
+    return {CARD: card, **plain, **measured, **custom_generate_files(artefact, repo_id)}
 
 
 def publish(folder: Path, destination: Destination) -> str:

@@ -116,18 +116,20 @@ def test_a_refusal_of_the_hub_is_told(hub, folder, capsys, monkeypatch):
     assert "hf auth login" in capsys.readouterr().err
 
 
-def test_a_policy_shows_the_plots_of_its_head_and_takes_them_along_when_it_is_published(hub, tmp_path):
+def test_a_policy_without_results_shows_its_head_s_and_takes_them_along_when_it_is_published(hub, tmp_path):
     folder = policy_folder(tmp_path / "policy")
-    plot = folder / "speed_ratio.png"
     beside = tmp_path / "tiny-head"
     beside.mkdir()
-    drawn = plot.read_bytes()
-    plot.rename(beside / plot.name)
+    moved = ("speed_ratio.png", "results.json")
+    kept = {name: (folder / name).read_bytes() for name in moved}
+    (folder / moved[0]).rename(beside / moved[0])
     assert publish(folder, "--render") == 0
-    assert plot.name not in (folder / "README.md").read_text()  # a head that was measured in another run
-    (beside / "results.json").write_bytes((folder / "results.json").read_bytes())
+    assert (
+        moved[0] not in (folder / "README.md").read_text()
+    )  # its own results: a head that was measured in another run
+    (folder / moved[1]).rename(beside / moved[1])
     assert publish(folder, "--render") == 0
     assert "](../tiny-head/speed_ratio.png)" in (folder / "README.md").read_text()
     assert publish(folder, "tester/policy") == 0
     sent = hub.repositories["tester/policy"].files
-    assert sent[plot.name] == drawn and "](speed_ratio.png)" in sent["README.md"].decode()
+    assert {name: sent[name] for name in moved} == kept and "](speed_ratio.png)" in sent["README.md"].decode()
