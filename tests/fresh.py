@@ -50,7 +50,7 @@ def bare_jobs() -> list[Job]:
         Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
         Job(f"python training/publish.py {HEAD} me/head --dry-run", says="would be uploaded", in_clone=True),
         Job("python -m examples.demo", status=2, says="pip install 'transformers-resps[demo]'"),
-        Job(f"resps bench {SMALL} --methods prompt-lookup"),
+        Job(f"resps bench {SMALL} --methods prompt-lookup --plot"),
         Job(f"python {BENCHMARK} {SMALL}", status=2, says="pip install 'transformers-resps[bench]'"),
         *[
             Job(f"python {ROOT}/training/{name}.py", status=1, says="pip install 'transformers-resps[train]'")
@@ -91,19 +91,11 @@ def jobs() -> dict[str, list[Job]]:
             Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of the first answer")
         ],
         "": bare_jobs(),
-        "bench": [
-            Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup"),
-            Job(f"resps bench {SMALL} --methods prompt-lookup --plot"),
-        ],
+        "bench": [Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup")],
         "serve": [Job("python ask.py", says="by the openai client")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),
-        "peers": [
-            Job(
-                f"python {BENCHMARK} {SMALL} --output results/peers --methods --peers flashspec economize",
-                says="flashspec",
-            )
-        ],
+        "peers": [Job(f"python {BENCHMARK} {SMALL} --methods --peers openvino", status=2, says="-openvino")],
     }
 
 

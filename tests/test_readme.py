@@ -21,9 +21,8 @@ from training.evidence.experiments import (
     STOCK_COMPILED,
     STOCK_LOOKUP,
     VLLM,
-    experiments,
 )
-from training.evidence.page import Found
+from training.evidence.page import Found, published, read_tables
 
 
 ROOT = README.parent
@@ -40,12 +39,9 @@ ROWS = {  # of the table of speeds -> arm
 
 
 def found_in(name: str) -> Found:
-    benchmarks = ROOT / "docs" / "benchmarks.md"
-    said = re.search(r"<!-- evidence of code (\w+) -->", benchmarks.read_text(encoding="utf-8"))
-    assert said is not None
-    [asked] = (one for one in experiments(quick=False) if one.name == name)
-    [folder] = {file.parent for file in MEASURED.rglob(f"{name}-0.json")}
-    return Found.read(asked, folder, said[1], benchmarks, quick=False)
+    found = published(name, read_tables(MEASURED))
+    assert found is not None
+    return found
 
 
 def test_the_table_of_speeds_and_the_headline_are_what_the_results_files_say() -> None:

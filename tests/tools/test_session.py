@@ -58,7 +58,7 @@ def bench(tiny_target: PreTrainedModel) -> Noting:
 def session(
     bench: Bench, methods: Sequence[Method], repeats: int = 1, temperatures: Sequence[float] = (0.0,)
 ) -> Session:
-    return Session(bench, letter_tokenizer(), DIALOGUES, methods, temperatures, repeats)
+    return Session(bench, letter_tokenizer(), DIALOGUES, methods, temperatures, range(repeats))
 
 
 def test_methods_are_asked_in_an_order_of_each_conversation_that_every_session_draws_alike(
@@ -100,10 +100,13 @@ class Parrot(Method):
 
 
 def test_a_method_of_another_package_takes_part_and_is_judged(bench: Noting) -> None:
-    made = session(bench, [plain(), Parrot("parrot", seed_exact=False)])
-    texts = [runs[1].token_ids.tolist() for _, runs in made.run()]
+    methods = [plain(), Parrot("parrot", seed_exact=False)]
+    judge, texts = Judge(bench.target, methods), []
+    for prompt, runs in session(bench, methods).run():
+        judge.add(prompt, runs)
+        texts.append(runs[1].token_ids.tolist())
     assert all(len(set(text)) == 1 and len(text) == 6 for text in texts)
-    assert made.judge.same_text == {"plain": 3, "parrot": 0} and len(made.judge.unexplained) == 3
+    assert judge.same_text == {"plain": 3, "parrot": 0} and len(judge.unexplained) == 3
 
 
 def test_each_turn_follows_the_plain_answers_to_those_before_it(bench: Bench, tiny_head: DraftHead) -> None:

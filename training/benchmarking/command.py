@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from transformers_resps import TreeShape
 from transformers_resps.calibration import calibrate
 from transformers_resps.compat import check_extra
 from transformers_resps.heads import DraftHead, parameter_fingerprint
+from transformers_resps.hub.upload import RESULTS
 from transformers_resps.tools.bench import (
     BenchConfig,
     BenchModels,
@@ -37,10 +39,9 @@ from transformers_resps.tools.results import (
     machine,
     write_results,
 )
-from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
+from transformers_resps.tools.session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
-from .details import same_texts, shapes_chosen
-from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
+from .headroom import Replayer, ceiling_of, shapes_for
 from .journal import Journal, JournaledBench
 from .peers import PEERS, check_installed, load_peers, peer_versions, vllm_peers
 from .plots import draw_plots
@@ -84,8 +85,7 @@ def main(arguments: list[str] | None, description: str) -> int:
     )
     add_bench_options(parser, FullConfig.choices)
     add = parser.add_argument_group("beyond `resps bench`").add_argument
-    libraries = "also these installed libraries; they draft with --draft-model, otherwise by lookup"
-    add("--peers", nargs="+", choices=PEERS, help=libraries)
+    add("--peers", nargs="+", choices=PEERS, help="also these installed libraries")
     add("--vllm", metavar="PYTHON", help="also vLLM, by the Python of its environment (see `make vllm`)")
     searched = "prompts to find the best fixed tree on; default: those of the datasets that are not evaluated"
     add("--search-dataset", metavar="FILE_OR_ID", help=searched)
@@ -123,7 +123,7 @@ def benchmark(config: FullConfig) -> int:
     start(config)
     models = BenchModels.load(config)
     head = replayable(models)
-    others, versions = load_peers(config.peers, models.target, models.draft_model), peer_versions(config.peers)
+    others, versions = load_peers(config.peers, models.target), peer_versions(config.peers)
     with ExitStack() as running:
         if config.vllm is not None:
             methods, versions["vllm"] = running.enter_context(vllm_peers(Path(config.vllm), models.target, head))
@@ -162,16 +162,17 @@ def measure(
             models,
             compiles=config.compile and refusal is None,
             others=others,
-            trees=[] if best is None else [fixed_tree(head, best.shape, f"best fixed {best.shape}")],
+            trees=[] if best is None else [fixed_tree(head, best, f"best fixed {best}")],
         )
-        session = Session(bench, models.tokenizer, evaluated, methods, config.temperatures, config.repeats)
+        session = Session(bench, models.tokenizer, evaluated, methods, config.temperatures, range(config.repeats))
         session.warm_up()
     except KeyboardInterrupt:
         print("Stopped before anything was measured. The same command goes on from here.", file=sys.stderr)
         return 130
-    ceilings: list[AnswerTiming] = []
+    judge, ceilings = Judge(models.target, methods), list[AnswerTiming]()
 
     def after(prompt: Prompt, runs: Sequence[Run]) -> None:
+        judge.add(prompt, runs)
         if CEILING in config.chosen:
             ceilings.append(ceiling(replayer, prompt, runs, journal))
         if not config.accept_noise:
@@ -187,15 +188,12 @@ def measure(
             "partial": partial,
             "noise": {"accepted": "accepted_noise" in journal.notes, "load_before": load},
             "not_compiled": refusal,
-            **results_of(config, models, session, costs, ceilings),
+            **results_of(config, models, session, judge, costs, ceilings),
             "settings": settings,
             "best_fixed": journal.notes.get("best_fixed"),
-            "same_texts": same_texts(session.runs, [method.name for method in session.methods]),
             "ceilings": [asdict(one) for one in ceilings],
         }
-        for name, steps in results["steps"].items():
-            steps["shapes"] = shapes_chosen([run.steps for run in session.runs_of(name)])
-        file = write_results(config.output, results)
+        file = write_results(config.output / RESULTS, results)
     status = report(results, file)
     if results["measurements"]:
         draw_plots(results, config.output)
@@ -249,7 +247,7 @@ def identity_of(config: BenchConfig, models: BenchModels) -> dict[str, Any]:
 
 def find_best_fixed(
     replayer: Replayer, searched: Sequence[Dialogue], tokenizer: Any, temperature: float, journal: Journal
-) -> BestFixed | None:
+) -> TreeShape | None:
     """Find it once, then read it from the journal; `None` without prompts to search on."""
     if not searched:
         return None
@@ -259,8 +257,8 @@ def find_best_fixed(
             for dialogue in tqdm(searched, desc="Looking for the best fixed tree", unit="prompt"):
                 yield dialogue.name, dialogue.prompt(tokenizer).input_ids
 
-        journal.note("best_fixed", replayer.find_best_fixed(prompts(), temperature).to_dict())
-    return BestFixed.from_dict(journal.notes["best_fixed"])
+        journal.note("best_fixed", replayer.find_best_fixed(prompts(), temperature))
+    return TreeShape(*journal.notes["best_fixed"]["shape"])
 
 
 def ceiling(replayer: Replayer, prompt: Prompt, runs: Sequence[Run], journal: Journal) -> AnswerTiming:

@@ -4,7 +4,7 @@ Both come from replaying texts that the target wrote, with the cost table of thi
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +19,6 @@ from transformers_resps.tools.results import AnswerTiming
 
 ORACLE = "oracle (ceiling)"
 _LOOKUPS = (0, 4, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class BestFixed:
-    """The shape that is fastest over prompts that are not evaluated.
-
-    Attributes:
-        shape: never a plain step: plain decoding is measured anyway.
-        prompts: on which it was found.
-        expected_ratio: to plain decoding there, by the cost table, prefill left out.
-        considered: how many shapes.
-    """
-
-    shape: TreeShape
-    prompts: list[str]
-    expected_ratio: float
-    considered: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": ActionGrid((self.shape,)).to_list()[0]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BestFixed":
-        return cls(**{**values, "shape": TreeShape(*values["shape"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +63,7 @@ class Replayer:
         )
         return sequences[0, len(prompt) :].cpu()  # type: ignore[no-any-return]
 
-    def find_best_fixed(self, prompts: Iterable[tuple[str, Tensor]], temperature: float) -> BestFixed:
+    def find_best_fixed(self, prompts: Iterable[tuple[str, Tensor]], temperature: float) -> dict[str, Any]:
         """Find the fastest shape over all of these prompts, holding one at a time in memory.
 
         Raises:
@@ -116,11 +92,17 @@ class Replayer:
         return float(table.best_seconds[0] / plain)
 
 
-def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:
-    """Choose the drafting shape with the least seconds; `totals` is `[a]`, for each shape of `grid`."""
-    plain = grid.shapes.index(TreeShape.plain())
+def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> dict[str, Any]:
+    """Choose the drafting shape with the least seconds; `totals` is `[a]`, for each shape of `grid`.
+
+    Returns:
+        `best_fixed` of the results: `shape`, `prompts`, its `expected_ratio` to plain decoding on these by the cost
+        table, prefill left out, and how many shapes were `considered`.
+    """
+    plain = grid.shapes.index(TreeShape.plain())  # which is measured anyway
     best = min((action for action in range(len(grid)) if action != plain), key=lambda action: float(totals[action]))
-    return BestFixed(grid[best], list(prompts), float(totals[plain] / totals[best]), len(grid))
+    shape, gain = ActionGrid((grid[best],)).to_list()[0], float(totals[plain] / totals[best])
+    return {"shape": shape, "prompts": list(prompts), "expected_ratio": gain, "considered": len(grid)}
 
 
 def ceiling_of(plain: AnswerTiming, share: float) -> AnswerTiming:

@@ -1,8 +1,7 @@
 """Other libraries that decode the same target with their own loops; each is imported when it is asked for.
 
-flashspec and economize draft with the draft model where there is one, and otherwise with what followed earlier in the
-text. OpenVINO GenAI decodes plainly and with its prompt lookup, llama.cpp plainly and in its own arithmetic; both read
-a copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup or with our head, each
+OpenVINO GenAI decodes plainly and with its prompt lookup, llama.cpp plainly and in its own arithmetic; both read a
+copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup or with our head, each
 in a process of its own. None of them takes processors or streamers.
 """
 
@@ -14,28 +13,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from transformers_resps.heads import DraftHead
 from transformers_resps.tools.methods import Answer, Method
 
 
-MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "openvino_genai", "llama.cpp": "llama_cpp"}
+MODULES = {"openvino": "openvino_genai", "llama.cpp": "llama_cpp"}
 PEERS = tuple(MODULES)  # what `--peers` takes
 BUILT = {"llama.cpp": "llama"}  # which pip compiles for minutes: in an extra of its own
 VLLM_WAYS = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
 LLAMA_CPP = "llama.cpp, its own arithmetic"
 CONVERTED, GGUF = "-openvino", ".gguf"  # after the name of the target's folder
-_DRAFTED_TOKENS = 4  # of a step, the default of flashspec and economize
 _LOOKED_UP, _LONGEST_MATCH = 10, 3  # as in OpenVINO's documentation; Transformers' prompt lookup drafts ten, too
 _VLLM_DRAFTED = 3  # tokens of a step from a head, as in most of vLLM's examples
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -61,28 +57,16 @@ class Peer(Method):
         return lambda: self.answer(input_ids, max_new_tokens, temperature, ends)
 
 
-def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> list[Peer]:
-    """Return the methods of other libraries.
-
-    Args:
-        names: of `PEERS`.
-        target: which all of them share.
-        draft_model: that they draft with; without one they look up.
+def load_peers(names: Sequence[str], target: Any) -> list[Peer]:
+    """Return the methods of other libraries, of `PEERS`, which share a target.
 
     Raises:
         ImportError: one is not installed; see `check_installed`.
         ValueError: one cannot decode this target.
     """
-    how = "lookup" if draft_model is None else "draft model"
     found: dict[str, AnswerFn] = {}
     for name in names:
-        if name == "openvino":
-            found |= _openvino(target)
-        elif name == "llama.cpp":
-            found[LLAMA_CPP] = _llama_cpp(target)
-        else:
-            load = {"flashspec": _flashspec, "economize": _economize}[name]
-            found[f"{name} ({how})"] = load(target, draft_model)
+        found |= {"openvino": _openvino, "llama.cpp": _llama_cpp}[name](target)
     return [Peer(name, answer, effort=6, seed_exact=False) for name, answer in found.items()]
 
 
@@ -100,62 +84,6 @@ def peer_versions(names: Sequence[str]) -> dict[str, str]:
     """Return the versions of the libraries that are compared."""
     distributions = packages_distributions()
     return {name: version(distributions[MODULES[name]][0]) for name in names}
-
-
-def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
-    """Verify chains drafted by a model, or by the last match (flashspec's `composite-g6-f2` with both)."""
-    from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
-    from flashspec.engine.hf_drafter import HuggingFaceDrafter
-    from flashspec.engine.ngram import NgramDrafter
-    from flashspec.engine.verifier import TargetModel
-
-    verifier = TargetModel(str(target.name_or_path), target.device, target.dtype, target)
-
-    @cache  # an engine on a GPU captures graphs at its first answer
-    def engine(temperature: float) -> Any:
-        drafter: Any = NgramDrafter()
-        if draft_model is not None:
-            name = str(draft_model.name_or_path)
-            drafter = HuggingFaceDrafter(name, target.device, target.dtype, temperature, draft_model)
-        config = FlashSpecConfig(
-            device=str(target.device),
-            dtype=cast(Any, str(target.dtype).removeprefix("torch.")),  # which it types as literals
-            sampling=SamplingConfig(gamma=_DRAFTED_TOKENS, temperature=temperature),
-        )
-        return SpeculativeEngine(config, [drafter], verifier)
-
-    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:
-        return Answer(engine(temperature).generate(input_ids, max_new_tokens, list(ends)).output_ids[0].tolist())
-
-    return answer
-
-
-def _economize(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
-    """Call its `decode`: its `generate` fails since Transformers 5.24 renamed `past_key_values`.
-
-    Raises:
-        ValueError: it cannot decode this target.
-    """
-    from economize import DecodeConfig, EconomizeError, TopPSampler, apply
-    from economize.techniques.draft_model import DraftModelConfig
-    from economize.techniques.lookup import LookupConfig
-
-    technique: Any = LookupConfig() if draft_model is None else DraftModelConfig(model=str(draft_model.name_or_path))
-    try:
-        model = apply(target, technique)
-    except EconomizeError as error:
-        raise ValueError(
-            f"economize cannot decode {type(target).__name__} ({error}). Leave it out of --peers."
-        ) from error
-
-    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]) -> Answer:
-        seed = int(torch.randint(2**31, ()))  # of the seed that the bench has set
-        selector = TopPSampler(temperature, seed=seed) if temperature else None
-        decoding = DecodeConfig(_DRAFTED_TOKENS, verifier="rejection" if temperature else None)
-        found = model.decode(input_ids, max_new_tokens, decoding=decoding, selector=selector, stop=list(ends))
-        return Answer(found.tokens.tolist())
-
-    return answer
 
 
 def _openvino(target: Any) -> dict[str, AnswerFn]:
@@ -208,8 +136,8 @@ def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Answ
     return answer
 
 
-def _llama_cpp(target: Any) -> AnswerFn:
-    """Decode by llama.cpp, whose weights have the file's precision, and keys and values 16 bits.
+def _llama_cpp(target: Any) -> dict[str, AnswerFn]:
+    """Return llama.cpp, whose weights have the file's precision, and keys and values 16 bits.
 
     Raises:
         ValueError: the target is not converted, or not on a CPU.
@@ -244,7 +172,7 @@ def _llama_cpp(target: Any) -> AnswerFn:
                 break
         return Answer(tokens, target_forwards=len(tokens), prefill_seconds=first)
 
-    return answer
+    return {LLAMA_CPP: answer}
 
 
 class Vllm:

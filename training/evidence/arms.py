@@ -295,7 +295,7 @@ def _peers(
 
 def _library(name: str, models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
     check_installed([name])
-    return load_peers([name], models.target, None)
+    return load_peers([name], models.target)
 
 
 def _vllm(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from training.benchmarking.peers import LLAMA_CPP
 from training.benchmarking.peers import VLLM_WAYS as VLLM
 
+from .prompts import CATEGORIES
+
 
 STOCK, PLAIN, STOCK_LOOKUP = "stock", "plain", "stock's prompt lookup"
 STOCK_COMPILED = "stock, compiled"
@@ -35,15 +37,18 @@ QUESTIONS = {
 
 # Tokens a second of SmolLM2 on two quiet Zen 4 cores, to tell beforehand how long a run takes; Qwen takes 2.5 times as
 # long. Re-SpS as published verifies 32 nodes or more.
-_RATES = {STOCK: 20.0, STOCK_LOOKUP: 29.0, PLAIN: 80.0, AUTO: 130.0, FIXED: 110.0, PUBLISHED: 60.0, OPENVINO[0]: 50.0}
-_RATE, _SLOWER = 65.0, {"smollm2": 1.0, "qwen": 2.5, "random": 1.0}
+_RATES = {STOCK: 20.0, STOCK_LOOKUP: 29.0, STOCK_COMPILED: 25.0, PLAIN: 85.0, AUTO: 130.0, FIXED: 110.0, FITTED: 130.0,
+          REPAIRED: 110.0, PUBLISHED: 50.0, OPENVINO[0]: 50.0}  # fmt: skip
+_RATE, _SLOWER = 60.0, {"smollm2": 1.0, "qwen": 2.5, "random": 1.0}
 _TURNS = 1.13  # of a prompt
-_READ = 150.0  # tokens of a long prompt that are read in a second
+_READ = 250.0  # tokens of a long prompt that are read in a second
 _OF_A_BATCH = 0.4  # times as long as alone, a row of eight
-_START = 45.0  # seconds of a process: to load, compile or load compiled code, and warm up
+_START = 75.0  # seconds of a process: to probe, load, compile or load compiled code, and warm up
+_SEARCH = 75.0  # seconds in which the best fixed tree of an experiment is found, once for all of its processes
 
 TIMED, TEXTS, SAMPLES, ANSWERS, REPLAY = "timed", "texts", "samples", "answers", "replay"
 MEMORY = "memory"
+SAMPLED = 100  # texts of each arm and prompt at temperature 1
 COSTS = ("Zen 4", "H100", "A100")  # planted
 
 
@@ -62,7 +67,7 @@ class Experiment:
         costs: of `COSTS`, for `REPLAY`.
         drafts: who drafts for our arms.
         context: tokens of random prompts; 0 for the prompts of the protocol.
-        each: prompts of each category.
+        each: prompts of each category, or of all where there are no categories.
         tokens: new ones of an answer, at most.
         neighbour: whether another process disturbs it.
     """
@@ -77,9 +82,9 @@ class Experiment:
     temperature: float = 0.0
     batch: int = 1
     context: int = 0
-    each: int = 10
+    each: int = 1
     tokens: int = 96
-    processes: int = 3
+    processes: int = 2
     neighbour: bool = False
     costs: str = ""
 
@@ -87,13 +92,30 @@ class Experiment:
     def is_timed(self) -> bool:
         return self.kind == TIMED
 
-    def minutes(self, prompts: int) -> float:
-        """Estimate what one of its processes takes on two quiet cores."""
+    @property
+    def is_judged(self) -> bool:
+        """Whether its processes must be quiet: they are timed, and nothing disturbs them on purpose."""
+        return self.is_timed and not self.neighbour
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts it asks, of ours."""
+        if self.context:
+            return 2
+        by_category = (
+            self.kind not in (ANSWERS, MEMORY) and EXACT_PLAIN not in self.arms and self.name != "other-domain"
+        )
+        return self.each * (len(CATEGORIES) if by_category else 1)
+
+    @property
+    def minutes(self) -> float:
+        """Estimate what all of its processes take on two quiet cores."""
         if self.kind == SAMPLES:
-            return 3 * 200 * prompts * self.tokens / 50.0 / 60
+            return 3 * SAMPLED * self.prompts * self.tokens / 50.0 / 60
         seconds = sum(self.tokens / _RATES.get(arm, _RATE) + self.context / _READ for arm in self.arms)
         seconds *= _SLOWER[self.target] * (_OF_A_BATCH if self.batch > 1 else _TURNS)
-        return (_START + prompts * seconds) / 60
+        search = _SEARCH * _SLOWER[self.target] * (self.is_timed and FIXED in self.arms)
+        return (search + self.processes * (_START + self.prompts * seconds)) / 60
 
     def quick(self) -> "Experiment":
         """As `make evidence-quick` runs it: it proves nothing."""
@@ -102,17 +124,17 @@ class Experiment:
 
 def _policies() -> list[Experiment]:
     found = []
-    for target, called in (("smollm2", "SmolLM2"), ("qwen", "Qwen")):
+    for target, called, each in (("smollm2", "SmolLM2", 2), ("qwen", "Qwen", 1)):
         for heat in (0.0, 1.0):
             name, title = f"policy-{target}-t{heat:g}", f"{called}, temperature {heat:g}"
-            found.append(Experiment(name, 2, title, target, POLICIES, temperature=heat))
+            found.append(Experiment(name, 2, title, target, POLICIES, temperature=heat, each=each))
     short = {"head": "head alone", "memory": "head and memory", "block": "block head"}
     found += [
-        Experiment(f"policy-smollm2-{name}", 2, f"SmolLM2, {drafts}", "smollm2", POLICIES, drafts=drafts)
+        Experiment(f"policy-smollm2-{name}", 2, f"SmolLM2, {drafts}", "smollm2", POLICIES, drafts=drafts, each=2)
         for name, drafts in short.items()
     ]
     batch = (PLAIN, FIXED, AUTO, FITTED)
-    found.append(Experiment("policy-smollm2-batch4", 2, "SmolLM2, batch 4", "smollm2", batch, batch=4))
+    found.append(Experiment("policy-smollm2-batch4", 2, "SmolLM2, batch 4", "smollm2", batch, batch=4, each=4))
     return found + [
         Experiment(
             f"planted-smollm2-{costs.lower().replace(' ', '')}", 2, f"SmolLM2, planted costs: {costs}", "smollm2",
@@ -126,14 +148,16 @@ def _never_slower() -> list[Experiment]:
     lengths = [
         Experiment(
             f"length-{context}", 5, f"random weights, {context:,} tokens", "random", (PLAIN, RANDOM_HEAD),
-            context=context, tokens=128, each=1,
+            context=context, tokens=128,
         )
-        for context in (1024, 4096, 16384, 32000)
+        for context in (1024, 4096, 16384)
     ]  # fmt: skip
     hard = (PLAIN, RANDOM_HEAD, USELESS_MEMORY)
     return [
         Experiment("hard-drafters", 5, "SmolLM2, drafters that are no use", "smollm2", hard),
-        Experiment("other-domain", 5, "SmolLM2, languages that its head never read", "smollm2", (PLAIN, AUTO)),
+        Experiment(
+            "other-domain", 5, "SmolLM2, languages that its head never read", "smollm2", (PLAIN, AUTO), each=10
+        ),
         Experiment("neighbour", 5, "SmolLM2, a noisy neighbour", "smollm2", (PLAIN, AUTO), neighbour=True),
         *lengths,
     ]
@@ -142,10 +166,10 @@ def _never_slower() -> list[Experiment]:
 EXPERIMENTS = (
     Experiment(
         "exact-smollm2", 1, "exact mode, SmolLM2", "smollm2", (EXACT_PLAIN, EXACT, EXACT_MEMORY, EXACT_BLOCK), TEXTS,
-        batch=8, each=1000, tokens=256, processes=1,
+        batch=8, each=160, tokens=256, processes=1,
     ),
     Experiment(
-        "exact-qwen", 1, "exact mode, Qwen", "qwen", (EXACT_PLAIN, EXACT), TEXTS, batch=8, each=200, tokens=256,
+        "exact-qwen", 1, "exact mode, Qwen", "qwen", (EXACT_PLAIN, EXACT), TEXTS, batch=8, each=80, tokens=256,
         processes=1,
     ),
     Experiment(
@@ -153,10 +177,10 @@ EXPERIMENTS = (
     ),
     Experiment(
         "samples-smollm2", 1, "temperature 1, SmolLM2", "smollm2", (STOCK, "stock, other seeds", AUTO), SAMPLES,
-        temperature=1.0, each=1, tokens=8, processes=1,
+        temperature=1.0, tokens=8, processes=1,
     ),
     Experiment(
-        "gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, batch=4, each=200, tokens=320,
+        "gsm8k-qwen", 1, "GSM8K, Qwen", "qwen", (STOCK, AUTO, EXACT), ANSWERS, batch=4, each=48, tokens=320,
         processes=1,
     ),
     *_policies(),
@@ -168,8 +192,13 @@ EXPERIMENTS = (
     *_never_slower(),
 )  # fmt: skip
 QUICK = ("normal-smollm2", "policy-smollm2-t0", "engines-smollm2", "hard-drafters", "length-1024")
+DRIFTING = ("engines-smollm2", "engines-qwen")  # whose ratios over stock tell whether figures still hold
 
 
-def experiments(*, quick: bool) -> list[Experiment]:
-    """All of the protocol, or a few small ones."""
-    return [one.quick() for one in EXPERIMENTS if one.name in QUICK] if quick else list(EXPERIMENTS)
+def experiments(mode: str = "") -> list[Experiment]:
+    """Return all of the protocol, with "quick" a few small ones, with "drift" those that are measured again."""
+    if mode == "quick":
+        return [one.quick() for one in EXPERIMENTS if one.name in QUICK]
+    if mode == "drift":
+        return [replace(one, arms=(STOCK, PLAIN, AUTO), processes=1) for one in EXPERIMENTS if one.name in DRIFTING]
+    return list(EXPERIMENTS)

@@ -16,11 +16,13 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
@@ -34,8 +36,8 @@ from transformers_resps.telemetry.report import Timing, rate
 from transformers_resps.testing import explain_divergence
 from transformers_resps.tools.loading import load_source, load_target
 from transformers_resps.tools.methods import Bench, Generate, Method, Prompt, compiled, plain, plain_steps, policies
-from transformers_resps.tools.results import AnswerTiming, Run, machine, plain_spread
-from transformers_resps.tools.session import Dialogue, check_apart, read_dialogues, spread
+from transformers_resps.tools.results import Run, machine, plain_spread
+from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
 
 from .arms import LEARNED, Kept, LeftOut, Models, arms_of, candidates
 from .experiments import (
@@ -47,6 +49,7 @@ from .experiments import (
     OPENVINO,
     PLAIN,
     REPLAY,
+    SAMPLED,
     SAMPLES,
     STOCK,
     TEXTS,
@@ -56,7 +59,7 @@ from .experiments import (
 from .prompts import EAGLE_SETS, OURS, quickest, read_prompts, read_rows
 from .quiet import Watch
 from .replaying import replayed
-from .sealed import seal
+from .sealed import Measured, seal
 
 
 QUICK_PROMPTS = 5
@@ -64,7 +67,7 @@ DEMO_PROMPTS = "examples/demo/prompts.jsonl"
 FOREIGN_PROMPTS = "training/recipes/foreign_prompts.jsonl"
 _WARM_UP_TOKENS = 12
 _SEARCHED, _SEARCH_TOKENS = 8, 64  # prompts and tokens that the best fixed tree is found with
-_SAMPLED, _SAMPLED_AT_ONCE = 200, 25  # texts of each arm and prompt at temperature 1, and of stock in one call
+_SAMPLED_AT_ONCE = 25  # texts of stock in one call
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _BURST, _PAUSE = 0.5, 0.5  # seconds of the noisy neighbour
 
@@ -85,7 +88,7 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
     with ExitStack() as running:
         best = best_fixed(experiment, models, options) if FIXED in experiment.arms and experiment.is_timed else None
         arms, left_out = arms_of(experiment, models, best, options, running)
-        check_unseen([one for one in asked if isinstance(one, Dialogue)], models)
+        check_unseen(asked, models)
         facts = facts_of(experiment, models, asked, best)
         kept = options.work / f"{experiment.name}-{number}-{facts['code']['code_sha256'][:12]}"
         if experiment.is_timed:  # what an earlier process timed is not covered by this one's watch
@@ -93,7 +96,7 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
         journal = Journal(kept, begun_with(facts, left_out))
         bench = JournaledBench(models.target, experiment.tokens, journal)
         timed = {PLAIN: arms[PLAIN]} if experiment.kind in (REPLAY, MEMORY) else arms
-        warm_up(bench, timed, first_prompt(asked[0], models.tokenizer))
+        warm_up(bench, timed, asked[0].prompt(models.tokenizer))
         running.enter_context(noise(experiment.neighbour))
         if experiment.kind == SAMPLES:
             rows = list(sampled(bench, journal, arms, asked, models.tokenizer))
@@ -108,31 +111,27 @@ def run(experiment: Experiment, number: int, options: Any, file: Path) -> None:
                 process.answers(), desc=f"{experiment.name}, process {number}", total=len(asked) // experiment.batch
             )
             rows = [row for told in shown for row in told]
-    watch.end(spread_of_plain(rows) if experiment.is_timed and not experiment.neighbour else None)
-    is_judged = experiment.is_timed and not experiment.neighbour
-    quiet = watch.to_dict() if is_judged else {**watch.to_dict(), "reasons": []}
-    seal(
-        file,
-        {
-            "schema_version": 1,
-            "experiment": experiment.name,
-            "process": number,
-            **facts,
-            "arms": list(experiment.arms),
-            "left_out": left_out,
-            "quick": options.quick,
-            "command": ["python", "-m", "training.evidence", *sys.argv[1:]],
-            "quiet": quiet,
-            "rows": rows,
-        },
-    )
+    results = {
+        "schema_version": 1,
+        "date": date.today().isoformat(),
+        "experiment": experiment.name,
+        "process": number,
+        **facts,
+        "arms": list(experiment.arms),
+        "left_out": left_out,
+        "quick": options.quick,
+        "command": ["python", "-m", "training.evidence", *sys.argv[1:]],
+        "rows": rows,
+    }
+    watch.end(plain_spread(Measured(file, results).timings) if experiment.is_judged else None)
+    seal(file, results | {"quiet": watch.to_dict()})
 
 
 def facts_of(
-    experiment: Experiment, models: Models, asked: Sequence[Dialogue | Prompt], best: TreeShape | None
+    experiment: Experiment, models: Models, asked: Sequence[Dialogue], best: TreeShape | None
 ) -> dict[str, Any]:
     """Return code, weights, machine and settings."""
-    prompts = {one.name: one.fingerprint if isinstance(one, Dialogue) else "random" for one in asked}
+    prompts = {one.name: one.fingerprint for one in asked}
     settings = {
         name: value for name, value in asdict(experiment).items() if name not in ("arms", "title", "processes")
     }
@@ -154,11 +153,11 @@ def check_unseen(asked: Sequence[Dialogue], models: Models) -> None:
             check_apart(asked, training_prompts_of(folder) or set(), f"the training prompts of {folder}")
 
 
-def prompts_of(experiment: Experiment, options: Any, learned: Container[str]) -> Sequence[Dialogue | Prompt]:
+def prompts_of(experiment: Experiment, options: Any, learned: Container[str]) -> Sequence[Dialogue]:
     """Return the prompts that an experiment asks; of GSM8K none that the head has `learned` from."""
     if experiment.context:
         ids = torch.randint(1, 49152, (1 if options.quick else 2, experiment.context), generator=torch.Generator())
-        return [Prompt(f"random/{number}", row) for number, row in enumerate(ids)]
+        return [Tokens(f"random/{number}", [], ("",), row) for number, row in enumerate(ids)]
     if experiment.name == "other-domain":
         return spread(read_dialogues(FOREIGN_PROMPTS), options.each or experiment.each)
     if experiment.kind == ANSWERS:
@@ -181,8 +180,18 @@ def gsm8k_of(options: Any, learned: Container[str]) -> list[Dialogue]:
     return [one for one in read_dialogues(options.gsm8k) if one.fingerprint not in learned]
 
 
-def first_prompt(asked: Dialogue | Prompt, tokenizer: Any, answered: Sequence[str] = ()) -> Prompt:
-    return asked if isinstance(asked, Prompt) else asked.prompt(tokenizer, answered)
+@dataclass(frozen=True)
+class Tokens(Dialogue):
+    """A conversation of one turn, whose tokens are given."""
+
+    input_ids: Tensor
+
+    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
+        return Prompt(self.name, self.input_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        return "random"
 
 
 def warm_up(bench: Bench, arms: Mapping[str, Method], prompt: Prompt) -> None:
@@ -216,45 +225,29 @@ class Process:
     bench: JournaledBench
     journal: Journal
     arms: Mapping[str, Method]
-    asked: Sequence[Dialogue | Prompt]
+    asked: Sequence[Dialogue]
     tokenizer: Any
     right: Mapping[str, float | None]
 
     def answers(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows of each prompt, or group: by all arms in an order drawn for prompt and process."""
-        size = self.experiment.batch
-        if size == 1:
-            yield from map(self._converse, self.asked)
-        for start in range(0, len(self.asked) - size + 1, size) if size > 1 else ():
-            yield self._together([first_prompt(one, self.tokenizer) for one in self.asked[start : start + size]])
-
-    def _order(self, name: str) -> list[str]:
-        return random.Random(f"{self.number} {name}").sample(list(self.arms), len(self.arms))
-
-    def _converse(self, one: Dialogue | Prompt) -> list[dict[str, Any]]:
-        """All turns; each follows what the first arm answered."""
-        experiment, base = self.experiment, self.experiment.arms[0]
-        rows: list[dict[str, Any]] = []
-        told: list[str] = []
-        for _ in range(len(one.turns) if isinstance(one, Dialogue) else 1):
-            prompt = first_prompt(one, self.tokenizer, told)
-            runs = {
-                name: self.bench.decode(prompt, self.arms[name], self.number, experiment.temperature)
-                for name in self._order(one.name)
-            }
-            other = runs[base].token_ids.tolist()
-            rows += [
-                row_of(answered) | self._judged(name, prompt, answered.token_ids.tolist(), other)
-                for name, answered in runs.items()
-            ]
-            if self.tokenizer is not None:
-                told.append(self.tokenizer.decode(runs[base].token_ids, skip_special_tokens=True))
-        return rows
+        """Yield the rows of each turn, or group: by all arms in an order drawn for prompt and process."""
+        experiment, size = self.experiment, self.experiment.batch
+        if size > 1:
+            for start in range(0, len(self.asked) - size + 1, size):
+                yield self._together([one.prompt(self.tokenizer) for one in self.asked[start : start + size]])
+            return
+        methods, base = list(self.arms.values()), experiment.arms[0]
+        session = Session(
+            self.bench, self.tokenizer, self.asked, methods, (experiment.temperature,), (self.number,), base
+        )
+        for prompt, runs in session.run():
+            texts = {run.timing.method: run.token_ids.tolist() for run in runs}
+            yield [row_of(run) | self._judged(run.timing.method, prompt, texts, base) for run in runs]
 
     def _together(self, group: Sequence[Prompt]) -> list[dict[str, Any]]:
         """First turns in one call. A group that is timed is one request; texts that are judged have a row each."""
         experiment, found = self.experiment, {}
-        for name in self._order(group[0].name):
+        for name in random.Random(f"{self.number} {group[0].name}").sample(list(self.arms), len(self.arms)):
             key = f"{group[0].name} {name}"
             if key not in self.journal.notes:
                 told = together(self.bench, group, self.arms[name], self.number, experiment.temperature)
@@ -262,16 +255,17 @@ class Process:
             found[name] = self.journal.notes[key]
         if experiment.is_timed:
             return [row for row, _ in found.values()]
-        base = found[experiment.arms[0]][1]
         return [
-            {"arm": name, "prompt": prompt.name, "turn": 1, "tokens": len(own)}
-            | self._judged(name, prompt, own, other)
-            for name, (_, texts) in found.items()
-            for prompt, own, other in zip(group, texts, base, strict=True)
+            {"arm": arm, "prompt": prompt.name, "turn": 1, "tokens": len(own[arm])}
+            | self._judged(arm, prompt, own, experiment.arms[0])
+            for place, prompt in enumerate(group)
+            for own in [{name: texts[place] for name, (_, texts) in found.items()}]
+            for arm in own
         ]
 
-    def _judged(self, arm: str, prompt: Prompt, own: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    def _judged(self, arm: str, prompt: Prompt, texts: Mapping[str, list[int]], base: str) -> dict[str, Any]:
         """Whether a text is that of the first arm, and what else the experiment asks of it."""
+        own, other = texts[arm], texts[base]
         told: dict[str, Any] = {"same": own == other}
         if self.experiment.kind == ANSWERS:
             text = self.tokenizer.decode(own, skip_special_tokens=True)
@@ -338,17 +332,17 @@ def difference(
 
 
 def sampled(
-    bench: Bench, journal: Journal, arms: Mapping[str, Method], asked: Sequence[Dialogue | Prompt], tokenizer: Any
+    bench: Bench, journal: Journal, arms: Mapping[str, Method], asked: Sequence[Dialogue], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """Yield samples of each arm and prompt, with seeds that no other arm has: equal seeds would give equal texts.
 
     Stock's are rows of a batch, which are drawn apart; ours are written one by one, because in a batch we draft less.
     """
     for one in tqdm(asked, desc="Sampling"):
-        prompt = first_prompt(one, tokenizer)
+        prompt = one.prompt(tokenizer)
         for place, (name, method) in enumerate(arms.items()):
-            size = 1 if method.reports_steps else min(_SAMPLED_AT_ONCE, _SAMPLED)
-            seeds = range(place * _SAMPLED, (place + 1) * _SAMPLED, size)
+            size = 1 if method.reports_steps else min(_SAMPLED_AT_ONCE, SAMPLED)
+            seeds = range(place * SAMPLED, (place + 1) * SAMPLED, size)
             if (key := f"{prompt.name} {name}") not in journal.notes:
                 drawn = [together(bench, [prompt] * size, method, seed, 1.0)[1] for seed in seeds]
                 journal.note(key, [text for texts in drawn for text in texts])
@@ -371,7 +365,7 @@ def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: 
     tokenizer = AutoTokenizer.from_pretrained(target)
     if arm in OPENVINO:  # which needs to know the target alone
         model: Any = Namespace(name_or_path=target, device=torch.device("cpu"), dtype=torch.bfloat16)
-        (method,) = (peer for peer in load_peers(["openvino"], model, None) if peer.name == arm)
+        (method,) = (peer for peer in load_peers(["openvino"], model) if peer.name == arm)
     else:
         model = attach(load_target(target, "bfloat16", "cpu"))
         if arm == AUTO:
@@ -390,7 +384,7 @@ def decided_again(
     experiment: Experiment,
     models: Models,
     arms: Mapping[str, Method],
-    asked: Sequence[Dialogue | Prompt],
+    asked: Sequence[Dialogue],
     options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Replay the saved policies among `arms`, the best fixed tree, "auto" and the oracle on first turns."""
@@ -399,7 +393,7 @@ def decided_again(
     }
     assert isinstance(models.source, DraftHead)
     prompts, others = (
-        [(one.name, first_prompt(one, models.tokenizer).input_ids) for one in part]
+        [(one.name, one.prompt(models.tokenizer).input_ids) for one in part]
         for part in (asked, searched_prompts(options))
     )
     possible = replace(experiment, arms=[name for name in experiment.arms if name in arms])
@@ -445,17 +439,6 @@ def searched_prompts(options: Any) -> list[Dialogue]:
         each = -(-_SEARCHED // len(EAGLE_SETS))
         return read_prompts(options.sets, each)[:_SEARCHED]
     return read_dialogues(DEMO_PROMPTS)
-
-
-def spread_of_plain(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the spread of plain decoding's rates; `None` where it cannot be told."""
-    own = [row for row in rows if row["arm"] == PLAIN and "first" in row]
-    return plain_spread(
-        AnswerTiming(
-            PLAIN, row["prompt"], 0, row["tokens"], row["forwards"], row["seconds"], row["turn"], 0.0, row["first"]
-        )
-        for row in own
-    )
 
 
 def right_answers(file: str) -> dict[str, float | None]:

@@ -1,22 +1,27 @@
-"""`docs/benchmarks.md` from results files: five questions, a table and a picture each, empty cells with reasons."""
+"""`docs/benchmarks.md` from results files: five questions, for each version a table, empty cells with reasons."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from html import escape
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from string import ascii_uppercase
+from typing import Any, Self
+
+import numpy as np
+from scipy import stats
+
+from transformers_resps.tools.plots import bars
+from transformers_resps.tools.results import AnswerTiming, Interval, compare, ratio, table_row, tau_of
 
 from . import experiments as named
 from .experiments import QUESTIONS, Experiment, experiments
 from .planted import GPUS
 from .quiet import apart
-from .sealed import Measured, check_together
-from .statistic import Row, Speed, speed, tau, wilson
+from .sealed import Measured, Version, check_alike, check_together
 
 
 PAGE = Path("docs/benchmarks.md")
@@ -26,72 +31,128 @@ LEARNED = (named.AUTO, named.FITTED, named.PUBLISHED, named.REPAIRED)
 FEW_PROMPTS = 25  # below, bootstrap intervals are too narrow
 LEAST_PROMPTS = 4  # or groups of a batch; below, no gain is claimed of other prompts
 _NOT_RUN = "not measured here"
+Row = Mapping[str, Any]  # an answer: `arm`, `prompt`, `turn`, `tokens`, and more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Table:
+    """The results files of one version on one processor, and why experiments have none."""
+
+    folder: Path
+    files: Sequence[Measured]
+    reasons: Mapping[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a folder. Raises `UnfitResultsError` for files that no table may hold, or not together."""
+        reasons = folder / REASONS
+        files = [Measured.read(file) for file in sorted(folder.glob("*.json")) if file != reasons]
+        check_together(files)
+        return cls(folder, files, json.loads(reasons.read_text("utf-8")) if reasons.is_file() else {})
+
+    @property
+    def version(self) -> Version:
+        return self.files[0].version
+
+    @property
+    def processor(self) -> str:
+        return self.files[0].processor if self.files else self.folder.name
+
+    @property
+    def date(self) -> str:
+        return max((str(one.data.get("date", "")) for one in self.files), default="")
+
+
+def read_tables(measured: Path) -> list[Table]:
+    """Read all folders of results files, the newest first."""
+    folders = sorted({file.parent for file in measured.rglob("*.json")})
+    tables = [table for table in map(Table.read, folders) if table.files or table.reasons]
+    return sorted(tables, key=lambda table: table.date, reverse=True)
+
+
+def published(name: str, tables: Iterable[Table]) -> "Found | None":
+    """Return the newest figures of an experiment."""
+    [asked] = (one for one in experiments() if one.name == name)
+    return next((found for table in tables if (found := Found.of(asked, table)).processes), None)
+
+
+@dataclass(frozen=True)
 class Found:
-    """The results of one experiment on one processor.
+    """The results of one experiment, of one version on one processor.
 
     Attributes:
-        rows: of each process; empty where no figure may be shown.
+        processes: the files that give figures; empty where no figure may be shown.
         reason: why; else `None`.
-        left_out: arms that were not measured, with reasons.
-        processor: its name.
-        mark: after titles, where there are several processors.
     """
 
     experiment: Experiment
-    rows: list[list[Row]]
+    processes: Sequence[Measured]
     reason: str | None
-    left_out: dict[str, str]
-    processor: str
-    mark: str = ""
+
+    @classmethod
+    def of(cls, experiment: Experiment, table: Table, *, quick: bool = False) -> Self:
+        """Choose its quiet files. Raises `UnfitResultsError` for one that lacks an arm or asked otherwise."""
+        files = [one for one in table.files if one.data["experiment"] == experiment.name]
+        for one in files:
+            one.check_arms(one.data["arms"])
+        check_alike(files)
+        noise = noise_of(experiment, files) if not quick else {}
+        kept = [one for one in files if one.file not in noise]
+        if len(kept) >= experiment.processes:
+            return cls(experiment, kept, None)
+        if not files:
+            return cls(experiment, [], table.reasons.get(experiment.name, _NOT_RUN))
+        told = (
+            f"not quiet: {next(iter(noise.values()))}" if noise else f"{len(kept)} of {experiment.processes} processes"
+        )
+        return cls(experiment, [], told)
 
     @property
     def title(self) -> str:
-        return self.experiment.title + self.mark
+        return self.experiment.title
 
-    @classmethod
-    def read(cls, experiment: Experiment, folder: Path, code: str, page: Path, *, quick: bool) -> "Found":
-        """Read and check its files. Raises `UnfitResultsError` for one that no table may hold."""
-        files = [folder / f"{experiment.name}-{number}.json" for number in range(experiment.processes)]
-        there = [Measured.read(file) for file in files if file.is_file()]
-        for one in there:
-            one.check_code(code, page.name)
-            one.check_arms(experiment.arms)
-        check_together(there)
-        if len(there) < len(files):
-            told = folder / REASONS
-            reasons = json.loads(told.read_text("utf-8")) if told.is_file() else {}
-            reason = f"{len(there)} of {len(files)} processes" if there else reasons.get(experiment.name, _NOT_RUN)
-            return cls(experiment, [], reason, {}, folder.name)
-        rows, left_out = [one.data["rows"] for one in there], there[0].data["left_out"]
-        noisy = list(chain.from_iterable(one.reasons for one in there))
-        if experiment.is_timed and not experiment.neighbour and named.PLAIN in experiment.arms:
-            noisy += apart([_rate(own, named.PLAIN) for own in rows])
-        reason = f"not quiet: {noisy[0]}" if noisy and not quick else None
-        return cls(experiment, [] if reason else rows, reason, left_out, there[0].processor)
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Arms that were not measured, with reasons."""
+        return dict(self.processes[0].data["left_out"]) if self.processes else {}
 
-    def over(self, arm: str, base: str) -> Speed | None:
-        """Return the speed of an arm over another; `None` where one was not measured."""
-        if not self.rows or any(self._is_missing(name) for name in (arm, base)):
+    @cached_property
+    def timings(self) -> list[list[AnswerTiming]]:
+        return [one.timings for one in self.processes]
+
+    def over(self, arm: str, base: str, prompts: Iterable[str] | None = None) -> Interval | None:
+        """Return the speed of an arm over another, on some prompts or all; `None` where one was not measured."""
+        if any(not self.of_arm(name) for name in (arm, base)):
             return None
-        return speed(self.rows, arm, base)
+        wanted = None if prompts is None else set(prompts)
+        kept = [[m for m in own if wanted is None or m.prompt in wanted] for own in self.timings]
+        return compare(kept, arm, base)
 
-    def of(self, arm: str) -> list[Row]:
-        return [row for own in self.rows for row in own if row["arm"] == arm]
+    def of_processes(self, arm: str, base: str) -> str:
+        """Return the lowest and the highest ratio of a process."""
+        alone = [ratio(own, arm, base) for own in self.timings]
+        return f"{min(alone):.2f} to {max(alone):.2f}" if len(alone) > 1 else ""
 
-    def _is_missing(self, arm: str) -> bool:
-        return arm in self.left_out or arm not in self.experiment.arms
+    def of_arm(self, arm: str) -> list[Row]:
+        return [row for one in self.processes for row in one.data["rows"] if row["arm"] == arm]
+
+    def tau(self, arm: str) -> float:
+        return tau_of(m for own in self.timings for m in own if m.method == arm)
 
     @property
     def prompts(self) -> int:
-        return len({row["prompt"] for row in self.rows[0]}) if self.rows else 0
+        return len({row["prompt"] for row in self.processes[0].data["rows"]}) if self.processes else 0
 
 
-def _rate(rows: Iterable[Row], arm: str) -> float:
-    own = [row for row in rows if row["arm"] == arm]
-    return sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
+def noise_of(experiment: Experiment, files: Sequence[Measured]) -> dict[Path, str]:
+    """Return the files that give no ratio, each with the reason: others disturbed it, or it lies apart."""
+    if not experiment.is_judged:
+        return {}
+    noise = {one.file: one.watch.reasons[0] for one in files if one.watch.reasons}
+    kept = [one for one in files if one.file not in noise]
+    base, *arms = [arm for arm in kept[0].data["arms"] if arm not in kept[0].data["left_out"]] if kept else [""]
+    distances = apart([[ratio(one.timings, arm, base) for arm in arms] for one in kept])
+    return noise | {one.file: told[0] for one, told in zip(kept, distances, strict=True) if told}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,48 +161,70 @@ class Answer:
 
     columns: Sequence[str]
     rows: list[list[str]]
-    bars: list[tuple[str, Speed]]
+    bars: list[tuple[str, Interval]]
     note: str = ""
 
 
 def same_text(found: Sequence[Found]) -> Answer:
     """How many texts are equal, where the others part, how far the logits lie apart there; right answers."""
     columns = ["experiment", "arm", "texts", "equal or right", "95% interval", "first difference", "largest gap"]
-    rows, bars = [], []
+    rows, drawn = [], []
     for one in found:
-        if not one.rows:
+        if not one.processes:
             rows.append(_empty(one, columns))
         elif one.experiment.kind == named.SAMPLES:
             rows += [*_sampled(one)]
         else:
             for arm in one.experiment.arms:
-                if (own := one.of(arm)) and not (arm == one.experiment.arms[0] and "right" not in own[0]):
+                if (own := one.of_arm(arm)) and not (arm == one.experiment.arms[0] and "right" not in own[0]):
                     good = sum(row["right"] if "right" in row else row["same"] for row in own)
-                    low, high = wilson(good, len(own))
+                    low, high = share_interval(good, len(own))
                     parted = [row for row in own if "position" in row]
                     place = f"token {median(row['position'] for row in parted):.0f}" if parted else ""
                     odd = sum(not row["explained"] for row in parted)
                     gap = f"{max(row['gap'] for row in parted):.2f}" if parted else ""
                     gap += f", {odd} unexplained" if odd else ""
-                    share = f"{low:.1%} to {high:.1%}"
-                    rows.append([one.title, arm, str(len(own)), str(good), share, place, gap])
-                    bars.append((f"{one.title}, {arm}", Speed(good / len(own), low, high, low, high)))
-    return Answer(columns, rows, bars)
+                    rows.append([one.title, arm, str(len(own)), str(good), f"{low:.1%} to {high:.1%}", place, gap])
+                    drawn.append((f"{one.title}, {arm}", Interval(good / len(own), low, high)))
+    return Answer(columns, rows, drawn)
+
+
+def share_interval(successes: int, of: int) -> tuple[float, float]:
+    """Return the 95% interval of a share (Wilson, JASA 22, 1927)."""
+    low, high = stats.binomtest(successes, of).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def variation(own: Sequence[Sequence[int]], other: Sequence[Sequence[int]], draws: int = 499) -> tuple[float, float]:
+    """Return how far two groups of sampled texts lie apart, and the p-value of that by permuting the groups.
+
+    The distance is the total variation of the tokens' frequencies at a position, averaged over the positions; all
+    texts have one length.
+    """
+    texts = np.array([*own, *other])
+    said = np.hstack([column[:, None] == np.unique(column) for column in texts.T]).astype(float)
+
+    def distance(group: Any, rest: Any) -> Any:
+        return np.abs(said[group].mean(0) - said[rest].mean(0)).sum() / 2 / texts.shape[1]
+
+    numbers, rng = np.arange(len(texts)), np.random.default_rng(0)
+    groups = numbers[: len(own)], numbers[len(own) :]
+    drawn: dict[str, Any] = {"n_resamples": draws, "alternative": "greater", "vectorized": False, "rng": rng}
+    found = stats.permutation_test(groups, distance, **drawn)
+    return float(found.statistic), float(found.pvalue)
 
 
 def _sampled(one: Found) -> Iterable[list[str]]:
-    from .statistic import permutation_p
-
     base, *others = one.experiment.arms
     for arm in others:
         distances, chances = [], []
-        for prompt in sorted({row["prompt"] for row in one.rows[0]}):
-            texts = [[row["ids"] for row in one.of(name) if row["prompt"] == prompt] for name in (base, arm)]
-            distance, chance = permutation_p(*texts)
+        for prompt in sorted({row["prompt"] for row in one.of_arm(base)}):
+            texts = [[row["ids"] for row in one.of_arm(name) if row["prompt"] == prompt] for name in (base, arm)]
+            distance, chance = variation(*texts)
             distances.append(distance)
             chances.append(chance)
         told = f"variation {median(distances):.3f}, least p {min(chances):.2f} of {len(chances)}"
-        yield [one.title, arm, str(len(one.of(arm))), told, "", "", ""]
+        yield [one.title, arm, str(len(one.of_arm(arm))), told, "", "", ""]
 
 
 def policies(found: Sequence[Found]) -> Answer:
@@ -154,22 +237,22 @@ def policies(found: Sequence[Found]) -> Answer:
         "processes, `auto`",
         "oracle, `auto`'s share",
     ]
-    rows, bars = [], []
+    rows, drawn = [], []
     for one in found:
-        if not one.rows:
+        if not one.processes:
             rows.append(_empty(one, columns))
             continue
         fixed = one.over(named.FIXED, named.PLAIN)
         learned = {arm: one.over(arm, named.FIXED) for arm in LEARNED}
         auto, oracle = learned[named.AUTO], one.over(named.ORACLE, named.FIXED)
-        apart = "" if auto is None or len(one.rows) == 1 else f"{auto.lowest:.2f} to {auto.highest:.2f}"
-        cells = [*map(_speed, learned.values()), apart, _gap(auto, oracle)]
+        alone = "" if auto is None else one.of_processes(named.AUTO, named.FIXED)
+        cells = [*map(_speed, learned.values()), alone, _gap(auto, oracle)]
         rows.append([one.title, str(one.prompts), _speed(fixed), *cells])
-        bars += [(f"{one.title}, {arm}", value) for arm, value in learned.items() if value]
-    return Answer(columns, rows, bars)
+        drawn += [(f"{one.title}, {arm}", value) for arm, value in learned.items() if value]
+    return Answer(columns, rows, drawn)
 
 
-def _gap(policy: Speed | None, oracle: Speed | None) -> str:
+def _gap(policy: Interval | None, oracle: Interval | None) -> str:
     """The oracle over the best fixed tree, and how much of that gap a policy takes."""
     if policy is None or oracle is None:
         return ""
@@ -182,27 +265,28 @@ def engines(found: Sequence[Found]) -> Answer:
     columns = ["target, arm", "over stock", "over plain", "tau", "over plain / tau", "first token, ms", "peak MiB"]
     columns.append("accepted at 1, 2, 3")
     peaks = {f"{one.title}, {row['arm']}": row["mib"] for one in found if one.experiment.kind == named.MEMORY
-             for own in one.rows for row in own}  # fmt: skip
-    rows, bars, phases = [], [], []
+             for own in one.processes for row in own.data["rows"]}  # fmt: skip
+    rows, drawn, phases = [], [], []
     for one in found:
         if one.experiment.kind == named.MEMORY:
             continue
-        if not one.rows:
+        if not one.processes:
             rows.append(_empty(one, columns))
             continue
         for arm in one.experiment.arms:
             stock, plain = one.over(arm, named.STOCK), one.over(arm, named.PLAIN)
             if stock is None or plain is None:
                 continue
-            title, mean = f"{one.title}, {arm}", tau(one.rows, arm)
-            first, peak = 1e3 * median(row["first"] for row in one.of(arm)), peaks.get(title)
-            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}" if first else ""]
+            title, mean = f"{one.title}, {arm}", one.tau(arm)
+            first, peak = 1e3 * median(row["first"] for row in one.of_arm(arm)), peaks.get(title)
+            is_told = first and not any(own.watch.reasons_against_times for own in one.processes)
+            cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}" if is_told else ""]
             cells.append("" if peak is None else f"{peak:.0f}")
-            rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of(arm))])
-            bars.append((title, stock))
-        phases.append(f"{one.title}: {_phases(one.of(named.AUTO))}")
+            rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of_arm(arm))])
+            drawn.append((title, stock))
+        phases.append(f"{one.title}: {_phases(one.of_arm(named.AUTO))}")
     note = f"Where the seconds of `auto` go. {'. '.join(phases)}."
-    return Answer(columns, rows, bars, note if phases else "")
+    return Answer(columns, rows, drawn, note if phases else "")
 
 
 def _phases(rows: Sequence[Row]) -> str:
@@ -217,44 +301,44 @@ def budgets(found: Sequence[Found]) -> Answer:
     columns = ["nodes", "chain", "tree", "tau, chain", "tau, tree"]
     columns += [f"planted {gpu.name}: {kind}" for gpu in GPUS for kind in ("chain", "tree")]
     pays: dict[str, int] = dict.fromkeys(("here", *(f"at planted costs of an {gpu.name}" for gpu in GPUS)), 0)
-    rows, bars = [], []
+    rows, drawn = [], []
     for one in found:
-        if not one.rows:
+        if not one.processes:
             rows.append(_empty(one, columns))
             continue
         for nodes in named.BUDGETS:
             arms = [f"{kind} of {nodes}" for kind in ("chain", "tree")]
             pairs = [(arm, one.over(arm, named.PLAIN)) for arm in arms]
-            taus = ["" if value is None else f"{tau(one.rows, arm):.2f}" for arm, value in pairs]
-            planted = [None if value is None else gpu.block_speed(*_counted(one.of(arm)))
+            taus = ["" if value is None else f"{one.tau(arm):.2f}" for arm, value in pairs]
+            planted = [None if value is None else gpu.block_speed(*_counted(one.of_arm(arm)))
                        for gpu in GPUS for arm, value in pairs]  # fmt: skip
             measured = [None if value is None else value.ratio for _, value in pairs]
-            for where, ratio in zip(pays, [measured[1], *planted[1::2]], strict=True):
-                pays[where] = nodes if ratio is not None and ratio > 1 else pays[where]
-            priced = ["" if ratio is None else f"{ratio:.2f}" for ratio in planted]
+            for where, gain in zip(pays, [measured[1], *planted[1::2]], strict=True):
+                pays[where] = nodes if gain is not None and gain > 1 else pays[where]
+            priced = ["" if gain is None else f"{gain:.2f}" for gain in planted]
             rows.append([str(nodes), *(_speed(value) for _, value in pairs), *taus, *priced])
-            bars += [(arm, value) for arm, value in pairs if value]
+            drawn += [(arm, value) for arm, value in pairs if value]
     told = ", ".join(f"{where} to {nodes}" if nodes else f"{where} never" for where, nodes in pays.items())
     note = f"Break-even, in nodes: trees are faster than plain decoding {told}."
-    return Answer(columns, rows, bars, note if bars else "")
+    return Answer(columns, rows, drawn, note if drawn else "")
 
 
 def never_slower(found: Sequence[Found]) -> Answer:
     """Every arm that should lose, over plain decoding."""
     columns = ["setting", "arm", "over plain", "processes", f"at least {LEAST}"]
-    rows, bars = [], []
+    rows, drawn = [], []
     for one in found:
-        if not one.rows:
+        if not one.processes:
             rows.append(_empty(one, columns))
             continue
         for arm in one.experiment.arms[1:]:
             value = one.over(arm, named.PLAIN)
             if value is not None:
                 verdict = "yes" if value.ratio >= LEAST else "**no**"
-                apart = f"{value.lowest:.2f} to {value.highest:.2f}"
-                rows.append([one.title, arm, _speed(value), apart, verdict])
-                bars.append((f"{one.title}, {arm}", value))
-    return Answer(columns, rows, bars)
+                alone = one.of_processes(arm, named.PLAIN)
+                rows.append([one.title, arm, _speed(value), alone, verdict])
+                drawn.append((f"{one.title}, {arm}", value))
+    return Answer(columns, rows, drawn)
 
 
 MAKERS: dict[int, Callable[[Sequence[Found]], Answer]] = {
@@ -271,55 +355,61 @@ SAYS = {
 }
 
 
-def write_page(page: Path, measured: Path, code: str, *, quick: bool) -> None:
+def write_page(page: Path, measured: Path, *, quick: bool = False) -> None:
     """Write the page and its pictures, which lie beside it.
 
     Raises:
-        UnfitResultsError: a file is of other code, was edited, lacks an arm, or is of another processor than its row.
+        UnfitResultsError: a file was edited, lacks an arm or is of an unknown version; a table would hold two versions
+            or processors.
     """
-    folders = sorted({file.parent for file in measured.rglob("*.json")}) or [measured]
-    found: list[Found] = []
-    for place, folder in enumerate(folders):
-        own = [Found.read(one, folder, code, page, quick=quick) for one in experiments(quick=quick)]
-        mark = f", {ascii_uppercase[place]}" if len(folders) > 1 else ""
-        found += [replace(one, mark=mark) for one in own if one.rows or not place]  # empty cells once
-    lines = [*_head(found, code, quick=quick)]
+    tables = read_tables(measured) or [Table(measured, [], {})]
+    asked = experiments("quick" if quick else "")
+    found = [[Found.of(one, table, quick=quick) for one in asked] for table in tables]
+    gained = next((own for own in found if any(one.experiment.question == 2 and one.processes for one in own)), [])
+    lines = ["# Benchmarks", ""]
+    if quick:
+        lines += ["**This proves nothing**: five prompts in one process, on a machine that may be busy.", ""]
+    lines += [verdict([one for one in gained if one.experiment.question == 2 and one.experiment.is_timed]), "", _HEAD]
+    if any(0 < one.prompts < FEW_PROMPTS for one in chain.from_iterable(found)):
+        lines[-1] += f" Intervals over fewer than {FEW_PROMPTS} prompts are too narrow."
     for number, question in QUESTIONS.items():
-        own = [one for one in found if one.experiment.question == number]
-        answer = MAKERS[number](own)
-        picture = page.with_name(f"question-{number}.svg")
         lines += ["", f"## {number}. {question}", SAYS[number]]
-        if answer.bars:
-            picture.write_text(draw(answer.bars, question), encoding="utf-8")
-            lines.append(f"![{question}]({picture.name})")
-        lines += ["", *_table(answer)]
-        lines += ["", answer.note] if answer.note else []
-        left_out: dict[str, dict[str, None]] = {}
-        for arm, reason in (pair for one in own for pair in one.left_out.items()):
-            left_out.setdefault(reason, {})[arm] = None
-        if left_out:
-            told = (f"{', '.join(arms)}: {reason}" for reason, arms in left_out.items())
-            lines += ["", f"Not measured: {'; '.join(told)}."]
+        missing = {one.experiment.name for one in found[0]}
+        missing -= {one.experiment.name for own in found for one in own if one.processes}
+        pictures = iter([page.with_name(f"question-{number}.svg")])
+        for place, (table, own) in enumerate(zip(tables, found, strict=True)):
+            rows = [one for one in own if one.experiment.question == number]
+            rows = [one for one in rows if one.processes or (not place and one.experiment.name in missing)]
+            if rows:
+                caption = (
+                    f"Measured: version `{table.version}` on {table.processor}, in bfloat16." if table.files else ""
+                )
+                lines += [caption, *_answer(MAKERS[number](rows), rows, question, pictures)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _head(found: Sequence[Found], code: str, *, quick: bool) -> Iterable[str]:
-    yield "# Benchmarks"
+_HEAD = """[The protocol](../training/PROTOCOL.md) was made before any run. Speeds are total tokens over total seconds,
+with paired 95% intervals over requests and processes, of one version each: `make evidence-drift` checks another."""
+
+
+def _answer(answer: Answer, rows: Sequence[Found], question: str, pictures: Iterator[Path]) -> Iterator[str]:
+    """Yield the table of one version with its notes; that of the newest version has the picture."""
+    if answer.bars and (picture := next(pictures, None)):
+        picture.write_text(bars(answer.bars, question), encoding="utf-8")
+        yield f"![{question}]({picture.name})"
     yield ""
-    yield f"<!-- evidence of code {code} -->"
-    if quick:
-        yield "**This proves nothing**: five prompts in one process, on a machine that may be busy."
-        yield ""
-    yield verdict([one for one in found if one.experiment.question == 2 and one.experiment.is_timed])
-    yield ""
-    yield "[The protocol](../training/PROTOCOL.md) was made before any run; its limits of quiet rose later, with"
-    yield "reasons. Speeds are total tokens over total seconds, with paired 95% intervals over requests and processes."
-    yield "`make evidence` measures all of it on your machine."
-    for processor, mark in dict.fromkeys((one.processor, one.mark) for one in found if one.rows):
-        yield f"Measured on {processor}, in bfloat16{mark.replace(', ', ': ')}."
-    if any(0 < one.prompts < FEW_PROMPTS for one in found):
-        yield f"Intervals over fewer than {FEW_PROMPTS} prompts are too narrow."
+    words = 1 + (answer.columns[1] == "arm")
+    rules = ["---"] * words + ["---:"] * (len(answer.columns) - words)
+    yield from (re.sub(r"\|  (?=\|)", "|", table_row(cells)) for cells in (list(answer.columns), rules, *answer.rows))
+    if answer.note:
+        yield from ("", answer.note)
+    left_out: dict[str, dict[str, None]] = {}
+    for arm, reason in (pair for one in rows for pair in one.left_out.items()):
+        left_out.setdefault(reason, {})[arm] = None
+    if left_out:
+        told = (f"{', '.join(arms)}: {reason}" for reason, arms in left_out.items())
+        yield from ("", f"Not measured: {'; '.join(told)}.")
 
 
 def verdict(found: Sequence[Found]) -> str:
@@ -340,7 +430,7 @@ def verdict(found: Sequence[Found]) -> str:
     return f'Gains over the best fixed tree: {won}, no other. Pass `policy="auto"`, which needs no search or training.'
 
 
-def _speed(value: Speed | None) -> str:
+def _speed(value: Interval | None) -> str:
     return "" if value is None else str(value)
 
 
@@ -366,37 +456,3 @@ def _counted(rows: Sequence[Row]) -> tuple[int, dict[str, int]]:
     for row in rows:
         steps.update(row.get("steps", {}))
     return sum(count * (1 + int(step.partition("/")[2])) for step, count in steps.items()), dict(steps)
-
-
-def _table(answer: Answer) -> list[str]:
-    words = 1 + (answer.columns[1] == "arm")
-    cells = [list(answer.columns), ["---"] * words + ["---:"] * (len(answer.columns) - words), *answer.rows]
-    return [re.sub(r"\|  (?=\|)", "|", f"| {' | '.join(row)} |") for row in cells]
-
-
-_LABELS, _UNIT, _ROW = 430, 130, 22  # pixels
-
-
-def draw(bars: Sequence[tuple[str, Speed]], title: str) -> str:
-    """Draw bars with their intervals, and a line at 1, as SVG."""
-    most = max(1.2, *(value.high for _, value in bars))
-    unit = min(_UNIT, 420 / most)
-    height, width, one = 44 + _ROW * len(bars), _LABELS + unit * most + 60, _LABELS + unit
-    parts = [f'<rect width="{width:.0f}" height="{height}" rx="10" fill="#fcfbf8"/>', _words(20, 22, title)]
-    for place, (label, value) in enumerate(bars):
-        y = 36 + _ROW * place
-        low, high, end = (_LABELS + unit * size for size in (value.low, value.high, value.ratio))
-        colour = "#0b62a8" if "auto" in label else "#b9b4a9"
-        parts += [
-            _words(_LABELS - 8, y + 11, label.replace("`", ""), 'text-anchor="end"'),
-            f'<rect x="{_LABELS}" y="{y}" width="{end - _LABELS:.1f}" height="14" rx="3" fill="{colour}"/>',
-            f'<path d="M{low:.1f} {y + 7}H{high:.1f}" stroke="#1d2126" stroke-width="1.2"/>',
-            _words(max(end, high) + 6, y + 11, f"{value.ratio:.2f}"),
-        ]
-    parts.append(f'<path d="M{one:.1f} 32V{height - 6}" stroke="#1d2126" stroke-dasharray="3 3"/>')
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" font-family="sans-serif">'
-    return frame + "\n" + "\n".join(parts) + "\n</svg>\n"
-
-
-def _words(x: float, y: float, words: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="#1d2126" font-size="12" {more}>{escape(words)}</text>'

@@ -1,24 +1,25 @@
-"""Whether the machine was quiet while a process measured: probes before and after, neighbours, plain's own spread."""
+"""Whether other processes disturbed a measurement: their load, and for absolute times a probe of fixed work."""
 
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-from transformers_resps.tools.quiet import MAX_LOAD, other_load
+import psutil
+
+from transformers_resps.tools.quiet import MAX_LOAD, other_load, spread_of
 
 
 MAX_NEIGHBOURS = 0.1  # processors that others use on average while a process measures
+MAX_APART = 0.1  # distance of a process's ratios from those of the nearest other process
 MAX_PROBE_SPREAD = 0.2  # interquartile range over median of one probe
-MAX_DRIFT = 0.2  # of the second probe's median from the first's
+MAX_DRIFT = 0.2  # distance of the second probe's median from the first's
 MAX_PLAIN_SPREAD = 0.15  # interquartile range over median of plain decoding's rates
-MAX_APART = 0.1  # of the processes' plain rates: highest over lowest, minus one
 _PROBES = 60
 _PAUSE = 0.1  # seconds between them: on a shared host the speed of memory moves within seconds
-_SIZE = 1024
+_SIZE = 1024  # rows of the probe's matrix
 
 
 def probe(
@@ -47,7 +48,7 @@ def _fixed_work() -> Callable[[], Any]:
 
 @dataclass
 class Watch:
-    """Watches one process from `begin` to `end`; `reasons` says what was not quiet."""
+    """Watches a process from `begin` to `end`; seconds are those of the probes."""
 
     load_before: float | None = None
     neighbours: float | None = None
@@ -59,73 +60,68 @@ class Watch:
     def begin(self) -> None:
         self.load_before = other_load()
         self.before = probe()
-        self._started = _busy_seconds()
+        self._started, self._taken = time.monotonic(), _seconds_of_others()
 
     def end(self, plain_spread: float | None) -> None:
-        wall, busy = (now - then for now, then in zip(_busy_seconds(), self._started, strict=True))
-        self.neighbours = max(busy, 0.0) / wall if wall > 0 and Path("/proc/stat").exists() else None
+        wall = time.monotonic() - self._started
+        self.neighbours = max(_seconds_of_others() - self._taken, 0.0) / wall if wall > 0 else None
         self.after, self.plain_spread = probe(), plain_spread
         self.load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
     @property
     def reasons(self) -> list[str]:
-        """Each in a few words, with its figure; empty if it was quiet."""
+        """Why no ratio of the process counts, each with its figure; empty if others left it alone."""
         return [
             *_above("others used {:.1f} processors before it", self.load_before, MAX_LOAD),
             *_above("others used {:.2f} processors during it", self.neighbours, MAX_NEIGHBOURS),
+        ]
+
+    @property
+    def reasons_against_times(self) -> list[str]:
+        """Why no absolute time of the process counts: the arms of a ratio take turns, seconds do not."""
+        first, last = (median(seconds) if seconds else None for seconds in (self.before, self.after))
+        drift = abs(last / first - 1) if first and last else None
+        return [
+            *self.reasons,
             *_above("the first probe spread by {:.0%}", spread_of(self.before), MAX_PROBE_SPREAD),
             *_above("the last probe spread by {:.0%}", spread_of(self.after), MAX_PROBE_SPREAD),
-            *_above("the probes differ by {:.0%}", drift_of(self.before, self.after), MAX_DRIFT),
+            *_above("the probes differ by {:.0%}", drift, MAX_DRIFT),
             *_above("plain decoding's rates spread by {:.0%}", self.plain_spread, MAX_PLAIN_SPREAD),
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "reasons": self.reasons}
+        return asdict(self)
 
 
-def spread_of(seconds: Sequence[float]) -> float | None:
-    """Return the interquartile range over the median; `None` for fewer than four."""
-    if len(seconds) < 4:
-        return None
-    low, middle, high = quantiles(seconds, n=4, method="inclusive")
-    return (high - low) / middle
+def apart(ratios: Sequence[Sequence[float]]) -> list[list[str]]:
+    """Say for each process whether its ratios lie apart from those of every other process.
 
-
-def drift_of(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """Return by how much the second median is off the first."""
-    return abs(median(after) / median(before) - 1) if before and after else None
-
-
-def apart(plain_rates: Sequence[float]) -> list[str]:
-    """Say whether plain decoding's rates of the processes of an experiment lie too far apart."""
-    return _above("its processes lie {:.0%} apart", max(plain_rates) / min(plain_rates) - 1, MAX_APART)
+    `ratios` are of each process's arms. Two processes lie as far apart as the median of their arms does: one arm alone
+    may differ, as where it samples another text.
+    """
+    found = []
+    for place, own in enumerate(ratios):
+        others = [other for number, other in enumerate(ratios) if number != place and own]
+        nearest = min(
+            (median(abs(a / b - 1) for a, b in zip(own, other, strict=True)) for other in others), default=0.0
+        )
+        found.append(_above("its ratios lie {:.0%} off the other processes'", nearest, MAX_APART))
+    return found
 
 
 def _above(reason: str, value: float | None, most: float) -> list[str]:
     return [] if value is None or value <= most else [reason.format(value)]
 
 
-def _busy_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float]:
-    """Return seconds now, and those of all processors that others were busy since the machine started."""
-    busy = 0.0
-    if stat.exists():
-        numbers = [int(part) for part in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        busy = (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic(), busy - sum(os.times()[:4]) - sum(map(_seconds_of, _children(os.getpid())))
+def _seconds_of_others() -> float:
+    """Return the seconds that other processes kept processors busy since the machine started."""
+    told, own = psutil.cpu_times(), psutil.Process()
+    busy = sum(told[:8]) - told.idle - getattr(told, "iowait", 0.0)
+    return busy - sum(own.cpu_times()[:4]) - sum(map(_seconds_of, own.children(recursive=True)))
 
 
-def _children(process: int) -> list[int]:
-    """Return the processes that it started and that still run, and theirs; they are no neighbours."""
-    found: list[int] = []
-    for file in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in map(int, file.read_text().split()):
-            found += [child, *_children(child)]
-    return found
-
-
-def _seconds_of(process: int) -> float:
+def _seconds_of(process: psutil.Process) -> float:
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended
+        return sum(process.cpu_times()[:2])
+    except psutil.Error:  # it has ended
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,18 +1,24 @@
-"""Results files: one experiment in one process, with a checksum; what cannot stand in a table is refused by name."""
+"""Results files: one experiment in one process of one version, with a checksum; unfit ones are refused by name."""
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from training.benchmarking.provenance import code
+from transformers_resps.tools.results import AnswerTiming, rounded, write_results
 
 from .quiet import Watch
 
 
 AGAIN = "Measure it again with `make evidence`, or restore it."
+CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"  # its headings are the releases that exist
 _CHECKSUM = "checksum"
-_DIGITS = 7  # significant: a second to the microsecond and better
+_PACKAGE = "transformers-resps"
 
 
 class UnfitResultsError(ValueError):
@@ -20,14 +26,38 @@ class UnfitResultsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Version:
+    """What a figure belongs to: a release of the package, and the first digits of the hash of its code."""
+
+    release: str
+    code: str
+
+    @classmethod
+    def of(cls, release: str, code_sha256: str) -> Self:
+        return cls(release, code_sha256[:12])
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return the version of the checkout."""
+        return cls.of(version(_PACKAGE), code()["code_sha256"])
+
+    @property
+    def folder(self) -> str:
+        return f"{self.release}-{self.code}"
+
+    def __str__(self) -> str:
+        return f"{self.release} (code {self.code})"
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """A results file that is whole; the fields are those of `measuring.results_of`."""
+    """A results file that is whole; the fields are those of `measuring.run`."""
 
     file: Path
     data: Mapping[str, Any]
 
     @classmethod
-    def read(cls, file: Path) -> "Measured":
+    def read(cls, file: Path) -> Self:
         """Read what `seal` wrote. Raises `UnfitResultsError` for a file that is damaged or was edited."""
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -39,74 +69,74 @@ class Measured:
         return cls(file, data)
 
     @property
-    def code(self) -> str:
-        return str(self.data["code"]["code_sha256"])
+    def version(self) -> Version:
+        """Return the version that it measured. Raises `UnfitResultsError` for one that does not exist."""
+        release = self.data["machine"].get("versions", {}).get(_PACKAGE)
+        known = re.findall(r"^## (\d\S*?)(?:,| |$)", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
+        if release not in known or not self.data["code"].get("code_sha256"):
+            raise UnfitResultsError(
+                f"{self.file} measured an unknown version: {release}, but {CHANGELOG.name} has {', '.join(known)}. "
+                f"{AGAIN}"
+            )
+        return Version.of(release, self.data["code"]["code_sha256"])
 
     @property
     def processor(self) -> str:
         return str(self.data["machine"]["device"])
 
     @property
-    def reasons(self) -> list[str]:
-        """Why its figures may not be shown by the present limits of the protocol; empty for a quiet run."""
-        told = dict(self.data["quiet"])
-        was_judged = bool(told.pop("reasons"))
-        return Watch(**told).reasons if was_judged else []
+    def watch(self) -> Watch:
+        """How quiet the machine was."""
+        return Watch(**{name: value for name, value in self.data["quiet"].items() if name != "reasons"})
 
-    def check_code(self, code: str, page: str) -> None:
-        """Raises `UnfitResultsError` when it was measured with other code than the page is of."""
-        if self.code != code:
-            commit = self.data["code"]["commit"] or "no commit"
-            raise UnfitResultsError(
-                f"{self.file} was measured with the code of {commit} ({self.code[:12]}), but {page} is of other code "
-                f"({code[:12]}). {AGAIN}"
+    @property
+    def timings(self) -> list[AnswerTiming]:
+        """The answers that were timed, by arm; their repeat is the process."""
+        return [
+            AnswerTiming(
+                row["arm"], row["prompt"], self.data["process"], row["tokens"], row.get("forwards", 1), row["seconds"],
+                row["turn"], prefill_seconds=row.get("first", 0.0),
             )
+            for row in self.data["rows"] if "seconds" in row
+        ]  # fmt: skip
 
     def check_arms(self, arms: Collection[str]) -> None:
-        """Raises `UnfitResultsError` when an arm has no answers and no reason for it."""
-        answered = {row["arm"] for row in self.data["rows"]}
-        missing = [arm for arm in arms if arm not in answered and arm not in self.data["left_out"]]
+        """Raises `UnfitResultsError` when an arm lacks answers and has no reason for it."""
+        answered: dict[str, set[str]] = {arm: set() for arm in arms}
+        for row in self.data["rows"]:
+            answered.setdefault(row["arm"], set()).add(row["prompt"])
+        prompts = set().union(*answered.values())
+        missing = [arm for arm in arms if answered[arm] != prompts and arm not in self.data["left_out"]]
         if missing:
-            raise UnfitResultsError(f"{self.file} lacks the arm {', '.join(missing)}. {AGAIN}")
+            raise UnfitResultsError(f"{self.file} lacks answers of the arm {', '.join(missing)}. {AGAIN}")
 
 
 def check_together(files: Sequence[Measured]) -> None:
-    """Raises `UnfitResultsError` when files of one row are of two processors, or of other prompts or settings."""
+    """Raises `UnfitResultsError` when files of one table are of two versions or processors."""
     for one in files[1:]:
-        first = files[0]
-        if one.processor != first.processor:
-            raise UnfitResultsError(
-                f"{first.file} is of {first.processor} and {one.file} of {one.processor}, but they stand in one row. "
-                "Keep the files of one processor in a folder of its own."
-            )
-        odd = [name for name in ("settings", "arms", "weights") if one.data[name] != first.data[name]]
+        for kind, first, other in (
+            ("version", files[0].version, one.version), ("processor", files[0].processor, one.processor),
+        ):  # fmt: skip
+            if first != other:
+                raise UnfitResultsError(
+                    f"{files[0].file} is of {kind} {first} and {one.file} of {other}, but they stand in one table. "
+                    f"Keep the files of one {kind} in a folder of its own."
+                )
+
+
+def check_alike(files: Sequence[Measured]) -> None:
+    """Raises `UnfitResultsError` when processes of one experiment had other prompts, settings, arms or weights."""
+    for one in files[1:]:
+        odd = [name for name in ("settings", "arms", "weights") if one.data[name] != files[0].data[name]]
         if odd:
-            raise UnfitResultsError(f"{first.file} and {one.file} differ in {', '.join(odd)}. {AGAIN}")
+            raise UnfitResultsError(f"{files[0].file} and {one.file} differ in {', '.join(odd)}. {AGAIN}")
 
 
 def seal(file: Path, results: Mapping[str, Any]) -> None:
-    """Write a results file atomically, with its checksum last. Numbers have seven digits, rows a line each."""
-    data = json.loads(json.dumps(_rounded(dict(results))))
-    parts = [f"{json.dumps(name)}: {_written(part)}" for name, part in (data | {_CHECKSUM: _checksum(data)}).items()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    unfinished.replace(file)
+    """Write a results file atomically, with its checksum last."""
+    data = json.loads(json.dumps(rounded(dict(results))))
+    write_results(file, data | {_CHECKSUM: _checksum(data)})
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _written(part: Any) -> str:
-    if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
-        return "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in part) + "\n]"
-    return json.dumps(part, separators=(",", ":"))
-
-
-def _rounded(part: Any) -> Any:
-    if isinstance(part, dict):
-        return {str(name): _rounded(value) for name, value in part.items()}
-    if isinstance(part, list | tuple):
-        return [_rounded(value) for value in part]
-    return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part

@@ -1,10 +1,11 @@
 """The records and the report of a call of `generate`, and every published rate."""
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from ..tree import DRAFTED, LOOKED_UP, REMEMBERED, Pricing, TreeShape
 from .display import decoder, detokenize_incrementally
@@ -49,26 +50,22 @@ def rate(timed: Iterable[Timed]) -> float:
 
 
 def bootstrap_interval(
-    own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
+    own: Sequence[Sequence[Timing]], base: Sequence[Sequence[Timing]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement, from a fixed seed.
+    """Return the middle 95% of a ratio of two rates over processes and requests, both drawn with replacement.
 
-    `own` and `base` hold, for each prompt in the same order, its answers with all turns and repeats, so that a draw is
-    paired.
+    `own` and `base` hold the totals of each process's requests, in the same order: every draw is paired, and a call
+    with the same totals returns the same interval.
     """
-    totals = [
-        [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
-    ]
-    generator = random.Random(0)
-    ratios = []
-    for _ in range(draws):
-        drawn = generator.choices(range(len(own)), k=len(own))
-        (tokens, seconds), (base_tokens, base_seconds) = (
-            (sum(prompts[i][0] for i in drawn), sum(prompts[i][1] for i in drawn)) for prompts in totals
-        )
-        ratios.append(tokens / seconds / (base_tokens / base_seconds))
-    ratios.sort()
-    return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
+    drawn = np.random.default_rng(0)
+    of_processes, of_requests = (
+        drawn.multinomial(count, np.full(count, 1 / count), draws) for count in (len(own), len(own[0]))
+    )
+    (tokens, seconds), (base_tokens, base_seconds) = (
+        np.einsum("dp,prn,dr->nd", of_processes, np.array(totals, np.float64), of_requests) for totals in (own, base)
+    )
+    low, high = np.percentile(tokens / seconds / (base_tokens / base_seconds), [2.5, 97.5])
+    return float(low), float(high)
 
 
 class Proposed(NamedTuple):

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..calibration import calibrate
-from ..compat import check_extra
 from ..data import training_prompts_of
 from ..drafting import DraftSource
 from ..generation.attach import attach
 from ..heads import pair_identity
+from ..hub.upload import RESULTS
 from ..policies.base import Policy
 from ..policies.costs import CostTable
 from ..policies.resps import ReSpSPolicy
@@ -44,7 +44,7 @@ from .methods import (
     policies,
     prompt_lookup,
 )
-from .plots import ratios, save_figure
+from .plots import ratios
 from .results import (
     NAMED_NODES,
     SCHEMA_VERSION,
@@ -59,11 +59,11 @@ from .results import (
     summary_rows,
     write_results,
 )
-from .session import Dialogue, Session, check_apart, read_dialogues, spread
+from .session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
 
 _ADVICE_CONTEXT = 128  # positions
-_PLOT = "ratios.png"  # beside the results
+_PLOT = "ratios.svg"  # beside the results
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,6 @@ Config = TypeVar("Config", bound=BenchConfig)
 
 def run(args: argparse.Namespace) -> int:
     """Run `resps bench`, whose machine was found quiet before."""
-    if "plot" in args:
-        check_extra("bench")
     return bench(read_options(args, BenchConfig), args.load, as_json="json" in args, plots="plot" in args)
 
 
@@ -133,10 +131,12 @@ def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = Fal
     timed = Bench(models.target, config.max_new_tokens)
     refusal = timed.compile_refusal(dialogues[0].prompt(models.tokenizer)) if config.compile else None
     methods = methods_of(config, models, compiles=config.compile and refusal is None)
-    session = Session(timed, models.tokenizer, dialogues, methods, config.temperatures, config.repeats)
+    session = Session(timed, models.tokenizer, dialogues, methods, config.temperatures, range(config.repeats))
     session.warm_up()
+    judge = Judge(models.target, methods)
 
-    def check(*_: object) -> None:
+    def check(prompt: Prompt, runs: Sequence[Run]) -> None:
+        judge.add(prompt, runs)
         if not config.accept_noise:
             check_spread(session.timings)
 
@@ -150,12 +150,11 @@ def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = Fal
             "noise": {"accepted": config.accept_noise, "load_before": load},
             "not_compiled": refusal,
         }
-        results = facts | results_of(config, models, session, costs)
-        file = write_results(config.output, results)
+        results = facts | results_of(config, models, session, judge, costs)
+        file = write_results(config.output / RESULTS, results)
     status = report(results, file, as_json=as_json)
-    figure = ratios(results) if plots and results["measurements"] else None
-    if figure is not None:
-        save_figure(figure, file.with_name(_PLOT))
+    if plots and results["measurements"]:
+        file.with_name(_PLOT).write_text(ratios(results), encoding="utf-8")
         print(f"Drawn in {file.with_name(_PLOT)}", file=sys.stderr if as_json else sys.stdout)
     return status
 
@@ -269,11 +268,14 @@ def methods_of(
 
     `others` stand before its trees and policies, `trees` between them; `compiles` is whether this machine can.
     """
+    modes: list[Callable[[Generate], Generate]] = [lambda method: method]
+    if config.invariant:
+        modes.append(invariant)
+    if compiles:
+        modes += [lambda method, mode=mode: mode(compiled(method)) for mode in modes]  # type: ignore[misc]
     stock = [
         plain(),
-        *([compiled(plain_steps())] if compiles else []),
-        *([invariant(plain_steps())] if config.invariant else []),
-        *([invariant(compiled(plain_steps()))] if config.invariant and compiles else []),
+        *(mode(plain_steps()) for mode in modes[1:]),
         *([prompt_lookup()] if PROMPT_LOOKUP in config.chosen else []),
         *([] if models.draft_model is None else [draft_model(models.draft_model)]),
     ]
@@ -283,10 +285,7 @@ def methods_of(
         *trees,
         *policies(models.head, models.policies),
     ]
-    if compiles:
-        own = [way for method in own for way in (method, compiled(method))]
-    if config.invariant:
-        own = [way for method in own for way in (method, invariant(method))]
+    own = [mode(method) for method in own for mode in modes]
     return [*stock, *others, *own]
 
 
@@ -327,6 +326,7 @@ def results_of(
     config: BenchConfig,
     models: BenchModels,
     session: Session,
+    judge: Judge,
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
@@ -348,9 +348,9 @@ def results_of(
         "costs": {name: part for name, part in asdict(costs).items() if name != "identity"},
         "cut_short": sorted(session.cut),
         "advice": advice_of({method.name: method.effort for method in session.methods}, timings, cost),
-        "same_text": dict(session.judge.same_text),
-        "same_text_invariant": dict(session.judge.same_text_invariant),
-        "unexplained": session.judge.unexplained,
+        "same_text": dict(judge.same_text),
+        "same_text_invariant": dict(judge.same_text_invariant),
+        "unexplained": judge.unexplained,
         "plain_spread": plain_spread(timings),
         **summary_rows(timings, names, estimates),
         "steps": {name: summarise_steps(session.runs_of(name)) for name in reported},

@@ -151,7 +151,7 @@ def _add_bench(commands: _Commands) -> None:
     parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
     add_bench_options(parser, BENCH_METHODS)
     parser.add_argument("--json", action="store_true", help="print what results.json holds, instead of the table")
-    drawn = "also draw the ratios with their intervals, in ratios.png beside the table; needs the extra `bench`"
+    drawn = "also draw the ratios with their intervals, in ratios.svg beside the table"
     parser.add_argument("--plot", action="store_true", help=drawn)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import quantiles
 
 
 MAX_LOAD = 0.5  # CPUs that other processes may use before the start
@@ -47,3 +49,11 @@ def check_load(load: float | None) -> None:
             f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
             f"until they are done, {NOISE_OPTION}."
         )
+
+
+def spread_of(values: Sequence[float]) -> float | None:
+    """Return the interquartile range over the median; `None` for fewer than four values."""
+    if len(values) < 4:
+        return None
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle

@@ -1,4 +1,4 @@
-"""What the answers of a benchmark show: rates and intervals, a table, an advice, and the file `results.json`.
+"""Rates and intervals of timed answers, the table and the advice that follow, and the file `results.json`.
 
 The file's schema is in training/benchmarking/RESULTS.md. Every rate is total tokens over total seconds.
 """
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,8 @@ from torch import Tensor
 from ..calibration import device_name
 from ..compilation.kernels import machine_line
 from ..generation.output import up_to_end
-from ..hub.upload import RESULTS
-from ..telemetry.report import StepRecord, bootstrap_interval, rate
-from .quiet import NOISE_OPTION, BusyMachineError
+from ..telemetry.report import StepRecord, Timing, bootstrap_interval, rate
+from .quiet import NOISE_OPTION, BusyMachineError, spread_of
 
 
 SCHEMA_VERSION = 2
@@ -42,7 +41,6 @@ _DIGITS = 7  # significant: a second to the microsecond and better
 _MIN_ANSWERS = 8  # before the spread is checked
 _MIN_TOKENS = 8  # of an answer that counts for the spread
 _INTERRUPTED = 5.0  # times the median seconds of a method's forwards: an answer that would outweigh the others
-_MIN_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 _OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
 _SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
 _EFFICIENCY = {
@@ -95,7 +93,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A ratio of two rates, and the middle 95% of it over prompts drawn with replacement."""
+    """A ratio or share, and its 95% interval."""
 
     ratio: float
     low: float
@@ -118,54 +116,68 @@ class Summary:
     efficiency: float
     compiled_ratio: float | None  # `None`, like the next, where compiled plain decoding was not measured
     compiled_efficiency: float | None
-    spread: float  # fastest over slowest repeat, minus one: the machine's noise
+    spread: float  # fastest over slowest repeat, minus one
     temperature: float | None = 0.0  # `None` over several
 
 
 def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
-    """Count the tokens of an answer, alike for every method: up to the first end token, and never above `most`."""
+    """Count the tokens of an answer up to the first end token, `most` of them at most."""
     return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
-    """Group timings of the same key, in the order in which the keys come first."""
+    """Group timings by a key, in the order in which the keys come first."""
     groups: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
     for timing in timings:
         groups[key(timing)].append(timing)
     return list(groups.values())
 
 
-def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
-    """Return the rate of one method over that of another, on the cells that both have answered."""
+def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
+    """Return the rate of one method over that of another, on the cells that both answered."""
+    own, other = (rate(requests) for requests in _paired(timings, method, base))
+    return own / other
+
+
+def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
+    """Compare the rates of two methods on the cells that both answered, by a paired bootstrap.
+
+    Processes and prompts are drawn with replacement, the same for both methods. All turns and repeats of a prompt in
+    a process are one request.
+    """
+    own, other = zip(*(_paired(timings, method, base) for timings in processes), strict=True)
+    value = rate(chain.from_iterable(own)) / rate(chain.from_iterable(other))
+    return Interval(value, *bootstrap_interval(own, other))
+
+
+def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
+    """Return the totals of each prompt by either method, in the order of the prompts' names."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
-    own, other = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
-    low, high = bootstrap_interval(own, other)
-    return Interval(rate(chain.from_iterable(own)) / rate(chain.from_iterable(other)), low, high)
+    prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
+    return [[Timing(sum(m.tokens for m in one), sum(m.seconds for m in one)) for one in own] for own in prompts]
+
+
+def tau_of(timings: Iterable[AnswerTiming]) -> float:
+    """Return tokens per forward of the target."""
+    own = list(timings)
+    return sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
 
 
 def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
     """Compare one method with plain decoding, over all prompts and repeats."""
     own = [m for m in timings if m.method == method]
-    interval = compare(timings, method, PLAIN)
+    speed, tau = compare([timings], method, PLAIN), tau_of(own)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
     temperatures = {m.temperature for m in own}
-    tau = sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
-    has_compiled = any(m.method == COMPILED_PLAIN for m in timings)
-    compiled = compare(timings, method, COMPILED_PLAIN).ratio if has_compiled else None
+    compiled = None
+    if any(m.method == COMPILED_PLAIN for m in timings):
+        compiled = ratio(timings, method, COMPILED_PLAIN)
     return Summary(
-        method=method,
-        tokens_per_second=rate(own),
-        ratio=interval.ratio,
-        low=interval.low,
-        high=interval.high,
-        tau=tau,
-        efficiency=interval.ratio / tau,
-        compiled_ratio=compiled,
-        compiled_efficiency=None if compiled is None else compiled / tau,
-        spread=max(repeats) / min(repeats) - 1,
-        temperature=temperatures.pop() if len(temperatures) == 1 else None,
-    )
+        method, rate(own), speed.ratio, speed.low, speed.high, tau, speed.ratio / tau, compiled,
+        None if compiled is None else compiled / tau, max(repeats) / min(repeats) - 1,
+        temperatures.pop() if len(temperatures) == 1 else None,
+    )  # fmt: skip
 
 
 def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
@@ -180,8 +192,7 @@ def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
         "prefill_seconds": prefill / tokens,
         "draft_seconds": draft / tokens,  # observing, choosing, drafting and sizing
         "verify_seconds": verify / tokens,
-        "rest_seconds": (seconds - prefill - draft - verify)
-        / tokens,  # acceptance, caches, `generate` around the steps
+        "rest_seconds": (seconds - prefill - draft - verify) / tokens,  # acceptance, caches, `generate` around it
     }
 
 
@@ -210,27 +221,17 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
     """Return the noise: interquartile range over median of plain decoding's rates; `None` below four of them.
 
     Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
-    look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
-    the means of all. Answers of fewer than eight tokens do not count.
+    look like noise. Only whole repeats count, and answers of at least eight tokens.
     """
     told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
-    texts = [
-        [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
-        for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
-    ]
-    repeated = [own for own in texts if len(own) > 1]
-    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _MIN_REPEATED:
-        rates = [value / (sum(own) / len(own)) for own in repeated for value in own]
-    else:
-        rates = [sum(own) / len(own) for own in texts]
-    if len(rates) < 4:
-        return None
-    low, middle, high = quantiles(rates, n=4, method="inclusive")
-    return (high - low) / middle
+    texts = grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
+    whole = min(map(len, texts), default=0)
+    rates = [[(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in own[:whole]] for own in texts]
+    return spread_of([value / (sum(own) / whole if whole > 1 else 1.0) for own in rates for value in own])
 
 
 def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
-    """Return how many times as long as their method's median the forwards of one answer took; 1 if none was slower.
+    """Return the longest forward of any answer in medians of its method, at least 1.
 
     A rate is over all seconds, so that one answer beside a busy core would decide about a method.
     """
@@ -280,7 +281,7 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
     rates = {name: rate(m for m in timings if m.method == name) for name in others}
     fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
     standings = [
-        Standing(name, efforts[name], compare(timings, name, PLAIN), compare(timings, name, fastest))
+        Standing(name, efforts[name], compare([timings], name, PLAIN), compare([timings], name, fastest))
         for name in others
     ]
     return advise(standings, verify_cost, len({m.prompt for m in timings}))
@@ -418,12 +419,11 @@ def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
     return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("AnonHugePages:")), None)
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """Write `results.json` atomically: a kill leaves the old file or the new one. Numbers have seven digits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RESULTS
+def write_results(file: Path, results: Mapping[str, Any]) -> Path:
+    """Write results atomically: a kill leaves the old file or the new one. Numbers have seven digits."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
-    parts = (f"{json.dumps(name)}: {_compact(part)}" for name, part in results.items())
+    parts = (f"{json.dumps(name)}: {_compact(rounded(part))}" for name, part in results.items())
     unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     unfinished.replace(file)
     return file
@@ -433,12 +433,13 @@ def _compact(part: Any) -> str:
     """Return JSON without blanks, an item of a list of objects on each line."""
     if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
         return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
-    return json.dumps(_rounded(part), separators=(",", ":"))
+    return json.dumps(part, separators=(",", ":"))
 
 
-def _rounded(part: Any) -> Any:
+def rounded(part: Any) -> Any:
+    """Return JSON values with seven digits."""
     if isinstance(part, dict):
-        return {name: _rounded(value) for name, value in part.items()}
+        return {name: rounded(value) for name, value in part.items()}
     if isinstance(part, list | tuple):
-        return [_rounded(value) for value in part]
+        return [rounded(value) for value in part]
     return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part

@@ -1,4 +1,4 @@
-"""Answers every conversation with every method, in turn, and compares each text with the plain one."""
+"""Conversations answered by every method in turn, and the comparison of each text with the plain one."""
 
 import random
 from collections import Counter
@@ -101,6 +101,7 @@ class Judge:
         self.unexplained: list[str] = []
 
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
+        """Compare the answers of every method to one prompt."""
         by_name = {run.timing.method: run for run in runs}
         for name, run in by_name.items():
             timing, reference = run.timing, by_name[self._references[name]]
@@ -131,12 +132,17 @@ def _is_same(run: Run, other: Run) -> bool:
 
 
 class Session:
-    """Every conversation, answered by every method at every temperature, as often as is asked.
+    """Every conversation, answered by every method at every temperature, in turn.
 
-    Every turn of a conversation follows the target's own answers to the turns before it, as EAGLE's evaluation plays
-    MT-Bench: those of plain decoding at the same temperature and seed, so that all methods answer the same prompt. A
-    conversation ends early where the next turn would not fit into the target's context. `methods` are in the order of
-    the table, plain decoding among them.
+    A turn of a conversation follows what the method `base` answered to the turns before it, at the same temperature
+    and seed, as EAGLE's evaluation plays MT-Bench: all methods answer the same prompt. A conversation ends early where
+    the next turn would not fit into the target's context.
+
+    Attributes:
+        methods: in the order of the table, `base` among them.
+        repeats: seeds, with each of which everything is answered once.
+        runs: of the cells that every method has answered.
+        cut: names of conversations that ended early.
     """
 
     def __init__(
@@ -146,15 +152,15 @@ class Session:
         dialogues: Sequence[Dialogue],
         methods: Sequence[Method],
         temperatures: Sequence[float] = (0.0,),
-        repeats: int = 1,
+        repeats: Sequence[int] = (0,),
+        base: str = PLAIN,
     ) -> None:
         check_distinct(methods)
         self.bench, self.dialogues, self.methods = bench, dialogues, methods
-        self._tokenizer, self._temperatures, self._repeats = tokenizer, temperatures, repeats
-        self.runs: list[Run] = []  # of the cells that every method has answered
-        self.judge = Judge(bench.target, methods)  # of the same
-        self.cut: set[str] = set()  # names of conversations that ended early
-        self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * repeats
+        self._tokenizer, self._temperatures, self._repeats, self._base = tokenizer, temperatures, repeats, base
+        self.runs: list[Run] = []
+        self.cut: set[str] = set()
+        self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * len(repeats)
         context: int = bench.target.config.get_text_config().max_position_embeddings
         self._max_length = context - bench.max_new_tokens
         for dialogue in dialogues:
@@ -185,19 +191,16 @@ class Session:
         self.bench.target.speculation_state.policy_cache.clear()
 
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt and its judged runs, in the order of `methods`; `done` is called after each answer.
+        """Yield each prompt and its runs, in the order of `methods`; `done` is called after each answer.
 
         Each repeat and conversation has an order of its own, drawn alike in every session: none always follows the
         same method, which may leave it fast or slow.
         """
-        for repeat in range(self._repeats):
+        for repeat in self._repeats:
             for dialogue in self.dialogues:
                 order = random.Random(f"{repeat} {dialogue.name}").sample(self.methods, len(self.methods))
                 for temperature in self._temperatures:
-                    for prompt, runs in self._converse(dialogue, temperature, repeat, order, done):
-                        self.runs += runs
-                        self.judge.add(prompt, runs)
-                        yield prompt, runs
+                    yield from self._converse(dialogue, temperature, repeat, order, done)
 
     def _converse(
         self, dialogue: Dialogue, temperature: float, repeat: int, order: Sequence[Method], done: Callable[[], Any]
@@ -213,5 +216,8 @@ class Session:
             for method in order:
                 runs[method.name] = self.bench.decode(prompt, method, repeat, temperature)
                 done()
-            answers.append(self._tokenizer.decode(runs[PLAIN].token_ids, skip_special_tokens=True))
-            yield prompt, [runs[method.name] for method in self.methods]
+            if turn < len(dialogue.turns):
+                answers.append(self._tokenizer.decode(runs[self._base].token_ids, skip_special_tokens=True))
+            told = [runs[method.name] for method in self.methods]
+            self.runs += told
+            yield prompt, told

@@ -454,7 +454,7 @@ class PolicyComparison:
     @cached_property
     def interval(self) -> tuple[float, float]:
         """The middle 95% of `gain` over texts drawn with replacement."""
-        return bootstrap_interval([[one] for one in self.own], [[one] for one in self.fixed])
+        return bootstrap_interval([self.own], [self.fixed])
 
     def metrics(self) -> dict[str, float]:
         low, high = self.interval

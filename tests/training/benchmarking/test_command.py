@@ -58,10 +58,10 @@ def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
     assert not found["partial"] and not found["unexplained"]
     for hashes in found["weights_sha256"], found["config_sha256"]:
         assert set(hashes) == {"head"} and all(hashes.values())
-    more = {"commit", "dirty", "code_sha256", "target_fingerprint", "peers", "same_texts", "environment"}
+    more = {"commit", "dirty", "code_sha256", "target_fingerprint", "peers", "environment"}
     assert more | {"command", "device", "dtype", "versions", "advice", "costs"} <= found.keys()
     assert found["noise"]["accepted"] and found["best_fixed"]["prompts"] and found["settings"]["searched"]
-    assert found["steps"]["auto"].keys() >= {"mean_nodes", "shapes"}
+    assert found["steps"]["auto"].keys() >= {"mean_nodes", "verify_seconds"}
     assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}
     printed = capsys.readouterr().out
     assert "| all | 1 | *oracle (ceiling)* |" in printed and found["advice"] in printed

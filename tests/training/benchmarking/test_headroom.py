@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarking.headroom import BestFixed, Replayer, ceiling_of, choose_best_fixed, shapes_for
+from benchmarking.headroom import Replayer, ceiling_of, choose_best_fixed, shapes_for
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostTable
@@ -16,8 +16,7 @@ GRID = ActionGrid((PLAIN, SMALL, LARGE))
 
 def test_the_best_fixed_shape_is_the_fastest_that_drafts() -> None:
     best = choose_best_fixed(torch.tensor([4.0, 8.0, 5.0], dtype=torch.float64), GRID, ["a/1"])
-    assert best == BestFixed(LARGE, ["a/1"], 0.8, 3)
-    assert BestFixed.from_dict(best.to_dict()) == best
+    assert best == {"shape": [8, 3, 2, 0], "prompts": ["a/1"], "expected_ratio": 0.8, "considered": 3}
 
 
 def test_a_ceiling_keeps_prefill_and_shortens_the_rest() -> None:
@@ -57,8 +56,8 @@ def test_a_ceiling_and_a_fixed_shape_are_what_decoding_does(tiny_target: Any, ti
 
     best = replayer.find_best_fixed([("a/0", prompt)], 0.0)
     taken = {shape: seconds(shape) for shape in GRID.shapes}
-    assert best.shape == min((SMALL, LARGE), key=lambda shape: taken[shape])
-    assert best.expected_ratio == pytest.approx(taken[PLAIN] / taken[best.shape])
+    assert TreeShape(*best["shape"]) == min((SMALL, LARGE), key=lambda shape: taken[shape])
+    assert best["expected_ratio"] == pytest.approx(taken[PLAIN] / taken[TreeShape(*best["shape"])])
     assert 0 < replayer.ceiling(prompt, answer) <= min(taken.values()) / (2.0 * taken[PLAIN])
 
 

@@ -1,10 +1,9 @@
-"""Other libraries beside ours: counted alike, refused where they are missing, and the real ones where they are not."""
+"""Other libraries beside ours: counted alike, and refused where they are missing."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarking import vllm_side
 from benchmarking.command import main
-from benchmarking.peers import LLAMA_CPP, MODULES, PEERS, Peer, load_peers, peer_versions, vllm_peers
+from benchmarking.peers import LLAMA_CPP, MODULES, PEERS, Peer, load_peers, vllm_peers
 from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, attach
 from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
@@ -32,7 +31,7 @@ def bench(tiny_target: PreTrainedModel) -> Bench:
 
 
 def test_an_answer_of_another_library_is_counted_like_all_others(bench: Bench) -> None:
-    """It may run the target's layers without the target, as economize does, and write on after the end."""
+    """It may run the target's layers without the target, and write on after the end."""
     asked: list[Any] = []
 
     def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Answer:
@@ -73,30 +72,6 @@ def test_a_python_that_is_not_there_is_named_before_any_work(capsys: pytest.Capt
     assert "--vllm got /nowhere/python, which is no file. Pass the Python" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-@pytest.mark.parametrize("with_model", [False, True], ids=["lookup", "draft-model"])
-@pytest.mark.parametrize("name", ["flashspec", "economize"])
-def test_the_real_library_writes_the_plain_text_in_fewer_forwards(
-    name: str, with_model: bool, tiny_target: PreTrainedModel, tmp_path: Path
-) -> None:
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install '.[peers]'")
-    tiny_target.save_pretrained(tmp_path)  # drafts for itself: every draft is accepted
-    draft_model = AutoModelForCausalLM.from_pretrained(tmp_path) if with_model else None
-    bench = Bench(attach(tiny_target), 12, Ticking())
-    chosen = [plain(), *load_peers([name], bench.target, draft_model)]
-    judge = Judge(bench.target, chosen)
-    runs = [bench.decode(PROMPT, method) for method in chosen]
-    judge.add(PROMPT, runs)
-    assert judge.same_text == {method.name: 1 for method in chosen} and not judge.unexplained
-    forwards = [run.timing.target_forwards for run in runs]
-    assert forwards[0] == 12 and (forwards[1] <= 6 if with_model else 1 < forwards[1] <= 12)
-    sampled = [bench.decode(PROMPT, chosen[1], seed, 1.0).token_ids.tolist() for seed in (0, 1, 0)]
-    assert len(sampled[0]) == 12 and sampled[0] == sampled[2] != sampled[1]
-    assert bench.decode(PROMPT, plain()).token_ids.tolist() == runs[0].token_ids.tolist()  # it left the target alone
-    assert set(peer_versions([name])) == {name}
-
-
 class Pipeline:
     """Stands for OpenVINO GenAI's: answers with the end token after three others, and keeps what it is told."""
 
@@ -128,7 +103,7 @@ def test_openvino_decodes_the_converted_target_in_its_precision_plainly_and_with
     (tmp_path / "tiny-openvino").mkdir()
     model: Any = attach(tiny_target.bfloat16())
     model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
-    one, lookup = load_peers(["openvino"], model, None)
+    one, lookup = load_peers(["openvino"], model)
     assert (one.name, lookup.name) == ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
     same: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
     same["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
@@ -154,10 +129,10 @@ def test_openvino_without_a_converted_target_says_how_to_convert_it(
 ) -> None:
     tiny_target.name_or_path = str(tmp_path / "tiny")
     with pytest.raises(ValueError, match="optimum-cli export openvino --model .*tiny --task .* fp16 .*-openvino"):
-        load_peers(["openvino"], tiny_target, None)
+        load_peers(["openvino"], tiny_target)
     (tmp_path / "tiny-openvino").mkdir()
     with pytest.raises(ValueError, match="in torch.float64. Pass `--device cpu`"):
-        load_peers(["openvino"], tiny_target.double(), None)
+        load_peers(["openvino"], tiny_target.double())
     assert not openvino.made
 
 
@@ -192,9 +167,9 @@ def test_llama_cpp_decodes_the_converted_target_and_keeps_nothing_between_calls(
     model: Any = attach(tiny_target)
     model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
     with pytest.raises(ValueError, match=r"convert_hf_to_gguf.py .*tiny --outtype f32 --outfile .*tiny\.gguf"):
-        load_peers(["llama.cpp"], model, None)
+        load_peers(["llama.cpp"], model)
     (tmp_path / "tiny.gguf").touch()
-    (one,) = load_peers(["llama.cpp"], model, None)
+    (one,) = load_peers(["llama.cpp"], model)
     assert one.name == LLAMA_CPP
     ids, bench = PROMPT.input_ids.tolist(), Bench(model, 12, Ticking())
     run = bench.decode(PROMPT, one)

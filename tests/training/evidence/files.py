@@ -9,8 +9,13 @@ from training.evidence.sealed import seal
 
 
 CODE = "c0de" * 16
-DRIFTED = {"reasons": ["the probes differ by 30%"], "before": [1.0] * 4, "after": [1.3] * 4}
+DISTURBED = {"neighbours": 0.3}
+DRIFTED = {"before": [1.0] * 4, "after": [1.3] * 4}
 ZEN = "AMD EPYC, AVX512"
+
+
+def machine(device: str = ZEN, release: str = "0.1.0") -> dict[str, Any]:
+    return {"device": device, "versions": {"transformers-resps": release}}
 
 
 def experiment(name: str) -> Experiment:
@@ -41,11 +46,11 @@ def write(folder: Path, name: str, number: int = 0, seconds: dict[str, float] | 
         "process": number,
         "code": {"code_sha256": CODE, "commit": "1234", "dirty": False},
         "weights": {"target": ["aa", "bb"]},
-        "machine": {"device": ZEN},
+        "machine": machine(),
         "settings": {"prompts": {"a/0": "ff"}},
         "arms": list(one.arms),
         "left_out": {},
-        "quiet": {"reasons": []},
+        "quiet": {},
         "rows": rows_of(one.arms, seconds or {}, number=number),
     }
     seal(file, results | changes)

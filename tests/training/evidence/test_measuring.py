@@ -16,7 +16,7 @@ from tests.tools.conversations import save_models, save_rows
 from training.benchmarking import peers
 from training.evidence import arms, measuring, quiet, replaying
 from training.evidence import experiments as named
-from training.evidence.__main__ import is_valid, parser
+from training.evidence.__main__ import parser
 from training.evidence.experiments import Experiment
 from training.evidence.prompts import EAGLE_SETS
 from training.evidence.sealed import Measured
@@ -50,7 +50,7 @@ def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(arms, "load_target", lambda name, dtype, device: load(name))
     monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(4, 2, 2)))
     monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uvwx"]]))
-    monkeypatch.setattr(measuring, "_SAMPLED", 4)
+    monkeypatch.setattr(measuring, "SAMPLED", 4)
     monkeypatch.setattr(measuring, "code", lambda: {"code_sha256": CODE, "commit": None, "dirty": False})
     monkeypatch.setattr(quiet, "probe", lambda: [1.0] * 9)
     monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
@@ -149,18 +149,11 @@ def test_texts_go_on_where_a_process_was_stopped_and_what_is_timed_begins_anew(
     assert [row["seconds"] for row in first] != [row["seconds"] for row in again]
 
 
-def test_a_file_is_valid_for_its_code_alone_and_where_it_was_quiet(run: Run, tmp_path: Path) -> None:
-    experiment = small("normal-smollm2")
-    found, file = run(experiment), tmp_path / "out" / "normal-smollm2-0.json"
-    assert is_valid(file, found.code, experiment)  # it is not timed
-    assert not is_valid(file, "other code", experiment) and not is_valid(tmp_path / "none", found.code, experiment)
-
-
 def test_texts_of_the_exact_mode_are_compared_with_its_plain_ones(run: Run) -> None:
     found = run(small("exact-smollm2", batch=2))
     assert found.data["left_out"] == {named.EXACT_BLOCK: "no block head was given (`--block-head`)"}
     assert {row["arm"] for row in found.data["rows"]} == {named.EXACT_PLAIN, named.EXACT, named.EXACT_MEMORY}
-    assert all(row["same"] for row in found.data["rows"]) and not found.reasons
+    assert all(row["same"] for row in found.data["rows"]) and not found.watch.reasons
 
 
 def test_a_question_that_two_files_hold_is_asked_once(options: Namespace, tmp_path: Path) -> None:

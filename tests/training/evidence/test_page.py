@@ -2,22 +2,25 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from training.evidence import experiments as named
-from training.evidence.experiments import EXPERIMENTS, QUESTIONS
-from training.evidence.page import write_page
+from training.evidence.experiments import EXPERIMENTS, QUESTIONS, experiments
+from training.evidence.page import share_interval, variation, write_page
 from training.evidence.planted import GPUS
 
-from .files import CODE, DRIFTED, ZEN, experiment, rows_of, write, write_all
+from .files import CODE, DISTURBED, DRIFTED, ZEN, experiment, machine, rows_of, write, write_all
 
 
 MAIN = "policy-smollm2-t0"
+PROTOCOL = Path("training/PROTOCOL.md")
 
 
 def page_of(folder: Path, *, quick: bool = False) -> str:
-    write_page(folder / "benchmarks.md", folder / "measured", CODE, quick=quick)
+    write_page(folder / "benchmarks.md", folder / "measured", quick=quick)
     return (folder / "benchmarks.md").read_text()
 
 
@@ -43,9 +46,9 @@ def test_a_full_page_is_short_and_has_a_picture_for_each_question(tmp_path: Path
         for number in range(one.processes):
             rows = rows_of(one.arms, {named.AUTO: 0.5}, number=number)
             write(tmp_path / "measured" / "zen", one.name, number,
-                  rows=[row | {"ids": [1, 2]} for row in rows] if one.kind == named.SAMPLES else rows)  # fmt: skip
+                  rows=[row | {"ids": [1, 2]} for row in rows] * 2 if one.kind == named.SAMPLES else rows)  # fmt: skip
     page = page_of(tmp_path)
-    assert len(page.splitlines()) <= 110 and ZEN in page and f"evidence of code {CODE}" in page
+    assert len(page.splitlines()) <= 110 and page.count(f"version `0.1.0 (code {CODE[:12]})` on {ZEN}") == 5
     assert page.count("![") == len(QUESTIONS) == len(list(tmp_path.glob("question-*.svg")))
     assert all("<svg" in file.read_text() for file in tmp_path.glob("*.svg"))
     for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
@@ -94,12 +97,24 @@ def test_the_seconds_of_auto_are_told_by_phase(tmp_path: Path) -> None:
     assert "SmolLM2: prompt 5%, draft 10%, verification 15%, rest 70%." in page_of(tmp_path)
 
 
-def test_rows_of_two_processors_stand_apart_and_say_which(tmp_path: Path) -> None:
-    write_all(tmp_path / "measured" / "one", MAIN)
-    write_all(tmp_path / "measured" / "two", MAIN, machine={"device": "Intel Xeon, AMX"})
+@pytest.mark.parametrize(
+    ("newer", "says"),
+    [
+        ({"machine": machine("Intel Xeon, AMX")}, f"version `0.1.0 (code {CODE[:12]})` on Intel Xeon, AMX"),
+        ({"code": {"code_sha256": "beef" * 16}}, f"version `0.1.0 (code beefbeefbeef)` on {ZEN}"),
+    ],
+    ids=["processors", "versions"],
+)
+def test_two_versions_or_processors_have_tables_of_their_own_the_newest_first(
+    tmp_path: Path, newer: dict[str, Any], says: str
+) -> None:
+    write_all(tmp_path / "measured" / "old", MAIN, {named.AUTO: 0.5})
+    write_all(tmp_path / "measured" / "new", MAIN, {named.AUTO: 0.25}, date="2026-12-02", **newer)
     page = page_of(tmp_path)
-    assert row_of(page, f"{experiment(MAIN).title}, A")[1] == row_of(page, f"{experiment(MAIN).title}, B")[1] == "4"
-    assert f"Measured on {ZEN}, in bfloat16: A." in page and "Measured on Intel Xeon, AMX, in bfloat16: B." in page
+    tables = page[page.index("## 2.") : page.index("## 3.")].split("Measured: ")[1:]
+    assert [table.split(", in")[0] for table in tables] == [says, f"version `0.1.0 (code {CODE[:12]})` on {ZEN}"]
+    assert [row_of(table, experiment(MAIN).title)[3][:4] for table in tables] == ["4.00", "2.00"]
+    assert page.count("question-2.svg") == 1 and page.count("not measured here") == len(EXPERIMENTS) - 1 - 2
 
 
 def test_arms_of_one_reason_are_named_together(tmp_path: Path) -> None:
@@ -109,22 +124,56 @@ def test_arms_of_one_reason_are_named_together(tmp_path: Path) -> None:
     assert f"Not measured: {', '.join(left_out)}: none was trained." in page_of(tmp_path)
 
 
-def test_a_run_that_was_not_quiet_gives_no_figure_but_its_reason(tmp_path: Path) -> None:
+def test_a_process_that_was_disturbed_or_lies_apart_gives_no_figure_but_its_reason(tmp_path: Path) -> None:
     folder = tmp_path / "measured" / "zen"
     write_all(folder, MAIN)
-    write(folder, MAIN, 1, quiet=DRIFTED)
-    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 7 + ["not quiet: the probes differ by 30%"]
+    write(folder, MAIN, 1, quiet=DISTURBED)
+    reason = "not quiet: others used 0.30 processors during it"
+    assert row_of(page_of(tmp_path), experiment(MAIN).title)[1:] == [""] * 7 + [reason]
     write(folder, MAIN, 1, {named.PLAIN: 1.3})
-    assert row_of(page_of(tmp_path), experiment(MAIN).title)[-1] == "not quiet: its processes lie 30% apart"
+    assert "not quiet: its ratios lie" in row_of(page_of(tmp_path), experiment(MAIN).title)[-1]
+    write(folder, MAIN, 2)
+    assert row_of(page_of(tmp_path), experiment(MAIN).title)[3].startswith("1.00 (")  # the others stand
+
+
+def test_a_probe_that_drifts_takes_absolute_times_alone(tmp_path: Path) -> None:
+    write_all(tmp_path / "measured" / "zen", "engines-smollm2")
+    assert row_of(page_of(tmp_path), "SmolLM2, plain")[5] == "100"
+    write(tmp_path / "measured" / "zen", "engines-smollm2", 1, quiet=DRIFTED)
+    cells = row_of(page_of(tmp_path), "SmolLM2, plain")
+    assert cells[1].startswith("1.00 (") and cells[5] == ""
 
 
 def test_fewer_processes_than_the_protocol_asks_for_give_no_figure(tmp_path: Path) -> None:
     write(tmp_path / "measured" / "zen", MAIN, 0)
-    assert row_of(page_of(tmp_path), experiment(MAIN).title)[-1] == "1 of 3 processes"
+    assert row_of(page_of(tmp_path), experiment(MAIN).title)[-1] == "1 of 2 processes"
+
+
+def test_a_protocol_of_a_version_takes_four_hours_at_most_and_a_drift_check_ten_minutes() -> None:
+    page = PROTOCOL.read_text(encoding="utf-8")
+    assert sum(one.minutes for one in EXPERIMENTS) <= 240 and sum(one.minutes for one in experiments("drift")) <= 10
+    for number in QUESTIONS:
+        minutes = sum(one.minutes for one in EXPERIMENTS if one.question == number)
+        assert re.search(rf"^\| {number}\..*\| {minutes:.0f} \|$", page, re.MULTILINE), f"{number}: {minutes:.0f}"
+
+
+def test_a_share_has_the_wilson_interval_of_the_formula() -> None:
+    low, high = share_interval(1000, 1000)
+    assert low == pytest.approx(1000 / (1000 + 1.959964**2)) and high == 1.0
+    assert share_interval(5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+
+
+def test_a_permutation_finds_other_distributions_and_no_difference_in_equal_ones() -> None:
+    drawn = np.random.default_rng(1)
+    own, same = drawn.integers(0, 4, (2, 60, 3))
+    distance, chance = variation(own, same, draws=199)
+    assert 0 < distance < 0.3 and chance > 0.05
+    distance, chance = variation(own, drawn.integers(2, 6, (60, 3)), draws=199)
+    assert distance > 0.3 and chance < 0.01
 
 
 def test_a_quick_page_says_that_it_proves_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "measured" / "zen", MAIN, 0, quiet=DRIFTED)
+    write(tmp_path / "measured" / "zen", MAIN, 0, quiet=DISTURBED)
     page = page_of(tmp_path, quick=True)
     assert "**This proves nothing**" in page and row_of(page, experiment(MAIN).title)[1] == "4"
 
