@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
@@ -217,7 +216,8 @@ def _time_verifying(
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
-    parents = _parents(verifier, order)
+    # a mask's content costs nothing, its size does; where paths have a price, three of eight nodes end one
+    parents = order * 5 // 8 if verifier.pricing.paths_cost else torch.zeros_like(order)
 
     def verify(nodes: int) -> None:
         logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
@@ -228,13 +228,6 @@ def _time_verifying(
         logits[0, -1, 0].item()  # wait for the device
 
     return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
-
-
-def _parents(verifier: Verifier, order: Tensor) -> Tensor:
-    """The parents of the nodes `order` `[1, n]` of a tree; its first nodes make a smaller tree."""
-    if verifier.pricing.paths_cost:  # three of eight nodes end one
-        return order * 5 // 8
-    return torch.zeros_like(order)  # a mask's content costs nothing, its size does
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.growing import GrowingMode
 from transformers_resps.verifying.hybrids import LayerStates, WholeTree, known_mixers, reading_trees
-from transformers_resps.verifying.slots.verifier import SlotMode, SlotVerifier
+from transformers_resps.verifying.slots.verifier import SlotMode
 from transformers_resps.verifying.verifier import Verifier
 
 
@@ -55,7 +55,7 @@ def growing(target: PreTrainedModel, *given: Tensor) -> tuple[Verifier, Any]:
     return GrowingMode().verifier(TargetForward(target, None, cache), *given or (torch.arange(LENGTH)[None],)), cache
 
 
-def over_slots(target: PreTrainedModel, *given: Tensor) -> tuple[SlotVerifier, Any]:
+def over_slots(target: PreTrainedModel, *given: Tensor) -> tuple[Verifier, Any]:
     """The same, over slots, as compiled steps run."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     forward = TargetForward(target, None, cache)

@@ -1,6 +1,6 @@
 """Verify trees over a dynamic cache, which grows, as eager calls do."""
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -129,5 +129,5 @@ class GrowingMode(VerifyingMode):
     def __str__(self) -> str:
         return "growing cache"
 
-    def compose(self, forward: TargetForward, rows: RowEnds, engine: Any, gives_back: bool) -> TreeVerifier:
+    def compose(self, forward: TargetForward, rows: RowEnds, engine: object, gives_back: bool) -> TreeVerifier:
         return TreeVerifier(forward, rows)

@@ -94,7 +94,9 @@ class Verifier(ABC):
         """Where trees have to be."""
         return self.rows.device
 
-    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
+    def prefill(
+        self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
+    ) -> tuple[Tensor, list[Features]]:
         """Read the tokens of the prompt that the cache lacks.
 
         Args:
@@ -112,7 +114,7 @@ class Verifier(ABC):
         self.start(len(tokens))
         return read
 
-    def _read_chunk(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Features]:
+    def _read_chunk(self, tokens: Tensor, start: int, **options: int | Tensor) -> tuple[Tensor, Features]:
         stop = start + tokens.shape[1]
         record_windows(self.forward.cache)
         mask, positions = self.rows.prompt_mask(stop), self.rows.positions[..., start:stop]
@@ -149,7 +151,7 @@ class Verifier(ABC):
         return outputs.logits, [features]
 
     def start(self, rows: int) -> None:
-        """Make the cache of the prompt, which has so many rows, ready for trees."""
+        """Make a prompt of so many rows ready for trees."""
         check_cache(self.forward.cache)
         self.rows.expand(rows)
         self._begin_steps()
@@ -243,7 +245,7 @@ class VerifyingMode(ABC):
             forward: the target's, over the cache to decode with.
             position_ids: of the prompt, see `RowEnds`.
             attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
-            engine: the target's, lent to this call; with `None` steps run as they are.
+            engine: the target's, lent to this call; with `None` steps run eagerly.
             gives_back: whether the cache has to hold what was kept at the end.
         """
         return self.compose(forward, RowEnds(forward, position_ids, attention_mask), engine, gives_back)
@@ -275,6 +277,5 @@ def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: 
 def layers_by_kind(forward: TargetForward, cache: Cache) -> dict[str, int]:
     """Kind of layers -> the last of them that has entries of its own in a cache."""
     kinds = getattr(forward.target.config.get_text_config(decoder=True), "layer_types", None)
-    layers: list[Any] = cache.layers
-    named = zip(layers, kinds or ["full_attention"] * len(layers), strict=False)
+    named = zip(cache.layers, kinds or ["full_attention"] * len(cache.layers), strict=False)
     return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}

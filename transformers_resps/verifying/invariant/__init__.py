@@ -1,1 +1,1 @@
-"""The exact mode whole: its attention, its experts, what kernels it needs, and its verifier."""
+"""The exact mode whole: its attention and experts, the needs of its kernels, its steps, prompts and refusals."""

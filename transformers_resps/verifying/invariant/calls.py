@@ -165,12 +165,10 @@ class InvariantMode(VerifyingMode):
             )
         buffers = SlotBuffers() if engine is None else engine.buffers
         window = doubled if self.needs.is_exact else windowed
-        pattern = self.target_engine.pattern(forward.target)
-        texts = SlotTexts(rows, buffers, pattern, has_padding=False, window=window)
+        texts = SlotTexts(rows, buffers, self.target_engine.pattern(forward.target), False, window)
         chunks = InvariantSteps(forward, texts, self.needs, self.code, None if self.needs.is_exact else engine)
         steps = ExactSteps(chunks, self.code, engine) if self.needs.is_exact else chunks
-        reader = TextReader(chunks, is_compiled=engine is not None)
-        return SlotVerifier(forward, texts, steps, engine, reader, gives_back=gives_back)
+        return SlotVerifier(forward, texts, steps, engine, TextReader(chunks, engine is not None), gives_back)
 
 
 class InvariantCalls:

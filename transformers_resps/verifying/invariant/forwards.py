@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from ..slots.buffers import SlotLayer
 from ..slots.forwards import SlotForward, by_planes, node_positions
@@ -74,8 +75,10 @@ class InvariantForward(SlotForward):
     sizes = _INVARIANT_SIZES
     layer = _FiniteSlotLayer
 
-    def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self, lock: Lock, least_rows: int, target: PreTrainedModel, cache: Cache, feature_layers: list[int] | None
+    ) -> None:
+        super().__init__(target, cache, feature_layers)
         self._lock, self._least_rows = lock, least_rows
         self.kind = f"invariant steps with experts of {least_rows} rows"
 

@@ -112,24 +112,12 @@ def _run(
 class InvariantSteps(VerifyingSteps):
     """Runs trees, and chunks of prompts, so that the logits of a node are those of its text.
 
-    A row's text begins at slot 0, without padding. Compiled code on a CPU multiplies by kernels of ours, in which no
-    row knows another.
-
-    Args:
-        forward: the target's.
-        texts: where the rows lie.
-        needs: rows that are computed together, as `RowClasses` finds them.
-        code: what the model's calls share.
-        engine: lent to this call; with `None` steps run as they are.
+    A row's text begins at slot 0, without padding. Compiled code on a CPU, where an engine is lent, multiplies by
+    kernels of ours, in which no row knows another.
     """
 
     def __init__(
-        self,
-        forward: TargetForward,
-        texts: SlotTexts,
-        needs: RowNeeds,
-        code: ModelCode,
-        engine: SlotEngine | None = None,
+        self, forward: TargetForward, texts: SlotTexts, needs: RowNeeds, code: ModelCode, engine: SlotEngine | None
     ) -> None:
         self.forward, self.texts, self.needs, self.engine, self._code = forward, texts, needs, engine, code
         self.pricing = Pricing(paths_cost=engine is None)  # to kernels of ours a path is some more rows
@@ -236,9 +224,7 @@ class InvariantSteps(VerifyingSteps):
 class ExactSteps(VerifyingSteps):
     """Runs forwards of one number of nodes, of one row, where kernels go by whole shapes; larger trees take several.
 
-    Args:
-        chunks: reads prompts, as it is.
-        engine: lent to this call; with `None` steps run as they are.
+    Its prompts are read by `chunks`, eagerly.
     """
 
     pricing = Pricing(paths_cost=True)
@@ -293,12 +279,10 @@ def _tried(rows: int) -> tuple[int, ...]:
 class TextReader:
     """Reads prompts over the slots of their trees, as chains of tokens, by the same steps.
 
-    Args:
-        steps: run over the chunks.
-        is_compiled: whether the call's steps run compiled, whatever reads the prompt.
+    `is_compiled` says whether trees run compiled, whatever reads the prompt.
     """
 
-    def __init__(self, steps: InvariantSteps, *, is_compiled: bool) -> None:
+    def __init__(self, steps: InvariantSteps, is_compiled: bool) -> None:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:

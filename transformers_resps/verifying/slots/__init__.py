@@ -1,1 +1,1 @@
-"""Static buffers in the order of the text, the forwards over them, and the code that runs these compiled."""
+"""Texts in static buffers, steps over them by compiled code or eager, and a reader of prompts."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ...compat import cache_layers
 from ...compilation.engine import is_of_this_mode
 from ...compilation.pages import zeros
 from ..cache import replace_entries
@@ -127,7 +128,7 @@ class SlotBuffers:
             parts: `[b, kv heads, s, hd]`, keys and values in turn; of a sliding layer the last ones only.
             length: of the rows in those layers.
             orders: of each row of the buffers, which of these go to its first slots, ascending; copies of the last row
-                fill those that are too many.
+                fill surplus rows.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):
             first = length - part.shape[2]
@@ -199,7 +200,7 @@ def filled(cache: Cache) -> list[int]:
 
 def parts_of(cache: Cache) -> list[Tensor]:
     """Keys and values of each layer that holds some, in turn."""
-    layers: list[Any] = cache.layers
+    layers = cache_layers(cache)
     return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 

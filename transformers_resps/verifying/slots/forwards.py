@@ -98,7 +98,7 @@ class SlotForward:
         packs_rows: bool = False,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self._packs_rows = packs_rows
+        self._inputs: type[SlotInputs] | type[PackedInputs] = PackedInputs if packs_rows else SlotInputs
         if packs_rows:
             self.kind, self.sizes, self.layer = PACKED_STEPS, _PACKED_SIZES, _PackedSlotLayer
         self._last = target.config.get_text_config().num_hidden_layers
@@ -108,10 +108,9 @@ class SlotForward:
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Run over `SlotInputs`, or `PackedInputs`, and buffers: the logits, and the hidden states of each place."""
-        kind: Any = PackedInputs if self._packs_rows else SlotInputs
-        count = len(kind._fields)
-        inputs, buffers = kind(*given[:count]), given[count:]
-        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if self._packs_rows else None
+        count = len(self._inputs._fields)
+        inputs, buffers = self._inputs(*given[:count]), given[count:]
+        nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
         are_computed = None if nodes is None else nodes.are_computed
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype, are_computed)
         tokens, positions = inputs.tokens, node_positions(inputs.roots[:, 1:], inputs.depths)
@@ -124,7 +123,7 @@ class SlotForward:
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
         """Pick, from the function's outputs for these inputs, the hidden states `[b, n, h]` of some layers."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
-        if not self._packs_rows:
+        if self._inputs is SlotInputs:
             return caught
         given = PackedInputs(*inputs)
         nodes = PackedNodes(given.packed, *given.tokens.shape)
@@ -243,9 +242,11 @@ def _run(
 
     It returns the logits of the `kept` nodes, and the hidden states at the places `read`.
     """
-    layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
-    placeholders = [_without_entries(layer) if getattr(layer, "keys", None) is None else None for layer in layers]
+    placeholders = [
+        None if getattr(layer, "keys", None) is not None else _StatesAlone() if holds_state(layer) else layer
+        for layer in cache.layers
+    ]
     asked = hidden_states_asked(read)
     computes_some = cast(Any, target)._supports_logits_to_keep()
 
@@ -285,7 +286,3 @@ class _StatesAlone:
     """A layer of a cache with states and no keys."""
 
     is_compileable = supports_early_init = False
-
-
-def _without_entries(layer: Any) -> Any:
-    return _StatesAlone() if holds_state(layer) else layer

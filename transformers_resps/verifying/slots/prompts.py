@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..forward import Features, TargetForward
+from ..hybrids import is_recurrent
 from ..masks import longrope_boundary
 from ..rows import RowEnds
 from ..verifier import read_in_chunks
@@ -23,9 +24,11 @@ _PACKED_STEP = 16
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
     """Whether compiled code can read the prompt: on a CPU, where each token stands as far from its slot as the tokens
-    that follow will. Where 'longrope' switches frequencies, one forward has to read it all.
+    that follow will. Recurrent layers need stock's scans; where 'longrope' switches frequencies, one forward has to
+    read it all.
     """
-    if rows.device.type != "cpu" or longrope_boundary(forward.target.config) is not None:
+    target = forward.target
+    if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:
         return False
     start, end = rows.length, rows.prompt_length
     stands = rows.positions[..., start:] == torch.arange(start, end) + rows.shift

@@ -65,14 +65,9 @@ class VerifyingSteps(ABC):
 
 
 class SlotSteps(VerifyingSteps):
-    """Runs steps in the normal mode.
+    """Runs steps in the normal mode, compiled where an engine is lent, with the caller's options for `torch.compile`.
 
-    Args:
-        forward: the target's.
-        texts: where the rows lie.
-        engine: lent to this call; with `None` steps run as they are.
-        options: the caller's for `torch.compile`.
-        follows_parts: whether the code of the steps has read the prompt.
+    `follows_parts` says that the code of the steps has read the prompt.
     """
 
     _over_slots: SlotForward
@@ -83,7 +78,6 @@ class SlotSteps(VerifyingSteps):
         texts: SlotTexts,
         engine: SlotEngine | None,
         options: dict[str, Any] | None = None,
-        *,
         follows_parts: bool = False,
     ) -> None:
         self._forward, self._texts, self._engine, self._options = forward, texts, engine, options

@@ -14,6 +14,7 @@ from .buffers import SlotBuffers, filled, give_back, parts_of
 
 
 Row = TypeVar("Row")
+Window = Callable[[int], int]
 
 
 # Slots; a forward sees multiples of it.
@@ -32,11 +33,9 @@ class SlotTexts:
     """The texts of a batch in buffers: the entry at place i of a row's text lies in slot i, a tree's nodes follow it.
 
     Args:
-        rows: where each row ends.
-        buffers: where the texts lie.
-        pattern: a filled cache that tells how the target's layers keep entries.
-        has_padding: whether the prompt's padding has slots, too. Else every text begins at slot 0.
-        window: how many slots a forward sees where it needs so many.
+        pattern: a filled cache, which shows how the target's layers keep entries.
+        has_padding: whether the prompt's padding has slots, too; else every text begins at slot 0.
+        window: rounds a number of slots up to what a forward sees.
 
     Attributes:
         count: rows of the buffers: the decoded ones, and copies of the last; 0 before `begin`.
@@ -46,13 +45,7 @@ class SlotTexts:
     roots: Tensor
 
     def __init__(
-        self,
-        rows: RowEnds,
-        buffers: SlotBuffers,
-        pattern: Cache,
-        *,
-        has_padding: bool = True,
-        window: Callable[[int], int] = windowed,
+        self, rows: RowEnds, buffers: SlotBuffers, pattern: Cache, has_padding: bool = True, window: Window = windowed
     ) -> None:
         self.rows, self.buffers, self.pattern, self.count = rows, buffers, pattern, 0
         self._has_padding, self._window = has_padding, window

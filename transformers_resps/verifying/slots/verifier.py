@@ -10,7 +10,6 @@ from transformers import Cache
 from ...tree import DraftTree, Pricing, moved
 from ..cache import copied_row, window_of
 from ..forward import Features, TargetForward
-from ..hybrids import is_recurrent
 from ..masks import AttentionPattern, additive
 from ..returned import UnreadDynamicCache
 from ..rows import RowEnds
@@ -31,13 +30,8 @@ class PromptReader(Protocol):
 class SlotVerifier(Verifier):
     """Verifies trees over buffers in the order of the text.
 
-    Args:
-        forward: the target's, over the cache to go on from.
-        texts: where the rows lie.
-        steps: run over them.
-        engine: whose compiled code runs the steps; `None` where they run as they are.
-        reader: reads prompts of tokens; `None` reads them into the cache, and moves them.
-        gives_back: whether the cache has to hold what was kept at the end.
+    Without a `reader` prompts are read into the cache of `forward`, and moved. Where it `gives_back`, that cache holds
+    what was kept at the end.
     """
 
     def __init__(
@@ -46,9 +40,8 @@ class SlotVerifier(Verifier):
         texts: SlotTexts,
         steps: VerifyingSteps,
         engine: SlotEngine | None,
-        reader: PromptReader | None = None,
-        *,
-        gives_back: bool = True,
+        reader: PromptReader | None,
+        gives_back: bool,
     ) -> None:
         super().__init__(forward, texts.rows)
         self._texts, self._steps, self._engine, self._reader = texts, steps, engine, reader
@@ -59,7 +52,9 @@ class SlotVerifier(Verifier):
     def pricing(self) -> Pricing:
         return self._steps.pricing
 
-    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
+    def prefill(
+        self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
+    ) -> tuple[Tensor, list[Features]]:
         """Read the end of the prompt, see `Verifier.prefill`; a reader gives the last logits alone."""
         if self._reader is None:
             return super().prefill(tokens, chunk_size, **options)
@@ -169,16 +164,11 @@ class SlotMode(VerifyingMode):
     def compose(
         self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool
     ) -> SlotVerifier:
-        if engine is not None and not engine.is_broken and self._compiles_prompt(forward, rows):
+        engine_reads = engine is not None and not engine.is_broken and self.options is None and not self.stock_reads
+        if engine is not None and engine_reads and reads_compiled(forward, rows):
             texts = SlotTexts(rows, engine.buffers, engine.pattern(forward.target))
             steps = SlotSteps(forward, texts, engine, follows_parts=True)
-            return SlotVerifier(
-                forward, texts, steps, engine, PartReader(forward, texts, steps), gives_back=gives_back
-            )
+            return SlotVerifier(forward, texts, steps, engine, PartReader(forward, texts, steps), gives_back)
         texts = SlotTexts(rows, SlotBuffers() if engine is None else engine.buffers, forward.cache)
         steps = SlotSteps(forward, texts, engine, self.options)
-        return SlotVerifier(forward, texts, steps, engine, gives_back=gives_back)
-
-    def _compiles_prompt(self, forward: TargetForward, rows: RowEnds) -> bool:
-        stock_reads = self.stock_reads or is_recurrent(forward.target)  # whose scans are stock's
-        return self.options is None and not stock_reads and reads_compiled(forward, rows)
+        return SlotVerifier(forward, texts, steps, engine, None, gives_back)
