@@ -17,7 +17,7 @@ from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 from transformers_resps.generation.request import Assistants
 from transformers_resps.heads import BoundHead
 from transformers_resps.policies.costs import CostTable, Range
@@ -54,7 +54,7 @@ def test_planted_costs_are_found(
 ) -> None:
     clock = FakeClock()
     hook = plant(target, clock, lambda tokens: 1.0 if tokens == 1 else 3.0 + tokens)
-    draft, run = LevelDrafter.draft, BoundHead.run
+    draft, run = ModelDrafter.draft, BoundHead.run
 
     def slow_draft(self: Any, *arguments: Any) -> Any:
         clock.advance(0.1)
@@ -64,7 +64,7 @@ def test_planted_costs_are_found(
         clock.advance(0.25)  # over committed tokens, which gives the first level, or over a level
         return run(self, *arguments)
 
-    monkeypatch.setattr(LevelDrafter, "draft", slow_draft)
+    monkeypatch.setattr(ModelDrafter, "draft", slow_draft)
     monkeypatch.setattr(BoundHead, "run", slow_pass)
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
@@ -148,14 +148,14 @@ def test_a_level_of_every_kind_of_drafter_is_measured(
 def test_levels_that_cost_nothing_are_measured_as_that(
     target: Any, head: DraftHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, draft = FakeClock(), LevelDrafter.draft
+    clock, draft = FakeClock(), ModelDrafter.draft
     hook = plant(target, clock, lambda tokens: 1.0)
 
     def slow(self: Any, *arguments: Any) -> Any:
         clock.advance(0.5)
         return draft(self, *arguments)
 
-    monkeypatch.setattr(LevelDrafter, "draft", slow)
+    monkeypatch.setattr(ModelDrafter, "draft", slow)
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
     assert table.draft == dict.fromkeys(WIDTHS, 0.0) and table.draft_start == dict.fromkeys(WIDTHS, 0.5)

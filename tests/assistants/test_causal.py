@@ -17,7 +17,7 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import TreeShape
 from transformers_resps.assistants import CausalDrafter
 from transformers_resps.drafting import Committed, DraftRequest
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 
 
 NEWEST = torch.empty(0)  # levels are drafted from what was observed
@@ -67,7 +67,7 @@ def test_a_prompt_and_a_newest_token_need_no_mask(model_type: str) -> None:
 SHAPE = TreeShape(30, 4, 3)
 
 
-def pool_of(drafter: LevelDrafter, row: int) -> tuple[list[int], list[int], Tensor]:
+def pool_of(drafter: ModelDrafter, row: int) -> tuple[list[int], list[int], Tensor]:
     pool = drafter.draft(NEWEST, DraftRequest(SHAPE))
     return pool.tokens[row].tolist(), pool.parents[row].tolist(), pool.scores[row]
 
@@ -82,7 +82,7 @@ def test_a_pool_in_the_middle_of_ragged_texts_is_that_of_each_text_read_at_once(
     prompts = torch.randint(VOCABULARY, (3, 9), generator=generator)
     pads = [4, 0, 2]
     mask = (torch.arange(9) >= torch.tensor(pads)[:, None]).long()
-    drafter, kept = LevelDrafter(steps, 3, mask), [0, 1, 2]
+    drafter, kept = ModelDrafter(steps, 3, mask), [0, 1, 2]
     drafter.observe(Committed(prompts))
     texts = [row[pad:].tolist() for row, pad in zip(prompts, pads, strict=True)]
     for counts in ([1, 4, 2], [3, 3, 3], [2, 1, 5], [4, 1], [2, 2]):
@@ -96,7 +96,7 @@ def test_a_pool_in_the_middle_of_ragged_texts_is_that_of_each_text_read_at_once(
         )
         for place, (index, row) in enumerate(zip(kept, rows, strict=True)):
             texts[index] += row
-            fresh = LevelDrafter(steps, 1, None)
+            fresh = ModelDrafter(steps, 1, None)
             fresh.observe(Committed(torch.tensor([texts[index]])))
             (tokens, parents, scores), expected = pool_of(drafter, place), pool_of(fresh, 0)
             assert (tokens, parents) == expected[:2]

@@ -34,11 +34,11 @@ def our_chain(assistant: PreTrainedModel, target: PreTrainedModel, root: int, le
         nodes = torch.tensor([[11, 12, 13]])
         _, features = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([[0, 0, 1]])))
         verifier.keep(torch.tensor([[0]]), [[0]])
-        entries = model.target_entries(verifier)
+        entries = model.cache(verifier).attend(0, 0)
         token, hidden, found = torch.tensor([[root]]), model.fuse(features.concatenated()[:, :1]), []
         for _ in range(levels):
             output = model.run(0, token, hidden, model.places(torch.zeros(1, 1)), entries)
-            (tokens, scores), hidden = model.children(output, VOCABULARY), model.feedback(output)
+            (tokens, scores), hidden = model.children(output, VOCABULARY), model.feedback(output, None)
             token = tokens[..., 0]
             found.append((int(token), torch.full((VOCABULARY,), -torch.inf).scatter(0, tokens[0, 0], scores[0, 0])))
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers_resps import TreeShape
 from transformers_resps.assistants import MtpHead
 from transformers_resps.drafting import Committed, DraftRequest, StepModel
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 
 from .growing import Growing
 from .mtp_cases import CASES, Case, H, Reference, V
@@ -46,7 +46,7 @@ def outputs_of(
             part = given[:, slots], model.places(slots[None]), entries.at(slots, depth)
             found.append(model.run(depth, tokens[:, slots], *part))
         output = torch.cat(found, dim=1)
-        back = given if model.rereads_target else model.feedback(output)
+        back = model.feedback(output, given)
         fed.append(back[0])
         logits.append(model.logits(output, depth)[0])
         given = torch.cat([torch.zeros(1, 1, H), back[:, :-1]], dim=1)
@@ -89,7 +89,7 @@ def test_a_tree_is_drafted_as_each_path_alone(name: str, fed_back: str, tmp_path
     states, tokens = pairs()
     features = Reference(case, raw, target).given(states)
     for shape in (TreeShape(20, 3, 3), TreeShape(4, 3, 1)):
-        drafter = LevelDrafter(model, 1, None)
+        drafter = ModelDrafter(model, 1, None)
         drafter.observe(Committed(tokens[:, :5], features[:, :5]))
         drafter.draft(NEWEST, DraftRequest(shape))
         drafter.observe(Committed(tokens[:, 5:], features[:, 5:]))

@@ -14,7 +14,7 @@ from tests.lossless.answering import both
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 from transformers_resps.drafting.suffixes import Suffixes
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.growing import TreeVerifier
@@ -37,9 +37,9 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, told = FakeClock(), []
-    read = LevelDrafter.read
+    read = ModelDrafter.read
 
-    def slow_read(self: LevelDrafter, at_least: int = 1) -> None:
+    def slow_read(self: ModelDrafter, at_least: int = 1) -> None:
         clock.advance(3.0)
         read(self, at_least)
 
@@ -48,7 +48,7 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
             told.append(observation.prompt_seconds)
             return TreeShape.plain()
 
-    monkeypatch.setattr(LevelDrafter, "read", slow_read)
+    monkeypatch.setattr(ModelDrafter, "read", slow_read)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     options = {"assistant_model": head, "policy": Told(), "return_dict_in_generate": True}
     target.generate(prompt, max_new_tokens=1, **options)
@@ -61,15 +61,15 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
 def test_compiling_while_the_prompt_is_read_is_no_time_of_the_prompt(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, read, compiling = FakeClock(), LevelDrafter.read, [40.0]
+    clock, read, compiling = FakeClock(), ModelDrafter.read, [40.0]
 
-    def slow_read(self: LevelDrafter, at_least: int = 1) -> None:
+    def slow_read(self: ModelDrafter, at_least: int = 1) -> None:
         clock.advance(43.0)
         read(self, at_least)
 
-    monkeypatch.setattr(LevelDrafter, "read", slow_read)
+    monkeypatch.setattr(ModelDrafter, "read", slow_read)
     monkeypatch.setattr(
-        LevelDrafter, "take_compile_seconds", lambda self: compiling.pop() if clock.now and compiling else 0.0
+        ModelDrafter, "take_compile_seconds", lambda self: compiling.pop() if clock.now and compiling else 0.0
     )
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     options = {"assistant_model": head, "policy": FixedPolicy(TreeShape(4, 3, 1)), "return_dict_in_generate": True}
@@ -91,7 +91,7 @@ def test_a_head_that_a_policy_does_not_want_reads_nothing_and_the_policy_is_told
             told.append(observation.can_draft)
             return TreeShape(4, 3, 1, lookup=2)
 
-    monkeypatch.setattr(LevelDrafter, "observe", MagicMock(side_effect=AssertionError))
+    monkeypatch.setattr(ModelDrafter, "observe", MagicMock(side_effect=AssertionError))
     options = {"max_new_tokens": 6, "assistant_model": head, "return_dict_in_generate": True}
     out = target.generate(prompt.repeat(2, 1), policy=Refuses(), **options)
     assert asked == [(2, 2 * prompt.shape[1], 6)] and not any(told)

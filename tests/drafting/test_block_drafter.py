@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from transformers_resps.drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest
+from transformers_resps.drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest, StepModel
 from transformers_resps.drafting.blocks import Branching, best_paths, bounds
 from transformers_resps.heads import BlockHead, BlockHeadConfig
 from transformers_resps.tree import CandidatePool, DraftTree, TreeShape
@@ -196,8 +196,7 @@ def test_after_acceptance_the_cache_holds_what_a_fresh_prefill_holds(
     target: PreTrainedModel, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches: list[DraftCache] = []
-    empty = DraftCache.empty
-    monkeypatch.setattr(DraftCache, "empty", lambda *given: caches.append(empty(*given)) or caches[-1])
+    monkeypatch.setattr(StepModel, "cache", lambda *_: caches.append(DraftCache()) or caches[-1])
     fields = KINDS[kind] if "windows" not in KINDS[kind] else {"windows": [40, 40]}
     head = block_head(target, **fields)
     tokens, features = text(1, 12)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformers_resps import TreeShape
 from transformers_resps.drafting import Committed, DraftRequest, Entries, Places, StepModel, Wanted
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 
 
 NEWEST = torch.empty(0)  # levels are drafted from what was observed
@@ -42,9 +42,6 @@ class Planted(StepModel):
     def modules(self) -> nn.ModuleList:
         return nn.ModuleList()
 
-    def fuse(self, features: Tensor) -> Tensor:
-        return features
-
     def places(self, positions: Tensor) -> Places:
         return (positions[..., None].double(),)
 
@@ -67,6 +64,9 @@ class Planted(StepModel):
             turned[:, None], keys, values, attn_mask=entries.mask, is_causal=is_causal
         )
         return torch.tanh(states + attended[:, 0])[:, wanted]
+
+    def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor | None:
+        return hidden if self.rereads_target else output
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         return (output @ self.output[depth]).float()
@@ -107,7 +107,7 @@ def expected(model: Planted, tokens: list[int], features: Tensor) -> dict[tuple[
     return found
 
 
-def drafted(drafter: LevelDrafter, row: int) -> dict[tuple[int, ...], float]:
+def drafted(drafter: ModelDrafter, row: int) -> dict[tuple[int, ...], float]:
     pool = drafter.draft(NEWEST, DraftRequest(SHAPE))
     tokens, parents, scores = (part[row].tolist() for part in (pool.tokens, pool.parents, pool.scores))
     paths: list[tuple[int, ...]] = []
@@ -131,7 +131,7 @@ def texts(lengths: list[int]) -> list[tuple[list[int], Tensor]]:
 def test_a_text_read_in_pieces_gives_the_drafts_of_loops_over_it(rereads_target: bool, pieces: list[int]) -> None:
     model = Planted(rereads_target)
     ((tokens, features),) = texts([9])
-    drafter, start = LevelDrafter(model, 1, None), 0
+    drafter, start = ModelDrafter(model, 1, None), 0
     for size in pieces:
         part = slice(start, start + size)
         drafter.observe(Committed(torch.tensor([tokens[part]]), features[None, part]))
@@ -148,7 +148,7 @@ def test_padded_and_ragged_rows_draft_as_each_alone(rereads_target: bool) -> Non
     rows = texts([prompt + sum(gain[row] for gain in gains) for row, prompt in enumerate(prompts)])
     padded = [[0] * (6 - prompt) for prompt in prompts]
     mask = torch.tensor([[0] * len(pads) + [1] * (6 - len(pads)) for pads in padded])
-    drafter = LevelDrafter(model, 3, mask)
+    drafter = ModelDrafter(model, 3, mask)
     tokens = torch.tensor([pads + own[:prompt] for pads, (own, _), prompt in zip(padded, rows, prompts, strict=True)])
     features = [
         torch.cat([torch.zeros(len(pads), WIDTH).double(), own[:prompt]])

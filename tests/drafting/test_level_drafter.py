@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.drafting import Committed, DraftCache, DraftRequest, step_model
-from transformers_resps.drafting.level_drafter import MAX_UNREAD, LevelDrafter
+from transformers_resps.drafting import Committed, DraftRequest, cache
+from transformers_resps.drafting.engine import MAX_UNREAD
+from transformers_resps.drafting.model_drafter import ModelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
 from transformers_resps.verifying.attention import attend
@@ -40,7 +41,7 @@ def pairs(head: DraftHead, rows: int, count: int) -> tuple[torch.Tensor, torch.T
     return features, torch.randint(0, VOCABULARY, (rows, count), generator=generator)
 
 
-def draft(generator: LevelDrafter) -> CandidatePool:
+def draft(generator: ModelDrafter) -> CandidatePool:
     with torch.no_grad():
         return generator.draft(NEWEST, DraftRequest(SHAPE))
 
@@ -53,7 +54,7 @@ def test_a_draft_is_the_same_however_the_text_was_read(
     features, tokens = pairs(head, rows=1, count=40)
     pools = []
     for at_least in (1, 7, 1000):
-        generator = LevelDrafter(BoundHead(head, target), 1, None)
+        generator = ModelDrafter(BoundHead(head, target), 1, None)
         for place in range(40):
             generator.observe(Committed(tokens[:, place : place + 1], features[:, place : place + 1]))
             with torch.no_grad():
@@ -68,25 +69,25 @@ def test_a_draft_is_the_same_however_the_text_was_read(
 def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
     target: PreTrainedModel, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, attend_from = [], DraftCache.attend_from
+    rows = []
 
-    def watched(self: DraftCache, start: int, mask: torch.Tensor | None, **options: Any) -> Any:
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Any:
         rows.append(None if mask is None else mask.shape[2])
-        return attend_from(self, start, mask, **options)
+        return attend(query, key, value, mask)
 
-    monkeypatch.setattr(DraftCache, "attend_from", watched)
+    monkeypatch.setattr(cache, "attend", watched)
     head = head_of(target, layers=layers)
     features, tokens = pairs(head, rows=2, count=9)
     mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
-    together = LevelDrafter(BoundHead(head, target), 2, mask)
-    alone = LevelDrafter(BoundHead(head, target), 1, None)
+    together = ModelDrafter(BoundHead(head, target), 2, mask)
+    alone = ModelDrafter(BoundHead(head, target), 1, None)
     for cut in (slice(0, 6), slice(6, 9)):
         together.observe(Committed(tokens[:, cut], features[:, cut]))
         alone.observe(Committed(tokens[1:, max(cut.start, 3) : cut.stop], features[1:, max(cut.start, 3) : cut.stop]))
         with torch.no_grad():
             together.read()
             alone.read()
-    assert rows == ([1, None, 1, None] if layers == 1 else [6, None, 3, 3])
+    assert rows == ([1, None, 1, None] if layers == 1 else [6, 1, None, 3, 1, 3, 1])
     found, expected = draft(together), draft(alone)
     assert found.tokens[1].tolist() == expected.tokens[0].tolist()
     torch.testing.assert_close(found.scores[1], expected.scores[0])
@@ -95,13 +96,13 @@ def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
 def test_few_pairs_wait_for_a_policy_that_asks_no_head(
     target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting, observe = [], LevelDrafter.observe
+    waiting, observe = [], ModelDrafter.observe
 
-    def watched(self: LevelDrafter, *committed: Any) -> None:
+    def watched(self: ModelDrafter, *committed: Any) -> None:
         observe(self, *committed)
-        waiting.append(sum(block.tokens.shape[1] for block in self._unread))
+        waiting.append(self.waiting)
 
-    monkeypatch.setattr(LevelDrafter, "observe", watched)
+    monkeypatch.setattr(ModelDrafter, "observe", watched)
     monkeypatch.setattr(FixedPolicy, "wants_head", lambda *_: True)
     options = {"assistant_model": head_of(target), "policy": FixedPolicy(TreeShape.plain())}
     target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MAX_UNREAD + 6, **options)
@@ -117,7 +118,7 @@ def oldest_seen(length: int) -> int:
 
 def alone(head: DraftHead, target: PreTrainedModel, features: torch.Tensor, tokens: torch.Tensor) -> CandidatePool:
     """What a head drafts that reads these pairs at once."""
-    drafter = LevelDrafter(BoundHead(head, target), 1, None)
+    drafter = ModelDrafter(BoundHead(head, target), 1, None)
     drafter.observe(Committed(tokens, features))
     return draft(drafter)
 
@@ -134,14 +135,14 @@ def test_a_draft_sees_the_newest_of_a_window_as_if_they_were_the_text(
         return attend(query, key, *others)
 
     features, tokens = pairs(whole, rows=1, count=150)
-    drafters = [LevelDrafter(BoundHead(head, target), 1, None) for head in (whole, narrow)]
+    drafters = [ModelDrafter(BoundHead(head, target), 1, None) for head in (whole, narrow)]
     place, kept = 0, []
     for length in (20, 31, 32, 33, 34, 35, 120, 123, 150):
         for drafter in drafters:
             drafter.observe(Committed(tokens[:, place:length], features[:, place:length]))
         place, seen = length, slice(oldest_seen(length), length)
         with monkeypatch.context() as patch:
-            patch.setattr(step_model, "attend", watched)
+            patch.setattr(cache, "attend", watched)
             found = draft(drafters[1])
         expected, full = alone(whole, target, features[:, seen], tokens[:, seen]), draft(drafters[0])
         assert found.tokens.tolist() == expected.tokens.tolist()
@@ -154,7 +155,7 @@ def test_a_draft_sees_the_newest_of_a_window_as_if_they_were_the_text(
 def test_rows_of_a_batch_forget_what_none_of_them_sees(target: PreTrainedModel) -> None:
     whole, narrow = head_of(target), head_of(target, WINDOW)
     features, tokens = pairs(whole, rows=2, count=100)
-    together = LevelDrafter(BoundHead(narrow, target), 2, torch.tensor([[1] * 40, [0] * 10 + [1] * 30]))
+    together = ModelDrafter(BoundHead(narrow, target), 2, torch.tensor([[1] * 40, [0] * 10 + [1] * 30]))
     together.observe(Committed(tokens[:, :40], features[:, :40]))
     ends, order = [40, 40], torch.arange(2)[:, None]
     for step in range(15):

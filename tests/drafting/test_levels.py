@@ -1,6 +1,7 @@
 """Drafting as one function of fixed shape: it can be traced whole, and gives what drafting level by level gives."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.drafting import Committed, DraftCache, DraftRequest
-from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.drafting.levels import DraftFunction
+from transformers_resps.drafting.model_drafter import ModelDrafter
+from transformers_resps.drafting.passes import LevelDraft
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import DraftTree
 
@@ -34,7 +35,9 @@ def target() -> PreTrainedModel:
     return Architecture("llama").build("sdpa")
 
 
-def traced(function: DraftFunction, graphs: list[int], backend: str) -> Callable[..., tuple[Tensor, ...]]:
+def traced(
+    function: Callable[..., tuple[Tensor, ...]], graphs: list[int], backend: str
+) -> Callable[..., tuple[Tensor, ...]]:
     """The function as `torch.compile` runs it, without a break; the sizes of its graphs are noted."""
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -43,6 +46,18 @@ def traced(function: DraftFunction, graphs: list[int], backend: str) -> Callable
 
     torch._dynamo.reset()
     return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, backend=counting)
+
+
+def whole_draft(draft: LevelDraft, tree_room: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return draft.of_tensors(DraftCache(tensors[5:], tree_room), *tensors[:5])
+
+
+def cache_of(head: DraftHead, rows: int) -> DraftCache:
+    cache, config = DraftCache(), head.config
+    for layer in range(config.num_hidden_layers):
+        new = torch.zeros(rows, config.num_key_value_heads, 1, config.head_dim or 0, dtype=head.dtype)
+        cache.of_layer(layer, new, new)
+    return cache
 
 
 def pairs(head: DraftHead, rows: int, count: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +73,9 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
     head_options, shape, backend = CASES[case]
     head = DraftHead.from_target(target, **head_options)
     bound, graphs = BoundHead(head, target), list[int]()
-    generator = LevelDrafter(bound, 1, None)
-    cache = DraftCache.empty(bound, 1)
-    function = DraftFunction(bound, shape, cache.tree_room)
-    draft = traced(function, graphs, backend)
+    generator = ModelDrafter(bound, 1, None)
+    cache, level_draft = cache_of(head, 1), LevelDraft(bound, shape)
+    draft = traced(partial(whole_draft, level_draft, cache.tree_room), graphs, backend)
     features, tokens = pairs(head, 1, max(LENGTHS))
     read = 0
     for length in LENGTHS:
@@ -75,7 +89,7 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
             shown = torch.ones(1, 1, dtype=torch.bool)
             outputs = draft(states, read_tokens, slots, slots + 7, shown, *cache.buffers)
         read = length
-        _, pool, tree = function.unpack(outputs)
+        _, pool, tree = level_draft.found(outputs, tokens[:, length - 1])
         expected = generator.draft(NEWEST, DraftRequest(shape))
         ranked = DraftTree.from_pool(tokens[:, length - 1], expected, shape.total_tokens)
         for ours, theirs in ((pool, expected), (tree, ranked)):
@@ -90,8 +104,7 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     shape, lengths, pads = TreeShape(12, 3, 3), (6, 9), (0, 2)
     head = DraftHead.from_target(target)
     bound = BoundHead(head, target)
-    cache = DraftCache.empty(bound, 2)
-    function = DraftFunction(bound, shape, cache.tree_room)
+    cache, level_draft = cache_of(head, 2), LevelDraft(bound, shape)
     features, tokens = pairs(head, 2, 9)
     shown = torch.arange(cache.capacity) >= torch.tensor(pads)[:, None]
     dump, none = cache.capacity - 1, torch.zeros(2, 9, dtype=torch.long)
@@ -100,11 +113,10 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     states = [
         torch.nn.functional.pad(features[row, :length], (0, 0, 9 - length, 0)) for row, length in enumerate(lengths)
     ]
-    _, pool, _ = function.unpack(
-        function(torch.stack(states), torch.stack(ordered), slots, slots, shown, *cache.buffers)
-    )
+    outputs = level_draft.of_tensors(cache, torch.stack(states), torch.stack(ordered), slots, slots, shown)
+    _, pool, _ = level_draft.found(outputs, slots[:, -1])
     for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
-        alone = LevelDrafter(bound, 1, None)
+        alone = ModelDrafter(bound, 1, None)
         alone.observe(Committed(tokens[row : row + 1, pad:length], features[row : row + 1, pad:length]))
         expected = alone.draft(NEWEST, DraftRequest(shape))
         assert pool.tokens[row].tolist() == expected.tokens[0].tolist()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from transformers_resps import attach, prepack
 from transformers_resps.drafting import DraftCache
-from transformers_resps.drafting.level_drafter import PlaceWindow, Spots
+from transformers_resps.drafting.text import PlaceWindow, Positions
 from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.verifying.prepacking import PackedWeight, PrepackedLinear
 
@@ -29,10 +29,10 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
     outputs = []
     with torch.no_grad():
         for wanted in (slice(None), slice(-1, None)):
-            cache = DraftCache.empty(head.bind(tiny_target), 2)
-            attend = cache.attend_from(0, mask, is_causal=mask is None)
+            cache = DraftCache()
+            attend = cache.attend(0, 9, mask=mask)
             outputs.append(head(hidden, embeddings, head.rope(torch.arange(9)[None]), attend, wanted))
-            follow = cache.attend_from(9, None)
+            follow = cache.attend(9, 10)
             outputs.append(head(hidden[:, :1], embeddings[:, :1], head.rope(torch.tensor([[9]])), follow))
     torch.testing.assert_close(outputs[2], outputs[0][:, -1:])
     torch.testing.assert_close(outputs[3], outputs[1])  # what was kept is the same
@@ -47,7 +47,9 @@ def test_angles_are_those_of_the_head_wherever_a_text_goes_on(
     window = PlaceWindow(head.bind(tiny_target))
     for start, end in [(0, 3), (3, 9), (9, 300), (250, 260), (299, 700), (2, 4)]:
         for part, own in zip(
-            window.at(Spots(range(start, end), slice(None))), head.rope(torch.arange(start, end)[None]), strict=True
+            Positions(window, range(start, end), slice(0, end - start)).places,
+            head.rope(torch.arange(start, end)[None]),
+            strict=True,
         ):
             assert torch.equal(part, own)
 

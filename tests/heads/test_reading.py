@@ -28,14 +28,14 @@ def target() -> PreTrainedModel:
 def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """As the engine runs it: a prefix, then one drafted level after it."""
     bound = BoundHead(head, target)
-    cache = DraftCache.empty(bound, 1)
+    cache = DraftCache()
     length = features.shape[1]
     positions = torch.arange(length + 1)[None]
     embedded = bound.embed(tokens[None])
-    attend = cache.attend_from(0, None, is_causal=True)
+    attend = cache.attend(0, length)
     hidden = head(head.fuse(features), embedded[:, :length], head.rope(positions[:, :length]), attend)
     last = head.rope(positions[:, length:])
-    deeper = head(head.feedback(hidden[:, -1:]), embedded[:, length:], last, cache.attend_from(length, None))
+    deeper = head(head.feedback(hidden[:, -1:]), embedded[:, length:], last, cache.attend(length, length + 1))
     return bound.logits(hidden)[0], bound.logits(deeper)[0]
 
 

@@ -13,7 +13,7 @@ from tests.conftest import build_target
 from tests.drafting.test_block_drafter import KINDS, block_head
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.drafting import Committed, DraftRequest
-from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.drafting.model_drafter import ModelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.policies.costs import CostTable
@@ -35,7 +35,7 @@ def test_pools_drafted_together_are_those_of_live_drafting(target: PreTrainedMod
         together = list(pools.draft(torch.arange(8, 39), 3, 4))
         for prefixes, pool in together:
             for row, prefix in enumerate(prefixes.tolist()):
-                generator = LevelDrafter(bound, 1, None)
+                generator = ModelDrafter(bound, 1, None)
                 generator.observe(Committed(text[:, 1 : prefix + 1], features[:, :prefix]))
                 alone = generator.draft(NEWEST, DraftRequest(TreeShape(9, 4, 3)))
                 assert torch.equal(pool.tokens[row], alone.tokens[0])

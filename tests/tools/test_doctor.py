@@ -122,10 +122,10 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
         features = torch.cat([states.hidden_states[layer] for layer in (2, 3, 4)], dim=-1)
         picks = states.logits[0].argmax(-1)
         for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
-            cache = DraftCache.empty(bound, 1)
+            cache = DraftCache()
             embedded = bound.embed(answer.tokens[None])
             rope = head.rope(torch.arange(LENGTH)[None])
-            attend = cache.attend_from(0, None, is_causal=True)
+            attend = cache.attend(0, slot + 1)
             hidden = head(
                 head.fuse(features[:, : slot + 1]), embedded[:, 1 : slot + 2], rope.at(slice(slot + 1)), attend
             )
@@ -135,7 +135,7 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
                 chain.append(bool(guess == picks[slot + 1 + depth]))
                 here, token = slot + 1 + depth, slot + 2 + depth
                 if depth < DEPTHS - 1:
-                    attend = cache.attend_from(here, None)
+                    attend = cache.attend(here, here + 1)
                     fed = head.feedback(hidden[:, -1:])
                     hidden = head(fed, embedded[:, token : token + 1], rope.at(slice(here, here + 1)), attend)
             hits += torch.tensor(chain)

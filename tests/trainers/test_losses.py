@@ -205,19 +205,17 @@ def chains(model, features, tokens, levels):
         for level in range(levels):
             depth = min(level, model.depths - 1)
             fresh = depth not in caches
-            cache = caches.setdefault(depth, DraftCache.empty(model, 1))
+            cache = caches.setdefault(depth, DraftCache())
             if fresh:  # over the whole prefix
                 read, start = padded[:, level + 1 : slot + level + 2], 0
-                hidden = hidden if level == 0 or not model.rereads_target else states
             else:
                 read, start = padded[:, slot + level + 1 :][:, :1], slot + level
-                hidden = states[:, -1:] if model.rereads_target else hidden[:, -1:]
-                order = order[-1:]
+                hidden, order = hidden[:, -1:], order[-1:]
             cache.reserve(start + read.shape[1])
-            entries = cache.attend_from(start, None, is_causal=read.shape[1] > 1)
+            entries = cache.attend(start, start + read.shape[1])
             output = model.run(depth, read, hidden, model.places(order[None] + level), entries)
             outputs.append(model.normed(output[0, -1], depth))
-            hidden = model.feedback(output)
+            hidden = model.feedback(output, hidden)
         found.append(torch.stack(outputs))
     return torch.stack(found, dim=1)
 

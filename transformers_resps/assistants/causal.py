@@ -133,9 +133,6 @@ class _Steps(StepModel):
     def modules(self) -> nn.ModuleList:
         return nn.ModuleList([self._model])
 
-    def fuse(self, features: Tensor) -> Tensor:
-        raise NotImplementedError("A causal model reads no features.")
-
     def places(self, positions: Tensor) -> Places:
         """The positions; a table of learned ones ends, and what is drafted after its end is of no use."""
         return (positions.clamp(0, self._last_position),)

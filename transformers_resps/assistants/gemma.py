@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..drafting import Entries, Places, StepModel, Wanted
+from ..drafting import DraftCache, Entries, Places, StepModel, Wanted
 from ..verifying.forward import decoder_layers
 from ..verifying.masks import layer_types
 from ..verifying.verifier import TargetEntries, Verifier
@@ -78,10 +78,27 @@ class _OfTarget(Entries):
         raise NotImplementedError("An assistant has no keys of its own.")
 
 
+class _TargetCache(DraftCache):
+    """Keeps nothing: hands out the target's entries, laid out once for each length of the text."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        super().__init__(device=verifier.device)
+        self._verifier, self._length = verifier, 0
+        self._kept: _OfTarget | None = None
+
+    def reserve(self, length: int, tree: int = 0) -> None:
+        self._kept, self._length = self._kept if length == self._length else None, length
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self._kept = None
+
+    def attend(self, where: int | Tensor, end: int, **_: Any) -> Entries:
+        self._kept = self._kept or _OfTarget(self._verifier.target_entries())
+        return self._kept
+
+
 class _Queries(StepModel):
     """The assistant over the nodes of a level, each a query for itself."""
-
-    reads_target = True
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = cast(Any, model)
@@ -97,15 +114,9 @@ class _Queries(StepModel):
     def modules(self) -> nn.ModuleList:
         return nn.ModuleList([self._model, self._embed])
 
-    def fuse(self, features: Tensor) -> Tensor:
-        return features
-
-    def places(self, positions: Tensor) -> Places:
-        """Nothing: the entries know where the root is."""
-        return ()
-
-    def target_entries(self, verifier: Verifier) -> Entries:
-        return _OfTarget(verifier.target_entries())
+    def cache(self, verifier: Verifier | None) -> DraftCache:
+        assert verifier is not None, "an assistant attends to what a verifier keeps"
+        return _TargetCache(verifier)
 
     def run(
         self,
@@ -117,7 +128,8 @@ class _Queries(StepModel):
         wanted: Wanted = slice(None),
     ) -> Tensor:
         assert hidden is not None and isinstance(wanted, slice) and isinstance(entries, _OfTarget)
-        count, kept = tokens.shape[1], entries.kept
+        tokens, hidden, kept = tokens[:, wanted], hidden[:, wanted], entries.kept
+        count = tokens.shape[1]
         outputs = self._model.model(
             inputs_embeds=self._model.pre_projection(torch.cat([self._embed(tokens), hidden], dim=-1)),
             attention_mask={kind: mask.expand(-1, -1, count, -1) for kind, mask in kept.masks.items()},
@@ -126,7 +138,7 @@ class _Queries(StepModel):
             use_cache=False,
             logits_to_keep=None,  # a number, 0 too, would cut inputs for each layer, of which an assistant has none
         )
-        return outputs.last_hidden_state[:, wanted]
+        return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of the tokens that are possible after each output: all or, of a large vocabulary, those of the centroids
@@ -151,5 +163,5 @@ class _Queries(StepModel):
     def _scores(self, output: Tensor, tokens: Tensor) -> Tensor:
         return (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
 
-    def feedback(self, output: Tensor) -> Tensor:
+    def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor:
         return self._model.post_projection(output)

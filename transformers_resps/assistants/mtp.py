@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD, input_embedding
-from ..drafting import Entries, Places, Reading, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting import Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
@@ -91,7 +91,7 @@ def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any
 
 
 @dataclass(frozen=True, slots=True)
-class MtpReading(Reading):
+class MtpReading(FileReading):
     """One way to read MTP layers, see `MtpConfig`."""
 
     loader: ClassVar[str] = "MtpHead"
@@ -310,7 +310,7 @@ class MtpHead(TrainableSource, nn.Module):
         ]
         return (MtpReading(*values) for values in product(*axes))
 
-    def read_as(self, reading: Reading, target: PreTrainedModel, whole: "MtpHead") -> "MtpHead":
+    def read_as(self, reading: FileReading, target: PreTrainedModel, whole: "MtpHead") -> "MtpHead":
         with torch.device("meta"):
             head = MtpHead(replace(self.settings, **asdict(reading)), target)
         shift = head.is_zero_centred(target) - whole.is_zero_centred(target)
@@ -497,7 +497,7 @@ class BoundMtp(TrainableModel):
         config, decoder, text = head.settings, target.get_decoder(), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
-        self.depths, self.rereads_target = config.depths, config.fed_back == "target"
+        self.depths = config.depths
         self.device, self.dtype = head.device, head.dtype
         table, output = target.get_input_embeddings(), target.get_output_embeddings()
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
@@ -511,7 +511,7 @@ class BoundMtp(TrainableModel):
         self._patterns = [AttentionPattern.of_type(name, text) for name in types]
         has_windows = any(pattern.window is not None for pattern in self._patterns)
         is_odd = any(config.experts) or has_windows  # values choose experts, and lengths what a window shows
-        self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
+        self.is_compilable = config.depths == 1 and not is_odd and config.fed_back != "target"
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
         self._projections: list[Any] = self._outputs if self._ids is None else []
@@ -562,6 +562,9 @@ class BoundMtp(TrainableModel):
 
     def _normed(self, output: Tensor, depth: int) -> Tensor:
         return self._layers[depth].norm(output)
+
+    def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor | None:
+        return hidden if self._config.fed_back == "target" else output
 
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
         return self._normed(output, depth) if self._config.fed_back == "before" else output

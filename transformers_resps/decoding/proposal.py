@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..drafting.drafter import Committed, Drafter, DraftRequest
-from ..drafting.level_drafter import MAX_UNREAD
+from ..drafting.engine import MAX_UNREAD
 from ..drafting.prompt_lookup import LookupDrafter, mean_odds
 from ..policies.base import Level, Observation, Policy, choose_shape, count_nodes, wants_level
 from ..telemetry import Proposed

@@ -1,9 +1,9 @@
 """Who proposes tokens: the source that a user passes, the drafter of one call, and what sources of levels share."""
 
-from .cache import DraftCache
+from .cache import DraftCache, Entries
 from .drafter import Committed, Drafter, DraftRequest
-from .source import DraftCall, DraftSource, LevelSource, Reading, TrainableSource
-from .step_model import Entries, Places, StepModel, TrainableModel, Wanted, at_wanted
+from .source import DraftCall, DraftSource, FileReading, LevelSource, TrainableSource
+from .step_model import Places, StepModel, TrainableModel, Wanted, at_wanted
 
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "DraftSource",
     "Drafter",
     "Entries",
+    "FileReading",
     "LevelSource",
     "Places",
-    "Reading",
     "StepModel",
     "TrainableModel",
     "TrainableSource",

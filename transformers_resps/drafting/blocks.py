@@ -1,4 +1,4 @@
-"""A model that fills a block of slots in one pass, the likeliest paths through it, and a whole draft as one function.
+"""A model that fills a block of slots in one pass, and the draft of the likeliest paths through it.
 
 DDTree (arXiv 2604.12989): a path scores the sum of its tokens' log probabilities, each from its own slot. No node that
 ranks below the best B of its level is among the best B of all, so the best B of each level hold the tree. With
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tree import CandidatePool, TreeShape
-from .cache import DraftCache
-from .levels import LEAST_TOKENS, DraftFunction, NewestPairs, ReadText, filled_up, numbered, read_pairs
-from .step_model import Entries, Places, StepModel
+from .cache import Entries
+from .passes import Draft, FirstPass, RunPass
+from .pool_growth import Root, numbered
+from .step_model import Places, StepModel
+from .text import Text
 
 
 class BlockSlots(NamedTuple):
@@ -150,36 +152,60 @@ def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
 
 
 def level_sizes(shape: TreeShape) -> list[int]:
-    """Nodes of each level: as many as the tree may have, unless there are fewer."""
+    """Count the nodes of each level: as many as the tree may have, unless there are fewer."""
     most = shape.total_tokens - 1
     return [min(most, shape.top_k**level) for level in range(1, shape.depth + 1)]
 
 
 def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a tree begins with: scores `[rows, n]` of a level of n places that is a root alone; and what is added to
-    those of a node's k likeliest children, `[k]`.
+    """Make what a tree begins with: scores `[rows, n]` of a level of n places that is a root alone; and what is added
+    to the scores of a node's k likeliest children, `[k]`.
     """
     above = torch.full((rows, shape.total_tokens - 1), -torch.inf, device=device)
     above[:, 0].fill_(0.0)
     return above, torch.zeros(shape.top_k, device=device)
 
 
-def draft_block(
-    model: BlockModel, newest: Tensor, root: Tensor, levels: int, text: ReadText, above: Tensor, ranks: Tensor
-) -> BlockPaths:
-    """One pass over a block of so many levels below the root `[b]`, and the best paths through it; see `bounds`,
-    `BlockModel.fill` and `BlockModel.branching`.
-    """
-    count, kinds = model.width(levels), list(zip(model.causal, model.windows, strict=True))
-    masks = {kind: _mask(text, count, *kind, root.device) for kind in dict.fromkeys(kinds)}
-    entries = text.cache.attend_from(-count, None, end=text.length)
-    slots = model.fill(newest, root, levels, text.places, entries, [masks[kind] for kind in kinds])
-    return best_paths(model.branching(slots, root, ranks), above, levels)
+class BlockPass(FirstPass[BlockPaths]):
+    """Reads the newest pairs, fills a block below them, and finds the best paths through it."""
+
+    sizes = (*FirstPass.sizes, "bn", "k")
+
+    def __init__(self, model: BlockModel) -> None:
+        super().__init__(model)
+        self._block_model = model
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} of {self._block_model.block_levels} levels"
+
+    def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
+        parts = bounds(shape, rows, self.model.device)
+        return (
+            [F.pad(part, (0, max(fewest - part.shape[-1], 0)), value=-torch.inf) for part in parts]
+            if fewest
+            else [*parts]
+        )
+
+    def ahead(self, shape: TreeShape | None) -> int:
+        return self._block_model.width(self._levels(shape))
+
+    def _levels(self, shape: TreeShape | None) -> int:
+        return self._block_model.block_levels if shape is None else shape.depth
+
+    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> BlockPaths:
+        model, levels, count, (above, ranks) = self._block_model, self._levels(shape), self.ahead(shape), edges
+        kinds = list(zip(model.causal, model.windows, strict=True))
+        masks = {kind: _mask(text, count, *kind) for kind in dict.fromkeys(kinds)}
+        entries = text.cache.attend(-count, text.length)
+        by_layer = [masks[kind] for kind in kinds]
+        slots = model.fill(root.output, root.tokens, levels, text.ahead.places, entries, by_layer)
+        return best_paths(model.branching(slots, root.tokens, ranks), above, levels)
 
 
-def _mask(text: ReadText, count: int, is_causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def _mask(text: Text, count: int, is_causal: bool, window: int | None) -> Tensor | None:
     """What the slots of a block see: `[b or 1, 1, count, count + length]`, the block first."""
-    _, length, _, seen, ends = text
+    length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = window is not None and (seen is not None or length + count > window)
     if seen is None and not is_causal and not is_cut:
         return None
@@ -193,74 +219,32 @@ def _mask(text: ReadText, count: int, is_causal: bool, window: int | None, devic
     return torch.cat([block.expand(seen.shape[0], -1, -1), seen.expand(-1, count, -1)], dim=-1)[:, None]
 
 
-class BlockInputs(NamedTuple):
-    """What a `BlockPass` reads: newest pairs, of which as many slots are shown as hold the text, and `bounds`."""
-
-    pairs: NewestPairs
-    above: Tensor
-    ranks: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.pairs.tokens
-
-    def filled_up(self) -> list[Tensor]:
-        """With the newest pair repeated, and places of nodes that are none, where there are too few."""
-        above, ranks = (F.pad(part, (0, max(LEAST_TOKENS - part.shape[-1], 0)), value=-torch.inf) for part in self[1:])
-        return [*filled_up(self.pairs[:4]), self.pairs.shown, above, ranks]
-
-    def example(self) -> list[Tensor]:
-        """Of sizes that all differ: equal ones would be compiled as always equal."""
-        features, tokens, slots, positions, shown = self.pairs
-        rows, count, length, shape = min(len(tokens), 2), 3, 11, TreeShape(6, 1, 4)
-        return [
-            features[:1, :1].expand(rows, count, -1),
-            tokens[:1, :1].expand(rows, count),
-            torch.arange(count, device=slots.device).expand(rows, -1),
-            positions[:1, :1].expand(rows, count),
-            shown.new_ones(rows, length),
-            *bounds(shape, rows, slots.device),
-        ]
-
-
-class BlockPass:
-    """Reads the newest pairs and fills a block of so many levels below them, as a function of tensors; `tree_room` is
-    that of the cache.
+class BlockDraft(Draft[BlockPaths]):
+    """Drafts all levels by the pass over a block. A shape's `top_k` is the most children of a node, and a level keeps
+    as many nodes as the tree may have. `goes_on` is not asked.
     """
 
-    dynamic = ((1,), (1,), (1,), (1,), (1,), (1,), (0,))  # as of `PassFunction`
+    at_once = True
 
-    def __init__(self, model: BlockModel, tree_room: int, *, levels: int) -> None:
-        self._model, self._tree_room, self._levels = model, tree_room, levels
+    def __init__(
+        self, model: BlockModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None
+    ) -> None:
+        most = max(shape.total_tokens - 1, 1)
+        top_k = min(shape.top_k, most, model.most_children)
+        super().__init__(model, TreeShape(most + 1, min(shape.depth, model.block_levels), top_k))
+        self.first = BlockPass(model)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, BlockPaths]:
-        """Run it over `BlockInputs` and the buffers of a cache, which are written.
+    @property
+    def ahead(self) -> int:
+        return self.first.ahead(self.shape)
 
-        Returns:
-            The fused features `[b, 1, h]` of the newest pair, and the best paths through the block.
-        """
-        pairs, (above, ranks), buffers = NewestPairs(*tensors[:5]), tensors[5:7], tensors[7:]
-        model, levels, cache = self._model, self._levels, DraftCache(buffers, self._tree_room)
-        newest, text = read_pairs(model, cache, pairs, pairs.shown.shape[1], model.width(levels))
-        return newest, draft_block(model, newest, pairs.tokens[:, -1], levels, text, above, ranks)
-
-    @staticmethod
-    def scores(outputs: tuple[Tensor, BlockPaths]) -> Tensor:
-        """Those of the paths that a call returns."""
-        return outputs[1].scores.nan_to_num(neginf=0.0)
-
-
-class BlockFunction(DraftFunction):
-    """As `DraftFunction`, of a block."""
-
-    _model: BlockModel
-
-    def _draft(self, pairs: NewestPairs, cache: DraftCache) -> tuple[Tensor, CandidatePool]:
-        draft, shown = BlockPass(self._model, cache.tree_room, levels=self._shape.depth), pairs.shown
-        edges = bounds(self._shape, len(pairs.tokens), shown.device)
-        newest, paths = draft(*pairs[:4], shown.expand(-1, cache.capacity), *edges, *cache.buffers)
-        return newest, paths.pool(self._shape)
+    @property
+    def tree_room(self) -> int:
+        return self.first.ahead(None) + 1
 
     @property
     def level_sizes(self) -> list[int]:
-        return level_sizes(self._shape)
+        return level_sizes(self.shape)
+
+    def pool(self, root: Root, grown: BlockPaths, text: Text, run: RunPass) -> CandidatePool:
+        return grown.pool(self.shape)

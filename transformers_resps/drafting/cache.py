@@ -1,5 +1,6 @@
-"""The KV cache of a drafter: entries of the text, and before them those of the tree being drafted."""
+"""The KV cache of a drafter, and what the tokens of one pass attend to in it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,42 +8,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .step_model import Entries, StepModel
+from ..verifying.attention import attend
 
 
-_GROWTH = 256  # positions added when the buffers are full
-_TREE_ROOM = 128  # entries of a tree at first
+_GROWTH = 256  # Positions that are added when the buffers are full.
+_TREE_ROOM = 128  # Slots for a tree in a new cache.
+
+
+class Entries(ABC):
+    """The keys and values that the tokens of one pass attend to, and the place of their own.
+
+    Layers of Transformers take it as their cache, and `mask` as their attention mask.
+
+    Attributes:
+        mask: `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where attended; `None` for plain
+            causal attention, or for attention to everything from one query.
+        first_slot: slot of the first of the s entries. Those from slot 0 on are the text's, in its order.
+        is_compileable: asked by models of Transformers.
+    """
+
+    mask: Tensor | None = None
+    first_slot: int = 0
+    is_compileable: bool = False
+
+    @abstractmethod
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend from the queries `[b, heads, q, hd]` of the newest q of the t tokens; returns `[b, heads, q, hd]`."""
+        mask = self.mask
+        return attend(
+            queries, *self.update(keys, values, layer), None if mask is None else mask[:, :, -queries.shape[2] :]
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Asked by models of Transformers, which get positions and a mask all the same."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Asked where `mask` is `None`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Asked where `mask` is `None`: the tokens of the pass alone make a causal mask, or one needs none."""
+        return query_length, 0
 
 
 class DraftCache:
     """Preallocated keys and values of every layer; the caller knows what each slot holds.
 
-    The sequence has the slots 0, 1, ..., a tree negative ones, so that both lie side by side and trees stay in place
-    while the sequence grows. The next tree overwrites the last (EAGLE's stable keys), so dropping one costs nothing.
-    Buffers start as zeros: a masked slot may be read.
+    The text has the slots 0, 1, ..., a tree negative ones, so that both lie side by side and trees stay in place while
+    the text grows. The next tree overwrites the last (EAGLE's stable keys), so dropping one costs nothing. Buffers
+    start as zeros: a masked slot may be read.
 
     Args:
         buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer that has
             none gets them when it first writes.
-        tree_room: how many of the slots, the first ones, are for a tree.
+        tree_room: slots for a tree.
+        device: where masks are made; the buffers' own where there are some.
     """
 
-    def __init__(self, buffers: Sequence[Tensor] = (), tree_room: int = _TREE_ROOM) -> None:
-        pairs = zip(buffers[::2], buffers[1::2], strict=True)
-        self._layers = dict(enumerate(pairs))
+    def __init__(
+        self, buffers: Sequence[Tensor] = (), tree_room: int = _TREE_ROOM, device: torch.device | str = "cpu"
+    ) -> None:
+        self._layers = dict(enumerate(zip(buffers[::2], buffers[1::2], strict=True)))
         self._tree_room = tree_room
         self._capacity = buffers[0].shape[2] - tree_room if buffers else _GROWTH
-
-    @classmethod
-    def empty(cls, model: StepModel, rows: int) -> "DraftCache":
-        """For a model and so many rows; `reserve` makes it grow."""
-        slots = _TREE_ROOM + _GROWTH
-        shapes = [(rows, heads, slots, width) for heads, width in model.entry_widths for _ in range(2)]
-        return cls([torch.zeros(shape, dtype=model.dtype, device=model.device) for shape in shapes])
+        self.device = buffers[0].device if buffers else torch.device(device)
+        self._true: Tensor | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """As they were given, those of layers that have written since included."""
+        """Keys and values of each layer in turn, those of layers that have written since included."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     @property
@@ -52,11 +90,11 @@ class DraftCache:
 
     @property
     def capacity(self) -> int:
-        """Slots for the sequence."""
+        """Slots for the text."""
         return self._capacity
 
     def reserve(self, length: int, tree: int = 0) -> None:
-        """Make room for `length` positions of the sequence, which is kept, and `tree` nodes."""
+        """Make room for `length` positions of the text, which is kept, and `tree` nodes."""
         more = length - self._capacity + _GROWTH if length > self._capacity else 0
         ahead = max(tree - self._tree_room, 0)
         if more or ahead:
@@ -67,39 +105,49 @@ class DraftCache:
             self._capacity, self._tree_room = self._capacity + more, self._tree_room + ahead
 
     def forget(self, count: int, length: int) -> None:
-        """Drop the first `count` positions of a sequence of `length`. The others move to its beginning."""
+        """Drop the first `count` positions of a text of `length`. The others move to its beginning."""
         room = self._tree_room
         for kept in self.buffers if count < length else ():
             kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
 
-    def attend_from(
-        self, start: int, mask: Tensor | None, *, end: int | None = None, is_causal: bool = False
+    def attend(
+        self,
+        where: int | Tensor,
+        end: int,
+        *,
+        seen: Tensor | None = None,
+        drafted: Tensor | None = None,
+        sees_itself: bool = False,
+        mask: Tensor | None = None,
     ) -> Entries:
-        """Attention that writes its keys at the slots `[start, start + t)`.
+        """Attention of one pass, which writes its keys.
+
+        Without `drafted` and `mask` the tokens are of a text, and none sees a later one.
 
         Args:
-            start: where the new entries go; below 0 for a tree.
-            mask: see `Entries`. The s slots are those from 0, or from `start` if that is lower, to `end`.
-            end: slot after the last that is seen; `start + t` when `None`.
-            is_causal: instead of a mask, for `start == 0`.
+            where: the first of the slots of all rows, below 0 for a tree; or each row's own, `[b or 1, t]`.
+            end: slot after the last of the text that is seen.
+            seen: `[b or 1, end]` bool, false where a slot of the text is hidden; `None` where none is.
+            drafted: `[b, t, e]` bool: which of the e newest entries of the tree each of its nodes sees.
+            sees_itself: whether a hidden token of a text still sees itself. With nothing to see it would become NaN.
+            mask: `[b or 1, 1, q, s]` bool over the slots from 0, or `where` if that is lower, to `end`.
 
-        Fewer queries than keys mean that only the newest position has a query.
+        Fewer queries than keys are those of the newest tokens.
         """
-        return _EntriesFrom(self, start, end, mask, is_causal=is_causal)
+        return _CacheEntries(self, where, end, seen, drafted, mask, sees_itself=sees_itself)
 
-    def attend_at(self, slots: Tensor, end: int, mask: Tensor, *, first: int = 0) -> Entries:
-        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and the slots from `first` to
-        before `end` are seen.
-        """
-        return _EntriesAt(self, slots, first, end, mask)
+    def all_seen(self, length: int) -> Tensor:
+        """`[1, length]` of true."""
+        if self._true is None:
+            self._true = torch.ones(1, 1, dtype=torch.bool, device=self.device)
+        return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's buffers, which hold entries such as these: slot i is at `tree_room + i`."""
         if layer not in self._layers:
             slots = self._tree_room + self._capacity
-            self._layers[layer] = tuple(  # type: ignore[assignment]  # of two
-                part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)
-            )
+            made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
+            self._layers[layer] = made[0], made[1]
         return self._layers[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -110,43 +158,75 @@ class DraftCache:
         }
 
 
-class _EntriesFrom(Entries):
-    """See `DraftCache.attend_from`."""
+class _CacheEntries(Entries):
+    """See `DraftCache.attend`. The mask is made when a layer first asks for it, since some have fewer queries."""
 
     def __init__(
-        self, cache: DraftCache, start: int, end: int | None, mask: Tensor | None, *, is_causal: bool
+        self,
+        cache: DraftCache,
+        where: int | Tensor,
+        end: int,
+        seen: Tensor | None,
+        drafted: Tensor | None,
+        mask: Tensor | None,
+        *,
+        sees_itself: bool,
     ) -> None:
-        self._cache, self._start, self._end = cache, start, end
-        self.mask, self.first_slot, self._is_causal = mask, min(start, 0), is_causal
+        self._cache, self._where, self._end, self._made = cache, where, end, mask
+        self._seen, self._drafted, self._sees_itself = seen, drafted, sees_itself
+        self.first_slot = 0 if isinstance(where, Tensor) else min(where, 0)
+
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # made when it is asked for
+        if self._drafted is not None:
+            return self._mask_of(self._drafted.shape[1])
+        return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
+
+    def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
+        """`[b or 1, 1 or copies, queries, s]` of the newest tokens. A tree's is laid out for heads that share keys."""
+        if self._made is None:
+            if self._seen is None and self._is_plain(queries):
+                return None
+            self._made = self._tree_mask(queries, copies) if self._drafted is not None else self._text_mask(queries)
+        return self._made[:, :, -queries:]
+
+    def _is_plain(self, queries: int) -> bool:
+        """Whether the queries see all entries, or all up to their own where they begin a text."""
+        if self._drafted is not None:
+            return queries == 1
+        return not isinstance(self._where, Tensor) and (queries == 1 or self._where == 0)
+
+    def _tree_mask(self, queries: int, copies: int) -> Tensor:
+        assert self._drafted is not None
+        seen = self._cache.all_seen(self._end) if self._seen is None else self._seen
+        shape = (self._drafted.shape[0], copies, queries, -1)
+        return torch.cat([part.expand(shape) for part in (self._drafted[:, None], seen[:, None, None])], dim=-1)
+
+    def _text_mask(self, queries: int) -> Tensor:
+        order = torch.arange(self._end, device=self._cache.device)
+        own = (self._where[:, -queries:] if isinstance(self._where, Tensor) else order[None, -queries:])[..., None]
+        mask = order <= own
+        if self._seen is not None:
+            mask = mask & self._seen[:, None]
+        if self._sees_itself:
+            mask = mask | (order == own)
+        return mask[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        room, stop = self._cache.tree_room, self._start + keys.shape[2]
-        seen = slice(room + self.first_slot, room + (stop if self._end is None else self._end))
-        found = []
+        room, where, found = self._cache.tree_room, self._where, []
         for kept, part in zip(self._cache.of_layer(layer_idx, keys, values), (keys, values), strict=True):
-            kept[:, :, room + self._start : room + stop] = part
-            found.append(kept[:, :, seen])
+            if isinstance(where, Tensor):
+                kept.scatter_(2, (room + where)[:, None, :, None].expand_as(part), part)
+            else:
+                kept[:, :, room + where : room + where + part.shape[2]] = part
+            found.append(kept[:, :, room + self.first_slot : room + self._end])
         return found[0], found[1]
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        newest_only = queries.shape[2] < keys.shape[2]  # the last query sees everything
+        (_, heads, count, _), (_, key_heads, tokens, _) = queries.shape, keys.shape
         keys, values = self.update(keys, values, layer)
-        if self._is_causal and not newest_only:
-            grouped = keys.shape[1] != queries.shape[1]
-            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
-        return self._attended(queries, keys, values)
-
-
-class _EntriesAt(Entries):
-    """See `DraftCache.attend_at`."""
-
-    def __init__(self, cache: DraftCache, slots: Tensor, first: int, end: int, mask: Tensor) -> None:
-        self._cache, self._slots, self.first_slot, self._end, self.mask = cache, slots, first, end, mask
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        room = self._cache.tree_room
-        here, found = (room + self._slots)[:, None, :, None], []
-        for kept, part in zip(self._cache.of_layer(layer_idx, keys, values), (keys, values), strict=True):
-            kept.scatter_(2, here.expand_as(part), part)
-            found.append(kept[:, :, room + self.first_slot : room + self._end])
-        return found[0], found[1]
+        mask = self._mask_of(count, heads // key_heads)
+        if mask is None and self._drafted is None and count == tokens > 1:
+            shares = heads != key_heads
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=shares)
+        return attend(queries, keys, values, mask)

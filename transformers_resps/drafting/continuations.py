@@ -1,7 +1,7 @@
-"""What may follow the text: the tokens that followed where it, or a memory, ended alike, as one tree by their odds.
+"""One tree of the tokens that may follow a text, by their odds: those that followed at places that end like it.
 
-A tree of frequencies, best first, is that of SuffixDecoding (arXiv 2411.04975, section 4). A frequency from few places
-is no probability, so the odds are those that tokens of like evidence turned out to have.
+Growing a tree of frequencies best first is SuffixDecoding (arXiv 2411.04975, section 4). A frequency at few places is
+no probability, so the odds of a token are the acceptance rate of tokens with like evidence.
 """
 
 from array import array
@@ -15,31 +15,32 @@ from ..tree import Branches
 from .suffixes import SEPARATOR, Suffixes
 
 
-LONGEST_DRAFT = 16  # levels
-_MOST_PLACES = 24  # that a match is judged by
-_MATCHES = 3  # lengths of them: the longest, half of it, a quarter
-_LEAST_SHARE = 1 / 16  # of the places, that a token followed at
-_LEAST_ODDS = 0.02  # of a node
-_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # shortest match of each class
-_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # acceptance of what followed at the only place, by class of length
-_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # at two or three places, or more
-_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # at some; from the benchmarks' kind of texts
-_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter proposes only others
-_NOWHERE = -2  # no node of a drafter
-_PRIOR_WEIGHT = 4.0
-_MEMORY = 0.98  # weight of the record when an outcome is added
+LONGEST_DRAFT = 16  # Levels of a tree at most.
+_MOST_PLACES = 24  # Places at most that a match is judged by.
+_MATCHES = 3  # Lengths of match that are looked at: the longest, half of it, a quarter.
+_LEAST_SHARE = 1 / 16  # Share of the places at which a token must have followed.
+_LEAST_ODDS = 0.02  # Odds that a node must have.
+_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match of each class.
+# Acceptance before anything is known, measured on the benchmarks' kind of texts:
+_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # of a token that followed at the only place, by class of length;
+_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of one that followed at each of several places;
+_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of one that followed at some, by their share;
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter has only others.
+_NOWHERE = -2  # Stands for no node of a drafter.
+_PRIOR_WEIGHT = 4.0  # Outcomes that a prior counts as.
+_MEMORY = 0.98  # Weight of a record when an outcome is added.
 
 
 def length_class(length: int) -> int:
-    """The class of a match of so many tokens, at least one."""
+    """Classify a match by its tokens, at least one."""
     return bisect_right(_LENGTHS, length) - 1
 
 
 class TrackRecord:
-    """How often something of a class was right. Recent outcomes weigh more.
+    """Counts how often members of each class were right. Recent outcomes weigh more.
 
     Args:
-        priors: the share in each class before anything is known.
+        priors: share of right ones in each class, before anything is known.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -47,7 +48,7 @@ class TrackRecord:
         self._tried = [_PRIOR_WEIGHT] * len(priors)
 
     def rate(self, index: int) -> float:
-        """The probability that one of a class is right."""
+        """Estimate the probability that a member of a class is right."""
         return self._right[index] / self._tried[index]
 
     def add(self, index: int, right: bool) -> None:
@@ -56,8 +57,9 @@ class TrackRecord:
 
 
 def match_record() -> TrackRecord:
-    """By length of the match and count: of tokens that followed at so many of so many places. At its end by these
-    odds, of those beside which a drafter proposed only others.
+    """Make a record of tokens that followed a match, by its length and the share of places at which they followed.
+
+    Its last classes are of tokens whose place a drafter gave to others alone, by their odds without that.
     """
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
@@ -74,12 +76,12 @@ def _class_of(length: int, count: int, places: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What is searched.
+    """Texts that are searched.
 
     Attributes:
-        parts: its texts. They may grow between two searches.
-        record: how often what it proposed was right.
-        proposer: flag of `DraftTree.proposers`.
+        parts: the texts. They may grow between two searches.
+        record: how often tokens found in them were right.
+        proposer: their flag of `DraftTree.proposers`.
     """
 
     parts: Sequence[Suffixes]
@@ -92,7 +94,7 @@ class Remembered(Protocol):
 
     @property
     def corpus(self) -> Corpus:
-        """As it is now."""
+        """The texts now."""
         ...
 
 
@@ -100,11 +102,11 @@ Place = tuple["array[int]", int, int]  # tokens, where in them the text ended al
 
 
 class _Occurrences:
-    """Places of one corpus where the text ended alike, `depth` tokens ago.
+    """Places of one corpus that end like the text, and the `depth` tokens that followed at all of them.
 
     Attributes:
-        corpus: where.
-        odds: of the newest of these tokens.
+        corpus: the one that has the places.
+        odds: odds of the newest of these tokens.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -116,7 +118,7 @@ class _Occurrences:
 
     @property
     def opposed_odds(self) -> float:
-        """Of the newest token, where a drafter proposes only others."""
+        """Odds of the newest token if a drafter proposes only others."""
         return self.corpus.record.rate(self._opposed_class)
 
     @property
@@ -124,7 +126,7 @@ class _Occurrences:
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
 
     def followers(self) -> "dict[int, _Occurrences]":
-        """Where the tokens follow that do at more than a few places."""
+        """Find the tokens that follow at more than a few places, and where each does."""
         if self._followers is not None:
             return self._followers
         found: dict[int, list[Place]] = {}
@@ -144,14 +146,14 @@ class _Occurrences:
         return self._followers
 
     def judge(self, token: int) -> "list[_Occurrences]":
-        """Record which of the followers the text went on with; returns where it did."""
+        """Record which follower was right, by the text's next `token`; returns its places, if it is one."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             record.add(below._class, own == token)
         return [followers[token]] if token in followers else []
 
     def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """As `judge`, of those that a drafter lacked which proposed others."""
+        """Like `judge`, but only for tokens the drafter did not propose, at a node where it proposed others."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             if own not in drafted:
@@ -163,18 +165,18 @@ class Continuations:
     """Tokens that may follow a text: a tree that grows best first, as far as it is asked for.
 
     Args:
-        text: what may follow.
-        corpora: where it is looked for.
+        text: the text that goes on.
+        corpora: searched for its end.
         never_drafted: tokens that end a branch.
-        branches: whether it may; otherwise it is a chain of the likeliest.
+        branches: whether nodes may have several children; otherwise they are a chain of the likeliest tokens.
 
     Attributes:
-        tokens: of the nodes, every parent before its children.
-        parents: of each node; -1 is the text's end.
-        odds: that the text goes on along the whole path to a node; falling.
+        tokens: token of each node, every parent before its children.
+        parents: parent of each node; -1 is the text's end.
+        odds: odds that the text goes on along the whole path to each node; falling.
         proposers: flags of the corpora that each node was found in.
-        odds_beside: of the nodes that a drafter does not have, 0 for others; `None` until `weigh_beside` tells of it.
-        shared: the drafter's nodes that are among these, and the odds here.
+        odds_beside: odds of the nodes that a drafter does not have, 0 for others; `None` before `weigh_beside`.
+        shared: the drafter's nodes that are among these, with the odds here.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class Continuations:
         self.shared: dict[int, float] = {}
 
     def grow(self, most: int) -> "Continuations":
-        """The same, with `most` nodes where there are so many."""
+        """Grow to `most` nodes, or as many as there are, and return the tree."""
         if self._heap is None:
             self._heap = []
             if not self._ends:
@@ -232,9 +234,9 @@ class Continuations:
             del self._heap[1:]
 
     def weigh_beside(self, tokens: Sequence[int], parents: Sequence[int], most: int) -> None:
-        """Weigh the best nodes beside those of a drafter, whose parents are -1 for the text's end.
+        """Weigh the `most` best nodes beside those of a drafter, whose parents are -1 for the text's end.
 
-        Where it proposes only other tokens, a node is far less likely; how far, the record tells.
+        A node is far less likely where the drafter proposes only other tokens; the record says how much.
         """
         self._drafted, self.shared, self.odds_beside = {}, {}, []
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
@@ -251,8 +253,9 @@ class Continuations:
             self.odds_beside.append(0.0 if node in twins else reached[node])
 
     def branches(self, most: int, least_prob: float) -> Branches:
-        """The best nodes, and those above them: others have no probability. Those that the drafter has, too, are kept,
-        for a policy may cut its tree short.
+        """List the best nodes. Those below `least_prob` that carry no better one get no probability.
+
+        Nodes that the drafter has, too, are kept, for a policy may cut the drafter's tree short.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
@@ -264,13 +267,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Learn from what the text went on with, whether or not it was proposed."""
+        """Learn from the tokens that the text went on with, whether or not they were proposed."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Learn how often nodes were right that the drafter lacked beside which they were weighed."""
+        """Learn how often the nodes were right that the drafter beside them lacked."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)
@@ -281,7 +284,7 @@ class Continuations:
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
-    """Where the text ended as now, by the longest match and by shorter ones that were found at more places."""
+    """Find the places that end like the text, by the longest match and by shorter ones that have more places."""
     searches = [(part, part.search(context)) for part in corpus.parts]
     length = max((search.longest for _, search in searches), default=0)
     found, known = list[_Occurrences](), 0

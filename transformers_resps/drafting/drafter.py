@@ -1,4 +1,4 @@
-"""What proposes in one call: a candidate generator of Transformers' own type, which knows trees, too."""
+"""The drafter of one call: a candidate generator of Transformers' own type that proposes trees, too."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """What a step asks for.
+    """The draft that a step asks for.
 
     Attributes:
-        shape: up to `depth` levels, at least one, of `top_k` children per node; of a lookup up to `lookup` nodes.
-        goes_on: whether to draft another level, by the levels drafted and the scores `[b, k]` of the nodes that would
-            get children; `None` drafts all of them.
-        least_prob: a chain ends before a node that is accepted with less.
+        shape: up to `depth` levels, at least one, of `top_k` children per node; a lookup gives up to `lookup` nodes.
+        goes_on: decides about another level, by the levels drafted and the scores `[b, k]` of the nodes that would
+            get children; `None` drafts all levels.
+        least_prob: acceptance probability below which a node ends a lookup's chain.
     """
 
     shape: TreeShape
@@ -33,10 +33,10 @@ class Committed(NamedTuple):
 
     Attributes:
         tokens: `[b, t]`. A row that gained fewer repeats its last.
-        features: `[b, t, F]` of the position before each token, of the prompt one less; `None` where no drafter reads
-            features.
+        features: `[b, t, F]` the target's, at the position before each token; a prompt has one less. `None` where no
+            drafter reads features.
         rows: the tokens that each row gained, on the host; `None` where all rows gained t.
-        tree: in which they were drafted; `None` for the prompt.
+        tree: the tree that held them; `None` for the prompt.
     """
 
     tokens: Tensor
@@ -57,7 +57,7 @@ class Drafter(CandidateGenerator, ABC):
         proposable_tokens: how many tokens it can propose after a node.
         most_levels: how many levels it can draft; `None` for any number.
         drafts_at_once: whether one pass gives all levels, so that more of them or of their nodes take next to no time.
-        built_tree: of all nodes that the newest draft was asked for; `None` where it gave the pool alone.
+        built_tree: tree of the newest draft with all nodes asked for; `None` where the draft gave the pool alone.
         chain_length: tokens of a chain, where Transformers' loop asks.
     """
 
@@ -68,8 +68,8 @@ class Drafter(CandidateGenerator, ABC):
     drafts_at_once: bool = False
     built_tree: DraftTree | None = None
     chain_length: int = 5
-    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # of Transformers' loop
-    _told = 0  # tokens that Transformers' loop has shown
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # Asked by Transformers' loop.
+    _told = 0  # Tokens that Transformers' loop has shown.
 
     @property
     def requires_model_outputs(self) -> bool:  # type: ignore[override]
@@ -78,11 +78,11 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """The nodes below the newest token of `[b, s]`; see `get_candidates`."""
+        """Draft the nodes below the newest token of `[b, s]`; see `get_candidates`."""
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Take in what the text has gained."""
+        """Take in the tokens that the text has gained."""
 
     @overload
     def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...
@@ -99,9 +99,9 @@ class Drafter(CandidateGenerator, ABC):
 
         Args:
             input_ids: `[b, s]` the text, or its newest token where the drafter does not want more.
-            request: of our loop; `None` asks for a chain, as Transformers does.
-            model_outputs: of the newest forward in Transformers' loop, with hidden states.
-            kwargs: what else Transformers tells.
+            request: what our loop asks for; `None` asks for a chain, as Transformers does.
+            model_outputs: outputs of the newest forward in Transformers' loop, with hidden states.
+            kwargs: other arguments of Transformers' loop.
 
         Returns:
             The nodes of a tree; or the text with a chain after it `[1, s + c]`, and no logits.
@@ -121,19 +121,19 @@ class Drafter(CandidateGenerator, ABC):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Learn what became of the newest candidates.
+        """Learn how many of the newest candidates were kept.
 
         Args:
             input_ids: `[b, s]` as in `get_candidates`.
             scores: `[b, n, v]` the target's logits, after the root and after each node.
-            num_matches: candidates that were kept, of the row that kept most.
-            committed: of our loop. Transformers' shows the tokens when it asks for the next chain.
+            num_matches: candidates that were kept, in the row that kept most.
+            committed: the new tokens, from our loop. Transformers' shows them when it asks for the next chain.
         """
         if committed is not None:
             self.observe(committed)
 
     def _features(self, outputs: Any, count: int) -> Tensor | None:
-        """Of the position before each of the last `count` tokens, `[1, t, F]`."""
+        """Take the features at the position before each of the last `count` tokens, `[1, t, F]`."""
         if not self.feature_layers:
             return None
         states = outputs.hidden_states
@@ -145,11 +145,11 @@ class Drafter(CandidateGenerator, ABC):
         return torch.cat([states[layer][:, :count] for layer in self.feature_layers], dim=-1)
 
     def read(self, at_least: int = 1) -> None:
-        """Process what was observed, if at least so many tokens wait; a draft does so by itself."""
+        """Process observed tokens, if at least so many wait; a draft does so by itself."""
         return None
 
     def take_compile_seconds(self) -> float:
-        """Seconds of compiling drafts since they were last taken."""
+        """Take the seconds spent on compiling drafts since the last call."""
         return 0.0
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Drafter(CandidateGenerator, ABC):
 
 
 def _best_path(pool: CandidatePool) -> list[int]:
-    """Tokens from the root to the likeliest of the deepest nodes that may be right."""
+    """Walk from the root to the likeliest of the deepest nodes that may be right; returns the tokens."""
     tokens, parents, scores = (part[0].tolist() for part in (pool.tokens, pool.parents, pool.scores))
     levels = pool.levels.tolist()
     possible = [place for place, score in enumerate(scores) if score > -torch.inf]

@@ -1,10 +1,10 @@
-"""What drafting keeps from call to call: for each source its cache, and captured drafts or a compiled pass."""
+"""What drafting keeps from call to call: for each source its cache, and captured drafts or compiled passes."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,20 +13,22 @@ from torch import Tensor, nn
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
-from ..tree import CandidatePool, DraftTree, TreeShape
-from .blocks import BlockInputs, BlockPass, BlockPaths
+from ..tree import CandidatePool, DraftTree
 from .cache import DraftCache
-from .levels import LEAST_TOKENS, DraftFunction, LevelForward, PassFunction, PassInputs
-from .pool_growth import Frontier, Growth, RunLevel
+from .passes import Draft, DraftPass, Found, Given, run_eager
+from .pool_growth import Root
 from .step_model import StepModel
+from .text import Pairs, Text
 
+
+MAX_UNREAD = 64  # Tokens that may wait: their features weigh more than the keys, and one draft has to read them all.
+_EXAMPLE_SIZES = {"t": 3, "k": 4, "n": 6, "e": 7, "s": 11}  # Of a pass that is compiled; all differ.
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, each shape once; or compiles a pass, once for all sizes, and once more for
-    newest pairs whose features it fuses by weights. A pass over a block is a whole draft.
+    """Captures whole drafts of one source, each shape once; or compiles their passes, each once for all sizes.
 
     Args:
         capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
@@ -51,134 +53,106 @@ class DraftEngine(CompileEngine[StepModel]):
         return WeightFingerprint(self.owner.modules, any(part.training for part in self.owner.modules))
 
     def cache(self, rows: int) -> DraftCache:
-        """The source's cache for a call with so many rows, at the same place as in earlier calls."""
+        """Give the source's cache for a call with so many rows, at the same place as in earlier calls."""
         model, cache = self.owner, self._cache
         self._in_batch = rows > 1
         keys = cache.buffers[0] if cache is not None and cache.buffers else None
         is_same = keys is not None and (len(keys), keys.dtype, keys.device) == (rows, model.dtype, model.device)
         if cache is None or keys is None or not is_same or not is_of_this_mode(keys):
-            cache = self._cache = DraftCache.empty(model, rows)
+            cache = self._cache = model.cache(None)
         return cache
 
-    @property
-    def captures(self) -> bool:
-        """Whether whole drafts run as one launch."""
-        return not self.is_broken and self._makes_captures
-
-    @property
-    def compiles(self) -> bool:
-        """Whether passes run compiled, one by one."""
-        return not self.is_broken and not self._makes_captures
-
-    @property
-    def _makes_captures(self) -> bool:
-        return self._capture is not None or self.owner.device.type == "cuda"
-
     def draft(
-        self, kind: type[DraftFunction], shape: TreeShape, cache: DraftCache, inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
-        """Draft over the cache of this engine with one launch, or capture first.
+        self, draft: Draft[Any], pairs: Pairs | None, text: Text, before: Root | None
+    ) -> tuple[Root, CandidatePool, DraftTree | None]:
+        """Draft over the cache of this engine, see `Draft`: by one launch, by compiled passes, or as it is.
 
-        `inputs` are `NewestPairs`. Returns the model's output at the newest pair, the pool and the tree, until the
-        next draft; `None` where capturing fails.
+        Returns:
+            The root, the pool and, where one launch gave it too, the tree; until the next draft.
         """
-        tree_room, pairs = cache.tree_room, inputs[1].shape[1]
+        captures = self._capture is not None or self.owner.device.type == "cuda"
+        count = 0 if pairs is None else pairs.tokens.shape[1]
+        # A capture is of one number of pairs, and no step leaves more than these.
+        if captures and pairs is not None and draft.goes_on is None and count <= draft.shape.depth + 1:
+            outputs = self._launched(draft, draft.tensors(pairs, text), text.cache)
+            if outputs is not None:
+                return draft.found(outputs, pairs.tokens[:, -1])
+        is_eager = captures or count > MAX_UNREAD
+        return *draft(pairs, text, before, run_eager if is_eager else self.run_pass), None
 
-        def draft(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return kind(self.owner, shape, tree_room)(*tensors)
+    def _launched(self, draft: Draft[Any], inputs: Sequence[Tensor], cache: DraftCache) -> tuple[Tensor, ...] | None:
+        """Run a whole draft as one launch, which is captured first; `None` where that fails."""
+        if self.is_broken or not cache.buffers:
+            return None
+        kind, shape, tree_room, count = type(draft), draft.shape, cache.tree_room, len(inputs)
+
+        def whole_draft(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return kind(self.owner, shape).of_tensors(DraftCache(tensors[count:], tree_room), *tensors[:count])
 
         def make() -> Code:
-            fast = (self._capture or CapturedFunction)(draft)
-            return Code(draft, fast, kind.scores, "log probabilities", cache.buffers[0].dtype)
+            fast = (self._capture or CapturedFunction)(whole_draft)
+            return Code(whole_draft, fast, lambda outputs: outputs[3], "log probabilities", cache.buffers[0].dtype)
 
-        outputs = self.run(self.code((shape, pairs, tree_room), make), inputs, cache.buffers)
-        return None if outputs is None else kind(self.owner, shape, tree_room).unpack(outputs)
+        outputs: tuple[Tensor, ...] | None = self.run(
+            self.code((shape, inputs[1].shape[1], tree_room), make), inputs, cache.buffers
+        )
+        return outputs
 
-    def levels(self, forward: LevelForward) -> RunLevel:
-        """The levels of one draft, compiled; as they are where that fails, or where whole drafts are captured."""
-        if self._makes_captures:
-            return forward
+    def run_pass(self, one: DraftPass[Given, Found], given: Given) -> Found:
+        """Run a pass by compiled code; as it is where that fails, or is not worth a compilation."""
+        cache = given.text.cache
+        outputs = None if self.is_broken or not cache.buffers else self._run_compiled(one, one.tensors(given), cache)
+        return one(given) if outputs is None else one.trimmed(outputs, given)
 
-        def run(frontier: Frontier, level: int, is_last: bool) -> Growth:
-            found = self.grow(forward.cache, forward.tensors(frontier, level)) if self.compiles else None
-            return forward(frontier, level, is_last) if found is None else _narrowed(found[1], frontier)
-
-        return run
-
-    def grow(self, cache: DraftCache, inputs: PassInputs, *, fuses: bool = False) -> tuple[Tensor, Growth] | None:
-        """Run a pass over the cache of this engine, compiled; see `PassFunction`.
-
-        Returns `None` where that fails, or is not worth a compilation, or where whole drafts are captured.
-        """
-        grown: tuple[Tensor, Growth] | None = self._run_pass(PassFunction, cache, inputs, fuses=fuses)
-        return grown
-
-    def fill(self, cache: DraftCache, inputs: BlockInputs, levels: int) -> tuple[Tensor, BlockPaths] | None:
-        """As `grow`, over a block of so many levels; see `BlockPass`."""
-        filled: tuple[Tensor, BlockPaths] | None = self._run_pass(BlockPass, cache, inputs, levels=levels)
-        return filled
-
-    def _run_pass(
-        self,
-        kind: type[PassFunction | BlockPass],
-        cache: DraftCache,
-        inputs: PassInputs | BlockInputs,
-        **setting: int,
-    ) -> Any:
-        if not self.compiles or not cache.buffers:
-            return None
-        is_batch, tensors = len(inputs.tokens) > 1, inputs.filled_up()
-        code = self._pass_code(kind, cache, is_batch, setting)
-        outputs = self.run_packaged(code, tensors, cache.buffers)
+    def _run_compiled(self, one: DraftPass[Given, Found], inputs: Sequence[Tensor], cache: DraftCache) -> Any:
+        is_batch = len(inputs[0]) > 1
+        code = self._pass_code(one, cache, is_batch)
+        outputs = self.run_packaged(code, inputs, cache.buffers)
         if outputs is not None:
             return outputs
-        is_ready = code.fast.is_ready(tensors, cache.buffers)
+        is_ready = code.fast.is_ready(inputs, cache.buffers)
         if not is_ready:
             if is_batch is not self._in_batch or code in self._missing:  # the rest of a batch is not worth it
                 return None
-            self.prepare(code, *_example(inputs, cache.buffers))
-        return self.run(code, tensors, cache.buffers, is_ready=is_ready)
+            self.prepare(code, *_example(one, inputs, cache.buffers))
+        return self.run(code, inputs, cache.buffers, is_ready=is_ready)
 
-    def _pass_code(
-        self, kind: type[PassFunction | BlockPass], cache: DraftCache, is_batch: bool, setting: dict[str, int]
-    ) -> Code:
-        tree_room, make_pass = cache.tree_room, cast(Any, kind)
+    def _pass_code(self, one: DraftPass[Given, Found], cache: DraftCache, is_batch: bool) -> Code:
+        kind, count, tree_room = type(one), len(one.sizes), cache.tree_room
 
-        def draft_pass(*tensors: Tensor) -> tuple[Tensor, Any]:
-            drafted: tuple[Tensor, Any] = make_pass(self.owner, tree_room, **setting)(*tensors)
-            return drafted
+        def draft_pass(*tensors: Tensor) -> Any:
+            return kind(self.owner).of_tensors(DraftCache(tensors[count:], tree_room), *tensors[:count])
 
         def make() -> Code:
-            *own, of_last = kind.dynamic  # which has no rows
-            rows, of_buffers = ((0,), (0, 2)) if is_batch else ((), (2,))
-            dynamic = [*((*rows, *sizes) for sizes in own), of_last]
-            name = f"{kind.__name__} {setting} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
+            fixed = "1*" if is_batch else "1*b"
+            dynamic = [tuple(at for at, size in enumerate(sizes) if size not in fixed) for sizes in one.sizes]
+            name = f"{one.name} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
+            of_buffers = (0, 2) if is_batch else (2,)
             fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name)
-            return Code(draft_pass, fast, kind.scores, "log probabilities", cache.buffers[0].dtype)
+            return Code(draft_pass, fast, _scores, "log probabilities", cache.buffers[0].dtype)
 
-        return self.code((kind, tree_room, is_batch, *setting.values()), make)
-
-
-def _narrowed(growth: Growth, frontier: Frontier) -> Growth:
-    """Without the nodes that a level of one was filled up with, from which the best child may come as well."""
-    following = growth.frontier
-    if frontier.tokens.shape[1] > 1 or growth.best is None or following is None or following.hidden is None:
-        return growth
-    seen = following.visible[:, :1]
-    narrow = Frontier(
-        following.tokens[:, :1],
-        following.scores[:, :1],
-        following.hidden[:, :1],
-        torch.cat([seen[..., :1], seen[..., LEAST_TOKENS:]], dim=-1),
-    )
-    return Growth(narrow.tokens[:, None], narrow.scores[:, None], torch.zeros_like(growth.best[:, :1]), narrow)
+        return self.code((one.name, tree_room, is_batch), make)
 
 
-def _example(inputs: PassInputs | BlockInputs, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    made = inputs.example()
-    return [part.clone(memory_format=torch.contiguous_format) for part in made], [
-        part[: len(made[0])].clone(memory_format=torch.contiguous_format) for part in buffers
-    ]
+def _scores(outputs: Any) -> Tensor:
+    """The path scores in the outputs of a pass, of nodes that are some."""
+    scores: Tensor = outputs[1].scores
+    return scores.nan_to_num(neginf=0.0)
+
+
+def _example(
+    one: DraftPass[Given, Found], inputs: Sequence[Tensor], buffers: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
+    sizes = _EXAMPLE_SIZES | {"b": min(len(inputs[0]), 2)}
+    made = []
+    for part, letters in zip(inputs, one.sizes, strict=True):
+        for dimension, letter in enumerate(letters):
+            if letter in sizes:
+                places = torch.arange(sizes[letter], device=part.device) % part.shape[dimension]
+                part = part.index_select(dimension, places)
+        made.append(torch.ones_like(part) if part.dtype == torch.bool else part)  # padding may see nothing
+    return made, [part[: sizes["b"]].clone(memory_format=torch.contiguous_format) for part in buffers]
 
 
 class DraftEngines:

@@ -1,4 +1,4 @@
-"""Any `CandidateGenerator` of Transformers or of a user as a source: its chain competes for the places of a tree."""
+"""Makes a source of any `CandidateGenerator`: its chain competes for the places of a tree."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ from .drafter import Committed, Drafter, DraftRequest
 from .source import DraftCall, DraftSource
 
 
-_LONGEST_CHAIN = 24
-_FIRST_RATE = 0.6  # acceptance of a token before anything is known
+_LONGEST_CHAIN = 24  # Candidates of a generator that are looked at.
+_FIRST_RATE = 0.6  # Acceptance of a token before anything is known.
 
 
 class ForeignSource(DraftSource):
@@ -82,9 +82,9 @@ class ForeignDrafter(Drafter):
     """Drafts a chain of one text.
 
     Args:
-        generator: of Transformers' type.
+        generator: asked for candidates.
         record: how often its tokens were right, by their place in the chain.
-        vocabulary: token ids that there are.
+        vocabulary: number of token ids of the target.
     """
 
     reads_text = True
@@ -96,7 +96,7 @@ class ForeignDrafter(Drafter):
         self._chain: list[int] = []
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """A chain of at most `depth` nodes, on the host."""
+        """Ask for a chain of at most `depth` nodes, on the host."""
         with _Named(self._generator, "drafted"):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
         self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
@@ -105,12 +105,12 @@ class ForeignDrafter(Drafter):
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
-        """Nothing: the text comes with each request."""
+        """Ignore it: the text comes with each request."""
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """As `Drafter.update_candidate_strategy`, of its own chain, as far as it was verified."""
+        """Tell the generator, and the record, how much of the newest chain was right, as far as it was verified."""
         chain, self._chain = self._chain, []
         if not chain or committed is None or committed.tree is None:
             return
@@ -125,10 +125,10 @@ class ForeignDrafter(Drafter):
             self._generator.update_candidate_strategy(cast(Any, input_ids), cast(Any, own), min(matches, len(nodes)))
 
     def keep_rows(self, rows: list[int]) -> None:
-        """There is one."""
+        """Ignore it: there is one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """The tokens after the text.
+        """Take the candidates after the text.
 
         Raises:
             ValueError: they do not follow it, or are no tokens.
@@ -149,7 +149,7 @@ class ForeignDrafter(Drafter):
 
 
 class _Named:
-    """Names the generator in what it raises inside the `with` block."""
+    """Names the generator in errors that are raised inside the `with` block."""
 
     def __init__(self, generator: CandidateGenerator, what: str) -> None:
         self._told = f"{type(generator).__name__} failed when it {what}"

@@ -10,7 +10,7 @@ from .drafter import Committed, Drafter, DraftRequest
 
 
 def together(drafters: Sequence[Drafter]) -> Drafter | None:
-    """One for all, which are asked in their order; `None` for none."""
+    """Make one drafter that asks all in their order; `None` for none."""
     if len(drafters) < 2:
         return drafters[0] if drafters else None
     return MixedDrafter(drafters)
@@ -20,7 +20,7 @@ class MixedDrafter(Drafter):
     """Merges what several drafters propose below the same roots; see `CandidatePool.merged`.
 
     Args:
-        drafters: at least two. What they are shown has the features of all layers that any of them reads.
+        drafters: at least two. Committed tokens come with the features of all layers that any of them reads.
     """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
@@ -44,14 +44,14 @@ class MixedDrafter(Drafter):
             drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
 
     def _apart(self, committed: Committed) -> Sequence[Committed]:
-        """For each drafter, with the features that it reads."""
+        """Give each drafter the tokens with the features that it reads."""
         states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
         known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
         read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]
         return [committed._replace(features=torch.cat(own, dim=-1) if own else None) for own in read]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """As `Drafter.draft`, on the host."""
+        """Merge the pools of all drafters on the host."""
         return CandidatePool.merged([drafter.draft(input_ids, request).on_host() for drafter in self._drafters])
 
     def read(self, at_least: int = 1) -> None:

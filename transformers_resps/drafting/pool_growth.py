@@ -1,6 +1,6 @@
 """A pool that grows level by level: which nodes get children, and what these see.
 
-`grow_pool` knows no drafter; `sprout` and `branch` make its levels from what a model puts out.
+`grow_pool` knows no drafter; `sprout` and `branch` make its levels from a model's outputs.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,33 @@ from ..tree import CandidatePool
 from .step_model import StepModel
 
 
+class Root(NamedTuple):
+    """What a model has computed of the newest tokens, below which it drafts.
+
+    Attributes:
+        tokens: `[b]`.
+        output: `[b, 1, h]` of depth 0.
+        hidden: `[b, 1, h]` what depth 0 paired them with; `None` where it reads no hidden states.
+        carried: `[b, 1, h]` of each depth, what the next one pairs the next token with; empty for a single depth.
+    """
+
+    tokens: Tensor
+    output: Tensor
+    hidden: Tensor | None = None
+    carried: tuple[Tensor, ...] = ()
+
+    def of_rows(self, rows: Tensor) -> "Root":
+        """The root of some rows."""
+        tokens, output, *carried = (part.index_select(0, rows) for part in (*self[:2], *self.carried))
+        return Root(tokens, output, None if self.hidden is None else self.hidden.index_select(0, rows), tuple(carried))
+
+
 class Frontier(NamedTuple):
     """The nodes of one level that get children next.
 
     Attributes:
         tokens: `[b, w]`.
-        scores: `[b, w]` as the pool has them.
+        scores: `[b, w]` path scores, as in the pool.
         hidden: `[b, w, h]` what they are paired with: the parent's output; `None` where the model reads none.
         visible: `[b, w, w + e]` bool: which drafted entries a node sees; of its own level itself, then its ancestors
             in the earlier levels, the newest level first.
@@ -36,9 +57,9 @@ class Growth(NamedTuple):
 
     Attributes:
         tokens: `[b, w, k]` the children of each node of a frontier.
-        scores: `[b, w, k]` as the pool has them.
+        scores: `[b, w, k]` path scores, as in the pool.
         best: `[b, k]` which of the `w * k` children get children next; `None` where none or all do.
-        frontier: these; `None` where none do.
+        frontier: the children that get children next; `None` where none do.
     """
 
     tokens: Tensor
@@ -57,7 +78,7 @@ def grow_pool(
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] | None = None,
 ) -> CandidatePool:
-    """The `first` level and those that `run` drafts after it, up to `depth` in all.
+    """Join the `first` level and those that `run` drafts after it, up to `depth` in all.
 
     `goes_on` decides whether a level gets children, by the levels drafted and the scores `[b, w]` of its best nodes.
 
@@ -71,52 +92,51 @@ def grow_pool(
     return _joined(levels)
 
 
-def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried: Tensor | None = None) -> Growth:
-    """The first level, of `top_k` nodes, all of which get children.
-
-    `newest` `[b, 1, h]` is the model's output at the root, and `carried` what it pairs these with instead of feedback.
-    """
-    children = model.children(newest, top_k)  # [b, 1, k] each
-    return first_level(*children, None if is_last else _paired(model, newest, carried), is_last)
-
-
-def first_level(tokens: Tensor, scores: Tensor, hidden: Tensor | None, is_last: bool) -> Growth:
-    """Of the root's children `[b, 1, k]`, which are paired with `hidden` `[b, 1, h]`."""
+def sprout(model: StepModel, root: Root, itself: Tensor, is_last: bool) -> Growth:
+    """Draft the first level: k children of the root, which all get children. `itself` `[k, k]` is as in `branch`."""
+    top_k = itself.shape[1]
+    tokens, scores = model.children(root.output, top_k)  # [b, 1, k] each
     if is_last:
         return Growth(tokens, scores, None, None)
-    rows, _, width = tokens.shape
-    hidden = None if hidden is None else hidden.expand(-1, width, -1)
-    itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
-    return Growth(tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself))
+    hidden = root.carried[0] if root.carried else model.feedback(root.output, root.hidden)
+    hidden = None if hidden is None else hidden.expand(-1, top_k, -1)
+    return Growth(
+        tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself.expand(len(tokens), -1, -1))
+    )
 
 
 def branch(
     model: StepModel,
     frontier: Frontier,
     output: Tensor,
+    hidden: Tensor | None,
+    itself: Tensor,
     is_last: bool,
-    *,
-    carried: Tensor | None = None,
     depth: int = 0,
-    itself: Tensor | None = None,
 ) -> Growth:
-    """The children of a frontier, by the output `[b, w, h]` of a depth over it, and which of them get children.
+    """Draft the children of a frontier, and choose those that get children.
 
-    `carried` is what these are paired with instead of feedback. `itself` `[b, k, k]` is what the next level sees of
-    its own nodes; without it that is as wide as the frontier.
+    Args:
+        model: drafts.
+        frontier: w nodes.
+        output: `[b, w, h]` of a depth at these nodes.
+        hidden: `[b, w, h]` what their children are paired with.
+        itself: `[b or 1, k, k]` bool, what each of the k nodes of the next level sees of that level.
+        is_last: whether no child gets children.
+        depth: the output's.
     """
-    if itself is None:
-        itself = frontier.visible[..., : frontier.tokens.shape[1]]  # every level begins with it
-    tokens, scores = model.children(output, itself.shape[2], depth)
+    top_k = itself.shape[2]
+    tokens, scores = model.children(output, top_k, depth)
     scores = scores + frontier.scores[..., None]
     if is_last:
         return Growth(tokens, scores, None, None)
-    return Growth(tokens, scores, *_next(frontier, _paired(model, output, carried), tokens, scores, itself))
-
-
-def _paired(model: StepModel, output: Tensor, carried: Tensor | None) -> Tensor | None:
-    """What children are paired with; `None` where the model reads no hidden states."""
-    return model.feedback(output) if carried is None and model.reads_features else carried
+    kept, best = scores.flatten(1).topk(top_k, dim=-1)
+    origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
+    if hidden is not None:
+        hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
+    seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
+    visible = torch.cat([itself.expand(len(seen), -1, -1), seen], dim=-1)
+    return Growth(tokens, scores, best, Frontier(tokens.flatten(1).gather(1, best), kept, hidden, visible))
 
 
 def _joined(levels: list[Growth]) -> CandidatePool:
@@ -132,19 +152,9 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     hung = [own.expand_as(level.tokens) for own, level in zip(parents, levels, strict=False)]
     tokens = torch.cat([level.tokens for level in levels], dim=1).flatten(1)
     scores = torch.cat([level.scores for level in levels], dim=1).flatten(1)
-    level_of = [number for number, size in enumerate(sizes, start=1) for _ in range(size)]
-    return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.tensor(level_of))
+    return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, numbered(sizes))
 
 
-def _next(
-    frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Tensor, itself: Tensor
-) -> tuple[Tensor, Frontier]:
-    """The best children `[b, w, k]` of a frontier, wherever they hang: which they are, and the next frontier."""
-    top_k = tokens.shape[-1]
-    scores, best = scores.flatten(1).topk(top_k, dim=-1)
-    origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
-    tokens = tokens.flatten(1).gather(1, best)
-    if hidden is not None:
-        hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
-    seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
-    return best, Frontier(tokens, scores, hidden, torch.cat([itself, seen], dim=-1))
+def numbered(sizes: list[int]) -> Tensor:
+    """The level of each node of a pool, 1 for the first, from the sizes of its levels."""
+    return torch.tensor([level for level, size in enumerate(sizes, start=1) for _ in range(size)])

@@ -1,4 +1,4 @@
-"""Prompt lookup: draft what followed where the text, or a memory of other texts, ended like this before.
+"""Prompt lookup: draft the tokens that followed where this text, or a remembered one, ended like this before.
 
 The index grows with the text and is never rebuilt; a query costs microseconds.
 """
@@ -21,17 +21,17 @@ from .source import DraftCall, DraftSource
 from .suffixes import Suffixes
 
 
-_SEEN_NODES = 16  # whose odds a policy sees
-_STRIDE = 3  # tokens between two places at which a record learns
+_SEEN_NODES = 16  # Nodes whose odds a policy sees.
+_STRIDE = 3  # Tokens between two places at which a record learns.
 
 
 class Lookup:
     """Proposes continuations of one text, and records how often they are right, used or not.
 
     Args:
-        never_drafted: tokens at which a continuation ends, such as those that stand for an image; none follows them.
-        memories: are searched as well.
-        branches: whether what it proposes may branch, or is a chain.
+        never_drafted: tokens that end a continuation, such as placeholders of an image; none follows them.
+        memories: searched as well.
+        branches: whether continuations may branch; otherwise they are a chain.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append committed tokens, and record whether what could be looked up before them was right.
+        """Append committed tokens, and record whether the continuations found before them were right.
 
-        The record learns at every few places, so that it tells of the text alone, and not of the steps that wrote it;
-        the prompt was not written by the target, and is no evidence.
+        The record learns at places a few tokens apart, so it does not depend on the steps that wrote the text. The
+        prompt was not written by the target, and is no evidence.
         """
         if self._found is not None:
             self._found.judge_beside(tokens)
@@ -78,7 +78,7 @@ class Lookup:
 
     @property
     def found(self) -> Continuations:
-        """What may follow the text's end."""
+        """Continuations of the text."""
         if self._found is None:
             corpora = [self._own, *(memory.corpus for memory in self._memories)]
             self._found = Continuations(self._text, corpora, self._never_drafted, branches=self._branches)
@@ -86,7 +86,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Of the best nodes that may follow, falling; once weighed beside a drafter's, of those that it lacks."""
+        """Odds of the best nodes, falling; once weighed beside a drafter's, of the nodes that it lacks."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -94,15 +94,15 @@ class Lookup:
 
 
 class LookupDrafter(Drafter):
-    """One `Lookup` per row of a batch. What it observes is read when a proposal is asked for.
+    """Holds a `Lookup` for each row of a batch. Observed tokens are indexed when a proposal is asked for.
 
     Args:
         pads: padding tokens before each row's prompt.
-        origins: what each row's text is written from, such as the encoder's tokens, read before the text: a match may
-            lie there. `None` for nothing.
+        origins: tokens that each row's text is written from, such as an encoder's, in which a match may lie, too;
+            `None` for none.
         never_drafted: see `Lookup`.
-        memories: likewise.
-        branches: likewise.
+        memories: see `Lookup`.
+        branches: see `Lookup`.
     """
 
     proposable_tokens = 1
@@ -135,15 +135,15 @@ class LookupDrafter(Drafter):
 
     @property
     def odds(self) -> list[list[float]]:
-        """Of every row; see `Lookup`."""
+        """Odds of every row, see `Lookup.odds`."""
         self.read()
         return [lookup.odds for lookup in self._lookups]
 
     def weigh_beside(self, pool: CandidatePool, most: int) -> CandidatePool:
-        """Weigh `most` nodes of each row beside those of another drafter, on the host.
+        """Weigh `most` nodes of each row beside another drafter's pool, which is on the host.
 
         Returns:
-            The other's pool. Nodes that were looked up, too, have the better score.
+            That pool. Nodes that were looked up, too, have the better score.
         """
         self.read()
         scores = pool.scores.tolist()
@@ -156,16 +156,16 @@ class LookupDrafter(Drafter):
 
     @property
     def shared(self) -> list[list[int]]:
-        """Of every row, the other drafter's nodes that were looked up, too; see `weigh_beside`."""
+        """Nodes of the other drafter that were looked up, too, by row; see `weigh_beside`."""
         return [list(lookup.found.shared) for lookup in self._lookups]
 
     def branches(self, request: DraftRequest) -> list[Branches]:
-        """At most `lookup` nodes of each row."""
+        """List at most `lookup` nodes of each row."""
         self.read()
         return [lookup.found.branches(request.shape.lookup, request.least_prob) for lookup in self._lookups]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """These nodes as a pool on the host; see `CandidatePool.from_branches`."""
+        """Make a pool of `branches`, on the host."""
         return CandidatePool.from_branches(self.branches(request))
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -176,10 +176,10 @@ class LookupDrafter(Drafter):
 
 
 class PromptLookup(DraftSource):
-    """The text so far as a source, which every call has.
+    """Looks up the text so far; every call has this source.
 
     Args:
-        memories: are searched as well.
+        memories: searched as well.
     """
 
     def __init__(self, memories: Sequence[Remembered] = ()) -> None:
@@ -203,6 +203,6 @@ class PromptLookup(DraftSource):
 
 
 def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:
-    """Means of the odds of rows that advance on their own, weighted by `row_weights`."""
+    """Average the odds of rows that advance on their own, weighted by `row_weights`."""
     columns = zip_longest(*rows, fillvalue=0.0)
     return [sum(map(mul, row_weights, chances)) / len(rows) for chances in columns]

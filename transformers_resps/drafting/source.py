@@ -1,11 +1,10 @@
-"""What a user passes as `assistant_model`. It lives between calls, and makes the drafter of each."""
+"""Sources: what a user passes as `assistant_model`. One lives between calls, and makes the drafter of each."""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from ..tree import TreeShape
 from ..verifying.verifier import Verifier
 from .drafter import Drafter
 from .engine import DraftEngine, DraftEngines
-from .level_drafter import LevelDrafter
+from .model_drafter import ModelDrafter
 from .step_model import StepModel, TrainableModel
 
 
@@ -24,17 +23,16 @@ class DraftCall:
     """The call that a drafter is made for.
 
     Attributes:
-        target: is drafted for.
-        verifier: of the call, for a source that reads what the target keeps.
-        rows: decoded together.
-        text_mask: `[b, s]`, 0 where the prompt is padding, of the positions whose tokens are known; `None` where
-            nothing is padded.
-        paired_mask: likewise of those whose features are known.
-        origins: of each row, the tokens that its text is written from, such as an encoder's; `None` where there are
-            none.
+        target: the model that is drafted for.
+        verifier: the call's, for a source that attends to the target's entries.
+        rows: number of texts that are decoded together.
+        text_mask: `[b, s]`, 0 where the prompt is padding, over positions whose tokens are known; `None` where nothing
+            is padded.
+        paired_mask: the same over positions whose features are known.
+        origins: for each row the tokens that its text is written from, such as an encoder's; `None` for none.
         never_drafted: tokens that stand for something else, such as an image.
         engines: lend compiled code; `None` where nothing runs compiled.
-        ends: what a drafter borrows is given back here.
+        ends: closed at the end of the call; gives back what a drafter borrows.
     """
 
     target: PreTrainedModel
@@ -48,17 +46,17 @@ class DraftCall:
     ends: ExitStack = field(default_factory=ExitStack)
 
     def engine(self, source: "DraftSource", model: StepModel) -> DraftEngine | None:
-        """What is lent to a source that drafts as `model`, until the call ends."""
+        """Borrow an engine for a source that drafts as `model`, until the call ends."""
         return None if self.engines is None else self.ends.enter_context(self.engines.borrow(source, model))
 
 
 class DraftSource(ABC):
-    """What drafts for a target.
+    """Drafts for a target.
 
     Attributes:
         feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
         before_deepstack: whether these are read before image features are added to them.
-        reads_target: whether it attends to what the target keeps, and of features reads the newest alone.
+        reads_target: whether it attends to the target's entries, and reads the newest features alone.
         calls_generate: whether drafting may call `generate` of the target, which is then plain.
     """
 
@@ -72,13 +70,13 @@ class DraftSource(ABC):
 
     @property
     def own_modules(self) -> list[nn.Module]:
-        """The layers that are its own."""
+        """Modules of its own."""
         return [self] if isinstance(self, nn.Module) else []
 
     @property
     @abstractmethod
     def default_shape(self) -> TreeShape:
-        """The tree that is used when `generate` gets no policy."""
+        """Tree that is used when `generate` gets no policy."""
 
     def prepare(self, target: PreTrainedModel) -> None:
         """Refuse, before any work, a target that it cannot draft for as both are now.
@@ -90,15 +88,15 @@ class DraftSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of its weights: 16 hexadecimal digits."""
+        """Hash its weights: 16 hexadecimal digits."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What identifies it, for what is trained or measured with it: JSON values."""
+        """Identify the source, for files that are trained or measured with it: JSON values."""
 
     @abstractmethod
     def drafter(self, call: DraftCall) -> Drafter:
-        """What drafts in one call.
+        """Make the drafter of one call.
 
         Raises:
             ValueError: it cannot draft for such a call.
@@ -118,7 +116,7 @@ class LevelSource(DraftSource):
 
     @abstractmethod
     def bind(self, target: PreTrainedModel) -> StepModel:
-        """The source as it drafts for a target.
+        """Bind the source to a target that it drafts for.
 
         Raises:
             ValueError: it belongs to another target, or is on another device.
@@ -127,33 +125,31 @@ class LevelSource(DraftSource):
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
 
-    def drafter(self, call: DraftCall) -> LevelDrafter:
+    def drafter(self, call: DraftCall) -> ModelDrafter:
         model = self.bind(call.target)
-        entries = partial(model.target_entries, call.verifier) if model.reads_target and call.verifier else None
-        mask = call.paired_mask if model.reads_features else call.text_mask
-        engine = call.engine(self, model)
-        return LevelDrafter(model, call.rows, mask, engine, entries, feature_layers=self.feature_layers)
+        mask, layers = call.paired_mask if model.reads_features else call.text_mask, self.feature_layers
+        return ModelDrafter(model, call.rows, mask, call.engine(self, model), call.verifier, feature_layers=layers)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading(ABC):
-    """One way to read the file of a source: its fields are overrides of the `from_pretrained` of the `loader`."""
+class FileReading(ABC):
+    """One way to read the file of a source: its fields are overrides of `loader.from_pretrained`."""
 
     loader: ClassVar[str]
 
     @property
     @abstractmethod
     def told(self) -> dict[str, str]:
-        """What a table has of it."""
+        """Name and value of each field in a table."""
 
 
 class TrainableSource(LevelSource):
     """A module with weights of its own, which borrows the rest from its target.
 
     Attributes:
-        vocab_size: of its target.
-        target: what identifies its target, as far as it is known: see `target_identity`.
-        depths: layers of which each drafts one level; 1 drafts any number.
+        vocab_size: tokens of its target.
+        target: identity of its target, as far as it is known: see `target_identity`.
+        depths: number of layers that draft a level each; 1 drafts any number of levels.
     """
 
     target: dict[str, Any]
@@ -165,7 +161,7 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
-        """As `LevelSource.bind`.
+        """Bind the source to a target that it drafts for, see `LevelSource.bind`.
 
         Args:
             target: the model that it drafts for.
@@ -181,7 +177,7 @@ class TrainableSource(LevelSource):
     @property
     @abstractmethod
     def output_heads(self) -> list[nn.Module]:
-        """Those of its own; empty where it borrows the target's."""
+        """Output heads of its own; empty where it borrows the target's."""
 
     @classmethod
     @abstractmethod
@@ -197,7 +193,7 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""
+        """Write a card for a repository that has none: what it is, its target, and how to load it."""
 
     @abstractmethod
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -212,13 +208,13 @@ class TrainableSource(LevelSource):
         """
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """The source with all that its files hold, also what it reads of its target in place of it."""
+        """Load all that its files hold, also weights that it borrows from its target instead."""
         return self
 
     @abstractmethod
-    def readings(self, target: PreTrainedModel, whole: Self, *, has_images: bool) -> Iterator[Reading]:
-        """The configured reading of the `whole` source, then the others that this target has layers for."""
+    def readings(self, target: PreTrainedModel, whole: Self, *, has_images: bool) -> Iterator[FileReading]:
+        """Yield the configured reading of the `whole` source, then the others that this target has layers for."""
 
     @abstractmethod
-    def read_as(self, reading: Reading, target: PreTrainedModel, whole: Self) -> Self:
-        """The source as another reading has it, with the weights of the `whole` one, shared and not copied."""
+    def read_as(self, reading: FileReading, target: PreTrainedModel, whole: Self) -> Self:
+        """Make the source by another reading, with the weights of the `whole` one, shared and not copied."""

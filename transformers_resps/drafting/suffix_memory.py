@@ -1,4 +1,4 @@
-"""Texts of earlier calls as a source of drafts: what followed there where the text ends like this now."""
+"""Remembers texts of earlier calls, and drafts what followed there where they end like the present text."""
 
 import json
 import os
@@ -29,25 +29,26 @@ from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
 
 
 FORMAT = "suffix memory 1"
-_METADATA = "transformers_resps"  # of safetensors
-_KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # beside the format
-_UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0  # of files that are being saved
-_NODES = 8  # of the default tree
-_LARGE = 16384  # tokens that are sorted in a thread
-_RATIO = 3  # a segment that is at most so much larger than all newer ones is merged with them
-_CONVERSATIONS = 64  # whose next turn is known by its beginning
-_SLACK = 16  # a full memory forgets one part of so many at once
+_METADATA = "transformers_resps"  # Key of the metadata in the safetensors file.
+_KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # Metadata of a file beside its format.
+# The ending of a file that is being saved; such a file of so many seconds was left by a process that died.
+_UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0
+_NODES = 8  # Nodes of the default tree.
+_LARGE = 16384  # More tokens than these are sorted in a thread.
+_RATIO = 3  # A segment is merged with all newer ones if it is at most so many times as large.
+_CONVERSATIONS = 64  # Conversations whose next turn is recognised by its beginning.
+_SLACK = 16  # A full memory forgets one of so many parts at once.
 
 
 class SuffixMemory(DraftSource):
-    """Remembers what calls wrote, and drafts what followed where a text ends like one of them.
+    """Remembers the texts that calls wrote, and drafts the tokens that followed where a text ends like one of them.
 
     It holds its users' texts as token ids, in memory and in the files that `save` writes: whoever may call with a
     memory can read what it remembers, since drafts and time betray it. Threads may share one.
 
     Args:
-        max_tokens: that it remembers; the oldest are forgotten first.
-        remember: of each call, its "answers", or "all": the prompts, too.
+        max_tokens: tokens that it remembers; the oldest are forgotten first.
+        remember: "answers" of each call, or "all": the prompts, too.
 
     Raises:
         ValueError: an argument has another type or is out of range.
@@ -74,15 +75,15 @@ class SuffixMemory(DraftSource):
         return f"SuffixMemory({len(self)} of {self._max_tokens} tokens)"
 
     def __len__(self) -> int:
-        """Tokens that it remembers, with one for the end of each text."""
+        """Count the remembered tokens, with one for the end of each text."""
         return sum(map(len, self._segments))
 
     def __bool__(self) -> bool:
-        """True, also of an empty one."""
+        """Return true, also for an empty memory."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself: a copied model shares the memory."""
+        """Return the memory itself: a copied model shares it."""
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -90,7 +91,7 @@ class SuffixMemory(DraftSource):
 
     @property
     def corpus(self) -> Corpus:
-        """What is searched now."""
+        """The texts that are searched now."""
         return Corpus(self._segments, self._record, REMEMBERED)
 
     @property
@@ -104,11 +105,11 @@ class SuffixMemory(DraftSource):
         return {"name_or_path": "suffix memory"}
 
     def drafter(self, call: DraftCall) -> Drafter:
-        """Prompt lookup that searches the memory, too."""
+        """Make a prompt lookup that searches the memory, too."""
         return PromptLookup([self]).drafter(call)
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """As `DraftSource.prepare`: it drafts for targets of one vocabulary."""
+        """Refuse a target of another vocabulary than those before; see `DraftSource.prepare`."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -150,7 +151,7 @@ class SuffixMemory(DraftSource):
                     self._replace(chosen, _joined(chosen))
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Add what a call wrote, as the memory was told to: of a conversation, the turns that came since the last."""
+        """Add the texts of a call, by the memory's `remember`. A conversation adds only its newest turns."""
         if self._remember == "answers":
             self.add(answers)
             return
@@ -165,8 +166,9 @@ class SuffixMemory(DraftSource):
                     self._conversations = [*others, text][-_CONVERSATIONS:]
 
     def advance(self, keep: int) -> None:
-        """Begin another age, such as that of the next weights of a model in training, and forget all texts but those
-        of the `keep` newest ages that have ended.
+        """Begin another age, such as the next weights of a model in training, and forget the texts of old ages.
+
+        Only the `keep` newest ages that have ended are kept.
 
         Raises:
             ValueError: `keep` is no integer, or negative.
@@ -180,7 +182,7 @@ class SuffixMemory(DraftSource):
                 self._forget(len(self) - self._added + self._ages[0])
 
     def clear(self) -> None:
-        """Forget all texts and what was learned of them."""
+        """Forget all texts, and how often they were right."""
         with self._lock:
             self._segments, self._record, self._largest = (), match_record(), -1
             self._conversations = []
@@ -193,7 +195,7 @@ class SuffixMemory(DraftSource):
             )
 
     def _forget(self, surplus: int) -> None:
-        """Drop so many of the oldest tokens, and the rest of their last text."""
+        """Drop the `surplus` oldest tokens, and the rest of their last text."""
         if surplus <= 0:
             return
         self._conversations = []  # which may be gone
@@ -205,7 +207,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """The newest segments, from one on that is not much larger than the rest: merged so, there are ever few."""
+        """Choose the newest segments, from one that is not much larger than the rest on: so there are always few."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):
@@ -213,14 +215,14 @@ class SuffixMemory(DraftSource):
         return ()
 
     def _replace(self, chosen: tuple[Suffixes, ...], merged: Suffixes) -> None:
-        """Put the merged segment in their place, unless they were forgotten meanwhile."""
+        """Put the merged segment in the place of the chosen ones, unless they were forgotten meanwhile."""
         kept = self._segments
         first = next((at for at, one in enumerate(kept) if one is chosen[0]), len(kept))
         if kept[first : first + len(chosen)] == chosen:
             self._segments = (*kept[:first], merged, *kept[first + len(chosen) :])
 
     def _merge_large(self) -> None:
-        """In a thread, while others draft from the segments as they are and add further ones."""
+        """Merge in a thread, while others draft from the old segments and add further ones."""
         while True:
             with self._lock:
                 chosen = self._to_merge()
@@ -306,7 +308,7 @@ def _joined(segments: Sequence[Suffixes]) -> Suffixes:
 
 
 def _shared(one: "array[int]", other: "array[int]") -> int:
-    """Tokens that both begin with."""
+    """Count the tokens that both begin with."""
     count = min(len(one), len(other))
     differing = np.flatnonzero(np.array(one[:count]) != np.array(other[:count]))
     return int(differing[0]) if len(differing) else count
@@ -332,7 +334,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What a memory's file says of itself; `None` for any other."""
+    """Read the metadata of a memory's file; `None` for any other file."""
     try:
         with safe_open(path, "np") as opened:
             metadata = opened.metadata() or {}

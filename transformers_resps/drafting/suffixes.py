@@ -1,7 +1,7 @@
-"""Where texts went on from the same words before: their positions, sorted by what stands before each.
+"""Finds where texts had the same words before: their positions, sorted by the tokens before each.
 
-All that end like the present text stand in one run of that order, and a longer match is a narrower run inside it: a
-suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
+Positions whose text ends like the present one are one run of that order, and a longer match is a narrower run inside
+it: a suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
 """
 
 from array import array
@@ -12,15 +12,15 @@ from struct import pack
 import numpy as np
 
 
-LONGEST_MATCH = 32  # tokens that are compared
+LONGEST_MATCH = 32  # Tokens of a context that are compared.
 LARGEST_TOKEN = 2**31 - 1
-SEPARATOR = 2**32 - 1  # stands between two texts: no match reaches across it
-_BYTES = 4  # of a token
+SEPARATOR = 2**32 - 1  # Stands between two texts: no match reaches across it.
+_BYTES = 4  # Bytes of a token.
 _MOST_BYTES = LONGEST_MATCH * _BYTES
-_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # comes after all that begins alike
-_NEAR = 4  # positions that are looked at one by one
-_FEW = 64  # tokens that are sorted in one by one
-_STRIDE = 128  # positions between two marks
+_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # Appended to a context, comes after all that begin with it.
+_NEAR = 4  # Positions beside a run that are looked at one by one, before a search.
+_FEW = 64  # Tokens that are inserted one by one; more are sorted at once.
+_STRIDE = 128  # Positions between two marks.
 _INTEGER = np.dtype(array("I").typecode)
 
 
@@ -30,8 +30,8 @@ class Suffixes:
     Threads may share one that no longer grows.
 
     Attributes:
-        tokens: of all texts.
-        order: positions with a token before them and one after, by what stands before them.
+        tokens: tokens of all texts.
+        order: positions with a token before them and one after, sorted by the tokens before them.
     """
 
     def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
@@ -54,12 +54,12 @@ class Suffixes:
         return self._newest[0]
 
     def before(self, position: int) -> bytearray:
-        """What stands before a position, its newest token first."""
+        """Give the context before a position, its newest token first."""
         start = len(self._backwards) - _BYTES * position
         return self._backwards[start : start + _MOST_BYTES]
 
     def extend(self, tokens: "Sequence[int] | array[int]") -> None:
-        """Append to the text; what stood before each token is now known to be followed by it."""
+        """Append tokens to the text, and their positions to the order."""
         first, count = len(self.tokens), len(tokens)
         self.tokens.extend(tokens)
         room = len(self._backwards) - _BYTES * first  # in front of the text
@@ -81,9 +81,9 @@ class Suffixes:
             self.order.insert(place, position)
 
     def without_first(self, count: int) -> "Suffixes":
-        """The texts that begin after the first `count` tokens, without sorting them anew.
+        """Keep the texts that begin after the first `count` tokens, without sorting them anew.
 
-        The separator before them stays: what stood before it decides the order of no match.
+        The separator before them stays: the tokens before it decide the order of no match.
         """
         tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self.order))
         first = max(count - 1, 0)
@@ -100,7 +100,7 @@ class Suffixes:
             self._marks = [bytes(self.before(position)) for position in self.order[::_STRIDE]]
 
     def find(self, wanted: "bytes | bytearray") -> int:
-        """Where a context stands in the order: among the marks first, which compare faster."""
+        """Find the place of a context in the order: among the marks first, which compare faster."""
         first, last = 0, len(self.order)
         if self._marks:
             mark = bisect_left(self._marks, wanted)
@@ -108,21 +108,21 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Where these texts ended as a context does."""
+        """Search the texts for places that end like a context."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)
 
     def begins(self, position: int, wanted: bytes) -> bool:
-        """Whether what stands before a position begins so."""
+        """Whether the context before a position begins with the wanted bytes."""
         return self._backwards.startswith(wanted, len(self._backwards) - _BYTES * position)
 
 
 class Search:
-    """The positions of some texts around the place of a context.
+    """Positions of some texts around the place of a context.
 
     Attributes:
-        longest: how many of its newest tokens stood there side by side, with one after them.
+        longest: how many of the context's newest tokens were found side by side, with a token after them.
     """
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
@@ -134,9 +134,9 @@ class Search:
         self.longest = max((_alike(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":
-        """The positions after the `length` newest tokens: at most so many, evenly over all.
+        """Find positions after the `length` newest tokens: at most `most`, spread evenly.
 
-        The next length that is asked for is shorter: its run holds this one.
+        The next length that is asked for must be shorter: its run holds this one.
         """
         text, order, wanted = self._text, self._text.order, self._context[: _BYTES * length]
         first, last = self._first, self._last
@@ -149,14 +149,14 @@ class Search:
 
 
 def _alike(one: bytes, other: bytearray) -> int:
-    """Tokens that two contexts begin with alike."""
+    """Count the tokens that two contexts both begin with."""
     shared = min(len(one), len(other))
     differing = int.from_bytes(one[:shared]) ^ int.from_bytes(other[:shared])
     return shared // _BYTES if not differing else (8 * shared - differing.bit_length()) // (8 * _BYTES)
 
 
 def _sorted(tokens: np.ndarray) -> np.ndarray:
-    """Positions but the first, by the tokens before them: as far as the newest one, two, four and so on, by ranks."""
+    """Sort all positions but the first by the tokens before them: by the newest one, then two, four and so on."""
     count = len(tokens)
     ranks = np.zeros(count, np.int64)
     ranks[1:] = tokens[:-1]

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..compat import input_embedding
-from ..drafting import DraftCall, Entries, Places, Reading, TrainableModel, Wanted, at_wanted
-from ..drafting.block_drafter import BlockDrafter
+from ..drafting import Entries, FileReading, Places, TrainableModel, Wanted, at_wanted
 from ..drafting.blocks import BlockModel, BlockSlots, Branching
 from ..tree import TreeShape
 from ..verifying.attention import attend
@@ -215,7 +214,7 @@ class ConfidenceHead(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReading(Reading):
+class BlockReading(FileReading):
     """One way to read the file of a block head, see `BlockHeadConfig`."""
 
     loader: ClassVar[str] = "BlockHead"
@@ -386,17 +385,11 @@ class BlockHead(HeadModel):
         yield from (replace(first, rope_theta=other) for other in sorted(others))
         yield from (replace(first, embedding_scale=other) for other in {1.0, config.hidden_size**0.5} - {scale})
 
-    def drafter(self, call: DraftCall) -> BlockDrafter:
-        model = self.bind(call.target)
-        engine = call.engine(self, model)
-        return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
-
 
 class BoundBlockHead(BlockModel, TrainableModel):
     """A block head as it decodes for one target; see `BoundHead`."""
 
     is_compilable = True
-    needs_all_queries = False
 
     def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.prepare(target)
@@ -409,7 +402,6 @@ class BoundBlockHead(BlockModel, TrainableModel):
         self.has_fixed_places = has_fixed_rope(config.rope_parameters)
         self.windows, self.causal = config.windows, config.causal
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
-        self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
         self._head, self._config = head.packed_view() if forward is None else head, config
         self._forward = forward or self._head
         self._table = table

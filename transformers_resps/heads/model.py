@@ -19,19 +19,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 
 from ..compat import input_embedding
 from ..drafting import (
-    DraftCall,
     DraftSource,
     Entries,
+    FileReading,
     Places,
-    Reading,
     TrainableModel,
     TrainableSource,
     Wanted,
     at_wanted,
 )
-from ..drafting.block_drafter import BlockDrafter
 from ..drafting.blocks import BlockModel, BlockSlots
-from ..drafting.level_drafter import LevelDrafter
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.attention import attend
@@ -147,7 +144,7 @@ class DraftLayer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class HeadReading(Reading):
+class HeadReading(FileReading):
     """One way to read a head's file, see `DraftHeadConfig`."""
 
     loader: ClassVar[str] = "DraftHead"
@@ -249,7 +246,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
-    def read_as(self, reading: Reading, target: PreTrainedModel, whole: Self) -> Self:
+    def read_as(self, reading: FileReading, target: PreTrainedModel, whole: Self) -> Self:
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(reading).items()}
         config = type(self.config).from_dict(self.config.to_dict())
         config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": fields.pop("rope_theta")}
@@ -485,13 +482,6 @@ class DraftHead(HeadModel):
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundHead":
         return (BoundHead if self.config.mask_token_id is None else BoundParallelHead)(self, target, forward)
 
-    def drafter(self, call: DraftCall) -> LevelDrafter:
-        model = self.bind(call.target)
-        if isinstance(model, BoundParallelHead):
-            engine = call.engine(self, model)
-            return BlockDrafter(model, call.rows, call.paired_mask, engine, feature_layers=self.feature_layers)
-        return super().drafter(call)
-
     @classmethod
     def from_target(
         cls,
@@ -559,7 +549,6 @@ class BoundHead(TrainableModel):
     """
 
     is_compilable = True
-    fuses_by_weights = True
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.prepare(target)
@@ -568,9 +557,7 @@ class BoundHead(TrainableModel):
         self.head = head
         self.device, self.dtype = head.device, head.dtype
         self.proposable_tokens, self.has_fixed_places = config.proposable_tokens, config.has_fixed_rope
-        self.needs_all_queries, self.sliding_window = config.num_hidden_layers > 1, config.sliding_window
-        self.mask_copies = config.num_attention_heads // config.num_key_value_heads
-        self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+        self.sliding_window = config.sliding_window
         self._fast = head.packed_view() if forward is None else head
         self._forward = forward or self._fast.forward
         self.embed_tokens = head.embed_tokens if config.owns_embedding else table
@@ -615,7 +602,7 @@ class BoundHead(TrainableModel):
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
         return self._output_weight, getattr(self._output, "bias", None)  # some targets have one
 
-    def feedback(self, output: Tensor) -> Tensor:
+    def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor:
         return self.head.feedback(output)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ def unroll(
         entries = UnrolledEntries(later, length) if depth else entries
         output = run(depth, tokens[texts, at + level + 1], hidden, model.places(at + level), entries, wanted)
         outputs.append(model.normed(output, depth))
-        hidden = fused[texts, later] if model.rereads_target else model.feedback(output)
+        fed = model.feedback(output, hidden if level or model.depths > 1 else hidden[texts, later])
+        assert fed is not None
+        hidden = fed
         at, run, wanted = later, model.run, slice(None)
     states = torch.stack(outputs)
     return states if model.depths == 1 else states[:, texts, slots]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting import Committed, DraftCache, DraftCall, Drafter, DraftRequest, StepModel
-from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool, sprout
+from ..drafting.pool_growth import Frontier, Growth, Root, branch, grow_pool, sprout
 from ..heads import BlockHead, DraftHead
 from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import FeatureTap
@@ -176,22 +176,24 @@ class PositionPools:
         mask = None
         if oldest[-1]:
             mask = ((order <= order[:, None]) & (order >= self._oldest[1:]))[None, None]
-        self._cache = DraftCache.empty(model, 1)
+        self._cache = DraftCache(device=device)
         self._cache.reserve(count)
+        self._tokens = tokens.to(device)
         self._outputs = model.run(
             0,
-            tokens.to(device),
+            self._tokens,
             model.fuse(features.to(device, model.dtype)),
             model.places(torch.arange(count, device=device)[None]),
-            self._cache.attend_from(0, mask, is_causal=mask is None and count > 1),
+            self._cache.attend(0, count, mask=mask),
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
         """Yield, part by part, prefix lengths `[r]` of `prefixes` `[n]` and the pools below them."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
-            newest = self._outputs[part - 1][:, None]  # [r, 1, h]
-            first = sprout(self._model, newest, width, depth == 1)
+            root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])
+            itself = torch.eye(width, dtype=torch.bool, device=part.device)
+            first = sprout(self._model, root, itself, depth == 1)
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
@@ -211,9 +213,10 @@ class PositionPools:
             frontier.tokens.flatten()[None],
             frontier.hidden.flatten(0, 1)[None],
             self._model.places((prefixes + drafted - 1).repeat_interleave(width)[None]),
-            self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
-        )
-        return branch(self._model, frontier, output.view(roots, width, -1), is_last)
+            self._cache.attend(start, start + roots * width, mask=torch.cat([prefix, *nodes], dim=1)[None, None]),
+        ).view(roots, width, -1)
+        hidden = self._model.feedback(output, frontier.hidden)
+        return branch(self._model, frontier, output, hidden, frontier.visible[..., :width], is_last)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ..drafting import Reading
+from ..drafting import FileReading
 
 
 _SURE = 3.0  # standard errors of a sure difference; more than two, since the best of some twenty readings is compared
@@ -32,7 +32,7 @@ class Tally:
 class ReadingScore:
     """The agreement of a head with its target under one reading."""
 
-    reading: Reading
+    reading: FileReading
     agreement: tuple[float, ...]  # per depth: share of positions where the head's likeliest token is the target's
     tallies: tuple[Tally, ...]  # of each answer
 
@@ -112,7 +112,7 @@ class Diagnosis:
         return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH * (1 + self.best.accepted)
 
     @property
-    def worth_following(self) -> tuple[Reading, ...]:
+    def worth_following(self) -> tuple[FileReading, ...]:
         """The configured reading and all that are not far worse than the best; all while there are few answers."""
         if self.answers < _DROPPING_ANSWERS:
             return tuple(score.reading for score in self.scores)

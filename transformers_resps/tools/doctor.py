@@ -29,7 +29,7 @@ from ..data.batches import TokenBudgetBatches
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs, load_processor
 from ..data.preparation import shows_images
-from ..drafting import Reading, TrainableModel, TrainableSource
+from ..drafting import FileReading, TrainableModel, TrainableSource
 from ..drafting.kinds import kind_of
 from ..generation.keywords import SpeculationDefaults
 from ..generation.output import end_ids, left_padded, up_to_end
@@ -106,7 +106,7 @@ class Probe:
         self,
         target: PreTrainedModel,
         head: TrainableSource,
-        readings: Sequence[Reading] | None = None,
+        readings: Sequence[FileReading] | None = None,
         *,
         has_images: bool = False,
     ) -> None:
@@ -174,7 +174,7 @@ class Probe:
         trial.tallies += [Tally(count, int(tokens.sum()), float(sums.sum())) for count, tokens, sums in answers]
         trial.agreed = trial.agreed + agreed.sum(1)
 
-    def follow(self, readings: Sequence[Reading]) -> None:
+    def follow(self, readings: Sequence[FileReading]) -> None:
         """Leave out all but these readings."""
         self._trials = [trial for trial in self._trials if trial.reading in readings]
 
@@ -197,14 +197,14 @@ class Probe:
 class _TriedReading:
     """A head under one reading, and its results so far."""
 
-    reading: Reading
+    reading: FileReading
     head: TrainableSource
     drafter: TrainableModel
     tallies: list[Tally] = field(default_factory=list)
     agreed: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))  # [depths]
 
     @classmethod
-    def of(cls, target: PreTrainedModel, reading: Reading, head: TrainableSource) -> "_TriedReading":
+    def of(cls, target: PreTrainedModel, reading: FileReading, head: TrainableSource) -> "_TriedReading":
         # packing would copy the weights for each reading, and so many rows at once do not need it
         return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
 

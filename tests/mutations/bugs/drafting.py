@@ -14,19 +14,20 @@ PIECES = "tests/drafting/test_depths.py"
 KEYS = "tests/verifying/test_verifier.py::test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees"
 
 
-@bug("a depth reads its own token", "drafting.level_drafter:LevelDrafter._one_later", PIECES)
-def paired_with_its_own_state(one_later: Function, states: Tensor, slots: Tensor | None) -> Tensor:
+@bug("a depth reads its own token", "drafting.passes:one_later", PIECES)
+def paired_with_its_own_state(one_later: Function, states: Tensor, where: int | Tensor) -> Tensor:
     return states[:, 1:]
 
 
-@bug("all nodes of a depth see each other", "drafting.levels:DepthForward._mask", PIECES)
-def siblings_see_each_other(mask: Function, self: Any, nodes: Any, level: int) -> Tensor:
-    return torch.ones_like(mask(self, nodes, level))
+@bug("all nodes of a depth see each other", "drafting.passes:_Depths.visible", PIECES)
+def siblings_see_each_other(visible: Function, levels: Any) -> Tensor:
+    return torch.ones_like(visible(levels))
 
 
-@bug("a depth sees entries it never had", "drafting.level_drafter:LevelDrafter._from_depth", PIECES)
-def a_depth_has_all_entries(from_depth: Function, depth: int, seen: Tensor) -> Tensor:
-    return torch.ones_like(from_depth(depth, seen))
+@bug("a depth sees entries it never had", "drafting.text:Text.seen_at", PIECES)
+def a_depth_has_all_entries(seen_at: Function, self: Any, depth: int) -> Tensor | None:
+    found = seen_at(self, depth)
+    return None if found is None else torch.ones_like(found)
 
 
 @bug("an assistant sees keys of other rows", "verifying.growing:TreeVerifier.target_entries", KEYS)

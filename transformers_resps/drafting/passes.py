@@ -1,0 +1,457 @@
+"""The passes of a draft, each one function of tensors, and a whole draft as a loop over them.
+
+Eager code calls a pass as it is, compiled code is the same function, and a captured draft is the whole loop.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tree import CandidatePool, DraftTree, TreeShape
+from .cache import DraftCache
+from .pool_growth import Frontier, Growth, Root, branch, grow_pool, numbered, sprout
+from .step_model import StepModel
+from .text import Pairs, PlaceWindow, Positions, Text
+
+
+FEWEST = 2  # Tokens, children or slots of a compiled pass: a size of one would be compiled apart.
+
+
+class BelowText(Protocol):
+    """What a pass is given, below a text."""
+
+    @property
+    def text(self) -> Text: ...
+
+
+Given = TypeVar("Given", bound=BelowText)
+Found = TypeVar("Found")
+
+
+class DraftPass(ABC, Generic[Given, Found]):
+    """One pass of a draft, which eager code calls; and the same as a function of tensors, which is compiled.
+
+    Args:
+        model: drafts for a target.
+
+    Attributes:
+        sizes: for each tensor a letter for each dimension: `b` are rows, `1` and `*` are fixed, others change.
+    """
+
+    sizes: ClassVar[Sequence[str]]
+
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+
+    @property
+    def name(self) -> str:
+        """Name of the compiled code."""
+        return type(self).__name__
+
+    @abstractmethod
+    def __call__(self, given: Given) -> Found:
+        """Run the pass."""
+
+    @abstractmethod
+    def tensors(self, given: Given) -> list[Tensor]:
+        """List the inputs of `of_tensors`, filled up where a size that changes is below `FEWEST`."""
+
+    @abstractmethod
+    def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> Found:
+        """Run the pass over the listed tensors."""
+
+    @abstractmethod
+    def trimmed(self, found: Found, given: Given) -> Found:
+        """Drop the nodes that `tensors` has added."""
+
+
+class RunPass(Protocol):
+    """Runs a pass: as it is, or by other code that does the same."""
+
+    def __call__(self, one: DraftPass[Given, Found], given: Given) -> Found: ...
+
+
+def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
+    """Run a pass as it is."""
+    return one(given)
+
+
+def text_of_tensors(model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int) -> tuple[Pairs, Text]:
+    """Lay out pairs and their text by tensors, so that the text's length is a value.
+
+    Args:
+        model: drafts.
+        cache: holds the text.
+        tensors: features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool,
+            false where a slot of the text is padding, and any value after the text. A row with fewer pairs begins
+            with any values, whose slot is the cache's last one, which no text may reach.
+        ahead: positions after the text that are needed.
+    """
+    features, tokens, slots, positions, shown = tensors
+    width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
+    later = positions[:, -1:] + 1 + torch.arange(ahead, device=tokens.device)
+    every, window = torch.cat([positions, later], dim=1), PlaceWindow(model)
+    seen = (torch.arange(length, device=tokens.device) < ends) & shown
+    pairs = Pairs(tokens, features, slots, Positions(window, every, slice(0, width)))
+    return pairs, Text(cache, length, Positions(window, every, slice(width, width + ahead)), None, seen, ends)
+
+
+def filled_up(part: Tensor) -> Tensor:
+    """Repeat the last token of `[b, t, ...]` where there are too few."""
+    return part if part.shape[1] >= FEWEST else part[:, -1:].expand(-1, FEWEST, *part.shape[2:])
+
+
+def read(model: StepModel, pairs: Pairs, text: Text, before: Root | None = None) -> Root:
+    """Read pairs by all depths, after the root `before`, if any."""
+    tokens, features, where, positions = pairs
+    newest, places = slice(-1, None), positions.places
+    wanted = newest if model.depths == 1 else slice(None)
+    hidden = None if features is None else model.fuse(features)
+    outputs: list[Tensor] = []  # a call of `list[Tensor]` would break the graph
+    carried: list[Tensor] = []
+    paired = None if hidden is None else hidden[:, newest]
+    for depth in range(model.depths):
+        if depth:
+            assert hidden is not None
+            last = before.carried[depth - 1] if before is not None else torch.zeros_like(hidden[:, :1])
+            hidden = one_later(torch.cat([last, hidden], dim=1), where)
+        entries = text.cache.attend(where, text.length, seen=text.seen_at(depth), sees_itself=True)
+        outputs.append(model.run(depth, tokens, hidden, places, entries, wanted))
+        if model.depths > 1:
+            hidden = model.feedback(outputs[-1], hidden)
+            assert hidden is not None
+            carried.append(hidden[:, newest])
+    return Root(tokens[:, -1], outputs[0][:, newest], paired, tuple(carried))
+
+
+def one_later(states: Tensor, where: int | Tensor) -> Tensor:
+    """Take `[b, t, h]` the states before each of t tokens from `[b, 1 + t, h]`, the one before all and those at them.
+
+    A row that has fewer tokens repeats slots, so the state before is that of the slot before.
+    """
+    if not isinstance(where, Tensor):
+        return states[:, :-1]
+    is_before = where[:, None, :] == where[:, :, None] - 1  # [b, t, t]
+    places = torch.where(is_before.any(-1), is_before.int().argmax(-1) + 1, 0)
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class Level(NamedTuple):
+    """The nodes that go through a model for one more level.
+
+    Attributes:
+        nodes: n of them, the newest level first; its w scores say that the first w get children.
+        itself: `[b or 1, k, k]` bool: what each of the k nodes of the next level sees of that level.
+        positions: of the levels of the nodes, the first level first.
+        text: below which they stand.
+        depth: runs over them.
+        is_last: whether no child gets children.
+    """
+
+    nodes: Frontier
+    itself: Tensor
+    positions: Positions
+    text: Text
+    depth: int = 0
+    is_last: bool = False
+
+
+class LevelPass(DraftPass[Level, tuple[Tensor | None, Growth]]):
+    """One pass over nodes, which see only the text and their ancestors.
+
+    It gives `[b, n, h]`, what their children are paired with, `None` at the last level; and one more level.
+    """
+
+    sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
+
+    def __call__(self, given: Level) -> tuple[Tensor | None, Growth]:
+        (tokens, scores, hidden, visible), text, depth = given.nodes, given.text, given.depth
+        places, width = given.positions.places, scores.shape[1]
+        if depth:
+            levels = torch.arange(depth - 1, -1, -1, device=tokens.device).repeat_interleave(width)
+            places = tuple(part[:, levels] for part in places)
+        entries = text.cache.attend(-visible.shape[2], text.length, seen=text.seen_at(depth), drafted=visible)
+        output = self.model.run(depth, tokens, hidden, places, entries)
+        carried = None if given.is_last else self.model.feedback(output, hidden)
+        paired = None if carried is None else carried[:, :width]
+        asking = output[:, :width]
+        return carried, branch(self.model, given.nodes, asking, paired, given.itself, given.is_last, depth)
+
+    def tensors(self, given: Level) -> list[Tensor]:
+        (tokens, scores, hidden, visible), text = given.nodes, given.text
+        assert hidden is not None
+        (rows, width, entries), length = visible.shape, text.length
+        count, seen = max(width, FEWEST), text.shown(length).expand(rows, length)
+        if width == entries:  # as many entries as tokens would be compiled apart: some are added that no node sees
+            visible = F.pad(visible, (0, count + 1 - width))
+        return [
+            filled_up(tokens),
+            filled_up(hidden),
+            given.positions.numbers.expand(rows, -1),
+            filled_up(visible),
+            seen if length >= FEWEST else F.pad(seen, (0, FEWEST - length)),
+            scores if width == count else F.pad(scores, (0, count - width), value=-torch.inf),
+            torch.eye(count, dtype=torch.bool, device=tokens.device),
+        ]
+
+    def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor | None, Growth]:
+        tokens, hidden, numbers, visible, seen, scores, itself = tensors
+        positions = Positions(PlaceWindow(self.model), numbers, slice(0, 1))
+        text = Text(cache, seen.shape[1], positions, None, seen)
+        return self(Level(Frontier(tokens, scores, hidden, visible), itself[None], positions, text))
+
+    def trimmed(self, found: tuple[Tensor | None, Growth], given: Level) -> tuple[Tensor | None, Growth]:
+        return found if given.nodes.scores.shape[1] >= FEWEST else (found[0], _lone(found[1]))
+
+
+def _lone(growth: Growth) -> Growth:
+    """The best child of a single node, from a growth that was filled up to `FEWEST` nodes."""
+    assert growth.frontier is not None
+    tokens, scores, hidden, visible = growth.frontier
+    hidden = None if hidden is None else hidden[:, :1]
+    visible = torch.cat([visible[:, :1, :1], visible[:, :1, FEWEST:]], dim=-1)
+    frontier = Frontier(tokens[:, :1], scores[:, :1], hidden, visible)
+    best = None if growth.best is None else torch.zeros_like(growth.best[:, :1])
+    return Growth(tokens[:, :1, None], scores[:, :1, None], best, frontier)
+
+
+class First(NamedTuple):
+    """The newest pairs of a text, which the first pass of a draft reads, and what it drafts below them.
+
+    Attributes:
+        pairs: to be read.
+        text: that they end.
+        before: the root of the text before them.
+        shape: to draft.
+    """
+
+    pairs: Pairs
+    text: Text
+    before: Root | None
+    shape: TreeShape
+
+
+Grown = TypeVar("Grown", bound=NamedTuple)
+
+
+class FirstPass(DraftPass[First, tuple[Root, Grown]]):
+    """Reads the newest pairs, and drafts what their output alone decides."""
+
+    sizes: ClassVar[Sequence[str]] = ("bt*", "bt", "bt", "bt", "bs")
+
+    @abstractmethod
+    def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
+        """List tensors that say by their sizes, at least `fewest`, how much is drafted."""
+
+    @abstractmethod
+    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> Grown:
+        """Draft below a root; without a shape so that the code serves all shapes."""
+
+    @abstractmethod
+    def ahead(self, shape: TreeShape | None) -> int:
+        """Count the positions after the text that `below` takes."""
+
+    def __call__(self, given: First) -> tuple[Root, Grown]:
+        root = read(self.model, given.pairs, given.text, given.before)
+        return root, self.below(root, given.text, given.shape, *self.edges(given.shape, len(root.tokens)))
+
+    def tensors(self, given: First) -> list[Tensor]:
+        (tokens, features, _, positions), text = given.pairs, given.text
+        assert features is not None
+        rows, length = len(tokens), max(text.length, FEWEST)
+        parts = [features, tokens, given.pairs.slots.expand(rows, -1), positions.numbers.expand(rows, -1)]
+        shown = text.shown(length).expand(rows, length)
+        return [*map(filled_up, parts), shown, *self.edges(given.shape, rows, FEWEST)]
+
+    def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Root, Grown]:
+        pairs, text = text_of_tensors(self.model, cache, tensors[:5], self.ahead(None))
+        root = read(self.model, pairs, text)
+        grown = self.below(root, text, None, *tensors[5:])
+        return Root(root.tokens.clone(), root.output), grown  # no part of an input
+
+    def trimmed(self, found: tuple[Root, Grown], given: First) -> tuple[Root, Grown]:
+        return found
+
+
+class SproutPass(FirstPass[Growth]):
+    """Reads the newest pairs, and drafts the first level below them."""
+
+    sizes = (*FirstPass.sizes, "kk")
+
+    def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
+        return [torch.eye(max(shape.top_k, fewest), dtype=torch.bool, device=self.model.device)]
+
+    def ahead(self, shape: TreeShape | None) -> int:
+        return 0
+
+    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> Growth:
+        return sprout(self.model, root, edges[0], is_last=shape is not None and shape.depth == 1)
+
+    def trimmed(self, found: tuple[Root, Growth], given: First) -> tuple[Root, Growth]:
+        return found if given.shape.top_k >= FEWEST else (found[0], _lone(found[1]))
+
+
+class Draft(ABC, Generic[Grown]):
+    """How a model drafts the pool of one shape: a first pass, and what follows it.
+
+    Attributes:
+        at_once: whether the first pass gives all levels.
+        model: drafts.
+        shape: levels and children that the model drafts, at most as many as were asked for.
+        first: the first pass.
+        goes_on: see `DraftRequest`; `None` too where it is not asked.
+    """
+
+    at_once: ClassVar[bool]
+    first: FirstPass[Grown]
+    goes_on: Callable[[int, Tensor], bool] | None = None
+
+    def __init__(self, model: StepModel, shape: TreeShape) -> None:
+        self.model, self.shape = model, shape
+
+    @property
+    @abstractmethod
+    def ahead(self) -> int:
+        """Positions after the text that a draft takes."""
+
+    @property
+    @abstractmethod
+    def tree_room(self) -> int:
+        """Entries of the cache that a draft takes."""
+
+    @property
+    @abstractmethod
+    def level_sizes(self) -> list[int]:
+        """Nodes of each level of the pool."""
+
+    @abstractmethod
+    def pool(self, root: Root, grown: Grown, text: Text, run: RunPass) -> CandidatePool:
+        """Make the pool of what the first pass gave."""
+
+    def __call__(
+        self, pairs: Pairs | None, text: Text, before: Root | None, run: RunPass = run_eager
+    ) -> tuple[Root, CandidatePool]:
+        """Read the newest pairs, if any, and draft below them.
+
+        Args:
+            pairs: to read; without any, `before` is what the last ones left.
+            text: that they end.
+            before: the root of the text before the pairs.
+            run: runs each pass.
+        """
+        if pairs is not None:
+            root, grown = run(self.first, First(pairs, text, before, self.shape))
+        else:
+            assert before is not None
+            root, edges = before, self.first.edges(self.shape, len(before.tokens))
+            grown = self.first.below(root, text, self.shape, *edges)
+        return root, self.pool(root, grown, text, run)
+
+    def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Draft as a function of tensors, without a decision on values in between.
+
+        `tensors` are those of `text_of_tensors`. All slots of the cache are looked at, so that every size is fixed by
+        the shape, the number of pairs and the cache, and the text's length is a value.
+
+        Returns:
+            The root's output `[b, 1, h]`, then the tensors of `CandidatePool` without its levels and of `DraftTree`.
+        """
+        *pair_tensors, shown = tensors
+        shown = shown.expand(-1, cache.capacity)
+        pairs, text = text_of_tensors(self.model, cache, [*pair_tensors, shown], self.ahead)
+        root, pool = self(pairs, text, None)
+        tree = DraftTree.from_pool(root.tokens, pool, self.shape.total_tokens, self.shape.depth)
+        ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
+        return root.output, pool.tokens, pool.parents, pool.scores, *ranked
+
+    def tensors(self, pairs: Pairs, text: Text) -> list[Tensor]:
+        """List the inputs of `of_tensors`."""
+        rows = len(pairs.tokens)
+        assert pairs.features is not None
+        slots, positions = (part.expand(rows, -1) for part in (pairs.slots, pairs.positions.numbers))
+        return [pairs.features, pairs.tokens, slots, positions, text.shown(text.cache.capacity)]
+
+    def found(self, outputs: Sequence[Tensor], newest: Tensor) -> tuple[Root, CandidatePool, DraftTree]:
+        """Make root, pool and tree of the outputs of `of_tensors`, below the `newest` tokens `[b]`."""
+        output, pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
+        tree = DraftTree(tokens, parents, depths, ancestors, scores, min(self.shape.depth, tokens.shape[1] - 1))
+        pool = CandidatePool(pool_tokens, pool_parents, pool_scores, numbered(self.level_sizes))
+        return Root(newest, output), pool, tree
+
+
+class LevelDraft(Draft[Growth]):
+    """Drafts level by level, one pass each; several depths draft a level each."""
+
+    at_once = False
+
+    def __init__(
+        self, model: StepModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None
+    ) -> None:
+        # What ranks lower in its level is never kept.
+        top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), model.proposable_tokens)
+        depth = min(shape.depth, model.depths) if model.depths > 1 else shape.depth
+        super().__init__(model, TreeShape(shape.total_tokens, depth, top_k))
+        self.first, self.goes_on = SproutPass(model), goes_on
+
+    @property
+    def ahead(self) -> int:
+        return max(self.shape.depth - 1, 1)
+
+    @property
+    def tree_room(self) -> int:
+        return (self.shape.depth - 1) * self.shape.top_k + FEWEST
+
+    @property
+    def level_sizes(self) -> list[int]:
+        top_k = self.shape.top_k
+        return [top_k] + [top_k**2] * (self.shape.depth - 1)
+
+    def pool(self, root: Root, grown: Growth, text: Text, run: RunPass) -> CandidatePool:
+        one = LevelPass(self.model)
+
+        def next_level(frontier: Frontier, level: int, is_last: bool) -> Growth:
+            itself, here = frontier.visible[..., : frontier.tokens.shape[1]], text.ahead.part(level - 1, level)
+            return run(one, Level(frontier, itself, here, text, is_last=is_last))[1]
+
+        deeper = next_level if self.model.depths == 1 else _Depths(one, root, text)
+        return grow_pool(grown, self.shape.depth, deeper, self.goes_on)
+
+
+class _Depths:
+    """Drafts level m + 1 by depth m, over the nodes of levels 1 to m.
+
+    A depth has entries of its own, so the nodes above a level go through it, too. It pairs them with what the depth
+    before carries on from their parents.
+    """
+
+    def __init__(self, one: LevelPass, root: Root, text: Text) -> None:
+        self._pass, self._root, self._text = one, root, text
+        self._above: list[Frontier] = []  # the newest level first, as all that follows
+        self._origins: list[Tensor] = []  # [b, w] of each level but the first, the places of its nodes' parents
+        self._carried: list[Tensor] = []  # [b, w, h] of each level, by the depth before
+
+    def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
+        levels, width = [frontier, *self._above], frontier.tokens.shape[1]
+        hidden = [] if frontier.hidden is None else [frontier.hidden]
+        for origin, carried in zip(self._origins[1:], self._carried[1:], strict=True):
+            hidden.append(carried.gather(1, origin[..., None].expand(-1, -1, carried.shape[-1])))
+        if self._above:
+            hidden.append(self._root.carried[level - 1].expand(-1, width, -1))
+        tokens = torch.cat([one.tokens for one in levels], dim=1)
+        nodes = Frontier(tokens, frontier.scores, torch.cat(hidden, dim=1), self.visible(levels))
+        itself, positions = frontier.visible[..., :width], self._text.ahead.part(0, level)
+        states, growth = self._pass(Level(nodes, itself, positions, self._text, level, is_last))
+        if states is not None and growth.best is not None:
+            self._above, self._carried = levels, list(states.split(width, dim=1))
+            self._origins.insert(0, growth.best.div(width, rounding_mode="floor"))
+        return growth
+
+    @staticmethod
+    def visible(levels: Sequence[Frontier]) -> Tensor:
+        """`[b, w * levels, w * levels]` bool: no node sees those of later levels."""
+        width = levels[0].tokens.shape[1]
+        return torch.cat([F.pad(one.visible, (width * later, 0)) for later, one in enumerate(levels)], dim=1)

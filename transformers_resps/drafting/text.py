@@ -1,0 +1,280 @@
+"""The texts of one call as a drafter reads them: tokens that wait, their slots in its cache, and their positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..verifying.rows import SlotMap
+from .cache import DraftCache
+from .drafter import Committed
+from .step_model import Places, StepModel
+
+
+_POSITIONS = 256  # Positions in a row whose places are computed at once.
+
+
+class PlaceWindow:
+    """The places of many positions in a row, and their numbers, computed once for the many passes that read them."""
+
+    def __init__(self, model: StepModel) -> None:
+        self._model = model
+        self._known, self._numbers = range(0), torch.empty(0)
+        self._newest: range | Tensor = range(0)  # The positions whose places are kept.
+        self._places: Places = ()
+
+    def places(self, every: range | Tensor, wanted: slice) -> Places:
+        """The places of the `wanted` ones of some positions: `[b or 1, t, any]` each."""
+        if not isinstance(every, Tensor) and self._model.has_fixed_places:
+            wanted, every = self._within(every, wanted), self._known
+        if every is not self._newest:  # the last position may decide about all of them
+            positions = every if isinstance(every, Tensor) else self._count(every)
+            self._newest, self._places = every, self._model.places(positions)
+        return tuple(part[:, wanted] for part in self._places)
+
+    def numbers(self, every: range | Tensor, wanted: slice) -> Tensor:
+        """The `wanted` ones of some positions: `[b or 1, t]`."""
+        if isinstance(every, Tensor):
+            return every[:, wanted]
+        wanted = self._within(every, wanted)
+        return self._numbers[:, wanted]
+
+    def _within(self, every: range, wanted: slice) -> slice:
+        """Find positions in a row among the known ones."""
+        if not self._known or every.start < self._known.start or every.stop > self._known.stop:
+            self._known = range(every.start, max(every.stop, every.start + _POSITIONS))
+            self._numbers = self._count(self._known)
+        part = every[wanted]
+        return slice(part.start - self._known.start, part.stop - self._known.start)
+
+    def _count(self, every: range) -> Tensor:
+        return torch.arange(every.start, every.stop, device=self._model.device)[None]
+
+
+class Positions(NamedTuple):
+    """Positions of some tokens: the `wanted` ones of `every`, which are in a row or `[b or 1, t]`."""
+
+    window: PlaceWindow
+    every: range | Tensor
+    wanted: slice
+
+    @property
+    def places(self) -> Places:
+        """What the model computes from them."""
+        return self.window.places(self.every, self.wanted)
+
+    @property
+    def numbers(self) -> Tensor:
+        """`[b or 1, t]`."""
+        return self.window.numbers(self.every, self.wanted)
+
+    def part(self, start: int, stop: int) -> "Positions":
+        """Some of them."""
+        return self._replace(wanted=slice(self.wanted.start + start, self.wanted.start + stop))
+
+
+class Text:
+    """A text in a cache, and the positions after it.
+
+    Args:
+        cache: holds the text's entries, and room for those of a tree.
+        length: slots of the cache that are seen as text.
+        ahead: positions after the text.
+        rows: where each row has entries; `None` where `seen` and `ends` are known.
+
+    Attributes:
+        seen: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
+        ends: `[b or 1, 1]` the slot after each row's text; `None` where that is `length` of all.
+    """
+
+    def __init__(
+        self,
+        cache: DraftCache,
+        length: int,
+        ahead: Positions,
+        rows: SlotMap | None = None,
+        seen: Tensor | None = None,
+        ends: Tensor | None = None,
+    ) -> None:
+        self.cache, self.length, self.ahead, self._rows = cache, length, ahead, rows
+        self._seen, self._ends = seen, ends
+
+    @property
+    def seen(self) -> Tensor | None:
+        if self._seen is None and self._rows is not None:
+            self._seen = self._rows.visible(self.length, self.cache.device)
+        return self._seen
+
+    @property
+    def ends(self) -> Tensor | None:
+        if self._rows is None or self.seen is None:
+            return self._ends
+        return self._rows.ends(self.cache.device)
+
+    def seen_at(self, depth: int) -> Tensor | None:
+        """As `seen`, of the entries of a depth k, which has none of a text's first k tokens."""
+        if depth == 0:
+            return self.seen
+        seen = self.cache.all_seen(self.length) if self.seen is None else self.seen
+        return seen & (seen.cumsum(-1) > depth)
+
+    def shown(self, length: int) -> Tensor:
+        """`[b or 1, length or 1]` bool: as `seen`, but never `None`, and with any value after the text."""
+        seen = None if self._rows is None else self._rows.visible(length, self.cache.device)
+        return self.cache.all_seen(1) if seen is None else seen
+
+
+class Pairs(NamedTuple):
+    """Tokens that a model reads, the newest of a text.
+
+    Attributes:
+        tokens: `[b, t]`. A row that has fewer than others repeats some.
+        features: `[b, t, F]` they are paired with; `None` where the model reads none.
+        where: slots they go to: the first of them in all rows, or each row's own, `[b or 1, t]`.
+        positions: their positions.
+    """
+
+    tokens: Tensor
+    features: Tensor | None
+    where: int | Tensor
+    positions: Positions
+
+    @property
+    def slots(self) -> Tensor:
+        """`[b or 1, t]` the slots as a tensor."""
+        if isinstance(self.where, Tensor):
+            return self.where
+        stop = self.where + self.tokens.shape[1]
+        return torch.arange(self.where, stop, device=self.tokens.device)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Committed tokens `[b, t]` that the model has not read, and the features `[b, t, F]` they are paired with."""
+
+    tokens: Tensor
+    features: Tensor | None
+    counts: list[int]
+
+    def of_rows(self, rows: list[int], order: Tensor) -> "_Waiting":
+        counts = [self.counts[row] for row in rows]
+        most = max(counts)
+        features = None if self.features is None else self.features[:, :most]
+        features = None if features is None else features.index_select(0, order.to(features.device))
+        return _Waiting(self.tokens[:, :most].index_select(0, order.to(self.tokens.device)), features, counts)
+
+    def without_first(self, count: int) -> "_Waiting":
+        """The tokens after the first `count`, of rows that gained alike."""
+        features = None if self.features is None else self.features[:, count:]
+        return _Waiting(self.tokens[:, count:], features, [own - count for own in self.counts])
+
+
+class DraftText:
+    """Owns what one model knows of the texts of a call: tokens that wait to be read, and a cache of those it has read.
+
+    Args:
+        model: reads them.
+        cache: for their entries.
+        rows: decoded together.
+        prompt_mask: `[b, s]`, 0 where the prompt is padding, of the positions that it reads: those whose features it
+            gets, or all tokens; `None` when there is none.
+    """
+
+    def __init__(self, model: StepModel, cache: DraftCache, rows: int, prompt_mask: Tensor | None) -> None:
+        self._model, self._cache, self._rows = model, cache, rows
+        self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(model.device))
+        self._window = PlaceWindow(model)
+        self._waiting: list[_Waiting] = []
+        self._forgotten = 0  # positions before slot 0
+
+    @property
+    def waiting(self) -> int:
+        """Tokens that wait to be read."""
+        return sum(part.tokens.shape[1] for part in self._waiting)
+
+    def add(self, committed: Committed) -> None:
+        """Let committed tokens wait."""
+        tokens, features, rows, _ = committed
+        if not self._model.reads_features:
+            features = None
+        elif features is not None:
+            tokens = tokens[:, -features.shape[1] :]  # the first token of a text has nothing before it
+        counts = [tokens.shape[1]] * len(tokens) if rows is None else list(map(len, rows))
+        self._waiting.append(_Waiting(tokens, features, counts))
+
+    def keep_rows(self, rows: list[int], order: Tensor) -> None:
+        """Forget all rows but these; `order` has them on the model's device."""
+        self._rows = len(rows)
+        self._waiting = [part.of_rows(rows, order) for part in self._waiting]
+        self._slots.keep_rows(rows)
+        self._cache.keep_rows(order)
+
+    def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Text]:
+        """Give slots to all tokens that wait, and hand them out to be read; `None` where there are none.
+
+        Args:
+            ahead: positions after the text that the draft takes.
+            tree: entries of the cache that it takes.
+        """
+        self._forget()
+        model, device = self._model, self._model.device
+        counts, width = [part.counts for part in self._waiting], self.waiting
+        start, is_even = self._slots.length, self._slots.stays_even(counts)
+        # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
+        pads = None if model.counts_padding else self._slots.pads
+        where: int | Tensor = start
+        every: range | Tensor
+        if pads is None and is_even:
+            for gained in counts:
+                self._slots.extend(gained)
+            every = range(self._forgotten + start, self._forgotten + self._slots.length + ahead)
+        else:
+            slots = self._slots.take(counts, device, ahead)
+            every = slots + self._forgotten if self._forgotten else slots
+            every = every if pads is None else slots - pads
+            where = start if is_even else slots[:, :width]
+        self._cache.reserve(self._slots.length, tree)
+        text = Text(
+            self._cache, self._slots.length, Positions(self._window, every, slice(width, width + ahead)), self._slots
+        )
+        if not width:
+            return None, text
+        here = Positions(self._window, every, slice(0, width))
+        tokens = _joined([part.tokens.to(device) for part in self._waiting])
+        features = [part.features.to(device, model.dtype) for part in self._waiting if part.features is not None]
+        self._waiting.clear()
+        return Pairs(tokens, _joined(features) if features else None, where, here), text
+
+    def _forget(self) -> None:
+        """Drop what no row sees after the tokens that wait."""
+        if self._model.sliding_window is None:
+            return
+        ends, length = self._slots.row_ends(self._rows), self._slots.length
+        waiting = [part.counts for part in self._waiting]
+        shortest = min(sum(counts) for counts in zip(ends, *waiting, strict=True))
+        unseen = self._model.oldest_seen(self._forgotten + shortest) - self._forgotten
+        count = min(unseen, *ends)
+        skipped = self._skip(unseen - count) if count == length else 0
+        if count + skipped:
+            self._cache.forget(count, length)
+            self._slots.extend([skipped] * self._rows)
+            self._slots.forget(count + skipped)
+            self._forgotten += count + skipped
+
+    def _skip(self, count: int) -> int:
+        """Drop up to `count` of the first tokens that wait, as far as all rows gained alike. Returns how many."""
+        left = count
+        for at, part in enumerate(self._waiting):
+            dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
+            self._waiting[at] = part.without_first(dropped)
+            left -= dropped
+            if dropped < part.counts[0]:
+                break
+        return count - left
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join tokens or features of `[b, t, ...]`, without a copy of a lone part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
