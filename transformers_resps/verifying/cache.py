@@ -309,12 +309,8 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
     A layer with full attention holds the entry of slot i at i. A sliding one holds the last of every row, whatever
     their slots: all rows end where the layer ends, as they do while their lengths are equal.
 
-    Args:
-        cache: right after the tree's forward.
-        path: `[b, m]` node indices, the root first; a row that keeps fewer repeats its last.
-        node_count: nodes of the tree.
-        slots: `[b, m]` where each of them goes, none above where it stands.
-        length: positions to keep: those of the longest row.
+    `path` and `slots` `[b, m]` are the kept nodes, the root first, and their slots, none above the present one; a row
+    that keeps fewer repeats its last. The cache keeps `length` positions, those of the longest row.
     """
     surplus = cached_length(cache) - length
     counts = slots[:, -1] + 1 - slots[:, 0]

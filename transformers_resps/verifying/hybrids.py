@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_is_stateful", False) or layer_types(model) & _STATEFUL_TYPES)
 
 
-def known_mixers(model: nn.Module) -> dict[int, Any]:
+def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
     """The mixers that can read trees, by the index of their cache layer."""
     found: list[Any] = [module for module in model.modules() if _is_known(module)]
     return {mixer.layer_idx: mixer for mixer in found}
@@ -85,12 +85,12 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
         return "has recurrent layers, which need Transformers 5.24 or newer"
     if "hybrid_sliding" in layer_types(model):
         return "has layers with a recurrent state and a sliding window in one"
-    kinds = getattr(config, "layer_types", None) or ()
+    types = getattr(config, "layer_types", None) or ()
     known = known_mixers(model)
-    recurrent = [index for index, kind in enumerate(kinds) if kind in _STATEFUL_TYPES]
+    recurrent = [index for index, name in enumerate(types) if name in _STATEFUL_TYPES]
     if not recurrent or any(index not in known for index in recurrent):
         return "has recurrent layers of a class that is not known to read several tokens as one after the other"
-    if len(recurrent) == len(kinds) and not set(kinds) & HYBRID_TYPES.keys():
+    if len(recurrent) == len(types) and not set(types) & HYBRID_TYPES.keys():
         return _REFUSED["mamba2"]
     return None
 
@@ -148,14 +148,10 @@ _REPLACED = (
 
 
 class WholeTree:
-    """A tree as mixers read it, all of it in one forward of the target: no node is read twice, and no state changes.
+    """A tree that mixers compute in one forward of the target: each node once, and no state changes.
 
     The forward passes it to the replaced scans and convolutions as the keyword `resps_tree`; see `reading_trees`.
-
-    Args:
-        depths: `[b, n]`, see `DraftTree`.
-        ancestors: `[b, n, n]`, likewise.
-        states: layer -> the states of the text before the tree.
+    `depths` `[b, n]` and `ancestors` `[b, n, n]` are those of `DraftTree`, `states` those of each layer before it.
     """
 
     def __init__(self, depths: Tensor, ancestors: Tensor, states: Mapping[int, LayerStates]) -> None:
@@ -193,7 +189,7 @@ class WholeTree:
     def convolved(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
     ) -> Tensor:
-        """Stand for the convolution: `[b, c, n]`, of each node with those before it on its path and the state."""
+        """Convolve each node with the nodes before it on its path and the state: `[b, c, n]`."""
         state = self._states[self._inside].convolution
         index = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
         before = torch.cat([state.to(inputs.dtype), inputs], dim=-1)
@@ -205,8 +201,8 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """`[b, n, kernel]` where each node, after the `kernel` - 1 entries before it on its path, lies in a state of
-        so many entries and the nodes after it.
+        """Index each node, after the `kernel` - 1 entries before it on its path, in a state of `size` entries and the
+        nodes after it: `[b, n, kernel]`.
         """
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
@@ -217,7 +213,7 @@ class WholeTree:
         return self._places[kernel, size]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> Any:
-        """Stand for a gated delta rule, or for Kimi's: its output `[b, n, heads, v]`, and the state, which stays."""
+        """Compute a gated delta rule, or Kimi's: `[b, n, heads, v]`, and the state, which does not change."""
         queries, keys = (_unit(part, value.shape[-2]) for part in (query, key))
         decays = g.float() if g.dim() == keys.dim() else g.float()[..., None]
         output = self._scan(queries * query.shape[-1] ** -0.5, keys, value.float(), decays, beta.float()[..., None])
@@ -236,10 +232,10 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Stand for a scan of Mamba-2: its output `[b, n, heads, v]`, and the state, which stays.
+        """Compute a scan of Mamba-2: `[b, n, heads, v]`, and the state, which does not change.
 
-        Stock cuts the time steps of several tokens to a range, and not that of a token alone. Plain decoding reads its
-        own text one token after the other, so a tree's are not cut.
+        Stock clamps the time steps of several tokens, but not of one. Plain decoding runs its own text token by token,
+        so a tree's time steps are not clamped.
         """
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
@@ -303,19 +299,19 @@ def _for_heads(parts: Tensor, heads: int) -> Tensor:
 
 
 def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
-    """Decays `[..., n, any]` from each node that a node sees to that: `[..., n, n, any]`; of others -inf."""
+    """Subtract decays `[..., n, any]` between each node and its ancestors: `[..., n, n, any]`; others get -inf."""
     return (decays.unsqueeze(-2) - decays.unsqueeze(-3)).masked_fill_(~ancestors.unsqueeze(-1), float("-inf"))
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Products of nodes `[..., n, k]` with the nodes that they see, faded: `[..., n, n]`."""
+    """Multiply nodes `[..., n, k]` with their ancestors, faded: `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
     return (fading.mul_(right.unsqueeze(-3)) @ left.unsqueeze(-1)).squeeze(-1)  # large: no further copy
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Turn autocast off on a device: in plain steps, no operation that it casts multiplies states."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
@@ -343,7 +339,7 @@ class _TreeReader:
         return self._reads(resps_tree, *arguments, **keywords)
 
 
-def reading_trees(mixers: Iterable[Any]) -> AbstractContextManager[None]:
+def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Let some mixers read trees inside `with`: the names in their modelling files stand for `_TreeReader`.
 
     Hooks reach modules, and a scan is a function between two projections.
@@ -383,17 +379,10 @@ class WholeTreeCache(Cache):
 
 
 class StateKinds:
-    """Which recurrent layers of a target have states of the same sizes: these advance together.
+    """Groups recurrent layers with states of the same sizes, which advance together; `cache` holds a token or more.
 
-    Over slots they lie in one tensor as well: of each kind of layers in turn `[layers, b, c, kernel]` and, unless it
-    is a short convolution, `[layers, b, heads, k, v]`.
-
-    Args:
-        target: whose mixers are known.
-        cache: that has read a token or more.
-
-    Raises:
-        ValueError: a mixer has left no state there.
+    Over slots a group's states lie in one tensor as well: `[layers, b, c, kernel]` and, unless the layers are short
+    convolutions, `[layers, b, heads, k, v]`. Raises a `ValueError` where a mixer has left no state in the cache.
     """
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
@@ -408,7 +397,7 @@ class StateKinds:
 
     @property
     def sizes(self) -> list[str]:
-        """The dimensions of these tensors, by letters; b is that of the rows."""
+        """The dimensions of these tensors by letters; b counts the rows."""
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
@@ -479,7 +468,7 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets the mixers of a target, if it has any, read trees over a cache that grows. Inside `with`."""
+    """Lets the mixers of a target, if it has any, compute trees over a cache that grows, inside `with`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
@@ -514,11 +503,7 @@ class RecurrentMixers:
         self._noted = self._kinds.noted(whole)
 
     def keep(self, path: Tensor) -> None:
-        """Advance the states along the accepted path of the newest tree.
-
-        Args:
-            path: `[b, m]` node indices, the root first; a row that keeps fewer repeats its last.
-        """
+        """Advance the states along the accepted path of the newest tree, see `Verifier.keep`."""
         if self._noted and self._kinds is not None:
             self._kinds.advance(self._kinds.held_by(self._cache), self._noted, path)
         self.drop()

@@ -14,19 +14,16 @@ from .masks import last_position
 class SlotMap:
     """Rows of entries in the order of their texts, from slot 0 on, the prompt's padding first.
 
-    A row that has fewer entries than the longest ends earlier. Slots after its end are hidden from it, and its next
-    entries overwrite them. So no row ever has a gap, and the cache is as long as its longest row.
-
-    Args:
-        padding: `[b, s]`, 0 where a slot of the prompt holds padding; `None` when none does.
-        length: entries that every row already has.
+    A row that ends before the longest does not see the slots after its end, and its next entries overwrite them: no
+    row ever has a gap. `padding` `[b, s]` is 0 where a slot of the prompt holds padding, `None` when none does;
+    `length` entries are already in every row.
     """
 
     def __init__(self, padding: Tensor | None, length: int = 0) -> None:
         self.length = length  # of the longest row
         self._padding = None if padding is None else padding.bool()
-        self._ends: list[int] | None = None  # of each row, where they differ
-        self._copied_ends: Tensor | None = None  # `[b, 1]`, where they were asked for
+        self._ends: list[int] | None = None  # `None` while all rows end together
+        self._copied_ends: Tensor | None = None  # `[b, 1]` on the device that asked last
 
     @property
     def is_even(self) -> bool:
@@ -82,16 +79,11 @@ class SlotMap:
         return self.is_even and all(min(counts) == max(counts) for counts in blocks)
 
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
-        """Give each row further entries, block by block.
-
-        Args:
-            blocks: of each, one number of entries per row.
-            device: of the result.
-            ahead: slots after the last block that are told as well.
+        """Add entries block by block, each block with one number per row.
 
         Returns:
-            The slots of all these entries, t, and the `ahead` ones after them: `[b, t + ahead]`, or `[1, t + ahead]`
-            where they are the same for all. A row that gets fewer entries of a block repeats the slot of its last.
+            The slots of these t entries and of the next `ahead`: `[b, t + ahead]`, or `[1, t + ahead]` where all rows
+            are equal. A row with fewer entries in a block repeats the slot of its last.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -105,7 +97,7 @@ class SlotMap:
                 row += [end + min(at, count - 1) for at in range(max(counts))]
             ends = [end + count for end, count in zip(ends, counts, strict=True)]
             self.extend(counts)
-        # one write tells the device where the rows end as well
+        # One copy to the device carries the ends as well.
         rows = [[*row, *range(end, end + max(ahead, 1))] for row, end in zip(slots, ends, strict=True)]
         taken = torch.tensor(rows, device=device)
         self._copied_ends = taken[:, len(slots[0]) : len(slots[0]) + 1]
