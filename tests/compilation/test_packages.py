@@ -92,11 +92,9 @@ def compilations(compiled_once: Path, monkeypatch: pytest.MonkeyPatch) -> list[n
     [package] = stored_packages(compiled_once)
     manifest = json.loads((package.path / "package.json").read_text())
 
-    def compile_again(
-        module: nn.Module, function: Any, tensors: Any, dynamic: Any, config: Any, path: Path, bar: Any, *, alike: bool
-    ) -> dict[str, Any]:
+    def compile_again(module: nn.Module, job: packages.CompileJob, path: Path, bar: Any) -> dict[str, Any]:
         found.append(module)
-        function(*tensors)
+        job.function(*job.tensors)
         path.write_bytes((package.path / "code.pt2").read_bytes())
         return {name: manifest[name] for name in ("codes", "calls", "outputs", "limits")}
 
@@ -180,24 +178,13 @@ def test_a_new_process_loads_it_and_compiles_nothing(folder: Path) -> None:
     assert (ran.returncode, ran.stdout) == (0, "ran\n"), ran.stderr
 
 
-def _cut(path: Path) -> None:
-    with (path / "code.pt2").open("r+b") as file:
-        file.truncate(1000)
+def _rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_bytes(change((path / name).read_bytes()))
 
 
-def _change_a_byte(path: Path) -> None:
-    code = bytearray((path / "code.pt2").read_bytes())
-    code[len(code) // 2] ^= 1
-    (path / "code.pt2").write_bytes(code)
-
-
-def _cut_manifest(path: Path) -> None:
-    (path / "package.json").write_text((path / "package.json").read_text()[:50])
-
-
-def _change_the_manifest(path: Path) -> None:
-    text = (path / "package.json").read_text()
-    (path / "package.json").write_text(text.replace('"bias"', '"weight"'))
+def _change_a_byte(code: bytes) -> bytes:
+    middle = len(code) // 2
+    return code[:middle] + bytes([code[middle] ^ 1]) + code[middle + 1 :]
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -220,12 +207,15 @@ def _negate_the_bias(manifest: dict[str, Any]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut off": (_cut, "it is damaged"),
-    "one byte": (_change_a_byte, "it is damaged"),
-    "a manifest that is cut off": (_cut_manifest, "it is damaged"),
+    "cut off": (_rewrite("code.pt2", lambda code: code[:1000]), "it is damaged"),
+    "one byte": (_rewrite("code.pt2", _change_a_byte), "it is damaged"),
+    "a manifest that is cut off": (_rewrite("package.json", lambda text: text[:50]), "it is damaged"),
     "no manifest": (lambda path: (path / "package.json").unlink(), "it is damaged"),
     "no code": (lambda path: (path / "code.pt2").unlink(), "it is damaged"),
-    "one value of a manifest": (_change_the_manifest, "it is damaged"),
+    "one value of a manifest": (
+        _rewrite("package.json", lambda text: text.replace(b'"bias"', b'"weight"')),
+        "it is damaged",
+    ),
     "another version": (_edit(lambda manifest: manifest["identity"].update(torch="1.0")), "made for other torch"),
     "another format": (_edit(lambda manifest: manifest.update(identity={}, codes=[])), "made for other"),
     "another user's": (lambda path: path.chmod(0o777), "another user may write it"),

@@ -120,9 +120,8 @@ def test_what_turns_out_not_to_be_cut_is_compiled_whole(tmp_path: Path, monkeypa
     monkeypatch.setattr(packages_module._Writer, "write_code", write)
     decoder, sizes = Decoder(), [(1,), (1, 2), *[()] * 5]
     inputs = inputs_of(decoder)
-    made = packages_module._compile(
-        decoder, lambda *tensors: decoder(*tensors), inputs, sizes, {}, tmp_path / "code.pt2", tqdm(), alike=False
-    )
+    job = packages_module.CompileJob(lambda *tensors: decoder(*tensors), inputs, sizes, {}, alike=False)
+    made = packages_module._compile(decoder, job, tmp_path / "code.pt2", tqdm())
     assert made["calls"] == [{"code": 0, "inputs": [*range(7)], "weights": {name: name for name in WEIGHTS}}]
     assert made["outputs"] == [7, 8]
     with zipfile.ZipFile(tmp_path / "code.pt2") as archive:

@@ -3,18 +3,19 @@
 import json
 import re
 import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
-from tests.tools.diagnoses import diagnose
+from tests.tools.diagnoses import Pair, diagnose, fit
 from transformers_resps.drafting import DraftCache
 from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.heads.unrolled import unroll
@@ -38,47 +39,57 @@ def train_target(generator: torch.Generator, last_norm: Tensor | None = None) ->
     target: Any = build_target(num_hidden_layers=5, vocab_size=V, initializer_range=0.1).train()
     if last_norm is not None:
         target.model.norm.weight.data.copy_(last_norm)
-    optimizer = torch.optim.AdamW(target.parameters(), lr=4e-3)
-    for _ in range(120):
+
+    def loss() -> Tensor:
         texts = periodic_texts(16, generator)
-        target(texts, labels=texts).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return target(texts, labels=texts).loss  # type: ignore[no-any-return]
+
+    fit(target, loss)
     return target.eval()  # type: ignore[no-any-return]
 
 
-def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead:
+def train(generator: torch.Generator) -> tuple[PreTrainedModel, DraftHead]:
+    """A target and a good head for it."""
+    target = train_target(generator)
     rope = {"rope_type": "default", "rope_theta": BASE}
     head = DraftHead.from_target(target, V, feature_layers=LAYERS, rope_parameters=rope).train()
     with torch.no_grad():  # as uneven as in real heads, so that the residual before it is not the one behind it
         head.layers[0].hidden_norm.weight.copy_(2 * torch.randn(32, generator=generator))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3)
-    for _ in range(120):
+
+    def loss() -> Tensor:
         texts = periodic_texts(16, generator)
         with torch.no_grad(), FeatureTap(target, LAYERS) as tap, tap.record() as features:
             target(texts)
         levels = unroll(head.bind(target, head), features.concatenated(), texts, DEPTHS)
-        losses = [
-            F.cross_entropy(head.lm_head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
-            for depth, level in enumerate(levels)
-        ]
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return head.eval()
+        return loss_of(levels, head.lm_head, texts)
+
+    fit(head, loss)
+    return target, head.eval()
+
+
+def loss_of(levels: Iterable[Tensor], output_head: nn.Module, texts: Tensor) -> Tensor:
+    """Of all levels of drafts below the first period."""
+    losses = [
+        F.cross_entropy(output_head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
+        for depth, level in enumerate(levels)
+    ]
+    return torch.stack(losses).sum()
+
+
+def pair_of(folder: Path, train: Callable[[torch.Generator], tuple[PreTrainedModel, Any]], answers: int = 24) -> Pair:
+    """What was trained, by one thread: these matrices are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    target, head = train(generator)
+    head.save_pretrained(folder)
+    torch.set_num_threads(threads)
+    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(answers, generator)]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[LabelledText]]:
-    """A target, the folder of a good head for it, and answers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these matrices are too small to share
-    generator = torch.Generator().manual_seed(0)
-    target = train_target(generator)
-    folder = tmp_path_factory.mktemp("head")
-    train_head(target, generator).save_pretrained(folder)
-    torch.set_num_threads(threads)
-    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(24, generator)]
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair_of(tmp_path_factory.mktemp("head"), train)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +108,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     ],
     ids=str,
 )
-def test_a_planted_fault_is_found_and_its_cure_named(
-    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[LabelledText]]
-) -> None:
+def test_a_planted_fault_is_found_and_its_cure_named(fault: dict[str, Any], cure: dict[str, Any], pair: Pair) -> None:
     target, folder, answers = pair
     found = diagnose(target, DraftHead.from_pretrained(folder, target=target, **fault), answers)
     assert found.overrides == cure and found.is_healthy is (not fault)
@@ -110,7 +119,7 @@ def test_a_planted_fault_is_found_and_its_cure_named(
 
 
 @torch.no_grad()
-def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+def test_agreement_is_what_a_drafted_chain_would_have(pair: Pair) -> None:
     """Against the engine's own cache, one true prefix and one chain at a time."""
     target, folder, answers = pair
     head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])  # good, but not all right
@@ -146,7 +155,7 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
     assert score.accepted == pytest.approx(kept / positions)
 
 
-def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+def test_too_few_answers_and_strangers_are_said_so(pair: Pair) -> None:
     target, folder, answers = pair
     head = DraftHead.from_pretrained(folder, target=target)
     with pytest.raises(ValueError, match="1 of 2 answers have at least 4 tokens.*at least 2 are needed"):
@@ -173,9 +182,7 @@ def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_each_l
     assert target.training and not target.model.layers[0].training
 
 
-def test_readings_share_the_weights_and_pack_none_of_them(
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readings_share_the_weights_and_pack_none_of_them(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     target, folder, answers = pair
     head, heads = DraftHead.from_pretrained(folder, target=target), []
 
@@ -190,7 +197,7 @@ def test_readings_share_the_weights_and_pack_none_of_them(
     assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)
 
 
-def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+def test_answers_are_what_generate_writes_one_by_one(pair: Pair) -> None:
     target, _, answers = pair
     prompts = [answer.tokens[: 8 + index] for index, answer in enumerate(answers[:5])]
     for prompt, written in zip(prompts, write_answers(target, prompts, 6, batch=3), strict=True):
@@ -199,7 +206,7 @@ def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel
 
 
 def test_the_command_prints_a_table_and_leaves_by_the_verdict(
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, folder, _ = pair
     target.save_pretrained(tmp_path)
@@ -221,7 +228,7 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
 
 
 def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+    pair: Pair,
 ) -> None:
     target, folder, answers = pair
     asked = []
@@ -241,9 +248,7 @@ def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
     assert len(found[1].scores) < len(found[0].scores) and found[1].configured.reading == whole.configured.reading
 
 
-def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]], fake_clock: Any
-) -> None:
+def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(pair: Pair, fake_clock: Any) -> None:
     """Each answer takes two seconds, so that after the first eight there is time for four more."""
     target, folder, answers = pair
     asked = []
@@ -265,7 +270,7 @@ def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(
 def test_a_signal_after_the_first_verdict_prints_the_last_one(
     rounds: int,
     signalled: str,
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+    pair: Pair,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

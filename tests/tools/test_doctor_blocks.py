@@ -1,6 +1,5 @@
 """A misreading planted in a good block head is found, named and mended."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.drafting.test_block_drafter import KINDS, block_head
-from tests.tools.diagnoses import diagnose
-from tests.tools.test_doctor import BASE, LAYERS, LENGTH, PERIOD, periodic_texts, train_target
+from tests.tools.diagnoses import Pair, diagnose, fit
+from tests.tools.test_doctor import BASE, LAYERS, LENGTH, PERIOD, pair_of, periodic_texts, train_target
 from transformers_resps.drafting import Committed, DraftCall, DraftRequest
 from transformers_resps.drafting.blocks import BlockSlots
 from transformers_resps.heads import BlockHead
 from transformers_resps.heads.block_head import BoundBlockHead
 from transformers_resps.heads.unrolled import unroll_blocks
-from transformers_resps.tools.doctor import LabelledText
 from transformers_resps.tree import TreeShape
 from transformers_resps.verifying.forward import FeatureTap
 
@@ -31,12 +29,13 @@ def features_of(target: PreTrainedModel, texts: Tensor) -> Tensor:
     return features.concatenated()
 
 
-def train_block_head(target: PreTrainedModel, generator: torch.Generator) -> BlockHead:
-    """A causal one. So small a text needs no slot to look at another, so those to come are trained to mislead."""
+def train(generator: torch.Generator) -> tuple[PreTrainedModel, BlockHead]:
+    """A target and a causal head. So small a text needs no slot to look at another, so those to come mislead it."""
+    target = train_target(generator)
     head = block_head(target, feature_layers=LAYERS, embedding_scale=SCALE).train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3)
     anchors = torch.arange(PERIOD, LENGTH - 1 - LEVELS).expand(16, -1)
-    for _ in range(150):
+
+    def loss() -> Tensor:
         texts = periodic_texts(16, generator)
         features, losses = features_of(target, texts), {}
         for is_causal in (True, False):
@@ -45,27 +44,16 @@ def train_block_head(target: PreTrainedModel, generator: torch.Generator) -> Blo
             hidden = unroll_blocks(bound, features, texts, LEVELS, anchors - 1)
             wanted = torch.stack([texts.gather(1, anchors + 1 + depth) for depth in range(LEVELS)])
             losses[is_causal] = F.cross_entropy(bound.logits(hidden).flatten(0, 2), wanted.flatten())
-        (losses[True] + (4 - losses[False]).clamp(min=0)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return losses[True] + (4 - losses[False]).clamp(min=0)
+
+    fit(head, loss, steps=150)
     head.config.causal = [True, True]
-    return head.eval()
-
-
-Pair = tuple[PreTrainedModel, Path, list[LabelledText]]
+    return target, head.eval()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A target, the folder of a good head for it, and answers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    target = train_target(generator)
-    folder = tmp_path_factory.mktemp("block")
-    train_block_head(target, generator).save_pretrained(folder)
-    torch.set_num_threads(threads)
-    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(24, generator)]
+    return pair_of(tmp_path_factory.mktemp("block"), train)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
-from tests.tools.diagnoses import diagnose
-from tests.tools.test_doctor import PERIOD, V, periodic_texts, train_target
+from tests.tools.diagnoses import Pair, diagnose, fit
+from tests.tools.test_doctor import V, loss_of, pair_of, periodic_texts, train_target
 from transformers_resps.assistants import MtpHead
 from transformers_resps.heads.unrolled import unroll
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.doctor import DEPTHS, LabelledText
+from transformers_resps.tools.doctor import DEPTHS
 from transformers_resps.trainers.features import FrozenTarget
 
 
@@ -32,31 +31,19 @@ def train(generator: torch.Generator) -> tuple[PreTrainedModel, MtpHead]:
     layer.head.weight.data.add_(0.1 * torch.randn(V, 32, generator=generator))
     of_states = torch.arange(64) >= 32
     layer.eh_proj.weight.register_hook(lambda slope: slope * of_states)
-    optimizer, frozen = torch.optim.AdamW(head.parameters(), lr=4e-3), FrozenTarget(target, head.feature_layers)
-    for _ in range(120):
+    frozen = FrozenTarget(target, head.feature_layers)
+
+    def loss() -> torch.Tensor:
         texts = periodic_texts(16, generator)
-        levels = unroll(head.bind(target, head), frozen.run(texts).features, texts, DEPTHS)
-        losses = [
-            F.cross_entropy(layer.head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
-            for depth, level in enumerate(levels)
-        ]
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return loss_of(unroll(head.bind(target, head), frozen.run(texts).features, texts, DEPTHS), layer.head, texts)
+
+    fit(head, loss)
     return target, head.eval()
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[LabelledText]]:
-    """A target, the folder of good MTP layers for it, and answers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    target, head = train(generator)
-    folder = tmp_path_factory.mktemp("mtp")
-    head.save_pretrained(folder)
-    torch.set_num_threads(threads)
-    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(12, generator)]
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair_of(tmp_path_factory.mktemp("mtp"), train, 12)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +62,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     ids=str,
 )
 def test_a_planted_misreading_is_found_and_its_cure_named(
-    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[LabelledText]]
+    fault: dict[str, Any], cure: dict[str, Any], pair: Pair
 ) -> None:
     target, folder, answers = pair
     found = diagnose(target, MtpHead.from_pretrained(folder, target, **fault), answers)
@@ -85,7 +72,7 @@ def test_a_planted_misreading_is_found_and_its_cure_named(
 
 
 def test_the_command_takes_mtp_layers_as_it_takes_heads(
-    pair: tuple[PreTrainedModel, Path, list[LabelledText]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, folder, _ = pair
     target.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .captured import Outputs
-from .packages import ModulePackages, PackagedCode, packages_folder
+from .packages import CompileJob, ModulePackages, PackagedCode, packages_folder
 from .pages import collapse
 
 
@@ -128,9 +128,9 @@ class CompiledFunction:
             outputs[:] = [self._function(*tensors)]
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
+        job = CompileJob(function, tensors, sizes, self._inductor, self._is_invariant)
         with _without_advice():
-            arguments = self._name, setting, function, tensors, sizes, self._inductor
-            code = self._packages.compile(*arguments, alike=self._is_invariant)
+            code = self._packages.compile(self._name, setting, job)
         return _Packaged(code, outputs[0])
 
     def _are_packaged(self, inputs: Sequence[Tensor]) -> bool:

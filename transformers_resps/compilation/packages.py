@@ -107,6 +107,17 @@ def remove_packages(packages: Sequence[StoredPackage]) -> None:
             package.path.parent.rmdir()
 
 
+@dataclass(frozen=True)
+class CompileJob:
+    """A function to compile, and how."""
+
+    function: Callable[..., Sequence[Tensor]]
+    tensors: Sequence[Tensor]  # an example of its arguments
+    dynamic: Sequence[Sequence[int]]  # for each argument, the dimensions whose sizes may change
+    config: Mapping[str, _Json]  # inductor's settings
+    alike: bool  # whether a row must get the same bits whatever rows stand beside it
+
+
 class ModulePackages:
     """Compiles, keeps and loads the code of one module, in which its weights are constants.
 
@@ -150,27 +161,10 @@ class ModulePackages:
         logger.warning(f"Stored code of {self._name} is not used and compiled again: {reason} ({path}).")
         shutil.rmtree(path, ignore_errors=True)
 
-    def compile(
-        self,
-        code: str,
-        setting: str,
-        function: Callable[..., Sequence[Tensor]],
-        tensors: Sequence[Tensor],
-        dynamic: Sequence[Sequence[int]],
-        config: Mapping[str, _Json],
-        *,
-        alike: bool,
-    ) -> "PackagedCode":
-        """Compile a function, keep its package and load it. Code that cannot be kept serves this process.
+    def compile(self, code: str, setting: str, job: CompileJob) -> "PackagedCode":
+        """Compile the function `code`, keep its package and load it. Code that cannot be kept serves this process.
 
-        Args:
-            code: name of the function.
-            setting: sizes and settings of the caller, in words.
-            function: tensors -> tensors.
-            tensors: an example.
-            dynamic: dimensions of each tensor whose sizes may change.
-            config: inductor's settings.
-            alike: whether a row must get the same bits whatever rows stand beside it.
+        `setting` is sizes and settings of the caller, in words.
 
         Raises:
             PackagingError: the code accepts certain sizes only, or has constants that are not made of the weights.
@@ -182,7 +176,7 @@ class ModulePackages:
             tqdm(total=2, desc=about, unit="part", disable=None, leave=False) as bar,
         ):
             path = Path(folder)
-            made = _compile(self._module(), function, tensors, dynamic, config, path / _CODE, bar, alike=alike)
+            made = _compile(self._module(), job, path / _CODE, bar)
             manifest = {"identity": identity, **made, "digest": _digest_of_file(path / _CODE)}
             (path / _MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
             loaded = PackagedCode(path, identity, self._module())
@@ -284,30 +278,21 @@ def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
-def _compile(
-    module: nn.Module,
-    function: Callable[..., Sequence[Tensor]],
-    tensors: Sequence[Tensor],
-    dynamic: Sequence[Sequence[int]],
-    config: Mapping[str, _Json],
-    path: Path,
-    bar: Any,
-    *,
-    alike: bool,
-) -> _Manifest:
+def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manifest:
     """Write a function's code to `path`, moving `bar` with each part; return its entries of the manifest."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
-        for part, changing in zip(tensors, dynamic, strict=True)
+        for part, changing in zip(job.tensors, job.dynamic, strict=True)
     )
     with _compiling, torch.inference_mode(False), torch.no_grad():
-        example = tuple(part.clone() for part in tensors)
-        program = torch.export.export(_Program(module, function), example, dynamic_shapes=(sizes,), strict=False)
+        wrapped, example = _Program(module, job.function), tuple(part.clone() for part in job.tensors)
+        program = torch.export.export(wrapped, example, dynamic_shapes=(sizes,), strict=False)
         bar.update()
+        writer, weights = _Writer(path, job.config, job.alike), _named(module)
         try:
-            return _Writer(path, config, alike).write_parts(program, parts_of(program), _named(module), bar)
+            return writer.write_parts(program, parts_of(program), weights, bar)
         except UncuttableError:  # The new archive replaces what was written of some parts.
-            return _Writer(path, config, alike).write_whole(program, _named(module))
+            return writer.write_whole(program, weights)
 
 
 @dataclass(frozen=True)
