@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tree import CandidatePool, TreeShape
+from ..verifying.masks import AttentionPattern
 from .cache import Entries
 from .passes import Draft, FirstPass, RunPass
 from .pool_growth import Root, numbered
@@ -58,14 +59,12 @@ class BlockModel(StepModel):
     Attributes:
         block_levels: tokens that a block drafts at most.
         most_children: that a node can have.
-        windows: of each layer, how many positions a slot sees, its own included; `None` for all.
-        causal: of each layer, whether a slot sees no later one.
+        patterns: the keys that a slot sees, in each layer.
     """
 
     block_levels: int
     most_children: int
-    windows: Sequence[int | None]
-    causal: Sequence[bool]
+    patterns: Sequence[AttentionPattern]
 
     @property
     def most_levels(self) -> int:
@@ -195,27 +194,25 @@ class BlockPass(FirstPass[BlockPaths]):
 
     def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> BlockPaths:
         model, levels, count, (above, ranks) = self._block_model, self._levels(shape), self.ahead(shape), edges
-        kinds = list(zip(model.causal, model.windows, strict=True))
-        masks = {kind: _mask(text, count, *kind) for kind in dict.fromkeys(kinds)}
+        masks = {pattern: _mask(text, count, pattern) for pattern in dict.fromkeys(model.patterns)}
         entries = text.cache.attend(-count, text.length)
-        by_layer = [masks[kind] for kind in kinds]
+        by_layer = [masks[pattern] for pattern in model.patterns]
         slots = model.fill(root.output, root.tokens, levels, text.ahead.places, entries, by_layer)
         return best_paths(model.branching(slots, root.tokens, ranks), above, levels)
 
 
-def _mask(text: Text, count: int, is_causal: bool, window: int | None) -> Tensor | None:
-    """What the slots of a block see: `[b or 1, 1, count, count + length]`, the block first."""
+def _mask(text: Text, count: int, pattern: AttentionPattern) -> Tensor | None:
+    """Make the mask of a block's slots, `[b or 1, 1, count, count + length]`: the block, then the text."""
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
-    is_cut = window is not None and (seen is not None or length + count > window)
-    if seen is None and not is_causal and not is_cut:
+    is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
+    if seen is None and not pattern.is_causal and not is_cut:
         return None
     block = torch.ones(1, count, count, dtype=torch.bool, device=device)
-    block = block.tril() if is_causal else block
+    block = block.tril() if pattern.is_causal else block  # shorter than any window
     seen = torch.ones(1, 1, length, dtype=torch.bool, device=device) if seen is None else seen[:, None]
     if is_cut:
-        assert window is not None
         own = torch.arange(count, device=device) + (length if ends is None else ends)  # [(b or 1,) count]
-        seen = seen & (own[..., None] - torch.arange(length, device=device) < window)
+        seen = pattern.mask(own[..., None], torch.arange(length, device=device), seen)
     return torch.cat([block.expand(seen.shape[0], -1, -1), seen.expand(-1, count, -1)], dim=-1)[:, None]
 
 

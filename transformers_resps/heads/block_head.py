@@ -21,6 +21,7 @@ from ..drafting import Entries, FileReading, Places, TrainableModel, Wanted, at_
 from ..drafting.blocks import BlockModel, BlockSlots, Branching
 from ..tree import TreeShape
 from ..verifying.attention import attend
+from ..verifying.masks import AttentionPattern
 from ..verifying.prepacking import PackedWeights
 from .config import BlockHeadConfig, has_fixed_rope
 from .formats.blocks import canonical_block_head
@@ -400,7 +401,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         self.most_children = self.proposable_tokens if head.correction is None else head.correction.candidates
         self.mask_token_id = config.mask_token_id
         self.has_fixed_places = has_fixed_rope(config.rope_parameters)
-        self.windows, self.causal = config.windows, config.causal
+        self.patterns = list(map(AttentionPattern, config.windows, config.causal))
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
         self._head, self._config = head.packed_view() if forward is None else head, config
         self._forward = forward or self._head
@@ -435,7 +436,8 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
     def width(self, levels: int) -> int:
         """All slots, as in training, unless none sees a later one."""
-        return levels + (not self._config.shifted) if all(self.causal) else self._config.block_size
+        is_causal = all(pattern.is_causal for pattern in self.patterns)
+        return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
     def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Keys and values of fused features, of one layer."""

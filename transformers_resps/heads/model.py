@@ -32,6 +32,7 @@ from ..drafting.blocks import BlockModel, BlockSlots
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.attention import attend
+from ..verifying.masks import AttentionPattern
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .formats.reading import Canonical, canonical_head, read_checkpoint, split_keywords
@@ -631,8 +632,7 @@ class BoundParallelHead(BoundHead, BlockModel):
         assert config.parallel_levels is not None and config.mask_token_id is not None
         self.block_levels, self.mask_token_id = config.parallel_levels, config.mask_token_id
         self.most_children = self.proposable_tokens
-        self.windows = [config.sliding_window] * config.num_hidden_layers
-        self.causal = [True] * config.num_hidden_layers
+        self.patterns = [AttentionPattern(config.sliding_window)] * config.num_hidden_layers
 
     def width(self, levels: int) -> int:
         return max(levels - 1, 1)

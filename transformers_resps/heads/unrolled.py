@@ -188,13 +188,12 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
         """`[b * m, heads, q, hd]` -> `[b, heads, m * q, hd]`."""
         return states.reshape(rows, blocks, *states.shape[1:]).transpose(1, 2).flatten(2, 3)
 
-    patterns = [AttentionPattern(*kind) for kind in zip(model.windows, model.causal, strict=True)]
-    masks = {pattern: masked(pattern) for pattern in dict.fromkeys(patterns)}
+    masks = {pattern: masked(pattern) for pattern in dict.fromkeys(model.patterns)}
 
     def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         entries = zip(model.context_entries(layer, fused, text), (keys, values), strict=True)
         keys, values = (torch.cat([of_text, together(own)], dim=2) for of_text, own in entries)
-        attended = attend(together(queries), keys, values, masks[patterns[layer]])
+        attended = attend(together(queries), keys, values, masks[model.patterns[layer]])
         return attended.reshape(rows, -1, blocks, *queries.shape[2:]).transpose(1, 2).flatten(0, 1)
 
     roots = F.pad(tokens.gather(1, anchors).flatten()[:, None], (0, count - 1), value=model.mask_token_id)
