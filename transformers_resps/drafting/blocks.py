@@ -20,11 +20,11 @@ from .cache import Entries
 from .passes import Draft, FirstPass, RunPass
 from .pool_growth import Root, numbered
 from .step_model import Places, StepModel
-from .text import Text
+from .text import Prefix
 
 
 class BlockSlots(NamedTuple):
-    """What a pass puts out at the slots that predict the next D tokens.
+    """Outputs of a pass at the slots that predict the next D tokens.
 
     Attributes:
         hidden: `[b, D, h]` the outputs that an output head multiplies.
@@ -38,13 +38,13 @@ class BlockSlots(NamedTuple):
 
 
 class Branching(NamedTuple):
-    """What may follow a node: of each slot the same m candidates, whatever path leads there.
+    """Candidates that may follow a node: each slot has the same m, whatever path leads there.
 
     Attributes:
         candidates: `[b, D, m]` target ids.
-        scores: (a level, from 0 on; which of all children of the level before its nodes are, `[b, w]`, or `None` for
-            the root; what a correction knows of the paths to their parents) -> fp32 log probabilities of the
-            candidates below each node, `[b, 1 or w, m]`, -inf for what is no child; what it knows of the nodes.
+        scores: (a level, from 0 on; the places of its nodes among all children of the level before, `[b, w]`, `None`
+            for the root; a correction's state of the paths to their parents) -> fp32 log probabilities of the
+            candidates below each node, `[b, 1 or w, m]`, -inf for no child; the correction's state of the nodes.
     """
 
     candidates: Tensor
@@ -54,11 +54,11 @@ class Branching(NamedTuple):
 class BlockModel(StepModel):
     """A source of blocks as it drafts for one target.
 
-    What it keeps of a text are keys and values of the positions whose features are known. The root comes after them.
+    Its cache has the positions whose features are known. The root comes after them.
 
     Attributes:
-        block_levels: tokens that a block drafts at most.
-        most_children: that a node can have.
+        block_levels: most tokens that a block drafts.
+        most_children: most children that a node can have.
         patterns: the keys that a slot sees, in each layer.
     """
 
@@ -72,7 +72,7 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def width(self, levels: int) -> int:
-        """Slots of a pass that drafts so many tokens, the root's included."""
+        """Count the slots of a pass that drafts so many tokens, the root's included."""
 
     @abstractmethod
     def fill(
@@ -84,29 +84,28 @@ class BlockModel(StepModel):
         entries: Entries,
         masks: Sequence[Tensor | None],
     ) -> BlockSlots:
-        """One pass over a block.
+        """Run one pass over a block.
 
         Args:
-            newest: `[b, 1, h]` what `run` gave of the newest tokens.
-            root: `[b]` these.
+            newest: `[b, 1, h]` output of `run` at the newest tokens.
+            root: `[b]` the newest tokens.
             levels: tokens to predict.
-            places: of the block's slots.
-            entries: of the text, and room for the block's.
-            masks: of each layer, `[b or 1, 1, q, s]` bool over the entries; `None` where each slot sees all.
+            places: places of the block's slots.
+            entries: the text's, and room for the block's.
+            masks: for each layer, `[b or 1, 1, q, s]` bool over the entries; `None` where each slot sees all.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
-        """What grows a tree from a block below the root `[b]`; what its levels share is done once. Here each slot is
-        guessed apart, whatever the path to it.
+        """Make the candidates of a tree below the root `[b]`. Here each slot is guessed apart, whatever its path.
 
-        `ranks` `[k]` is added to the scores of a node's k likeliest children, which are all that it has.
+        `ranks` `[k]` is added to the scores of a node's k likeliest children, which are its only ones.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
         return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
 
     def oldest_seen(self, length: int) -> int:
-        """As `StepModel.oldest_seen`, but no position that a slot sees is forgotten."""
+        """Position of the oldest token that is kept: one that a slot sees is never forgotten."""
         if self.sliding_window is None:
             return 0
         stride = max(self.sliding_window // 16, 1)
@@ -127,7 +126,7 @@ class BlockPaths(NamedTuple):
     scores: Tensor
 
     def pool(self, shape: TreeShape) -> CandidatePool:
-        """The nodes of a shape's levels."""
+        """Make the pool of a shape's levels."""
         sizes, (tokens, origins, scores) = level_sizes(shape), self
         starts = [-1, *accumulate(sizes[:-1], initial=0)][: len(sizes)]
         parts = [[part[:, level, :size] for level, size in enumerate(sizes)] for part in (tokens, origins, scores)]
@@ -137,7 +136,7 @@ class BlockPaths(NamedTuple):
 
 
 def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
-    """As many nodes of each level as there are places in `above` `[b, n]`, see `bounds`."""
+    """Find the best n nodes of each level; `above` `[b, n]` is as in `bounds`."""
     candidates, follow = branching
     chosen, state, best, scores = None, None, [], []
     for level in range(levels):
@@ -192,7 +191,7 @@ class BlockPass(FirstPass[BlockPaths]):
     def _levels(self, shape: TreeShape | None) -> int:
         return self._block_model.block_levels if shape is None else shape.depth
 
-    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> BlockPaths:
+    def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> BlockPaths:
         model, levels, count, (above, ranks) = self._block_model, self._levels(shape), self.ahead(shape), edges
         masks = {pattern: _mask(text, count, pattern) for pattern in dict.fromkeys(model.patterns)}
         entries = text.cache.attend(-count, text.length)
@@ -201,7 +200,7 @@ class BlockPass(FirstPass[BlockPaths]):
         return best_paths(model.branching(slots, root.tokens, ranks), above, levels)
 
 
-def _mask(text: Text, count: int, pattern: AttentionPattern) -> Tensor | None:
+def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
     """Make the mask of a block's slots, `[b or 1, 1, count, count + length]`: the block, then the text."""
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
@@ -228,20 +227,10 @@ class BlockDraft(Draft[BlockPaths]):
     ) -> None:
         most = max(shape.total_tokens - 1, 1)
         top_k = min(shape.top_k, most, model.most_children)
-        super().__init__(model, TreeShape(most + 1, min(shape.depth, model.block_levels), top_k))
-        self.first = BlockPass(model)
+        self.model, self.first = model, BlockPass(model)
+        self.shape = TreeShape(most + 1, min(shape.depth, model.block_levels), top_k)
+        self.ahead, self.tree_room = self.first.ahead(self.shape), self.first.ahead(None) + 1
+        self.level_sizes = level_sizes(self.shape)
 
-    @property
-    def ahead(self) -> int:
-        return self.first.ahead(self.shape)
-
-    @property
-    def tree_room(self) -> int:
-        return self.first.ahead(None) + 1
-
-    @property
-    def level_sizes(self) -> list[int]:
-        return level_sizes(self.shape)
-
-    def pool(self, root: Root, grown: BlockPaths, text: Text, run: RunPass) -> CandidatePool:
+    def pool(self, root: Root, grown: BlockPaths, text: Prefix, run: RunPass) -> CandidatePool:
         return grown.pool(self.shape)

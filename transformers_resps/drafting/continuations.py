@@ -1,4 +1,4 @@
-"""One tree of the tokens that may follow a text, by their odds: those that followed at places that end like it.
+"""Grows one tree of the tokens that may follow a text, by their odds: tokens that followed at places that end like it.
 
 Growing a tree of frequencies best first is SuffixDecoding (arXiv 2411.04975, section 4). A frequency at few places is
 no probability, so the odds of a token are the acceptance rate of tokens with like evidence.
@@ -162,7 +162,7 @@ class _Occurrences:
 
 
 class Continuations:
-    """Tokens that may follow a text: a tree that grows best first, as far as it is asked for.
+    """A tree of tokens that may follow a text. It grows best first, as far as a caller asks.
 
     Args:
         text: the text that goes on.

@@ -1,4 +1,4 @@
-"""What drafting keeps from call to call: for each source its cache, and captured drafts or compiled passes."""
+"""Keeps for each source, from call to call, its cache and its captured drafts or compiled passes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .cache import DraftCache
 from .passes import Draft, DraftPass, Found, Given, run_eager
 from .pool_growth import Root
 from .step_model import StepModel
-from .text import Pairs, Text
+from .text import Pairs, Prefix
 
 
 MAX_UNREAD = 64  # Tokens that may wait: their features weigh more than the keys, and one draft has to read them all.
@@ -63,9 +63,9 @@ class DraftEngine(CompileEngine[StepModel]):
         return cache
 
     def draft(
-        self, draft: Draft[Any], pairs: Pairs | None, text: Text, before: Root | None
+        self, draft: Draft[Any], pairs: Pairs | None, text: Prefix, before: Root | None
     ) -> tuple[Root, CandidatePool, DraftTree | None]:
-        """Draft over the cache of this engine, see `Draft`: by one launch, by compiled passes, or as it is.
+        """Draft over the cache of this engine, see `Draft`: by one launch, by compiled passes, or eagerly.
 
         Returns:
             The root, the pool and, where one launch gave it too, the tree; until the next draft.
@@ -99,7 +99,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return outputs
 
     def run_pass(self, one: DraftPass[Given, Found], given: Given) -> Found:
-        """Run a pass by compiled code; as it is where that fails, or is not worth a compilation."""
+        """Run a pass by compiled code; eagerly where that fails, or is not worth a compilation."""
         cache = given.text.cache
         outputs = None if self.is_broken or not cache.buffers else self._run_compiled(one, one.tensors(given), cache)
         return one(given) if outputs is None else one.trimmed(outputs, given)
@@ -156,7 +156,7 @@ def _example(
 
 
 class DraftEngines:
-    """An engine for each source that a model drafts with, as long as that lives. A copied model starts anew."""
+    """Holds an engine for each source of a model, as long as the source lives. A copied model starts anew."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine, *, waits: bool = True) -> None:
         self._make, self._waits = make, waits
@@ -187,5 +187,5 @@ class DraftEngines:
 
     @property
     def lack_code(self) -> bool:
-        """Whether a newest call would have waited for a compiler."""
+        """Whether the newest call of a source would have waited for a compiler."""
         return any(engine.lacks_code for engine in self._engines.values())

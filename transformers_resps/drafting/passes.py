@@ -1,11 +1,11 @@
 """The passes of a draft, each one function of tensors, and a whole draft as a loop over them.
 
-Eager code calls a pass as it is, compiled code is the same function, and a captured draft is the whole loop.
+Eager code calls a pass, compiled code is the same function, and a captured draft is the whole loop.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,17 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 from .cache import DraftCache
 from .pool_growth import Frontier, Growth, Root, branch, grow_pool, numbered, sprout
 from .step_model import StepModel
-from .text import Pairs, PlaceWindow, Positions, Text
+from .text import Pairs, PlaceWindow, Positions, Prefix
 
 
 FEWEST = 2  # Tokens, children or slots of a compiled pass: a size of one would be compiled apart.
 
 
 class BelowText(Protocol):
-    """What a pass is given, below a text."""
+    """Inputs of a pass below a text."""
 
     @property
-    def text(self) -> Text: ...
+    def text(self) -> Prefix: ...
 
 
 Given = TypeVar("Given", bound=BelowText)
@@ -70,17 +70,19 @@ class DraftPass(ABC, Generic[Given, Found]):
 
 
 class RunPass(Protocol):
-    """Runs a pass: as it is, or by other code that does the same."""
+    """Runs a pass: by its call, or by other code that does the same."""
 
     def __call__(self, one: DraftPass[Given, Found], given: Given) -> Found: ...
 
 
 def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
-    """Run a pass as it is."""
+    """Call a pass."""
     return one(given)
 
 
-def text_of_tensors(model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int) -> tuple[Pairs, Text]:
+def text_of_tensors(
+    model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
+) -> tuple[Pairs, Prefix]:
     """Lay out pairs and their text by tensors, so that the text's length is a value.
 
     Args:
@@ -97,7 +99,7 @@ def text_of_tensors(model: StepModel, cache: DraftCache, tensors: Sequence[Tenso
     every, window = torch.cat([positions, later], dim=1), PlaceWindow(model)
     seen = (torch.arange(length, device=tokens.device) < ends) & shown
     pairs = Pairs(tokens, features, slots, Positions(window, every, slice(0, width)))
-    return pairs, Text(cache, length, Positions(window, every, slice(width, width + ahead)), None, seen, ends)
+    return pairs, Prefix(cache, length, Positions(window, every, slice(width, width + ahead)), None, seen, ends)
 
 
 def filled_up(part: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def filled_up(part: Tensor) -> Tensor:
     return part if part.shape[1] >= FEWEST else part[:, -1:].expand(-1, FEWEST, *part.shape[2:])
 
 
-def read(model: StepModel, pairs: Pairs, text: Text, before: Root | None = None) -> Root:
+def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
     """Read pairs by all depths, after the root `before`, if any."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
@@ -140,7 +142,7 @@ def one_later(states: Tensor, where: int | Tensor) -> Tensor:
     return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
-class Level(NamedTuple):
+class LevelNodes(NamedTuple):
     """The nodes that go through a model for one more level.
 
     Attributes:
@@ -155,12 +157,12 @@ class Level(NamedTuple):
     nodes: Frontier
     itself: Tensor
     positions: Positions
-    text: Text
+    text: Prefix
     depth: int = 0
     is_last: bool = False
 
 
-class LevelPass(DraftPass[Level, tuple[Tensor | None, Growth]]):
+class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
     """One pass over nodes, which see only the text and their ancestors.
 
     It gives `[b, n, h]`, what their children are paired with, `None` at the last level; and one more level.
@@ -168,7 +170,7 @@ class LevelPass(DraftPass[Level, tuple[Tensor | None, Growth]]):
 
     sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
 
-    def __call__(self, given: Level) -> tuple[Tensor | None, Growth]:
+    def __call__(self, given: LevelNodes) -> tuple[Tensor | None, Growth]:
         (tokens, scores, hidden, visible), text, depth = given.nodes, given.text, given.depth
         places, width = given.positions.places, scores.shape[1]
         if depth:
@@ -181,7 +183,7 @@ class LevelPass(DraftPass[Level, tuple[Tensor | None, Growth]]):
         asking = output[:, :width]
         return carried, branch(self.model, given.nodes, asking, paired, given.itself, given.is_last, depth)
 
-    def tensors(self, given: Level) -> list[Tensor]:
+    def tensors(self, given: LevelNodes) -> list[Tensor]:
         (tokens, scores, hidden, visible), text = given.nodes, given.text
         assert hidden is not None
         (rows, width, entries), length = visible.shape, text.length
@@ -201,10 +203,10 @@ class LevelPass(DraftPass[Level, tuple[Tensor | None, Growth]]):
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor | None, Growth]:
         tokens, hidden, numbers, visible, seen, scores, itself = tensors
         positions = Positions(PlaceWindow(self.model), numbers, slice(0, 1))
-        text = Text(cache, seen.shape[1], positions, None, seen)
-        return self(Level(Frontier(tokens, scores, hidden, visible), itself[None], positions, text))
+        text = Prefix(cache, seen.shape[1], positions, None, seen)
+        return self(LevelNodes(Frontier(tokens, scores, hidden, visible), itself[None], positions, text))
 
-    def trimmed(self, found: tuple[Tensor | None, Growth], given: Level) -> tuple[Tensor | None, Growth]:
+    def trimmed(self, found: tuple[Tensor | None, Growth], given: LevelNodes) -> tuple[Tensor | None, Growth]:
         return found if given.nodes.scores.shape[1] >= FEWEST else (found[0], _lone(found[1]))
 
 
@@ -230,7 +232,7 @@ class First(NamedTuple):
     """
 
     pairs: Pairs
-    text: Text
+    text: Prefix
     before: Root | None
     shape: TreeShape
 
@@ -248,7 +250,7 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
         """List tensors that say by their sizes, at least `fewest`, how much is drafted."""
 
     @abstractmethod
-    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> Grown:
+    def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
         """Draft below a root; without a shape so that the code serves all shapes."""
 
     @abstractmethod
@@ -288,7 +290,7 @@ class SproutPass(FirstPass[Growth]):
     def ahead(self, shape: TreeShape | None) -> int:
         return 0
 
-    def below(self, root: Root, text: Text, shape: TreeShape | None, *edges: Tensor) -> Growth:
+    def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Growth:
         return sprout(self.model, root, edges[0], is_last=shape is not None and shape.depth == 1)
 
     def trimmed(self, found: tuple[Root, Growth], given: First) -> tuple[Root, Growth]:
@@ -303,37 +305,30 @@ class Draft(ABC, Generic[Grown]):
         model: drafts.
         shape: levels and children that the model drafts, at most as many as were asked for.
         first: the first pass.
+        ahead: positions after the text that a draft takes.
+        tree_room: entries of the cache that a draft takes.
+        level_sizes: nodes of each level of the pool.
         goes_on: see `DraftRequest`; `None` too where it is not asked.
     """
 
     at_once: ClassVar[bool]
+    model: StepModel
+    shape: TreeShape
     first: FirstPass[Grown]
+    ahead: int
+    tree_room: int
+    level_sizes: list[int]
     goes_on: Callable[[int, Tensor], bool] | None = None
 
-    def __init__(self, model: StepModel, shape: TreeShape) -> None:
-        self.model, self.shape = model, shape
-
-    @property
     @abstractmethod
-    def ahead(self) -> int:
-        """Positions after the text that a draft takes."""
-
-    @property
-    @abstractmethod
-    def tree_room(self) -> int:
-        """Entries of the cache that a draft takes."""
-
-    @property
-    @abstractmethod
-    def level_sizes(self) -> list[int]:
-        """Nodes of each level of the pool."""
+    def __init__(self, model: Any, shape: TreeShape) -> None: ...
 
     @abstractmethod
-    def pool(self, root: Root, grown: Grown, text: Text, run: RunPass) -> CandidatePool:
+    def pool(self, root: Root, grown: Grown, text: Prefix, run: RunPass) -> CandidatePool:
         """Make the pool of what the first pass gave."""
 
     def __call__(
-        self, pairs: Pairs | None, text: Text, before: Root | None, run: RunPass = run_eager
+        self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
         """Read the newest pairs, if any, and draft below them.
 
@@ -368,7 +363,7 @@ class Draft(ABC, Generic[Grown]):
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return root.output, pool.tokens, pool.parents, pool.scores, *ranked
 
-    def tensors(self, pairs: Pairs, text: Text) -> list[Tensor]:
+    def tensors(self, pairs: Pairs, text: Prefix) -> list[Tensor]:
         """List the inputs of `of_tensors`."""
         rows = len(pairs.tokens)
         assert pairs.features is not None
@@ -394,28 +389,17 @@ class LevelDraft(Draft[Growth]):
         # What ranks lower in its level is never kept.
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), model.proposable_tokens)
         depth = min(shape.depth, model.depths) if model.depths > 1 else shape.depth
-        super().__init__(model, TreeShape(shape.total_tokens, depth, top_k))
+        self.model, self.shape = model, TreeShape(shape.total_tokens, depth, top_k)
         self.first, self.goes_on = SproutPass(model), goes_on
+        self.ahead, self.tree_room = max(depth - 1, 1), (depth - 1) * top_k + FEWEST
+        self.level_sizes = [top_k] + [top_k**2] * (depth - 1)
 
-    @property
-    def ahead(self) -> int:
-        return max(self.shape.depth - 1, 1)
-
-    @property
-    def tree_room(self) -> int:
-        return (self.shape.depth - 1) * self.shape.top_k + FEWEST
-
-    @property
-    def level_sizes(self) -> list[int]:
-        top_k = self.shape.top_k
-        return [top_k] + [top_k**2] * (self.shape.depth - 1)
-
-    def pool(self, root: Root, grown: Growth, text: Text, run: RunPass) -> CandidatePool:
+    def pool(self, root: Root, grown: Growth, text: Prefix, run: RunPass) -> CandidatePool:
         one = LevelPass(self.model)
 
         def next_level(frontier: Frontier, level: int, is_last: bool) -> Growth:
             itself, here = frontier.visible[..., : frontier.tokens.shape[1]], text.ahead.part(level - 1, level)
-            return run(one, Level(frontier, itself, here, text, is_last=is_last))[1]
+            return run(one, LevelNodes(frontier, itself, here, text, is_last=is_last))[1]
 
         deeper = next_level if self.model.depths == 1 else _Depths(one, root, text)
         return grow_pool(grown, self.shape.depth, deeper, self.goes_on)
@@ -428,7 +412,7 @@ class _Depths:
     before carries on from their parents.
     """
 
-    def __init__(self, one: LevelPass, root: Root, text: Text) -> None:
+    def __init__(self, one: LevelPass, root: Root, text: Prefix) -> None:
         self._pass, self._root, self._text = one, root, text
         self._above: list[Frontier] = []  # the newest level first, as all that follows
         self._origins: list[Tensor] = []  # [b, w] of each level but the first, the places of its nodes' parents
@@ -444,7 +428,7 @@ class _Depths:
         tokens = torch.cat([one.tokens for one in levels], dim=1)
         nodes = Frontier(tokens, frontier.scores, torch.cat(hidden, dim=1), self.visible(levels))
         itself, positions = frontier.visible[..., :width], self._text.ahead.part(0, level)
-        states, growth = self._pass(Level(nodes, itself, positions, self._text, level, is_last))
+        states, growth = self._pass(LevelNodes(nodes, itself, positions, self._text, level, is_last))
         if states is not None and growth.best is not None:
             self._above, self._carried = levels, list(states.split(width, dim=1))
             self._origins.insert(0, growth.best.div(width, rounding_mode="floor"))

@@ -15,7 +15,7 @@ from .step_model import StepModel
 
 
 class Root(NamedTuple):
-    """What a model has computed of the newest tokens, below which it drafts.
+    """A model's results for the newest tokens, below which it drafts.
 
     Attributes:
         tokens: `[b]`.
@@ -78,7 +78,7 @@ def grow_pool(
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] | None = None,
 ) -> CandidatePool:
-    """Join the `first` level and those that `run` drafts after it, up to `depth` in all.
+    """Join the `first` level and the levels that `run` drafts after it, up to `depth` in all.
 
     `goes_on` decides whether a level gets children, by the levels drafted and the scores `[b, w]` of its best nodes.
 
@@ -114,7 +114,7 @@ def branch(
     is_last: bool,
     depth: int = 0,
 ) -> Growth:
-    """Draft the children of a frontier, and choose those that get children.
+    """Draft the children of a frontier, and choose which get children.
 
     Args:
         model: drafts.

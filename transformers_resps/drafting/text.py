@@ -62,7 +62,7 @@ class Positions(NamedTuple):
 
     @property
     def places(self) -> Places:
-        """What the model computes from them."""
+        """Places that the model computes from them."""
         return self.window.places(self.every, self.wanted)
 
     @property
@@ -75,7 +75,7 @@ class Positions(NamedTuple):
         return self._replace(wanted=slice(self.wanted.start + start, self.wanted.start + stop))
 
 
-class Text:
+class Prefix:
     """A text in a cache, and the positions after it.
 
     Args:
@@ -114,7 +114,7 @@ class Text:
         return self._rows.ends(self.cache.device)
 
     def seen_at(self, depth: int) -> Tensor | None:
-        """As `seen`, of the entries of a depth k, which has none of a text's first k tokens."""
+        """`seen` for the entries of one depth: depth k has none of a text's first k tokens."""
         if depth == 0:
             return self.seen
         seen = self.cache.all_seen(self.length) if self.seen is None else self.seen
@@ -211,7 +211,7 @@ class DraftText:
         self._slots.keep_rows(rows)
         self._cache.keep_rows(order)
 
-    def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Text]:
+    def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
         """Give slots to all tokens that wait, and hand them out to be read; `None` where there are none.
 
         Args:
@@ -236,7 +236,7 @@ class DraftText:
             every = every if pads is None else slots - pads
             where = start if is_even else slots[:, :width]
         self._cache.reserve(self._slots.length, tree)
-        text = Text(
+        text = Prefix(
             self._cache, self._slots.length, Positions(self._window, every, slice(width, width + ahead)), self._slots
         )
         if not width:

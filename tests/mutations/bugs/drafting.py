@@ -24,7 +24,7 @@ def siblings_see_each_other(visible: Function, levels: Any) -> Tensor:
     return torch.ones_like(visible(levels))
 
 
-@bug("a depth sees entries it never had", "drafting.text:Text.seen_at", PIECES)
+@bug("a depth sees entries it never had", "drafting.text:Prefix.seen_at", PIECES)
 def a_depth_has_all_entries(seen_at: Function, self: Any, depth: int) -> Tensor | None:
     found = seen_at(self, depth)
     return None if found is None else torch.ones_like(found)
