@@ -1,5 +1,6 @@
 """The same call plain and with trees, on a target that keeps recurrent states; and what makes the comparison count."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,23 +14,20 @@ SAMPLED = {"do_sample": True, "temperature": 0.9}
 
 
 class AnyShape(Policy):
-    """Draws another shape at every step: wide, deep, chains, looked up, and plain.
-
-    Args:
-        seed: of the shapes.
-        breadth: of the wide ones.
-    """
+    """Draws another shape at every step, of `shapes` or wide ones of some breadth, deep, chains, looked up, plain."""
 
     needs_head = False
 
-    def __init__(self, seed: int, breadth: int = VOCABULARY) -> None:
-        self.breadth = breadth
+    def __init__(self, seed: int, breadth: int = VOCABULARY, shapes: Sequence[TreeShape] = ()) -> None:
+        self.breadth, self.shapes = breadth, shapes
         self.generator = torch.Generator().manual_seed(seed)
 
     def _number(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.generator))
 
     def choose(self, observation: Observation) -> TreeShape:
+        if self.shapes:
+            return self.shapes[self._number(0, len(self.shapes))]
         depth, top_k = ((0, 1), (2, self.breadth), (3, self.breadth), (2, self.breadth), (5, 1), (4, 2))[
             self._number(0, 6)
         ]

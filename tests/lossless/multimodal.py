@@ -7,25 +7,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tests.lossless.hybrids import compare
+from tests.lossless.hybrids import AnyShape, compare
 from tests.multimodal_targets import TARGETS, VOCABULARY, MultimodalTarget
-from transformers_resps import DraftHead, Observation, Policy, SpeculationReport, TreeShape, attach
+from transformers_resps import DraftHead, SpeculationReport, TreeShape, attach
 
 
 ALL = os.environ.get("RESPS_MULTIMODAL") == "all"  # every call with every class, else a few of them
 DRAFTED = [kind for kind in TARGETS if str(kind) != "mllama"]  # whose every step needs the mask of its images
 
 
-class AnyShape(Policy):
-    """Draws another shape at every step: all next tokens, all pairs, deep, a chain, looked up, and plain."""
-
-    needs_head = False
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def choose(self, observation: Observation) -> TreeShape:
-        return _SHAPES[int(torch.randint(len(_SHAPES), (), generator=self.generator))]
+def any_shape(seed: int) -> AnyShape:
+    """Another shape at every step: all next tokens, all pairs, deep, a chain, looked up, and plain."""
+    return AnyShape(seed, shapes=_SHAPES)
 
 
 _SHAPES = (
@@ -51,7 +44,7 @@ def head_of(kind: MultimodalTarget) -> DraftHead:
 
 def check(kind: MultimodalTarget, inputs: dict[str, Any], seed: int = 0, **options: Any) -> SpeculationReport:
     """A call that writes what plain `generate` writes; its report."""
-    return compare(target_of(kind), head_of(kind), inputs, seed, policy=AnyShape(seed), **options)
+    return compare(target_of(kind), head_of(kind), inputs, seed, policy=any_shape(seed), **options)
 
 
 def shown(kind: MultimodalTarget, letter: str, count: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -6,28 +6,13 @@ import pytest
 import torch
 from transformers import set_seed
 
+from tests.lossless.hybrids import AnyShape
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
-from transformers_resps import DraftHead, Observation, Policy, TreeShape, attach
+from transformers_resps import DraftHead, attach
 from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.unknown_targets import COMPARED, check_tree_attention
 
 
-class ChangingPolicy(Policy):
-    """A wide tree and another one in turn, plain steps among them."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(5)
-        self.steps = 0
-
-    def choose(self, observation: Observation) -> TreeShape:
-        self.steps += 1
-        if self.steps % 2:
-            return TreeShape(40, 3, VOCABULARY)
-        total, depth, top_k = (int(torch.randint(low, high, (), generator=self.generator)) for low, high in _BOUNDS)
-        return TreeShape(total, depth, top_k)
-
-
-_BOUNDS = ((1, 60), (0, 5), (1, VOCABULARY + 1))
 _CASES = [(architecture, attention) for architecture in ARCHITECTURES for attention in architecture.attention]
 
 
@@ -49,7 +34,7 @@ def test_any_tree_gives_the_tokens_of_plain_generate(architecture: Architecture,
             set_seed(3)
             expected = target.generate(**options)
             set_seed(3)
-            options |= {"assistant_model": head, "policy": ChangingPolicy(), "return_dict_in_generate": True}
+            options |= {"assistant_model": head, "policy": AnyShape(5, VOCABULARY), "return_dict_in_generate": True}
             out = target.generate(**options)
             assert out.sequences.tolist() == expected.tolist()
             accepted += out.speculation.emitted_total - out.speculation.target_forwards * len(expected)

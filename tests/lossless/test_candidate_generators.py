@@ -16,6 +16,7 @@ from transformers.generation.candidate_generator import (
 )
 
 from tests.conftest import build_target
+from tests.lossless.answering import Heard
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants import CausalDrafter
 from transformers_resps.drafting import DraftCall, DraftSource
@@ -203,19 +204,11 @@ def followed_by(text: Tensor, token: int) -> Tensor:
 def test_a_wrong_answer_is_named_and_the_text_is_plains_up_to_there(
     target: PreTrainedModel, answer: Callable[[Tensor], Any], message: str
 ) -> None:
-    model, written = attach(copy.deepcopy(target)), list[int]()
-
-    class Streamer:
-        def put(self, tokens: Tensor) -> None:
-            written.extend(tokens.flatten().tolist())
-
-        def end(self) -> None:
-            raise AssertionError("the answer is not whole")
-
-    generator = Answers(answer)
+    model, streamer, generator = attach(copy.deepcopy(target)), Heard(), Answers(answer)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        model.generate(PROMPT, **GREEDY, assistant_model=generator, policy=CHAIN, streamer=Streamer())
-    expected = plain(target, GREEDY)
+        model.generate(PROMPT, **GREEDY, assistant_model=generator, policy=CHAIN, streamer=streamer)
+    assert not streamer.ended, "the answer is not whole"
+    expected, written = plain(target, GREEDY), [*streamer.values[0][0], *sum(streamer.values[1:], [])]
     assert len(written) > PROMPT.shape[1] + 2 and written == expected[0][: len(written)]
     generator.answer = lambda text: text
     found = model.generate(PROMPT, **GREEDY, assistant_model=generator, policy=CHAIN)

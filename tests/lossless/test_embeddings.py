@@ -35,6 +35,9 @@ CALLS: dict[str, dict[str, Any]] = {
 OF_ALL = ("greedy", "sampled, ends", "static")
 
 
+Prompts = dict[str, dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def target(request: pytest.FixtureRequest) -> PreTrainedModel:
     architecture: Architecture = request.param
@@ -42,7 +45,7 @@ def target(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def prompts(target: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+def prompts(target: PreTrainedModel) -> Prompts:
     """One row and three of which one is padded; embeddings of no token stand before the tokens of the last two."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
@@ -72,7 +75,7 @@ def call(target: Any, options: dict[str, Any], **extra: Any) -> tuple[Any, torch
 
 @pytest.mark.parametrize("name", OF_ALL)
 def test_a_prompt_of_embeddings_is_answered_as_plain_decoding_does(
-    name: str, target: PreTrainedModel, head: DraftHead, prompts: dict[str, dict[str, torch.Tensor]]
+    name: str, target: PreTrainedModel, head: DraftHead, prompts: Prompts
 ) -> None:
     check(CALLS[name], target, head, prompts)
 
@@ -80,12 +83,12 @@ def test_a_prompt_of_embeddings_is_answered_as_plain_decoding_does(
 @pytest.mark.parametrize("target", CASES[:1], indirect=True, ids=str)
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in OF_ALL])
 def test_any_other_call_is_answered_likewise(
-    name: str, target: PreTrainedModel, head: DraftHead, prompts: dict[str, dict[str, torch.Tensor]]
+    name: str, target: PreTrainedModel, head: DraftHead, prompts: Prompts
 ) -> None:
     check(CALLS[name], target, head, prompts)
 
 
-def check(settings: dict[str, Any], target: Any, head: DraftHead, prompts: dict[str, dict[str, torch.Tensor]]) -> None:
+def check(settings: dict[str, Any], target: Any, head: DraftHead, prompts: Prompts) -> None:
     """Compare the answers to all prompts with plain ones."""
     accepted = 0
     for number, (kind, prompt) in enumerate(prompts.items()):
@@ -105,7 +108,7 @@ def check(settings: dict[str, Any], target: Any, head: DraftHead, prompts: dict[
 
 @pytest.mark.parametrize("kind", ["one", "one with its tokens", "of no tokens"])
 def test_the_answer_to_embeddings_streams(
-    kind: str, target: PreTrainedModel, head: DraftHead, prompts: dict[str, dict[str, torch.Tensor]]
+    kind: str, target: PreTrainedModel, head: DraftHead, prompts: Prompts
 ) -> None:
     plain, tree = Heard(), Heard()
     call(target, prompts[kind], streamer=plain)
@@ -118,7 +121,7 @@ def test_the_answer_to_embeddings_streams(
 def test_a_conversation_that_began_with_embeddings_goes_on(
     target: PreTrainedModel,
     head: DraftHead,
-    prompts: dict[str, dict[str, torch.Tensor]],
+    prompts: Prompts,
     rows: int,
     as_tokens: bool,
 ) -> None:

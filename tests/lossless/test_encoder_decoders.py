@@ -16,7 +16,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
@@ -151,8 +150,7 @@ def both(target: Any, inputs: dict[str, Any], policy: Any = None, **options: Any
     outputs, states = [], []
     for extra in ({}, {"policy": policy or Chains()}):
         torch.manual_seed(5)
-        made = {name: value() if isinstance(value, type) else value for name, value in options.items()}
-        outputs.append(target.generate(**inputs, **made, **extra))
+        outputs.append(target.generate(**inputs, **options, **extra))
         states.append(torch.get_rng_state())
     assert torch.equal(*states), "drafting drew from the global generator"
     return outputs
@@ -350,11 +348,6 @@ def test_compiling_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) 
     assert "encoder-decoder" in caplog.text
 
 
-def _compiled(target: PreTrainedModel) -> PreTrainedModel:
-    target.forward = torch.compile(target.forward, backend="eager")  # type: ignore[method-assign]
-    return target
-
-
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "head": ("t5", {}, "a head needs a decoder-only target"),
     "static cache": ("bart", {"cache_implementation": "static"}, "cache_implementation='static'"),
@@ -378,7 +371,8 @@ def test_what_drafts_cannot_do_is_refused(case: str) -> None:
 
 
 def test_a_compiled_target_is_refused() -> None:
-    target = _compiled(target_of("pegasus", encoder_layers=1))
+    target = target_of("pegasus", encoder_layers=1)
+    target.forward = torch.compile(target.forward, backend="eager")
     with pytest.raises(ValueError, match="PegasusForConditionalGeneration.*was compiled"):
         target.generate(**inputs_of("pegasus", 1), policy=Chains())
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import DynamicCache
 
 from tests.lossless.hybrids import SAMPLED, answer, check_counts
-from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
+from tests.lossless.multimodal import ALL, DRAFTED, any_shape, check, head_of, shown, target_of
 from tests.multimodal_targets import TARGETS, MultimodalTarget
 from transformers_resps.compat import CACHE_KEYWORD
 
@@ -71,7 +71,7 @@ def test_a_second_turn_goes_on_from_the_returned_cache(
     target, turns = target_of(kind), []
     prompt, few = shown(kind, kind.letter, count), {"max_new_tokens": 8}
     messages = [message.replace("x", kind.letter)] * count
-    for drafting in ({}, {"assistant_model": head_of(kind), "policy": AnyShape(0)}):
+    for drafting in ({}, {"assistant_model": head_of(kind), "policy": any_shape(0)}):
         own = {CACHE_KEYWORD: DynamicCache(config=target.config)}
         first = answer(target, prompt, **own, **few, **drafting)
         if between:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from tests.drafting.test_block_drafter import KINDS, block_head
 from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare
-from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
+from tests.lossless.multimodal import ALL, DRAFTED, any_shape, check, head_of, shown, target_of
 from tests.multimodal_targets import IMAGE, MARKS, START, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
 from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -49,7 +49,7 @@ def test_rows_hold_as_many_media_as_they_like_anywhere(kind: MultimodalTarget, r
 def test_a_block_head_reads_what_the_target_sees(name: str, how: str) -> None:
     kind = target_named(name)
     target, inputs = target_of(kind), kind.prompt(f"..{kind.letter * 2}..", f".{kind.letter}.")
-    check_counts(compare(target, block_head(target, **KINDS[how]), inputs, policy=AnyShape(0)))
+    check_counts(compare(target, block_head(target, **KINDS[how]), inputs, policy=any_shape(0)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DRAFTED if len(kind.media) > 1], ids=str)
@@ -104,7 +104,7 @@ def test_threads_answer_about_different_images() -> None:
     target, prompts = target_of(kind), [shown(kind, "I", 2, seed) for seed in range(6)]
 
     def ours(seed: int) -> Any:
-        drafting = {"assistant_model": head_of(kind), "policy": AnyShape(seed)}
+        drafting = {"assistant_model": head_of(kind), "policy": any_shape(seed)}
         return target.generate(**prompts[seed], max_new_tokens=14, **drafting).tolist()
 
     with ThreadPoolExecutor(3) as pool:

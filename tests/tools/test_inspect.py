@@ -70,19 +70,19 @@ def test_any_drafter_is_shown(folders: tuple[str, str], tmp_path: Path, name: st
 
 @pytest.mark.parametrize(
     ("given", "policy"),
-    [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "BaselineGuard(ThroughputPolicy(depth=8, top_k=10))")],
+    [
+        ("6,3,2,4", "FixedPolicy(6/3/2+4)"),
+        ("auto", "BaselineGuard(ThroughputPolicy(depth=8, top_k=10))"),
+        ("policy", "FixedPolicy(5/2/2)"),
+    ],
 )
-def test_a_policy_is_named_by_its_numbers_or_as_auto(
-    folders: tuple[str, str], tmp_path: Path, given: str, policy: str
+def test_a_policy_is_named_by_its_numbers_as_auto_or_by_its_folder(
+    folders: tuple[str, str], tmp_path: Path, given: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    FixedPolicy(TreeShape(5, 2, 2)).save_pretrained("policy")
     data = inspected(tmp_path / "page.html", *folders, "--prompt", "dedede", "--policy", given)
     assert data["facts"]["policy"] == policy  # type: ignore[index]
-
-
-def test_a_saved_policy_is_loaded(folders: tuple[str, str], tmp_path: Path) -> None:
-    FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "policy")
-    data = inspected(tmp_path / "p.html", *folders, "--prompt", "de", "--policy", str(tmp_path / "policy"))
-    assert data["facts"]["policy"] == "FixedPolicy(5/2/2)"  # type: ignore[index]
 
 
 def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
