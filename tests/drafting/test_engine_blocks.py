@@ -15,7 +15,7 @@ from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.drafting import Committed, DraftCall, Drafter, DraftRequest
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.heads import BlockHead
-from transformers_resps.tree import CandidatePool, DraftTree
+from transformers_resps.tree import CandidatePool
 
 
 target, compiler = test_engine.target, test_engine_levels.compiler
@@ -135,17 +135,3 @@ def test_texts_are_those_of_plain_generate_whatever_is_compiled(
         call = {} if engines is None else drafts
         texts.append(target.generate(prompt, max_new_tokens=24, **{"do_sample": False, **options}, **call).tolist())
     assert texts[1:] == texts[:1] * 2 and FakeCapture.launches > 2 and compiler.count == 1
-
-
-def test_a_tree_of_a_launch_is_that_of_its_pool(target: PreTrainedModel) -> None:
-    head = head_for(target, "in place")
-    both = Both(head, target, DraftEngines(lambda: DraftEngine(FakeCapture)))
-    with torch.no_grad():
-        both.observe(2)
-        drafter = both.drafters[0]
-        pool = drafter.draft(both.tokens[:, 1:2], DraftRequest(SHAPES[0]))
-    expected = DraftTree.from_pool(both.tokens[:, 1], pool, SHAPES[0].total_tokens)
-    assert drafter.built_tree is not None
-    for name in ("tokens", "parents", "depths", "ancestors", "level_count"):
-        own, theirs = getattr(drafter.built_tree, name), getattr(expected, name)
-        assert own.tolist() == theirs.tolist() if isinstance(own, torch.Tensor) else own == theirs

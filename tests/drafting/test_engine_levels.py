@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import FakeClock
-from tests.drafting.test_levels import pairs
+from tests.drafting.test_passes import pairs
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants.mtp import MtpHead
@@ -158,7 +158,7 @@ def test_code_of_a_head_with_a_draft_vocabulary_is_kept_for_later_processes(
 
 
 @torch.no_grad()
-def test_newest_pairs_are_read_by_the_code_that_drafts_levels(
+def test_a_draft_runs_compiled_code_once_for_each_level(
     target: PreTrainedModel, head: DraftHead, compiler: Compiler
 ) -> None:
     bound = BoundHead(head, target)

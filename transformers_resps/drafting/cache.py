@@ -117,7 +117,6 @@ class DraftCache:
         *,
         seen: Tensor | None = None,
         drafted: Tensor | None = None,
-        sees_itself: bool = False,
         mask: Tensor | None = None,
     ) -> Entries:
         """Attention of one pass, which writes its keys.
@@ -127,14 +126,14 @@ class DraftCache:
         Args:
             where: the first of the slots of all rows, below 0 for a tree; or each row's own, `[b or 1, t]`.
             end: slot after the last of the text that is seen.
-            seen: `[b or 1, end]` bool, false where a slot of the text is hidden; `None` where none is.
+            seen: `[b or 1, end]` bool, false where a slot of the text is hidden from all tokens but its own; `None`
+                where none is.
             drafted: `[b, t, e]` bool: which of the e newest entries of the tree each of its nodes sees.
-            sees_itself: whether a hidden token of a text still sees itself. With nothing to see it would become NaN.
             mask: `[b or 1, 1, q, s]` bool over the slots from 0, or `where` if that is lower, to `end`.
 
         Fewer queries than keys are those of the newest tokens.
         """
-        return _CacheEntries(self, where, end, seen, drafted, mask, sees_itself=sees_itself)
+        return _CacheEntries(self, where, end, seen, drafted, mask)
 
     def all_seen(self, length: int) -> Tensor:
         """`[1, length]` of true."""
@@ -169,11 +168,9 @@ class _CacheEntries(Entries):
         seen: Tensor | None,
         drafted: Tensor | None,
         mask: Tensor | None,
-        *,
-        sees_itself: bool,
     ) -> None:
         self._cache, self._where, self._end, self._made = cache, where, end, mask
-        self._seen, self._drafted, self._sees_itself = seen, drafted, sees_itself
+        self._seen, self._drafted = seen, drafted
         self.first_slot = 0 if isinstance(where, Tensor) else min(where, 0)
 
     @property
@@ -208,8 +205,7 @@ class _CacheEntries(Entries):
         mask = order <= own
         if self._seen is not None:
             mask = mask & self._seen[:, None]
-        if self._sees_itself:
-            mask = mask | (order == own)
+            mask = mask | (order == own)  # with nothing to see, a hidden token would become NaN
         return mask[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

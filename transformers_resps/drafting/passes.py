@@ -121,7 +121,7 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
             assert hidden is not None
             last = before.carried[depth - 1] if before is not None else torch.zeros_like(hidden[:, :1])
             hidden = one_later(torch.cat([last, hidden], dim=1), where)
-        entries = text.cache.attend(where, text.length, seen=text.seen_at(depth), sees_itself=True)
+        entries = text.cache.attend(where, text.length, seen=text.seen_at(depth))
         outputs.append(model.run(depth, tokens, hidden, places, entries, wanted))
         if model.depths > 1:
             hidden = model.feedback(outputs[-1], hidden)

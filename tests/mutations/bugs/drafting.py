@@ -9,7 +9,7 @@ from torch import Tensor
 from ..planting import Function, bug
 
 
-WINDOWS = "tests/drafting/test_level_drafter.py"
+WINDOWS = "tests/drafting/test_model_drafter.py"
 PIECES = "tests/drafting/test_depths.py"
 KEYS = "tests/verifying/test_verifier.py::test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees"
 
