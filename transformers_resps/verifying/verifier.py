@@ -110,11 +110,11 @@ class Verifier(ABC):
         Raises:
             ValueError: the target's cache cannot hold a tree.
         """
-        read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, **options))
+        read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, options))
         self.start(len(tokens))
         return read
 
-    def _read_chunk(self, tokens: Tensor, start: int, **options: int | Tensor) -> tuple[Tensor, Features]:
+    def _read_chunk(self, options: Mapping[str, int | Tensor], tokens: Tensor, start: int) -> tuple[Tensor, Features]:
         stop = start + tokens.shape[1]
         record_windows(self.forward.cache)
         mask, positions = self.rows.prompt_mask(stop), self.rows.positions[..., start:stop]

@@ -114,7 +114,7 @@ class SlotForward:
         are_computed = None if nodes is None else nodes.are_computed
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype, are_computed)
         tokens, positions = inputs.tokens, node_positions(inputs.roots[:, 1:], inputs.depths)
-        options = {"size": inputs.seen.shape[1]}
+        options: dict[str, Any] = {"size": inputs.seen.shape[1]}
         if nodes is not None:
             slots = torch.cat([nodes.together(slots), nodes.together(row_index(slots))])
             tokens, positions, options["resps_packed"] = nodes.together(tokens), nodes.together(positions), nodes
