@@ -97,7 +97,7 @@ def main(arguments: list[str] | None, description: str) -> int:
 
 
 def replayable(models: BenchModels) -> DraftHead:
-    """The head whose trees are replayed to find the best one; raises `ValueError` for other drafters."""
+    """Return the head whose trees are replayed to find the best one. Raises `ValueError` for other drafters."""
     if not isinstance(models.head, DraftHead):
         got = type(models.head).__name__
         raise ValueError(f"Only trees of a draft head are searched, got a {got}. Run `resps bench`, or name a head.")
@@ -139,7 +139,7 @@ def measure(
     versions: Mapping[str, str],
     load: float | None,
 ) -> int:
-    """As `benchmark`, with methods of other libraries, their versions, and the load before anything was started."""
+    """Measure beside methods of other libraries, given their versions and the load before anything was started."""
     evaluated, searched = choose_dialogues(config)
     models.check_unseen(evaluated)
     if not searched:
@@ -248,7 +248,7 @@ def identity_of(config: BenchConfig, models: BenchModels) -> dict[str, Any]:
 def find_best_fixed(
     replayer: Replayer, searched: Sequence[Dialogue], tokenizer: Any, temperature: float, journal: Journal
 ) -> TreeShape | None:
-    """Find it once, then read it from the journal; `None` without prompts to search on."""
+    """Find the best fixed tree once, then take it from the journal; `None` without prompts to search on."""
     if not searched:
         return None
     if "best_fixed" not in journal.notes:

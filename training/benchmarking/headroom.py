@@ -1,4 +1,4 @@
-"""What can be gained at most: by the best fixed shape, and by the fastest sequence of shapes (the oracle).
+"""The most that can be gained: by the best fixed shape, and by the fastest sequence of shapes (the oracle).
 
 Both come from replaying texts that the target wrote, with the cost table of this machine.
 """

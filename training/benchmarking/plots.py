@@ -215,14 +215,14 @@ def put_legend(figure: Any, handles: Any, title: str | None = None) -> None:
 
 
 def _ratio(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any], *, has_interval: bool) -> None:
-    """Caps reach above and below the mark, so that an interval shorter than it is seen, too."""
+    """Draw a ratio; the caps of its interval reach above and below the mark, so that a short one is seen, too."""
     if has_interval:
         axes.plot([row["low"], row["high"]], [place, place], "|-", color=style["color"], linewidth=1.5, markersize=9)
     axes.plot(row["ratio"], place, **style, markersize=5, clip_on=False)
 
 
 def _prompt_counts(results: dict[str, Any]) -> Counter[str]:
-    """How many prompts each dataset has, and `all`."""
+    """Count the prompts of each dataset, and of all."""
     prompts = {measurement["prompt"] for measurement in results["measurements"]}
     return Counter(prompt.rpartition("/")[0] for prompt in prompts) + Counter({ALL: len(prompts)})
 

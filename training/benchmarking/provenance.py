@@ -37,7 +37,7 @@ def code_sha256(package: Path) -> str:
 
 
 def _syntax(node: Any) -> str:
-    """A syntax tree in words, the same under every Python: what a release adds is empty in code for an older one."""
+    """Write a syntax tree in words, alike under every Python: fields that a release adds are empty in older code."""
     if isinstance(node, list):
         return f"[{', '.join(map(_syntax, node))}]"
     if not isinstance(node, ast.AST):

@@ -207,7 +207,7 @@ def print_list(options: argparse.Namespace) -> int:
             f"{one.name:24} question {one.question}: {needed.count(one.name)} of {one.processes} processes missing, "
             f"about {one.minutes:.0f} minutes in all{timed}"
         )
-    print(f"{Version.here()}: about {sum(one.minutes for one in asked) / 60:.1f} hours")
+    print(f"{Version.here()}: about {sum(one.minutes for one in asked):.0f} minutes")
     return 1 if needed else 0
 
 

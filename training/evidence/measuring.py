@@ -245,7 +245,7 @@ class Process:
             yield [row_of(run) | self._judged(run.timing.method, prompt, texts, base) for run in runs]
 
     def _together(self, group: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """First turns in one call. A group that is timed is one request; texts that are judged have a row each."""
+        """Answer first turns in one call: a timed group is one request, a text that is judged has its own row."""
         experiment, found = self.experiment, {}
         for name in random.Random(f"{self.number} {group[0].name}").sample(list(self.arms), len(self.arms)):
             key = f"{group[0].name} {name}"
@@ -264,7 +264,7 @@ class Process:
         ]
 
     def _judged(self, arm: str, prompt: Prompt, texts: Mapping[str, list[int]], base: str) -> dict[str, Any]:
-        """Whether a text is that of the first arm, and what else the experiment asks of it."""
+        """Compare a text with that of the first arm, and as the experiment asks."""
         own, other = texts[arm], texts[base]
         told: dict[str, Any] = {"same": own == other}
         if self.experiment.kind == ANSWERS:
@@ -434,7 +434,7 @@ def timings_of(bench: Bench, asked: Sequence[Prompt], method: Method, experiment
 
 
 def searched_prompts(options: Any) -> list[Dialogue]:
-    """Other prompts than those of the protocol: of EAGLE's sets, or of the demo."""
+    """Return other prompts than the protocol's: of EAGLE's sets, or of the demo."""
     if options.sets and options.sets != options.prompts:
         each = -(-_SEARCHED // len(EAGLE_SETS))
         return read_prompts(options.sets, each)[:_SEARCHED]
@@ -455,7 +455,7 @@ def last_number(text: str) -> float | None:
 
 @contextmanager
 def noise(wanted: bool) -> Iterator[None]:
-    """Inside, another process keeps a processor busy in bursts."""
+    """Keep a processor busy in bursts from another process, if wanted."""
     if not wanted:
         yield
         return

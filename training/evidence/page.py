@@ -166,7 +166,7 @@ class Answer:
 
 
 def same_text(found: Sequence[Found]) -> Answer:
-    """How many texts are equal, where the others part, how far the logits lie apart there; right answers."""
+    """Count equal texts and right answers; show where the other texts part, and the gap of the logits there."""
     columns = ["experiment", "arm", "texts", "equal or right", "95% interval", "first difference", "largest gap"]
     rows, drawn = [], []
     for one in found:
@@ -228,7 +228,7 @@ def _sampled(one: Found) -> Iterable[list[str]]:
 
 
 def policies(found: Sequence[Found]) -> Answer:
-    """Every policy over the best fixed tree."""
+    """Compare every policy with the best fixed tree."""
     columns = [
         "setting",
         "prompts",
@@ -253,7 +253,7 @@ def policies(found: Sequence[Found]) -> Answer:
 
 
 def _gap(policy: Interval | None, oracle: Interval | None) -> str:
-    """The oracle over the best fixed tree, and how much of that gap a policy takes."""
+    """Return the oracle over the best fixed tree, and the share of that gap that a policy takes."""
     if policy is None or oracle is None:
         return ""
     share = f", {(policy.ratio - 1) / (oracle.ratio - 1):.0%}" if oracle.ratio > 1.03 else ""
@@ -261,7 +261,7 @@ def _gap(policy: Interval | None, oracle: Interval | None) -> str:
 
 
 def engines(found: Sequence[Found]) -> Answer:
-    """Every engine over stock `generate` and over compiled plain decoding, and what of tau became speed."""
+    """Compare every engine with stock `generate` and compiled plain decoding, and its speed with its tau."""
     columns = ["target, arm", "over stock", "over plain", "tau", "over plain / tau", "first token, ms", "peak MiB"]
     columns.append("accepted at 1, 2, 3")
     peaks = {f"{one.title}, {row['arm']}": row["mib"] for one in found if one.experiment.kind == named.MEMORY
@@ -297,7 +297,7 @@ def _phases(rows: Sequence[Row]) -> str:
 
 
 def budgets(found: Sequence[Found]) -> Answer:
-    """Chains and trees of one block head by their nodes, measured and priced for GPUs."""
+    """Compare chains and trees of one block head by their nodes, measured and priced for GPUs."""
     columns = ["nodes", "chain", "tree", "tau, chain", "tau, tree"]
     columns += [f"planted {gpu.name}: {kind}" for gpu in GPUS for kind in ("chain", "tree")]
     pays: dict[str, int] = dict.fromkeys(("here", *(f"at planted costs of an {gpu.name}" for gpu in GPUS)), 0)
@@ -324,7 +324,7 @@ def budgets(found: Sequence[Found]) -> Answer:
 
 
 def never_slower(found: Sequence[Found]) -> Answer:
-    """Every arm that should lose, over plain decoding."""
+    """Compare every arm that should lose with plain decoding."""
     columns = ["setting", "arm", "over plain", "processes", f"at least {LEAST}"]
     rows, drawn = [], []
     for one in found:
@@ -439,7 +439,7 @@ def _empty(one: Found, columns: Sequence[str]) -> list[str]:
 
 
 def _positions(rows: Sequence[Row]) -> str:
-    """Of steps after the prefill, the share that accepted at least one, two, three drafted tokens."""
+    """Return the shares of steps after the prefill that accepted at least one, two, three drafted tokens."""
     _, steps = _counted(rows)
     accepted: Counter[int] = Counter()
     for step, count in steps.items():
@@ -451,7 +451,7 @@ def _positions(rows: Sequence[Row]) -> str:
 
 
 def _counted(rows: Sequence[Row]) -> tuple[int, dict[str, int]]:
-    """Tokens of the steps after the prefill, and how many of each kind."""
+    """Count the tokens of the steps after the prefill, and the steps of each kind."""
     steps: Counter[str] = Counter()
     for row in rows:
         steps.update(row.get("steps", {}))

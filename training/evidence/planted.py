@@ -36,11 +36,11 @@ class PlantedGpu(CostModel):
 
     @property
     def block_seconds(self) -> float:
-        """Of one pass of a block head."""
+        """Seconds of one pass of a block head."""
         return _BLOCK / self.bandwidth / _REACHED
 
     def block_speed(self, tokens: int, steps: Mapping[str, int]) -> float:
-        """Speed over plain decoding of steps that were counted, by "nodes/accepted"; prompts cost nothing."""
+        """Return the speed over plain decoding of counted steps, by "nodes/accepted"; prompts cost nothing."""
         counts = [(int(step.partition("/")[0]), count) for step, count in steps.items()]
         taken = sum(count * (self.verify_seconds(nodes, 0) + self.block_seconds) for nodes, count in counts)
         return tokens * self.verify_seconds(1, 0) / taken

@@ -42,7 +42,7 @@ def read_prompts(source: str | None, each: int) -> list[Dialogue]:
 
 
 def quickest(dialogues: Sequence[Dialogue], count: int) -> list[Dialogue]:
-    """The `count` prompts with the shortest first turns, each of another category."""
+    """Choose the `count` prompts with the shortest first turns, each of another category."""
     by_category = {one.name.rpartition("/")[0]: one for one in sorted(dialogues, key=_length, reverse=True)}
     return sorted(by_category.values(), key=_length)[:count]
 
@@ -75,7 +75,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _dataset(name: str) -> Iterable[dict[str, Any]]:
-    """SPEED-Bench as `datasets` reads it: its licence lets it be loaded for evaluation, never shipped."""
+    """Load SPEED-Bench with `datasets`: its licence allows that for evaluation, and never shipping it."""
     try:
         from datasets import load_dataset
     except ImportError as error:
