@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
+from transformers_resps.generation.output import left_padded
+
 
 VOCABULARY = 16  # so few that a tree may hold all pairs of tokens
 START, LISTEN, END, IMAGE, VIDEO, AUDIO = MARKS = range(10, VOCABULARY)  # the tokens before them are text
@@ -94,9 +96,7 @@ class MultimodalTarget:
         """The arguments of `generate`, rows padded on the left; another seed draws other media for the same text."""
         text, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
         lines = [self._tokens(row, text) for row in rows]
-        width = max(map(len, lines))
-        ids = torch.tensor([[0] * (width - len(line)) + line for line in lines])
-        mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in lines])
+        ids, mask = left_padded([torch.tensor(line) for line in lines])
         inputs = {"input_ids": ids, "attention_mask": mask} | self._drawn(rows, noise)
         if self.types:
             inputs[self.types] = sum(((ids == token) * kind for token, kind in self.kinds.items()), ids * 0)

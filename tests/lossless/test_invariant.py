@@ -26,6 +26,7 @@ from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants import MtpConfig, MtpHead
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.generation.output import left_padded
 from transformers_resps.verifying.invariant import attention as invariant
 from transformers_resps.verifying.invariant import experts
 from transformers_resps.verifying.invariant.row_classes import RowClasses, RowNeeds
@@ -121,15 +122,8 @@ def prompt_of(length: int, seed: int = 0) -> Tensor:
 
 def padded(prompts: list[Tensor]) -> dict[str, Tensor]:
     """On the left."""
-    width = max(prompt.shape[1] for prompt in prompts)
-    missing = [width - prompt.shape[1] for prompt in prompts]
-    ids = [
-        torch.cat([torch.zeros(1, pads, dtype=torch.long), row], 1) for pads, row in zip(missing, prompts, strict=True)
-    ]
-    return {
-        "input_ids": torch.cat(ids),
-        "attention_mask": (torch.arange(width) >= torch.tensor(missing)[:, None]).long(),
-    }
+    ids, mask = left_padded([prompt[0] for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def write(target: Any, inputs: Any, seed: int = 0, **options: Any) -> Written:
