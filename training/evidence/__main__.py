@@ -112,9 +112,9 @@ def files_folder(options: argparse.Namespace) -> Path:
 
 def missing_files(options: argparse.Namespace) -> Iterator[tuple[Experiment, int, Path]]:
     """Yield each process that has no whole, quiet file with all arms."""
+    folder = files_folder(options)
     for experiment in chosen(options):
-        files = {number: files_folder(options) / f"{experiment.name}-{number}.json"
-                 for number in range(experiment.processes)}  # fmt: skip
+        files = {number: folder / f"{experiment.name}-{number}.json" for number in range(experiment.processes)}
         read = [found for file in files.values() if (found := _whole(file, experiment))]
         noise = noise_of(experiment, read)
         valid = {one.file for one in read} - noise.keys()
