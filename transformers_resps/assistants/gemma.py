@@ -136,14 +136,12 @@ class _Queries(StepModel):
             position_ids=kept.positions.expand(-1, count),
             shared_kv_states=kept.states,
             use_cache=False,
-            logits_to_keep=None,  # a number, 0 too, would cut inputs for each layer, of which an assistant has none
+            logits_to_keep=None,  # a number, even 0, would cut inputs for each layer, and an assistant has none
         )
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Of the tokens that are possible after each output: all or, of a large vocabulary, those of the centroids
-        that are nearest to it.
-        """
+        """Compute logits of all tokens or, for a large vocabulary, of the tokens of the nearest centroids."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

@@ -26,7 +26,7 @@ _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # of a token that followed at t
 _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of one that followed at each of several places;
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of one that followed at some, by their share;
 _ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter has only others.
-_NOWHERE = -2  # Stands for no node of a drafter.
+_NOWHERE = -2  # Index of a node that a drafter lacks.
 _PRIOR_WEIGHT = 4.0  # Outcomes that a prior counts as.
 _MEMORY = 0.98  # Weight of a record when an outcome is added.
 

@@ -122,11 +122,11 @@ KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # the first one that fits
 
 
 def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> DrafterKind:
-    """The kind of head in a checkpoint; EAGLE-3's, whose reader says what is missing, where nothing shows it.
+    """Find the kind of head in a checkpoint; by default EAGLE-3's, whose reader names what is missing.
 
     Args:
         config: config.json.
-        tensors: by their published names. Only names count, and shapes of those that end as `SHAPING`.
+        tensors: by their published names. Only names count, and the shapes of names that end as `SHAPING`.
     """
     saved = next((kind for kind in KINDS if kind.saved_as and kind.saved_as == config.get("model_type")), None)
     names = bare_names(tensors)

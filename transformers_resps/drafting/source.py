@@ -148,7 +148,7 @@ class TrainableSource(LevelSource):
 
     Attributes:
         vocab_size: tokens of its target.
-        target: identity of its target, as far as it is known: see `target_identity`.
+        target: known parts of its target's identity, see `target_identity`.
         depths: number of layers that draft a level each; 1 drafts any number of levels.
     """
 

@@ -32,7 +32,7 @@ class StepModel(ABC):
     With one depth it drafts any number of levels: a node then reads its parent's output.
 
     Attributes:
-        depths: passes with weights of their own, each of which drafts one level; 1 for any number of levels.
+        depths: passes with their own weights that draft one level each; 1 for any number of levels.
         reads_features: whether it pairs tokens with hidden states.
         has_fixed_places: whether `places` of a position do not depend on the other positions.
         counts_padding: whether its positions may count a prompt's padding, as where only distances matter.

@@ -34,7 +34,7 @@ COMPILED_PLAIN = PLAIN + COMPILED
 INVARIANT = ", invariant"  # after the name of a method in the invariant mode
 SAME_TEXT_INVARIANT = f"`{INVARIANT}`: texts are compared with `{PLAIN}{INVARIANT}`, and its own with `{PLAIN}`."
 NAMED_NODES = 8  # whose verification the advice names
-MIN_PROMPTS = 8  # an interval over fewer is narrower than what it stands for: a bootstrap draws from what it has
+MIN_PROMPTS = 8  # An interval over fewer prompts is too narrow: a bootstrap draws only from what it has.
 MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
 
 _DIGITS = 7  # significant: a second to the microsecond and better

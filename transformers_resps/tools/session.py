@@ -140,7 +140,7 @@ class Session:
 
     Attributes:
         methods: in the order of the table, `base` among them.
-        repeats: seeds, with each of which everything is answered once.
+        repeats: seeds; each answers everything once.
         runs: of the cells that every method has answered.
         cut: names of conversations that ended early.
     """
