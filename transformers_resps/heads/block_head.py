@@ -1,8 +1,7 @@
-"""The block head: reads the target's features, and fills a block of slots in one pass.
+"""The block head: reads the target's features and fills a block of slots in one pass.
 
-DFlash (arXiv 2602.06036) and what is made of it: DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394), DFlash 2.
-In reading order: the layers, the corrections, the head with its loading and saving, and the head as it decodes for one
-target.
+It covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading
+order: the layers, the corrections, the head, and the head bound to one target.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from .identity import parameter_fingerprint
 from .model import DraftHead, Formats, HeadModel, Rope, RotaryEmbedding
 
 
-_CORRECTED = 64  # of a row's candidates, the likeliest: DominoTree (arXiv 2607.08642)
+_CORRECTED = 64  # Candidates of a slot that a Markov head corrects, as in DominoTree (arXiv 2607.08642).
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
@@ -39,7 +38,7 @@ AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockAttention(nn.Module):
-    """Attention of a block's slots to the text and to each other, with the same projections for both."""
+    """Attention of a block's slots to the text and to each other; both use the same projections."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -53,21 +52,20 @@ class BlockAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values `[b, kv heads, t, hd]` of states `[b, t, h]`."""
+        """Project states `[b, t, h]` to keys and values `[b, kv heads, t, hd]`."""
         keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return rope.turn(keys), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, states: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """`[b, q, h]` -> `[b, q, h]`."""
         queries = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         attended = attend(self.layer_index, rope.turn(queries), *self.entries(states, rope))
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 class GroupedConvolution(nn.Module):
-    """Causal convolutions over the slots of a block, before and after a part of a layer (DFlash 2).
+    """Causal convolutions over a block's slots, before and after a layer's attention or MLP (DFlash 2).
 
-    Each group of channels has a kernel that the part's input adds to a fixed one; both begin as the identity.
+    A kernel is the sum of a fixed one and one per group of channels that is computed from the part's input.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -78,13 +76,17 @@ class GroupedConvolution(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
     def kernels(self, states: Tensor) -> Tensor:
-        """`[b, q, 2, taps, groups, channels]`: those before and after a part that gets `states` `[b, q, h]`."""
+        """Make the kernels before and after the part from its input `[b, q, h]`.
+
+        Returns:
+            `[b, q, 2, taps, groups, channels]`.
+        """
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
         return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
 
     @staticmethod
     def convolve(states: Tensor, kernels: Tensor) -> Tensor:
-        """`[b, q, h]` by kernels `[b, q, taps, groups, channels]`."""
+        """Convolve `[b, q, h]` with kernels `[b, q, taps, groups, channels]`."""
         grouped = states.unflatten(-1, (kernels.shape[-2], -1))
         total = kernels[:, :, 0] * grouped
         for tap in range(1, min(kernels.shape[2], states.shape[1])):
@@ -93,7 +95,7 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the slots of a block."""
+    """A decoder layer over the slots of a block, `[b, q, h]` -> `[b, q, h]`."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -107,7 +109,6 @@ class BlockLayer(nn.Module):
         self.has_convolutions = config.conv_kernel_size is not None
 
     def forward(self, hidden: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """`[b, q, h]` -> `[b, q, h]`."""
         states = self.input_layernorm(hidden)
         if not self.has_convolutions:
             hidden = hidden + self.self_attn(states, rope, attend)
@@ -122,9 +123,9 @@ class BlockLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """Corrects a slot's logits by the token before it, with tables of a low rank r (DSpark, arXiv 2607.05147).
+    """Corrects a slot's logits by the token before it, through tables of low rank r (DSpark, arXiv 2607.05147).
 
-    "gated" weighs the row of the token by the slot's output, "rnn" keeps a state of all tokens of the block.
+    "gated" weighs that token's row by the slot's output. "rnn" keeps a state of all earlier tokens of the block.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -139,14 +140,14 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Target ids `[...]` of the tokens before slots -> `[..., r]`."""
+        """Look up target ids `[...]` of the tokens before slots: `[..., r]`."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Make the vector that a candidate's row is multiplied by.
+        """Make the vectors `[b, D, w, r]` that the candidates' rows are multiplied by.
 
         Args:
-            before: `[b, D, w, r]` rows of the tokens before each slot, on several paths.
+            before: `[b, D, w, r]` rows of the tokens before each slot, on w paths.
             hidden: `[b, D, h]` the slots' outputs.
         """
         if self.kind == "vanilla":
@@ -155,12 +156,15 @@ class MarkovHead(nn.Module):
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """`[b, 1, r]` before the first slot, after the `first` output `[b, h]` where another slot gave it."""
+        """Compute the state `[b, 1, r]` before the first predicting slot.
+
+        `first` `[b, h]` is the output at the root's slot, if that slot predicts nothing.
+        """
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the `context` of one slot, `[b, w, r]` and `[b, h]`, by each path's state, and the state after it."""
+        """Return one slot's `context` and the next state, both `[b, w, r]`, from each path's `before` and state."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -168,16 +172,16 @@ class MarkovHead(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The rows of all candidates, `[d, r]`."""
+        """The candidates' rows, `[d, r]`."""
         return self.markov_w2.weight
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """Draft ids `[...]` -> `[..., r]`."""
+        """Look up the rows of draft ids `[...]`: `[..., r]`."""
         return F.embedding(candidates, self.table)
 
 
 class CandidateSelector(nn.Module):
-    """Scores a slot's likeliest candidates by the token before them (DFlash 2); methods as in `MarkovHead`."""
+    """Scores a slot's likeliest candidates by the token before it (DFlash 2); methods as in `MarkovHead`."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -202,7 +206,7 @@ class CandidateSelector(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """Estimates the share of the draft's probabilities that the target shares, so whether a sample is accepted."""
+    """Estimates the overlap of the draft's and the target's distribution: the probability of acceptance."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -210,13 +214,13 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """`[..., h (+ r)]` -> logits `[...]`, fp32."""
+        """Map `[..., h (+ r)]` to fp32 logits `[...]`."""
         return self.proj(states).squeeze(-1).float()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockReading(FileReading):
-    """One way to read the file of a block head, see `BlockHeadConfig`."""
+    """One interpretation of a block head's file; the fields are those of `BlockHeadConfig`."""
 
     loader: ClassVar[str] = "BlockHead"
 
@@ -241,9 +245,8 @@ class BlockReading(FileReading):
 class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
-    Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
-    `assistant_model`. The embedding table is the target's, unscaled, and so is the output head unless the head has
-    its own.
+    Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
+    `assistant_model`. It uses the target's embedding table, unscaled, and the target's output head unless it has one.
     """
 
     config_class = BlockHeadConfig
@@ -277,27 +280,22 @@ class BlockHead(HeadModel):
 
     @property
     def correction(self) -> MarkovHead | CandidateSelector | None:
-        """The part that corrects a slot by the token before; `None` for none."""
+        """The module that corrects a slot's logits by the token before it."""
         if self.config.correction == "none":
             return None
         return self.candidate_selector if self.config.correction == "selector" else self.markov_head
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`, what every layer has keys and values of."""
+        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`. Every layer projects these to keys and values."""
         return self.hidden_norm(self.fc(features))
 
     def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
-        """Keep the keys and values of fused features `[b, t, h]`, of every layer."""
+        """Append every layer's keys and values of fused features `[b, t, h]` to `entries`."""
         for index, layer in enumerate(cast(Sequence[BlockLayer], self.layers)):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
     def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """Run the layers over the slots of a block.
-
-        Args:
-            embeddings: `[b, q, h]` of the root and of mask tokens.
-            rope: of the slots' positions.
-            attend: attention to the text and to the block.
+        """Run the layers over a block's slots, given the embeddings `[b, q, h]` of its root and mask tokens.
 
         Returns:
             `[b, q, h]` after the final norm.
@@ -315,13 +313,13 @@ class BlockHead(HeadModel):
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        """Return its name, its sizes and its `fingerprint`."""
+        """Return the head's name, sizes and `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "block_size", "correction")
         named = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         return named | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Estimate the confidence at slots `[..., h]` after tokens with rows `[..., r]`: fp32 logits `[...]`."""
+        """Compute fp32 confidence logits `[...]` from slots' outputs `[..., h]` and rows of the tokens before them."""
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
@@ -340,10 +338,10 @@ class BlockHead(HeadModel):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "BlockHead":
-        """Make a new, untrained head, see `DraftHead.from_target`, with fields of `BlockHeadConfig`.
+        """Create an untrained head; arguments as in `DraftHead.from_target`, with fields of `BlockHeadConfig`.
 
-        By default it is small: two causal layers, which begin as the target's last ones, over five features as
-        DFlash's, and a Markov correction, which begins with nothing.
+        By default it has two causal layers that start as the target's last ones, five features as in DFlash, and a
+        Markov correction that starts at zero.
         """
         fields = block_fields(target, feature_layers, overrides)
         head = fresh_head(cls, target, draft_vocab_size, draft_token_ids, fields)
@@ -361,14 +359,14 @@ class BlockHead(HeadModel):
 
     @classmethod
     def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> "BlockHead":
-        """Make the head of a loaded model of Transformers."""
+        """Convert a block drafter that Transformers has loaded."""
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
-        """Yield the configured reading first, then the others that this target has layers for.
+        """Yield the configured reading first, then alternatives that this target has layers for.
 
-        They vary the feature layers by one, with slots shifted or in place, causal or not; then other RoPE bases and
-        scales of embeddings, each alone.
+        They combine feature layers shifted by one, slots shifted or in place, and causal or not. Other RoPE bases and
+        scales of embeddings follow, one change at a time.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
@@ -388,7 +386,7 @@ class BlockHead(HeadModel):
 
 
 class BoundBlockHead(BlockModel, TrainableModel):
-    """A block head as it decodes for one target; see `BoundHead`."""
+    """A block head joined with its target's embedding table and output head; see `BoundHead`."""
 
     is_compilable = True
 
@@ -429,24 +427,24 @@ class BoundBlockHead(BlockModel, TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Keep what slots attend to of committed tokens, paired with fused features, which are the output."""
+        """Write keys and values of committed tokens, and return their fused features."""
         assert hidden is not None
         self._head.write_context(hidden, Rope(*places), entries)
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """All slots, as in training, unless none sees a later one."""
+        """Return all slots, as in training, unless no slot sees a later one."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
     def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Keys and values of fused features, of one layer."""
+        """Project fused features to the keys and values of one layer."""
         return cast(BlockLayer, self._head.layers[layer]).self_attn.entries(fused, Rope(*places))
 
     def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
-        """`[b, q]` roots and mask tokens -> `[b, q, h]` normed outputs."""
+        """Run the head over roots and mask tokens `[b, q]`: normed outputs `[b, q, h]`."""
         table = self._table.weight
-        rows = F.embedding(tokens.to(table.device), table)  # the target's module may scale them
+        rows = F.embedding(tokens.to(table.device), table)  # not `self._table(tokens)`, which may scale them
         embeddings = rows.to(self.device, self.dtype)
         if self._config.embedding_scale != 1.0:
             embeddings = embeddings * self._config.embedding_scale
@@ -482,7 +480,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits without a correction, see `TrainableModel.normed_logits`."""
+        """Compute the logits before any correction, see `TrainableModel.normed_logits`."""
         weight = self._output.weight
         logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
@@ -491,7 +489,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         if self._draft_token_ids is None:
             return draft_ids
-        if torch.compiler.is_compiling():  # later processes can make constants of the head's own buffers alone
+        if torch.compiler.is_compiling():  # code kept for later processes can hold only buffers of the head
             return draft_ids + cast(Tensor, self._head.d2t)[draft_ids]
         return self._draft_token_ids[draft_ids]
 
@@ -501,15 +499,15 @@ class BoundBlockHead(BlockModel, TrainableModel):
             scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
             scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
             return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
-        # Only a slot's likeliest candidates are corrected; the sum of their probabilities stays
+        # Only the likeliest candidates of a slot are corrected; the sum of their probabilities is kept.
         base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
         mass = base.logsumexp(-1)
         tokens, rows = self.target_ids(candidates), correction.rows(candidates)  # [b, D, m, r]
-        # [b, D, m, r] of the token before each slot, whichever it is
+        # [b, D, m, r]: rows of each token that may come before a slot.
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """`[b, D', w, r]` of paths to slots -> `[b, D', w, m]`."""
+            """Score the candidates `[b, D', w, m]` after w paths with contexts `[b, D', w, r]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)
@@ -541,8 +539,9 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Lower scores `[..., w, k]` of children by the confidence in their parents, from the slot's output
-        `[..., 1, h]` and the parents' rows `[..., w, r]`.
+        """Add the log confidence in w parents to their children's scores `[..., w, k]`.
+
+        It is computed from the slot's output `[..., 1, h]` and the parents' rows `[..., w, r]`.
         """
         if not self._config.confidence:
             return scores
@@ -550,5 +549,5 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """`[b, p, n]` -> `[b, w, n]`."""
+    """Select the rows of `[b, p, n]` at places `[b, w]`: `[b, w, n]`."""
     return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))

@@ -1,7 +1,6 @@
-"""The EAGLE-3 draft head: reads the target's features and proposes tokens.
+"""The EAGLE-3 draft head (arXiv 2503.01840, section 3): reads the target's features and proposes tokens.
 
-In reading order: the angles of RoPE, the decoder layer, the head with its loading and saving, and the head as it
-decodes for one target. Source: EAGLE-3 (arXiv 2503.01840) section 3.
+In reading order: RoPE, the decoder layer, loading and saving, the head, and the head bound to one target.
 """
 
 import hashlib
@@ -42,15 +41,15 @@ from .fresh import fresh_head
 from .identity import check_beside, check_is_model, check_made_for, target_identity
 
 
-# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
-# those of the q <= t wanted positions. `Entries` are one.
+# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]. There are queries
+# for the q <= t wanted positions only. `Entries` implements it.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Transformers' RoPE, whose frequencies stay as they were under `head.to(torch.bfloat16)`.
+    """Transformers' RoPE, but `head.to(torch.bfloat16)` does not round its frequencies.
 
-    Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions.
+    Rounding changes them by up to 0.4%: a whole turn after about 1,600 positions.
     """
 
     def __init__(self, config: DraftHeadConfig) -> None:
@@ -65,23 +64,23 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Rope(NamedTuple):
-    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position."""
+    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` if all t share a position."""
 
     cosine: Tensor
-    sine: Tensor  # negative in the first half, by which a vector's second half is multiplied
+    sine: Tensor  # its first half is negated: it multiplies a vector's second half
 
     def at(self, wanted: Wanted) -> "Rope":
-        """The angles at some positions."""
+        """Select the angles at the wanted positions."""
         return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
-        """Turn `[b, heads, t, hd]` by the angles of its positions."""
+        """Rotate `[b, heads, t, hd]`."""
         half = states.shape[-1] // 2
         return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
 
 class DraftAttention(nn.Module):
-    """Projections of the attention; the first layer reads embedding and feature side by side, `2h` wide."""
+    """The attention of a `DraftLayer`; the first layer's input is embedding and feature side by side, `2h` wide."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class DraftAttention(nn.Module):
         queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # turned in one go
+        if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # one rotation for both
             turned = rope.turn(torch.cat([queries, keys], dim=1))
             queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
         else:
@@ -117,7 +116,7 @@ class DraftAttention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """The first layer fuses embedding and feature (EAGLE-3, section 3.1); any further one is a plain decoder layer."""
+    """A decoder layer; the first one also joins embedding and feature (EAGLE-3, section 3.1)."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ class DraftLayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeadReading(FileReading):
-    """One way to read a head's file, see `DraftHeadConfig`."""
+    """One interpretation of a head's file; the fields are those of `DraftHeadConfig`."""
 
     loader: ClassVar[str] = "DraftHead"
 
@@ -165,20 +164,16 @@ class HeadReading(FileReading):
 
 
 class Formats(NamedTuple):
-    """How heads of one kind are read from published checkpoints, and written for other engines."""
+    """The functions that read heads of one kind from published checkpoints and write them for other engines."""
 
     read: Canonical
     write: Callable[[Any, dict[str, Tensor], Path, str], None]
 
 
 class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each kind saves in its own way
-    """A head of any kind, which borrows the rest of a model from its target.
+    """Base class of the heads: loading, saving, and what they borrow from their target."""
 
-    Attributes:
-        sizing_fields: fields of its config that a resumed run cannot change.
-    """
-
-    sizing_fields: ClassVar[tuple[str, ...]]
+    sizing_fields: ClassVar[tuple[str, ...]]  # fields of the config that a resumed run cannot change
     config: Any
     norm: nn.RMSNorm
     rotary_emb: RotaryEmbedding
@@ -186,7 +181,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     _formats: ClassVar["Formats"]
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Say that `attach` is missing where Transformers' assisted generation reads `generation_config`."""
+        """Explain that `attach` is missing when stock assisted generation reads `generation_config`."""
         if name == "generation_config":
             raise AttributeError(
                 f"A `{type(self).__name__}` has no `generation_config`: it is no whole model, as others are. "
@@ -229,21 +224,21 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         """Publish the head on the Hub in one commit, with a plain model card if there is none.
 
         Args:
-            repo_id: the repository; made if missing.
-            commit_message: subject of the commit; names the class by default.
+            repo_id: created if missing.
+            commit_message: by default, it names the class.
             where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            OSError: the Hub refused, or the connection broke; nothing was committed.
+            OSError: the Hub refused, or the connection broke. Nothing was committed.
         """
         card, message = self.plain_card(repo_id), commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
     def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""
+        """Write a model card: what the head is, its target, and how to load it."""
         use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
@@ -261,11 +256,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return variant
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """Check that the head was made for `target`.
-
-        Raises:
-            ValueError: a size or the model type differs; the message names both models.
-        """
+        """Raise a `ValueError` that names both models if a size or the model type of `target` does not fit."""
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.target_width}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
@@ -274,9 +265,9 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_beside(self.device, input_embedding(target))
 
     def packed_view(self) -> Self:
-        """The head with layers that multiply by packed weights; this very head where that is no faster.
+        """Return a view of the head that multiplies by packed weights, or the head itself if that is no faster.
 
-        Valid until modules are added or replaced. The packed weights belong to this head and are made once.
+        The view is valid until modules are added or replaced. Its weights are packed once and belong to this head.
         """
         return self._packed.view(self)
 
@@ -287,18 +278,15 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         target: PreTrainedModel | None = None,
         **keywords: Any,
     ) -> Self:
-        """Load a head saved by this package, or one in a published layout, recognised by its tensors.
+        """Load a head in this package's format or a published layout. No weight is newly initialized.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
-            target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
-                decides the dtype and device unless they are passed.
-            keywords: `revision` and the other loading arguments of Transformers. Also any field of the head's
-                config, or `rope_theta`, to correct it as `resps doctor` suggests; `sliding_window` of a `DraftHead`
-                limits what it sees of long texts, `None` takes a limit away.
-
-        Returns:
-            The head, with every weight read from the files: nothing is newly initialized.
+            target: the model to draft for. It is checked, supplies sizes that the config leaves out, and decides the
+                dtype and device unless they are passed.
+            keywords: the loading arguments of Transformers, such as `revision`. Also any field of the head's config,
+                or `rope_theta`, to correct it as `resps doctor` suggests. `sliding_window` limits how many tokens a
+                `DraftHead` sees; `None` removes the limit.
 
         Raises:
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
@@ -328,18 +316,18 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
     ) -> None:
-        """Write the head to a folder, in this package's format or one for another engine.
+        """Write the head to a folder, in this package's format or in a layout of another engine.
 
         Args:
-            save_directory: the folder; made if missing.
+            save_directory: created if missing.
             args: as in Transformers; for format "resps" only.
-            format: "resps" for this package; or a layout that other engines read. A `DraftHead` knows "specforge" (for
-                SGLang and llama.cpp) and "speculators" (for vLLM), a `BlockHead` "z-lab" and "speculators". What
-                these engines silently ignore is refused or warned of: see docs/train-a-head.md.
+            format: "resps" for this package. For other engines, a `DraftHead` has "specforge" (SGLang, llama.cpp) and
+                "speculators" (vLLM), a `BlockHead` "z-lab" and "speculators". Properties of the head that these
+                engines silently ignore are refused, or a warning is logged: see docs/train-a-head.md.
             keywords: as in Transformers; for format "resps" only.
 
         Raises:
-            ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
+            ValueError: the format is unknown, cannot express this head, or takes no such options.
         """
         if format == "resps":
             PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
@@ -366,14 +354,14 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 class DraftHead(HeadModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
-    Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
+    Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
     `assistant_model`.
 
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
-    embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
-    when it decodes and does not store them. On CPU, decoding keeps packed copies of the head's weights: call
-    `prepack(head)` after weights were written through `.data`, as PEFT's merge does. Decoding calls the parts of the
-    head: hooks on its layers and modules fire, hooks on the head itself fire in `forward` alone.
+    head usually borrows the embedding table and, with a full draft vocabulary, the output head from its target. It
+    does not store what it borrows. On CPU, decoding keeps packed copies of the head's weights: call `prepack(head)`
+    after writing weights through `.data`, as PEFT's merge does. Decoding calls the submodules directly: their hooks
+    fire, but hooks on the head itself fire in `forward` only.
     """
 
     config_class = DraftHeadConfig
@@ -404,11 +392,11 @@ class DraftHead(HeadModel):
         if config.owns_output_head:
             self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
         if config.draft_vocab_size is not None:
-            # Offsets, as published: the target id of draft id i is i + d2t[i].
+            # Offsets, as in published files: the target id of draft id i is i + d2t[i].
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.rotary_emb = RotaryEmbedding(config)
         self._packed = PackedWeights()
-        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # version of `fc`, and its fingerprint
+        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # (version of `fc`, fingerprint)
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -428,30 +416,26 @@ class DraftHead(HeadModel):
         attend: Attend,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Run the head's layers over all positions in parallel.
+        """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
         Args:
             hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
-            embeddings: `[b, t, h]` embeddings of the token after each feature.
-            rope: the angles of the positions.
+            embeddings: `[b, t, h]` of the token after each feature.
+            rope: the angles of all t positions.
             attend: attention over the keys and values that the caller keeps (see `DraftCache`).
-            wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others only give keys
-                and values, which is a third of the work.
-
-        Returns:
-            `[b, q, h]` hidden states, before the final norm.
+            wanted: a slice or `[b, q]`. The other positions only get keys and values, a third of the work.
         """
-        for count, layer in enumerate(self.layers, start=1):  # `torch.export` may give another object at each look
+        for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """Make the next level's input, in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
+        """Turn a level's output `[b, t, h]` into the next level's input, which replaces the fused features."""
         return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
-        """Return the head's own embeddings; `None` where it reads the target's."""
+        """Return the head's embedding table; `None` if it uses the target's."""
         return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
 
     @property
@@ -473,7 +457,7 @@ class DraftHead(HeadModel):
         return self._fingerprint[1]
 
     def identity(self) -> dict[str, Any]:
-        """Return its name, its sizes and, unless it is in float16, its `fingerprint`."""
+        """Return the head's name, sizes and, except in float16, `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
         identity = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         if self.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
@@ -493,7 +477,7 @@ class DraftHead(HeadModel):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "DraftHead":
-        """Make a new, untrained head for `target`, in its dtype and on its device.
+        """Create an untrained head in the target's dtype, on its device. To train it see docs/train-a-head.md.
 
         Args:
             target: the model whose features the head will read.
@@ -502,12 +486,8 @@ class DraftHead(HeadModel):
             feature_layers: as in `DraftHeadConfig`; `None` for EAGLE-3's low, middle and high layer.
             overrides: any other field of `DraftHeadConfig`.
 
-        Returns:
-            The head. Train it before use: see docs/train-a-head.md.
-
         Raises:
-            ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
-                config.
+            ValueError: the draft vocabulary is not part of the target's, or the config does not fit the target.
         """
         layers = {} if feature_layers is None else {"feature_layers": feature_layers}
         return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
@@ -520,16 +500,16 @@ class DraftHead(HeadModel):
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """Yield the configured reading first, then the others that this target has layers for.
+        """Return the configured reading first, then all combinations of alternatives that this target has layers for.
 
-        They vary the feature layers by one, the RoPE base, the first layer's residual before or after its norm, and,
-        where answers are about images, the features before or after DeepStack.
+        The alternatives are: feature layers shifted by one, other RoPE bases, the first layer's residual before or
+        after its norm, and, if texts have images, features before or after DeepStack.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None
         near = [tuple(layer + shift for layer in config.feature_layers) for shift in (0, 1, -1)]
         theirs = getattr(text, "rope_parameters", None) or {}
-        theirs = theirs.get("full_attention") or theirs  # in Gemma 3 each type of layers has its own
+        theirs = theirs.get("full_attention") or theirs  # Gemma 3 has one entry for each type of layer
         bases = [config.rope_parameters["rope_theta"], 1e4, 1e6, theirs.get("rope_theta")]
         tower = getattr(target.config, "vision_config", None)
         is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
@@ -543,10 +523,10 @@ class DraftHead(HeadModel):
 
 
 class BoundHead(TrainableModel):
-    """A head as it decodes for one target, with the target's embedding table and output rows; see `bind`.
+    """A head joined with its target's embedding table and output head; see `bind`.
 
-    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. A level
-    has few rows, so on a CPU the layers multiply by packed copies of the weights, unless `forward` computes a pass.
+    Each call of `generate` makes one, so that saving, copying or moving a head never touches its target. A level has
+    few rows, so on CPU the layers multiply by packed copies of the weights, unless `forward` is passed.
     """
 
     is_compilable = True
@@ -572,7 +552,7 @@ class BoundHead(TrainableModel):
         return nn.ModuleList([self.head, self.embed_tokens, self._output])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed target ids `[b, t]`: `[b, t, h]` in the head's dtype."""
+        """Embed target ids `[b, t]` as `[b, t, h]` in the head's dtype."""
         return self.embed_tokens(tokens).to(self.head.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -598,7 +578,7 @@ class BoundHead(TrainableModel):
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         logits = self._output(normed.to(self._output_weight.dtype))
-        return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
+        return logits.to(normed.device, torch.float32)  # a borrowed output head may be on another device
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
         return self._output_weight, getattr(self._output, "bias", None)  # some targets have one
@@ -609,16 +589,17 @@ class BoundHead(TrainableModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         if self.draft_token_ids is None:
             return draft_ids
-        if torch.compiler.is_compiling():  # later processes can make constants of the head's own buffers alone
+        if torch.compiler.is_compiling():  # code kept for later processes can hold only buffers of the head
             return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
         return self.draft_token_ids[draft_ids]
 
 
 class BoundParallelHead(BoundHead, BlockModel):
-    """A P-EAGLE head (arXiv 2602.01469, section 3) as it decodes for one target; training is refused.
+    """A P-EAGLE head (arXiv 2602.01469, section 3) joined with its target; it cannot be trained.
 
-    The newest pair predicts a token, and so does each placeholder after it: a learnt feature beside the mask token,
-    which sees all pairs and the placeholders before it. Keys are kept of true pairs alone, in every layer.
+    The newest pair of feature and token predicts a token, and so does each placeholder after it: a learnt feature
+    paired with the mask token. A placeholder sees all pairs and the placeholders before it. Only the keys of true
+    pairs are kept.
     """
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
@@ -657,10 +638,6 @@ class BoundParallelHead(BoundHead, BlockModel):
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
-    """Identify a target and its source, for policies and figures that belong to the pair.
-
-    Returns:
-        `target`: its name and sizes; and with a source `head`, see `DraftSource.identity`.
-    """
+    """Return `{"target": its name and sizes, "head": the source's identity}`, to store with a policy or figures."""
     identity = {"target": target_identity(target)}
     return identity if source is None else identity | {"head": source.identity()}
