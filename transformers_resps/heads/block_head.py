@@ -76,11 +76,7 @@ class GroupedConvolution(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
     def kernels(self, states: Tensor) -> Tensor:
-        """Make the kernels before and after the part from its input `[b, q, h]`.
-
-        Returns:
-            `[b, q, 2, taps, groups, channels]`.
-        """
+        """Make both kernels `[b, q, 2, taps, groups, channels]` from the part's input `[b, q, h]`."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
         return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
 
@@ -295,11 +291,7 @@ class BlockHead(HeadModel):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
     def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """Run the layers over a block's slots, given the embeddings `[b, q, h]` of its root and mask tokens.
-
-        Returns:
-            `[b, q, h]` after the final norm.
-        """
+        """Run the layers over embeddings of roots and mask tokens: `[b, q, h]` -> normed `[b, q, h]`."""
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)

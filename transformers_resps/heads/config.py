@@ -1,4 +1,4 @@
-"""Configurations of draft heads and block heads: one description for every published layout."""
+"""Configurations of draft heads and block heads, the same for all published layouts."""
 
 import os
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from ..hub.upload import shareable
 from ..tree import TreeShape
 
 
-ROPE_BASE = 10000.0  # the default: RoFormer (arXiv 2104.09864) section 3.2.2
-# The kinds of RoPE that a head can have, as Transformers names them, and what each needs.
+ROPE_BASE = 10000.0  # The default: RoFormer (arXiv 2104.09864) section 3.2.2.
+# Supported types of RoPE, by Transformers' names -> the parameters that each needs.
 _ROPE_NEEDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -26,21 +26,17 @@ _ROPE_NEEDS: dict[str, set[str]] = {
 
 
 def default_feature_layers(layer_count: int) -> list[int]:
-    """EAGLE-3's low, middle and high hidden state, distinct and in range also for very shallow targets.
+    """Return EAGLE-3's low, middle and high hidden state, distinct and in range for very shallow targets, too.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.1; which three they are is in its code alone
-    (SafeAILab/EAGLE, `LlamaModel.forward`): layers 2, n // 2 and n - 3 of n.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.1. Only its code (SafeAILab/EAGLE, `LlamaModel.forward`) names the
+    three: layers 2, n // 2 and n - 3 of n.
     """
     last = max(layer_count - 1, 0)
     return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
 
 
 def check_numbers(config: PreTrainedConfig, what: str) -> None:
-    """Refuse a flag that is none, or a size that is not positive; `what` is configured, for messages.
-
-    Raises:
-        ValueError: names the field.
-    """
+    """Raise a `ValueError` for a flag that is no bool or a size that is not positive; `what` is for the message."""
     for name, kind in type(config).__annotations__.items():
         value = getattr(config, name)
         is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -57,7 +53,7 @@ def check_numbers(config: PreTrainedConfig, what: str) -> None:
 
 
 def check_rope(rope: dict[str, Any] | None, what: str) -> None:
-    """Refuse RoPE that no head can have. Raises `ValueError`, which names what is wrong."""
+    """Raise a `ValueError` for RoPE that no head can have; `what` is for the message."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type", "default")
     if kind not in _ROPE_NEEDS:
@@ -79,25 +75,25 @@ def check_rope(rope: dict[str, Any] | None, what: str) -> None:
 
 
 def has_fixed_rope(rope: dict[str, Any] | None) -> bool:
-    """Whether the angles of a position do not depend on the sequence's length."""
+    """Whether the angles at a position do not depend on the length of the text."""
     rope = rope or {}
     return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
 
 
 class HeadConfig(PreTrainedConfig):
-    """The fields and methods that the configurations of all heads share."""
+    """Base class of the heads' configurations."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """`PreTrainedConfig.save_pretrained`, but only the name of a target's local folder is written."""
+        """Save as `PreTrainedConfig` does, but write only the last name of a target's local path."""
         told: Any = copy(self)
         told.target = shareable(told.target)
         super(HeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def target_width(self) -> int:
-        """Width of the target's hidden states; by default that of the head."""
+        """Width of the target's hidden states."""
         sizes: Any = self
         return int(getattr(sizes, "target_hidden_size", None) or sizes.hidden_size)
 
@@ -117,37 +113,34 @@ class DraftHeadConfig(HeadConfig):
         hidden_size: width h of the head.
         num_hidden_layers: number of decoder layers; published heads have one.
         head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
-        max_position_embeddings: for RoPE types that depend on it; the head itself reads sequences of any length.
-        sliding_window: the most newest positions that the head sees when it drafts, and at least fifteen sixteenths of
-            them; `None` for all. Training shows it all.
+        max_position_embeddings: for RoPE types that depend on it. The head reads texts of any length.
+        sliding_window: the head sees at most this many newest positions when it drafts, and at least 15/16 of them;
+            `None` for all. In training it sees all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
         attention_bias: whether the query, key and value projections have biases.
         attention_output_bias: whether the attention's output projection has a bias.
         fc_bias: whether `fc`, which fuses the features, has a bias.
         target_hidden_size: width of the target's hidden states; `None` means h.
         feature_layers: indices of the target's hidden states that the head reads, ascending, counted as in
-            `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1. The
-            last layer's output is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's choice for
-            a target with 30 layers.
-        before_deepstack: whether these are read before DeepStack adds an image's features to them (Qwen3-VL).
+            `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1,
+            before the final norm even for the last layer. `None` means 2, 15 and 27, EAGLE-3's choice for 30 layers.
+        before_deepstack: whether the features are read before DeepStack adds those of an image (Qwen3-VL).
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
-        owns_embedding: whether the head has an embedding table, which it needs if its width is not the target's;
-            otherwise it uses the target's.
-        owns_output_head: whether the head has an output head; otherwise it uses the target's.
+        owns_embedding: whether the head has an embedding table instead of the target's; needed if the widths differ.
+        owns_output_head: whether the head has an output head instead of the target's.
         norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); excludes `norm_before_fc`.
         feedback_post_norm: whether the next level reads the output after `norm` instead of before it (EAGLE-3.1).
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
-        mask_token_id: the token in the placeholders of a P-EAGLE head, which drafts all levels in one pass; else
-            `None`.
-        parallel_levels: tokens that a P-EAGLE head drafts.
+        mask_token_id: the placeholders' token of a P-EAGLE head, which drafts all levels in one pass; else `None`.
+        parallel_levels: number of tokens that a P-EAGLE head drafts.
         default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is used without a policy;
             `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
         target: name and sizes of the model the head was made for; `None` if unknown.
         source: for an imported head, its publisher's format and its layer ids as published.
-        tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
+        tie_word_embeddings: always false: a head stores no copies of the target's weights.
 
     Raises:
         ValueError: no head can have such a value; the message names the field.
@@ -214,7 +207,7 @@ class DraftHeadConfig(HeadConfig):
 
     @property
     def has_fixed_rope(self) -> bool:
-        """Whether the angles of a position do not depend on the sequence's length."""
+        """Whether the angles at a position do not depend on the length of the text."""
         return has_fixed_rope(self.rope_parameters)
 
     @property
@@ -262,25 +255,25 @@ CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
 class BlockHeadConfig(HeadConfig):
     """Configuration of a `BlockHead`: its sizes, its conventions, and the target it was made for.
 
-    Fields that a `DraftHeadConfig` has, too, mean the same; the head is as wide as its target.
+    Fields that `DraftHeadConfig` also has mean the same. The head is as wide as its target.
 
     Attributes:
-        block_size: slots of a block, the root's included.
-        mask_token_id: the token in the slots after the root, a row of the target's table.
-        shifted: whether a slot predicts the token after its own position; otherwise the token at it.
-        causal: whether a slot sees no later one, for each layer.
-        windows: number of positions that a slot sees, its own included, for each layer; `None` for all.
+        block_size: number of slots in a block, including the root's.
+        mask_token_id: the token in the slots after the root, a row of the target's embedding table.
+        shifted: whether a slot predicts the token after its position; otherwise the token at it.
+        causal: for each layer, whether a slot sees no later one.
+        windows: for each layer, the number of positions that a slot sees, including its own; `None` for all.
         embedding_scale: factor of the embeddings.
         output_multiplier: factor of the logits, before the cap.
         final_logit_softcapping: cap of the logits; `None` for none.
-        correction: how the token before corrects a slot's logits: "none"; "vanilla", "gated" or "rnn" of DSpark's
-            Markov heads; "selector" of DFlash 2.
-        correction_rank: rank of its tables.
-        selector_top_k: candidates of a slot that a selector scores.
+        correction: how the previous token corrects a slot's logits: "none"; "vanilla", "gated" or "rnn" (DSpark's
+            Markov heads); "selector" (DFlash 2).
+        correction_rank: rank of the correction's tables.
+        selector_top_k: number of a slot's candidates that a selector scores.
         confidence: whether there is a confidence head.
-        confidence_with_markov: whether it reads the row of the token before, too.
-        conv_kernel_size: taps of the convolutions around attention and MLP; `None` without them.
-        conv_group_size: channels that share a kernel of these.
+        confidence_with_markov: whether the confidence head also reads the previous token's row.
+        conv_kernel_size: taps of the convolutions around attention and MLP; `None` for no convolutions.
+        conv_group_size: number of channels that share a kernel.
 
     Raises:
         ValueError: no head can have such a value; the message names the field.
@@ -341,7 +334,7 @@ class BlockHeadConfig(HeadConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def _misfits(self) -> Iterator[tuple[bool, str, str]]:
-        """Whether no head can have some values, these, and what is needed."""
+        """Yield for each check whether it fails, the values that came, and what is needed."""
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
         count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
         shortest = min(filter(None, self.windows), default=slots)
@@ -401,5 +394,5 @@ class BlockHeadConfig(HeadConfig):
 
     @property
     def levels(self) -> int:
-        """Tokens that a block drafts."""
+        """Number of tokens that a block drafts."""
         return self.block_size if self.shifted else self.block_size - 1

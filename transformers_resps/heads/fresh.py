@@ -1,4 +1,4 @@
-"""Make a fresh head for a target: its draft vocabulary, its config, and its first weights."""
+"""Create an untrained head for a target: its draft vocabulary, its config, and its first weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -17,9 +17,9 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Return the target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
+    """Check and sort the draft vocabulary's target ids `[d]`; `None` for all tokens.
 
-    They are `ids` in any order or, without them, the `size` lowest. Raises a `ValueError` for a wrong vocabulary.
+    Without `ids` they are the `size` lowest. Raises a `ValueError` for a wrong vocabulary.
     """
     check_is_model(target)
     vocab_size = text_config(target).vocab_size
@@ -57,7 +57,7 @@ def fresh_head(
     draft_token_ids: Tensor | Sequence[int] | None,
     fields: dict[str, Any],
 ) -> Head:
-    """Make a new head of a class, with `fields` of its config; see `DraftHead.from_target`."""
+    """Create an untrained head of class `kind`, with `fields` of its config; see `DraftHead.from_target`."""
     rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
     head = kind(_config(kind, target, None if rows is None else len(rows), fields))
     head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
@@ -66,7 +66,7 @@ def fresh_head(
 
 
 def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
-    """The config of a head for `target`, with the user's `fields`; a `ValueError` where no head can have it."""
+    """Make the config for `target` with the user's `fields`; a `ValueError` if no head can have it."""
     where, of = f"{kind.__name__}.from_target", cast(Any, kind.config_class)
     if target.config.is_encoder_decoder:
         raise ValueError(
@@ -93,7 +93,7 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
 
 @torch.no_grad()
 def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Begin with the deepest feature unchanged and with the target's output `rows`, which trains faster."""
+    """Initialize `fc` to pass on the deepest feature, and copy the target's output `rows`: it trains faster."""
     width = head.config.hidden_size
     if width == text_config(target).hidden_size:
         head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
@@ -109,14 +109,14 @@ def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
 
 
 def _plain_norm(target: PreTrainedModel) -> Tensor | None:
-    """Return the weight of the target's final norm if it is a plain factor."""
+    """Return the weight of the target's final norm if it multiplies by this weight."""
     norm: Any = getattr(target.get_decoder(), "norm", None)
     name = type(norm).__name__
-    return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma's adds 1
+    return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma multiplies by 1 + weight
 
 
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Fill up the `given` fields of a small block head for `target`."""
+    """Add defaults to the `given` fields of a small block head for `target`."""
     check_is_model(target)
     config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
@@ -136,9 +136,9 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
 
 @torch.no_grad()
 def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
-    """Begin with the target's last layers, as far as their parts are the same.
+    """Copy those weights of the target's last layers that have the same name and shape.
 
-    The context has at first the keys and values that it has in the first of these layers, but for their norms.
+    With `hidden_norm`, the context's keys and values begin like those of the first copied layer.
     """
     if _plain_norm(target) is None:
         return
@@ -151,7 +151,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with fields together or with this target, and the way out."""
+    """Yield each contradiction among the fields or with the target, and the way out."""
     layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
     if layers[-1] > depth:
@@ -187,16 +187,16 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
-    """A field of a target's config, or `otherwise` where it is missing, null, or differs by layer as in Gemma 4."""
+    """Read a field of a target's config; `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
     try:
         found = getattr(config, name, None)
-    except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError`, which is of Transformers 5.24
+    except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError` of Transformers 5.24
         found = None
     return otherwise if found is None else found
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """Return the sizes of a head whose layer has the proportions of the target's layers."""
+    """Return sizes that give the head's layer the proportions of the target's layers."""
     config = text_config(target)
     heads = config.num_attention_heads
     head_dim = _stated(config, "head_dim", config.hidden_size // heads)

@@ -1,4 +1,4 @@
-"""Identify the models that something was made for: names, sizes and fingerprints of a target and its head."""
+"""Identify targets and heads by names, sizes and fingerprints, and check that they fit each other."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ from ..compat import text_config
 
 
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
-    """Return name and sizes of `target` for `DraftHeadConfig.target`."""
+    """Return the name and sizes of `target`, for `DraftHeadConfig.target`."""
     config = text_config(target)
     return {
         "name_or_path": target.config.name_or_path,
@@ -34,16 +34,13 @@ def check_is_model(target: Any) -> None:
 def check_made_for(
     target: PreTrainedModel, sizes: dict[str, Any], known: dict[str, Any], feature_layers: list[int]
 ) -> None:
-    """Check that a head was made for `target`.
+    """Raise a `ValueError` that names both models if a head was made for another target.
 
     Args:
         target: the loaded model.
         sizes: `vocab_size` and `hidden_size` that the head needs.
-        known: identity of its own target; keys may be missing.
+        known: the identity of the target it was made for; keys may be missing.
         feature_layers: the hidden states that it reads, ascending.
-
-    Raises:
-        ValueError: a size or the model type differs; the message names both models.
     """
     check_is_model(target)
     theirs = target_identity(target)
@@ -60,7 +57,7 @@ def check_made_for(
 
 
 def check_beside(own: torch.device, table: nn.Module) -> None:
-    """Raise a `ValueError` for a head whose `own` device is another than that of its target's embedding `table`."""
+    """Raise a `ValueError` if a head is not on the device of its target's embedding `table`."""
     device = table.weight.device
     if device != own and not hasattr(table, "_hf_hook"):
         raise ValueError(
@@ -69,11 +66,11 @@ def check_beside(own: torch.device, table: nn.Module) -> None:
         )
 
 
-_SAMPLED = 64  # numbers of each parameter
+_SAMPLED = 64  # Numbers of each parameter that are hashed, about.
 
 
 def parameter_fingerprint(model: nn.Module) -> str:
-    """Hash a few numbers of every parameter, since a fine-tune may leave some unchanged: quick for any size."""
+    """Hash a few numbers of every parameter: quick for any size. A fine-tune may leave most of them unchanged."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]

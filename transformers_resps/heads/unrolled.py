@@ -1,6 +1,6 @@
-"""Run heads over whole texts at once, as in training and diagnosis: level after level, or blocks below anchors.
+"""Run heads over whole texts at once, for training and diagnosis: level after level, or blocks below anchors.
 
-A head reads its own output for k levels, as when it drafts. Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
+At later levels a head reads its own output, as in drafting (EAGLE-3, arXiv 2503.01840, section 3.2).
 """
 
 from collections.abc import Callable
@@ -16,25 +16,25 @@ from ..verifying.masks import AttentionPattern
 from .block_head import BoundBlockHead
 
 
-_ANCHORS = 64  # blocks of one pass
+_ANCHORS = 64  # Blocks in one pass of `unroll_blocks`.
 
 
 class UnrolledEntries(Entries):
-    """Attention of level k: causal over the entries of level 0, plus the own slot's entry of levels 1 to k.
+    """Attention of level k: causal over the entries of level 0, plus the slot's entries of levels 1 to k.
 
-    That is what a node at depth k sees when drafting: true features of the prefix, then its own chain. Layers of ours
-    take one softmax over `[t + k]` scores, without the dense `(k t)^2` mask; those of Transformers get that of
-    `[q, k q + t]`, with the own entries first. Queries have the positions `slots` `[b, q]` alone.
+    A node at depth k sees the same when drafting: true features of the prefix, then its chain. Our layers compute one
+    softmax over `[t + k]` scores, without a dense `(k t)^2` mask. Layers of Transformers get a mask `[q, k q + t]`,
+    with the slots' entries first. Queries are at the positions `slots` `[b, q]` only.
     """
 
     def __init__(self, slots: Tensor, length: int) -> None:
         self._sees = torch.arange(length, device=slots.device) <= slots[:, None, :, None]  # [b, 1, q, t]
-        self._keys: dict[int, list[Tensor]] = {}  # of each layer and level
+        self._keys: dict[int, list[Tensor]] = {}  # layer -> one tensor for each level
         self._values: dict[int, list[Tensor]] = {}
 
     @property
     def mask(self) -> Tensor | None:  # type: ignore[override]  # the level tells
-        """The mask of the pass that begins; `None` for level 0."""
+        """The mask of the next pass; `None` for level 0."""
         count = self._sees.shape[2]
         if not self._own_entries:
             return None
@@ -47,7 +47,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """How many entries all slots have of their own when a pass begins."""
+        """Entries of all slots at levels 1 to k, counted when level k begins."""
         return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class UnrolledEntries(Entries):
         return attend(queries, self._keys[layer], self._values[layer])
 
     def _first_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attention of level 0, over the keys and values of all positions."""
+        """Attend causally over all positions."""
         is_whole = queries.shape[2] == keys[0].shape[2]
         return F.scaled_dot_product_attention(
             queries,
@@ -77,7 +77,7 @@ class UnrolledEntries(Entries):
         )
 
     def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attention of the slots at a later level: each sees the text before it, and its own entries."""
+        """Attend from each slot to the text before it and to the slot's entries of levels 1 to k."""
         (true_keys, *own_keys), (true_values, *own_values) = keys, values
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
@@ -108,17 +108,18 @@ def unroll(
 ) -> Tensor:
     """Run the first `levels` levels over whole texts at once.
 
-    At level k the slot t reads the true token t + 1 + k and predicts token t + 2 + k, at position t + k; later levels
-    read the level before in place of the feature. Slots whose token lies beyond the text hold nothing of use.
+    At level k, slot t reads the true token t + 1 + k at position t + k and predicts token t + 2 + k. Levels after the
+    first read the previous level's output in place of the feature. Outputs are meaningless where the token lies beyond
+    the text.
 
     Args:
-        model: a head, bound to its target; of several depths, each is a level over the entries of its own.
+        model: a bound head. If it has several depths, level k runs depth k, over that depth's entries only.
         features: `[b, t, F]` of the target.
-        tokens: `[b, t]` of the texts.
-        levels: at least 1; at most as many as depths, where there are several.
-        slots: `[b, q]` the slots that any level's prediction is wanted for, ascending; `None` for all. The others
-            only give their keys and values of level 0.
-        first_pass: computes level 0 in place of `model.run`.
+        tokens: `[b, t]`
+        levels: at least 1; at most the number of depths, if there are several.
+        slots: `[b, q]` ascending, where predictions are wanted; `None` for all. The others only get keys and values at
+            level 0.
+        first_pass: replaces `model.run` at level 0.
 
     Returns:
         `[levels, b, q, h]`, after the final norm.
@@ -145,27 +146,23 @@ def unroll(
 
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
-    """Fill a block below the token after each of the `slots` `[b, q]`, which are paired with their features.
-
-    Returns:
-        `[levels, b, q, h]`, normed.
-    """
+    """Fill a block whose root is the token after each slot `[b, q]`: normed outputs `[levels, b, q, h]`."""
     anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
     blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]
     return torch.cat([model.normed(model.predicting(part, levels)) for part in blocks], dim=1).movedim(2, 0)
 
 
 def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
-    """The outputs of all slots of a block below each anchor.
+    """Compute the outputs of all slots of a block at each anchor.
 
-    A block sees the features of the positions before its anchor, strictly, and itself; no other block (DFlash, arXiv
-    2602.06036, section 3). An anchor at the end of its text predicts nothing of use.
+    A block sees itself and the features strictly before its anchor, but no other block (DFlash, arXiv 2602.06036,
+    section 3). The outputs at the last token of a text are meaningless.
 
     Args:
-        model: a head, bound to its target.
+        model: a bound head.
         features: `[b, t, F]` of the target.
-        tokens: `[b, t]` of the texts.
-        anchors: `[b, m]` positions of the roots; each costs as many queries as a block has slots.
+        tokens: `[b, t]`
+        anchors: `[b, m]` positions of the roots.
         levels: tokens to predict after each.
 
     Returns:
@@ -185,7 +182,7 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
         return torch.cat([near, own.expand(rows, -1, -1)], dim=-1)[:, None]
 
     def together(states: Tensor) -> Tensor:
-        """`[b * m, heads, q, hd]` -> `[b, heads, m * q, hd]`."""
+        """Join the blocks of a text: `[b * m, heads, q, hd]` -> `[b, heads, m * q, hd]`."""
         return states.reshape(rows, blocks, *states.shape[1:]).transpose(1, 2).flatten(2, 3)
 
     masks = {pattern: masked(pattern) for pattern in dict.fromkeys(model.patterns)}

@@ -1,1 +1,1 @@
-"""Published EAGLE-3 checkpoints -> our canonical head, and back."""
+"""Convert published checkpoints to our canonical heads, and back."""

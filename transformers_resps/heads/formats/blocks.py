@@ -1,8 +1,8 @@
-"""Read a published block head into the config and tensors of our canonical one.
+"""Convert a published block head to the config and tensors of our canonical one.
 
-The sources are read commits of z-lab/dflash, deepseek-ai/DeepSpec, vllm-project/speculators, hao-ai-lab/JetSpec and
-Transformers. They share tensors and differ in which slot predicts which token, in what a slot sees, and in what layer
-ids count.
+The conventions are taken from the code of z-lab/dflash, deepseek-ai/DeepSpec, vllm-project/speculators,
+hao-ai-lab/JetSpec and Transformers. Their tensors are the same, but not which slot predicts which token, what a slot
+sees, and whether ids count layers or hidden states.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .reading import Checkpoint, PublishedHead, check_kind, corrected, own_corre
 
 
 class BlockPublisher(StrEnum):
-    """Who wrote a file, as far as it decides what the file means."""
+    """The project whose conventions a file follows."""
 
     ZLAB = "z-lab"
     DEEPSPEC = "deepspec"
@@ -35,8 +35,8 @@ _SPELLINGS = {
 }
 _QUERY = "layers.0.self_attn.q_proj"
 _EVERY = ("fc.weight", "hidden_norm.weight", "norm.weight", f"{_QUERY}.weight", "layers.0.self_attn.q_norm.weight")
-_MUSE_BASE = 5e5  # of RoPE, where its config leaves it out
-# Parts of tensors' names -> what a head that has them is or does, and no block head of ours.
+_MUSE_BASE = 5e5  # RoPE base of Muse-Glimmer heads whose config leaves it out.
+# Substrings of tensor names that none of our block heads has -> what such a head is or does.
 _OTHER_PARTS = {
     "qkv_proj": "has fused projections of queries, keys and values (`qkv_proj`)",
     ".g_proj": "gates its attention (`g_proj`)",
@@ -52,7 +52,7 @@ _OTHER_PARTS = {
     "feedforward_layernorm": "has the layers of Gemma (`pre_feedforward_layernorm`)",
     "mlp.experts": "has a mixture of experts in its layers",
 }
-# Fields that name a kind -> the kinds that can be read
+# Fields that name a kind -> the kinds that we support.
 _KINDS = {
     "speculators_model_type": (None, "dflash", "dflash2", "dspark"),
     "projector_type": (None, "dflash", "dflash2", "dspark"),
@@ -63,10 +63,10 @@ _KINDS = {
 def canonical_block_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[BlockHeadConfig, dict[str, Tensor]]:
-    """Read the block head in `checkpoint`, of any publisher, into our config and tensors; see `canonical_head`.
+    """Convert any publisher's block head to our config and tensors, see `canonical_head`.
 
     Raises:
-        ValueError: it is no block head, is one that cannot be read, contradicts itself, or does not fit the target.
+        ValueError: it is no block head, is of an unsupported kind, contradicts itself, or does not fit the target.
     """
     check_kind(checkpoint, BLOCK)
     if checkpoint.config.get("model_type") == BlockHeadConfig.model_type:
@@ -76,7 +76,7 @@ def canonical_block_head(
 
 
 class _PublishedBlock:
-    """The parts of a published block head that no EAGLE-3 head has."""
+    """Interprets a published block head; `PublishedHead` does what EAGLE-3 heads have, too."""
 
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config
@@ -93,7 +93,7 @@ class _PublishedBlock:
         self._head = PublishedHead(checkpoint.name, target, self._tensors, published)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The fields of our config, and the tensors under our names."""
+        """Return the fields of our config, and the tensors by our names."""
         self._refuse_others()
         head, published = self._head, self._head.published
         sizes, identity = head.sizes(), head.identity()
@@ -159,7 +159,7 @@ class _PublishedBlock:
         return self._publisher is BlockPublisher.DEEPSPEC or bool(self._stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
-        """The number of positions that a slot sees in each layer; 0 for all in a sliding one, `None` in a full one."""
+        """Return each layer's window: `None` for a full layer, 0 for a sliding one without a limit."""
         window = self._stated.get("sliding_window") if self._stated.get("use_sliding_window", True) else 0
         kinds = self._stated.get("layer_types") or ["full_attention"] * count
         if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
@@ -167,12 +167,12 @@ class _PublishedBlock:
                 f"{self._source} has {count} layers and `layer_types` {kinds}, but each needs one, full or sliding. "
                 "Correct config.json."
             )
-        # Transformers' own sees one position more to the left: a distance of at most the window
+        # In Transformers' implementation of Muse the window is the largest distance, which is one position more.
         more = 1 if self._publisher is BlockPublisher.MUSE and window else 0
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
-        """Whether a slot sees no later one, for each layer."""
+        """Return for each layer whether a slot sees no later one."""
         stated, is_sliding = self._stated, [window is not None for window in windows]
         if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
             return [False] * len(windows)
@@ -183,7 +183,7 @@ class _PublishedBlock:
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """Feature layers as in `output_hidden_states`: speculators' ids are indices of it, all others count layers."""
+        """Return the feature layers as indices of `output_hidden_states`. Only speculators' ids are such indices."""
         ids, count = self._head.published.layer_ids, self._head.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self._stated.get("feature_layers")
         if layers is None and ids is not None:
@@ -198,7 +198,7 @@ class _PublishedBlock:
         return layers
 
     def _correction(self) -> dict[str, Any]:
-        """The fields of corrections, confidence head and convolutions, by their tensors."""
+        """Infer the fields of the correction, the confidence head and the convolutions from their tensors."""
         tensors, fields = self._tensors, dict[str, Any]()
         if "markov_head.markov_w1.weight" in tensors:
             parts = {"gate_proj": "gated", "joint_proj": "rnn"}
@@ -220,7 +220,7 @@ class _PublishedBlock:
 
 
 def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPublisher:
-    """The publisher of a file, by the names of its tensors or its config."""
+    """Recognise the publisher by the config and the names of the tensors."""
     if "encoder.fc.weight" in names:
         return BlockPublisher.MUSE
     if {"speculators_model_type", "transformer_layer_config"} & set(config):
@@ -233,10 +233,7 @@ def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPubl
 
 
 def default_layer_ids(depth: int, count: int) -> list[int]:
-    """Layers of a target of this depth that z-lab's head of `count` layers reads by default.
-
-    Source: z-lab/dflash, `build_target_layer_ids`.
-    """
+    """Return the target layers that z-lab's heads of `count` layers read (z-lab/dflash, `build_target_layer_ids`)."""
     if count == 1:
         return [depth // 2]
     return [round(1 + index * (depth - 4) / (count - 1)) for index in range(count)]

@@ -1,7 +1,7 @@
 """Interpret the config of each publisher of EAGLE-3 heads: layer ids, RoPE, norms.
 
-The sources are read commits of SafeAILab/EAGLE, sgl-project/SpecForge, Tencent/AngelSlim, NVIDIA/Model-Optimizer,
-vllm-project/speculators and deepseek-ai/DeepSpec.
+The conventions are taken from the code of SafeAILab/EAGLE, sgl-project/SpecForge, Tencent/AngelSlim,
+NVIDIA/Model-Optimizer, vllm-project/speculators and deepseek-ai/DeepSpec.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class Publisher(StrEnum):
-    """Who wrote a file."""
+    """The project that wrote a file."""
 
     EAGLE = "eagle"
     SPECFORGE = "specforge"
@@ -27,11 +27,11 @@ class Publisher(StrEnum):
     DEEPSPEC = "deepspec"
 
 
-# What ModelOpt can leave out of a head's layer or add to it, and what EAGLE-3's layer has.
+# ModelOpt's flags for optional parts of a head's layer, with the values of an EAGLE-3 layer.
 MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
-# Files whose ids count the boundary before a layer, as `hidden_states` of Transformers do; all others count the layer.
+# Their ids count the boundary before a layer, as `hidden_states` of Transformers do. All others count the layer.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
 _TRY_DOCTOR = "Try `resps doctor` if few tokens are accepted."
 
@@ -55,25 +55,18 @@ def _publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
 
 @dataclass(frozen=True, slots=True)
 class PublishedConfig:
-    """A published `config.json`, with the user's corrections.
+    """A published `config.json`, with the user's corrections."""
 
-    Attributes:
-        fields: flat, also from `transformer_layer_config` and `eagle_config`; null counts as left out.
-        corrections: the user's, also in `fields`.
-        publisher: decides what the fields mean.
-        source: where it is from, for messages.
-    """
-
-    fields: dict[str, Any]
-    corrections: dict[str, Any]
-    publisher: Publisher
-    source: str
+    fields: dict[str, Any]  # with those of `transformer_layer_config` and `eagle_config`, and without nulls
+    corrections: dict[str, Any]  # the user's, which are also in `fields`
+    publisher: Publisher  # decides what the fields mean
+    source: str  # Hub id or folder, for messages
 
     @classmethod
     def of(
         cls, config: dict[str, Any], names: Container[str], corrections: dict[str, Any], source: str
     ) -> "PublishedConfig":
-        """Recognise the publisher by the config and our `names` of the tensors."""
+        """Merge `config.json` with the corrections; it and our `names` of the tensors show the publisher."""
         parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
         flat = {key: value for part in parts for key, value in part.items() if value is not None} | corrections
         fields = {key: value for key, value in flat.items() if value is not None}
@@ -87,9 +80,9 @@ class PublishedConfig:
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """The published layer ids, ascending; `None` when the config leaves them to the default.
+        """The published layer ids, ascending; `None` if the config has none.
 
-        Their order has no meaning: ModelOpt wrote them through a set, while features are in depth order.
+        Their order has no meaning: ModelOpt wrote them from a set, but features are in depth order.
         """
         return sorted(self.fields[self._id_field]) if self._id_field else None
 
@@ -102,10 +95,10 @@ class PublishedConfig:
 
         Args:
             count: how many layers `fc` reads.
-            layer_count: decoder layers of the target, when known.
+            layer_count: decoder layers of the target, if known.
 
         Raises:
-            ValueError: there are not `count` of them, or their meaning is uncertain.
+            ValueError: the config names another number of layers, or their meaning is uncertain.
         """
         given, ids = self.fields.get("feature_layers"), self.layer_ids
         if given is not None:
@@ -130,12 +123,12 @@ class PublishedConfig:
     def _counted_as_hidden_states(self, ids: list[int], layer_count: int | None) -> list[int]:
         """Convert published ids to indices of `hidden_states`.
 
-        Converters copy ids from one format to another, so the format alone does not say what they count. The smallest
-        id does (sgl-project/sglang #25454): EAGLE-3's lowest features are the output of layer 1, which is boundary 2.
-        Other layers follow the format.
+        Converters copy ids from one format to another, so the format alone does not determine what they count. The
+        smallest id does (sgl-project/sglang #25454): EAGLE-3's lowest features are the output of layer 1, which is
+        boundary 2. With any other smallest id, the format decides.
         """
         are_layers = [layer + 1 for layer in ids]
-        if self._id_field == "target_layer_ids":  # DeepSpec's, whatever the layer
+        if self._id_field == "target_layer_ids":  # DeepSpec always counts layers
             return are_layers
         if self.publisher not in _BOUNDARY:
             # NVIDIA's gpt-oss v3 has 24, 30 and 36 of 36 layers (sglang #32226).
@@ -161,11 +154,9 @@ class PublishedConfig:
     def rope_parameters(self) -> dict[str, Any]:
         """Return RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        AngelSlim's plain RoPE and SpecForge's M-RoPE are trained with base 10000 whatever the config says, so that is
-        used unless corrected. For text M-RoPE is plain RoPE; after an image it counts fewer positions than tokens.
-
-        Raises:
-            ValueError: the config contradicts itself.
+        AngelSlim's plain RoPE and SpecForge's M-RoPE are always trained with base 10000, so the config's base is
+        ignored unless the user corrects it. M-RoPE is plain RoPE for text, but after an image it counts fewer
+        positions than tokens. Raises a `ValueError` for a config with two different bases.
         """
         rope = dict(self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {})
         rope = dict(rope.get("full_attention") or rope)  # per layer type, as Transformers 5 writes it
@@ -201,9 +192,9 @@ class PublishedConfig:
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self, *, is_parallel: bool = False) -> dict[str, bool]:
-        """Return `norm_before_residual` and `feedback_post_norm`; a P-EAGLE head that states neither has neither.
+        """Return `norm_before_residual` and `feedback_post_norm`; for P-EAGLE heads both are false by default.
 
-        `norm_output` means the latter only in speculators files; in SpecForge's it is about logits.
+        `norm_output` means `feedback_post_norm` in speculators' files only; in SpecForge's it is about logits.
         """
         is_speculators = self.publisher is Publisher.SPECULATORS
         before = self.fields.get("norm_before_residual")

@@ -1,6 +1,6 @@
-"""Read a published checkpoint into the config and tensors of our canonical head.
+"""Convert a published checkpoint to the config and tensors of our canonical head.
 
-The tensors decide the sizes; a config or a target that disagrees is refused, and nothing that is missing is filled in.
+The tensors decide the sizes. A config or a target that disagrees is refused, and missing tensors are never filled in.
 """
 
 import os
@@ -20,34 +20,30 @@ from .publishers import MODELOPT_LAYER, PublishedConfig
 from .tensor_names import canonical_names, check_complete, layer_count
 
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
-_PICKLE = "mask_embedding.pt"  # a trained row for the mask token, beside the weights of some block heads
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # In order of preference.
+_PICKLE = "mask_embedding.pt"  # Some block heads keep a trained embedding of the mask token in this file.
 _FILES = tuple(file for single in _WEIGHTS for file in (single, f"{single}.index.json"))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A head as published."""
+    """The files of a published head."""
 
     name: str  # Hub id or folder, for messages
     config: dict[str, Any]  # config.json
-    tensors: dict[str, Tensor]  # by their published names, on the CPU, as stored
+    tensors: dict[str, Tensor]  # by published name, on the CPU, in the stored dtype
 
 
 def read_checkpoint(
     name: str | os.PathLike[str] | None, config: PreTrainedConfig | None, tensors: Any, **hub: Any
 ) -> Checkpoint:
-    """Read `config.json` and the weights of a Hub id or folder, or take both as the caller gives them.
+    """Read `config.json` and the weights of a Hub id or folder; without a `name`, use `config` and `tensors`.
 
-    Args:
-        name: Hub id, or a folder; `None` where the caller gives a config and a state dict.
-        config: instead of the one in the files.
-        tensors: the state dict, or `None`.
-        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    With a name, `config` replaces the one in the files. `hub` has keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: a file is missing or damaged, or holds more than tensors; or there is not either a name or a
-            config with a state dict.
+        ValueError: a file is missing or damaged, or holds more than tensors; or the arguments are not either a name or
+            a config with a state dict.
         OSError: the Hub refuses.
     """
     if name is not None and tensors is None:
@@ -76,7 +72,7 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
             f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their "
             ".index.json. Check that the download is complete, and whether you are offline."
         )
-    check_is_head(config, canonical_names(places, name), name)  # before the weights of a whole model are read
+    check_is_head(config, canonical_names(places, name), name)  # before reading the weights of a whole model
     if kind_of_files(config, dict.fromkeys(places)) is BLOCK and files.has(_PICKLE):
         raise ValueError(
             f"{name} has a part in {_PICKLE}, a pickle, which could run code. Use a head whose tensors are all in "
@@ -86,11 +82,7 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
-    """The kind of head in a Hub id or folder, see `kind_of_files`, without reading its weights.
-
-    Raises:
-        ValueError, OSError: as `read_checkpoint`.
-    """
+    """Return the kind of head in a Hub id or folder without reading its weights. Errors as in `read_checkpoint`."""
     files = CheckpointFiles(name, hub)
     config, places = files.config() or {}, files.places(*_FILES) or {}
     shaping = {name: place for name, place in places.items() if name.endswith(SHAPING)}
@@ -98,7 +90,7 @@ def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
 
 
 def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
-    """Raise a `ValueError` for a checkpoint of another kind, which names the class that reads it."""
+    """Raise a `ValueError` for a checkpoint of another kind; it names the class that loads it."""
     found = kind_of_files(checkpoint.config, checkpoint.tensors)
     if found is not wanted:
         raise ValueError(
@@ -107,18 +99,18 @@ def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
         )
 
 
-PUBLISHED_ONLY = {"rope_theta"}  # corrections by a publisher's name of a field, which our config calls otherwise
+PUBLISHED_ONLY = {"rope_theta"}  # Corrections by published names; our configs have it in `rope_parameters`.
 
 
 def canonical_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    """Read the EAGLE-3 head in `checkpoint`, of any publisher, into our config and tensors.
+    """Convert any publisher's EAGLE-3 head to our config and tensors.
 
     Args:
-        checkpoint: what was read.
-        target: the model the head is for; gives what the config leaves out.
-        overrides: corrections, by field of `DraftHeadConfig`, and `rope_theta`.
+        checkpoint: the published files.
+        target: the model the head is for; supplies sizes that the config leaves out.
+        overrides: the user's corrections: fields of `DraftHeadConfig`, and `rope_theta`.
 
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
@@ -134,12 +126,12 @@ def canonical_head(
 
 
 def own_corrections(overrides: dict[str, Any]) -> dict[str, Any]:
-    """The corrections that are fields of our configs."""
+    """Select the corrections that are fields of our configs."""
     return {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
 
 
 def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A config of ours with the user's corrections."""
+    """Apply the user's corrections to a config in our format."""
     fields, theta = config | own_corrections(overrides), overrides.get("rope_theta")
     if theta is not None:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
@@ -149,10 +141,10 @@ def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_USUAL_HEADS = 32  # what `LlamaConfig` and `Qwen3Config` leave out of a config.json that they write
+_USUAL_HEADS = 32  # `LlamaConfig` and `Qwen3Config` do not write this default to config.json.
 _ATTENTION = "layers.0.self_attn."
 _MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
-_PARALLEL_LEVELS = 8  # of P-EAGLE heads that do not state them: speculators' default
+_PARALLEL_LEVELS = 8  # Speculators' default for P-EAGLE heads.
 
 
 def _read_eagle(
@@ -185,7 +177,7 @@ def _read_eagle(
 
 
 def _window(head: "PublishedHead", layer_count: int) -> int | None:
-    """How many of the newest tokens the head was trained to see; `None` for all."""
+    """Return how many of the newest tokens the head was trained to see; `None` for all."""
     window: int | None = head.stated.get("sliding_window")
     kinds = set(head.stated.get("layer_types", ["sliding_attention"])[:layer_count])
     if not window or not head.stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
@@ -200,7 +192,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """Which optional tensors the head has. One that only the config states counts too, and is missed later."""
+    """Return which optional parts the head has. If only the config states one, `check_exact` reports it missing."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
@@ -214,7 +206,7 @@ def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, 
 
 
 def _parallel(head: "PublishedHead") -> dict[str, Any]:
-    """The fields that only a P-EAGLE head has: the token of its placeholders, and the levels it was trained for."""
+    """Return the fields that only P-EAGLE heads have."""
     stated = head.stated
     if "mask_hidden" not in head.tensors:
         return {}
@@ -233,11 +225,7 @@ def _parallel(head: "PublishedHead") -> dict[str, Any]:
 class PublishedHead:
     """Another publisher's head of any kind: its sizes, its vocabulary, and what it borrows from its target.
 
-    Args:
-        source: where from, for messages.
-        target: the model that it is for, if it is given.
-        tensors: under our names.
-        published: its config.
+    `source` is its name for messages, and `tensors` have our names.
     """
 
     def __init__(
@@ -248,16 +236,12 @@ class PublishedHead:
         self._target_config = None if target is None else target.config.get_text_config()
 
     def copied_fields(self) -> dict[str, Any]:
-        """The fields of our configs that mean the same everywhere."""
+        """Return the fields that mean the same in every format."""
         copied = {key: self.stated.get(key, default) for key, default in _COPIED.items()}
         return copied | {key: self.stated.get(key) for key in _TOKEN_IDS}
 
     def sizes(self) -> dict[str, int]:
-        """The sizes of our configs, by the tensors.
-
-        Raises:
-            ValueError: the config or the target disagrees.
-        """
+        """Infer the size fields from the tensors; raise a `ValueError` if the config or the target disagrees."""
         sizes = {
             "hidden_size": len(self.tensors["norm.weight"]),
             "intermediate_size": len(self.tensors["layers.0.mlp.gate_proj.weight"]),
@@ -289,7 +273,7 @@ class PublishedHead:
         return {"num_attention_heads": heads, "head_dim": head_dim, "num_key_value_heads": key // head_dim}
 
     def _vocabulary_sizes(self) -> dict[str, int]:
-        """The target's vocabulary v from the tensors that have it, and the rows d of the output head."""
+        """Infer the sizes v of the target's vocabulary and d of the draft vocabulary."""
         theirs = None if self._target_config is None else self._target_config.vocab_size
         vocab_size = self._rows_of("t2d", "embed_tokens.weight") or theirs or self.stated.get("vocab_size")
         if vocab_size is None:
@@ -324,7 +308,7 @@ class PublishedHead:
         return stated or hidden_size
 
     def feature_count(self, target_hidden_size: int) -> int:
-        """How many of the target's layers `fc` reads."""
+        """Return how many of the target's layers `fc` reads."""
         width = self.tensors["fc.weight"].shape[1]
         if width % target_hidden_size:
             raise ValueError(
@@ -334,7 +318,7 @@ class PublishedHead:
         return width // target_hidden_size
 
     def identity(self) -> dict[str, Any]:
-        """The identity of the given target, or what the config says about it."""
+        """Return the identity of the target; without one, what the config says about it."""
         layer_count = self.stated.get("num_target_layers")
         if self._target is None:
             told = {"name_or_path": self.published.target_name, "num_hidden_layers": layer_count}
@@ -348,7 +332,7 @@ class PublishedHead:
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Leave out the tensors that the head borrows from its target, and add to `fields` which ones it owns."""
+        """Drop the tensors that the head borrows from its target, and record in the fields which ones it owns."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -358,7 +342,7 @@ class PublishedHead:
         is_trained = is_trained or {"mask_hidden", "embed_tokens.weight"} <= tensors.keys()
         owns_embedding = not same_width or bool(is_trained)
         if not owns_embedding:
-            tensors.pop("embed_tokens.weight", None)  # the target's own, or a stale copy of it
+            tensors.pop("embed_tokens.weight", None)  # the target's, or a stale copy
         output = tensors.get("lm_head.weight")
         if output is None:
             owns_output_head = offsets is not None or not same_width
@@ -376,21 +360,17 @@ class PublishedHead:
         return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
-_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
+_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Class names of whole models end like this.
 
 
 class WholeModelError(ValueError):
-    """A checkpoint of a whole model, where a head is needed.
+    """A head is needed, but the checkpoint is a whole model."""
 
-    Attributes:
-        model_type: as its config states it.
-    """
-
-    model_type: str | None = None
+    model_type: str | None = None  # as its config states it
 
 
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `WholeModelError` for a whole model, by its config and our `names` of its tensors."""
+    """Raise a `WholeModelError` if the config and our `names` of the tensors belong to a whole model."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         error = WholeModelError(
@@ -402,7 +382,7 @@ def check_is_head(config: dict[str, Any], names: Container[str], source: str) ->
         raise error
 
 
-# Parts of tensors' names -> the drafter that has them, and no EAGLE-3 head.
+# Substrings of tensor names that no EAGLE-3 head has -> what the drafter is instead.
 _OTHER_PARTS = {
     ("imadpt.", "img_fc."): (
         "is a ViSpec head: its adaptor (`imadpt`, `img_fc`) compresses the images of a prompt for an EAGLE-2 layer, "
@@ -418,7 +398,7 @@ _OTHER_PARTS = {
 
 
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield why this drafter would not load, or load and draft nonsense; nothing for an EAGLE-3 head."""
+    """Yield the reasons why this is no EAGLE-3 head: it would not load, or would draft nonsense."""
     is_parallel = "mask_hidden" in tensors
     if not is_parallel and (
         any("parallel_draft_heads" in name for name in tensors)
@@ -444,7 +424,7 @@ def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
             yield f"has `{flag}: {str(not needed).lower()}`, but EAGLE-3's layer needs {str(needed).lower()}."
     fc, query = tensors.get("fc.weight"), tensors.get(f"{_ATTENTION}q_proj.weight")
     if fc is None or query is None or query.shape[1] == 2 * fc.shape[0]:
-        return  # what is missing is reported with everything else that is
+        return  # `check_complete` reports all missing tensors together
     width = fc.shape[0]
     if query.shape[1] == width and fc.shape[1] == 2 * width:
         yield (
@@ -458,10 +438,10 @@ def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
 
 
 def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source: str) -> Tensor | None:
-    """Return offsets `d2t` `[d]` (the target id of draft id i is i + d2t[i]), or `None` when all v can be proposed.
+    """Return offsets `d2t` `[d]` (the target id of draft id i is i + d2t[i]), or `None` if d = v.
 
-    Published as the offsets `d2t`, as absolute ids `hot_token_id` (SGLang), or as the mask `t2d` `[v]`. A `d2t` that
-    holds absolute ids is recognised by its `t2d`. The output head has `rows` d.
+    Files hold the offsets `d2t`, absolute ids `hot_token_id` (SGLang), or the mask `t2d` `[v]`. Some store absolute
+    ids as `d2t`, which `t2d` reveals. `rows` is d, the rows of the output head.
 
     Raises:
         ValueError: ids leave the vocabulary, are not ascending, contradict `t2d`, or are missing although d < v.
@@ -514,7 +494,7 @@ _LOADING = {
 def split_keywords(
     keywords: dict[str, Any], config_class: type[PreTrainedConfig]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Split keywords into where the files are, how Transformers loads them, and corrections to the head's config."""
+    """Split keywords into those of the Hub, those of Transformers' loading, and corrections to the head's config."""
     fields = set(config_class.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}

@@ -18,7 +18,7 @@ _SPELLINGS = (
     ("eagle_lm_head.", "lm_head."),
     ("draft_id_to_target_id", "d2t"),
 )
-# Derived from the config, or copies of the target's own tensors.
+# Tensors that are derived from the config, or copies of the target's.
 _IGNORED_STARTS = ("verifier_",)
 _IGNORED_ENDS = ("rotary_emb.inv_freq", ".cos_cached", ".sin_cached")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,10 +37,9 @@ _LAYER = (
 
 
 def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
-    """Rename tensors, or anything under their names, to ours; `t2d` and `hot_token_id` are kept.
+    """Rename tensors, or other values by tensor name, to our names. Raises a `ValueError` if two get the same name.
 
-    Raises:
-        ValueError: two tensors mean the same.
+    `t2d` and `hot_token_id` are kept, although our heads do not have them.
     """
     renamed: dict[str, Item] = {}
     origins: dict[str, str] = {}
@@ -69,12 +68,12 @@ def _canonical(name: str) -> str | None:
 
 
 def layer_count(tensors: dict[str, Tensor]) -> int:
-    """Decoder layers in the file, by the highest index."""
+    """Count the decoder layers, by the highest index."""
     return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
 
 
 def check_complete(tensors: dict[str, Tensor], source: str) -> None:
-    """Raise a `ValueError` for a file without one of the tensors that every EAGLE-3 head has."""
+    """Raise a `ValueError` if a tensor is missing that every EAGLE-3 head has."""
     layers = range(layer_count(tensors))
     required = ["fc.weight", "norm.weight", "layers.0.hidden_norm.weight"]
     required += [f"layers.{index}.{part}.weight" for index in layers for part in _LAYER]
@@ -84,15 +83,10 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse a file whose tensors are not exactly those of the head that its config describes.
-
-    Args:
-        wanted: the head's state dict; only names and shapes count.
-        tensors: what the file holds, under our names.
-        source: where from, for messages.
+    """Check that a file has exactly the tensors `wanted`, the state dict that its config implies.
 
     Raises:
-        ValueError: lists what is missing, unexpected, of another shape, or quantized.
+        ValueError: lists the tensors that are missing, unexpected, of another shape, or quantized.
     """
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:

@@ -23,17 +23,13 @@ _LAYER_FIELDS = (
 
 
 def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Path, layout: str) -> None:
-    """Write `config.json` and `model.safetensors` in a publisher's own conventions.
+    """Write `config.json` and `model.safetensors` of a head in the layout "specforge" or "speculators".
 
-    Args:
-        config: the head's.
-        tensors: its state dict.
-        folder: made if missing.
-        layout: "specforge" (flat config, `midlayer.`, ids of layers) or "speculators" (nested config, `layers.0.`, ids
-            of boundaries).
+    SpecForge has a flat config, `midlayer.` and ids of layers; speculators a nested config, `layers.0.` and ids of the
+    boundaries before layers.
 
     Raises:
-        ValueError: the layout is unknown, or cannot express what this head does.
+        ValueError: the layout is unknown, or cannot express this head.
     """
     if layout not in EAGLE.exports:
         known = ["resps", *EAGLE.exports]
@@ -54,7 +50,7 @@ def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
 
 
 def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
-    """Write a block head as "z-lab" (`dflash_config`, ids of layers) or "speculators"; see `export_head`."""
+    """Write a block head in the layout "z-lab" (`dflash_config`, ids of layers) or "speculators"."""
     _check_block(config, layout)
     tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
     if layout == "z-lab":
@@ -67,12 +63,12 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Whether each layer is sliding, which means causal where a layout does not say."""
+    """Return whether each layer is sliding. Without a flag, layouts mean that sliding layers are causal."""
     return [window is not None for window in config.windows or ()]
 
 
 def _check_block(config: BlockHeadConfig, layout: str) -> None:
-    """Refuse what other engines would load as another head."""
+    """Refuse a head that other engines would load wrongly."""
     assert config.windows is not None and config.feature_layers is not None and config.causal is not None
     is_zlab, is_known = layout == "z-lab", layout in BLOCK.exports
     has_markov = config.correction not in ("none", "selector")
@@ -97,7 +93,7 @@ def _check_block(config: BlockHeadConfig, layout: str) -> None:
 
 
 def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
-    """The layers as a Qwen3 config."""
+    """Describe the layers as a Qwen3 config."""
     is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
     return {
         **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.__annotations__},
@@ -164,7 +160,7 @@ def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
 
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
-    """Refuse what engines would load as another head, silently: vLLM 0.32.0 and SGLang 0.5.23, by their sources."""
+    """Refuse a head that vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load wrongly."""
     assert config.feature_layers is not None
     is_flat, nested = layout == "specforge", 'Use `format="speculators"`.'
     outer_biases = config.attention_output_bias or config.mlp_bias
@@ -211,19 +207,19 @@ def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout
 
 
 def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
-    """`[v]`, true for the tokens that offsets `[d]` lead to."""
+    """Make the mask `t2d` `[v]` from the offsets `d2t` `[d]`."""
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[torch.arange(len(offsets)) + offsets] = True
     return allowed
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Engines know one flag for all four projections, and fill a bias that no file has with what memory held."""
+    """Whether to write all four biases: engines have one flag for them and leave a missing one uninitialized."""
     return config.attention_bias or config.attention_output_bias
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
-    """The decoder layer as a Llama or Qwen3 config, with RoPE in the fields of Transformers 4 and 5."""
+    """Describe the decoder layer as a Llama or Qwen3 config, with RoPE in the fields of Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -233,7 +229,7 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{field: getattr(config, field) for field in _LAYER_FIELDS},
         "attention_bias": _has_attention_biases(config),
-        "num_aux_hidden_states": len(config.feature_layers or ()),  # vLLM expects three wherever it finds no number
+        "num_aux_hidden_states": len(config.feature_layers or ()),  # without a number vLLM expects three
         "tie_word_embeddings": False,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
@@ -242,7 +238,7 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """`feature_layers` and `feedback_post_norm` are our own: others' mean different things in different layouts."""
+    """Return the fields of both layouts, two under our names because the published ones differ in meaning."""
     return {
         "feature_layers": config.feature_layers,
         "feedback_post_norm": config.feedback_post_norm,
@@ -265,10 +261,10 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     return {
         **_layer_config(config),
         **_shared_fields(config),
-        # SGLang borrows the target's output head if there is no number; with one it runs rows that it never loads
+        # Without a number SGLang borrows the target's output head; with one it would compute uninitialized rows.
         "draft_vocab_size": config.proposable_tokens if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
-        # vLLM counts boundaries wherever it finds the ids, SGLang layers in `eagle_config`; vLLM looks here first
+        # vLLM reads these first and counts boundaries; SGLang reads those in `eagle_config` and counts layers.
         "eagle_aux_hidden_state_layer_ids": config.feature_layers,
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
@@ -293,7 +289,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _proposal(algorithm: str, tokens: int, target: dict[str, Any]) -> dict[str, Any]:
-    """How speculators' readers draft by default, and for whom."""
+    """Describe in speculators' format the default way to draft, and the target."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "algorithm": algorithm,
