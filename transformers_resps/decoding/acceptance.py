@@ -1,12 +1,12 @@
-"""The acceptance rule: follow the tree in commit order.
+"""The acceptance rule: follow the target's picks down the tree.
 
-At every committed position it makes exactly the calls of plain sampling (Transformers' `_sample`): the user's logits
-processors with the text so far, one pick by the target, the stopping criteria, the streamer. It then descends if a
-child carries the pick, and stops otherwise. So every token is the target's own draw given its prefix, in the order and
-with the random numbers of plain decoding: lossless for any tree that was built without looking at the picks, and
-identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
+Each committed position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick by the
+target, stopping criteria, streamer. The walk goes on if a child carries the pick. So every token is the target's draw
+given its prefix, with the random numbers of plain decoding: lossless for any tree that was built without looking at
+the picks, and identical with the same seed. Accepting chosen children by `min(1, p/q)` is not lossless (a test shows
+it).
 
-`accept` is the rule; `accept_picks` follows it with fewer calls, where nothing observes a token.
+`accept` is the rule. `accept_picks` follows it with fewer calls, where nothing observes single tokens.
 """
 
 import math
@@ -23,22 +23,13 @@ from .text import Batch, Text
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The tokens that a step added to the decoded rows.
+    """The tokens that a step added to the decoded rows."""
 
-    Attributes:
-        path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished. A row that
-            kept fewer repeats its last.
-        tokens: `[b, m]` the picks after them; the last one is the next root.
-        paths: the nodes that each row kept, on the host.
-        picks: the tokens that each row kept, on the host.
-        emitted: tokens that each row of the call gained, decoded or not; padding after its end does not count.
-    """
-
-    path: Tensor
-    tokens: Tensor
-    paths: list[list[int]]
-    picks: list[list[int]]
-    emitted: list[int]
+    path: Tensor  # [b, m] nodes used, root first; short rows repeat their last node, finished rows hold anything
+    tokens: Tensor  # [b, m] the picks after these nodes; the last one is the next root
+    paths: list[list[int]]  # nodes that each row kept, on the host
+    picks: list[list[int]]  # tokens that each row kept, on the host
+    emitted: list[int]  # tokens that each row of the call gained, decoded or not, without padding after its end
 
     @property
     def counts(self) -> list[int]:
@@ -47,24 +38,24 @@ class Acceptance:
 
     @property
     def is_front(self) -> bool:
-        """Whether every row kept the first nodes of the tree in their order, and as many as the others."""
+        """Whether all rows kept the same number of nodes, the first ones of the tree in order."""
         return all(path == list(range(self.path.shape[1])) for path in self.paths)
 
     @property
     def gained(self) -> list[bool]:
-        """Which of the decoded rows gained tokens: all, unless finished rows are decoded with them."""
+        """Whether each decoded row gained tokens: all do, unless finished rows are decoded with them."""
         every_row = len(self.emitted) == len(self.paths)
         return [count > 0 for count in self.emitted] if every_row else [True] * len(self.paths)
 
     @classmethod
     def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
-        """Join the paths and picks of rows that advanced each on its own, with one copy to the device."""
+        """Join the paths and picks of rows, with one copy to the device."""
         filled = torch.tensor([_filled(paths), _filled(picks)], device=device)
         return cls(filled[0], filled[1], paths, picks, list(map(len, paths)))
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Join the kept paths and picks of rows; a device that has the picks gets no copy."""
+        """Join the paths and picks of rows, without a copy where the device has the picks."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -80,10 +71,9 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Read the target's picks at all nodes from logits `[b, n, v]`, in one read that waits for the target.
+    """Read the target's picks at all nodes from logits `[b, n, v]` with one wait for the target.
 
-    Returns:
-        The picks; `None` where `accept_batch` has to ask for one after the other.
+    Returns `None` where `accept_batch` has to pick one token after the other.
     """
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
@@ -98,7 +88,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Commit the target's picks in every decoded row; `reached` is for rows in lockstep, see `accept`."""
+    """Commit the target's picks in every decoded row; see `accept` for `reached`, which rows in lockstep fill."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
@@ -116,15 +106,10 @@ def accept_batch(
 
 
 def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]] | None = None) -> Acceptance:
-    """Commit picks along the tree until one is not drafted, or the text is finished.
+    """Commit the picks of logits `[b, n, v]` to `text`, until one is not in the tree or the text is finished.
 
-    The rows of a text advance in lockstep: all commit as many tokens as the live row with the shortest run.
-
-    Args:
-        tree: what was verified, for the decoded rows.
-        logits: `[b, n, v]` the target's, one row per node.
-        text: gains the picks.
-        reached: gains the nodes of all rows at each level at once, since an error may end the walk.
+    All rows commit as many tokens as the live row with the shortest run. `reached` gains each level's nodes of all
+    rows before the pick, since an error may end the walk.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached
@@ -153,7 +138,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
 def _next_nodes(
     children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
 ) -> list[int] | None:
-    """The children of `nodes` that carry the picks `tokens`; `None` if a live row's pick was not drafted."""
+    """Find the children of `nodes` that carry the picks `tokens`; `None` if a live row's pick was not drafted."""
     children_of_picks = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
     if any(is_live and node is None for is_live, node in zip(live, children_of_picks, strict=True)):
         return None
@@ -161,10 +146,7 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Follow the rule of `accept` in each row on its own, by picks that need no call for each token.
-
-    The picks, their order and the ends are the same. `texts` are b of one row each, and gain the picks.
-    """
+    """Do what `accept` does, without calls for each token: `texts`, one for each row, gain the same picks."""
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
     for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):
@@ -176,10 +158,10 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
 
 
 def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return each row's nodes whose logits are used, root first, and the picks after them."""
+    """Return the nodes that each row follows, root first, and the picks after them."""
     paths: list[list[int]] = [[] for _ in texts]
     picked: list[list[int]] = [[] for _ in texts]
-    going = dict.fromkeys(range(len(texts)), 0)  # row -> the node it has come to
+    going = dict.fromkeys(range(len(texts)), 0)  # row -> the node that it has reached
     while going:
         rows, nodes = list(going), list(going.values())
         tokens = picks.at(rows, nodes)
@@ -194,7 +176,7 @@ def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list
 
 
 def _filled(rows: list[list[int]]) -> list[list[int]]:
-    """Rows of one length: the shorter ones repeat their last number."""
+    """Fill rows to equal length by repeating their last number."""
     longest = max(map(len, rows))
     return [row + row[-1:] * (longest - len(row)) for row in rows]
 
@@ -204,12 +186,11 @@ class Picks:
 
     Args:
         children: see `DraftTree.children`.
-        rows: each row's pick at every node; `None` asks `logits` at the nodes on the path, since reads are free on a
-            CPU.
+        rows: each row's pick at every node; `None` picks from `logits` along the path, since reads are free on a CPU.
         logits: `[b, n, v]`.
         tokens: `[b, n]` the picks on their device; `None` on a CPU.
         processed: the processed scores and draws, where there are any.
-        pick: `[r, v]` logits -> `[r]` tokens, asked in commit order; `None` takes the largest.
+        pick: `[r, v]` logits -> `[r]` tokens, called in commit order; `None` takes the largest.
     """
 
     def __init__(
@@ -227,12 +208,12 @@ class Picks:
 
     @classmethod
     def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
-        """Picks that are made when they are asked for."""
+        """Make each pick when `at` asks for it."""
         return cls(tree.children(), None, logits, pick=pick)
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """The picks of the largest logits, or the `processed` ones. One read, with the tree, waits for the target."""
+        """Read the `processed` picks, or the largest logits, and the tree with one wait for the target."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -241,7 +222,7 @@ class Picks:
         return cls(first_children(tree.row_sizes, parents, drafted), rows, logits, tokens, processed)
 
     def at(self, rows: list[int], nodes: list[int]) -> list[int]:
-        """The pick at one node in each of these rows."""
+        """Return the pick at one node in each of these rows."""
         if self._rows is not None:
             return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
         logits = logits_at(rows, nodes, self._logits)
@@ -251,23 +232,16 @@ class Picks:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedPicks:
-    """The picks of a text of one row at all nodes of its tree, before its path is known.
+    """The picks at all nodes of a tree of one row, made before its path is known."""
 
-    Attributes:
-        tokens: `[n]`; -1 where the scores allow no draw.
-        logits: `[n, v]` fp32, the target's.
-        scores: `[n, v]` fp32, processed.
-        draws: the random numbers of each level; `None` for greedy picks.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    scores: Tensor
-    draws: "Draws | None"
+    tokens: Tensor  # [n]; -1 where the scores allow no draw
+    logits: Tensor  # [n, v] fp32, the target's
+    scores: Tensor  # [n, v] fp32, processed
+    draws: "Draws | None"  # the random numbers of each level; None for greedy picks
 
     @classmethod
     def of(cls, text: Text, tree: DraftTree, logits: Tensor) -> "ProcessedPicks":
-        """Pick at each of n nodes as `text` would if it came there, from logits `[1, n or more, v]`, padding last."""
+        """Pick at each of n nodes as `text` would there, from logits `[1, n or more, v]`, padding last."""
         raw, scores = text.process(tree, logits)
         if not text.do_sample:
             return cls(scores.argmax(dim=-1), raw, scores, None)
@@ -275,11 +249,7 @@ class ProcessedPicks:
         return cls(draws.pick(scores, tree.depths[0]), raw, scores, draws)
 
     def settle(self, tokens: list[int]) -> None:
-        """Give back the random numbers that the committed `tokens` did not use.
-
-        Raises:
-            RuntimeError: no token could be drawn at a committed position.
-        """
+        """Give back the random numbers that the committed `tokens` did not use, or raise if one could not be drawn."""
         if self.draws is None:
             return
         if min(tokens) < 0:
@@ -291,22 +261,15 @@ class ProcessedPicks:
 
 
 class Draws:
-    """Random numbers for each level of a tree, drawn as plain sampling would draw them.
+    """Random numbers for `count` levels of a tree, drawn as plain sampling would draw them.
 
-    `torch.multinomial` draws one token of each row as a race: the largest p / e wins, with every token's e from the
-    exponential distribution of mean 1. These numbers do not depend on p, so they can be drawn for all levels before
-    the path is known. Source: ATen, `multinomial` in native/Distributions.cpp, a single sample.
-
-    Args:
-        count: positions.
-        scores: `[n, v]` gives vocabulary, dtype and device.
-
-    Attributes:
-        numbers: `[count, v]`.
+    `torch.multinomial` takes the token with the largest p / e, where e is drawn for every token from the exponential
+    distribution of mean 1 (ATen, `multinomial` in native/Distributions.cpp, a single sample). As e does not depend on
+    p, all levels can be drawn before the path is known. `scores` `[n, v]` gives vocabulary, dtype and device.
     """
 
     def __init__(self, count: int, scores: Tensor) -> None:
-        self.numbers = scores.new_empty(count, scores.shape[-1])
+        self.numbers = scores.new_empty(count, scores.shape[-1])  # [count, v]
         generator = _generator(scores.device)
         assert generator is not None
         self._generator, self._states = generator, [generator.get_state()]
@@ -315,22 +278,19 @@ class Draws:
             self._states.append(generator.get_state())
 
     def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """`[n]` the tokens drawn from processed scores `[n, v]`, with the numbers of each row's level, `[n]`.
-
-        -1 where nothing can be drawn from a row.
-        """
+        """Draw tokens `[n]` from processed scores `[n, v]` at `levels` `[n]`; -1 where a row allows no draw."""
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), -1)
 
     def give_back(self, used: int) -> None:
-        """Set the generator as if only the first `used` positions had drawn; not if another thread has drawn since."""
+        """Set the generator back to `used` positions, unless another thread has drawn since."""
         if torch.equal(self._generator.get_state(), self._states[-1]):
             self._generator.set_state(self._states[used])
 
 
 @cache
 def draws_alike(device: torch.device, vocabulary: int) -> bool:
-    """Whether `Draws` equal `torch.multinomial` on a device, by a trial that leaves the generator as it was."""
+    """Whether `Draws` equal `torch.multinomial` on a device, by a trial that restores the generator."""
     generator = _generator(device)
     if generator is None:
         return False
@@ -347,19 +307,19 @@ def draws_alike(device: torch.device, vocabulary: int) -> bool:
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
-    """The generator of a device that plain sampling draws from; `None` where PyTorch does not show it."""
+    """Return the generator that plain sampling uses on a device; `None` where PyTorch does not show it."""
     if device.type == "cpu":
         return torch.default_generator
     module = torch.get_device_module(device)
     if not hasattr(module, "default_generators") and not hasattr(module, "get_rng_state"):
-        return torch.default_generator  # a backend without random numbers of its own takes the CPU's
+        return torch.default_generator  # a backend without a generator uses the CPU's
     generators: tuple[torch.Generator, ...] = getattr(module, "default_generators", ())
     index = module.current_device() if device.index is None else device.index
     return generators[index] if index < len(generators) else None
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether picking at all nodes of a tree is right and pays: on a CPU, where reads are free, it does not."""
+    """Whether picking at all nodes gives plain draws and pays; on a CPU, where reads are free, it does not pay."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -367,7 +327,7 @@ _BLOCK = 256
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Return the `argmax` of logits `[r, v]`, block by block: twice as fast as PyTorch's for bfloat16 on a CPU."""
+    """Return the `argmax` of logits `[r, v]` by blocks: twice as fast as PyTorch's for bfloat16 on a CPU."""
     size = math.gcd(logits.shape[1], _BLOCK)
     if size == 1:
         return logits.argmax(-1)
@@ -378,7 +338,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """Take the logits `[r, v]` of one node in each of r rows from `[b, n, v]`; no copy where all stand at one node."""
+    """Take the logits `[r, v]` of one node in each of r rows of `[b, n, v]`; no copy if all take the same node."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

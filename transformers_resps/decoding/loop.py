@@ -1,7 +1,4 @@
-"""The step loop: draft, verify, accept, keep; until the text is finished.
-
-One `TreeDecoding` lives for one call of `generate`.
-"""
+"""The step loop of one call of `generate`: draft, verify, accept, keep, until the text is finished."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +25,7 @@ Phase = Literal["draft", "verify", "rest"]
 
 
 class StepClock:
-    """Splits the seconds of a step between drafting, verifying and the rest; tests pass a fake `now`."""
+    """Splits the seconds of a step into phases; tests pass a fake `now`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
@@ -38,13 +35,13 @@ class StepClock:
         self._last, self.seconds = self._now(), {"draft": 0.0, "verify": 0.0, "rest": 0.0}
 
     def lap(self, phase: Phase) -> None:
-        """Book the time since the last lap to a phase."""
+        """Add the time since the last lap to a phase."""
         now = self._now()
         self.seconds[phase] += now - self._last
         self._last = now
 
     def leave_out(self, phase: Phase, seconds: float) -> None:
-        """Count these seconds to no phase."""
+        """Subtract these seconds from a phase."""
         self.seconds[phase] -= seconds
 
 
@@ -54,15 +51,12 @@ class TreeDecoding:
     Args:
         verifier: the target's side, open.
         drafter: `None` to draft by lookup alone.
-        lookup: drafts beside it.
-        policy: decides.
+        lookup: drafts beside the drafter.
+        policy: shapes each draft.
         batch: starts as the prompts and gains the answers.
-        max_length: positions a text may reach.
-        keeps_ended: keep what the target has read of rows that end before the others.
+        max_length: positions that a text may reach.
+        keeps_ended: keep in `ended` the target's cache of rows that end before others.
         clock: seconds; tests pass a fake one.
-
-    Attributes:
-        ended: those rows, all of them in the end; empty where all rows end at once.
     """
 
     def __init__(
@@ -83,11 +77,11 @@ class TreeDecoding:
         self._proposer = Proposer(policy, drafter, batch, lookup)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
-        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()
+        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> its cache; at last all or none
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Read the prompt `[b, s]` by `read`, see `Verifier.prefill`, and commit the first token: step 0."""
+        """Read the prompt `[b, s]` by `read` (see `Verifier.prefill`) and commit the first token: step 0."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -101,7 +95,7 @@ class TreeDecoding:
         self._record(proposal, acceptance)
 
     def step(self) -> None:
-        """Draft, verify, accept, keep, record. It takes one forward of the target."""
+        """Draft, verify by one forward of the target, accept, keep, record."""
         self._clock.start()
         proposal = self._propose()
         self._clock.lap("draft")
@@ -122,7 +116,7 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
-        """Let all drafters read the prompt, which takes time even if nothing is drafted."""
+        """Let all drafters read the prompt."""
         self._clock.lap("rest")
         states = None
         if self._reads_features:
@@ -137,23 +131,23 @@ class TreeDecoding:
         self._prompt_seconds = self._clock.seconds["draft"]
 
     def _propose(self) -> Proposal:
-        """Let the policy choose and the drafter draft what this step verifies."""
+        """Draft the tree that this step verifies."""
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
-        # levels below the root that the limit of the shortest text and the target's positions allow
+        # levels below the root that the shortest text's limit and the target's positions allow
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
         pricing = self._verifier.pricing
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Book compiling to the call. Charged to a step, no policy would try that size again."""
+        """Charge compiling to the call. Charged to a step, no policy would try that size again."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.leave_out("draft", drafting)
         self._clock.leave_out("verify", verifying)
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Read the picks, or wait for the target to know when it has finished."""
+        """Read the picks, or only wait for the target, so that the clock sees when it has finished."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -168,13 +162,13 @@ class TreeDecoding:
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """Keep the nodes that a walk reached before an error ended it: plain decoding would have read them."""
+        """Keep the nodes that the walk reached before an error: plain decoding would have read them."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
-        """The target's cache keeps the accepted path; the features of that path go to what drafts."""
+        """Keep the accepted path in the target's cache, and give its features to the drafters."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
@@ -192,7 +186,7 @@ class TreeDecoding:
         self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
 
     def _keep_ended(self) -> None:
-        """Keep what the target has read of the rows that have ended now, before they are dropped or read on."""
+        """Keep the target's cache of rows that have just ended, before they are dropped or read further."""
         if self.batch.finished and not self.ended and self._verifier.is_even:
             return  # the cache itself is whole
         for row, place in self.batch.ended.items():
@@ -230,10 +224,7 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Count the step's tokens that the pool holds as a path, per row; in lockstep, of the row that has fewest.
-
-        A finished row writes padding, so it does not count.
-        """
+        """Count each row's tokens that the pool holds as a path; in lockstep, only the lowest count of live rows."""
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
         matches = iter(pool.drafted_match(acceptance.picks))

@@ -1,4 +1,4 @@
-"""The caller's logits processors over all nodes of a draft tree, each node with its own prefix."""
+"""Apply the caller's logits processors to all nodes of a draft tree, each node with its prefix."""
 
 from collections import Counter
 from itertools import groupby
@@ -11,9 +11,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..tree import DraftTree
 
 
-# Exact types of Transformers' own processors that keep no state: a score depends on the row's own scores and its text.
-# SynthID and guidance keep a state, prefix constraints are told the row, the rest belongs to encoders and to speech.
-_READ_SCORES = frozenset(  # and nothing else
+# Processors of Transformers without a state, by exact type: their scores depend on a row's scores and text alone.
+# SynthID and guidance keep a state, prefix constraints get the row's number, others belong to encoders and speech.
+_READ_SCORES = frozenset(  # scores alone
     (
         "TemperatureLogitsWarper",
         "TopPLogitsWarper",
@@ -28,7 +28,7 @@ _READ_SCORES = frozenset(  # and nothing else
         "LogitNormalization",
     )
 )
-_READ_TEXTS = frozenset(  # or their length
+_READ_TEXTS = frozenset(  # also the text, or its length
     (
         "MinLengthLogitsProcessor",
         "MinNewTokensLengthLogitsProcessor",
@@ -42,48 +42,39 @@ _READ_TEXTS = frozenset(  # or their length
         "ExponentialDecayLengthPenalty",
     )
 )
-# As stateless as these, but it reads each text on the host, so that the nodes off the path would cost time.
+# Stateless too, but it reads each text on the host: nodes off the path would cost time.
 _READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})
 STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether a processor's result for a row depends on that row and its text alone, by its exact type."""
+    """Whether a processor's result for a row depends on that row alone, judged by its exact type."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
-    # A repetition penalty may have a prompt length for each row.
+    # a repetition penalty may have one prompt length for each row
     return is_stock and isinstance(getattr(processor, "prompt_ignore_length", None), int | None)
 
 
 class TreeLogitsProcessor(LogitsProcessor):
     """Applies a call's processors to all nodes of a tree: in one call, or level by level where they read texts.
 
-    Processors that `supports` does not know are called in commit order instead, by `Text.commit`.
-
-    Attributes:
-        reads_texts: whether any of them reads more than scores.
+    `Text.commit` calls processors that `supports` does not know, in commit order.
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         groups = groupby(processors, lambda processor: not is_stateless(processor, _READ_SCORES))
         self._groups = [(reads_texts, LogitsProcessorList(group)) for reads_texts, group in groups]
-        self.reads_texts = any(reads_texts for reads_texts, _ in self._groups)
+        self.reads_texts = any(reads_texts for reads_texts, _ in self._groups)  # does any read more than scores?
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
-        """Whether a tree may be processed at once: all are stateless, and cheap at nodes off the path."""
+        """Whether all are stateless, and cheap at nodes off the path."""
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]
-        """Process the scores of every node, as a call with the text that ends in that node would.
+        """Process the scores `[n, v]` of a tree of one row, as calls with the text up to each node would.
 
-        Args:
-            input_ids: `[1, s]` the text so far; it ends in the root. Any tensor where no processor `reads_texts`.
-            scores: `[n, v]` the target's, one row per node.
-            tree: one row of n nodes.
-
-        Returns:
-            `[n, v]`.
+        `input_ids` `[1, s]` ends in the root; it may be any tensor where no processor `reads_texts`.
         """
         for reads_texts, processors in self._groups:
             if reads_texts:
@@ -96,7 +87,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
 
 def _levels(input_ids: Tensor, tree: DraftTree) -> tuple[Tensor, list[Tensor]]:
-    """Return the nodes `[n]` level by level, and for each level the texts `[nodes, s + depth]` that end in them."""
+    """Return the nodes `[n]` by level, and for each level the texts `[nodes, s + depth]` up to its nodes."""
     order = tree.depths[0].argsort(stable=True)
     parents, tokens = order.argsort()[tree.parents[0, order]], tree.tokens[0, order, None]
     prefixes, begin, level_begin = [input_ids], 1, 0

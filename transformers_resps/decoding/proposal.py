@@ -30,19 +30,12 @@ class DecodedRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The tree that a step verifies, and its origin.
+    """The tree that a step verifies, and its origin."""
 
-    Attributes:
-        shape: that the policy chose, cut to the room that was left.
-        tree: the nodes to verify.
-        pool: the drafter's candidates; `None` if it was not asked.
-        looked_up: nodes of the largest looked-up tree.
-    """
-
-    shape: TreeShape
+    shape: TreeShape  # the policy's choice, cut to the room that was left
     tree: DraftTree
-    pool: CandidatePool | None = None
-    looked_up: int = 0
+    pool: CandidatePool | None = None  # the drafter's candidates; None if it did not draft
+    looked_up: int = 0  # nodes of the largest looked-up tree
 
     @property
     def candidates(self) -> int:
@@ -50,7 +43,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count who proposed the accepted nodes, on the `paths` (root first) of rows that `gained` tokens."""
+        """Count accepted nodes by proposer, on the `paths` (root first) of rows that `gained` tokens."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -59,18 +52,14 @@ class Proposal:
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":
-        """The root `[b]` alone."""
+        """Propose the root `[b]` alone."""
         return cls(TreeShape.plain(), DraftTree.root_only(root))
 
 
 class Proposer:
-    """Decides what each step of a call verifies.
+    """Decides what each step of a call verifies; `drafter` is `None` to draft by lookup alone.
 
-    Args:
-        policy: chooses the shape, says after each level whether to go on, and counts the nodes to verify.
-        drafter: `None` to draft by lookup alone.
-        rows: the rows to decode.
-        lookup: drafts beside it.
+    The policy chooses the shape, whether to go on after each level, and the number of nodes to verify.
     """
 
     def __init__(
@@ -84,7 +73,7 @@ class Proposer:
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Tell all that draft what was kept; see `Drafter.update_candidate_strategy`."""
+        """Give drafter and lookup the committed tokens; see `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
                 text = self._text(drafter, committed.tokens[:, -1])
@@ -92,15 +81,15 @@ class Proposer:
         self._newest_features = None if committed.features is None else committed.features[:, -1]
 
     def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
-        """The text `[b, s]` where a drafter reads it, else the root alone: joining all takes time in every step."""
+        """Return the text `[b, s]` if a drafter reads it, else the root: joining the text in each step is slow."""
         return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
-        """Seconds of compiling drafts since they were last taken."""
+        """Return the seconds of compiling drafts since the last call."""
         return 0.0 if self._drafter is None else self._drafter.take_compile_seconds()
 
     def read_prompt(self) -> None:
-        """Let lookup and drafter read the prompt, before any step."""
+        """Let lookup and drafter read the prompt."""
         if self._policy.uses_lookup:
             self._lookup.read()
         if self._drafter is not None:
@@ -115,10 +104,10 @@ class Proposer:
         pricing: Pricing,
         prompt_seconds: float = 0.0,
     ) -> Proposal:
-        """Draft the tree below the newest tokens.
+        """Draft the tree below the newest tokens `root` `[b]`, which lie on the target's device.
 
         Args:
-            root: `[b]` the newest tokens, where the target reads them.
+            root: `[b]`.
             step: 0 for the first.
             context_length: positions so far, the root and padding included.
             room: tokens that the text may still gain.
@@ -126,7 +115,7 @@ class Proposer:
             prompt_seconds: see `Observation`.
 
         Raises:
-            ValueError: no step can follow a decision of the policy.
+            ValueError: the policy decided what no step can do.
         """
         observation = Observation(
             self._newest_features,
@@ -153,7 +142,7 @@ class Proposer:
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
-            pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
+            pool = pool.on_host()  # one read for all that follows
         pool = None if pool is None else pool.discounted(self._policy.discounts)
         if pool is not None and shape.lookup and self._policy.weighs_lookup:
             pool = self._lookup.weigh_beside(pool, shape.lookup)
@@ -165,9 +154,9 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Build the tree of a pool's best nodes on its device; of no pool the root, on the host."""
+        """Build the tree of the pool's best nodes on its device; without a pool, the root on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
-        # the host need not know the root that the device has: `below` puts it there
+        # where only the device has the root, zeros hold its place until `below`
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)
         if pool is not None:
             most = min(total_tokens, 1 + pool.tokens.shape[1])

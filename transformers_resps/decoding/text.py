@@ -1,7 +1,7 @@
 """The sequences that a call writes, and which of its rows are still decoded.
 
-A token is committed with exactly the calls of plain decoding. Rows in lockstep share one `Text`, as in plain decoding;
-rows of a ragged batch have one each, so a row that accepts much does not wait for the others.
+A token is committed with exactly the calls of plain decoding. Rows in lockstep share one `Text`. Rows of a ragged
+batch have one each, so that none waits for the others.
 """
 
 import math
@@ -16,30 +16,24 @@ from ..tree import DraftTree
 from .processors import TreeLogitsProcessor
 
 
-_PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much
+_PATIENCE = 4.0  # a row that lags by so many tokens weighs e times as much
 
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """When a text ends, and how long it may get before a criterion logs a warning.
+    """When a text ends, and when a criterion logs a warning."""
 
-    Attributes:
-        token_ids: any of them, once picked.
-        length: positions that it may reach.
-        warning_free_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
-    """
-
-    token_ids: frozenset[int]
-    length: int
-    warning_free_length: int
+    token_ids: frozenset[int]  # any of these ends it
+    length: int  # positions that it may reach
+    warning_free_length: int  # positions above which Transformers warns
 
     def are_silent(self, length: int) -> bool:
-        """Whether no criterion logs a warning before a text ends or reaches `length` positions."""
+        """Whether no criterion warns before a text ends or reaches `length` positions."""
         return self.warning_free_length == self.length or length <= self.warning_free_length
 
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
-        """Read the criteria; `None` where anything but end tokens and a length may stop a text."""
+        """Read the criteria; `None` if anything but end tokens and a length may stop a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]
         if not lengths or len(lengths) + len(tokens) < len(criteria):
@@ -51,19 +45,18 @@ class StopConditions:
 
 
 class Text:
-    """The sequences being written, one committed position at a time. All rows of a `Text` advance together.
+    """Sequences that advance together, one committed position at a time.
 
     Args:
         input_ids: `[b, s]` the prompt.
         logits_processor: called once per committed position, never for a rejected node.
         stopping_criteria: called after each committed position.
         do_sample: draw from the processed scores, else take the largest.
-        pad_token: what finished rows are filled with, where an end token is among the criteria.
+        pad_token: fills finished rows, where an end token is among the criteria.
         streamer: gets each committed token.
         keep_scores: keep the processed scores of each position.
         keep_logits: keep the raw logits of each position.
-        keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for
-            callers that reuse the cache.
+        keep_padding: decode the padding of finished rows too, so that a caller's cache holds it as in plain decoding.
         stops_at_ends: end a step where a row ends, so that the cache holds that row up to its end.
     """
 
@@ -81,8 +74,8 @@ class Text:
         keep_padding: bool = False,
         stops_at_ends: bool = False,
     ) -> None:
-        self._ids = input_ids  # lacks the tokens of `_ahead`
-        self._ahead: list[Tensor] = []  # `[any]` each, of a single row
+        self._ids = input_ids  # without the tokens of `_ahead`
+        self._ahead: list[Tensor] = []  # [any] each, of a single row
         self.length = int(input_ids.shape[1])
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
@@ -107,7 +100,7 @@ class Text:
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompt and answer, joined when they are read."""
+        """`[b, s]` prompt and answer, joined on access."""
         if self._ahead:
             ahead = torch.cat(self._ahead).to(self._ids.device)
             self._ids, self._ahead = torch.cat([self._ids, ahead[None]], dim=1), []
@@ -119,13 +112,13 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Which decoded rows count, `[b]` bool; finished ones do if nothing pads them, or if their padding is kept."""
+        """`[b]` bool: whether decoded rows count. Finished ones do if nothing pads them, or their padding is kept."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
     @property
     def ended(self) -> dict[int, int]:
-        """Rows that have ended and are decoded still: row -> its place among the decoded ones."""
+        """Rows that have ended but are still decoded: row -> place among the decoded ones."""
         rows = range(len(self)) if self._decoded is None else self._decoded.tolist()
         places = [place for place, goes_on in enumerate(self.live.tolist()) if not goes_on]
         return {rows[place]: place for place in places}
@@ -139,7 +132,7 @@ class Text:
         return values if self._decoded is None else values[self._decoded]
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows; returns the places of the others, `None` when none has finished."""
+        """Stop decoding finished rows; return the places of the others, or `None` if none has finished."""
         going_on = self.live.tolist()
         if all(going_on):
             return None
@@ -149,22 +142,22 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are the largest logits' until `ends_with`: nothing sees or draws a token."""
+        """Whether the next `count` tokens, until `ends_with`, are the largest logits, and nothing observes them."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether `pick` finds the next `count` tokens until `ends_with`, without looking at the text of its row."""
+        """Whether `pick` gives the next `count` tokens, until `ends_with`, without reading the text."""
         processor = self._tree_processor
         reads_scores = processor is not None and not processor.reads_texts
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether all nodes can be processed before the path is known: by calls without a state, on its device."""
+        """Whether the processors can run on all nodes before the path is known: stateless, on the tree's device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
     def ends_with(self, token: int, count: int) -> bool:
-        """Whether the text ends with `token`, the newest of `count` picks that it has not gained yet."""
+        """Whether the text ends with `token`, the last of `count` picks that are not appended yet."""
         conditions = self.stop_conditions
         assert conditions is not None
         return token in conditions.token_ids or self.length + count >= conditions.length
@@ -174,21 +167,21 @@ class Text:
         return conditions is not None and conditions.are_silent(self.length + count)
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Process the logits `[1, n or more, v]` of one row's tree; returns them raw and processed, `[n, v]` each."""
+        """Return the logits `[1, n or more, v]` of one row's tree raw and processed, `[n, v]` each."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
-        read = self.input_ids if self._tree_processor.reads_texts else self._ids  # may lack the newest tokens
+        read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining the text
         return raw, self._tree_processor(read, raw, tree)
 
     def keep_outputs(self, path: list[int], logits: Tensor, scores: Tensor) -> None:
-        """Keep the raw logits and processed scores `[n, v]` of `path` that the caller asked for."""
+        """Keep the raw logits and processed scores `[n, v]` of `path` if the caller asked for them."""
         if self.scores is not None:
             self.scores += tuple(scores[node : node + 1].clone() for node in path)
         if self.logits is not None:
             self.logits += tuple(logits[node : node + 1].clone() for node in path)
 
     def append(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append t tokens to this one row at once; `there` holds them, `[t]`, on the target's device."""
+        """Append tokens to this one row at once; `there` `[t]` holds them on the target's device."""
         self.length += len(tokens)
         self._ahead.append(there)
         if finished:
@@ -198,7 +191,7 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Pick tokens `[any]` by logits `[any, v]`, for all texts like this one; see `picks_by_scores`."""
+        """Pick tokens `[any]` from logits `[any, v]` of any texts with these settings; see `picks_by_scores`."""
         scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
 
@@ -208,11 +201,7 @@ class Text:
         return scores.argmax(dim=-1)
 
     def commit(self, logits: Tensor) -> Tensor:
-        """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
-
-        Returns:
-            `[b]` the tokens of the decoded rows.
-        """
+        """Pick, append and return one token per decoded row, `[b]`, from the target's logits `[b, v]`."""
         logits = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
             every_row = logits.new_zeros(len(self), logits.shape[-1])
@@ -236,17 +225,12 @@ class Text:
 
 
 class Batch:
-    """All rows of a call.
-
-    Args:
-        texts: one of all rows in lockstep, or one for each row on its own.
-        drops_finished: leave finished rows out of all further work.
-    """
+    """All rows of a call: one text with all rows in lockstep, or one text for each row."""
 
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
-        self._decoded = list(range(len(texts)))  # texts with rows that are still decoded
-        self._drops_finished = drops_finished
+        self._decoded = list(range(len(texts)))  # indices of texts that are still decoded
+        self._drops_finished = drops_finished  # leave finished rows out of all further work
 
     def __len__(self) -> int:
         """Rows of the call."""
@@ -254,7 +238,7 @@ class Batch:
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether all rows advance together; true of one row."""
+        """Whether all rows advance together, as one row does."""
         return len(self._texts) == 1
 
     @property
@@ -280,8 +264,9 @@ class Batch:
 
     @property
     def row_weights(self) -> list[float]:
-        """Weight of a token of each decoded row, 1.0 on average: the derivative of the rows' soft minimum, since the
-        batch ends with its slowest row.
+        """Weight of a token of each decoded row, 1.0 on average.
+
+        The derivative of the rows' soft minimum, since the batch ends with its slowest row.
         """
         if self.in_lockstep:
             return [1.0] * self._texts[0].decoded_count
@@ -295,22 +280,22 @@ class Batch:
         return [self._texts[index] for index in self._decoded]
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether every decoded text is, see `Text.is_plain_greedy`."""
+        """See `Text.is_plain_greedy`, for every decoded text."""
         return all(text.is_plain_greedy(count) for text in self.decoded_texts)
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether every decoded text does, see `Text.picks_by_scores`."""
+        """See `Text.picks_by_scores`, for every decoded text."""
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
-        """Spread counts of the decoded rows over all rows of the call, 0 for the others."""
+        """Spread counts of decoded rows over all rows of the call, with 0 for the others."""
         every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
             every_row[index] = count
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows, see `Text.drop_finished`."""
+        """See `Text.drop_finished`."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
@@ -323,13 +308,13 @@ class Batch:
 
     @property
     def ended(self) -> dict[int, int]:
-        """Rows of the call that have ended and are decoded still: row -> its place among the decoded ones."""
+        """Rows that have ended but are still decoded: row -> place among the decoded ones."""
         if self.in_lockstep:
             return self._texts[0].ended
         return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
 
     def answers(self, start: int) -> list[list[int]]:
-        """The tokens of all rows from position `start` on, padded after their ends."""
+        """Return the tokens of all rows from position `start` on, padded after their ends."""
         found: list[list[int]] = self.input_ids[:, start:].tolist()
         return found
 
