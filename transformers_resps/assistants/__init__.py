@@ -1,4 +1,4 @@
-"""Models of Transformers that draft: MTP layers of a checkpoint, Gemma 4's assistants, and any small causal model."""
+"""Drafters that run layers or models of Transformers: MTP layers, Gemma 4's assistants, and small causal models."""
 
 from .auto import AutoDraftHead, load_drafter, load_head, source_of
 from .causal import CausalDrafter

@@ -1,4 +1,4 @@
-"""Load what drafts for a target: a draft head of any kind, or a model of Transformers that drafts."""
+"""Load a drafter of any kind: a draft head, or a model of Transformers."""
 
 import os
 from typing import Any
@@ -17,7 +17,7 @@ from .mtp import MtpHead
 from .mtp_layouts import names_mtp
 
 
-CAME_ALONG = "mtp"  # in place of a folder or Hub id: the MTP layers that came with the target
+CAME_ALONG = "mtp"  # Passed in place of a folder or Hub id, it means the MTP layers that came with the target.
 
 
 class AutoDraftHead:
@@ -27,16 +27,16 @@ class AutoDraftHead:
     def from_pretrained(
         id_or_folder: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
     ) -> DraftHead | BlockHead | MtpHead | PreTrainedModel:
-        """Load what drafts for `target`.
+        """Load a drafter for `target`, to pass to `generate` as `assistant_model`.
 
         Args:
             id_or_folder: a Hub id or a folder.
-            target: the model that it will draft for.
-            keywords: `revision` and others of the `from_pretrained` of the class that reads the checkpoint.
+            target: the model to draft for.
+            keywords: those of the `from_pretrained` of the class that loads the checkpoint, such as `revision`.
 
         Returns:
-            A `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer's), an `MtpHead`
-            that was saved, or a loaded assistant of Gemma 4. All are passed to `generate` as `assistant_model`.
+            A `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer), a saved
+            `MtpHead`, or an assistant of Gemma 4.
 
         Raises:
             ValueError: as `DraftHead.from_pretrained`; a `WholeModelError` for a model that is no assistant.
@@ -57,10 +57,7 @@ class AutoDraftHead:
 def load_drafter(
     name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
 ) -> DraftSource | PreTrainedModel:
-    """Load what `AutoDraftHead` loads, any causal model, or for "mtp" the layers that came with the target.
-
-    It is on the target's device and in its dtype.
-    """
+    """Load a head of any kind, any causal model, or for "mtp" the target's MTP layers, in its dtype, on its device."""
     if name == CAME_ALONG:
         return MtpHead.from_target(target, **keywords)
     try:
@@ -70,7 +67,7 @@ def load_drafter(
 
 
 def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableSource:
-    """Load a head that can be trained or diagnosed; of a whole model, its MTP layers.
+    """Load a head that can be trained or diagnosed; from a whole model's checkpoint, its MTP layers.
 
     Raises:
         ValueError: as the `from_pretrained` of its class; a `WholeModelError` for a model without such layers.
@@ -86,11 +83,7 @@ def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableS
 
 
 def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
-    """Make the source that drafts with a loaded model or a candidate generator of Transformers.
-
-    Raises:
-        ValueError: it cannot draft for this target.
-    """
+    """Make the source that drafts with a model or a candidate generator; a `ValueError` if it cannot."""
     if isinstance(model, CandidateGenerator):
         return ForeignSource(model)
     source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)

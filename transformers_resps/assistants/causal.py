@@ -1,4 +1,4 @@
-"""Any causal model with the target's tokens, a smaller one of its family for example, as a drafter of trees."""
+"""Draft trees with any causal model that has the target's tokens, such as a smaller one of its family."""
 
 import json
 from inspect import signature
@@ -25,9 +25,10 @@ from ..verifying.masks import (
 from .loaded import LoadedModel
 
 
-_PADDED = 0.01  # the share of its rows by which a vocabulary may be padded
+_PADDED = 0.01  # Vocabularies may differ by this share: some are padded.
+# Largest difference of logits in the probe, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_TOLERANCE = 0.25  # of the largest logit
+_LOW_PRECISION_TOLERANCE = 0.25
 _SAME_TOKENS = (
     "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
     "drafts chains."
@@ -35,10 +36,9 @@ _SAME_TOKENS = (
 
 
 class CausalDrafter(LoadedModel):
-    """A causal model that reads no features: it has read the text itself.
+    """A causal model with the target's vocabulary; it reads the text, not features.
 
-    Its vocabulary has to be the target's. Tokenizers are compared where both models come with a `tokenizer.json`, and
-    by their sizes elsewhere.
+    If both models come with a `tokenizer.json`, these are compared; otherwise the sizes of the vocabularies.
     """
 
     _is_probed = False
@@ -88,7 +88,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Raise a `ValueError` where both are known and write other tokens."""
+    """Raise a `ValueError` if both tokenizers are known and differ."""
     known = [_tokens(found) for found in (model, target)]
     if None not in known and known[0] != known[1]:
         raise ValueError(
@@ -97,9 +97,7 @@ def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> Any:
-    """The tokens of the `tokenizer.json` in a model's folder, or among the files of its repository on this machine;
-    `None` where there is none.
-    """
+    """Load the vocabulary of a model's `tokenizer.json` from its folder or the Hub's cache; `None` if it has none."""
     name = model.config.name_or_path or ""
     path: Any = Path(name) / "tokenizer.json"
     if not path.is_file():
@@ -113,7 +111,7 @@ def _tokens(model: PreTrainedModel) -> Any:
 
 
 class _Steps(StepModel):
-    """The model's passes. Its positions are those of the text, whose padding does not count."""
+    """Runs the model. Positions count tokens, not padding."""
 
     reads_features = False
     counts_padding = False
@@ -134,7 +132,7 @@ class _Steps(StepModel):
         return nn.ModuleList([self._model])
 
     def places(self, positions: Tensor) -> Places:
-        """The positions; a table of learned ones ends, and what is drafted after its end is of no use."""
+        """Clamp positions to the end of a table of learned ones; drafts after it are useless."""
         return (positions.clamp(0, self._last_position),)
 
     def run(
@@ -159,7 +157,7 @@ class _Steps(StepModel):
         return at_wanted(states, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute logits of the tokens that the target has, too, with the scale and cap of the family."""
+        """Compute the logits of the tokens that the target also has, with the family's scale and cap."""
         config, logits = self._config, self._output(output).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
         logits = logits / getattr(config, "logits_scaling", 1.0)
@@ -167,14 +165,14 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Make the mask, or one for each layer type; `None` where the model attends as to a text."""
+        """Make the mask, or one for each layer type; `None` for plain causal attention."""
         mask = entries.mask
         patterns = {name: pattern for name, pattern in self._patterns.items() if pattern is not None}
         if all(pattern.window is None for pattern in patterns.values()):
             if mask is None:
                 return None
             masks = dict.fromkeys(patterns, additive(mask, self.dtype))
-        else:  # the positions of all entries are kept with them, as one more layer
+        else:  # windows need the positions of all entries: these are kept like the keys of one more layer
             own = positions[:, None, :, None].float()
             known, _ = entries.update(own, own, self._config.num_hidden_layers)
             keys = known.transpose(-1, -2)
@@ -183,7 +181,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """Serves one pass over a whole text and keeps nothing."""
+    """Entries for one pass over a whole text."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -194,14 +192,13 @@ class _Shown(Entries):
 
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
-    """Compare two branches of a tree with the same tokens alone: a wrong mask or scale would only draft worse.
+    """Raise a `ValueError` if two branches of a tree have other logits than the same tokens as texts.
 
-    Raises:
-        ValueError: they differ, or the forward fails on a tree's mask.
+    Otherwise a wrong mask or scale would go unnoticed and only draft worse.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]
-    positions = torch.tensor([[0, 1, 2, 3, 3, 4]], device=model.device)  # 3 and 4 follow 2, and 5 follows 4
+    positions = torch.tensor([[0, 1, 2, 3, 3, 4]], device=model.device)  # nodes 3 and 4 follow 2, and 5 follows 4
     mask = torch.ones(6, 6, dtype=torch.bool, device=model.device).tril()
     mask[4:, 3] = False
     try:

@@ -1,10 +1,10 @@
-"""Google's assistants of Gemma 4, `google/gemma-4-E4B-it-assistant` for example.
+"""Draft with Google's assistants of Gemma 4, such as `google/gemma-4-E4B-it-assistant`.
 
-An assistant has no keys of its own. It looks at the target's, at all levels from the position of the root, and what a
-node knows of its path is its hidden state. So the nodes of a tree do not see each other, and nothing has to be kept.
+An assistant has no keys. At all levels it attends to the target's keys from the root's position, and a node knows its
+path by its hidden state only. So the nodes of a tree do not see each other, and nothing is kept.
 
-Of Transformers' own loop it differs in two ways: the keys of the first rejected token are never shown, and the walk
-accepts what the target picks, where Transformers accepts likeliest tokens as if they had been sampled.
+Transformers' loop differs in two ways: it also shows the keys of the first rejected token, and it accepts the
+assistant's likeliest tokens as if they had been sampled. Here the walk accepts what the target picks.
 """
 
 from typing import Any, cast
@@ -21,7 +21,7 @@ from .loaded import LoadedModel
 
 
 class GemmaAssistant(LoadedModel):
-    """An assistant of a size of Gemma 4, loaded by Transformers."""
+    """The source that drafts with an assistant of Gemma 4."""
 
     reads_target = True
 
@@ -58,7 +58,7 @@ class GemmaAssistant(LoadedModel):
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
-    """Describe the keys that each kind of layers attends to."""
+    """Describe the keys of each layer type, for comparison and messages."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
     return {
@@ -69,7 +69,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
 
 
 class _OfTarget(Entries):
-    """Shows an assistant's layers the target's keys, as if an earlier layer had shared them."""
+    """Holds the target's entries, which the assistant's layers read as shared keys and values."""
 
     def __init__(self, kept: TargetEntries) -> None:
         self.kept = kept
@@ -79,7 +79,7 @@ class _OfTarget(Entries):
 
 
 class _TargetCache(DraftCache):
-    """Keeps nothing: hands out the target's entries, laid out once for each length of the text."""
+    """Keeps nothing: returns the target's entries, laid out once for each length of the text."""
 
     def __init__(self, verifier: Verifier) -> None:
         super().__init__(device=verifier.device)
@@ -98,7 +98,7 @@ class _TargetCache(DraftCache):
 
 
 class _Queries(StepModel):
-    """The assistant over the nodes of a level, each a query for itself."""
+    """Runs the assistant over the nodes of a level, which do not see each other."""
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = cast(Any, model)
@@ -154,7 +154,7 @@ class _Queries(StepModel):
         return tokens.gather(-1, best), scores
 
     def _nearest(self, output: Tensor) -> Tensor:
-        """Token ids `[b, q, d]`."""
+        """Return the token ids `[b, q, d]` of the nearest centroids."""
         nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
         return self._by_centroid[nearest].flatten(-2)
 

@@ -1,4 +1,4 @@
-"""A loaded model of Transformers as what drafts for a target."""
+"""Sources that draft with a model that Transformers has loaded."""
 
 from abc import abstractmethod
 from typing import Any, Self
@@ -13,14 +13,9 @@ from ..tree import TreeShape
 
 
 class LoadedModel(LevelSource):
-    """A source that is kept for a model as long as the model lives, and does not keep it alive.
+    """A source that drafts with `model` for `target`; a `ValueError` if it cannot.
 
-    Args:
-        model: drafts.
-        target: is drafted for.
-
-    Raises:
-        ValueError: the model cannot draft for this target.
+    It may be kept as long as the model lives: it holds a weak reference only.
     """
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -29,12 +24,12 @@ class LoadedModel(LevelSource):
 
     @classmethod
     def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> Self:
-        """Let a loaded model draft for a target."""
+        """Make the source of a loaded model."""
         return cls(model, target)
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, as long as it lives."""
+        """The model; a `ReferenceError` once it has been deleted."""
         model = self._model()
         if model is None:
             raise ReferenceError("The assistant has been deleted. Keep the model that drafts, and pass it again.")
@@ -50,7 +45,7 @@ class LoadedModel(LevelSource):
 
     @abstractmethod
     def _obstacle(self, target: PreTrainedModel) -> str | None:
-        """Why it cannot draft for a target, and the way out."""
+        """Return why the model cannot draft for a target, and the way out."""
 
     def check_target(self, target: PreTrainedModel) -> None:
         model = self.model

@@ -1,8 +1,8 @@
-"""Multi-token prediction (MTP) layers, which many checkpoints bring along and Transformers drops when it loads them.
+"""Draft with multi-token prediction (MTP) layers, which many checkpoints have and Transformers drops in loading.
 
-The entry of a token joins its embedding with the hidden state of the token before, and runs a decoder layer of the
-target's own class over it; the output head predicts the token after (DeepSeek-V3, arXiv 2412.19437, section 2.2). In
-reading order: the layer, the module with its loading and saving, and the module while it drafts for one target.
+A layer joins a token's embedding with the hidden state of the token before it, runs a decoder layer of the target's
+class, and predicts the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2). In reading order: the layer, loading
+and saving, and the module bound to one target.
 """
 
 import copy
@@ -39,7 +39,7 @@ from .mtp_layouts import MtpCheckpoint, MtpConfig, Stored
 
 
 class MtpLayer(nn.Module):
-    """One depth: the projection of a pair, and a decoder layer of the target's class."""
+    """One depth: the projection of embedding and hidden state, and a decoder layer of the target's class."""
 
     def __init__(self, target: PreTrainedModel, config: MtpConfig, depth: int) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class MtpLayer(nn.Module):
         self._hidden_first = config.hidden_first
 
     def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """Map `[b, t, h]` embeddings and hidden states of the tokens before to `[b, t, h]`, before the own norm."""
+        """Map embeddings and the previous tokens' hidden states, `[b, t, h]`, to `[b, t, h]` before `self.norm`."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
         return output[0] if isinstance(output, tuple) else output
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """Copy the target's config with layers of this one's kind only: a layer looks itself up by its number."""
+    """Copy the target's config with all layers of this depth's type: a layer finds its type by its number."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -92,7 +92,7 @@ def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any
 
 @dataclass(frozen=True, slots=True)
 class MtpReading(FileReading):
-    """One way to read MTP layers, see `MtpConfig`."""
+    """One interpretation of MTP layers; the fields are those of `MtpConfig`."""
 
     loader: ClassVar[str] = "MtpHead"
 
@@ -118,8 +118,7 @@ class MtpReading(FileReading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It holds the layers alone, of the target's class and sizes. The norm of the target's hidden state is the target's,
-    and so are embedding and output head unless the checkpoint has others.
+    It uses the target's final norm, and its embedding and output head unless the checkpoint has other ones.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -128,22 +127,22 @@ class MtpHead(TrainableSource, nn.Module):
         self.layers = nn.ModuleList(MtpLayer(target, config, depth) for depth in range(config.depths))
         self.target = target_identity(target)
         self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
-        self._shift = 0  # what was added to the weights of norms in the file
+        self._shift = 0  # added to the weights of norms in loading, subtracted in saving
         ids = config.draft_token_ids
-        kept = None if ids is None else torch.tensor(ids, device="cpu")  # also where the layers are made as meta
+        kept = None if ids is None else torch.tensor(ids, device="cpu")  # not on meta, even if the layers are
         self.register_buffer("_draft_token_ids", kept, persistent=False)
         self._packed = PackedWeights()
         self._rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
-        """Return DeepSeek-V3's name of a tensor: in layers that are numbered after the target's own."""
+        """Return DeepSeek-V3's name of a tensor: its layers are numbered after the target's."""
         _, depth, rest = name.split(".", 2)
         rest = re.sub(r"^(norm|head)\.", r"shared_head.\1.", rest.removeprefix("block."))
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":
-        """Load the layers that came with `target`, from where it was loaded; keywords as in `from_pretrained`."""
+        """Load the MTP layers from the target's checkpoint; keywords as in `from_pretrained`."""
         check_is_model(target)
         name = target.config.name_or_path
         if not name:
@@ -164,24 +163,21 @@ class MtpHead(TrainableSource, nn.Module):
         dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> "MtpHead":
-        """Load the MTP layers of a checkpoint, or what `save_pretrained` wrote, in the target's dtype, on its device.
+        """Load MTP layers onto the target's device. No weight is newly initialized.
 
         Args:
-            id_or_folder: a checkpoint of the target's kind, such as the one that a quantised or fine-tuned target was
-                made of. Only files that hold the layers are opened.
-            target: the model that the layers will draft for.
-            draft_token_ids: ids `[d]` of the tokens that may be drafted, in any order; `None` for all. A small
-                model spends most of a draft in its output head, which then has d rows.
+            id_or_folder: a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the one
+                that a quantised or fine-tuned target was made of. Only files that hold the layers are opened.
+            target: the model to draft for.
+            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. With few the
+                output head, where a small model spends most of a draft, is faster.
             dtype: of the layers; `None` for the target's.
-            keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`; and any field of
-                `MtpConfig`, to correct what the family does.
-
-        Returns:
-            The module, with every weight read from the files.
+            keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`. Also any field of
+                `MtpConfig`, to correct the family's settings.
 
         Raises:
-            ValueError: the checkpoint has no such layers, or none that we can draft with; they are quantised in an
-                unknown way, damaged or incomplete; or they do not fit `target`.
+            ValueError: the checkpoint has no MTP layers that we can draft with; they are quantised in an unknown way,
+                damaged or incomplete; or they do not fit `target`.
             OSError: the Hub refuses.
         """
         check_is_model(target)
@@ -214,7 +210,7 @@ class MtpHead(TrainableSource, nn.Module):
             is_fp32 = any(part in name for part in kept)
             tensors[name] = tensor.to(target.device, torch.float32 if is_fp32 else dtype)
         self.load_state_dict(tensors, assign=True)
-        self.to(target.device)  # the draft vocabulary, too
+        self.to(target.device)  # moves the draft vocabulary
         self._stored = {name: checkpoint.stored[name] for name in names}
         assert not any(buffer.is_meta for buffer in self.buffers())
 
@@ -226,17 +222,15 @@ class MtpHead(TrainableSource, nn.Module):
         draft_token_ids: Tensor | Sequence[int] | None = None,
         **settings: Any,
     ) -> "MtpHead":
-        """Make an untrained module for `target`, in its dtype and on its device, in the names of DeepSeek-V3's.
+        """Create an untrained module in the target's dtype, on its device. Train it with `DraftHeadTrainer`.
 
-        It begins with the target's own state, and a copy of its last layer that adds nothing yet, which trains faster.
+        It starts as a copy of the target's last layer that passes on the target's hidden state, which trains faster.
+        Tensors have DeepSeek-V3's names.
 
         Args:
-            target: the model that the layers will draft for.
+            target: the model to draft for.
             draft_token_ids: as in `from_pretrained`.
-            settings: any field of `MtpConfig`; `depths` layers, one by default.
-
-        Returns:
-            The module. Train it before use, with `DraftHeadTrainer`.
+            settings: any field of `MtpConfig`.
 
         Raises:
             ValueError: the draft vocabulary is not part of the target's, or there is no such setting.
@@ -258,7 +252,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, which adds nothing yet, so that the output is the target's own state."""
+        """Copy the target's last layer, with zeroed output projections: the output is the target's hidden state."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -289,10 +283,10 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield the configured reading first, then the others that this target has layers for.
+        """Return the configured reading first, then all combinations of alternatives that this target has layers for.
 
-        They differ in the layer (this, one deeper, one shallower), the states that are fed and fed back (before or
-        after a norm, or the target's), the order of the pair, the kind of norms and, if there are any, output heads.
+        The alternatives are: the layer (one deeper or shallower), the states that are fed and fed back, the order of
+        embedding and hidden state, the type of norms and, if there are output heads, whose is used.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -330,12 +324,12 @@ class MtpHead(TrainableSource, nn.Module):
         return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
 
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
-        """Return whether the norms in the file multiply by 1 + weight."""
+        """Whether the norms in the file multiply by 1 + weight."""
         stated = self.settings.zero_centred
         return _is_zero_centred(target) if stated is None else stated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the layers alone, in the names of their checkpoint, for `from_pretrained`."""
+        """Write the layers, under their names in the checkpoint, for `from_pretrained`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -347,7 +341,7 @@ class MtpHead(TrainableSource, nn.Module):
         sizes = {key: self.target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
         config = {"model_type": MTP.saved_as, **sizes, "target": self.target, "mtp": asdict(self.settings)}
         text = json.dumps(config, indent=2)
-        if self.settings.draft_token_ids is not None:  # thousands of numbers, on one line
+        if self.settings.draft_token_ids is not None:  # write its thousands of numbers on one line
             text = re.sub(r'("draft_token_ids": )\[[^]]*\]', rf"\g<1>{list(self.settings.draft_token_ids)}", text)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -365,7 +359,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The feature layer of the config, or the target's last, counted one higher after the final norm."""
+        """The layer of the settings or the target's last; one more means after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -434,17 +428,17 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
-_SMALLEST_FACTOR = 0.1  # by which a norm is undone
+_SMALLEST_FACTOR = 0.1  # Smallest factor of the target's norm that a fresh module divides by.
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
-    """Return whether the target's norms multiply by 1 + weight: then a new one's weights are zero."""
+    """Whether the target's norms multiply by 1 + weight: then a new norm's weights are zero."""
     with torch.device("cpu"):
         return not type(target.get_decoder().norm)(1).weight.any()
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Return the config without an embedding and output heads that are copies of the target's."""
+    """Configure the module to use the target's embedding and output head if its own are copies of them."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -458,7 +452,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Rows of output heads, copied once for each version of their weights."""
+    """The draft vocabulary's rows of output heads, copied once for each version of the weights."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -467,7 +461,7 @@ class KeptRows:
         return KeptRows, ()
 
     def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from `[..., h]` to the logits `[..., d]` of the tokens `ids`, by a depth's output head."""
+        """Return a function from `[..., h]` to a depth's logits `[..., d]` of the tokens `ids`."""
         weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if depth not in self._kept or self._kept[depth][0] != version:
@@ -476,14 +470,13 @@ class KeptRows:
         return self._kept[depth][1]
 
 
-_GROWING_ROPES = ("dynamic", "longrope")  # in a config, where each layer type may have its own
+_GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on the length.
 
 
 class BoundMtp(TrainableModel):
-    """MTP layers that draft for one target; made by `MtpHead.bind`.
+    """An MTP module joined with its target; made by `MtpHead.bind`.
 
-    `layers` are the module's own or packed ones; `rows` keep the draft vocabulary's rows of the output heads;
-    `forward` computes a pass in place of the layers, with the arguments of `MtpHead.forward`.
+    `layers` are the module's, possibly packed. `forward` replaces them, with the arguments of `MtpHead.forward`.
     """
 
     def __init__(
@@ -510,12 +503,12 @@ class BoundMtp(TrainableModel):
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._patterns = [AttentionPattern.of_type(name, text) for name in types]
         has_windows = any(pattern.window is not None for pattern in self._patterns)
-        is_odd = any(config.experts) or has_windows  # values choose experts, and lengths what a window shows
+        is_odd = any(config.experts) or has_windows  # experts depend on values, and windows on lengths
         self.is_compilable = config.depths == 1 and not is_odd and config.fed_back != "target"
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
         self._projections: list[Any] = self._outputs if self._ids is None else []
-        if self._ids is not None and forward is None:  # training changes weights, so it packs no rows of theirs
+        if self._ids is not None and forward is None:  # training changes weights, so no rows are packed
             self._projections = [rows.of(one, self._ids, depth) for depth, one in enumerate(self._outputs)]
 
     @property
@@ -526,7 +519,7 @@ class BoundMtp(TrainableModel):
         return self._final_norm(features).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
-        """Return cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
+        """Return cosine and sine for each layer type, and the positions `[b or 1, t, 1]`."""
         like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
         angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
         return (*(part for pair in angles for part in pair), positions[..., None])
@@ -540,7 +533,7 @@ class BoundMtp(TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Outputs are normed unless they are fed back before the norm."""
+        """Run one depth. The output is normed unless it is fed back before the norm."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
         positions = places[-1]
         options: dict[str, Any] = {}
@@ -570,7 +563,7 @@ class BoundMtp(TrainableModel):
         return self._normed(output, depth) if self._config.fed_back == "before" else output
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Return logits of the draft vocabulary, by an output head of the module or the target's."""
+        """Compute the logits of the draft vocabulary."""
         head: Any = self._outputs[depth]
         if self._projections:
             project = self._projections[depth]
@@ -591,7 +584,7 @@ class BoundMtp(TrainableModel):
 
 
 def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
-    """Return keywords of `rotary` for each kind of layer in the module; empty where the target has no RoPE."""
+    """Return the keywords of `rotary` for each layer type in the module; empty if the target has no RoPE."""
     types = [config.layer_type(depth) for depth in range(config.depths)]
     if rotary is None:
         return {}
@@ -600,14 +593,14 @@ def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]
 
 
 def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
-    """`[b or 1, t, 1]`: which entries are the first of their text, and so see themselves alone."""
+    """Find the entries that are the first of their text, and so see only themselves: `[b or 1, t, 1]`."""
     return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Hide entries of the text that have left the window from the mask of all; `None` where a lone query has none.
+    """Hide the text's entries that have left the window; `None` for a single query without a mask.
 
-    Positions are slots, `[b or 1, t, 1]`. A tree, in the slots below 0, never leaves the window.
+    Positions `[b or 1, t, 1]` are slots. The tree is in slots below 0 and never leaves the window.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -619,7 +612,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Shows a lone query, which has no mask, the entries of its tree and the newest of the text."""
+    """Shows a single query, which has no mask, the entries of its tree and the newest of the text."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window
@@ -635,7 +628,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a mask to what eager attention adds to scores; `like` `[b, t, h]` gives length and dtype."""
+    """Convert a mask to eager attention's additive mask, in the length and dtype of `like` `[b, t, h]`."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

@@ -1,7 +1,7 @@
-"""Layouts of MTP layers by publisher: what a module computes, and its tensors.
+"""Layouts of MTP layers by publisher: their settings, and their tensors' names.
 
-Only JSON and the module's own tensors in safetensors are read. The names are from SGLang 0.5.23
-(`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
+The names are from SGLang 0.5.23 (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`). Only JSON and the MTP layers' tensors
+are loaded, from safetensors.
 """
 
 import re
@@ -19,40 +19,23 @@ from ..hub.checkpoint import CheckpointFiles, tensor_of
 
 @dataclass(frozen=True, slots=True)
 class MtpConfig:
-    """Settings of an MTP module: what it computes, and which parts it has.
+    """Settings of an MTP module: what it computes, and which parts it has."""
 
-    Attributes:
-        depths: number of layers with their own weights. Each drafts one level; a single one drafts any number.
-        feature_layer: the layer whose output is read, counted from 1; `None` for the target's last.
-        fed: it is read "after" or "before" the target's final norm.
-        fed_back: the next level reads the output "after" or "before" the module's own norm, or the hidden state of the
-            "target" again.
-        hidden_first: the projection reads the hidden state before the embedding.
-        zero_centred: the norms in the file multiply by 1 + weight; `None` where the target's class says so.
-        zeroed_start: the embedding counts as zero where the first hidden state of a text is read.
-        layer_types: the attention of each depth, "full_attention" or "sliding_attention"; empty for full.
-        experts: whether each depth has a mixture of experts; empty for none.
-        projection_bias: the projection has one.
-        own_norm: outputs are normed before the output head.
-        own_embedding: the module has one, in place of the target's.
-        own_output_head: each depth has one, in place of the target's.
-        draft_token_ids: the tokens that it may propose, ascending; `None` for all.
-    """
-
-    depths: int = 1
-    feature_layer: int | None = None
-    fed: Literal["after", "before"] = "after"
+    depths: int = 1  # layers; each drafts one level, but a single layer drafts any number
+    feature_layer: int | None = None  # the target layer whose output is read, from 1; `None` for the last
+    fed: Literal["after", "before"] = "after"  # that output is read after or before the target's final norm
+    # The next level reads the output after or before the module's norm, or the target's hidden state again.
     fed_back: Literal["after", "before", "target"] = "after"
-    hidden_first: bool = False
-    zero_centred: bool | None = None
-    zeroed_start: bool = False
-    layer_types: tuple[str, ...] = ()
-    experts: tuple[bool, ...] = ()
+    hidden_first: bool = False  # the projection's input is hidden state, embedding, not embedding, hidden state
+    zero_centred: bool | None = None  # norms in the file multiply by 1 + weight; `None`: like the target's norms
+    zeroed_start: bool = False  # the embedding beside the first hidden state of a text is zeroed
+    layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention" by depth; empty: all full
+    experts: tuple[bool, ...] = ()  # by depth, whether there is a mixture of experts; empty: nowhere
     projection_bias: bool = False
-    own_norm: bool = True
-    own_embedding: bool = False
-    own_output_head: bool = False
-    draft_token_ids: tuple[int, ...] | None = None
+    own_norm: bool = True  # there is a norm before the output head
+    own_embedding: bool = False  # else the target's
+    own_output_head: bool = False  # one for each depth; else the target's
+    draft_token_ids: tuple[int, ...] | None = None  # the tokens that can be proposed, ascending; `None` for all
 
     def __post_init__(self) -> None:
         for name, allowed in (("fed", ("after", "before")), ("fed_back", ("after", "before", "target"))):
@@ -60,11 +43,11 @@ class MtpConfig:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
 
     def layer_type(self, depth: int) -> str:
-        """The attention of a depth."""
+        """Return the type of a depth's attention."""
         return self.layer_types[depth] if self.layer_types else "full_attention"
 
 
-# Settings of a family, recognized by a part of its tensors' names or by the start of its `model_type`.
+# Substring of tensor names, or prefix of `model_type` -> settings of that family.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "mtp_layers.0.input_proj.": {"hidden_first": True, "zeroed_start": True},  # MiMo-7B
     "mtp_linear_proj.0.": {"fed_back": "before", "zeroed_start": True},  # ERNIE-4.5
@@ -72,7 +55,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": ("sliding_attention",)},
     "step3": {"fed": "before", "fed_back": "before"},
 }
-# Parts of names -> why such a module cannot draft.
+# Substring of tensor names -> why such a module cannot draft.
 _REFUSED = {
     ".e_proj.": "carries a stream of hyper-connections from token to token, as DeepSeek-V4's",
     "mtp.fc_embedding.": "carries a stream of hyper-connections from token to token, as Qwen4's",
@@ -81,15 +64,15 @@ _REFUSED = {
     "mtp_dspark.": "is a block head (DSpark), which drafts several tokens at once",
 }
 
-# How published names begin -> as if all of the module's layers stood in `mtp.layers`.
+# Prefixes of published names -> prefixes that put the module's layers into `mtp.layers`.
 _ROOTS = {
     r"^(?:(?:model|language_model)\.)+": "",
     r"^mtp\.(?=(?:fc|norm|embed_tokens|pre_fc_norm_(?:embedding|hidden))\.)": "mtp.layers.0.",
     r"^mtp_(block|emb_norm|hidden_norm|linear_proj)\.(\d+)\.": r"mtp.layers.\2.\1.",
 }
-# A layer of the module by its depth, or numbered after the target's own; what wraps its parts is left out.
+# A layer, numbered by depth or after the target's layers. A wrapper (`transformer`) is dropped.
 _LAYER = re.compile(r"(mtp[._])?layers\.(\d+)\.(?:transformer(?:_layer)?\.)?")
-# Our part -> how publishers call it; what is not here is of the decoder layer, `block`.
+# Our name of a part -> publishers' names. Anything else belongs to the decoder layer, `block`.
 _PARTS = {
     "enorm": r"enorm(?:\.m)?|emb_norm|pre_fc_norm_embedding|token_layernorm",
     "hnorm": r"hnorm(?:\.m)?|hidden_norm|pre_fc_norm_hidden|hidden_layernorm",
@@ -100,7 +83,7 @@ _PARTS = {
     "block": r"block",
 }
 _PART = re.compile(rf"(?:{'|'.join(f'(?P<{ours}>{theirs})' for ours, theirs in _PARTS.items())})\.")
-# How names inside of the decoder layer begin, where Transformers has another.
+# Prefixes of names in the decoder layer -> Transformers' prefixes.
 _INSIDE = {
     "pre_mlp_layernorm.": "post_attention_layernorm.",
     "self_attn.attention_sink_bias": "self_attn.sinks",
@@ -111,36 +94,34 @@ _INSIDE = {
     "moe.gate.": "mlp.gate.",
     "share_expert.": "mlp.shared_experts.",
 }
-# One expert's tensor or, without a number, all of theirs in one -> the merged tensor, and which part of its rows.
+# One expert's tensor or, without a number, all experts' -> the merged tensor, and which half of its rows.
 _EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
 _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
-_SCALE = "_scale_inv"  # after the name of a tensor in FP8: what its blocks are multiplied by
-_BLOCK = (128, 128)  # rows and columns, where a config does not say
+_SCALE = "_scale_inv"  # Suffix of the scales that multiply the blocks of an FP8 tensor.
+_BLOCK = (128, 128)  # Default rows and columns of such a block.
 _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
-_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # scales of other tensors, and what is computed
-_DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")  # in configs
-_COMPARED = 64  # rows
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # Scales, and tensors that we compute.
+# Configs' fields for the number of MTP layers.
+_DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+_COMPARED = 64  # Rows that are compared to recognise a copy.
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a checkpoint has one of our tensors: in one tensor, or in two parts of its rows, for all experts or each.
+    """The names of a checkpoint's tensors that make up one of ours: one, or two halves of its rows, or by expert."""
 
-    Attributes:
-        parts: of each part, the names by expert, or by -1 where one tensor has all.
-    """
-
+    # For each half, the names by expert; -1 if one tensor has all experts.
     parts: tuple[dict[int, str], dict[int, str]] = field(default_factory=lambda: ({}, {}))
 
     @classmethod
     def whole(cls, name: str) -> "Stored":
-        """Return the place of a tensor that is stored as we have it."""
+        """Describe a tensor that is stored in one piece."""
         return cls(({-1: name}, {}))
 
     @property
     def names(self) -> list[list[str]]:
-        """List the names of each part, in the order of the experts."""
+        """The names of each half, in the order of the experts."""
         return [[part[key] for key in sorted(part)] for part in self.parts if part]
 
     @property
@@ -148,7 +129,7 @@ class Stored:
         return -1 not in self.parts[0]
 
     def joined(self, tensor_of: Callable[[str], Tensor]) -> Tensor:
-        """Return our tensor, from theirs by name."""
+        """Join the stored tensors to ours."""
         rows = [
             torch.stack([tensor_of(name) for name in names]) if self._is_apart else tensor_of(names[0])
             for names in self.names
@@ -156,7 +137,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return their tensors by name, from ours."""
+        """Split our tensor into the stored ones, by name."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -167,7 +148,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Find the module's tensors, by our names, among `names` of a checkpoint whose target has `layer_count` layers."""
+    """Map our names of the module's tensors to those of a checkpoint whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -183,7 +164,7 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
 
 
 def _canonical(name: str, layer_count: int) -> str | None:
-    """Return `layers.{depth}.{part}`, our name of a tensor; `None` where it is not of the module."""
+    """Return our name of a tensor, `layers.{depth}.{part}`; `None` if it is not the module's."""
     for theirs, ours in _ROOTS.items():
         name = re.sub(theirs, ours, name)
     layer = _LAYER.match(name)
@@ -200,7 +181,7 @@ def _canonical(name: str, layer_count: int) -> str | None:
 
 
 def names_mtp(config: dict[str, Any]) -> bool:
-    """Return whether a config says that its files hold MTP layers, alone or with their target."""
+    """Whether a config names MTP layers, alone or with their target."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return config.get("model_type") == MTP.saved_as or any(part.get(key) for part in parts for key in _DEPTHS)
 
@@ -208,9 +189,7 @@ def names_mtp(config: dict[str, Any]) -> bool:
 class MtpCheckpoint:
     """The MTP module in a checkpoint of its target, or one that was saved alone.
 
-    Args:
-        name: Hub id or folder.
-        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
         ValueError: it holds no module, one that we cannot draft with, or is damaged.
@@ -239,7 +218,7 @@ class MtpCheckpoint:
         self._check()
 
     def stated(self, key: str) -> Any:
-        """Return what the config says of the text decoder; `None` where it says nothing."""
+        """Look up a field of the text decoder's config; `None` if it is missing."""
         return self._text.get(key, self._config.get(key))
 
     def _check(self) -> None:
@@ -275,7 +254,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Refuse a target of other sizes, by its `target_identity`."""
+        """Raise a `ValueError` if the `target_identity` of a target has other sizes."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -293,11 +272,11 @@ class MtpCheckpoint:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the files hold the module alone, as `MtpHead.save_pretrained` writes it."""
+        """Whether `MtpHead.save_pretrained` wrote it."""
         return self._config.get("model_type") == MTP.saved_as
 
     def config(self) -> MtpConfig:
-        """Return what the module computes, by its family, and which parts it has, by its files."""
+        """Return the settings: the family decides what the module computes, the files which parts it has."""
         if self.is_alone:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
@@ -323,7 +302,7 @@ class MtpCheckpoint:
         return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Return whether one of our tensors equals `weight` `[n, m]`, by some rows; false where that is on disk."""
+        """Whether some rows of one of our tensors equal those of `weight` `[n, m]`; false if that is offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
@@ -338,10 +317,9 @@ class MtpCheckpoint:
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
     def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
-        """Load tensors by our names, on the CPU as stored, FP8 in `dtype`; with `sizes_only` as meta, unread.
+        """Load tensors by our names to the CPU: FP8 as `dtype`, others in the stored dtype.
 
-        Raises:
-            ValueError: one is quantised in a way that we do not read, or damaged.
+        With `sizes_only` they are meta tensors. Raises a `ValueError` for a damaged file or FP8 without scales.
         """
         wanted = {name: self.stored[name] for name in ours}
         raw = [name for stored in wanted.values() for names in stored.names for name in names]
@@ -351,9 +329,9 @@ class MtpCheckpoint:
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
-        """Return a tensor, times its scales where it is in FP8.
+        """Take a tensor; from FP8, multiply it by its scales.
 
-        Transformers' `Fp8Dequantize` refuses a last block that is not full, as DeepSeek-V3's `kv_a_proj_with_mqa` has.
+        Transformers' `Fp8Dequantize` refuses an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
         """
         tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
         if tensor.dtype != torch.float8_e4m3fn:
