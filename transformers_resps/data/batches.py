@@ -1,4 +1,4 @@
-"""Prepared datasets for PyTorch: sequences of similar length in right-padded batches of a token budget."""
+"""Batch prepared datasets for PyTorch: sequences of similar length, right-padded, within a token budget."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,14 +13,14 @@ from .image_texts import IMAGE_COLUMNS, image_inputs
 from .preparation import Example
 
 
-IGNORED = -100  # label of a token that has no loss
+IGNORED = -100  # Label of a token without a loss.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
     """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`.
 
-    `labels` replace `loss_mask`: the predicted tokens, and `IGNORED` elsewhere. `image_inputs`, further arguments of
-    the target's forward by name, replace `pictures` where a row has some.
+    `loss_mask` becomes `labels`: the predicted tokens, `IGNORED` elsewhere. `pictures`, if a row has any, become
+    `image_inputs`, the further arguments of the target's forward.
     """
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
@@ -33,13 +33,13 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Batches of at most `budget` tokens, padding included: the same batches in every epoch, in a new order.
+    """Batches of at most `budget` tokens, including padding. A longer sequence is a batch alone.
 
-    A longer sequence is a batch of its own. `shuffle` puts sequences of nearly the same length into random groups, and
-    the groups into random order.
+    `shuffle` groups sequences of nearly the same length at random, and draws a new order of the same batches for each
+    epoch.
     """
 
-    batch_size = None  # read by Accelerate: batches differ in size
+    batch_size = None  # Accelerate reads it; sizes differ
 
     def __init__(self, lengths: Sequence[int], budget: int, *, seed: int = 0, shuffle: bool = True) -> None:
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
@@ -89,7 +89,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """Return a row, with everything that the assistant wrote."""
+        """Return a row with its whole `loss_mask`."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
@@ -103,13 +103,13 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return (self[by_length[index * len(self) // count]] for index in range(count))
 
 
-_STREAM_BUFFER = 1024  # rows that are sorted by length together
+_STREAM_BUFFER = 1024  # Rows that are sorted by length together.
 
 
 class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
     """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made.
 
-    Rows keep their order, except within a buffer, where they are grouped by length.
+    Rows are grouped by length within a buffer. The buffers keep their order.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Read conversations in the usual file layouts, as lists of `messages`.
 
-Files are read without `datasets`, which refuses a truncated download and is not part of the base install. TRL's
-`maybe_convert_to_chatml` would keep ShareGPT's names of roles.
+Files are read without `datasets`, which refuses truncated downloads and is not part of the base install. ShareGPT's
+roles are renamed here because TRL's `maybe_convert_to_chatml` keeps them.
 """
 
 import json
@@ -21,7 +21,7 @@ _BLOCK_CHARACTERS = 1 << 20
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Read the conversations of a `.jsonl` file, or of a `.json` file that holds one list, as lists of messages.
+    """Yield the conversations of a `.jsonl` file, or of a `.json` file with one list.
 
     A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns`
     (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A truncated JSON list yields its
@@ -37,15 +37,15 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Yield the conversations of a file, as `read_conversations` does, or of a dataset on the Hub.
+    """Yield the conversations of a file, see `read_conversations`, or of a dataset on the Hub.
 
     Args:
-        source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder laid out like one.
-        split: of a dataset on the Hub; may be a slice such as `train[:1000]`.
+        source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder with the layout of one.
+        split: of a dataset on the Hub, such as `train[:1000]`.
 
     Raises:
-        ValueError: `source` is named like a file but does not exist, a row is no conversation, or the package
-            `datasets` is missing.
+        ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
+            is missing.
     """
     if Path(source).is_file():
         yield from read_conversations(source)
@@ -55,7 +55,7 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
 
 
 def load_rows(source: str | Path, split: str = "train") -> Any:
-    """Load the `Dataset` of a file or of a name on the Hub; arguments and errors as in `load_conversations`."""
+    """Load the `Dataset` of a file or Hub id; arguments and errors as in `load_conversations`."""
     is_file = Path(source).is_file()
     if not is_file and Path(source).suffix in (".json", ".jsonl"):
         raise ValueError(
@@ -120,7 +120,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 
 def _is_truncated(error: json.JSONDecodeError) -> bool:
-    """Return whether the file just stops: in a string, in an escape of up to six characters, or between tokens."""
+    """Whether the file ends within a string, within an escape (up to six characters), or between tokens."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
@@ -162,9 +162,9 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check messages and keep their roles and contents; a string becomes one message of `role`, if that is not `None`.
+    """Check messages and keep their roles and contents; a string becomes one message of `role`, unless that is `None`.
 
-    Raises a `ValueError` that describes the wrong value; the caller adds where it stands.
+    Raises a `ValueError` that describes the wrong value. The caller adds its place to the message.
     """
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
@@ -182,9 +182,9 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
-    """Check messages about `images` images, and split each content into parts; raises as `as_messages`.
+    """Check messages with `images` images and split each content into parts; errors as in `as_messages`.
 
-    If no part is an image, all images stand before the first user turn's text, as in TRL.
+    If no part is an image, all images are put before the text of the first user turn, as in TRL.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)
@@ -198,12 +198,12 @@ def with_images(value: Any, images: int) -> list[dict[str, Any]]:
 
 
 def images_in(message: dict[str, Any]) -> int:
-    """Count the images in a message, whose content is a string or a list of parts."""
+    """Count the images in a message."""
     return sum(part["type"] == "image" for part in message["content"] if isinstance(part, dict))
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return the text of a message's content, without its images."""
+    """Return the text of a content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
@@ -232,7 +232,7 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    """Return a content as text: a string, the joined texts of parts, or the digits of a number."""
+    """Convert a string, a number or a list of text parts to one string."""
     if isinstance(content, (str, int, float)):
         return str(content)
     if isinstance(content, list) and all(
@@ -246,7 +246,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Return a prompt as token ids `[s]`, through the chat template where there is one."""
+    """Tokenize a prompt, with the chat template if there is one: `[s]`."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -1,4 +1,4 @@
-"""The tokens that a head can propose, and the share of the outputs that they cover."""
+"""Choose the tokens that a head can propose, and compute the share of the answers that they cover."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ class DraftVocabulary:
     """The tokens that a head can propose."""
 
     token_ids: Tensor  # [d] target ids, ascending
-    coverage: float  # share of the assistant's tokens that are among them: an upper bound of acceptance
+    coverage: float  # their share of the assistant's tokens: an upper bound of acceptance
 
 
 def choose_draft_vocabulary(
     examples: Iterable[Example], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """Choose the draft vocabulary of a new head: the ids `always`, and the tokens that assistant turns use most.
+    """Choose a draft vocabulary: the ids `always`, and the most frequent tokens of assistant turns.
 
-    Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
+    Ties go to the lower id: in byte-pair vocabularies ids are roughly in order of frequency.
 
     Raises:
-        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the number of `always` tokens; or a
-            token id is not in the target's vocabulary.
+        ValueError: `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or a token id
+            is not in the target's vocabulary.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:
@@ -48,10 +48,9 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """Return the draft vocabulary of an existing head, with its coverage of the training `examples`.
+    """Return the draft vocabulary of an existing head, with its coverage of `examples`.
 
-    Raises:
-        ValueError: it covers none of the assistant's tokens, so the head could learn nothing.
+    Raises a `ValueError` if it covers none of the assistant's tokens: the head could learn nothing.
     """
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)

@@ -1,7 +1,7 @@
-"""Texts with images through the target's processor: tokens in the place of each image, and its pixels.
+"""Process texts with images by the target's processor: tokens in place of each image, and pixels.
 
-Only the processor knows how many tokens an image takes, so datasets are prepared with it. Pixels are large: they are
-made again for each batch, and only the images are kept.
+Only the processor knows how many tokens an image takes, so datasets are prepared with it. They keep the images, and
+each batch computes its pixels again, because pixels are large.
 """
 
 import hashlib
@@ -15,31 +15,32 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-# Further columns of a prepared row in a dataset with images; the values of the last four in a row without any.
+# Further columns of a prepared dataset with images.
 IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
+# Values of the last four for a row without images.
 NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The images of a text, and the parts of it that show them."""
+    """The images of a text, and its parts with images."""
 
-    images: list[Any]  # in the order in which they are shown
-    texts: list[str]  # the parts, as the chat template writes them, with a placeholder for each image
+    images: list[Any]  # in the order of the text
+    texts: list[str]  # the parts, rendered by the chat template, with a placeholder for each image
     counts: list[int]  # images in each part
     starts: list[int]  # token at which each part begins
     key: str  # a hash of the processor's output
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
-        """Take the pictures of a row that `prepare_dataset` made; `None` where it shows no image."""
+        """Collect the pictures of a row that `prepare_dataset` made; `None` if it has no images."""
         if not row.get("image_texts"):
             return None
         texts, counts, starts, key = (row[column] for column in IMAGE_COLUMNS[1:])
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
 
     def before(self, place: int) -> "Pictures | None":
-        """Return the pictures in parts that begin before a token; `None` if there are none."""
+        """Keep the parts that begin before a token; `None` if there are none."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -48,18 +49,18 @@ class Pictures:
 
     @property
     def columns(self) -> tuple[list[str], list[int], list[int], str]:
-        """The values of a prepared row, without the images, which the dataset has already."""
+        """The values of `IMAGE_COLUMNS` after the images."""
         return self.texts, self.counts, self.starts, self.key
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """List the images of a row, whose column `images` holds one, several or none."""
+    """List the images of a row. Its column `images` has a list, one image, or `None`."""
     images = row["images"]
     return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
 
 
 class ImageReader:
-    """Tokenizes the parts of one text that show `images`, from first to last."""
+    """Tokenizes the parts of one text that show `images`, in order."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images
@@ -84,7 +85,7 @@ class ImageReader:
 
     @property
     def pictures(self) -> Pictures | None:
-        """The pictures so far; `None` before the first image."""
+        """The pictures up to now; `None` before the first part."""
         if not self._texts:
             return None
         shown = self._images[: sum(self._counts)]
@@ -92,15 +93,15 @@ class ImageReader:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Process parts of texts with their images; chat templates write special tokens, so none are added, as in TRL."""
+    """Run the processor. Like TRL, it adds no special tokens: chat templates have written them."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """Make the arguments of the target's forward beside the tokens of a batch; empty without images.
+    """Make the target's further inputs for a batch with images, `{}` without images.
 
-    Types of tokens are right-padded to `[b, length]`; the rest is as the processor makes it for one batch.
+    Token types are right-padded to `[b, length]`. Other tensors are the processor's output for the whole batch.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):
@@ -123,7 +124,7 @@ def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, len
 
 
 def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Move inputs to the device of `model`, and pixels to its dtype."""
+    """Move inputs to the device of `model`, and floats to its dtype."""
     return {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
@@ -131,7 +132,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """The processor of images that was given, or lies where the target came from; `None` if there is none."""
+    """Return `processing_class`, or load the target's processor; `None` if there is none for images."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

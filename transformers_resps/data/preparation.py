@@ -1,8 +1,8 @@
-"""Turn a dataset in TRL's columns into token ids, and a mask over the tokens that a head learns from.
+"""Turn a dataset with TRL's columns into token ids and a mask over the tokens that a head learns from.
 
-Transformers and TRL find the assistant's tokens by `{% generation %}` marks in the chat template. Most templates have
-none, so here they are the tokens that an assistant turn adds to the rendered text. `datasets` belongs to the extra
-`train`, so it is imported where it is needed.
+Transformers and TRL find the assistant's tokens by `{% generation %}` marks, but most chat templates have none. Here
+they are the tokens that an assistant turn adds to the rendered text. `datasets` belongs to the extra `train`, so it is
+imported where it is needed.
 """
 
 import json
@@ -27,7 +27,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 Row = dict[str, Any]
 
-PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")  # columns of a prepared dataset
+PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")  # columns that `prepare_dataset` writes
 _COLUMNS = ("input_ids", "messages", "prompt", "text")
 _MASKS = ("assistant_masks", "completion_mask")
 
@@ -37,30 +37,30 @@ class Example:
     """One tokenized sequence to train on."""
 
     input_ids: Tensor  # [t]
-    loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, its end-of-turn token included
+    loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, including its end-of-turn token
     pictures: Pictures | None = None
 
     @classmethod
     def of_row(cls, row: Row) -> "Example":
-        """Take the example of a row that `prepare_dataset` made."""
+        """Make the example of a row that `prepare_dataset` made."""
         mask = torch.tensor(row["loss_mask"], dtype=torch.bool)
         return cls(torch.tensor(row["input_ids"]), mask, Pictures.of_row(row))
 
     @property
     def predicted(self) -> Tensor:
-        """`[t]` bool: the assistant's tokens that a head can predict, which the first two never are."""
+        """The assistant's tokens that a head can predict, `[t]` bool: never the first two."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """A row for `collate`: `input_ids`, `loss_mask` (the predicted tokens), and `pictures` if there are some."""
+        """A row for `collate`: `input_ids`, `loss_mask` (the predicted tokens), and `pictures` if there are any."""
         shown = {} if self.pictures is None else {"pictures": self.pictures}
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise a `ValueError`, which names example `number`, if it has no tokens, or ids beyond the target's."""
+        """Raise a `ValueError` that names text `number` if it is empty or an id is not in the vocabulary."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -73,29 +73,26 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a text, tokenized by itself."""
+    """A part of a text that is tokenized separately."""
 
     text: str
     is_learned: bool
-    images: int = 0  # number of images that it shows
-    is_raw: bool = False  # begins with the special tokens that the tokenizer adds
+    images: int = 0  # number of images in it
+    is_raw: bool = False  # not from a chat template: the tokenizer adds special tokens
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
     """Tokenize one conversation, up to `max_length` tokens, and mask the tokens that the assistant wrote.
 
-    These are the tokens that an assistant turn adds to the rendered text after the generation prompt.
-
-    Raises:
-        ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
+    Raises a `ValueError` if the chat template rewrites earlier turns, so that these tokens cannot be found.
     """
     return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """Split a conversation, as tokenizer or processor render it, into questions and the assistant's answers.
+    """Render a conversation with a tokenizer or processor and split it into questions and answers.
 
-    Messages before the index `learn_from` belong to the question. `template` are more arguments of the chat template.
+    Messages before index `learn_from` belong to the question. `template` has more arguments of the chat template.
     """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
@@ -118,7 +115,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
 
 
 def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: ImageReader | None = None) -> Example:
-    """Tokenize the pieces of a text, up to the first with an image that would be cut."""
+    """Tokenize the pieces of a text and join them, up to the first piece with images that does not fit."""
     ids: list[int] = []
     mask: list[bool] = []
     for piece in pieces:
@@ -146,25 +143,25 @@ def prepare_dataset(
     num_proc: int | None = None,
     processor: ProcessorMixin | None = None,
 ) -> Any:
-    """Tokenize a dataset, and leave out rows without a token to learn from.
+    """Tokenize a dataset, and drop rows without a token to learn from.
 
-    The first column among `input_ids`, `messages`, `prompt` and `text` counts. Messages, also in `prompt` and
-    `completion`, get the chat template; strings do not. The head learns from the assistant's tokens: those of the
-    completion, or all of `text`. The messages or the prompt show the images of a column `images`, or `image`.
+    The first column among `input_ids`, `messages`, `prompt` and `text` is used. Messages, also in `prompt` and
+    `completion`, get the chat template; strings do not. The head learns from assistant turns, from the completion, or
+    from all of `text`. Images come from a column `images` or `image`.
 
     Args:
         dataset: with these columns; a prepared one is returned unchanged.
         name: of the dataset, for errors and the progress bar.
         tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; longer sequences are cut, before an image that would be cut.
-        vocab_size: the target's vocabulary size.
+        max_length: in tokens; longer sequences are cut, but never within an image.
+        vocab_size: the target's.
         num_proc: processes that tokenize.
         processor: the target's; needed for images.
 
     Returns:
-        A dataset of the same class: `input_ids`, `loss_mask` (what to learn from), `length` in tokens, `question` (the
-        first user turn) and `is_shortened` (only the first answer is used, because the chat template rewrites earlier
-        turns). With images also these, and the fields of `Pictures`. Iterable ones are prepared while they are read.
+        A dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user turn)
+        and `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns). If there
+        are images, it also has `IMAGE_COLUMNS`. Iterable datasets are prepared while they are read.
 
     Raises:
         ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
@@ -197,14 +194,14 @@ def prepare_dataset(
         streamed = dataset.map(_prepared_batch, **options)
         return streamed.filter(bool, input_columns="length") if has_images else streamed
     prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **options)
-    if has_images:  # not before: `map` keeps the images of a batch only if no row of it is left out
+    if has_images:  # not in `map`: it keeps a batch's images only if no row is dropped
         prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
 
 
 def shows_images(dataset: Any) -> bool:
-    """Return whether the rows of a dataset have images, as in TRL."""
+    """Whether a dataset has one of TRL's columns for images."""
     return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
@@ -285,7 +282,7 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
 
 
 def _read_column(columns: Iterable[str], name: str) -> str:
-    """Return the first column that can be read."""
+    """Return the first usable column; a `ValueError` if there is none."""
     names = set(columns)
     if "prompt" in names and "completion" not in names and not names & {"input_ids", "messages"}:
         raise ValueError(
@@ -303,7 +300,7 @@ def _read_column(columns: Iterable[str], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Turns rows into examples, from one column, with the target's tokenizer or processor."""
+    """Turns the rows of one column into examples with the target's tokenizer or processor."""
 
     column: str
     tokenizer: PreTrainedTokenizerBase | None
@@ -311,7 +308,7 @@ class _Reader:
     max_length: int
 
     def example_of(self, row: Row) -> tuple[Example, bool]:
-        """Make the example of a row, perhaps with nothing to learn, and say whether only its first answer is used."""
+        """Return the example of a row, and whether only its first answer is used."""
         if self.column == "input_ids":
             return _tokenized(row, self.max_length), False
         images = images_of(row) if "images" in row else None
@@ -356,14 +353,17 @@ class _Reader:
 
 
 def _template(row: Row) -> Row:
-    """Return the chat template's arguments in TRL's columns `tools` and `chat_template_kwargs`."""
+    """Collect the chat template's arguments from TRL's columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
-    """Split messages, from the first user turn on; if the template rewrites turns, only up to the first answer."""
+    """Split messages into pieces, without assistant turns before the first question.
+
+    If the template rewrites earlier turns, only the part up to the first answer is used, and the result says so.
+    """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)
     asked = [turn for turn in conversation[:first] if turn["role"] != "assistant"] + conversation[first:]

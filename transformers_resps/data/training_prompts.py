@@ -1,4 +1,4 @@
-"""Hashes of the training prompts, beside a head or a policy, so that nothing is measured on them."""
+"""Keep hashes of the training prompts beside a head or policy, so that it is not measured on them."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ TRAINING_PROMPTS = "training_prompts.json"
 
 
 def prompt_fingerprint(text: str) -> str:
-    """Return a hash of a user's first turn, the same for any whitespace between its words."""
+    """Hash a user's first turn, ignoring differences in whitespace."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write fingerprints of the first user turns that a head or policy learned from into its folder.
+    """Write into the folder of a head or policy the fingerprints of the first user turns it learned from.
 
     `earlier` are the fingerprints of the head that training started from.
     """
@@ -31,7 +31,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """Load the fingerprints in a folder, or `None`; a `ValueError` for a file of another form."""
+    """Load the fingerprints in a folder; `None` without a file, a `ValueError` for a damaged one."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
@@ -44,10 +44,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Load the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
-
-    Raises `ValueError` when the file is damaged.
-    """
+    """Load the fingerprints of a head or policy by folder or Hub id; without a file, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         logger.warning(

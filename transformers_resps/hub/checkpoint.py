@@ -1,6 +1,6 @@
-"""The config and the tensors of a checkpoint: a folder, or one commit of a Hub repository.
+"""Read the config and the tensors of a checkpoint: a folder, or one commit of a Hub repository.
 
-Nothing in it is executed: JSON, safetensors, and legacy `.bin` files with `weights_only=True`.
+Nothing in it is executed: only JSON, safetensors, and legacy `.bin` files with `weights_only=True` are read.
 """
 
 import json
@@ -24,18 +24,18 @@ Found = TypeVar("Found")
 
 
 def tensor_of(file: Any, name: str) -> Tensor:
-    """Load a tensor of an open file, on the CPU as stored; a `.bin` file is a dict."""
+    """Load a tensor of an open file to the CPU, in the stored dtype; an open `.bin` file is a dict."""
     tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
     return tensor
 
 
 class CheckpointFiles:
-    """Files of a Hub id or folder; each is fetched and opened when it is needed.
+    """The files of a Hub id or folder, fetched when they are first needed.
 
-    `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`.
 
     Raises:
-        ValueError: here and in the methods, a file is missing or damaged, or holds more than tensors.
+        ValueError: also in the methods: a file is missing or damaged, or holds more than tensors.
         OSError: the Hub refuses.
     """
 
@@ -52,16 +52,16 @@ class CheckpointFiles:
             return path if path.is_file() else None
 
         fetch = local if folder.is_dir() else RepositoryFiles(self.name, **hub).fetch
-        self._path = cache(fetch)  # a file of the Hub's cache is hashed whenever it is fetched
+        self._path = cache(fetch)  # each fetch hashes the file in the Hub's cache
         self._pickled = cache(_tensors_of_a_pickle)
 
     def config(self) -> dict[str, Any] | None:
-        """Load config.json; `None` without one."""
+        """Load config.json; `None` if there is none."""
         path = self._path("config.json")
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map each tensor to its file, by the first of these files and indices that exists; `None` without any."""
+        """Map each tensor to its file, by the first of these files or indices that exists; `None` if none does."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None
@@ -71,11 +71,11 @@ class CheckpointFiles:
             return dict.fromkeys(file.keys(), name)
 
     def has(self, file: str) -> bool:
-        """Return whether there is such a file."""
+        """Whether the checkpoint has this file."""
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-        """Call `take` with the open file and the name of each tensor, opening each file once; values by name."""
+        """Open each file once and return `take(open file, name)` for each tensor, by name."""
         values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:

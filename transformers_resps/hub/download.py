@@ -1,7 +1,7 @@
-"""Files of a repository on the Hub, all of one commit and whole.
+"""Fetch files of a Hub repository, all from one commit, and check their hashes.
 
-Over HTTP `huggingface_hub` 2.4 compares the size of a download, not its content (`http_get`). A cached file is named
-after its ETag, which is its hash, so the content is compared here.
+Over HTTP, `huggingface_hub` 2.4 (`http_get`) checks only the size of a download. A cached file's name is its ETag,
+which is a hash of its content.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from ..compat import TransportError
 
 
 class RepositoryFiles:
-    """The files of one commit of a repository: the first file fetched decides which commit.
+    """The files of one commit of a repository, the one that the first fetched file is from.
 
-    `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`.
     """
 
     def __init__(self, repo_id: str, **hub: Any) -> None:
@@ -34,12 +34,12 @@ class RepositoryFiles:
         self._hub = hub
 
     def fetch(self, name: str) -> Path | None:
-        """Fetch a file, once more if it was damaged on the way; `None` when the commit has no such file.
+        """Fetch a file, a second time if it is damaged; `None` if the commit does not have it.
 
         Raises:
-            ValueError: the id is no Hub id, or the downloaded file is damaged twice.
+            ValueError: the id is no Hub id, or the file is damaged both times.
             OSError: the Hub refuses.
-            ConnectionError: it cannot be reached, or the connection broke.
+            ConnectionError: the Hub cannot be reached, or the connection broke.
         """
         path = self._download(name, **self._hub)
         if path is None:
@@ -87,8 +87,8 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a cached file has the hash in its name; true where the name has none."""
-    if not path.is_symlink():  # in a folder of the user, or a cache without links
+    """Whether a cached file has the hash that its name states; true if the name states none."""
+    if not path.is_symlink():  # in a user's folder, or a cache without links
         return True
     blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
     if blob.parent.name != "blobs":
@@ -104,17 +104,17 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Find the folder of a head, policy or target, if necessary in the Hub's cache."""
+    """Find a local folder, or the snapshot of a Hub id in the cache; `None` if there is neither."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
         return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
-    except (OSError, ValueError):  # neither a folder nor whole in the cache: loading it says what is wrong
+    except (OSError, ValueError):  # not complete in the cache either; loading will report why
         return None
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file of a head or policy from its folder, or the commit in the cache; raises as `RepositoryFiles`."""
+    """Fetch a file from a folder, or from the commit of a Hub id that is in the cache; see `RepositoryFiles.fetch`."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

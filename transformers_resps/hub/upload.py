@@ -1,4 +1,4 @@
-"""Upload files to a repository on the Hub in one commit, all of them or none, and the cards of heads and policies."""
+"""Upload files to the Hub in one commit, all of them or none, and write the cards of heads and policies."""
 
 import re
 import time
@@ -17,29 +17,29 @@ from ..compat import TransportError
 
 LIBRARY = "transformers-resps"
 GENERAL_TAGS = ("speculative-decoding", "transformers-resps")
-# What publishing puts beside weights
+# Files that publishing puts beside the weights.
 CARD, RESULTS, METRICS, RECIPE = "README.md", "results.json", "metrics.json", "recipe.yaml"
 
 Answer = TypeVar("Answer")
 
 _CHANGED = "The repository was changed meanwhile: look at what is there now, then run the same command again."
-_WAYS_OUT = {  # by the status of a refusal
+_WAYS_OUT = {  # by HTTP status
     401: "Run `hf auth login`, or pass a valid `token=`.",
     403: "Check the owner's name and whether the token may write there.",
     409: _CHANGED,
     412: _CHANGED,
     429: "The Hub is busy: run the same command again later.",
 }
-_BUSY = (429, 503)  # the Hub did nothing and asks to come back
+_BUSY = (429, 503)  # With these the Hub did nothing and asks to try again later.
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A place for files, in the words of `huggingface_hub`; repository and branch are made if missing."""
+    """A place for files, with arguments of `huggingface_hub`; repository and branch are created if missing."""
 
     repo_id: str
-    private: bool | None = None  # of a repository that is made
+    private: bool | None = None  # of a new repository
     token: str | bool | None = None
     revision: str | None = None
     create_pr: bool = False
@@ -47,11 +47,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """Rules for files that the repository has already."""
+    """Rules for files that are already in the repository."""
 
     keep: tuple[str, ...] = ()  # names that are not overwritten
-    refuse: tuple[str, ...] = ()  # names that prevent the upload: they describe other weights
-    remove: Callable[[str], bool] = lambda name: False  # whether a file that is not uploaded is deleted
+    refuse: tuple[str, ...] = ()  # names that prevent the upload: they would describe other weights
+    remove: Callable[[str], bool] = lambda name: False  # whether to delete a file that is not uploaded
 
 
 def upload(
@@ -62,15 +62,15 @@ def upload(
     existing: Existing = Existing(),
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Commit `files`, by their paths in the repository, on top of its newest commit; returns the new one's address.
+    """Commit `files` on top of the repository's newest commit; return the URL of the new one.
 
-    A file is a local path or its content. While the Hub is busy, the upload waits and tries again.
+    `files` maps paths in the repository to local paths or contents. While the Hub is busy, the upload is retried.
 
     Raises:
-        OSError: the Hub refused, or the repository changed meanwhile; nothing was committed. A `FileExistsError` for a
+        OSError: the Hub refused, or the repository changed meanwhile. Nothing was committed. A `FileExistsError` for a
             file that `existing` refuses.
         ConnectionError: the connection broke. Either all was committed or nothing.
-        ValueError: `repo_id` is no id.
+        ValueError: `repo_id` is no Hub id.
     """
     with _explained(destination.repo_id):
         before = _prepared(destination, existing, sleep)
@@ -92,14 +92,14 @@ def upload(
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Make the repository and the branch if they are missing; returns the full id. Refuses what `upload` refuses."""
+    """Create the repository and the branch if missing; return the full id. Errors as in `upload`."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turn errors of `huggingface_hub` into ones that say what became of the files."""
+    """Turn errors of `huggingface_hub` into ones that say whether anything was committed."""
     try:
         yield
     except HFValidationError as error:
@@ -107,7 +107,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             f"{repo_id!r} is no Hub id. It must be `owner/name`, of letters, digits, `-`, `_` and `.`."
         ) from error
     except HfHubHTTPError as error:
-        # The Hub finds no repository where the token is missing, too
+        # Without a token the Hub also reports a missing repository.
         status = 401 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
         way_out = _WAYS_OUT.get(status, "Run the same command again; if it fails again, see status.huggingface.co.")
         raise OSError(
@@ -121,7 +121,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """Make repository and branch if missing, refuse what `existing` refuses, and return the repository's state."""
+    """Create repository and branch if missing, check `existing.refuse`, and return the repository's state."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
@@ -155,10 +155,9 @@ def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> An
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
-    """Upload what `save` writes into a folder, and `card` where the repository has none.
+    """Upload the files that `save` writes into a folder, and `card` if the repository has none; see `upload`.
 
-    Returns the address of the commit; raises as `upload`. A repository with figures of other weights is refused, not
-    cleared: it may hold their only copy.
+    A repository with figures of other weights is refused, not cleared: it may hold their only copy.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -170,13 +169,13 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
 
 
 def as_hub_id(name: str | None) -> str | None:
-    """Return `name` if it has the form of a Hub id and is no folder here."""
+    """Return `name` if it looks like a Hub id and is no local folder; else `None`."""
     is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if is_id else None
 
 
 def shareable(config: Any) -> Any:
-    """Return JSON values without local paths: each `name_or_path` of a local folder becomes the folder's name."""
+    """Replace each `name_or_path` that is a local folder by the folder's name, also in nested values."""
     if not isinstance(config, Mapping):
         return config
     told = {key: shareable(value) for key, value in config.items()}
@@ -185,9 +184,9 @@ def shareable(config: Any) -> Any:
 
 
 def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
-    """Make the metadata of a card: the target's Hub id, tags, and further fields of `ModelCardData` as `details`.
+    """Make a card's metadata; `details` are further fields of `ModelCardData`.
 
-    The relation `adapter` means weights used beside the unchanged base model; without one the Hub assumes `finetune`.
+    The relation `adapter` means weights that are used beside the unchanged target. The Hub's default is `finetune`.
     """
     return ModelCardData(
         library_name=LIBRARY,
@@ -200,7 +199,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """Write a card without results: metadata for the target's page, the kind of `weights`, and a line to load them."""
+    """Write a card without results: metadata, the kind of `weights`, and the line that loads them."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
