@@ -348,7 +348,7 @@ SAYS = {
     1: "Texts that equal the first arm's to the last token; right answers for GSM8K.",
     2: "Speed over the best fixed tree, which was found on other prompts. A gain has a lower end above 1. Re-SpS "
     "drafts with the head alone, others also look up the text; repaired, it learned one tree for all steps. "
-    "Planted GPUs only read weights at these sizes, so both give the same ratios.",
+    "The two simulated GPUs are limited by reading weights, so their ratios are equal.",
     3: "Speed over stock `generate` and over our compiled plain decoding; efficiency is the latter over tau.",
     4: "Speed over compiled plain decoding. Planted columns price the counted steps by a GPU's data sheet.",
     5: f"Speed over compiled plain decoding where drafting cannot pay; {LEAST} is asked of each.",
