@@ -33,10 +33,7 @@ Found = TypeVar("Found")
 
 
 class DraftPass(ABC, Generic[Given, Found]):
-    """One pass of a draft, which eager code calls; and the same as a function of tensors, which is compiled.
-
-    Args:
-        model: drafts for a target.
+    """One pass of a model, which eager code calls; and the same as a function of tensors, which is compiled.
 
     Attributes:
         sizes: for each tensor a letter for each dimension: `b` are rows, `1` and `*` are fixed, others change.
@@ -83,15 +80,11 @@ def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
 def text_of_tensors(
     model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
 ) -> tuple[Pairs, Prefix]:
-    """Lay out pairs and their text by tensors, so that the text's length is a value.
+    """Lay out pairs and their text in a cache by tensors, so that the text's length is a value.
 
-    Args:
-        model: drafts.
-        cache: holds the text.
-        tensors: features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool,
-            false where a slot of the text is padding, and any value after the text. A row with fewer pairs begins
-            with any values, whose slot is the cache's last one, which no text may reach.
-        ahead: positions after the text that are needed.
+    `tensors` are features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool, false
+    where a slot of the text is padding, and any value after the text. A row with fewer pairs begins with any values,
+    whose slot is the cache's last one, which no text may reach. `ahead` positions after the text are needed.
     """
     features, tokens, slots, positions, shown = tensors
     width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
@@ -222,14 +215,7 @@ def _lone(growth: Growth) -> Growth:
 
 
 class First(NamedTuple):
-    """The newest pairs of a text, which the first pass of a draft reads, and what it drafts below them.
-
-    Attributes:
-        pairs: to be read.
-        text: that they end.
-        before: the root of the text before them.
-        shape: to draft.
-    """
+    """The newest pairs of a text, the root before them, and the shape to draft below them."""
 
     pairs: Pairs
     text: Prefix
@@ -330,14 +316,7 @@ class Draft(ABC, Generic[Grown]):
     def __call__(
         self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
-        """Read the newest pairs, if any, and draft below them.
-
-        Args:
-            pairs: to read; without any, `before` is what the last ones left.
-            text: that they end.
-            before: the root of the text before the pairs.
-            run: runs each pass.
-        """
+        """Read the newest pairs of a text, if any, after the root `before`, and draft below them by `run`."""
         if pairs is not None:
             root, grown = run(self.first, First(pairs, text, before, self.shape))
         else:
@@ -347,13 +326,10 @@ class Draft(ABC, Generic[Grown]):
         return root, self.pool(root, grown, text, run)
 
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Draft as a function of tensors, without a decision on values in between.
+        """Draft as a function of the tensors of `text_of_tensors`, without a decision on values in between.
 
-        `tensors` are those of `text_of_tensors`. All slots of the cache are looked at, so that every size is fixed by
-        the shape, the number of pairs and the cache, and the text's length is a value.
-
-        Returns:
-            The root's output `[b, 1, h]`, then the tensors of `CandidatePool` without its levels and of `DraftTree`.
+        All slots of the cache are looked at: the shape, the number of pairs and the cache fix every size. Returns the
+        root's output `[b, 1, h]`, then the tensors of `CandidatePool` without its levels and of `DraftTree`.
         """
         *pair_tensors, shown = tensors
         shown = shown.expand(-1, cache.capacity)

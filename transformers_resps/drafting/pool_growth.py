@@ -119,11 +119,11 @@ def branch(
     Args:
         model: drafts.
         frontier: w nodes.
-        output: `[b, w, h]` of a depth at these nodes.
+        output: `[b, w, h]` of `depth` at these nodes.
         hidden: `[b, w, h]` what their children are paired with.
         itself: `[b or 1, k, k]` bool, what each of the k nodes of the next level sees of that level.
         is_last: whether no child gets children.
-        depth: the output's.
+        depth: index of the pass that gave the output.
     """
     top_k = itself.shape[2]
     tokens, scores = model.children(output, top_k, depth)

@@ -172,7 +172,7 @@ class _Waiting:
 
 
 class DraftText:
-    """Owns what one model knows of the texts of a call: tokens that wait to be read, and a cache of those it has read.
+    """Owns the texts of a call for one model: tokens that wait to be read, and a cache of those it has read.
 
     Args:
         model: reads them.
