@@ -82,9 +82,9 @@ def text_of_tensors(
 ) -> tuple[Pairs, Prefix]:
     """Lay out pairs and their text in a cache by tensors, so that the text's length is a value.
 
-    `tensors` are features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool, false
-    where a slot of the text is padding, and any value after the text. A row with fewer pairs begins with any values,
-    whose slot is the cache's last one, which no text may reach. `ahead` positions after the text are needed.
+    `tensors` are features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool,
+    false where a slot of the text is padding, and any value after the text. A row with fewer pairs begins with any
+    values, whose slot is the cache's last one, which no text may reach. `ahead` positions after the text are needed.
     """
     features, tokens, slots, positions, shown = tensors
     width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
