@@ -1,7 +1,4 @@
-"""`attach` and `detach`: give a model object a class in which `generate` knows draft heads, and take it back.
-
-The class is a subclass of the model's own, made in memory: same name, same module, same weights.
-"""
+"""`attach` and `detach`: put a mixin in front of a model's class, in memory only, and take it away again."""
 
 import functools
 import os
@@ -38,19 +35,19 @@ def attach(
 ) -> Model:
     """Let `model.generate` take draft heads and policies. Same object, same weights.
 
-    The keywords become defaults of every later call that leaves them out, for callers that pass none through, such as
-    the trainers of TRL. Given anew, they replace all earlier ones. `generate(..., policy="plain")` decodes without
-    them, in the mode that the model is in, and `detach` forgets them.
+    The keywords become defaults of later calls, for callers that cannot pass them, such as TRL's trainers. A second
+    `attach` with keywords replaces all of them. `generate(..., policy="plain")` ignores them, and `detach` forgets
+    them.
 
     Args:
         model: any decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around one.
         assistant_model: a `DraftHead` of this model or another source, its folder or Hub id, or a list of them; with a
             policy also a small causal model.
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
-        lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
+        lockstep: as in `generate`; `False` lets sampled rows of a batch advance independently.
         compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
-        eval_mode: run every call in evaluation mode, without dropout, also while the model trains.
-        invariant: as in `generate`; `True` lets every call write the same text in any dtype, whatever drafts.
+        eval_mode: run every call in evaluation mode, without dropout, even while the model trains.
+        invariant: as in `generate`; with `True` every call writes the same text in any dtype, whatever drafts.
 
     Raises:
         ValueError: the model cannot generate, or a default cannot serve it.
@@ -82,7 +79,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: the same object, of its own class again, without defaults."""
+    """Undo `attach`: restore the class of the model, and forget defaults."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
         _take_state(inner)
@@ -92,10 +89,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Attach `model` inside the `with` block; afterwards it is as it was.
-
-    It keeps what "auto" has learned, the heads that were loaded by name and compiled code, for the next time.
-    """
+    """Attach `model` inside the `with` block; keep what "auto" learned, loaded heads and compiled code for later."""
     inner = unwrapped(model)
     was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)
@@ -108,7 +102,7 @@ def attached(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def detached(model: Model) -> Iterator[Model]:
-    """Detach `model` inside the `with` block; afterwards it has its defaults and what "auto" learned again."""
+    """Detach `model` inside the `with` block, and restore its state afterwards."""
     inner = unwrapped(model)
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
@@ -124,7 +118,7 @@ def detached(model: Model) -> Iterator[Model]:
 
 
 def _check_generate(model: Any) -> None:
-    """Refuse a model on whose `generate` a class in front of its own has no effect."""
+    """Refuse a model whose `generate` a mixin would not reach."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"Got a {type(model).__name__} of `torch.compile`, whose `generate` runs the model inside it as it is. "
@@ -144,7 +138,7 @@ def _check_generate(model: Any) -> None:
 
 
 def _take_state(model: ReSpSGenerationMixin) -> SpeculationState | None:
-    """Take all that the mixin keeps on a model; `None` if it keeps nothing yet."""
+    """Remove and return the state of a model; `None` if it has none yet."""
     if "speculation_state" not in vars(model):
         return None
     state = model.speculation_state
@@ -159,20 +153,20 @@ def _add_mixin(model: Any) -> None:
 
 
 def _remove_mixin(model: Any) -> None:
-    """Give a model its own class again; a user's own subclass of the mixin stays."""
+    """Restore the class of a model, except a subclass of the mixin that a user wrote."""
     if vars(type(model)).get("__reduce_ex__") is _reduce:
         model.__class__ = type(model).__mro__[2]
 
 
 @functools.cache
 def _attached_class(base: type) -> type:
-    """`base` with the mixin in front; name and module stay, so that saving and output capturing see no difference."""
+    """Put the mixin in front of `base`, with its name and module: saving and output capturing depend on them."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (ReSpSGenerationMixin, base), names | {"__reduce_ex__": _reduce})
 
 
 def _reduce(model: Any, protocol: Any) -> Any:
-    """Pickle and copy by the model's own class: the subclass exists in memory only."""
+    """Pickle and copy by the original class, since the subclass exists in memory only."""
     reduced: Any = super(ReSpSGenerationMixin, model).__reduce_ex__(protocol)
     function, arguments, *state = reduced
     if arguments and arguments[0] is type(model):

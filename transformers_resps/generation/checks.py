@@ -1,7 +1,6 @@
-"""Refuse what draft trees cannot do, by name and with a way out, in two moments of a call.
+"""Refuse what draft trees cannot do, by name and with a way out, before and after stock prepares a call.
 
-Before stock `generate` prepares it: keywords, settings, models, inputs. After: what it has prepared. Stock `generate`
-would ignore or misroute most of these settings when it is given an assistant.
+Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
 """
 
 import inspect
@@ -42,7 +41,7 @@ from ..verifying.masks import longrope_boundary, unknown_layer_types
 from .keywords import AUTO, PLAIN, Keywords, is_name
 
 
-# Setting -> whether a value asks for something that trees do not support.
+# Setting -> whether a value asks for what trees do not support.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
@@ -66,13 +65,13 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
-# Arguments of an encoder-decoder. Its encoder has run already, so only these remain.
+# Arguments of an encoder-decoder that remain after its encoder has run.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
-# Arguments that change no token: stock never hands over the labels of a trainer, and throws router logits away.
+# Arguments that change no token: stock passes no labels of a trainer on, and drops router logits.
 NEVER_READ = frozenset(("labels", "output_router_logits"))
-# Arguments that belong to a prompt's images, videos, sounds and embeddings: stock hands them only to the forwards that
-# read the prompt, or gives no new token any.
+# Arguments for a prompt's images, videos, sounds and embeddings: stock passes them only to forwards that read the
+# prompt, or gives none to new tokens.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "audio_feature_lengths",
     "batch_num_images",
@@ -94,30 +93,28 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_second_per_grid",
 }
 _MEDIA = ("image", "video", "audio", "vision")
-# Those that hold images, videos and sounds themselves.
+# Of these, the arguments that hold the images, videos and sounds themselves.
 _PIXELS = tuple(
     name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
 )
-# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+# Layers that round their input: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
 _ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
 _ROUNDING_LAYERS = frozenset(
     ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
     + ("BitLinear", "AutoBitLinear")
 )
-# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
+# Attributes of torchao's weights: how the layer rounds its input, `None` if it does not.
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
-
-
 # model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
 _PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
 
 
-# Before stock prepares the call: what it says
+# Before stock prepares the call: keywords, settings, inputs
 
 
 def check_prompts(prompts: Any) -> None:
-    """Refuse a text, or all that a tokenizer returned, where token ids are read."""
+    """Refuse a text, or a tokenizer's whole output, in place of token ids."""
     if isinstance(prompts, str) or (isinstance(prompts, list) and any(isinstance(one, str) for one in prompts)):
         text = prompts if isinstance(prompts, str) else prompts[0]
         raise ValueError(
@@ -132,11 +129,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Refuse keywords of the wrong kind, or that contradict each other; `are_defaults` where `attach` was given them.
-
-    Raises:
-        ValueError: names the keyword and what it takes.
-    """
+    """Refuse keywords of the wrong kind, or that contradict each other; `are_defaults` for those of `attach`."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -175,7 +168,7 @@ def _check_policy_keyword(policy: Any) -> None:
 
 
 def check_drafter(head: Any) -> None:
-    """Refuse an argument `head` of a tool that is no source, no model and no name of one."""
+    """Refuse a tool's argument `head` that is no source, no model and no name."""
     if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
         got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
         raise ValueError(
@@ -205,7 +198,7 @@ def _instead_of_policy(given: Any) -> str:
 
 
 def check_drafts_trees(model: Any) -> None:
-    """Refuse an assistant of Transformers' own whose trees a policy cannot shape."""
+    """Refuse an assistant of Transformers that drafts no trees."""
     if not isinstance(model, PreTrainedModel | CandidateGenerator):
         raise ValueError(
             f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
@@ -215,7 +208,7 @@ def check_drafts_trees(model: Any) -> None:
 
 
 def check_effect(keywords: Keywords) -> None:
-    """Refuse keywords that have no effect where stock decodes."""
+    """Refuse keywords without effect where stock decodes."""
     if keywords.lockstep is not None:
         raise ValueError(
             f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
@@ -234,7 +227,7 @@ def check_effect(keywords: Keywords) -> None:
 
 
 def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
-    """Refuse a policy that needs a head in a call without one, or whose trees leave no room for a memory."""
+    """Refuse a policy that needs a head in a call without one, or never looks up in a call with a memory."""
     if not has_head and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
@@ -248,7 +241,7 @@ def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
 
 
 def check_sources(sources: Sequence[DraftSource]) -> None:
-    """Refuse sources that draw random numbers, or that read the same features in two ways."""
+    """Refuse sources that draw random numbers, or that read features before and after deepstack."""
     for source in sources:
         for module in source.own_modules:
             _check_draws(module, module.modules())
@@ -260,7 +253,7 @@ def check_sources(sources: Sequence[DraftSource]) -> None:
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse settings, in a call's `config` or its other arguments, that draft trees do not support."""
+    """Refuse settings, in a call's `config` or its arguments, that draft trees do not support."""
     setting = partial(setting_of, model=model, config=config, arguments=arguments)
     for name, is_asked in _SETTINGS.items():
         value = setting(name)
@@ -285,7 +278,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
 def setting_of(
     name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> Any:
-    """Resolve a setting as `generate` does: from the call's keyword, its config, or the model's; `None` if unset."""
+    """Read a setting as `generate` does: from the call's keyword, its config, or the model's; `None` if unset."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
 
@@ -328,7 +321,7 @@ def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
 
 
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds."""
+    """Refuse impossible inputs, before stock `generate` lets a tower read images or sounds."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
     _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
     for name in _PIXELS:
@@ -360,7 +353,7 @@ def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | 
 
 
 def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Refuse a prompt of nothing but placeholders, without an image."""
+    """Refuse a prompt of nothing but placeholders in a call without images, videos or sounds."""
     given = {name for name, value in arguments.items() if value is not None}
     known = placeholder_ids(model.config)
     if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
@@ -377,7 +370,7 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
 
 
 def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
-    """Refuse a target whose architecture or attention cannot verify a tree, or an encoder-decoder with a head."""
+    """Refuse a target that cannot verify a tree, or an encoder-decoder with a head."""
     config = model.config.get_text_config()
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
@@ -428,7 +421,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Why it cannot verify drafts, where a probe would not show it."""
+    """Why an encoder-decoder cannot verify drafts, where a probe would not show it."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -465,7 +458,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Refuse weights that are not there, and layers whose output for a node depends on the other nodes."""
+    """Refuse missing weights, and layers whose output for a node depends on the other nodes."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
@@ -482,10 +475,9 @@ def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
 
 
 def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
-    """Whether a quantized layer quantizes its input, too: a node's result then depends on the other nodes.
+    """Whether a layer quantizes its input, so that a node's result depends on the other nodes.
 
-    Recognised by names, so that no library has to be imported: torch 2.13, torchao 0.18, bitsandbytes 0.50 and the
-    layers of Transformers 5.24.
+    Recognised by names, without importing a library: torch 2.13, torchao 0.18, bitsandbytes 0.50, Transformers 5.24.
     """
     kind = type(module)
     if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
@@ -504,7 +496,7 @@ def _check_draws(model: Module, modules: Iterable[Module]) -> None:
 
 
 def _draws(module: Module) -> bool:
-    """Whether a layer in training has dropout, layerdrop or jitter: often a number, as `attention_dropout` is."""
+    """Whether a layer has dropout, layerdrop or jitter: modules, or numbers such as `attention_dropout`."""
     if isinstance(module, Dropout):
         return module.p > 0
     return any(
@@ -522,7 +514,7 @@ def _path(model: Module, module: Module) -> str:
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Refuse ranks that must run the same number of forwards, as stock `generate` detects."""
+    """Refuse several ranks that must run the same number of forwards, which stock `generate` detects."""
     if synced_gpus:
         raise _refusal(
             "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
@@ -530,9 +522,9 @@ def check_synced(synced_gpus: bool | None) -> None:
 
 
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that a tree's forward does not pass on, such as a `cross_attention_mask`, or do not fit."""
+    """Refuse arguments that do not fit, or that a tree's forward does not pass on (`cross_attention_mask`)."""
     _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
-    if not target.config.is_encoder_decoder:  # whose encoder has read them
+    if not target.config.is_encoder_decoder:  # its encoder has read them
         _check_token_types(target, model_kwargs.get("token_type_ids"))
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
@@ -568,7 +560,7 @@ def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Refuse token types that the decoder reads in each step, as GPT-2 does; zeros equal none where it has a table."""
+    """Refuse token types that the decoder reads in each step, as GPT-2 does, except zeros for a table of types."""
     if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
         return
     if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
@@ -578,7 +570,7 @@ def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
 
 
 def _has_planes(target: PreTrainedModel) -> bool:
-    """Whether a token may have several positions: its place in the text, and in an image or a video."""
+    """Whether a token may have several positions, such as rows and columns of an image."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     return config is not target.config or "mrope_section" in rope
@@ -587,9 +579,9 @@ def _has_planes(target: PreTrainedModel) -> bool:
 def check_lengths(
     model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
 ) -> None:
-    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read again.
+    """Refuse a cache that does not fit its text, and a text that outgrows the length at which it is read again.
 
-    The text is the whole conversation, or its end with a mask of the whole; `position_count` is of the whole. Phi-3's
+    The text is the whole conversation or its end; `position_count` counts the whole. Phi-3's
     `prepare_inputs_for_generation` (Transformers 5.24) drops the cache where 'longrope' switches frequencies.
     """
     past = cached_length(cache)
@@ -610,7 +602,7 @@ def check_lengths(
 
 
 def check_room(static: StaticCache, length: int) -> None:
-    """Refuse a text that may outgrow the caller's static cache, which has to hold `length` positions in the end."""
+    """Refuse a caller's static cache with fewer than `length` positions, which the text may need."""
     layers: list[Any] = [*static.layers]
     room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
     if room < length:
@@ -621,7 +613,7 @@ def check_room(static: StaticCache, length: int) -> None:
 
 
 def check_static(target: PreTrainedModel) -> None:
-    """Refuse recurrent layers over a static cache, or in a model that its caller compiled."""
+    """Refuse recurrent layers over a static cache, or in a model that the caller compiled."""
     if is_recurrent(target):
         raise ValueError(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
@@ -630,28 +622,28 @@ def check_static(target: PreTrainedModel) -> None:
 
 
 def check_compiles(obstacle: str | None) -> None:
-    """Refuse steps that were to be compiled in the exact mode and cannot be: they would round otherwise."""
+    """Refuse the invariant mode with steps that cannot be compiled as asked: eager steps round differently."""
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
 
 
 def check_lockstep(lockstep: bool | None, reason: str | None) -> None:
-    """Refuse to let rows advance apart that must not, for a `reason`."""
+    """Refuse `lockstep=False` where a `reason` requires lockstep."""
     if lockstep is False and reason is not None:
         raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
 
 
-# Of both moments
+# Before and after
 
 
 def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the prompt has images, sounds, embeddings or kinds of tokens. Stock gives some models an empty dict."""
+    """Whether the prompt has images, sounds, embeddings or token types; stock gives some models an empty dict."""
     given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
     return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
 
 
 def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Tokens that stand for images, videos and sounds, which no answer holds: `image_token_id` and the like."""
+    """Return the placeholder tokens of images, videos and sounds, such as `image_token_id`; no answer has them."""
     names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
     ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
     return frozenset(value for value in ids if isinstance(value, int))

@@ -1,4 +1,4 @@
-"""Decode a call by its plan: open what the plan names, and run the loop."""
+"""Decode a call by its plan."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,10 +31,9 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Prefill, then one step after another until all texts are finished.
+    """Prefill, then step until all texts are finished.
 
-    Returns:
-        The texts, what happened, and the cache that plain decoding returns; `None` where nobody asks for it.
+    Returns the texts, the report, and the cache of plain decoding where the caller gets one.
     """
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
@@ -56,7 +55,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
                 context = verifier.length
                 decoding.step()
                 pace.see(decoding.report.steps[-1], context)
-        # most callers never look at the cache that they get: it is filled when they do
+        # filled when the caller looks at it, as most never do
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report
@@ -71,7 +70,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
 
 
 def _compile_beside(plan: Plan, state: SpeculationState) -> None:
-    """Let another process compile the code that this call lacked."""
+    """Start another process that compiles the code which this call lacked."""
     target = plan.prepared.target
     identity = state.slot_engine.identity(target)
     if identity is None:
@@ -104,9 +103,9 @@ def _drafters(
         prepared.target,
         verifier,
         len(batch),
-        # the mask counts cached positions, which the batch may not know
+        # the mask also has cached positions, whose tokens the batch may lack
         text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
-        # features begin after cached positions, whose own are gone, and where tokens are known
+        # cached positions have no features any more, and embeddings no tokens
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
         origins=prepared.sources(),
         never_drafted=prepared.never_drafted(),
@@ -134,7 +133,7 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
     is_first = not prepared.config.is_assistant  # an assistant has read the images in its first call
-    # of a copy: stock takes apart what it reads in chunks
+    # on a copy: stock changes the arguments when it reads in chunks
     run = partial(cast(Any, prepared.target)._prefill, prepared.input_ids, prepared.config, kwargs, is_first)
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 

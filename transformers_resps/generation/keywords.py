@@ -1,4 +1,4 @@
-"""The keywords of speculation, in a call of `generate`, in a generation config, and as defaults of `attach`."""
+"""The keywords of speculation, as said in `generate`, a generation config or `attach`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,42 +15,34 @@ from ..compat import unwrapped
 from ..drafting import DraftSource
 
 
-AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
+AUTO: Literal["auto"] = "auto"  # as `policy`: the default one, which learns while it decodes
 PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
-MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with the target
-USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
-# The keywords that a `generation_config` may hold, as JSON of these types.
+MTP: Literal["mtp"] = "mtp"  # as `assistant_model`: the layers that came with the target
+USE_MTP = "use_mtp"  # Transformers' keyword for them; with a policy they draft trees
+# Keywords that a `generation_config` may hold, and their types in JSON.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
-# True compiles at the first step, "auto" in another process on a CPU
+# True compiles at the first step, "auto" in another process (CPU)
 CompileChoice = bool | Literal["auto"]
 
 
 def is_name(value: Any) -> bool:
-    """Whether a keyword of `generate` is a folder or a Hub id, and no word such as "auto"."""
+    """Whether a value is a folder or a Hub id, and not a word such as "auto"."""
     return isinstance(value, str | os.PathLike) and value not in (AUTO, PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
 class Keywords:
-    """The keywords of `generate` that speculation adds, and its assistant; `None` where nothing is said.
+    """The keywords that speculation adds to `generate`, and the assistant; `None` where unsaid."""
 
-    Attributes:
-        assistant_model: a source, its folder or Hub id, an assistant of Transformers' own, or several sources.
-        policy: a policy, its folder or Hub id, "auto" or "plain".
-        lockstep: whether the rows of a batch advance together.
-        compile: whether the target's steps run compiled.
-        invariant: whether the text is to be the same in any dtype, whatever drafts.
-    """
-
-    assistant_model: Any = None
-    policy: Any = None
-    lockstep: bool | None = None
-    compile: CompileChoice | None = None
-    invariant: bool | None = None
+    assistant_model: Any = None  # a source, its folder or Hub id, a list of them, or an assistant of Transformers
+    policy: Any = None  # a policy, its folder or Hub id, "auto" or "plain"
+    lockstep: bool | None = None  # whether the rows of a batch advance together
+    compile: CompileChoice | None = None  # whether the target's steps run compiled
+    invariant: bool | None = None  # whether the text is the same in any dtype, whatever drafts
 
     @staticmethod
     def saved_in(config: GenerationConfig | None) -> "Keywords":
-        """Read the keywords of a `generation_config.json`; Transformers itself refuses an `assistant_model` there."""
+        """Read the keywords of a `generation_config`, where Transformers allows no `assistant_model`."""
         said = {name: getattr(config, name, None) for name in CONFIG_KEYWORDS}
         for name, kind in CONFIG_KEYWORDS.items():
             if not isinstance(said[name], kind | None):
@@ -62,31 +54,32 @@ class Keywords:
 
     @property
     def assistants(self) -> list[Any]:
-        """The assistants as a list, empty for none."""
+        """The assistants as a list."""
         given = self.assistant_model
         return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
     @property
     def sources(self) -> list[DraftSource]:
-        """The sources among the assistants, also from inside PEFT wrappers."""
+        """The sources among the assistants, without PEFT wrappers."""
         return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether the call drafts in Transformers' own way: with a policy, a small model drafts trees."""
+        """Whether stock drafts with the assistant; with a policy, a small model drafts trees instead."""
         is_model = isinstance(self.assistant_model, Module) and not self.sources
         return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
-        """Whether models of Transformers draft trees, too: with a policy, or beside others. Candidate generators
-        always do, since stock takes none.
+        """Whether models of Transformers draft trees: with a policy, or in a list.
+
+        Candidate generators always do, since stock takes none.
         """
         asks = self.policy is not None or isinstance(self.assistant_model, list | tuple | CandidateGenerator)
         return asks and not self.is_plain
 
     def loaded(self, load: Callable[[Any], Any]) -> Self:
-        """The same with every assistant as `load` returns it."""
+        """Replace every assistant by what `load` returns for it."""
         given = self.assistant_model
         if isinstance(given, list | tuple):
             return replace(self, assistant_model=[load(one) for one in given])
@@ -94,11 +87,11 @@ class Keywords:
 
     @property
     def is_plain(self) -> bool:
-        """Whether stock decoding is asked for by name."""
+        """Whether the policy is "plain"."""
         return isinstance(self.policy, str) and self.policy == PLAIN
 
     def or_else(self, other: "Keywords") -> Self:
-        """These keywords, each replaced by the other's where it says nothing."""
+        """Fill unsaid keywords from `other`."""
         said = {field.name: getattr(self, field.name) for field in fields(Keywords)}
         return replace(self, **{name: getattr(other, name) for name, value in said.items() if value is None})
 
@@ -108,18 +101,14 @@ _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", de
 
 @dataclass(frozen=True, slots=True)
 class SpeculationDefaults(Keywords):
-    """The keywords of `attach`, for every call that leaves them out, such as those of TRL's trainers.
+    """The keywords of `attach`, for every call that leaves them out, such as calls of TRL's trainers."""
 
-    Attributes:
-        eval_mode: every call runs in evaluation mode, also while the model trains.
-    """
-
-    eval_mode: bool = False
+    eval_mode: bool = False  # run every call in evaluation mode, even while the model trains
 
     @staticmethod
     @contextmanager
     def suspended() -> Iterator[None]:
-        """Ignore all models' defaults inside the `with` block, in this thread: calls without keywords are plain."""
+        """Ignore all models' defaults inside the `with` block, in this thread."""
         token = _are_suspended.set(True)
         try:
             yield
@@ -128,5 +117,5 @@ class SpeculationDefaults(Keywords):
 
     @staticmethod
     def are_suspended() -> bool:
-        """Whether they are ignored in this thread now."""
+        """Whether defaults are ignored in this thread now."""
         return _are_suspended.get()

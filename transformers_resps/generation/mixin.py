@@ -1,7 +1,6 @@
-"""`generate(..., assistant_model=head, policy=policy)` on any loaded model.
+"""The mixin that `attach` puts in front of a model's class: `generate(..., assistant_model=head, policy=policy)`.
 
-The mixin that `attach` puts in front of a model's class. Everything before the decoding loop stays Transformers' own,
-and so does every call without a head and a policy.
+Everything before the decoding loop stays stock, and so does every call without a head and a policy.
 """
 
 import os
@@ -30,7 +29,7 @@ from .request import GenerateCall, Request, SpeculationState, resolve
 
 
 _STOCK = Request()
-# Of the call that runs now: stock's preparation stands between `generate` and the methods that decode.
+# The call that runs now: stock's preparation runs between `generate` and `_sample`.
 _request: ContextVar[Request] = ContextVar("resps_request", default=_STOCK)
 
 
@@ -43,9 +42,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         return SpeculationState()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, which also keeps our settings of the `generation_config`.
+        """Save as `PreTrainedModel` does, so that our settings of the `generation_config` are loaded again.
 
-        Transformers 5.24 drops unknown settings when it loads a config that calls itself a copy of the model's.
+        Transformers 5.24 drops unknown settings when it loads a config marked as a copy of the model's.
         """
         config = self.generation_config
         if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
@@ -74,31 +73,31 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy`, `lockstep` and
-        `invariant` only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the
-        model lives.
+        All parameters of the stock method work. `None` takes the value of the `generation_config` (`policy`,
+        `lockstep` and `invariant` only), then that of `attach`. Folders and Hub ids are loaded once and kept with the
+        model.
 
-        - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; "mtp" the layers
-          that came with the model, as `use_mtp=True` with a policy; and with a policy a small causal model, or an
-          assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` is looked up beside the
-          text, and the first of a list remembers what the call writes.
-          Without a policy any other assistant is Transformers' own assisted decoding.
+        - `assistant_model`: drafts trees. A `DraftHead` or another source, its folder or Hub id; "mtp", or
+          `use_mtp=True` with a policy, for the layers that came with the model; with a policy also a small causal
+          model or an assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` is looked
+          up beside the text; the first of a list remembers what the call writes. Without a policy any other assistant
+          runs Transformers' assisted decoding.
         - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
-          tree. "auto" weighs every node against its cost, drafts by lookup alone where there is no head, and keeps
-          what it learned as long as model and head live. "plain" is stock decoding, whatever `attach` was given.
+          tree. "auto" weighs every node against its cost, drafts by lookup alone without a head, and keeps what it
+          learned while model and head live. "plain" is stock decoding, whatever `attach` was given.
         - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
-          sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
-          rows advance each on its own: faster, with the distribution of plain decoding and other draws.
-        - `compile`: whether the target's steps run compiled, on a CPU prompts too and the weights inside the code, on
-          a GPU as CUDA graphs. `True` compiles at first use, for a minute or more; with "auto" another process does
-          on a CPU, and calls go on eagerly until its code is there. What cannot be compiled runs eagerly, with a
+          sampled rows do, so that a seed gives the tokens of plain decoding, and greedy rows do not. `False` lets
+          sampled rows advance independently: faster, with the same distribution and other draws.
+        - `compile`: whether the target's steps run compiled: on a CPU with prompts, and with the weights inside the
+          code; on a GPU as CUDA graphs. `True` compiles at first use, for a minute or more. With "auto" on a CPU
+          another process compiles, and calls run eagerly until then. What cannot be compiled runs eagerly, with a
           warning. A `compile_config` means `True`.
-        - `invariant`: whether the text is to be the same in any dtype, whatever drafts, whatever the policy decides,
-          however the prompt is cut and whichever greedy rows stand beside it. Without head and policy this is plain
-          decoding of the same mode, which is what the text is compared to: stock decoding rounds otherwise.
+        - `invariant`: whether the text is the same in any dtype, whatever drafts, whatever the policy decides, however
+          the prompt is cut, and whichever greedy rows are in the batch. Compare the text with that of a call in this
+          mode without head and policy: stock decoding rounds differently.
 
         Returns:
-            `[b, s + t]` token ids: those of the same call without head and policy, with the same seed. With
+            `[b, s + t]` token ids, equal to those of the same call without head and policy, with the same seed. With
             `return_dict_in_generate=True` a `SpeculativeOutput`.
 
         Raises:
@@ -115,7 +114,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
-        # By name, and only what was given: a model class may have a `generate` of its own.
+        # by name, and only what was given: a model class may define another `generate`
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         check_prompts(prompts)
@@ -123,7 +122,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         call = GenerateCall(keywords, generation_config, arguments, prompts)
         target, state = cast(PreTrainedModel, self), self.speculation_state
         request = resolve(call, self.generation_config, state.defaults, partial(state.assistants.load, target))
-        arguments |= request.told  # which the checks read, too
+        arguments |= request.told  # before the checks, which read it
         with request.admitted(target, state, call) as admitted:
             token = _request.set(admitted)
             try:
@@ -132,9 +131,9 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Entry point of decoding: stock calls this because it does not see our drafter.
+        """Decode: stock calls this because it does not see our drafter.
 
-        It passes `inputs_tensor`, the encoder's input, only to a method that names it.
+        Stock passes `inputs_tensor`, the encoder's input, only to a method that names it.
         """
         request, state = _request.get(), self.speculation_state
         if request.is_stock:

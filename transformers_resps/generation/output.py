@@ -1,4 +1,4 @@
-"""The outputs of `generate`, and what its callers share: batches of prompts, ends of answers, temperatures."""
+"""The outputs of `generate`, and helpers of its callers: batches of prompts, ends of answers, temperatures."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from .plan import Prepared
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """Output of `generate` with a draft head and `return_dict_in_generate=True`.
 
+    Its cache is the cache of plain decoding, from which a later call can go on. If rows of a batch ended early, it is
+    built on first access, when the target reads their padding.
+
     Attributes:
         speculation: every step's shape, tokens and seconds.
-
-    Its cache is that of plain decoding, from which a later call can go on. Where rows of a batch ended before others,
-    it is put together when it is first looked at: the target then reads their padding.
     """
 
     speculation: SpeculationReport | None = None
@@ -33,9 +33,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
     """Output of `generate` of an encoder-decoder, see `SpeculativeOutput`.
 
-    Attributes:
-        speculation: every step's shape, tokens and seconds. No item, since Whisper's `generate` takes all items apart
-            row by row, and makes outputs of the parts.
+    `speculation` is an attribute but no item of the dict, since Whisper's `generate` splits all items by row.
     """
 
     def __init__(self, *items: Any, speculation: SpeculationReport | None = None, **kept: Any) -> None:
@@ -46,9 +44,9 @@ class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
 def output(
     prepared: Prepared, batch: Batch, report: SpeculationReport, cache: Cache | None
 ) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
-    """Make the return value of a stock decoding method: `[b, s + t]` token ids, or a dict."""
+    """Make the return value of `generate`: `[b, s + t]` token ids, or a dict."""
     if prepared.streamer is not None:
-        prepared.streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
+        prepared.streamer.end()  # as in stock, not after an error
     if not prepared.returns_dict:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
@@ -61,26 +59,26 @@ Ids = TypeVar("Ids", list[int], Tensor)
 
 
 def end_ids(model: Any) -> frozenset[int]:
-    """The tokens that end an answer of `model`; none where its generation settings name none."""
+    """Return the tokens that end an answer of `model`, from its generation config."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset(ids if isinstance(ids, list) else () if ids is None else (ids,))
 
 
 def up_to_end(ids: Ids, ends: Container[int]) -> Ids:
-    """The answer `[t]` up to its first end token, that one included; all of it where there is none."""
+    """Cut an answer `[t]` after its first end token."""
     tokens = ids.tolist() if isinstance(ids, Tensor) else ids
     return ids[: next((number for number, token in enumerate(tokens, start=1) if token in ends), len(tokens))]
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts `[s]` as ids `[b, longest s]`, zeros before the shorter ones, and a mask with ones at their tokens."""
+    """Join prompts `[s]` to ids `[b, longest s]`, zeros on the left, and a mask with ones at tokens."""
     masks = [torch.ones_like(prompt) for prompt in prompts]
     ids, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, masks))
     return ids, mask
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Return keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
+    """Return keywords of `generate`: greedy at 0, else sampling from the whole distribution at that temperature."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -1,7 +1,4 @@
-"""Plan a call: choose how it is decoded, from its request and from what stock `generate` has prepared.
-
-A plan says everything beforehand, and opens nothing.
-"""
+"""Choose how a call is decoded, from its request and from what stock `generate` has prepared; open nothing yet."""
 
 import math
 import sys
@@ -53,14 +50,14 @@ from .keywords import AUTO
 from .request import Request, SpeculationState
 
 
-# Arguments of stock decoding methods that a tree has no use for.
+# Arguments of stock decoding methods that trees do not use.
 _NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
-NO_CODE_YET = "no code lies ready"  # why "auto" does not compile, while another process may
+NO_CODE_YET = "no code lies ready"  # why "auto" runs eagerly until another process has compiled
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The arguments of stock's decoding method. Where the cache was `static`, a dynamic copy is in its place."""
+    """The arguments of stock's decoding method; a dynamic copy replaces a `static` cache."""
 
     target: PreTrainedModel
     input_ids: Tensor
@@ -78,7 +75,7 @@ class Prepared:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """`[b, s]` of cache and prompt; `None` when nothing is padded."""
+        """`[b, s]` over cache and prompt; `None` without padding."""
         return self.model_kwargs["attention_mask"]
 
     @property
@@ -92,39 +89,39 @@ class Prepared:
         return holds_more_than_tokens(self.model_kwargs)
 
     def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
-        """The target's forward, with the features that the sources read."""
+        """Make the target's forward, with the features that the sources read."""
         layers = sorted({layer for source in sources for layer in source.feature_layers})
         before = any(source.before_deepstack for source in sources if source.feature_layers)
         return TargetForward(self.target, layers or None, self.cache, before_deepstack=before)
 
     def sources(self) -> list[list[int]] | None:
-        """The source tokens from which each row's text is written; `None` where the vocabulary has none."""
+        """Return each row's source tokens (of an encoder); `None` if lookup cannot use them."""
         return None
 
     def never_drafted(self) -> frozenset[int]:
-        """Tokens that lookup does not propose, such as an image's."""
+        """Return the tokens that lookup never proposes, such as an image's."""
         return placeholder_ids(self.target.config)
 
     @property
     def max_length(self) -> int:
-        """Positions that a text may reach, rounded up; `sys.maxsize` without a limit."""
+        """Positions that a text may reach; `sys.maxsize` without a limit."""
         most: float = self.config.max_length
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the cache is the caller's, who may reuse it."""
+        """Whether the caller passed the cache, and may reuse it."""
         given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
         return bool(getattr(given, "_is_user_defined", False))
 
     @property
     def returns_dict(self) -> bool:
-        """Whether the caller gets more than tokens, the cache for example."""
+        """Whether the caller gets more than tokens, such as the cache."""
         return bool(self.config.return_dict_in_generate)
 
     @property
     def makes_cache(self) -> bool:
-        """Whether several rows get a cache back that is not the caller's."""
+        """Whether the call returns a new cache of several rows."""
         return self.returns_dict and len(self.input_ids) > 1 and not self.is_cache_given
 
     @property
@@ -136,7 +133,7 @@ class Prepared:
         return self.returns_dict and bool(self.config.output_logits)
 
     def text(self, input_ids: Tensor) -> Text:
-        """Make the text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
+        """Make the text that begins with `input_ids` `[b, s]`: all rows of the call, or one."""
         return Text(
             input_ids,
             self.logits_processor,
@@ -153,9 +150,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedEncoderDecoder(Prepared):
-    """`Prepared` for an encoder-decoder, whose encoder has read the `source` `[b or fewer, ...]`."""
+    """The arguments for an encoder-decoder whose encoder has read `source`."""
 
-    source: Tensor | None
+    source: Tensor | None  # [b or fewer, ...]
 
     @property
     def cache(self) -> Any:
@@ -167,14 +164,14 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def position_ids(self) -> Tensor:
-        """Slots, since the decoder counts its positions itself."""
+        """Slots, since the decoder computes its positions itself."""
         past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
         known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the cache is the caller's; also where several rows get one back, made likewise."""
+        """Whether the caller passed the cache, or gets one of several rows, which is handled likewise."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -193,10 +190,10 @@ class PreparedEncoderDecoder(Prepared):
         return EncoderDecoderForward(self.target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self) -> list[list[int]] | None:
-        """The source tokens of each row, where encoder and decoder have equally many tokens."""
+        """Return the source tokens of each row, where encoder and decoder have vocabularies of one size."""
         source, mask = self.source, self.model_kwargs.get("attention_mask")
         if source is None or source.is_floating_point() or source.dim() != 2 or int(source.min()) < 0:
-            return None  # -100 marks tokens that are known by the encoder's outputs alone
+            return None  # -100 marks tokens of which only the encoder's outputs are known
         sides: list[Any] = [self.target.get_encoder(), self.target.get_decoder()]
         if len({side.get_input_embeddings().weight.shape[0] for side in sides}) > 1:
             return None
@@ -205,7 +202,7 @@ class PreparedEncoderDecoder(Prepared):
         return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
 
     def never_drafted(self) -> frozenset[int]:
-        """Tokens that lookup does not propose: padding, too, since M2M100 and others do not count its positions."""
+        """Return these tokens and padding, since M2M100 and others do not count its positions."""
         padding = self.target.config.get_text_config(decoder=True).pad_token_id
         return placeholder_ids(self.target.config) | ({padding} if isinstance(padding, int) else frozenset())
 
@@ -221,7 +218,7 @@ def prepare(
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Prepared:
-    """Check the arguments of a stock decoding method, under their names there, and collect them.
+    """Check and collect the arguments of a stock decoding method, by its names.
 
     `inputs_tensor` `[b, ...]` is the input of an encoder-decoder's encoder.
     """
@@ -230,7 +227,7 @@ def prepare(
     check_forward_arguments(target, input_ids, model_kwargs)
     cache = model_kwargs[CACHE_KEYWORD]
     static = cache if isinstance(cache, StaticCache) else None
-    if static is not None:  # trees decode over slots, or where the cache grows
+    if static is not None:  # trees are verified in slots or over a growing cache
         model_kwargs[CACHE_KEYWORD] = dynamic_copy(static, target.config)
     given = target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
     prepared = Prepared(*given)
@@ -254,37 +251,23 @@ class Prefiller(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one call is decoded. Every choice between our ways stands here, and none is made after it.
+    """How one call is decoded: all choices between our variants.
 
-    Code that another call holds at that moment is no choice: the step then runs without it.
-
-    Attributes:
-        request: what the caller asked for beyond stock.
-        prepared: by stock `generate`.
-        policy: decides.
-        sources: draft in this call; none where the policy leaves the request's out.
-        forward: the target's, over the call's cache, with the features that the sources read.
-        in_lockstep: whether all rows advance together, as one row does.
-        drops_finished: whether finished rows are left out of further work.
-        mode: how trees are verified.
-        why_eager: why steps do not run compiled; `None` where they do.
-        warns: whether the caller asked for what `why_eager` says is impossible.
-        prefiller: who reads the prompt.
-        prompt_options: further options of the target's forward over the prompt.
+    Only one thing is decided later: a step runs without compiled code while another call holds it.
     """
 
     request: Request
     prepared: Prepared
     policy: Policy
-    sources: tuple[DraftSource, ...]
-    forward: TargetForward
-    in_lockstep: bool
-    drops_finished: bool
-    mode: VerifyingMode
-    why_eager: str | None
-    warns: bool
+    sources: tuple[DraftSource, ...]  # draft in this call; none where the policy leaves out the request's
+    forward: TargetForward  # over the call's cache, with the features that the sources read
+    in_lockstep: bool  # whether all rows advance together, as one row does
+    drops_finished: bool  # whether finished rows are left out of further work
+    mode: VerifyingMode  # how trees are verified
+    why_eager: str | None  # why steps do not run compiled; None where they do
+    warns: bool  # whether the caller asked for what `why_eager` says is impossible
     prefiller: Prefiller
-    prompt_options: dict[str, Any]
+    prompt_options: dict[str, Any]  # further options of the target's forward over the prompt
 
     @property
     def compiles(self) -> bool:
@@ -293,31 +276,31 @@ class Plan:
 
     @property
     def waits(self) -> bool:
-        """Whether the call waits for a compiler where no code lies ready."""
+        """Whether the call waits for a compiler if no code is ready."""
         return self.request.compile != AUTO
 
     @property
     def lacks_code(self) -> bool:
-        """Whether steps would run compiled if code lay ready."""
+        """Whether steps would run compiled if code were ready."""
         return self.why_eager == NO_CODE_YET
 
     def batch(self) -> Batch:
-        """One text of all rows, or one of each."""
+        """Make one text of all rows, or one for each row."""
         ids = self.prepared.input_ids
         texts = map(self.prepared.text, [ids] if self.in_lockstep else ids.split(1))
         return Batch(list(texts), drops_finished=self.drops_finished)
 
     def __str__(self) -> str:
-        """Tell who verifies, who reads the prompt, how rows advance, how many draft, why not compiled."""
+        """Say how trees are verified, who reads the prompt, how rows advance, how many draft, why not compiled."""
         rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
         return " | ".join(map(str, (self.mode, self.prefiller, rows, len(self.sources), compiled)))
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how an admitted call is decoded; `state` knows which code lies ready, and what kernels need.
+    """Choose how an admitted call is decoded; `state` knows which compiled code is ready.
 
     Raises:
-        ValueError: the call asks for ways that exclude each other, or that its target does not go.
+        ValueError: the call asks for variants that exclude each other, or that its target does not support.
     """
     target = prepared.target
     in_lockstep, drops = _rows(request.lockstep, prepared)
@@ -335,7 +318,7 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
         mode = SlotMode(_compile_options(prepared), stock_reads=prefiller is Prefiller.STOCK)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
-    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number skips the features, too
+    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip the features, too
     assert isinstance(request.policy, Policy)  # since it was admitted
     sources = request.sources
     if sources and not _wants_sources(request.policy, prepared):
@@ -354,7 +337,7 @@ def _wants_sources(policy: Policy, prepared: Prepared) -> bool:
 def _compiling(
     request: Request, prepared: Prepared, state: SpeculationState, layers: list[int]
 ) -> tuple[str | None, bool]:
-    """Return why steps are not compiled, `None` if they are, and whether that is worth a warning."""
+    """Return why steps are not compiled, `None` if they are, and whether to warn of it."""
     target, choice, engine = prepared.target, request.compile, state.slot_engine
     if choice is None:
         choice = _stock_would_compile(prepared)
@@ -378,13 +361,13 @@ def _stock_would_compile(prepared: Prepared) -> bool:
 
 
 def _compile_options(prepared: Prepared) -> dict[str, Any] | None:
-    """The caller's options for `torch.compile`; `None` where they are its own."""
+    """Return the caller's options for `torch.compile`; `None` for its defaults."""
     config = prepared.config.compile_config
     return None if config is None or config == CompileConfig() else config.to_dict()
 
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
-    """Why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
+    """Return why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
     weights = list(target.parameters())
     is_elsewhere = len({weight.device for weight in weights}) != 1 or target.device.type not in ("cpu", "cuda")
     is_in_graph = is_recurrent(target) and target.device.type != "cpu"
@@ -404,16 +387,14 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
 
 
 def _has_active_adapter(target: nn.Module) -> bool:
-    """Whether a layer of PEFT adds to the layer inside it."""
+    """Whether a layer of PEFT changes the layer inside it."""
     layers: list[Any] = list(target.modules())
     tuners = {kind for kind in set(map(type, layers)) if any(own.__name__ == "BaseTunerLayer" for own in kind.__mro__)}
     return any(type(layer) in tuners and not (layer.merged or layer.disable_adapters) for layer in layers)
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether stock has to read the prompt; also text-only prompts of multimodal classes, since some compute positions
-    themselves (EXAONE 4.5).
-    """
+    """Whether stock has to read the prompt, as for all multimodal classes: some compute positions (EXAONE 4.5)."""
     config = prepared.target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))
@@ -430,8 +411,9 @@ def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
 
 
 def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether rows advance in lockstep: for a `reason` they must, and the caller may ask for it. With `None` sampled
-    rows do, since plain sampling draws the random numbers of all rows at once.
+    """Whether rows advance in lockstep: for a `reason`, or as the caller asks.
+
+    By default sampled rows do, since plain sampling draws the random numbers of all rows at once.
     """
     check_lockstep(lockstep, reason)
     return reason is not None or (do_sample if lockstep is None else lockstep)
@@ -441,7 +423,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Name the part of a call that requires lockstep: it sees all rows at once, or might; `None` if none does."""
+    """Name the part of a call that requires lockstep since it may see all rows at once; `None` if there is none."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

@@ -1,7 +1,4 @@
-"""Resolve a call of `generate` to a request, with the state that its model keeps from call to call.
-
-In reading order: the state of a model, a call, and the request to which it is resolved, checked before any work.
-"""
+"""Resolve a call of `generate` to a request, with the state that its model keeps from call to call."""
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -50,17 +47,17 @@ from .keywords import AUTO, MTP, PLAIN, USE_MTP, CompileChoice, Keywords, Specul
 
 
 class Assistants:
-    """Keeps the drafters of one target: each name loaded once, and a source for each model, as long as that lives."""
+    """Keeps the drafters of one target: loads each name once, and makes one source for each model while it lives."""
 
     def __init__(self) -> None:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """Load an assistant by its name; with `as_source`, make the source of a model of Transformers.
+        """Load an assistant by its name; with `as_source`, make a source of a model of Transformers.
 
         Raises:
-            ValueError, OSError: it is not there, or cannot draft for this target.
+            ValueError, OSError: it does not exist, or cannot draft for this target.
         """
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
@@ -76,10 +73,10 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """The source of a tool's argument `head`: a source, a model, or the name of either; `None` for none.
+        """Return the source for a tool's argument `head`: a source, a model, the name of either, or `None`.
 
         Raises:
-            ValueError, OSError: it is nothing of that, is not there, or cannot draft for this target.
+            ValueError, OSError: it is anything else, does not exist, or cannot draft for this target.
         """
         if head is None:
             return None
@@ -89,34 +86,21 @@ class Assistants:
 
 
 class SpeculationState:
-    """All that a model keeps for speculation. `attach` gives it, `detach` takes it away whole.
-
-    A copied or pickled model keeps its defaults, and starts anew with everything else.
-
-    Attributes:
-        defaults: what `attach` was given.
-        policy_cache: what "auto", and policies that calls named, have learned on this model.
-        assistants: the sources that calls named or made of models.
-        slot_engine: the buffers and the compiled code of this model.
-        draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
-        invariant_calls: what calls with `invariant=True` share.
-        pace: what steps of this model take at their best.
-        compiler: what compiles beside calls with `compile="auto"`.
-    """
+    """All that a model keeps for speculation, from `attach` to `detach`. Copies and pickles keep the defaults only."""
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
-        self.defaults = defaults or SpeculationDefaults()
-        self.policy_cache = PolicyCache()
+        self.defaults = defaults or SpeculationDefaults()  # the keywords of `attach`
+        self.policy_cache = PolicyCache()  # what "auto", and policies that calls named, have learned
         self.assistants = Assistants()
-        self.slot_engine = SlotEngine()
-        self.draft_engines = DraftEngines()
+        self.slot_engine = SlotEngine()  # buffers and compiled code
+        self.draft_engines = DraftEngines()  # captured or compiled drafts of each head, while it lives
         self.invariant_calls = InvariantCalls(self.slot_engine)
-        self.pace = Pace()
-        self.compiler = CompilerProcess()
-        self._verified_trees = set[bool]()  # with FlashAttention and without
+        self.pace = Pace()  # the best durations of steps
+        self.compiler = CompilerProcess()  # compiles beside calls with `compile="auto"`
+        self._verified_trees = set[bool]()  # whether with FlashAttention
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
-        """Check, once, that the model can verify a draft tree; see `check_tree_attention`."""
+        """Check once that the model can verify a draft tree; see `check_tree_attention`."""
         reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
         if reads_by_flash not in self._verified_trees:
             check_tree_attention(make_forward)
@@ -127,38 +111,31 @@ class SpeculationState:
 
 
 class GenerateCall(NamedTuple):
-    """One call of `generate`, as its caller wrote it.
-
-    Attributes:
-        keywords: ours, and the assistant.
-        config: its `generation_config`.
-        arguments: all its other keyword arguments.
-        prompts: `[b, s]`; `None` where it has embeddings only.
-    """
+    """One call of `generate`, as its caller wrote it."""
 
     keywords: Keywords
     config: GenerationConfig | None
-    arguments: Mapping[str, Any]
-    prompts: Tensor | None
+    arguments: Mapping[str, Any]  # all other keyword arguments
+    prompts: Tensor | None  # [b, s]; None where it has embeddings only
 
     @property
     def rows(self) -> int:
-        """The number of its prompts."""
+        """The number of prompts."""
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 
     @property
     def media(self) -> list[str]:
-        """Names of arguments that belong to images, sounds or embeddings of its prompts."""
+        """Names of arguments for images, sounds or embeddings of the prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
     @property
     def drafts_for_another(self) -> bool:
-        """Whether stock's assisted decoding makes the call, of its assistant: one for each round of a text."""
+        """Whether this is a call of an assistant by stock's assisted decoding, one for each round."""
         return bool(getattr(self.config, "is_assistant", False))
 
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
-        """Whether the call, its config or the model's `own` asks for the layers that came with the target."""
+        """Whether the call, its config or the model's `own` config asks for the target's MTP layers."""
         configs = [config for config in (self.config, own) if config is not None]
         saved = next((getattr(config, USE_MTP, None) for config in configs), None)
         return bool(self.arguments.get(USE_MTP, saved))
@@ -166,38 +143,26 @@ class GenerateCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A call of `generate`, resolved. Stock's own preparation stands between `resolve` and decoding.
+    """A resolved call of `generate`. Stock's preparation runs between `resolve` and decoding."""
 
-    Attributes:
-        policy: decides; the name of one until the request is `admitted`, and "plain" where stock decodes.
-        sources: what drafts; empty to draft by lookup alone.
-        memories: are looked up beside the text, the nearest first.
-        lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
-        compile: whether the target's steps run compiled; `None` likewise.
-        invariant: whether the text is to be the same in any dtype, whatever drafts.
-        eval_mode: whether the call runs in evaluation mode.
-        is_plain_throughout: whether calls within this one are plain, too.
-        told: keyword arguments of stock `generate` that say the same.
-    """
-
-    policy: Policy | str = PLAIN
-    sources: tuple[DraftSource, ...] = ()
-    memories: tuple[SuffixMemory, ...] = ()
-    lockstep: bool | None = None
-    compile: CompileChoice | None = None
-    invariant: bool = False
-    eval_mode: bool = False
-    is_plain_throughout: bool = False
-    told: Mapping[str, Any] = field(default_factory=dict)
+    policy: Policy | str = PLAIN  # a name until the request is `admitted`; "plain" where stock decodes
+    sources: tuple[DraftSource, ...] = ()  # empty to draft by lookup alone
+    memories: tuple[SuffixMemory, ...] = ()  # looked up beside the text, the nearest first
+    lockstep: bool | None = None  # whether the rows of a batch advance together; None leaves it to us
+    compile: CompileChoice | None = None  # whether the target's steps run compiled; None leaves it to us
+    invariant: bool = False  # whether the text is the same in any dtype, whatever drafts
+    eval_mode: bool = False  # whether the call runs in evaluation mode
+    is_plain_throughout: bool = False  # whether calls within this one are plain, too
+    told: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments for stock `generate`
 
     @property
     def is_stock(self) -> bool:
-        """Whether stock decodes, plainly or with an assistant of its own."""
+        """Whether stock decodes, plainly or with an assistant."""
         return self.policy == PLAIN
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """The request, checked, with its policy; what it borrows is given back at the end of the `with` block.
+        """Check the request, and lend it its policy for the `with` block.
 
         Raises:
             ValueError: it asks for what a tree cannot do.
@@ -222,16 +187,16 @@ class Request:
             for source in (*self.sources, *self.memories):
                 source.prepare(target)
             policy = self._lent_policy(target, state, call.rows, stack)
-            if not target.config.is_encoder_decoder:  # whose source is not encoded yet
+            if not target.config.is_encoder_decoder:  # its source is not encoded yet
                 state.check_trees(target, partial(TargetForward.of, target))
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Borrow or take the policy, and check that it fits the pair; `stack` gives a borrowed one back."""
+        """Check that the policy fits the pair. `stack` gives back a policy that is borrowed by name."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
-            # costs that were learned beside the compiler are kept apart
+            # costs measured while the compiler runs are kept apart
             compiles = "beside" if self.compile == AUTO and state.compiler.is_running else self.compile
             key = PolicyCache.key(target, rows, policy, compiles, self.invariant)
             if len(self.sources) > 1:
@@ -246,9 +211,9 @@ class Request:
 def resolve(
     call: GenerateCall, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
 ) -> Request:
-    """Resolve a call: its keywords win over its config, the model's own config, and the defaults of `attach`.
+    """Resolve a call: its keywords win over its config, the model's `own` config, and the defaults of `attach`.
 
-    `load` is the model's `Assistants.load`.
+    Assistants are loaded by `load`, see `Assistants.load`.
 
     Raises:
         ValueError: keywords are of the wrong kind, contradict each other, or would have no effect.
@@ -256,7 +221,7 @@ def resolve(
     said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or call.drafts_for_another
     if not (are_suspended or said.has_stock_assistant):
         for further in (call.config, own, attached):
-            if said.is_plain:  # it wins over the next ones
+            if said.is_plain:  # wins over the next ones
                 break
             said = said.or_else(further if isinstance(further, Keywords) else Keywords.saved_in(further))
     check_keywords(said)
@@ -275,7 +240,7 @@ def resolve(
         policy = FixedPolicy(TreeShape.plain())
     eval_mode = attached.eval_mode and not (are_suspended or said.is_plain)
     if policy is None or said.is_plain:
-        check_effect(call.keywords)  # what a config or `attach` says waits for a call that speculates
+        check_effect(call.keywords)  # those of a config or `attach` may wait for other calls
         told = {} if said.assistant_model is None else {"assistant_model": said.assistant_model}
         return Request(eval_mode=eval_mode, is_plain_throughout=said.is_plain, told=told)
     name = os.fspath(policy) if isinstance(policy, str | os.PathLike) else policy
