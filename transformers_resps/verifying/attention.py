@@ -34,8 +34,7 @@ _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result,
 class PackedNodes:
     """Packs some nodes of several rows into one row of a forward.
 
-    `places` are the `[r]` indices of these nodes among the `rows * count` of all rows; `are_computed` `[b, n]` is true
-    for them.
+    `places` `[r]` are the indices of these nodes among all `rows * count`; `are_computed` `[b, n]` is true for them.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -67,8 +66,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Compute Transformers' `sdpa`, by `attend` where `sdpa` would copy keys; see `attend` for shapes.
 
-    An `attention_mask` of `None` is causal. With `resps_packed` the query holds nodes of several rows, `[1, heads, r,
-    hd]`, while keys and the mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
+    An `attention_mask` of `None` is causal. With `resps_packed` the query holds nodes of several rows,
+    `[1, heads, r, hd]`, but keys and mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
     """
     if resps_packed is not None:
         whole = resps_packed.apart(query.transpose(1, 2)).transpose(1, 2)
@@ -91,16 +90,10 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Compute SDPA with heads that share keys as queries of one head.
+    """Compute SDPA with heads that share keys as queries of one head: `[b, heads, q, hd]`, like the query.
 
-    Args:
-        query: `[b, heads, q, hd]`, like the result.
-        key: `[b, kv heads, t, hd]`.
-        value: like `key`.
-        mask: `[b or 1, 1 or heads that share keys, q, t]` bool or additive; `None` sees everything. It is copied where
-            the second size is 1.
-        dropout: probability of dropping a weight.
-        scaling: factor of the scores; `hd ** -0.5` when `None`.
+    `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads that share keys, q,
+    t]`, and copied where the second size is 1; `None` shows everything. `scaling` is `hd ** -0.5` when `None`.
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -138,9 +131,9 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     """Let a target of `sdpa` attend by `grouped_attention` inside the `with` block.
 
-    Layers look up the name in their config at each forward, so it changes only for a forward over a tree: prompts and
-    other users of the target attend by `sdpa` bit for bit. A call in another thread may see either name, and gets the
-    same result up to rounding. FlashAttention keeps its name and learns to take trees.
+    Layers look up the name in their config at each forward, so it changes only for forwards over trees: prompts, and
+    other users of the target, attend by `sdpa` bit for bit. Calls in other threads may see either name, with equal
+    results up to rounding. FlashAttention keeps its name and learns to take trees.
     """
     config = target.config.get_text_config()
     if is_flash(config._attn_implementation):
@@ -155,7 +148,7 @@ def is_flash(attention: str) -> bool:
 
 
 def _take_trees(attention: str) -> None:
-    """Teach a registered FlashAttention to attend to trees, under its own name: other threads may use it meanwhile."""
+    """Teach a registered FlashAttention to take trees. It keeps its name, which other threads may use meanwhile."""
     function: Any = ALL_ATTENTION_FUNCTIONS[attention]
     if getattr(function, "func", None) is not _flash_or_tree:
         AttentionInterface.register(attention, partial(_flash_or_tree, function))

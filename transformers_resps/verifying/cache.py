@@ -22,9 +22,9 @@ _MAX_SHARING = 8  # layers of one buffer: more would move faster, but a buffer t
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the front of a larger buffer, so that a forward copies no past.
+    """A copy of a filled layer whose entries are the front of a larger buffer, so that a forward copies no past.
 
-    It replaces a filled `stock` layer. Other code may shorten it or replace its tensors like those of a stock one.
+    Other code may shorten it or replace its tensors like those of a stock layer.
     """
 
     buffer: "SharedBuffer"
@@ -41,7 +41,7 @@ class PreallocatedLayer(DynamicLayer):
         return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `[b, kv heads, t, hd]` entries; returns all keys and all values."""
+        """Append entries `[b, kv heads, t, hd]`, and return all keys and all values."""
         start, count = self.get_seq_length(), key_states.shape[-2]
         if not self.is_preallocated or self.buffer.size < start + count:
             self.buffer.grow(start + count)
@@ -61,11 +61,11 @@ class PreallocatedLayer(DynamicLayer):
 
     @property
     def is_preallocated(self) -> bool:
-        """Whether the entries still are those in the buffer, and were not replaced."""
+        """Whether the entries lie in the buffer: other code may have replaced them."""
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Hold the entries in its own part of a buffer, `[b, kv heads, size, hd]` each; they have been copied."""
+        """Show the entries in this layer's part of a buffer, `[b, kv heads, size, hd]`, which holds copies of them."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -76,10 +76,9 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """The entries of several layers, with space after them: the nodes to keep move in all layers at once.
+    """The entries of several layers, `[layers, b, kv heads, size, hd]`, so that accepted nodes move in all at once.
 
-    `layers` have entries of the same sizes, lengths apart, and move to buffers of `size` positions,
-    `[layers, b, kv heads, s, hd]`; `hd` of values may differ.
+    `size` positions leave space after the entries. Layers differ in length at most, and values may have another `hd`.
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
@@ -91,11 +90,11 @@ class SharedBuffer:
             layer.move_to(self, keys, values)
 
     def grow(self, length: int) -> None:
-        """Move all layers to buffers for `length` positions and more, together where they still can."""
+        """Move all layers to larger buffers, together where they still can."""
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """All entries, `[layers, b, kv heads, s, hd]`; `None` where some are elsewhere, or longer than others."""
+        """All keys and values, `[layers, b, kv heads, s, hd]`; `None` if some lie elsewhere or lengths differ."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -119,9 +118,7 @@ def restore_stock_layers(cache: Cache) -> None:
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Every entry of filled layers once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
-    changes the layers.
-    """
+    """Yield each entry of filled layers once, in few writable views `[layers, b, kv heads, s, hd]`."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -133,7 +130,7 @@ def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
 
 
 def _allocate(layers: list[Any], length: int) -> None:
-    """Give layers buffers for `length` positions and more, in their order; all entries of a buffer are of one kind."""
+    """Move layers to shared buffers for `length` positions and more; entries of a buffer have one kind and order."""
     alike = defaultdict(list)
     for layer in layers:
         kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
@@ -151,7 +148,7 @@ def _fill(layer: Any, keys: Any, values: Any) -> None:
 
 
 def _copied(states: list[Tensor], length: int) -> Tensor:
-    """Copies of `states`, each `[b, kv heads, s, hd]`, at the front of `[layers, b, kv heads, length, hd]`."""
+    """Copy `states`, each `[b, kv heads, s, hd]`, to the front of a new `[layers, b, kv heads, length, hd]`."""
     first = states[0]
     buffer = first.new_empty(len(states), *first.shape[:2], length, first.shape[-1])
     for row, part in zip(buffer, states, strict=True):
@@ -165,7 +162,7 @@ def holds_state(layer: Any) -> bool:
 
 
 def settle_recorded(layer: Any) -> None:
-    """Let a layer keep of its convolution states what the next token needs, if its owner let it record more."""
+    """Cut a layer's convolution states to what the next token needs, if its owner let it record more."""
     if not layer.record_past:
         return
     layer.record_past = False
@@ -181,16 +178,12 @@ _RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLay
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The caller's cache, of the name that it has in any release; `None` without."""
+    """The caller's cache, by its name in any release of Transformers; `None` without."""
     return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def check_cache(cache: Cache) -> None:
-    """Refuse a cache whose layers cannot hold a tree.
-
-    Raises:
-        ValueError: it has no layers, one of another type than the dynamic ones and our static ones, or is offloaded.
-    """
+    """Raise a `ValueError` if a cache is offloaded, has no layers, or has layers that cannot hold a tree."""
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise ValueError(
             f"Draft trees need a decoder's `Cache` with layers, got a `{type(cache).__name__}`. Pass "
@@ -266,7 +259,7 @@ def visible_length(cache: Cache, layer_index: int) -> int:
 
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of these positions, `[b, kv heads, visible length, hd]` each, of a layer that holds some."""
+    """Keys and values of these positions, `[b, kv heads, visible length, hd]` each; the layer must hold some."""
     layer = cache_layers(cache)[layer_index]
     start = layer.keys.shape[-2] - visible_length(cache, layer_index)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
@@ -284,17 +277,16 @@ def has_windows(cache: Cache) -> bool:
 
 
 def _states(layer: CacheLayer) -> tuple[Tensor, Tensor] | None:
-    """Keys and values `[b, heads, s, hd]`, or `None` for a layer that holds none (yet, or because it shares)."""
+    """Keys and values `[b, heads, s, hd]`; `None` for a layer that holds none (yet, or because it shares)."""
     keys = getattr(layer, "keys", None)
     return None if keys is None or not keys.numel() else (keys, layer.values)
 
 
 def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = False) -> None:
-    """Keep, of the last `node_count` positions of a cache, those of the accepted path.
+    """Keep only the accepted path among the last `node_count` positions of a cache.
 
-    `path` is `[b, m]`, ascending node indices, the root first. `is_front` says that every path is known to hold the
-    first nodes in their order, so that nothing moves. Rotary positions were applied by depth, so a moved entry needs
-    no rotation.
+    `path` `[b, m]` are ascending node indices, the root first. With `is_front` every path is known to hold the first
+    nodes, so that nothing moves. Rotary positions were applied by depth, so a moved entry needs no rotation.
     """
     kept = path.shape[1]
     if 1 < kept < node_count and not is_front:
@@ -304,13 +296,13 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
 
 
 def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
-    """Keep the accepted path of every row at slots of its own; for rows that end at different slots.
+    """Keep the accepted path of each row, for rows that end at different slots.
 
-    A layer with full attention holds the entry of slot i at i. A sliding one holds the last of every row, whatever
-    their slots: all rows end where the layer ends, as they do while their lengths are equal.
+    A layer with full attention holds the entry of slot i at i. In a sliding layer all rows end where the layer ends,
+    whatever their slots.
 
     `path` and `slots` `[b, m]` are the kept nodes, the root first, and their slots, none above the present one; a row
-    that keeps fewer repeats its last. The cache keeps `length` positions, those of the longest row.
+    that keeps fewer repeats its last. The cache keeps `length` positions, as many as the longest row.
     """
     surplus = cached_length(cache) - length
     counts = slots[:, -1] + 1 - slots[:, 0]
@@ -347,10 +339,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
 
 
 def copied_row(cache: Cache, row: int, length: int) -> Cache:
-    """A stock cache of one row alone, with copies of its first `length` entries.
-
-    In a sliding layer all rows end where the layer ends, see `compact_ragged`.
-    """
+    """Copy the first `length` entries of one row into a stock cache; for sliding layers see `compact_ragged`."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
@@ -375,7 +364,7 @@ def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
 
 
 def joined_rows(caches: list[Cache]) -> Cache:
-    """One cache of the rows of several, which are of one length; it takes the place of the first."""
+    """Join the rows of caches of one length in the first of them."""
     for own, *others in zip(*map(cache_layers, caches), strict=True):
         rows = [own, *others]
         if holds_state(own):
@@ -390,7 +379,7 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """The last `most` entries of every row: what was there before the tree, then `counts` nodes of its path."""
+    """Gather the last `most` entries of every row: those before the tree, then `counts` nodes of its path."""
     past = states.shape[-2] - node_count
     order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; past on: the path
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
@@ -398,14 +387,14 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
 
 
 def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
-    """Give a layer other entries `[b, heads, s, hd]`, in a sliding one the last of `length` positions."""
+    """Give a layer other entries `[b, heads, s, hd]`; a sliding layer gets the last of `length` positions."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length
 
 
 def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
-    """Positions `[b, m]` as an index into `[b, heads, s, hd]`."""
+    """Expand positions `[b, m]` to an index into `[b, heads, s, hd]`."""
     return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
 
 

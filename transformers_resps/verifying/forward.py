@@ -33,23 +33,19 @@ Result = TypeVar("Result")
 
 
 class TargetOutputs(Protocol):
-    """The outputs of a target's forward that a step reads: logits `[b, t, v]`, and hidden states `[b, t, h]`."""
+    """The outputs of a target's forward that a step reads."""
 
-    logits: Tensor
-    hidden_states: Sequence[Tensor]
+    logits: Tensor  # [b, t, v]
+    hidden_states: Sequence[Tensor]  # [b, t, h]
 
 
 class FeatureTap:
     """Catches hidden states of `target` by hooks, which exist inside `with` and catch only during `record`.
 
-    Args:
-        target: any decoder of Transformers.
-        layers: ascending, in the `output_hidden_states` convention: j is the input of layer j. The number of layers
-            means the last one's output before the final norm, and one more the output of that norm.
-        before_deepstack: catch the output of layer j - 1 instead, before DeepStack adds features of images to it.
-
-    Raises:
-        ValueError: the target has no such layers.
+    `layers` are ascending, in the `output_hidden_states` convention: j is the input of layer j. The number of layers
+    means the last one's output before the final norm, and one more the output of that norm. With `before_deepstack` j
+    is the output of layer j - 1, before DeepStack adds features of images to it. Raises a `ValueError` if the target
+    lacks one.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -136,9 +132,9 @@ def _note_positions(module: nn.Module, arguments: tuple[Any, ...], keywords: dic
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """Find the text decoder's layers, its outermost `ModuleList` of that length: a vision tower may have one as long.
+    """Find the text decoder's layers: its outermost `ModuleList` of their number. A vision tower may have as many.
 
-    Raises a `ValueError` where none is.
+    Raises a `ValueError` if there is none.
     """
     count = target.config.get_text_config(decoder=True).num_hidden_layers
     for module in target.get_decoder().modules():
@@ -157,10 +153,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 class TargetForward:
-    """Runs the target over `cache` and catches the hidden states of `layers`, inside `with`.
+    """Runs the target over `cache` and catches the hidden states of `layers`, inside `with`; see `FeatureTap`.
 
-    `layers` is `None` without a head; see `FeatureTap`. Raises a `ValueError` where the caller compiled the target and
-    the head reads a state that its outputs lack.
+    `layers` is `None` without a head. Raises a `ValueError` where the caller compiled the target and the head reads a
+    state that its outputs lack.
     """
 
     def __init__(
@@ -200,7 +196,7 @@ class TargetForward:
             self._tap.__exit__()
 
     def read(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
-        """Run over tokens and positions `[b, t]` of a prompt. Returns the outputs and the features."""
+        """Run over tokens and positions `[b, t]` of a prompt; return the outputs and the features."""
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
         return outputs, features
@@ -211,13 +207,11 @@ class TargetForward:
             return run(), features
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Let `run` read a prompt, in one forward or in chunks.
+        """Let `run` read a prompt, in one forward or in chunks; return its result and the features.
 
-        Returns the result of `run`, the features, and the positions `[..., t]` that the text decoder got in the last
-        forward, or `None`: they may differ from those of `generate` (PaliGemma counts from 1).
-
-        Raises:
-            ValueError: the caller compiled the target, which then ignores hooks.
+        The third result are the positions `[..., t]` that the text decoder got in the last forward, or `None`: they
+        may differ from those of `generate` (PaliGemma counts from 1). Raises a `ValueError` if the caller compiled the
+        target, which then ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -235,12 +229,12 @@ class TargetForward:
         return outputs, features, seen[-1] if seen else None
 
     def verify(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
-        """Run over the nodes `[b, n]` of a tree. Returns the outputs and the features."""
+        """Run over the nodes `[b, n]` of a tree; return the outputs and the features."""
         with use_gqa_attention(self.target):
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Run these rows only, from now on; the owner of the cache cuts the cache."""
+        """Run only these rows from now on; the owner of the cache cuts the cache."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
         """Name a forward's inputs as the target does."""
@@ -261,7 +255,7 @@ class TargetForward:
 class EncoderDecoderForward(TargetForward):
     """Runs the decoder of an encoder-decoder over its `self_attention_cache`, after the encoder has read the source.
 
-    `encoder_outputs` and `encoder_mask` `[b, source]`, or `None`, are those of stock `generate`.
+    `encoder_outputs` and `encoder_mask`, `[b, source]` or `None`, come from stock `generate`.
     """
 
     def __init__(
@@ -287,7 +281,7 @@ class EncoderDecoderForward(TargetForward):
         return forward
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Let `run` read a prompt, see `TargetForward`. A decoder that gets no positions counts slots."""
+        """Like `TargetForward`; a decoder that gets no positions counts slots."""
         outputs, features, positions = super().read_by(run)
         if positions is None:
             positions = torch.arange(int(self.cache.get_seq_length()), device=self.target.device)[None]
@@ -309,7 +303,7 @@ class EncoderDecoderForward(TargetForward):
 
 
 def counts_slots(target: PreTrainedModel) -> bool:
-    """Whether a decoder counts the slots of its cache in place of positions, so that only chains stand right."""
+    """Whether a decoder counts slots of its cache in place of positions, so that only chains get the right ones."""
     takes = signature(target.forward).parameters
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
@@ -325,7 +319,7 @@ def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
 
 
 def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Index the hidden states of these layers, see `gives_hidden_states`, among the target's outputs."""
+    """Index the hidden states of these layers among the target's outputs; see `gives_hidden_states`."""
     return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
 
 
@@ -337,8 +331,8 @@ def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
 def wait_for(states: Tensor) -> None:
     """Wait until an accelerator has computed `states` `[b, t, any]`: else the clock measures a launch.
 
-    After the target's forward acceptance waits all the same. Nothing waits for a draft: the forward is launched
-    meanwhile, and the rest of the draft counts as verifying.
+    After the target's forward, acceptance waits anyway. Nothing waits for a draft: the forward is launched meanwhile,
+    and the rest of the draft counts as verifying.
     """
     if states.device.type != "cpu":
         states[0, -1, 0].item()

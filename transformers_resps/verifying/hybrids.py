@@ -1,10 +1,9 @@
 """The recurrent layers of a hybrid target while it verifies trees.
 
-A node's hidden state depends on its ancestors alone as long as attention has the tree's mask, and every mixer reads
-each path in its order. Only in its convolution and its scan do nodes meet: functions of ours stand for these two, and
-read all paths of a tree at once. No state changes before a path is accepted: then what the functions noted at its
-nodes advances the states, for all layers at once and without the mixers' projections. Related: STree (arXiv
-2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
+Nodes meet in attention, which has the tree's mask, and in the convolution and the scan of each mixer. Our functions
+replace these two, and compute all paths of a tree at once. No state changes before a path is accepted: then the values
+that the functions noted at its nodes advance the states of all layers at once, without the mixers' projections.
+Related: STree (arXiv 2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
 """
 
 import sys
@@ -26,8 +25,8 @@ from .lending import Change, lent
 from .masks import HYBRID_TYPES, RECURRENT_TYPES, layer_types
 
 
-# Class of a mixer -> its folder in `transformers.models`. These go on from a given state over several tokens and pass
-# keywords of a forward on to convolution and scan; other mixers may ignore the state, as some of stock's do.
+# Class of a mixer -> its folder in `transformers.models`. These go on from a given state over several tokens, and pass
+# keywords of a forward on to convolution and scan; others may ignore the state, as some stock mixers do.
 _MIXERS = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
     "Qwen3_5GatedDeltaNet": "qwen3_5",
@@ -69,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """The mixers that can read trees, by the index of their cache layer."""
+    """The mixers that can compute trees, by the index of their cache layer."""
     found: list[Any] = [module for module in model.modules() if _is_known(module)]
     return {mixer.layer_idx: mixer for mixer in found}
 
@@ -102,22 +101,17 @@ def _is_known(module: nn.Module) -> bool:
 
 
 class LayerStates(NamedTuple):
-    """The states of a recurrent layer, for b rows.
+    """The states of a recurrent layer, for b rows."""
 
-    Attributes:
-        convolution: `[b, c, kernel]`.
-        recurrence: `[b, heads, k, v]`; `None` of a short convolution.
-    """
-
-    convolution: Tensor
-    recurrence: Tensor | None
+    convolution: Tensor  # [b, c, kernel]
+    recurrence: Tensor | None  # [b, heads, k, v]; `None` for a short convolution
 
 
 class _Updates(NamedTuple):
-    """Updates of nodes to states `[..., k, v]`, `[..., n, any]` each, in float32.
+    """Updates `[..., n, any]` of nodes to states S `[..., k, v]`, in float32.
 
-    After a path to the node i they are e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the nodes j of
-    the path. Related: STree (arXiv 2505.14969), section 4.
+    After the path to node i a state is e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the path's nodes
+    j. Related: STree (arXiv 2505.14969), section 4.
     """
 
     keys: Tensor
@@ -125,16 +119,13 @@ class _Updates(NamedTuple):
     decays: Tensor
 
     def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
-        """The updates of the nodes on the path `[b, m]`; nodes that are not kept change nothing. Layers come first."""
+        """Gather the updates along a path `[b, m]`; nodes that are not kept change nothing. Layers come first."""
         index = path[None, :, None, :, None]
         keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
 
     def write(self, states: Iterable[Tensor]) -> None:
-        """Advance the states of several layers in place, where all nodes are one path; layers come first here.
-
-        The states are large, so they are not put together.
-        """
+        """Advance the states of several layers in place, one by one since they are large. All nodes are one path."""
         whole = self.decays[..., -1:, :]
         keys, fading = (self.keys * (whole - self.decays).exp()).mT, whole.exp().mT
         for key, value, fade, state in zip(keys, self.values, fading, states, strict=True):
@@ -150,8 +141,8 @@ _REPLACED = (
 class WholeTree:
     """A tree that mixers compute in one forward of the target: each node once, and no state changes.
 
-    The forward passes it to the replaced scans and convolutions as the keyword `resps_tree`; see `reading_trees`.
-    `depths` `[b, n]` and `ancestors` `[b, n, n]` are those of `DraftTree`, `states` those of each layer before it.
+    The replaced scans and convolutions get it as the keyword `resps_tree`; see `reading_trees`. `depths` `[b, n]` and
+    `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` are each layer's before the tree.
     """
 
     def __init__(self, depths: Tensor, ancestors: Tensor, states: Mapping[int, LayerStates]) -> None:
@@ -163,7 +154,7 @@ class WholeTree:
         self._updates: dict[int, _Updates] = {}
 
     def enter(self, layer: int) -> Tensor:
-        """A layer begins to read: its state before the convolution."""
+        """Enter a layer, and return its state before the convolution."""
         self._inside, state = layer, self._states[layer].convolution
         if state.device != self._depths.device:  # layers lie on several
             self._ancestors, self._depths = (part.to(state.device) for part in (self._ancestors, self._depths))
@@ -171,7 +162,6 @@ class WholeTree:
         return state
 
     def state(self, layer: int) -> Tensor | None:
-        """The state `[b, heads, k, v]` of a layer; `None` of a short convolution."""
         return self._states[layer].recurrence
 
     @property
@@ -182,7 +172,7 @@ class WholeTree:
         return state
 
     def convolve(self, inputs: Tensor) -> Tensor:
-        """Note what is convolved next, `[b, c, n]`."""
+        """Note and return the next input of a convolution, `[b, c, n]`."""
         self._inputs[self._inside] = inputs
         return inputs
 
@@ -201,9 +191,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Index each node, after the `kernel` - 1 entries before it on its path, in a state of `size` entries and the
-        nodes after it: `[b, n, kernel]`.
-        """
+        """Index each node's window, `[b, n, kernel]`, in a state of `size` entries followed by the nodes."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
@@ -213,7 +201,7 @@ class WholeTree:
         return self._places[kernel, size]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> Any:
-        """Compute a gated delta rule, or Kimi's: `[b, n, heads, v]`, and the state, which does not change."""
+        """Compute a gated delta rule, or Kimi's: `[b, n, heads, v]`, and the unchanged state."""
         queries, keys = (_unit(part, value.shape[-2]) for part in (query, key))
         decays = g.float() if g.dim() == keys.dim() else g.float()[..., None]
         output = self._scan(queries * query.shape[-1] ** -0.5, keys, value.float(), decays, beta.float()[..., None])
@@ -232,10 +220,10 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Compute a scan of Mamba-2: `[b, n, heads, v]`, and the state, which does not change.
+        """Compute a scan of Mamba-2: `[b, n, heads, v]`, and the unchanged state.
 
-        Stock clamps the time steps of several tokens, but not of one. Plain decoding runs its own text token by token,
-        so a tree's time steps are not clamped.
+        Stock clamps the time steps of several tokens, but not of one. Plain decoding runs token by token, so a tree's
+        time steps are not clamped.
         """
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
@@ -254,10 +242,10 @@ class WholeTree:
         *,
         has_values_first: bool = False,
     ) -> Tensor:
-        """Read the state after each node's path, `[b, n, heads, v]`, with queries and the rest `[b, n, heads, any]`.
+        """Query the state after each node's path, `[b, n, heads, v]`; all inputs are `[b, n, heads, any]`.
 
-        A node makes of a state S, in float32, with rates e^decay S + key (rate (value - key e^decay S)), and without
-        e^decay S + key value. Sources: Gated Delta Networks (arXiv 2412.06464), equation 10; Transformers are SSMs
+        A node turns a state S, in float32, into e^decay S + key value, or with rates into e^decay S + key (rate
+        (value - key e^decay S)). Sources: Gated Delta Networks (arXiv 2412.06464), equation 10; Transformers are SSMs
         (arXiv 2405.21060), section 6.
         """
         state = (self._recurrence.mT if has_values_first else self._recurrence).float()
@@ -275,10 +263,9 @@ class WholeTree:
         return outputs.transpose(1, 2)
 
     def noted(self, layer: int) -> list[Tensor]:
-        """Return what advances a layer's states: inputs of convolutions `[b, any, n]`, and `_Updates` of a scan.
+        """Return the inputs `[b, any, n]` of a layer's convolution and the `_Updates` of its scan, if it has one.
 
-        Raises:
-            ValueError: the mixer computes in another way than its class does.
+        Raises a `ValueError` if the mixer computes in another way than its class does.
         """
         if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
             raise ValueError(
@@ -294,17 +281,17 @@ def _unit(parts: Tensor, heads: int) -> Tensor:
 
 
 def _for_heads(parts: Tensor, heads: int) -> Tensor:
-    """`[..., any heads, k]` repeated for so many."""
+    """Repeat `[..., any heads, k]` for so many heads."""
     return parts if parts.shape[-2] == heads else parts.repeat_interleave(heads // parts.shape[-2], dim=-2)
 
 
 def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
-    """Subtract decays `[..., n, any]` between each node and its ancestors: `[..., n, n, any]`; others get -inf."""
+    """Subtract the decays `[..., n, any]` of a node's ancestors from its own: `[..., n, n, any]`; others get -inf."""
     return (decays.unsqueeze(-2) - decays.unsqueeze(-3)).masked_fill_(~ancestors.unsqueeze(-1), float("-inf"))
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Multiply nodes `[..., n, k]` with their ancestors, faded: `[..., n, n]`."""
+    """Multiply nodes `[..., n, k]` with their ancestors, decayed: `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
@@ -312,11 +299,11 @@ def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Turn autocast off on a device: in plain steps, no operation that it casts multiplies states."""
+    """Turn autocast off: in plain steps, no operation that it casts multiplies states."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-# Name in a modelling file -> what reads a whole tree in its place.
+# Name in a modelling file -> the method that computes a whole tree in its place.
 _READERS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": WholeTree.convolved,
     "torch_chunk_gated_delta_rule": WholeTree.delta_rule,
@@ -326,9 +313,7 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Replaces a scan or a convolution while calls decode: computes the whole tree when it gets one, and calls the
-    original otherwise.
-    """
+    """Replaces a scan or a convolution: computes a whole tree when it gets one, else calls the original."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads
@@ -340,9 +325,9 @@ class _TreeReader:
 
 
 def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Let some mixers read trees inside `with`: the names in their modelling files stand for `_TreeReader`.
+    """Let some mixers compute trees inside `with`, by a `_TreeReader` for each scan in their modelling files.
 
-    Hooks reach modules, and a scan is a function between two projections.
+    Hooks reach only modules, and a scan is a function between two projections.
     """
     files = {type(mixer).__module__: sys.modules[type(mixer).__module__] for mixer in mixers}
     return lent.holding(
@@ -356,7 +341,7 @@ def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 class WholeTreeCache(Cache):
-    """The cache of a forward over a whole tree: unchanged layers with keys, and the states of `tree`."""
+    """The cache of a forward over a whole tree: layers with keys, and the states of `tree`."""
 
     def __init__(self, layers: list[Any], tree: WholeTree) -> None:
         super().__init__(layers=layers)
@@ -379,10 +364,10 @@ class WholeTreeCache(Cache):
 
 
 class StateKinds:
-    """Groups recurrent layers with states of the same sizes, which advance together; `cache` holds a token or more.
+    """Groups recurrent layers with states of the same sizes, which advance together.
 
     Over slots a group's states lie in one tensor as well: `[layers, b, c, kernel]` and, unless the layers are short
-    convolutions, `[layers, b, heads, k, v]`. Raises a `ValueError` where a mixer has left no state in the cache.
+    convolutions, `[layers, b, heads, k, v]`. Raises a `ValueError` where a mixer has left no state in the `cache`.
     """
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
@@ -397,7 +382,7 @@ class StateKinds:
 
     @property
     def sizes(self) -> list[str]:
-        """The dimensions of these tensors by letters; b counts the rows."""
+        """The dimensions of these tensors by letters, b for the rows."""
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
@@ -405,7 +390,7 @@ class StateKinds:
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """Copies of the states in a cache."""
+        """Copy the states in a cache."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]
@@ -440,7 +425,7 @@ class StateKinds:
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance the states of each layer in place, along the kept path `[b, m]` of the tree that has noted this.
+        """Advance the states of each layer in place, by the notes of a tree along its kept path `[b, m]`.
 
         A row that keeps fewer nodes repeats its last.
         """
@@ -468,7 +453,7 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets the mixers of a target, if it has any, compute trees over a cache that grows, inside `with`."""
+    """Lets the mixers of a target, if any, compute trees over a cache that grows, inside `with`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
@@ -489,10 +474,7 @@ class RecurrentMixers:
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
-        """Yield further arguments for the forward that runs inside, with which it processes a tree.
-
-        A lone root advances the states, as in a plain step.
-        """
+        """Yield further arguments for the forward over a tree. A lone root advances the states, as in a plain step."""
         self.drop()
         if not self._mixers or tree.node_count == 1:
             yield {}
@@ -503,7 +485,7 @@ class RecurrentMixers:
         self._noted = self._kinds.noted(whole)
 
     def keep(self, path: Tensor) -> None:
-        """Advance the states along the accepted path of the newest tree, see `Verifier.keep`."""
+        """Advance the states along the accepted path of the newest tree; see `Verifier.keep`."""
         if self._noted and self._kinds is not None:
             self._kinds.advance(self._kinds.held_by(self._cache), self._noted, path)
         self.drop()

@@ -11,9 +11,7 @@ from torch.nn import Module
 
 
 class Change(NamedTuple):
-    """Replaces the attribute `name` of `owner` by `make` of its own value. Among calls that run at once the largest
-    `rank` wins, then the newest.
-    """
+    """Replaces an attribute by `make(own value)`. Of running calls the largest `rank` wins, then the newest."""
 
     owner: Any
     name: str
@@ -33,8 +31,9 @@ class _Loan:
 
 
 class Lent:
-    """Changes attributes for calls whose threads may overlap. The last call to end restores the first value; a value
-    that other code has set meanwhile stays.
+    """Changes attributes for calls that may overlap in threads.
+
+    The last call to end restores the first value, unless other code has set another one meanwhile.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Who sees what: where the nodes of a tree stand, which keys each type of layer shows them, and the masks for it.
+"""Positions of a tree's nodes, and the masks of the keys that they see in each type of layer.
 
-A new type of attention is a case in this file: its name in `ATTENTION_TYPES`, a field of `AttentionPattern`, and its
-rule in `AttentionPattern.mask`.
+A new type of attention needs a name in `ATTENTION_TYPES`, and a field of `AttentionPattern` with its rule in `mask`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..tree import DraftTree
 from .cache import cached_length, window_of
 
 
-# Layer types, as a config's `layer_types` names them, that attend as an `AttentionPattern` says.
+# Layer types, by their names in a config's `layer_types`, that attend by an `AttentionPattern`.
 ATTENTION_TYPES = frozenset(("full_attention", "sliding_attention"))
 # Layer types that keep a state in place of keys and values.
 RECURRENT_TYPES = frozenset(("linear_attention", "conv", "mamba"))
@@ -31,15 +30,10 @@ Masks = Tensor | dict[str | None, Tensor | None] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """Which keys of a text a query sees, by the positions of both; equal for all layers of one type.
+    """Which keys of a text a query sees, by the positions of both; equal for all layers of one type."""
 
-    Attributes:
-        window: newest positions that a query sees, its own included; `None` for all.
-        is_causal: whether a query sees no later position.
-    """
-
-    window: int | None = None
-    is_causal: bool = True
+    window: int | None = None  # newest positions that a query sees, its own included; `None` for all
+    is_causal: bool = True  # whether a query sees no later position
 
     @classmethod
     def of_type(cls, layer_type: str, config: PretrainedConfig) -> "AttentionPattern":
@@ -47,27 +41,24 @@ class AttentionPattern:
         return cls(config.sliding_window if layer_type == "sliding_attention" else None)
 
     def mask(self, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Make the bool mask that is true where a query sees a key.
+        """Make the bool mask of the keys that queries see, from their positions, which broadcast to `[..., q, s]`.
 
-        Args:
-            queries: their positions; they broadcast with those of the keys to `[..., q, s]`.
-            keys: likewise.
-            seen: what padding and a tree's ancestors leave to see, later keys hidden; `None` goes by positions alone.
+        `seen` is true where padding and a tree hide nothing, with later keys hidden; `None` goes by positions alone.
         """
         if seen is None:
             seen = keys <= queries if self.is_causal else torch.ones_like(queries - keys, dtype=torch.bool)
         return seen if self.window is None else seen & (queries - keys < self.window)
 
     def cuts(self, length: int) -> bool:
-        """Whether a text of so many positions has a key that a later query does not see."""
+        """Whether the window hides any key of a text of this length."""
         return self.window is not None and length > self.window
 
 
 def additive(seen: Tensor, dtype: torch.dtype, *, past: int = 0, hidden: float | None = None) -> Tensor:
-    """Turn a bool mask into what is added to scores: 0 where seen, else `hidden`, by default the dtype's minimum.
+    """Turn a bool mask into an additive one: 0 where seen, else `hidden`, by default the dtype's minimum.
 
-    The result has `past` more keys before the others, which all queries see. Targets get additive masks on purpose:
-    eager attention adds a bool one as well, and would show everything.
+    `past` more keys, which all queries see, come first. Targets never get bool masks: eager attention would add them
+    to the scores, and show everything.
     """
     mask = seen.new_zeros(*seen.shape[:-1], past + seen.shape[-1], dtype=dtype)
     mask[..., past:].masked_fill_(~seen, torch.finfo(dtype).min if hidden is None else hidden)
@@ -109,16 +100,10 @@ def tree_attention_mask(
 ) -> Masks:
     """Make the additive mask of a tree whose entries will follow those of a cache.
 
-    Args:
-        config: the target's.
-        cache: before the forward.
-        prefix_mask: `[b, s]`, 0 where a row has no entry in a slot, or padding; `None` when there is no such slot.
-        tree: the nodes to verify.
-        dtype: the target's.
-        ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
+    `prefix_mask` `[b, s]` is 0 where a slot is empty or holds padding, `None` without such slots. `ends` `[b, 1]` are
+    the slots after each row's last entry, `None` when all rows end with the cache.
 
-    Returns:
-        `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
+    Returns `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
     """
     masks = {
         name: None if pattern is None else _tree_mask(pattern, cached_length(cache), prefix_mask, tree, dtype, ends)
@@ -135,7 +120,7 @@ def _tree_mask(
     dtype: torch.dtype,
     ends: Tensor | None,
 ) -> Tensor:
-    """Windows count slots, as Transformers' own masks do: a node's slot is where it would stand as text."""
+    """Make the mask of one pattern. Windows count slots, as in Transformers: a node's slot is its place as text."""
     (rows, count), device = tree.tokens.shape, tree.tokens.device
     visible = past if pattern.window is None else min(past, pattern.window - 1)
     is_cut = pattern.cuts(past + count)
@@ -157,16 +142,15 @@ def _tree_mask(
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
-    """Position ids `[..., b, n]` of the nodes, given those of the roots `[..., b, 1]`, or that of all roots."""
+    """Position ids `[..., b, n]` of the nodes, from those of the roots: `[..., b, 1]`, or one number for all."""
     return tree.depths + root_positions
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """Find the largest position that a node may take; `None` where there is no limit.
+    """Find the largest position that a node may take; `None` without a limit. `root_position` is the first tree's.
 
-    A table of learned positions ends there. 'longrope' switches the frequencies of a whole forward as soon as one
-    position passes the original context; plain decoding does so one token at a time. `root_position` is the first
-    tree's.
+    Tables of learned positions end. 'longrope' switches the frequencies of a whole forward as soon as one position
+    passes the original context; plain decoding does so one token at a time.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)

@@ -84,7 +84,7 @@ def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeights:
-    """Keeps packed weights of a module, which does not change itself, from one `view` to the next."""
+    """Keeps packed weights of a module from one `view` to the next, without changing the module."""
 
     def __init__(self) -> None:
         self._weights: dict[str, PackedWeight] = {}
@@ -122,14 +122,9 @@ def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Modu
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Pack a weight `[n, m]` for several products without gradients, where that is faster.
+    """Make the product with a weight `[n, m]`, packed where that is faster: `[..., m]` -> `[..., n]`, in its dtype.
 
-    Args:
-        weight: must not change while the result is used.
-        bias: `[n]`, in the weight's dtype.
-
-    Returns:
-        `[..., m]` -> `[..., n]`, in the weight's dtype.
+    It computes no gradients, and the weight must not change while it is used. `bias` is `[n]`, in the weight's dtype.
     """
     if not _can_prepack(weight):
         return lambda input: F.linear(input, weight, bias)
@@ -146,10 +141,9 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tenso
 def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
-    Speeds up plain decoding and trees, on a CPU in float32, and in bfloat16 if the CPU multiplies it; elsewhere the
-    layers work as before. Packed copies take as much memory as the weights; Linux keeps them in huge pages where it
-    can. Results differ by rounding at most. Call it again after weights were changed through `.data`, which cannot be
-    noticed; PEFT's merge does so.
+    Speeds up plain decoding and trees on CPUs, in float32, and in bfloat16 if the CPU multiplies it; elsewhere layers
+    work as before. Packed copies take as much memory as the weights. Results differ by rounding at most. Call it again
+    after weights were changed through `.data`, which cannot be noticed; PEFT's merge does so.
 
     Args:
         module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are
@@ -179,14 +173,7 @@ def prepack(module: Module) -> Module:
 
 
 def unprepack(module: Module) -> Module:
-    """Undo `prepack`, and free the memory of the packed copies.
-
-    Args:
-        module: what `prepack` was given; changed in place.
-
-    Returns:
-        `module`, its linear layers now `nn.Linear`.
-    """
+    """Undo `prepack` and free the packed copies: change the module in place, and return it."""
     for layer in module.modules():
         if type(layer) is PrepackedLinear:
             del layer.packed
@@ -201,7 +188,7 @@ def is_prepacked(module: nn.Module) -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has units for it: without, oneDNN computes by a slow reference path."""
+    """Whether the CPU multiplies bfloat16: otherwise oneDNN computes by a slow reference path."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -47,13 +47,10 @@ class EndedRow:
 def whole_cache(
     target: PreTrainedModel, rows: Sequence[EndedRow], tokens: Tensor, prompt_mask: Tensor | None
 ) -> Cache:
-    """Join the caches of b rows, after each row was run up to the length of the longest.
+    """Join the caches of b rows, after running each row up to the length of the longest. The caches are used up.
 
-    Args:
-        target: in evaluation mode.
-        rows: their caches are used up.
-        tokens: `[b, any]` prompts and answers with their padding, or the end of them.
-        prompt_mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
+    `target` is in evaluation mode. `tokens` `[b, any]` are the ends of prompts and answers with their padding.
+    `prompt_mask` `[b, s]` is 0 where the prompt has padding.
     """
     longest = max(cached_length(row.cache) for row in rows)
     with torch.no_grad():
@@ -83,7 +80,7 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
 
 
 def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
-    """Replace the entries of a static cache, which is long enough, by those of a dynamic one."""
+    """Replace the entries of a static cache by those of a dynamic one, for which it is long enough."""
     layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
     for layer, filled in layers:
         if getattr(filled, "keys", None) is None:

@@ -1,4 +1,4 @@
-"""The slots of a cache that hold the entries of each row of a batch, and where and at which positions rows go on."""
+"""The cache slots of each row of a batch, and the slot and position at which each row goes on."""
 
 import sys
 from collections.abc import Sequence
@@ -12,11 +12,10 @@ from .masks import last_position
 
 
 class SlotMap:
-    """Rows of entries in the order of their texts, from slot 0 on, the prompt's padding first.
+    """Rows of entries from slot 0 on, in the order of their texts, the prompt's padding first.
 
-    A row that ends before the longest does not see the slots after its end, and its next entries overwrite them: no
-    row ever has a gap. `padding` `[b, s]` is 0 where a slot of the prompt holds padding, `None` when none does;
-    `length` entries are already in every row.
+    No row has a gap: a shorter row does not see the slots after its end, and its next entries overwrite them.
+    `padding` `[b, s]` is 0 where the prompt has padding. All rows have `length` entries already.
     """
 
     def __init__(self, padding: Tensor | None, length: int = 0) -> None:
@@ -49,7 +48,7 @@ class SlotMap:
         self._copied_ends = None
 
     def forget(self, count: int) -> None:
-        """Drop the first `count` slots, before which no row ends. The others move to the front."""
+        """Drop the first `count` slots, which every row fills, and move the others to the front."""
         ends = self._ends or [self.length]
         if self._padding is not None:
             self._padding = self._padding[:, count:] if count < self._padding.shape[1] else None
@@ -63,7 +62,7 @@ class SlotMap:
             self._end_at([self._ends[row] for row in rows])
 
     def row_ends(self, rows: int) -> list[int]:
-        """The slot after the last entry of each of so many rows, on the host."""
+        """The slot after the last entry of each row, on the host."""
         return self._ends or [self.length] * rows
 
     def ends(self, device: torch.device) -> Tensor:
@@ -75,15 +74,14 @@ class SlotMap:
         return self._copied_ends
 
     def stays_even(self, blocks: Sequence[Sequence[int]]) -> bool:
-        """Whether all rows end at the same slot, and still do after each block of entries, as `take` gets them."""
+        """Whether all rows end at the same slot, now and after each of these blocks; see `take`."""
         return self.is_even and all(min(counts) == max(counts) for counts in blocks)
 
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
-        """Add entries block by block, each block with one number per row.
+        """Add blocks of entries, each with one number per row; return the slots of these t entries and `ahead` more.
 
-        Returns:
-            The slots of these t entries and of the next `ahead`: `[b, t + ahead]`, or `[1, t + ahead]` where all rows
-            are equal. A row with fewer entries in a block repeats the slot of its last.
+        The slots are `[b, t + ahead]`, or `[1, t + ahead]` where all rows are equal. A row with fewer entries in a
+        block repeats the slot of its last.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -104,9 +102,9 @@ class SlotMap:
         return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
-        """`[b, length]` bool, true where a slot holds an entry that the row may attend to; `None` if all do.
+        """`[b, length]` bool, true where a row may attend to a slot; `None` if it may everywhere.
 
-        Slots after the longest row's end count as visible: the caller is about to fill them for every row.
+        Slots after the longest row's end are visible: the caller is about to fill them for every row.
         """
         if self._padding is None and self._ends is None:
             return None
@@ -118,7 +116,7 @@ class SlotMap:
         return seen
 
     def unpadded(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """`[rows, length]` bool, false where a slot holds padding; copies of the last row fill those too many."""
+        """`[rows, length]` bool, false where a slot holds padding. Further rows are copies of the last."""
         if self._padding is None:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
@@ -128,18 +126,12 @@ class SlotMap:
 class RowEnds:
     """The slots and the positions at which the rows of a batch go on.
 
-    Args:
-        forward: the target's, over the cache to decode with.
-        positions: `[b or 1, s]` of the prompt, or `[planes, b or 1, s]` where a token has several positions; s counts
-            the cached tokens, too.
-        mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
-
-    Attributes:
-        shifts: each row's positions minus its slots, in each plane.
-        shift: the same as one number, `[b, 1]`, or `[planes, b, 1]`. Some targets count in floats, and get floats.
-        last_position: the largest position of the target; `None` where there is no limit.
+    `positions` of the prompt are `[b or 1, s]`, or `[planes, b or 1, s]` where a token has several positions; s counts
+    the cached tokens, too. `mask` `[b, s]` is 0 where the prompt has padding.
     """
 
+    # The `shifts`, each row's positions minus its slots in each plane, as one number, `[b, 1]` or `[planes, b, 1]`.
+    # Some targets count in floats, and get floats.
     shift: float | Tensor
 
     def __init__(self, forward: TargetForward, positions: Tensor, mask: Tensor | None = None) -> None:
@@ -182,12 +174,12 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Let each row go on after the last of these positions of the prompt, in each plane."""
+        """Let each row go on after the last of the prompt's positions, in each plane."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 
     def expand(self, rows: int) -> None:
-        """Let one row of positions serve so many."""
+        """Repeat the positions for this number of rows."""
         self._shift_by(self.shifts * (rows // len(self.shifts)))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -196,7 +188,6 @@ class RowEnds:
         self._shift_by([self.shifts[row] for row in rows])
 
     def _shift_by(self, shifts: list[list[float]]) -> None:
-        """`shifts` are one number for each plane of each row."""
         self.shifts, first = shifts, shifts[0]
         self.shift = first[0]
         if len(first) > 1:
@@ -205,13 +196,13 @@ class RowEnds:
             self.shift = torch.tensor(shifts, device=self.device)
 
     def prompt_mask(self, length: int) -> Tensor | None:
-        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
+        """Make the mask `[b, length]` that `generate` would pass; `None` when all positions count."""
         visible = self.slots.visible(length, self.device)
         return None if visible is None else visible.long()
 
 
 def leading_pads(padding: Tensor) -> list[int]:
-    """Count the padding before each row's prompt, in `[b, s]` with 0 where a slot holds padding."""
+    """Count the leading padding of each row; `padding` `[b, s]` is 0 where a slot holds padding."""
     leading: list[int] = padding.int().argmax(dim=-1).tolist()
     return leading
 

@@ -1,4 +1,4 @@
-"""Tries targets of architectures that no test compares: whether they attend to a tree as to the same texts."""
+"""Tries whether a target of an architecture that no test compares attends to a tree as to the same texts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,17 +20,16 @@ COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
-# Of a forward on unknown inputs.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
 
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
-    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
-    attends to trees as to texts. An encoder-decoder has to verify chains.
+    """Compare a two-branch tree with plain forwards over its tokens, unless tests compare the architecture.
 
-    `make_forward` makes the target's without a head, for one row and over a new cache that grows.
+    An encoder-decoder has to verify a chain. `make_forward` makes the target's forward without a head, for one row and
+    over a new cache that grows. Raises a `ValueError` where it fails or its logits differ.
     """
     target = make_forward().target
     config = target.config.get_text_config()
@@ -53,11 +52,10 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 
 @torch.no_grad()
 def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
-    """The largest difference of logits between tree and text, and the largest logit.
+    """Measure the largest difference of logits between tree and text, and the largest logit.
 
-    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
-    encoder-decoder a chain, whose 0, 1, 2 are kept. The prompt has four tokens, or as many as a short table of
-    positions has room for.
+    The tree is root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. An
+    encoder-decoder gets a chain, and keeps 0, 1, 2. A short table of positions may shorten the prompt of four tokens.
     """
     vocabulary, most = target.config.get_text_config().vocab_size, last_position(target.config, 0)
     length = 4 if most is None else max(1, min(4, most - 4))  # the chain's five nodes follow
@@ -79,7 +77,7 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
 
 
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
+    """Compute the logits `[1, t, v]` of tokens `[1, t]` after a prompt, one by one like plain decoding.
 
     Mamba-2 reads several at once with other time steps.
     """
@@ -93,8 +91,9 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
 
 
 def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
-    """Compare a tree and a prompt, bit for bit, with the same tokens read in parts, unless the architecture is a known
-    one. `make_verifier` makes that of `invariant=True` over a new cache, from `position_ids` `[1, s]`.
+    """Compare the bits of a tree and a prompt with those of the same tokens in parts, unless tests compare them.
+
+    `make_verifier` makes the verifier of `invariant=True` over a new cache, from `position_ids` `[1, s]`.
     """
     model_type = target.config.get_text_config(decoder=True).model_type
     if model_type in COMPARED:
@@ -115,9 +114,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2. The prompt is as long as the target reads
-    it, up to 80 tokens: of the last 16 a part is attended to in blocks.
-    """
+    """Try the tree of `_tree_error` after 80 tokens, if they fit: the last 16 lie beyond the first block of keys."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)
