@@ -24,7 +24,6 @@ class LoadedModel(LevelSource):
 
     @classmethod
     def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> Self:
-        """Make the source of a loaded model."""
         return cls(model, target)
 
     @property

@@ -283,10 +283,8 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Return the configured reading first, then all combinations of alternatives that this target has layers for.
-
-        The alternatives are: the layer (one deeper or shallower), the states that are fed and fed back, the order of
-        embedding and hidden state, the type of norms and, if there are output heads, whose is used.
+        """Yield the configured reading first, then all combinations with layers one deeper or shallower, other states
+        that are fed and fed back, orders of embedding and hidden state, norms, and output heads.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -387,7 +385,6 @@ class MtpHead(TrainableSource, nn.Module):
         }
 
     def forward(self, depth: int, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """Run one depth over pairs; see `MtpLayer`."""
         return self.layers[depth](embeddings, hidden, **block)
 
     @property
@@ -563,7 +560,6 @@ class BoundMtp(TrainableModel):
         return self._normed(output, depth) if self._config.fed_back == "before" else output
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of the draft vocabulary."""
         head: Any = self._outputs[depth]
         if self._projections:
             project = self._projections[depth]
@@ -600,7 +596,7 @@ def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
     """Hide the text's entries that have left the window; `None` for a single query without a mask.
 
-    Positions `[b or 1, t, 1]` are slots. The tree is in slots below 0 and never leaves the window.
+    `positions` `[b or 1, t, 1]` are slots. The tree is in slots below 0 and never leaves the window.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:

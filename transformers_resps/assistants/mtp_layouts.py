@@ -43,7 +43,6 @@ class MtpConfig:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
 
     def layer_type(self, depth: int) -> str:
-        """Return the type of a depth's attention."""
         return self.layer_types[depth] if self.layer_types else "full_attention"
 
 
@@ -302,7 +301,7 @@ class MtpCheckpoint:
         return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Whether some rows of one of our tensors equal those of `weight` `[n, m]`; false if that is offloaded."""
+        """Whether one of our tensors equals `weight` `[n, m]` in some rows; false if that is offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
@@ -329,7 +328,7 @@ class MtpCheckpoint:
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
-        """Take a tensor; from FP8, multiply it by its scales.
+        """Take a tensor and its scales; from FP8, multiply them.
 
         Transformers' `Fp8Dequantize` refuses an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
         """

@@ -35,8 +35,7 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 class TokenBudgetBatches(Sampler[list[int]]):
     """Batches of at most `budget` tokens, including padding. A longer sequence is a batch alone.
 
-    `shuffle` groups sequences of nearly the same length at random, and draws a new order of the same batches for each
-    epoch.
+    `shuffle` groups sequences of similar length at random, and reorders the same batches in each epoch.
     """
 
     batch_size = None  # Accelerate reads it; sizes differ
@@ -124,12 +123,10 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
                 yield [Example.of_row(buffer[index]).tensors for index in group]
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the dataset for `epoch`, if it shuffles at all."""
         self._rows.set_epoch(epoch)
 
     def examples(self, count: int) -> Iterator[Example]:
         return map(Example.of_row, islice(self._rows, count))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield the first `count` rows for `collate`."""
         return (example.tensors for example in self.examples(count))

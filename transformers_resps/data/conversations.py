@@ -37,11 +37,9 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Yield the conversations of a file, see `read_conversations`, or of a dataset on the Hub.
+    """Yield the conversations of a file, or of a `split`, such as `train[:1000]`, of a dataset.
 
-    Args:
-        source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder with the layout of one.
-        split: of a dataset on the Hub, such as `train[:1000]`.
+    The source of a dataset is a Hub id, `owner/name` or `owner/name:config`, or a folder with the layout of one.
 
     Raises:
         ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
@@ -162,10 +160,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check messages and keep their roles and contents; a string becomes one message of `role`, unless that is `None`.
-
-    Raises a `ValueError` that describes the wrong value. The caller adds its place to the message.
-    """
+    """Check messages; a string becomes one message of `role`, if given. The caller adds the place to errors."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]

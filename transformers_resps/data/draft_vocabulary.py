@@ -48,10 +48,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """Return the draft vocabulary of an existing head, with its coverage of `examples`.
-
-    Raises a `ValueError` if it covers none of the assistant's tokens: the head could learn nothing.
-    """
+    """Return the draft vocabulary of an existing head; a `ValueError` if it covers no answer of the examples."""
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)
     if coverage == 0:

@@ -85,7 +85,6 @@ class ImageReader:
 
     @property
     def pictures(self) -> Pictures | None:
-        """The pictures up to now; `None` before the first part."""
         if not self._texts:
             return None
         shown = self._images[: sum(self._counts)]

@@ -82,10 +82,7 @@ class _Piece:
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Tokenize one conversation, up to `max_length` tokens, and mask the tokens that the assistant wrote.
-
-    Raises a `ValueError` if the chat template rewrites earlier turns, so that these tokens cannot be found.
-    """
+    """Tokenize a conversation and mask the answers; a `ValueError` if the chat template rewrites earlier turns."""
     return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
@@ -282,7 +279,6 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
 
 
 def _read_column(columns: Iterable[str], name: str) -> str:
-    """Return the first usable column; a `ValueError` if there is none."""
     names = set(columns)
     if "prompt" in names and "completion" not in names and not names & {"input_ids", "messages"}:
         raise ValueError(
@@ -342,7 +338,6 @@ class _Reader:
         return _pieces(parts[0] + parts[1], renderer, len(parts[0]), template), False
 
     def question_of(self, row: Row) -> str | None:
-        """Return the first user turn of a row, or its prompt."""
         asked = row.get(self.column)
         if self.column == "prompt" and isinstance(asked, str):
             return asked
@@ -360,9 +355,9 @@ def _template(row: Row) -> Row:
 
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
-    """Split messages into pieces, without assistant turns before the first question.
+    """Split messages, without assistant turns before the first question.
 
-    If the template rewrites earlier turns, only the part up to the first answer is used, and the result says so.
+    If the template rewrites earlier turns, use only the part up to the first answer, and return true.
     """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)

@@ -20,10 +20,7 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write into the folder of a head or policy the fingerprints of the first user turns it learned from.
-
-    `earlier` are the fingerprints of the head that training started from.
-    """
+    """Write fingerprints of the first user turns, and the `earlier` ones of the head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
         json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"

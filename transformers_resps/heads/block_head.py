@@ -136,26 +136,18 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Look up target ids `[...]` of the tokens before slots: `[..., r]`."""
+        """Look up the rows `[..., r]` of the target ids of the tokens before slots."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Make the vectors `[b, D, w, r]` that the candidates' rows are multiplied by.
-
-        Args:
-            before: `[b, D, w, r]` rows of the tokens before each slot, on w paths.
-            hidden: `[b, D, h]` the slots' outputs.
-        """
+        """Make factors `[b, D, w, r]` of the candidates' rows from w paths' `before` and `hidden` `[b, D, h]`."""
         if self.kind == "vanilla":
             return before
         hidden = hidden[:, :, None].expand(*before.shape[:-1], -1)
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """Compute the state `[b, 1, r]` before the first predicting slot.
-
-        `first` `[b, h]` is the output at the root's slot, if that slot predicts nothing.
-        """
+        """Compute the first state `[b, 1, r]`; `first` `[b, h]` is the root's output if that predicts nothing."""
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
@@ -168,11 +160,10 @@ class MarkovHead(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The candidates' rows, `[d, r]`."""
-        return self.markov_w2.weight
+        return self.markov_w2.weight  # [d, r]
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """Look up the rows of draft ids `[...]`: `[..., r]`."""
+        """Look up the rows `[..., r]` of draft ids."""
         return F.embedding(candidates, self.table)
 
 
@@ -276,7 +267,6 @@ class BlockHead(HeadModel):
 
     @property
     def correction(self) -> MarkovHead | CandidateSelector | None:
-        """The module that corrects a slot's logits by the token before it."""
         if self.config.correction == "none":
             return None
         return self.candidate_selector if self.config.correction == "selector" else self.markov_head
@@ -305,7 +295,6 @@ class BlockHead(HeadModel):
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        """Return the head's name, sizes and `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "block_size", "correction")
         named = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         return named | {"fingerprint": self.fingerprint()}
@@ -351,7 +340,6 @@ class BlockHead(HeadModel):
 
     @classmethod
     def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> "BlockHead":
-        """Convert a block drafter that Transformers has loaded."""
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
@@ -434,7 +422,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return cast(BlockLayer, self._head.layers[layer]).self_attn.entries(fused, Rope(*places))
 
     def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
-        """Run the head over roots and mask tokens `[b, q]`: normed outputs `[b, q, h]`."""
+        """Run the head over roots and mask tokens `[b, q]`: normed `[b, q, h]`."""
         table = self._table.weight
         rows = F.embedding(tokens.to(table.device), table)  # not `self._table(tokens)`, which may scale them
         embeddings = rows.to(self.device, self.dtype)
@@ -472,7 +460,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits before any correction, see `TrainableModel.normed_logits`."""
+        """Compute the logits before any correction."""
         weight = self._output.weight
         logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping

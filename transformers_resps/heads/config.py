@@ -93,7 +93,6 @@ class HeadConfig(PreTrainedConfig):
 
     @property
     def target_width(self) -> int:
-        """Width of the target's hidden states."""
         sizes: Any = self
         return int(getattr(sizes, "target_hidden_size", None) or sizes.hidden_size)
 
@@ -207,7 +206,6 @@ class DraftHeadConfig(HeadConfig):
 
     @property
     def has_fixed_rope(self) -> bool:
-        """Whether the angles at a position do not depend on the length of the text."""
         return has_fixed_rope(self.rope_parameters)
 
     @property

@@ -17,10 +17,7 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Check and sort the draft vocabulary's target ids `[d]`; `None` for all tokens.
-
-    Without `ids` they are the `size` lowest. Raises a `ValueError` for a wrong vocabulary.
-    """
+    """Check and sort the draft vocabulary's target ids `[d]`, by default the lowest `size`; `None` for all tokens."""
     check_is_model(target)
     vocab_size = text_config(target).vocab_size
     if size is not None and not (isinstance(size, int) and 1 <= size <= vocab_size):

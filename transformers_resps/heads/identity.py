@@ -36,11 +36,7 @@ def check_made_for(
 ) -> None:
     """Raise a `ValueError` that names both models if a head was made for another target.
 
-    Args:
-        target: the loaded model.
-        sizes: `vocab_size` and `hidden_size` that the head needs.
-        known: the identity of the target it was made for; keys may be missing.
-        feature_layers: the hidden states that it reads, ascending.
+    It needs `vocab_size` and `hidden_size` in `sizes`. The identity of its target is `known`, perhaps in part.
     """
     check_is_model(target)
     theirs = target_identity(target)

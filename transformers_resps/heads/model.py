@@ -47,7 +47,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Transformers' RoPE, but `head.to(torch.bfloat16)` does not round its frequencies.
+    """Transformers' RoPE, without rounding its frequencies in `head.to(torch.bfloat16)`.
 
     Rounding changes them by up to 0.4%: a whole turn after about 1,600 positions.
     """
@@ -70,7 +70,6 @@ class Rope(NamedTuple):
     sine: Tensor  # its first half is negated: it multiplies a vector's second half
 
     def at(self, wanted: Wanted) -> "Rope":
-        """Select the angles at the wanted positions."""
         return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
@@ -197,7 +196,6 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 
     @property
     def draft_token_ids(self) -> Tensor:
-        """Target ids of the tokens the head can propose, `[d]`, ascending."""
         order = torch.arange(self.config.proposable_tokens, device=self.device)
         return order if self.config.draft_vocab_size is None else order + cast(Tensor, self.d2t)
 
@@ -238,7 +236,6 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
     def plain_card(self, repo_id: str) -> str:
-        """Write a model card: what the head is, its target, and how to load it."""
         use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
@@ -256,7 +253,6 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return variant
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` that names both models if a size or the model type of `target` does not fit."""
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.target_width}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
@@ -431,11 +427,10 @@ class DraftHead(HeadModel):
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """Turn a level's output `[b, t, h]` into the next level's input, which replaces the fused features."""
+        """Turn a level's output into the next level's input, in place of fused features: `[b, t, h]`."""
         return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
-        """Return the head's embedding table; `None` if it uses the target's."""
         return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
 
     @property
@@ -500,10 +495,8 @@ class DraftHead(HeadModel):
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """Return the configured reading first, then all combinations of alternatives that this target has layers for.
-
-        The alternatives are: feature layers shifted by one, other RoPE bases, the first layer's residual before or
-        after its norm, and, if texts have images, features before or after DeepStack.
+        """Yield the configured reading first, then all combinations with other feature layers (shifted by one), RoPE
+        bases, residuals of the first layer and, if texts have images, sides of DeepStack.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None

@@ -114,11 +114,10 @@ def unroll(
 
     Args:
         model: a bound head. If it has several depths, level k runs depth k, over that depth's entries only.
-        features: `[b, t, F]` of the target.
+        features: `[b, t, F]`
         tokens: `[b, t]`
         levels: at least 1; at most the number of depths, if there are several.
-        slots: `[b, q]` ascending, where predictions are wanted; `None` for all. The others only get keys and values at
-            level 0.
+        slots: `[b, q]` ascending, where predictions are wanted. The others only get keys and values at level 0.
         first_pass: replaces `model.run` at level 0.
 
     Returns:
@@ -160,7 +159,7 @@ def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors:
 
     Args:
         model: a bound head.
-        features: `[b, t, F]` of the target.
+        features: `[b, t, F]`
         tokens: `[b, t]`
         anchors: `[b, m]` positions of the roots.
         levels: tokens to predict after each.

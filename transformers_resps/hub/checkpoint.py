@@ -56,7 +56,6 @@ class CheckpointFiles:
         self._pickled = cache(_tensors_of_a_pickle)
 
     def config(self) -> dict[str, Any] | None:
-        """Load config.json; `None` if there is none."""
         path = self._path("config.json")
         return None if path is None else _read_json(path)
 
@@ -71,7 +70,6 @@ class CheckpointFiles:
             return dict.fromkeys(file.keys(), name)
 
     def has(self, file: str) -> bool:
-        """Whether the checkpoint has this file."""
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:

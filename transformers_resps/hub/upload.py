@@ -184,14 +184,12 @@ def shareable(config: Any) -> Any:
 
 
 def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
-    """Make a card's metadata; `details` are further fields of `ModelCardData`.
-
-    The relation `adapter` means weights that are used beside the unchanged target. The Hub's default is `finetune`.
-    """
+    """Make a card's metadata; `details` are further fields of `ModelCardData`."""
     return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="text-generation",
         base_model=target,
+        # Weights that are used beside the unchanged target; the Hub's default is `finetune`.
         base_model_relation="adapter" if target else None,
         tags=list(tags),
         **details,

@@ -76,7 +76,7 @@ def canonical_block_head(
 
 
 class _PublishedBlock:
-    """Interprets a published block head; `PublishedHead` does what EAGLE-3 heads have, too."""
+    """Interprets a published block head; `PublishedHead` does the parts that EAGLE-3 heads also have."""
 
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config

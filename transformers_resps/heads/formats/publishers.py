@@ -80,10 +80,7 @@ class PublishedConfig:
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """The published layer ids, ascending; `None` if the config has none.
-
-        Their order has no meaning: ModelOpt wrote them from a set, but features are in depth order.
-        """
+        """The published layer ids in depth order, like the features: ModelOpt wrote them from a set."""
         return sorted(self.fields[self._id_field]) if self._id_field else None
 
     @property
@@ -93,12 +90,7 @@ class PublishedConfig:
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
         """Return the feature layers as indices of `output_hidden_states`, ascending.
 
-        Args:
-            count: how many layers `fc` reads.
-            layer_count: decoder layers of the target, if known.
-
-        Raises:
-            ValueError: the config names another number of layers, or their meaning is uncertain.
+        Raises a `ValueError` if they are not the `count` layers that `fc` reads, or if their meaning is uncertain.
         """
         given, ids = self.fields.get("feature_layers"), self.layer_ids
         if given is not None:

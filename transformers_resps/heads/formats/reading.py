@@ -107,10 +107,8 @@ def canonical_head(
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
     """Convert any publisher's EAGLE-3 head to our config and tensors.
 
-    Args:
-        checkpoint: the published files.
-        target: the model the head is for; supplies sizes that the config leaves out.
-        overrides: the user's corrections: fields of `DraftHeadConfig`, and `rope_theta`.
+    `target` supplies sizes that the config leaves out. `overrides` are the user's corrections: fields of
+    `DraftHeadConfig`, and `rope_theta`.
 
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
@@ -223,10 +221,7 @@ def _parallel(head: "PublishedHead") -> dict[str, Any]:
 
 
 class PublishedHead:
-    """Another publisher's head of any kind: its sizes, its vocabulary, and what it borrows from its target.
-
-    `source` is its name for messages, and `tensors` have our names.
-    """
+    """A published head of any kind, with tensors under our names: its sizes, vocabulary, and what it borrows."""
 
     def __init__(
         self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig

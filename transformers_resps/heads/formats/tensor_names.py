@@ -83,11 +83,7 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Check that a file has exactly the tensors `wanted`, the state dict that its config implies.
-
-    Raises:
-        ValueError: lists the tensors that are missing, unexpected, of another shape, or quantized.
-    """
+    """Raise a `ValueError` that lists missing, unexpected and quantized tensors, and those of other shapes."""
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise ValueError(_inexact(source, missing, unexpected))
