@@ -73,7 +73,7 @@ class CacheLayer(Protocol):
 
 
 def cache_layers(cache: "Cache") -> list[CacheLayer]:
-    """List the layers of a decoder's cache, typed."""
+    """Return the layers of a decoder's cache, typed."""
     return cast(list[CacheLayer], cache.layers)
 
 
@@ -111,7 +111,7 @@ def load_model(name: str, **options: Any) -> Any:
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
-FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # limits `cpu_flags` to the names in it, so that this machine acts as a weaker one
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # Limits `cpu_flags` to the names in it, so that this machine acts as a weaker one.
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -138,11 +138,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_extra(extra: str) -> None:
-    """Check that the packages of `extra`, a name in `pyproject.toml`, are installed.
-
-    Raises:
-        ValueError: names the packages that are missing or too old, and the extra that installs them.
-    """
+    """Raise a `ValueError` if packages of `extra`, a name in `pyproject.toml`, are missing or too old."""
     wrong = sorted(str(needed) for needed in _packages_of(extra) if not _is_met(needed))
     if wrong:
         raise ValueError(

@@ -22,17 +22,17 @@ from torch.nn.functional import pad
 class TreeShape:
     """The size of a draft tree, which a policy chooses for each step.
 
-    Args:
-        total_tokens: nodes that the target verifies, root included; at least 1.
-        depth: levels that the head drafts, at least 0; a step accepts at most one token of each.
-        top_k: children of a node, and nodes of a level that get children; at least 1.
-        lookup: maximum of further nodes from the text and from memories, on top of `total_tokens`; at least 0.
-
     `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
     `TreeShape(1, 0, 1, lookup=8)` looks up without a head.
 
+    Args:
+        total_tokens: nodes that the target verifies, root included; at least 1.
+        depth: levels that the head drafts; a step accepts at most one token of each.
+        top_k: children of a node, and nodes of a level that get children; at least 1.
+        lookup: maximum of further nodes from the text and from memories, on top of `total_tokens`.
+
     Raises:
-        ValueError: a size is below its minimum, or is not an integer.
+        ValueError: a size is too small or not an integer.
     """
 
     total_tokens: int
@@ -59,7 +59,7 @@ class TreeShape:
 
     @classmethod
     def plain(cls) -> "TreeShape":
-        """Return the shape of a step that drafts nothing: the target decodes one token."""
+        """Return the shape of a step that drafts nothing."""
         return cls(1, 0, 1)
 
     def __str__(self) -> str:
@@ -88,35 +88,23 @@ class TreeShape:
 
 
 class Pricing(NamedTuple):
-    """Facts of a verifier that decide the cost of a target forward, beside the number of nodes.
+    """Facts of a verifier that decide the cost of a target forward, beside the number of nodes."""
 
-    Attributes:
-        paths_cost: whether each further path of a tree takes time, as in the invariant mode without compiled code,
-            which gives each path its own keys.
-        packs_rows: whether padding nodes are skipped, so that each row may have its own tree size. The cost then
-            depends on all nodes beside the roots, see `StepRecord.computed`.
-        least_nodes: minimum nodes of a row; smaller trees are padded and cost the same.
-    """
-
+    # Whether each path of a tree takes time. In the invariant mode without compiled code each path has its own keys.
     paths_cost: bool = False
+    # Whether padding nodes are skipped, so that rows may differ in size. The cost then depends on all nodes beside the
+    # roots, see `StepRecord.computed`.
     packs_rows: bool = False
-    least_nodes: int = 1
+    least_nodes: int = 1  # minimum nodes of a row; smaller trees are padded and cost the same
 
 
 class Branches(NamedTuple):
-    """Nodes of one row, every parent before its children.
-
-    Attributes:
-        tokens: token of each node.
-        parents: index of each node's parent; -1 is the root.
-        probs: probability of the path to each node; 0 marks a node that only shows that it was looked up.
-        proposers: flags of `DraftTree.proposers` of each node; empty for lookup.
-    """
+    """Nodes of one row, every parent before its children."""
 
     tokens: Sequence[int]
-    parents: Sequence[int]
-    probs: Sequence[float]
-    proposers: Sequence[int] = ()
+    parents: Sequence[int]  # -1 is the root
+    probs: Sequence[float]  # probability of the path to each node; 0 marks a node that only shows it was looked up
+    proposers: Sequence[int] = ()  # flags of each node, see `DraftTree.proposers`; empty for lookup
 
 
 def _levels(parents: Sequence[int]) -> list[list[int]]:
@@ -132,23 +120,16 @@ def _levels(parents: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePool:
-    """Continuations of the root that a drafter proposes, every parent before its children.
+    """Continuations of the root that a drafter proposes, every parent before its children."""
 
-    Attributes:
-        tokens: `[b, p]` target vocabulary ids.
-        parents: `[b, p]` index of the parent in the pool; -1 is the root.
-        scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
-        levels: `[p]`, 1 for children of the root.
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    scores: Tensor
-    levels: Tensor
+    tokens: Tensor  # [b, p] target vocabulary ids
+    parents: Tensor  # [b, p] index of the parent in the pool; -1 is the root
+    scores: Tensor  # [b, p] fp32, cumulative log probability of the path; never above the parent's
+    levels: Tensor  # [p], 1 for children of the root
 
     @classmethod
     def from_branches(cls, rows: Sequence[Branches]) -> "CandidatePool":
-        """Make a pool on the host from each row's nodes, level by level; shorter levels get nodes of probability 0."""
+        """Make a pool on the host from each row's nodes; shorter levels get nodes of probability 0."""
         levels = [_levels(row.parents) for row in rows]
         depth = max(map(len, levels), default=0)
         widths = [max(len(row[level]) for row in levels if level < len(row)) for level in range(depth)]
@@ -168,7 +149,7 @@ class CandidatePool:
 
     @classmethod
     def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
-        """Make a pool of one chain of tokens for each row, with the probability of each prefix."""
+        """Make a pool of one chain for each row, with the probability of each prefix."""
         rows = zip(chains, probs, strict=True)
         return cls.from_branches([Branches(chain, range(-1, len(chain) - 1), prob) for chain, prob in rows])
 
@@ -176,7 +157,7 @@ class CandidatePool:
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
         """Join several pools of the same roots on the host, level by level.
 
-        A node that several pools share keeps its first place with the best score; its copies get -inf.
+        A shared node keeps its first place with the best score; its copies get -inf.
         """
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
@@ -247,10 +228,8 @@ class CandidatePool:
 
 
 def followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
-    """Find the nodes of one row along the tokens of `path`, from a child of `root` down, as far as there are any.
-
-    It works on lists: every step calls it, and for so few nodes tensor operations would take longer.
-    """
+    """Find the nodes of one row along the tokens of `path`, from a child of `root` down, as far as there are any."""
+    # On lists: every step calls it, and for so few nodes tensor operations would take longer
     node, nodes = root, []
     for token in path:
         child = next((i for i, other in enumerate(tokens) if other == token and parents[i] == node and i > node), None)
@@ -297,18 +276,14 @@ class DraftTree:
 
     @classmethod
     def root_only(cls, root: Tensor) -> "DraftTree":
-        """Make the tree of a plain step from the newest tokens `[b]`."""
+        """Make a plain step's tree from the newest tokens `[b]`."""
         tokens = root[:, None]
         zeros = torch.zeros_like(tokens)
         return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool)[..., None], zeros.float(), 0)
 
     @classmethod
     def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
-        """Build a tree from `[b, n]` tokens and parents; every parent comes before its children.
-
-        Raises:
-            ValueError: a parent does not come before its child.
-        """
+        """Build a tree from `[b, n]` tokens and parents; raises `ValueError` if a parent comes after its child."""
         node_count = tokens.shape[1]
         order = torch.arange(node_count, device=tokens.device)
         if node_count > 1 and not bool(((parents[:, 1:] < order[1:]) & (parents[:, 1:] >= 0)).all()):
@@ -329,17 +304,13 @@ class DraftTree:
         level_count: int | None = None,
         sizes: Sequence[int] = (),
     ) -> "DraftTree":
-        """Build the tree of the root `[b]` and the best `total_tokens - 1` nodes of the pool on its device.
+        """Build the tree of the newest tokens `[b]` and the best `total_tokens - 1` nodes of the pool, on its device.
 
         Every kept node keeps its parent, even when scores tie: the sort is stable, and a parent comes before its
         children and never scores less.
 
-        Args:
-            root: the newest tokens.
-            pool: the candidates.
-            total_tokens: nodes of the tree, root included; fewer if the pool has fewer.
-            level_count: levels of the pool; `None` reads them off the tensor, which traced code cannot.
-            sizes: nodes of each row, root included, if some rows have fewer than `total_tokens`.
+        `level_count` is the pool's; `None` reads it off the tensor, which traced code cannot. `sizes` are nodes of
+        each row, root included, if some rows have fewer than `total_tokens`.
 
         Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
@@ -401,7 +372,7 @@ class DraftTree:
         return replace(self, tokens=tokens, parents=parents, depths=depths, ancestors=ancestors, scores=scores)
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Pad the tree to `node_count` nodes for the target's forward; acceptance needs it without padding.
+        """Pad the tree for the target's forward; acceptance needs it without padding.
 
         A padding node has the root's position, sees itself alone, and is seen by no other node.
         """
@@ -457,10 +428,7 @@ def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
-    """Map (node, token) to the first child, see `DraftTree.children`, from `[b, n]` parents and tokens.
-
-    Dicts, because acceptance looks up a few entries, one after the other.
-    """
+    """Map (node, token) to the first child, see `DraftTree.children`, from `[b, n]` parents and tokens."""
     return [  # reversed, so that the first of equal children wins
         {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
         for size, above, own in zip(sizes, parents, tokens, strict=True)
@@ -472,7 +440,7 @@ DRAFTED, LOOKED_UP, REMEMBERED = 1, 2, 4
 
 
 class _Nodes:
-    """Nodes of one row of a tree as lists, which for so few are faster than tensors."""
+    """One row of a tree as lists, which are faster than tensors for so few nodes."""
 
     def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
         self.tokens, self.parents, self.scores = tokens, parents, scores
@@ -508,9 +476,9 @@ class _Nodes:
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors of one device to another in one transfer, since each one makes the host wait.
+    """Copy tensors to another device in one transfer, since each one makes the host wait.
 
-    `parts` have any shapes; those of wider elements come first.
+    Tensors of wider elements come first in `parts`.
     """
     joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     joined = joined.to(device, non_blocking=device.type != "cpu")  # the host needs the values at once

@@ -82,14 +82,14 @@ class AcceptanceModel:
         return self._hits.at(level)
 
     def reach(self, depth: int) -> list[float]:
-        """Return, before any draft, the probability that each of the first `depth` levels holds the right path."""
+        """Estimate, before any draft, how likely each of the first `depth` levels holds the right path."""
         return [self._hits.product(level) for level in range(1, depth + 1)]
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Estimate the acceptance of children that a level's nodes would get, three of each at most.
+        """Estimate the acceptance of children that a level's nodes would get, at most three of each.
 
-        On recordings of two heads the first child holds half to nine tenths of what all children hit, rising with
-        the mean probability of the nodes above it; the next two hold 0.16 and 0.075.
+        On recordings of two heads the first child has half to nine tenths of all children's hits, rising with the mean
+        probability of the nodes above it; the next two have 0.16 and 0.075.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
@@ -118,7 +118,7 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """Ratio of decayed sums for each level; a new level starts with the ratio above it, counted `weight` times."""
+    """Ratios of decayed sums; a new level starts with the ratio above it, counted `weight` times."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight

@@ -56,7 +56,7 @@ class ActionGrid:
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
         """Combine the numbers to a plain step and all shapes that a head can fill without unused levels.
 
-        A shape needs a pool of `top_k + (depth - 1) * top_k ** 2` nodes as large as its tree, and a node per level.
+        Such a tree has a node per level, and at most the pool's `top_k + (depth - 1) * top_k ** 2` nodes.
         """
         shapes = [
             TreeShape(total, depth, top_k)
@@ -74,7 +74,7 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes that could pay: with all drafts accepted, their step beats as many plain ones."""
+        """Keep the shapes whose step, with all drafts accepted, beats as many plain ones."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

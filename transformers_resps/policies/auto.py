@@ -13,7 +13,7 @@ from .throughput import ThroughputPolicy
 
 
 def default_policy() -> Policy:
-    """Make the policy of the name "auto", which needs no training."""
+    """Make the policy "auto", which needs no training."""
     return BaselineGuard(ThroughputPolicy())
 
 
@@ -34,7 +34,7 @@ class PolicyCache:
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Lend the policy of this head and key, or a new one; a call of another thread meanwhile gets a new one."""
+        """Lend the policy of this head and key, or a new one, also while another thread has it."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:

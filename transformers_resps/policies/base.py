@@ -33,11 +33,11 @@ class Observation:
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: callable that looks up the end of the sequence in the text and in memories. It returns
-            P(the path to a node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the mean
-            over rows, weighted by `row_weights` (ragged), or the minimum (lockstep). During the `size` of a policy
-            that weighs lookup it covers only nodes that the drafter's pool lacks, which are less likely.
-        prompt_seconds: seconds that head and lookup took for the prompt. The same at every step; in no record.
+        prefix_accept_probs: looks up the end of the sequence in the text and in memories. It returns P(the path to a
+            node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the mean over rows,
+            weighted by `row_weights` (ragged), or the minimum (lockstep). During the `size` of a policy that weighs
+            lookup it covers only nodes that the drafter's pool lacks, which are less likely.
+        prompt_seconds: seconds that head and lookup took for the prompt; in no record.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
         pricing: the cost of a step beside its nodes.
@@ -80,7 +80,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A drafted level, from which a policy decides whether to draft the next."""
+    """A drafted level; a policy decides from it whether to draft the next."""
 
     depth: int  # levels drafted so far
     scores: Tensor  # [b, k] fp32 cumulative log probabilities of the nodes that would get children next
@@ -94,8 +94,8 @@ class Policy(ABC):
 
     Attributes:
         needs_head: false if it works without a head.
-        uses_lookup: false if it never asks for lookup nodes nor calls `Observation.prefix_accept_probs`; the prompt is
-            then not indexed.
+        uses_lookup: false if it never uses lookup nodes or `Observation.prefix_accept_probs`; the prompt is then not
+            indexed.
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
         grows: false if it never stops between two levels. All levels are then drafted in one go, which suits
             accelerators, and `grow` is not asked.
@@ -103,12 +103,12 @@ class Policy(ABC):
         least_lookup_prob: looked-up nodes of lower probability are not verified. `size` may change it, so that nodes
             of head and lookup compete.
         weighs_lookup: whether `size` compares looked-up nodes with the draft: a node that the drafter lacks is less
-            likely, and one that both have counts once. Fixed shapes take the best of each.
-        discounts: for each level, a number that is added to its scores before the best nodes are picked; it never
-            rises, and deeper levels get the last. `size` sees the sum.
+            likely, and one that both have counts once.
+        discounts: added to the scores of each level before the best nodes are picked; never rising, and deeper levels
+            get the last one. `size` sees the sum.
         costs: the step costs that it learns itself, shared with `BaselineGuard`; `None` if it learns none.
         target_identity: the target that it was trained for, from `pair_identity`; `None` for any.
-        head_identity: the same for the head. Its weights are hashed only for a policy with an identity.
+        head_identity: the same for the head, whose weights are hashed only if the policy has an identity.
     """
 
     needs_head: bool = True
@@ -134,23 +134,15 @@ class Policy(ABC):
         return self.target_identity is not None or self.head_identity is not None
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        """Refuse another target or head than the policy was trained for, before any work; `None` is not compared.
-
-        Raises:
-            ValueError: one differs; the message names both sides.
-        """
+        """Raise a `ValueError` for another target or head than the policy was trained for; `None` is not compared."""
         check_same("target", self.target_identity, target)
         check_same("head", self.head_identity, head)
 
     def wants_head(self, rows: int, tokens: int, room: int) -> bool:
         """Return whether a call may use the head, which costs a pass over the prompt; asked once, before any step.
 
-        If not, lookup drafts alone, and `Observation.can_draft` is false.
-
-        Args:
-            rows: rows that are decoded together.
-            tokens: prompt tokens of all rows that no earlier call has processed.
-            room: tokens that each text may gain.
+        If not, lookup drafts alone, and `Observation.can_draft` is false. `tokens` counts the prompt tokens of all
+        rows that no earlier call has processed, `room` those that each text may gain.
         """
         return True
 
@@ -163,22 +155,19 @@ class Policy(ABC):
         return True
 
     def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
-        """Return how many nodes to verify, root included, up to `total_tokens`; the largest of several holds for all
-        rows unless the observation has `row_accept_probs`.
+        """Return how many nodes to verify, root included, up to `total_tokens`.
 
-        Args:
-            scores: `[b, p]` fp32 cumulative log probabilities of the pool's nodes, every parent before its children.
-            levels: `[p]` their levels, ascending; 1 for children of the root.
+        The largest of several numbers holds for all rows unless the observation has `row_accept_probs`. `scores`
+        `[b, p]` are fp32 cumulative log probabilities of the pool's nodes, every parent before its children, and
+        `levels` `[p]` their levels, ascending from 1.
         """
         return scores.shape[-1] + 1
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
-        """Look at the verified tree, for instance to draw it. Called once a step, before `observe`; not timed.
+        """Look at the verified tree of the unfinished rows, for instance to draw it; called before `observe`, untimed.
 
-        Args:
-            tree: the verified tree of the unfinished rows.
-            path: `[b, m]` the accepted nodes, root first; a row that accepted fewer repeats its last.
-            tokens: `[b, m]` the target's pick after each of them.
+        `path` `[b, m]` are the accepted nodes, root first; a row that accepted fewer repeats its last one. `tokens`
+        `[b, m]` are the target's picks after them.
         """
         return None
 
@@ -196,12 +185,12 @@ class Policy(ABC):
 
 
 def _of_wrapped(name: str) -> Any:
-    """Forward an attribute, which may change from step to step, or a method to the wrapped policy."""
+    """Forward an attribute, which may change between steps, or a method to the wrapped policy."""
     return property(attrgetter(f"policy.{name}"))
 
 
 class PolicyWrapper(Policy):
-    """Forwards every question and attribute to the wrapped `policy`; a subclass overrides some."""
+    """Forwards everything to the wrapped `policy`; a subclass overrides some."""
 
     needs_head: bool = _of_wrapped("needs_head")
     uses_lookup: bool = _of_wrapped("uses_lookup")
@@ -238,7 +227,6 @@ class Trials:
         self._left = self._every = first
 
     def is_due(self, *, pays: bool) -> bool:
-        """Decide whether to take this chance."""
         if pays:
             self._left = self._every = self._first
             return True

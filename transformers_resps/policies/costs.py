@@ -30,7 +30,7 @@ class CostModel(ABC):
         """Return the seconds of drafting `levels` levels of `width` nodes; 0 for none."""
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
-        """Return the seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
+        """Return the seconds of a whole step."""
         verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
         return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
@@ -46,12 +46,11 @@ class CostTable(CostModel):
         draft: level width -> seconds of each level of a draft; empty without a head.
         identity: device, dtype, threads, versions, target, attention and head that the table is valid for.
         overhead: seconds of a step outside its forwards: acceptance, caches, policy.
-        plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
-            Transformers; may be empty.
-        verify_range: context positions -> nodes -> first and third quartile of the repeats, in seconds; may be empty.
-        draft_range: level width -> quartiles, like `verify_range`.
-        plain_range: context positions -> quartiles, like `verify_range`.
-        draft_start: level width -> seconds of a draft beside its levels; empty in older tables, which count it as 0.
+        plain: context positions -> seconds of a forward of plain `generate`, with Transformers' attention and cache.
+        verify_range: context positions -> nodes -> first and third quartile of the repeats, in seconds.
+        draft_range: level width -> quartiles.
+        plain_range: context positions -> quartiles.
+        draft_start: level width -> seconds of a draft beside its levels; older tables lack it, which counts as 0.
 
     Raises:
         ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds. A level,
@@ -88,7 +87,7 @@ class CostTable(CostModel):
         return _interpolated({length: _interpolated(row, nodes) for length, row in self.verify.items()}, context)
 
     def plain_seconds(self, context: int) -> float:
-        """Return the seconds of a forward of plain `generate`, or else of our plain step."""
+        """Return the seconds of a forward of plain `generate`, or of our plain step if that was not measured."""
         return _interpolated(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
@@ -100,7 +99,7 @@ class CostTable(CostModel):
     def running(self, context: int, top_k: int = 4) -> "RunningCosts":
         """Make starting costs for a `ThroughputPolicy` after `context` positions; it corrects them while it decodes.
 
-        `top_k` is the number of children per node that the policy begins with: 4 on a CPU, elsewhere 10.
+        The policy begins with `top_k` children per node: 4 on a CPU, elsewhere 10.
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
@@ -109,7 +108,7 @@ class CostTable(CostModel):
         return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
-        """Refuse a table that was measured elsewhere; `here` comes from `calibration.identity_of`."""
+        """Refuse a table measured elsewhere; `here` comes from `calibration.identity_of`."""
         known = self.identity
         odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
         if odd:
@@ -128,7 +127,7 @@ class CostTable(CostModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
-        """Load a saved table; raises `ValueError` for a file that cannot be read or is no cost table."""
+        """Load a saved table; raises `ValueError` for any other file."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
@@ -216,10 +215,9 @@ _FORGETTING = 0.99  # Factor of the price of lookup after a step without it, so 
 class RunningCosts(CostModel):
     """Exponential means of measured seconds, interpolated between the measured node counts.
 
-    They hold for the context and the drafter of the measured steps, so the context is ignored. A larger tree is never
+    They hold for the context and drafter of the measured steps, so the context is ignored. A larger tree is never
     cheaper than a smaller one, but a plain step may cost more than a small tree: without a mask, attention takes
-    another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms for a plain step,
-    39 ms for four nodes).
+    another code path, slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms plain, 39 ms four nodes).
 
     Each measurement rescales all sizes. Machines have slow moments: if each size kept the time of its own moment, a
     tree that was slow once would look expensive and never be tried again.
@@ -244,8 +242,9 @@ class RunningCosts(CostModel):
         start_seconds: float = 0.0,
         widths: Mapping[int, float] | None = None,
     ) -> "RunningCosts":
-        """Make costs from known values: `verify` maps nodes to seconds of the target's forward, `start_seconds` are
-        those of a draft beside its levels, and `widths` maps widths to factors of the time of a draft.
+        """Make costs from known values: nodes -> seconds of the target's forward, and the price of a draft.
+
+        `start_seconds` are those of a draft beside its levels, and `widths` maps widths to factors of a draft's time.
         """
         costs = cls()
         for nodes, seconds in verify.items():
@@ -257,7 +256,6 @@ class RunningCosts(CostModel):
         return costs
 
     def copy(self) -> "RunningCosts":
-        """Copy the costs, to learn apart from now on."""
         copied = copy(self)
         copied._verify, copied._draft = dict(self._verify), replace(self._draft, widths=dict(self._draft.widths))
         return copied
@@ -283,8 +281,7 @@ class RunningCosts(CostModel):
     ) -> None:
         """Learn from one step of `rows` rows; negative times, from a clock that was set back, are ignored.
 
-        `width` is the width of the drafted `levels`. With `looks_up` the step verified looked-up nodes alone, with
-        `has_looked` it asked for some.
+        With `looks_up` the step verified looked-up nodes alone, with `has_looked` it asked for some.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -303,7 +300,7 @@ class RunningCosts(CostModel):
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
-        """Learn the seconds of a step without the head beside its forward."""
+        """Learn the seconds beside the forward of a step without the head."""
         if not looks_up:
             self._plain_rest = _mean(self._plain_rest, seconds)
             self.lookup_seconds *= _FORGETTING

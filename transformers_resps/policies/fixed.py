@@ -14,9 +14,6 @@ class FixedPolicy(SavedPolicy):
 
     Args:
         shape: for example `TreeShape(8, 3, 2)`. `TreeShape.from_eagle(60, 7, 10)` converts EAGLE's numbers.
-
-    Raises:
-        ValueError: `shape` is no `TreeShape`.
     """
 
     policy_type = "fixed"

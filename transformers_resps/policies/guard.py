@@ -72,11 +72,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
     for good. Once half of the rows have ended, losses are forgiven, as at the beginning of a call.
 
-    Args:
-        policy: any policy. It keeps what it learned between calls of `generate`, as the guard keeps its measurements.
-
-    Raises:
-        ValueError: `policy` is no policy.
+    Both policy and guard keep what they learned between calls of `generate`.
     """
 
     policy_type = "guard"
@@ -108,7 +104,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return self._own_costs if self.policy.costs is None else self.policy.costs
 
     def _adopt(self, costs: RunningCosts) -> None:
-        """Replace the costs in use, the policy's own through the policy."""
+        """Replace the costs in use."""
         if self.policy.costs is None:
             self._own_costs = costs
         else:
@@ -331,7 +327,7 @@ class StepLimits:
 class ExplorationBudget:
     """Bounds the time that exploration loses against plain decoding.
 
-    Bound: if no step loses more than its `limits`, a call loses at most its starting budget (`START_STEPS`, or up to
+    If no step loses more than its `limits`, a call loses at most its starting budget (`START_STEPS`, or up to
     `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, plus
     `CONFIDENT_STEPS` for a confident policy.
     """
@@ -354,7 +350,6 @@ class ExplorationBudget:
         return StepLimits(total, tree if probes_head else total, lookup)
 
     def end_step(self, step_seconds: float, plain_seconds: float) -> None:
-        """Add the share of a step's time, up to the limit of gains."""
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
 
     def forgive(self, plain_seconds: float) -> None:
@@ -372,7 +367,7 @@ class ExplorationBudget:
 
 
 class HeadAccount:
-    """Decides whether a head earns its pass over the prompt, judged by earlier calls of as many rows.
+    """Decides whether a head earns its pass over the prompt, from earlier calls of as many rows.
 
     A head that does not pay is skipped for one call, then for exponentially more after each failed retry. The estimate
     assumes that a text fills its room, which few do: skipping a useful head costs far more than a prompt.
@@ -388,14 +383,14 @@ class HeadAccount:
         self._token_seconds = 0.0  # estimated seconds of a prompt token
 
     def pays(self, rows: int, tokens: int, room: int) -> bool:
-        """Decide whether the head should process `tokens` of a coming call's prompts; see `Policy.wants_head`."""
+        """Decide whether the head should process the prompts of the coming call, see `Policy.wants_head`."""
         self._close()
         self._next, self._next_tokens = self._calls.setdefault(rows, _HeadCalls()), tokens
         self._is_refused = not self._next.is_tried(room, self._token_seconds * tokens)
         return not self._is_refused
 
     def begin_call(self, prompt_seconds: float | None) -> None:
-        """Begin a call and learn the cost of its prompts; `None` for a call without a head."""
+        """Begin a call and learn the cost of its prompts; `None` without a head."""
         self._close()
         self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
         if prompt_seconds is None:
@@ -420,12 +415,11 @@ class _HeadCalls:
     trials: Trials = field(default_factory=lambda: Trials(2, MAX_LEFT_OUT))
 
     def add(self, earned: float, tokens: float) -> None:
-        """Add a call that had the head."""
         past = HEAD_MEMORY**tokens
         self.earned, self.tokens = past * self.earned + earned, past * self.tokens + tokens
 
     def is_tried(self, room: int, price: float) -> bool:
-        """Decide whether the head is worth a prompt that costs `price` seconds."""
+        """Decide whether the head is worth `price` seconds for the prompt."""
         is_unknown = self.tokens < ENOUGH_TOKENS
         return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
@@ -474,7 +468,6 @@ class PlainClock:
         self._trees = 0
 
     def count_tree(self, gained: float) -> None:
-        """Count a verified tree and its tokens."""
         self._trees += 1
         self._gained += gained
 

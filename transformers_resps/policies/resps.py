@@ -117,10 +117,8 @@ class ReSpSPolicy(SavedPolicy):
 
     A batch gets one shape, the likeliest over all rows. Use an instance for one call of `generate` at a time.
 
-    Args:
-        config: see `ReSpSConfig`.
-        network: the trained network; `None` makes a fresh one.
-        seed: for a fresh network and for drawn actions; the global random state is not touched.
+    Without a trained `network` it makes a fresh one. `seed` is for that and for drawn actions; the global random state
+    is not touched.
 
     Raises:
         ValueError: `config` is no `ReSpSConfig`, or does not describe `network`.
@@ -161,7 +159,7 @@ class ReSpSPolicy(SavedPolicy):
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
 
     def choose(self, observation: Observation) -> TreeShape:
-        """Return the kept shape, or a new one at the first step of a call and after `persistence` steps."""
+        """Keep the shape, or pick a new one at the first step of a call and after `persistence` steps."""
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
         if is_new_text or self._steps_left <= 0:
@@ -172,7 +170,7 @@ class ReSpSPolicy(SavedPolicy):
 
     @torch.inference_mode()
     def decide(self, features: Tensor) -> TreeShape:
-        """Pick a shape for features `[b, F]`. NaN and infinities count as 0."""
+        """Pick a shape for features `[b, F]`; NaN and infinities count as 0."""
         log_probs = (self.network.logits(features) / self.config.temperature).log_softmax(-1).mean(0)  # [a]
         if self.config.sample:
             action = torch.multinomial(log_probs.softmax(-1).cpu(), 1, generator=self._generator)
@@ -195,7 +193,7 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Refuse another target, head or set of shapes than the policy was trained with; `None` is not compared."""
+        """Refuse another target, head or grid than in training; `None` is not compared."""
         super().check_identity(target=target, head=head)
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
@@ -221,7 +219,7 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _unfilled(config: ReSpSConfig) -> ActorCritic:
-    """Make the network of a config on the meta device, since saved sizes may be anything."""
+    """Make a config's network on the meta device, since saved sizes may be anything."""
     with torch.device("meta"):
         return _fresh(config)
 

@@ -44,7 +44,7 @@ class SavedPolicy(Policy):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `config.json` and, if there are weights, `model.safetensors` into a folder, created if missing.
 
-        Of a target or head that was loaded from a local folder, only the folder's name is written.
+        A target or head that came from a local folder is named without its path.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,12 +109,9 @@ class AutoPolicy:
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
-        """Load a policy of the class that its `policy_type` names.
+        """Load the policy in a folder of `save_pretrained` or at a Hub id, of the class that its `policy_type` names.
 
-        Args:
-            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
-            revision: branch, tag or commit of the repository.
-            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
+        `hub` is passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
 
         Raises:
             ValueError: no policy is found, or its type is unknown to this release.
@@ -134,7 +131,7 @@ def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]
 
 
 def class_of(policy_type: str) -> type[SavedPolicy]:
-    """Return the class of a `policy_type`."""
+    """Find the class of a `policy_type`."""
     for module in _TYPES:
         import_module(f".{module}", __package__)
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
@@ -153,7 +150,7 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
 
 
 def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
-    """Return the local folder of a policy, downloaded if need be, and its `config.json`."""
+    """Return a policy's folder, downloaded if need be, and its `config.json`."""
     if not isinstance(id_or_folder, str | Path):
         raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
     folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)

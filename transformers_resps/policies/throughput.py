@@ -48,8 +48,8 @@ _PLAIN = TreeShape.plain()
 class ThroughputPolicy(SavedPolicy):
     """Picks drafters, depth and size of every step to write the most tokens per second.
 
-    It estimates acceptance and costs while it decodes, and keeps the estimates between calls of `generate`. Use an
-    instance for one call at a time.
+    It estimates acceptance and costs while it decodes, and keeps them between calls of `generate`. Use an instance for
+    one call at a time.
 
     Args:
         depth: maximum number of levels; a block is drafted whole.
@@ -57,11 +57,8 @@ class ThroughputPolicy(SavedPolicy):
         most_nodes: maximum number of nodes from the head, below 4096.
         costs: known costs of this machine, from `CostTable.running`; `None` learns them from the first steps.
         acceptance: calibration of the head's scores, from `fitted_policy`; `None` learns it while decoding.
-        target: identity of the target that it was fitted with; `None` accepts any target.
-        head: identity of the head that it was fitted with; `None` accepts any head.
-
-    Raises:
-        ValueError: an argument has another type or is out of range.
+        target: identity of the target that it was fitted with; `None` accepts any.
+        head: the same for the head.
     """
 
     policy_type = "throughput"
@@ -154,7 +151,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Choose the looked-up nodes and return the number of the row with most."""
+        """Choose the looked-up nodes; returns how many the row with most has."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -179,10 +176,7 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Choose how many nodes of these expected tokens to verify, beside the looked-up ones or the root alone.
-
-        Returns the number and its gain in tokens.
-        """
+        """Choose how many nodes to verify beside the looked-up ones or the root alone, see `best_prefix`."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
@@ -205,7 +199,7 @@ class ThroughputPolicy(SavedPolicy):
         return count - kept, gain - step.looked_up_gain, kept
 
     def _planned_depth(self) -> int:
-        """Choose the depth of highest expected gain before anything is drafted, with one node per level."""
+        """Choose the depth of highest expected gain before drafting, with one node per level."""
         step, gains = self._step, list[float]()
         reach = enumerate(self.acceptance.reach(self._largest.depth), start=1)
         worth = [step.left_at(level)[0] * prob for level, prob in reach]
@@ -261,10 +255,7 @@ class ThroughputPolicy(SavedPolicy):
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
-        """Rank a pool's nodes by expected tokens.
-
-        Returns the tokens and row of each node, best first, and for each row and level P(it holds the right path).
-        """
+        """Return each node's expected tokens and row, best first, and each row's P(a level holds the right path)."""
         step = self._step
         best: list[list[float]] = []
         held: list[list[float]] = []
@@ -324,7 +315,7 @@ class ThroughputPolicy(SavedPolicy):
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fitted calibration, without what was learned while decoding."""
+        """Return the fitted calibration, without later learning."""
         return {_SAVED_AS: tensor([[one.intercept, one.slope] for one in self.acceptance.scalings])}
 
     @classmethod
@@ -393,7 +384,7 @@ class _Step:
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
-        """Return the number that was added to the scores of a level."""
+        """Return the number added to the scores of a level."""
         return self.discounts[min(level, len(self.discounts)) - 1] if self.discounts else 0.0
 
     def passes(self, levels: int) -> int:
@@ -474,7 +465,7 @@ class ThroughputMemory:
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
     def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
-        """Update the running means of a draft's estimated gain and price, in tokens.
+        """Update the mean estimated gain and price of drafts, in tokens.
 
         Estimates vary less than outcomes, which calibrate them elsewhere.
         """
@@ -550,7 +541,7 @@ class WidthMemory:
         return min(self._widths[self._chosen], most)
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Learn from a step of the chosen width: its expected tokens and its duration."""
+        """Learn from a step of the chosen width, with its expected tokens."""
         index = self._chosen
         self._tokens[index] = self._tokens[index] * _MEMORY + tokens
         self._seconds[index] = self._seconds[index] * _MEMORY + seconds

@@ -23,10 +23,9 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """Return the text that each token adds.
+    """Return the text that each token adds; the token that completes a character adds all of it.
 
-    Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded together with the piece
-    before it. The token that completes a character adds all of it.
+    Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded with the piece before.
     """
     pieces = []
     window, known = 0, 0  # first token that is decoded, and first token whose text is new
@@ -47,7 +46,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows` over at most `most_steps` forwards of the target; the rest follows at the end."""
+    """Move a `tqdm` bar by `rows` over up to `most_steps` forwards of the target; the rest follows at the end."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

@@ -19,10 +19,7 @@ _ENOUGH = 5  # Forwards of one size whose median is a sustained time.
 
 
 class Pace:
-    """Keeps the best times of a model's forwards over its calls.
-
-    It cannot notice a neighbour that was busy from the first step on.
-    """
+    """Keeps the best times of a model's forwards; a process that is busy from the first step on goes unnoticed."""
 
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds
@@ -30,7 +27,7 @@ class Pace:
         self._has_warned = False
 
     def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """Start a call with `threads` of the CPU; `settings` are what its times depend on beside sizes."""
+        """Start a call with `threads` of the CPU; its times depend on `settings` beside sizes."""
         return CallPace(self, settings, threads)
 
     def times_best(self, key: Hashable, seconds: float) -> float | None:

@@ -12,7 +12,7 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch; `int(counts)` works for a single row."""
+    """One number per row of the batch; `int(counts)` converts a single one."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class Timed(Protocol):
 
 
 class Timing(NamedTuple):
-    """Tokens of one text and their seconds."""
+    """Tokens and seconds of one text."""
 
     tokens: int
     seconds: float
@@ -54,8 +54,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the middle 95% of a ratio of two rates over processes and requests, both drawn with replacement.
 
-    `own` and `base` hold the totals of each process's requests, in the same order: every draw is paired, and a call
-    with the same totals returns the same interval.
+    `own` and `base` hold the totals of each process's requests, in the same order, so draws are paired. The same
+    totals give the same interval.
     """
     drawn = np.random.default_rng(0)
     of_processes, of_requests = (
@@ -71,10 +71,10 @@ def bootstrap_interval(
 class Proposed(NamedTuple):
     """Accepted nodes of all rows, counted by the source that proposed them."""
 
-    drafter: int = 0  # nodes of the head, or another source of levels, alone
-    lookup: int = 0  # nodes of the text of the call alone
-    both: int = 0  # nodes of several sources
-    memory: int = 0  # nodes of a memory of other texts alone
+    drafter: int = 0  # the head alone, or another source of levels
+    lookup: int = 0  # the text of the call alone
+    both: int = 0  # several sources
+    memory: int = 0  # a memory of other texts alone
 
     @classmethod
     def of(cls, flags: Sequence[int]) -> "Proposed":
@@ -90,12 +90,12 @@ class StepRecord:
     Attributes:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
-        verified: nodes of the target forward, root included; the maximum over rows with trees of different sizes.
+        verified: nodes of the target forward, root included; the maximum over rows.
         accepted: drafted tokens that each row kept; `int(accepted)` with one row.
-        emitted: tokens that each row gained, the accepted ones and the bonus token; 0 for finished rows.
-        draft_seconds: seconds of choosing and drafting; at the prefill, the pass of head and lookup over the prompt.
-        verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
-        step_seconds: seconds of the whole step, policy and bookkeeping included.
+        emitted: accepted tokens and the bonus token of each row; 0 for finished rows.
+        draft_seconds: choosing and drafting; at the prefill, the pass of head and lookup over the prompt.
+        verify_seconds: the target forward; on a GPU including drafting work that is still running.
+        step_seconds: the whole step, policy and bookkeeping included.
         drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
             or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number, the minimum over
             rows that gained tokens. One 0 if the policy ignores it.
@@ -163,11 +163,9 @@ class StepRecord:
 class SpeculationReport:
     """The steps of one call of `generate`, with their tokens and seconds.
 
-    The first step is the prefill: a plain step over the whole prompt.
-
     Attributes:
         batch_size: number of rows decoded together.
-        steps: one record per step, in order.
+        steps: one record per step; the first is the prefill, a plain step over the whole prompt.
         answers: the new token ids of each row, padded after a row's end.
         compile_seconds: seconds of compiling or capturing forwards, which no step counts.
         reason: the policy's reason why most steps were plain, if it has one.
@@ -181,7 +179,7 @@ class SpeculationReport:
 
     @property
     def emitted_total(self) -> int:
-        """Number of new tokens, over all rows."""
+        """New tokens of all rows."""
         return sum(step.emitted_total for step in self.steps)
 
     @property
@@ -216,7 +214,7 @@ class SpeculationReport:
     def acceptance(self) -> dict[str, Any]:
         """Return vLLM 0.32's `metrics.speculative_decoding` of a request, which AIPerf evaluates, and the forwards.
 
-        Steps begin after the prefill. Every node but the root is a draft token.
+        Steps exclude the prefill. Every node but the root is a draft token.
         """
         steps = self.steps[1:]
         accepted = [step.accepted_total for step in steps]
@@ -243,14 +241,11 @@ class SpeculationReport:
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
         """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.
 
-        Args:
-            tokenizer: decodes the tokens; without one their ids are shown.
-            row: the row of the batch to print.
-            console: a `rich.console.Console` to print to, for example `Console(file=...)`; the terminal by default.
+        Without a `tokenizer` ids are shown. `console` is a `rich.console.Console`; the terminal by default.
 
         Raises:
             ImportError: the package `rich` is missing.
-            ValueError: the batch has no such row.
+            ValueError: the batch has no such `row`.
         """
         try:
             from .console import print_steps
