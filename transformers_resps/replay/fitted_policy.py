@@ -19,10 +19,7 @@ _MIN_SLOPE = 0.1  # Keeps a more probable path from being less likely to be acce
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts; it goes on learning.
 
-    Args:
-        texts: recordings with pools of `top_k`.
-        top_k: children per node that the policy will ask for.
-        settings: other arguments of `ThroughputPolicy`: its sizes, and `target` and `head` from `pair_identity`.
+    `settings` are its other arguments: sizes, and `target` and `head` from `pair_identity`.
 
     Raises:
         ValueError: there are no texts, or they are not recordings with pools of `top_k`.
@@ -47,7 +44,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
     """Fit the maximum-likelihood scaling by Newton's method; without outcomes it is the identity.
 
-    `scores` `[n]` are log probabilities of the nodes' paths under the head, `accepted` `[n]` is bool.
+    `scores` `[n]` are log probabilities of paths under the head, `accepted` `[n]` is bool.
     """
     scores = scores.double().clamp(max=MAX_SCORE)  # the same limit as in `PlattScaling`
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)

@@ -15,7 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Outcomes of every action at every position of one recorded text; raises `ValueError` for impossible ones."""
+    """Outcomes of every action at every position of a recorded text; raises `ValueError` for impossible ones."""
 
     features: Tensor  # [t, F] input of a policy before the step at that position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
@@ -45,21 +45,17 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Outcomes of holding an action for some steps, or until the text ends.
-
-    All three are `[n]` of the actions taken, or `[n, a]` of every action; `[p, a]` at every position of all texts.
-    """
+    """Outcomes of holding an action for some steps, or until the text ends: `[n]`, or `[n, a]` of every action."""
 
     emitted: Tensor  # tokens of all steps
     seconds: Tensor  # seconds of all steps
     mean_rates: Tensor  # mean of the steps' tokens per second (Re-SpS, equation 5)
 
     def at(self, positions: Tensor) -> "HeldOutcomes":
-        """Select the outcomes at some positions."""
         return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
-        """Select one action `[n]` in each row of outcomes `[n, a]`."""
+        """Select one action `[n]` in each row `[n, a]`."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
 
@@ -67,9 +63,9 @@ class HeldOutcomes:
 class OutcomeTable:
     """Outcomes of many recorded texts, concatenated, to train or compare policies on.
 
-    It computes how long the texts take with one fixed action, and with the best action at every step, the upper bound
-    of any policy. By dynamic programming: the step at position t with action a ends at t + emitted[t, a], so the least
-    time from t to the text's end is the least over a of seconds[t, a] plus the least time from there.
+    The time with the best action at every step, the bound of any policy, comes by dynamic programming: the step at
+    position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the least over a
+    of seconds[t, a] plus the least time from there.
 
     Raises:
         ValueError: there are no texts, or they differ in grid, number of actions or width of features.
@@ -150,7 +146,7 @@ class OutcomeTable:
 
     @property
     def best_fixed(self) -> int:
-        """The fastest action over all texts."""
+        """The fastest fixed action over all texts."""
         return int(self.fixed_seconds.sum(0).argmin())
 
     @cached_property

@@ -36,7 +36,7 @@ class RankedText:
     """A recorded text, reduced to the ranks of its tokens in the pools, which give the outcome of every shape.
 
     `ranks[., k, d - 1, l - 1]` is the rank, best first, of the text's token at level l in a pool of d levels with the
-    k-th `top_k`: a tree of n nodes holds the ranks below n - 1.
+    k-th `top_k`. A tree of n nodes holds the ranks below n - 1.
     """
 
     FORMAT: ClassVar[int] = 3  # version of files
@@ -56,7 +56,6 @@ class RankedText:
 
     @classmethod
     def from_recording(cls, text: RecordedText) -> "RankedText":
-        """Reduce a recording."""
         upcoming = text.upcoming(text.depth)
         nodes, lookups, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
         path = upcoming, torch.arange(-1, text.depth - 1).expand(upcoming.shape)
@@ -68,11 +67,7 @@ class RankedText:
         return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, *sizes)
 
     def emitted(self, shape: TreeShape) -> Tensor:
-        """Compute the tokens `[t]` that a step of `shape` adds at each position.
-
-        Raises:
-            ValueError: the text was not recorded for such a shape.
-        """
+        """Compute the tokens `[t]` of a step at each position; raises `ValueError` if `shape` was not recorded."""
         most_levels, nodes = self.ranks.shape[-1], self.block_nodes
         is_larger = shape.depth > most_levels or 0 < nodes < shape.total_tokens - 1
         if shape.asks_head and (shape.top_k not in self.top_ks or is_larger):
@@ -96,16 +91,13 @@ class RankedText:
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """Tell whether the head's tree of `shape` holds each of the nodes, `[t, m]`."""
+        """Return whether the head's tree of `shape` holds each node, `[t, m]`."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every recorded shape of `grid` at every position.
-
-        A shape pays for the looked-up nodes that the head's tree lacks.
-        """
+        """Compute tokens and seconds of every shape of `grid`, which pays for looked-up nodes that its tree lacks."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
@@ -127,7 +119,7 @@ class RankedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
-        """Load a file of this release; raises `ValueError` for a file that is damaged or something else."""
+        """Load a file of this release; raises `ValueError` for any other file."""
         with open_recording(file, "ranks") as (opened, metadata):
             fields: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
             fields |= {name: int(metadata[name]) for name in _SIZES}
@@ -161,9 +153,9 @@ def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Look up nodes at each position, best first, as tokens and parents `[t, m]`, padded with token -1.
+    """Look up nodes at each position, best first.
 
-    Returns these, the ranks `[t, L]` of the text's own tokens among them, and their numbers `[t]`.
+    Returns tokens and parents `[t, m]`, padded with -1, the ranks `[t, L]` of the text's tokens, and counts `[t]`.
     """
     lookup = Lookup()
     nodes, parents, ranks, counts = [], [], [], []

@@ -32,10 +32,7 @@ _MAX_QUERIES = 256  # Nodes in one pass of the head.
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """A prompt and its output, with the pools drafted at each position; made by `record_pools`.
-
-    Positions t begin after the output's first token, which prefill gives.
-    """
+    """A prompt and its output, with the pools drafted at each position t after the output's first token."""
 
     FORMAT: ClassVar[int] = 1  # version of files, part of their names
 
@@ -51,12 +48,11 @@ class RecordedText:
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """Return the recording itself, which `RankedText` reduces."""
+        """Return `text` itself; `RankedText` reduces it."""
         return text
 
     @property
     def depth(self) -> int:
-        """Levels of the deepest pool."""
         return max(int(pool.levels[-1]) for pool in self.pools.values())
 
     def upcoming(self, count: int) -> Tensor:
@@ -74,7 +70,7 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        """Load a saved recording; raises `ValueError` for a file that is damaged or something else."""
+        """Load a saved recording; raises `ValueError` for any other file."""
         with open_recording(file, "tokens.") as (opened, metadata):
             get = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
@@ -100,16 +96,10 @@ def record_pools(
     spare_room: int = 0,
     block_nodes: int = MOST_NODES,
 ) -> RecordedText:
-    """Record on the CPU the head's drafts at every position of one text, whoever wrote it.
+    """Record the head's drafts at every position of prompt and output `[s]`, whoever wrote it.
 
-    Args:
-        target: runs over the text once.
-        head: drafts from every position.
-        input_ids: `[s]` prompt and output.
-        prompt_length: tokens of the prompt.
-        depths: `top_k` -> number of levels to draft. Blocks are drafted whole.
-        spare_room: tokens that the output could have gained; 0 if it ended at `max_length`.
-        block_nodes: for a block head, the most nodes below a root in any later tree.
+    `depths` maps each `top_k` to the levels to draft; blocks are drafted whole, for trees of up to `block_nodes` nodes
+    below the root. `spare_room` are tokens that the output could have gained; 0 if it ended at `max_length`.
 
     Raises:
         ValueError: the output has fewer than two tokens, or `depths` is empty.
@@ -142,7 +132,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """Draft every shape after each token from `start` on, one position after the other."""
+    """Draft every shape after each token from `start` on."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -164,7 +154,7 @@ class PositionPools:
     """Drafts from many positions of a text in one pass, where each node sees its own prefix and ancestors.
 
     A head's draft depends on the prefix alone, because its cache holds true features only. `features` are `[1, s, F]`
-    of the text's first s positions, `tokens` `[1, s]` the token after each.
+    of the text's positions, `tokens` `[1, s]` the token after each.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -221,10 +211,10 @@ class PositionPools:
 
 @contextmanager
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a recording and yield it with its metadata; such files have a tensor whose name begins with `needed`.
+    """Open a recording, a file with a tensor whose name begins with `needed`, and yield it with its metadata.
 
     Raises:
-        ValueError: the file is damaged, of another release, or holds something else, here or inside the `with` block.
+        ValueError: the file cannot be read, here or inside the `with` block.
     """
     try:
         with safe_open(file, framework="pt") as opened:

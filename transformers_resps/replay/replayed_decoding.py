@@ -37,13 +37,12 @@ class ReplayedStep:
 def replay_policy(
     text: RecordedText, policy: Policy, costs: CostModel, memories: Sequence[SuffixMemory] = ()
 ) -> SpeculationReport:
-    """Simulate `policy` on a recorded text, without models and without the prefill; memories stay unchanged.
+    """Simulate `policy` on a recorded text and return the report of `generate`, without a prefill.
 
-    Returns:
-        The report of `generate`, with the seconds of `costs`; its `drafted` leaves out looked-up nodes.
+    Its seconds come from `costs`, its `drafted` leaves out looked-up nodes, and memories stay unchanged.
 
     Raises:
-        ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
+        ValueError: the policy returns no shape, or one that was not recorded.
     """
     report = SpeculationReport()
     for step in decode_again(text, policy, RecordedDrafter(text), memories):
@@ -77,13 +76,9 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
 def decode_again(
     text: RecordedText, policy: Policy, drafter: Drafter, memories: Sequence[SuffixMemory] = ()
 ) -> Iterator[ReplayedStep]:
-    """Yield the steps from the output's second token to its end.
+    """Yield the steps from the output's second token to its end; the caller lets the policy learn from each.
 
-    All drafts come from `drafter`, which has not yet observed the prompt's last position; the pools of `text` are
-    ignored. The caller lets the policy learn from each step before the next.
-
-    Raises:
-        ValueError: no step can follow a decision of the policy.
+    All drafts come from `drafter`, not from the pools of `text`; it has not yet observed the prompt's last position.
     """
     unknown = text.features.new_empty(1, 1, 0)  # logits
     proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0], memories=memories))

@@ -37,7 +37,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """A model, and the head and policy whose output must be the model's own."""
+    """A model, and the head and policy that must not change its output."""
 
     model: Any  # the user's object, perhaps a PEFT model
     head: DraftSource | None  # `None` drafts by lookup alone
@@ -47,11 +47,10 @@ class ModelUnderTest:
 
     @property
     def target(self) -> PreTrainedModel:
-        """The model without a PEFT wrapper."""
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Generate the reference for prompts `[s]`: stock output, or plain decoding of the invariant mode."""
+        """Generate the reference: stock output, or plain decoding of the invariant mode."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):
@@ -124,7 +123,7 @@ PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One output that differs from the plain one."""
+    """An output that differs from the plain one."""
 
     prompt: int  # index of the prompt
     seed: int  # 0 for greedy outputs
@@ -175,10 +174,10 @@ class TextCheck:
 
 @dataclass(frozen=True, slots=True)
 class ComparedCall:
-    """One call of `generate`: the prompt's index and ids `[s]`, the random seed, and settings."""
+    """One call of `generate`."""
 
-    index: int
-    prompt: Tensor
+    index: int  # of the prompt
+    prompt: Tensor  # [s]
     seed: int
     settings: dict[str, Any]
 
@@ -186,7 +185,7 @@ class ComparedCall:
 def compare(
     model: ModelUnderTest, name: str, batches: Sequence[Sequence[ComparedCall]], *, alone: bool = False
 ) -> TextCheck:
-    """Compare left-padded batches of calls with one seed and the same settings.
+    """Compare left-padded batches, each of calls with one seed and the same settings.
 
     In half precision a batch of several calls must be greedy, because one draw cannot be judged. With `alone`, for the
     invariant mode, the reference decodes each prompt without the others and in one chunk.

@@ -26,7 +26,7 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an output, with the target's distribution and the drafted tokens at its position."""
+    """One token of an output, and what target and drafter predict at its position."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
@@ -43,14 +43,14 @@ class DraftReader:
 
     @torch.no_grad()
     def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
-        """Examine every token of `output` `[t]` after `prompt` `[s]`; all but the first have up to `drafts` drafts."""
+        """Examine every token of `output` `[t]` after `prompt` `[s]`; the first one has no drafts."""
         text = torch.cat([prompt, output.to(prompt.device)]).to(self._target.device)
         logits = self._target(input_ids=text[None, :-1], use_cache=False, logits_to_keep=len(output)).logits[0]
         probs, drafted = logits.float().softmax(-1).cpu(), [([], []), *self._drafted(text, len(prompt), drafts)]
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """Draft the first level below each token of `text` from `start` on but the last, with probabilities."""
+        """Draft the first level after each token from `start` on but the last, with probabilities."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0

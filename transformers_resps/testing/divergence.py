@@ -22,13 +22,7 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first difference of two outputs to one prompt; logits are from a plain forward over the common part.
-
-    Attributes:
-        needed: for sampling or logits processors, where bare logits say little: spacings by which the logit of either
-            token must rise before plain decoding, with the same random numbers, picks it; the larger of both, rounded
-            up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits decide.
-    """
+    """The first difference of two outputs to one prompt; logits are from a plain forward over the common part."""
 
     position: int  # index in the output; both outputs are equal before it
     plain_token: int | None  # token of plain decoding; `None` when its output had ended
@@ -37,6 +31,9 @@ class Divergence:
     speculative_logit: float
     best_logit: float
     dtype: torch.dtype
+    # For sampling or logits processors: spacings by which the logit of either token must rise before plain decoding,
+    # with the same random numbers, picks it; the larger of both, rounded up to a power of two, infinite beyond
+    # `MAX_SPACINGS`. `None` where bare logits decide.
     needed: float | None = None
     invariant: bool = False  # whether both were written in the invariant mode, which rounds every token alike
 
@@ -55,7 +52,7 @@ class Divergence:
 
     @property
     def spacings(self) -> float:
-        """Number of spacings by which rounding must have moved logits."""
+        """Spacings by which rounding must have moved logits."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed
@@ -80,17 +77,10 @@ class Divergence:
 def explain_divergence(
     model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor, *, invariant: bool = False
 ) -> Divergence | None:
-    """Compare two greedy outputs of `model` to one prompt; returns `None` when they are equal.
+    """Compare two greedy outputs of `model` to a prompt `[s]`; returns `None` when they are equal.
 
-    It judges bare logits, which say nothing after sampling or logits processors. `model` runs once more if they
-    differ.
-
-    Args:
-        model: the model that wrote both outputs.
-        prompt_ids: `[s]`, without padding.
-        plain_ids: `[t]` the output of plain `generate`, without the prompt.
-        speculative_ids: `[t']` the output to judge, without the prompt.
-        invariant: whether both were written with `invariant=True`.
+    It judges bare logits, which say nothing after sampling or logits processors. `plain_ids` `[t]` come from plain
+    `generate`, `speculative_ids` `[t']` are judged, both without prompt and padding.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
     position = first_difference(plain, speculative)
@@ -117,7 +107,7 @@ def explain_divergence(
 
 
 def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:
-    """Find the first index at which two outputs differ, perhaps the end of one; `None` when they are equal."""
+    """Find the first index at which two outputs differ, perhaps the end of one; `None` if they are equal."""
     pairs = enumerate(zip_longest(output, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 

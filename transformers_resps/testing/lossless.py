@@ -112,23 +112,19 @@ def assert_lossless(
     meanwhile. Its generation settings apply to the compared outputs, not to the distribution.
 
     Args:
-        model: any model that `attach` takes, on its device, in its dtype.
-        head: its draft head, MTP layers, an assistant, a small model, or the name of one; `None` drafts by lookup
-            alone.
+        model: any model that `attach` takes.
+        head: a draft head, MTP layers, an assistant, a small model, or the name of one; `None` drafts by lookup alone.
         policy: a policy or the name of one; "auto" if there is neither head nor policy.
         prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
             Real prompts test more, because more drafts are accepted.
-        seeds: number of sampled outputs per sampling setting, over the prompts in turn; twelve times as many test the
+        seeds: sampled outputs per sampling setting, over the prompts in turn; twelve times as many test the
             distribution.
         max_new_tokens: length of each compared output.
         invariant: whether `generate(..., invariant=True)` is compared.
 
-    Returns:
-        The report.
-
     Raises:
         NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference, or may not.
-        ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
+        ValueError: an argument is unusable, or `generate` refuses it.
     """
     started = time.perf_counter()
     _check_kinds(model, policy)
@@ -250,7 +246,7 @@ def _check_kinds(model: Any, policy: Any) -> None:
 
 
 def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
-    """Check a prompt and convert it to `[s]` token ids."""
+    """Convert a prompt to token ids `[s]`, or refuse it."""
     ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
     is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
     if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
