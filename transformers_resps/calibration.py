@@ -1,4 +1,4 @@
-"""Measure the costs of steps on this machine: `calibrate` makes a `CostTable`, which serves only where it was made."""
+"""Measure the costs of steps on this machine: `calibrate` makes a `CostTable`, valid only on this machine."""
 
 import hashlib
 import json
@@ -36,13 +36,13 @@ from .verifying.slots.engine import SlotEngine
 from .verifying.verifier import Verifier, VerifyingMode
 
 
-FORMAT = 2  # of stored tables; it is part of their names, so that those without the start of drafts are not read
-CONTEXTS = (128, 768)
+FORMAT = 2  # part of the names of stored tables, so that older ones are not read
+CONTEXTS = (128, 768)  # positions
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_MORE_NODES = (48, 64, 96)  # beyond a CPU, where "auto" asks for them
+_MORE_NODES = (48, 64, 96)  # on other devices than CPUs, where "auto" asks for them
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 5
-_SECONDS_PER_CELL = 1.0  # a slow machine gets fewer repeats, so that the whole takes less than a minute
+_SECONDS_PER_CELL = 1.0  # a slow machine repeats less, so that all takes less than a minute
 
 
 def calibrate(
@@ -58,20 +58,19 @@ def calibrate(
 
     Args:
         target: the model, in the dtype and on the device that it decodes with.
-        head: what drafts for it: its draft head, MTP layers, an assistant, a small model, or the name of one; or
-            `None`.
-        invariant: measure steps of the invariant mode. Its table is another one, without times of stock's `generate`.
+        head: its draft head, MTP layers, an assistant, a small model, the name of one, or `None`.
+        invariant: measure the invariant mode, in a separate table without times of stock's `generate`.
         refresh: measure again even if a table is stored.
-        folder: where tables are stored; `None` is a folder in the Hugging Face cache.
+        folder: where tables are stored; by default in the Hugging Face cache.
         clock: returns seconds.
 
     Returns:
-        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention,
-        mode or head change.
+        The table, stored in `folder` and reused until device, dtype, threads, versions, target, attention, mode or
+        head change.
 
     Raises:
         ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
-            target or its cache does not support draft trees or the invariant mode, or the clock does not advance.
+            target does not support draft trees or the invariant mode, or the clock does not advance.
     """
     _check_target(target, has_head=head is not None)
     mode = _admitted(target) if invariant else GrowingMode()
@@ -133,14 +132,14 @@ def _check_target(target: Any, *, has_head: bool) -> None:
 
 
 def _admitted(target: PreTrainedModel) -> VerifyingMode:
-    """The mode that writes one text in any dtype."""
+    """Return the invariant mode, or raise where the target does not support it."""
     calls = InvariantCalls(SlotEngine())
     calls.admit(target, partial(setting_of, model=target, config=None, arguments={}), {})
     return calls.mode(target)
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Name what a measurement depends on. `attention` is that of the verifying mode; `None` is the target's own."""
+    """Name all that a measurement depends on; `attention` is the verifying mode's, by default the target's."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -156,7 +155,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: 
 
 
 def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
-    """The kind, and what its levels cost by: parameters of its own, dtype and tokens to choose from."""
+    """Return the source's class, and what its cost depends on: own parameters, dtype, proposable tokens."""
     if not isinstance(source, LevelSource):
         return type(source).__name__
     model, modules = source.bind(target), source.own_modules
@@ -165,7 +164,7 @@ def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or that of the CPU with its generation and vector units, as far as the system tells."""
+    """Return the GPU's name, or the CPU's with its generation and vector units, if known."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -174,20 +173,20 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name(information: Path) -> str:
-    """The CPU in a file like `/proc/cpuinfo`; without such a file, what Python knows of it."""
+    """Return the CPU's name from a file like `/proc/cpuinfo`, or else from Python."""
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     fields: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     name, family, model = (fields.get(detail) for detail in ("model name", "cpu family", "model"))
-    # A name alone may stand for several generations
+    # several generations may have one name
     generation = f" (family {family}, model {model})" if family and model else ""
     return f"{name}{generation}" if name else platform.processor() or platform.machine()
 
 
 class _Measured(NamedTuple):
-    """Seconds: the median of the repeats, and their first and third quartile."""
+    """Median, first and third quartile of the repeats, in seconds."""
 
     median: float
     low: float
@@ -211,17 +210,17 @@ def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
 def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
 ) -> dict[int, _Measured]:
-    """Number of nodes -> seconds at one context length."""
+    """Time verification at one context length: number of nodes -> seconds."""
     vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
-    # a mask's content costs nothing, its size does; where paths have a price, three of eight nodes end one
+    # only a mask's size costs time, not its content; if paths cost time, three of eight nodes end one
     parents = order * 5 // 8 if verifier.pricing.paths_cost else torch.zeros_like(order)
 
     def verify(nodes: int) -> None:
         logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
-        if verifier.reads_paths:  # two nodes are kept, since states advance along them
+        if verifier.reads_paths:  # keep two nodes, since states advance along them
             verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
         else:
             verifier.undo()
@@ -232,7 +231,7 @@ def _time_verifying(
 
 @torch.no_grad()
 def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
-    """Seconds of a forward as plain `generate` makes it."""
+    """Time a forward of plain `generate`."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
     positions = torch.arange(context + 1, device=target.device)[None]
@@ -252,7 +251,7 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
 ) -> tuple[dict[int, float], dict[int, _Measured]]:
-    """Width -> seconds of a draft beside its levels, and of each level, from drafts of one level and of three."""
+    """Time drafts of one and of three levels: width -> seconds beside the levels, and width -> seconds of a level."""
     layers = source.feature_layers
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, _Measured]()
@@ -264,13 +263,13 @@ def _time_drafting(
         most = min(drafter.most_levels or 3, 3)
 
         def draft(width: int, depth: int) -> None:
-            # a step commits a token at least, which a draft reads first
+            # a draft first reads the committed tokens, at least one
             drafter.observe(Committed(tokens[:, :1], None if features is None else features[:, :1]))
             drafter.draft(tokens, DraftRequest(TreeShape(width + 1, depth, width))).scores[0, -1].item()
 
         for width in WIDTHS:
             several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))
-            pairs = zip(several, one, strict=False)  # a slow machine may have repeated one less
+            pairs = zip(several, one, strict=False)  # a slow machine may have repeated one of them less
             one_level = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
             shortest = statistics.median(one)
             median = _of_one(statistics.median(several), shortest, most - 1)
@@ -280,16 +279,14 @@ def _time_drafting(
 
 
 def _of_one(several: float, one: float, more: int) -> float:
-    """Seconds of a level, from those of a draft of one and of one with `more`; noise may hide what it takes, and a
-    block of one level has none.
-    """
+    """Return the seconds of a level, from drafts of one and of `more` further levels; 0 where noise hides them."""
     return max(several - one, 0.0) / max(more, 1)
 
 
 def _time_overhead(
     target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
 ) -> float:
-    """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
+    """Return the median seconds of a step outside its forwards, in a short answer that fits `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
@@ -318,7 +315,7 @@ class _Stopwatch:
         self._clock, self._done = clock, done
 
     def time(self, run: Callable[[], None]) -> list[float]:
-        """Seconds of each repeat of `run`, after one warm-up; raises `ValueError` when the clock does not advance."""
+        """Time repeats of `run` after a warm-up, in seconds; raise `ValueError` if the clock does not advance."""
         run()
         taken: list[float] = []
         while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):

@@ -1,6 +1,6 @@
 """`resps bench`: compares draft trees and policies with plain decoding on your prompts.
 
-`training/benchmark.py` of a clone builds on the same parts: it adds methods, keeps a journal and draws more plots.
+`training/benchmark.py` of a clone adds methods, a journal and more plots.
 """
 
 import argparse
@@ -68,7 +68,7 @@ _PLOT = "ratios.svg"  # beside the results
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of one benchmark, as `resps bench --help` describes them; `methods` is `None` for all choices."""
+    """The settings of one benchmark, described by `resps bench --help`; `methods` is `None` for all choices."""
 
     choices: ClassVar[Mapping[str, str]] = BENCH_METHODS
 
@@ -102,7 +102,7 @@ class BenchConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """The methods; by default all, without a head all that need none."""
+        """The methods; by default all that are possible."""
         possible = [name for name in self.choices if self.head is not None or name != EAGLE]
         return possible if self.methods is None else list(self.methods)
 
@@ -111,18 +111,18 @@ Config = TypeVar("Config", bound=BenchConfig)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `resps bench`, whose machine was found quiet before."""
+    """Run `resps bench`, after `main` found the machine quiet."""
     return bench(read_options(args, BenchConfig), args.load, as_json="json" in args, plots="plot" in args)
 
 
 def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
-    """Return what the parsed options ask for."""
+    """Make the config of parsed options."""
     options = vars(args)
     return config_type(**{field.name: options[field.name] for field in fields(config_type) if field.name in options})
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
-    """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C."""
+    """Measure and report; return 1 if an answer differs from the plain one by more than rounding, 130 after Ctrl-C."""
     start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
@@ -169,19 +169,19 @@ def start(config: BenchConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """A target, what drafts for it, policies and perhaps a draft model, which fit together."""
+    """A target, and the source, policies and draft model that were checked to fit it."""
 
     target: Any
     tokenizer: Any
     head: DraftSource | None
     policies: dict[str, Policy | str]  # name in the table -> policy, or "auto"
     draft_model: PreTrainedModel | None  # for Transformers' assisted generation
-    sources: dict[str, str]  # "head" and name of a loaded policy -> its folder or Hub id
-    trained_on: dict[str, set[str] | None]  # likewise -> fingerprints of its training prompts; `None` if not kept
+    sources: dict[str, str]  # "head" or name of a policy -> folder or Hub id
+    trained_on: dict[str, set[str] | None]  # the same keys -> fingerprints of training prompts; `None` if not kept
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
-        """Load what `config` names. Raises `ValueError` when something is missing or does not fit the target."""
+        """Load what `config` names; raise `ValueError` if something is missing or does not fit the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         head = load_source(config.head, target, config.revision)
@@ -194,7 +194,7 @@ class BenchModels:
         return cls(target, tokenizer, head, loaded, small, sources, trained_on)
 
     def check_unseen(self, dialogues: Sequence[Dialogue]) -> None:
-        """Raises ValueError when head or policies were trained on one of the prompts."""
+        """Raise `ValueError` if head or policies were trained on one of the prompts."""
         for name, fingerprints in self.trained_on.items():
             check_apart(dialogues, fingerprints or set(), f"the training prompts of {name}")
 
@@ -233,7 +233,7 @@ def _policy_name(called: str, policy: Policy | str) -> str:
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:
-    """Load a small model for assisted generation. Raises `ValueError` when its vocabulary is not the target's."""
+    """Load a small model for assisted generation; raise `ValueError` if its vocabulary is not the target's."""
     small: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     own, other = (m.config.get_text_config().vocab_size for m in (small, target))
     if own != other:
@@ -245,7 +245,7 @@ def load_draft_model(name: str, target: Any) -> PreTrainedModel:
 
 
 def read_datasets(config: BenchConfig) -> list[list[Dialogue]]:
-    """Read all conversations of each dataset. Raises `ValueError` when one is empty or two have the same name."""
+    """Read all conversations of each dataset; raise `ValueError` if one is empty or two have the same name."""
     stems = [Path(source).stem for source in config.datasets]
     odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
     if odd:
@@ -266,7 +266,7 @@ def methods_of(
 ) -> list[Method]:
     """Return the methods that `config` asks for, in the order of the table.
 
-    `others` stand before its trees and policies, `trees` between them; `compiles` is whether this machine can.
+    `others` come before its trees, and `trees` between its trees and policies; `compiles` is whether steps can.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]
     if config.invariant:
@@ -290,10 +290,7 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Decode everything under a progress bar, and call `after` with each prompt and its runs.
-
-    Returns whether all was decoded; Ctrl-C stops it.
-    """
+    """Decode all, and call `after` with each prompt and its runs; return whether Ctrl-C did not stop it."""
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
             for prompt, runs in session.run(bar.update):
@@ -307,7 +304,7 @@ def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None])
 
 
 def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Return `settings` of the results: what must be the same for all figures of one table."""
+    """Return `settings` of the results, which must be equal for all figures of one table."""
     return {
         "methods": config.chosen,
         "shapes": [f"tree {shape}" for shape in config.shapes],
@@ -330,7 +327,7 @@ def results_of(
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
-    """Return the results so far, as in training/benchmarking/RESULTS.md; `estimates` are marked as not measured."""
+    """Return the results so far (training/benchmarking/RESULTS.md); `estimates` are marked as not measured."""
     timings, names = session.timings, [method.name for method in session.methods]
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
     reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]
@@ -359,7 +356,7 @@ def results_of(
 
 
 def report(results: dict[str, Any], file: Path, *, as_json: bool = False) -> int:
-    """Print what was found, and write the table beside the results; returns the exit status."""
+    """Print the results, write the table beside the file, and return the exit status."""
     status = 130 if results["partial"] else int(bool(results["unexplained"]))
     table = markdown_table(results)
     file.with_name("table.md").write_text(table + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`resps cache`: the compiled code that is kept for later processes."""
+"""`resps cache`: list or remove compiled code that is kept for later processes."""
 
 import argparse
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""`resps calibrate`: what steps cost on this machine, and whether drafting can pay."""
+"""`resps calibrate`: measure what steps cost on this machine, and whether drafting can pay."""
 
 import argparse
 import json
@@ -10,14 +10,14 @@ from ..policies.costs import CostTable, Range
 from .loading import load_source, load_target
 
 
-_MIN_SPREAD = 0.1  # Plain forwards; a smaller spread of repeats changes no conclusion.
-_IMPOSSIBLE = 3.0  # Times the duration of an equal or larger forward: another process came or went meanwhile.
-_NODES = (2, 4, 8)  # Tree sizes in the verdict.
-_PAYS_BELOW = 1.6  # Plain forwards that a verification may cost for drafting to pay.
+_MIN_SPREAD = 0.1  # of repeats, in plain forwards: a smaller one changes no conclusion
+_IMPOSSIBLE = 3.0  # a forward that takes so many times as long as a larger one was disturbed
+_NODES = (2, 4, 8)  # tree sizes in the verdict
+_PAYS_BELOW = 1.6  # most plain forwards that a verification may cost
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the cost table, measured now or earlier, and its verdict."""
+    """Print the cost table, new or stored, and its verdict."""
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
@@ -52,7 +52,7 @@ def _milliseconds(seconds: float, spread: Range | None) -> str:
 
 
 def what_must_be_accepted(table: CostTable) -> str:
-    """Return how many drafted tokens must be accepted for drafting to pay, or that the measurement is too noisy."""
+    """Say how many drafted tokens must be accepted for drafting to pay, or that the measurement is too noisy."""
     context = min(table.verify)
     plain = table.plain_seconds(context)
     costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in _NODES}
@@ -81,7 +81,7 @@ def what_must_be_accepted(table: CostTable) -> str:
 
 
 def _contradiction(table: CostTable) -> float:
-    """Return the largest ratio of a forward's duration to that of a forward as large or larger."""
+    """Return the largest ratio of a forward's duration to an equal or larger forward's."""
     cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
     cells += [(context, 1, taken) for context, taken in table.plain.items()]
     return max(

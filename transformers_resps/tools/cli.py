@@ -1,7 +1,6 @@
-"""The command `resps`: parses its arguments, then loads PyTorch and the module of the subcommand.
+"""The command `resps`: parses its arguments, then runs `run` in the module of the subcommand's name.
 
-Subcommand NAME is `run` in the module NAME beside this one. Nothing imported here may load PyTorch, which takes
-seconds, so help and refusals of wrong arguments come at once.
+Nothing imported here may load PyTorch, which takes seconds, so that help and refusals come at once.
 """
 
 import argparse
@@ -28,10 +27,10 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return 1 for a fault in its object, 2 if it could not run, 130 after Ctrl-C."""
+    """Run a subcommand; return 1 if it found a fault, 2 if it could not run, 130 after Ctrl-C."""
     args = make_parser().parse_args(arguments)
     try:
-        if args.command == "bench":  # before loading, which keeps CPUs busy itself
+        if args.command == "bench":  # before loading, which uses CPUs
             args.load = quiet.checked_load("accept_noise" in args)
         if "torch" not in sys.modules:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-_FLAGS = {  # Option of a command -> words of the library about its keyword, and words for the command line.
+_FLAGS = {  # option of a command -> words of the library, and words for the command line
     "invariant": (
         ("pass `invariant=False`", "leave out `--invariant`"),
         ("leave out `invariant=True`", "leave out `--invariant`"),
@@ -62,7 +61,7 @@ _FLAGS = {  # Option of a command -> words of the library about its keyword, and
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
-    """Translate a refusal of the library into options of a command."""
+    """Replace keywords by options in a refusal of the library."""
     for option in _FLAGS.keys() & vars(args).keys():
         for keyword, flag in _FLAGS[option]:
             message = message.replace(keyword, flag)
@@ -70,7 +69,7 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands."""
+    """Make the parser of all subcommands."""
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -156,8 +155,8 @@ def _add_bench(commands: _Commands) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str]) -> None:
-    """Give `parser` an option for each field of `BenchConfig`, with these methods to choose from."""
-    parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of the config
+    """Add an option for each field of `BenchConfig`, with `choices` of methods."""
+    parser.argument_default = argparse.SUPPRESS  # so that the config's defaults hold
     add = parser.add_argument
     add("target", type=model, help="folder or Hub id of the target")
     add("head", type=model, nargs="?", default=None, help=f"{HEAD}; without one, drafts by lookup")
@@ -249,7 +248,7 @@ def temperature(text: str) -> float:
 
 
 def shape(text: str) -> "TreeShape":
-    """Read total_tokens, depth and top_k from `8,4,2`; a fourth number is `lookup`."""
+    """Read total_tokens,depth,top_k[,lookup], such as `8,4,2`."""
     from ..tree import TreeShape  # imports PyTorch
 
     try:
@@ -261,7 +260,7 @@ def shape(text: str) -> "TreeShape":
 
 
 def dtype(text: str) -> str:
-    """Accept the name of a dtype that models are loaded in, or auto."""
+    """Accept a dtype for loading models, or auto."""
     if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
     return text

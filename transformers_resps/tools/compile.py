@@ -18,11 +18,7 @@ _NEW_TOKENS = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode a few tokens with compiled steps.
-
-    Raises:
-        ValueError: the code cannot be compiled, or cannot be kept.
-    """
+    """Decode a few tokens with compiled steps; raise `ValueError` if the code cannot be compiled or kept."""
     folder = packages_folder()
     if folder is None:
         raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder")

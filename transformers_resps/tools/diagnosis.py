@@ -1,4 +1,4 @@
-"""Compare how well a head agrees with its target under each reading, and name the right one."""
+"""Compare a head's agreement with its target under each reading of its file, and name the right one."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,15 +8,15 @@ from typing import Any
 from ..drafting import FileReading
 
 
-_SURE = 3.0  # standard errors of a sure difference; more than two, since the best of some twenty readings is compared
-_MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
-_MIN_NATS = 0.02  # per chain, likewise
-_HOPELESS = 5.0  # standard errors: a reading that is worse by more is dropped
-_MUCH = 0.05  # share of a step's tokens: no verdict while another reading might add more
+_SURE = 3.0  # standard errors of a sure difference; not two, since the best of some twenty readings is compared
+_MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth another file
+_MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth another file
+_HOPELESS = 5.0  # standard errors; a reading that is worse by more is dropped
+_MUCH = 0.05  # share of a step's tokens; no verdict while another reading might add more
 _FEW_ANSWERS = 10  # no verdict from fewer
 _DROPPING_ANSWERS = 8  # no reading is dropped after fewer
-_SETTLING_ANSWERS = 20  # the diagnosis does not end before: early answers decide by chance more often
-_STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
+_SETTLING_ANSWERS = 20  # the diagnosis ends after no fewer, since few answers often decide by chance
+_STRANGER = 0.05  # agreement at depth 1; below, the head was not made for this target
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Tally:
     """One answer under one reading, as sums over its positions."""
 
     positions: int  # where a chain was drafted
-    kept: int  # tokens of the chains that the target accepts
-    log_prob: float  # nats that the head gave the target's own tokens, at all depths
+    kept: int  # drafted tokens that the target accepts
+    log_prob: float  # of the target's tokens by the head, in nats, over all depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class ReadingScore:
 
     @property
     def accepted(self) -> float:
-        """Drafted tokens per position that the target accepts of a chain as long as `agreement`."""
+        """Accepted tokens per position, of chains as long as `agreement`."""
         return sum(tally.kept for tally in self.tallies) / self.positions
 
     @property
     def log_prob(self) -> float:
-        """Nats per token of the target."""
+        """Log probability per token of the target, in nats."""
         return sum(tally.log_prob for tally in self.tallies) / self.positions / len(self.agreement)
 
 
@@ -55,8 +55,8 @@ class ReadingScore:
 class Diagnosis:
     """The scores of all readings, and the verdict.
 
-    A reading is better if its chains keep more tokens beyond noise, or no fewer and it gives the target's tokens a
-    higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
+    A reading is better if, beyond noise, more tokens are accepted, or no fewer and the target's tokens are likelier:
+    likelihood shows a wrong RoPE base before it costs many tokens.
     """
 
     scores: tuple[ReadingScore, ...]  # the configured one first
@@ -67,7 +67,7 @@ class Diagnosis:
 
     @cached_property
     def best(self) -> ReadingScore:
-        """The best reading; among readings as good up to noise, the nearest to the configured one."""
+        """The best reading; among equally good ones, the nearest to the configured one."""
         best = self.configured
         for score in sorted(self.scores, key=lambda score: (score.accepted, score.log_prob)):
             if self._is_better(score, best):
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Tokens per position that another reading than the best might accept more: the upper end of its interval."""
+        """Upper bound of the tokens per position that another reading might accept beyond the best one."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -113,7 +113,7 @@ class Diagnosis:
 
     @property
     def worth_following(self) -> tuple[FileReading, ...]:
-        """The configured reading and all that are not far worse than the best; all while there are few answers."""
+        """The configured reading and those not far worse than the best; all while there are few answers."""
         if self.answers < _DROPPING_ANSWERS:
             return tuple(score.reading for score in self.scores)
         kept = [self.configured]
@@ -129,7 +129,7 @@ class Diagnosis:
         return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return the tokens accepted per position above another score (the configured one), and their error."""
+        """Return the accepted tokens per position beyond another score (the configured one), and the error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
 
@@ -138,7 +138,7 @@ class Diagnosis:
         return self._mean(nats, score)
 
     def _mean(self, differences: list[float] | list[int], score: ReadingScore) -> tuple[float, float]:
-        """Return the mean per position of differences summed per answer, and its standard error over answers."""
+        """Return the mean per position of differences by answer, and its standard error over answers."""
         answers, mean = len(differences), sum(differences) / score.positions
         spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, score.tallies, strict=True))
         return mean, math.sqrt(spread * answers / (answers - 1)) / score.positions
@@ -150,7 +150,7 @@ class Diagnosis:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Keywords to pass to `from_pretrained` of the reading's `loader`; empty when healthy."""
+        """Keywords for `from_pretrained` of the reading's `loader`; empty if healthy."""
         changes = self._changes(self.best)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
@@ -161,7 +161,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """The result in one or two sentences; with too little evidence there is a doubt, and no finding."""
+        """The result in one or two sentences; with too little evidence a doubt."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
         finding = self._finding(accepted)
         if self.has_evidence:

@@ -1,4 +1,4 @@
-"""`resps doctor`: finds the settings that a head must be read with, by its agreement with the target's own answers."""
+"""`resps doctor`: finds the settings with which a head agrees best with the target's answers."""
 
 import argparse
 import json
@@ -41,31 +41,31 @@ from .loading import load_target, questions_in, read_conversations, up_to
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
-_LOOK_CHARACTERS = 1 << 16  # of a file, in which the first row begins
+_LOOK_CHARACTERS = 1 << 16  # of a file, searched for images
 _ROUND = 10  # answers between two verdicts
-_SECONDS = 45.0  # for answers, unless the examination is thorough; loading takes some, too
-_LONG_TOKENS = 256  # of a thorough one's answers
+_SECONDS = 45.0  # for answers, unless thorough; loading takes more
+_LONG_TOKENS = 256  # per answer, if thorough
 
 DEPTHS = 4
-_BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
+_BATCH_TOKENS = 1024  # per forward, since the target's logits of all are alive at once
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
     """A prompt and an answer that the target wrote."""
 
-    tokens: Tensor  # [t] of both
+    tokens: Tensor  # [t] prompt and answer
     prompt_length: int
-    shown: dict[str, Tensor] = field(default_factory=dict)  # further inputs of the forward, for a prompt with images
+    shown: dict[str, Tensor] = field(default_factory=dict)  # inputs of the forward for images in the prompt
 
     def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
-        """Return `shown` as further inputs of the target's forward over the tokens."""
+        """Return `shown` as inputs of the target's forward over the tokens."""
         whole = cast_for(target, self.shown)
         names = {name for name in whole if name.endswith("token_type_ids")}
         return whole | {name: whole[name][:, : len(self.tokens)] for name in names}
 
 
-# (first number, end, most tokens of the target) -> these answers
+# (first number, end, most new tokens) -> these answers
 Source = Callable[[int, int, int], list[LabelledText]]
 
 
@@ -73,7 +73,7 @@ Source = Callable[[int, int, int], list[LabelledText]]
 def write_answers(
     target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
 ) -> list[LabelledText]:
-    """Let `target` answer prompts of `[t]` token ids greedily, a batch at a time."""
+    """Let `target` answer prompts `[t]` greedily, in batches."""
     ends = end_ids(target)
     answers = []
     for first in range(0, len(prompts), batch):
@@ -91,15 +91,11 @@ def write_answers(
 
 
 class Probe:
-    """Scores a head under several readings, on answers that come bit by bit.
+    """Scores a head under several readings, on answers that come in parts.
 
     Nothing is generated: at depth k the head reads the true text up to there, and its own output instead of the
-    feature, as in training. The first of `readings` is the configured one; `None` takes all.
-
-    Raises:
-        ValueError: the head is another target's.
-
-    Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
+    feature, as in the training-time test of EAGLE-3 (arXiv 2503.01840, section 3.2). The first of `readings` is the
+    configured one; `None` takes all. Raises `ValueError` for a head of another target.
     """
 
     def __init__(
@@ -121,12 +117,12 @@ class Probe:
 
     @property
     def is_ready(self) -> bool:
-        """Whether two answers were long enough to score, which a diagnosis needs."""
+        """Whether a diagnosis is possible: two answers were long enough to score."""
         return len(self._trials[0].tallies) > 1
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
-        """Score more answers; only the target's own tokens count, and those of too short answers do not."""
+        """Score more answers at the target's tokens; too short answers do not count."""
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
@@ -138,7 +134,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Score a batch under the readings that read features as `tap` catches them."""
+        """Score a batch under the readings whose features `tap` catches."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -152,13 +148,13 @@ class Probe:
                 self._score(trial, torch.cat(caught, dim=-1), batch, picks.to(device))
 
     def _score(self, trial: "_TriedReading", features: Tensor, batch: "_ScoredTexts", picks: Tensor) -> None:
-        """Add to a trial the tallies of a batch's answers, and for each depth how often the head agreed."""
+        """Add the tallies of a batch's answers, and the head's agreements by depth, to a trial."""
         drafter, draft_ids, depths = trial.drafter, trial.head.draft_token_ids, self._depths
-        start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
+        start = int(batch.scored.any(0).int().argmax())  # the first scored slot
         scored = batch.scored[:, start:].to(features.device)
         tokens = batch.tokens.to(features.device)
         slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
-        hidden = self._unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
+        hidden = self._unroll(drafter, features, tokens, depths, slots)  # [depths, b, slots, h], normed
         hits, log_probs = [], []
         for depth in range(depths):
             logits = drafter.normed_logits(hidden[depth][scored], min(depth, drafter.depths - 1))
@@ -168,22 +164,18 @@ class Probe:
             log_probs.append(likely * (draft_ids[rows] == wanted))
             hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
         agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
-        kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
+        kept = agreed.cumprod(0).sum(0).split(counts)  # a token needs all before it
         nats = torch.stack(log_probs).sum(0).cpu().split(counts)
         answers = zip(counts, kept, nats, strict=True)
         trial.tallies += [Tally(count, int(tokens.sum()), float(sums.sum())) for count, tokens, sums in answers]
         trial.agreed = trial.agreed + agreed.sum(1)
 
     def follow(self, readings: Sequence[FileReading]) -> None:
-        """Leave out all but these readings."""
+        """Drop all other readings."""
         self._trials = [trial for trial in self._trials if trial.reading in readings]
 
     def diagnosis(self) -> Diagnosis:
-        """Compare the readings on all answers so far.
-
-        Raises:
-            ValueError: fewer than two answers were long enough.
-        """
+        """Compare the readings on all answers so far; raise `ValueError` unless `is_ready`."""
         tallied = len(self._trials[0].tallies)
         if not self.is_ready:
             raise ValueError(
@@ -205,7 +197,7 @@ class _TriedReading:
 
     @classmethod
     def of(cls, target: PreTrainedModel, reading: FileReading, head: TrainableSource) -> "_TriedReading":
-        # packing would copy the weights for each reading, and so many rows at once do not need it
+        # not packed: that would copy the weights for each reading, and does not pay for so many rows
         return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
 
     def score(self) -> ReadingScore:
@@ -215,15 +207,15 @@ class _TriedReading:
 
 @dataclass(frozen=True, slots=True)
 class _ScoredTexts:
-    """Answers padded on the right, where causal attention never looks."""
+    """Answers padded on the right, which causal attention does not see."""
 
     tokens: Tensor  # [b, t]
-    scored: Tensor  # [b, t] bool: slots that predict a token of the answer and have all depths in the text
-    shown: LabelledText | None = None  # the only answer, where it is about images
+    scored: Tensor  # [b, t] bool: slots that predict tokens of the answer, at all depths
+    shown: LabelledText | None = None  # the only answer, if it is about images
 
 
 def _batches(answers: list[LabelledText], depths: int) -> Iterator[_ScoredTexts]:
-    """Yield answers of like length together, up to `_BATCH_TOKENS` tokens, and each that is about images alone."""
+    """Batch answers of similar length, up to `_BATCH_TOKENS` tokens; answers about images come one by one."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     others = [answer for answer in answers if not answer.shown]
     for rows in TokenBudgetBatches([len(answer.tokens) for answer in others], _BATCH_TOKENS, shuffle=False):
@@ -239,7 +231,7 @@ def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
 
 
 class Allowance:
-    """The seconds that an examination may take, and the number of answers for which they are enough."""
+    """The seconds that an examination may take, converted to a number of answers."""
 
     def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -247,13 +239,13 @@ class Allowance:
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:
-        """Time the `with` block, which reads so many tokens."""
+        """Time the `with` block, which reads `tokens` tokens."""
         start = self._clock()
         yield
         self._per_token = (self._clock() - start) / tokens
 
     def answers(self, tokens: int) -> int:
-        """How many answers of so many tokens can be read in time, at the pace of the last ones."""
+        """Return how many answers of `tokens` tokens can still be read, at the pace of the last ones."""
         seconds = self._per_token * tokens
         left = max(self._end - self._clock(), 0.0)
         return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
@@ -269,9 +261,9 @@ def refined(
     has_images: bool = False,
     allowance: Allowance | None = None,
 ) -> Iterator[Diagnosis]:
-    """Diagnose `head` on few and short answers, then on more and longer ones.
+    """Diagnose `head` on few short answers, then on more and longer ones.
 
-    Drops readings that the first look finds far worse; its answers do not count later where those are longer. Ends
+    The first look drops readings that are far worse; its answers count later only if later ones are no longer. Ends
     when more answers would change nothing, after `count` answers, or when the allowance is used up.
     """
     probe, start, has_verdict = Probe(target, head, has_images=has_images), 0, False
@@ -308,8 +300,8 @@ def refined(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C inside the `with` block; schedulers send it before they kill a process."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    """Treat SIGTERM, which schedulers send before they kill, as Ctrl-C inside the `with` block."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
         yield
         return
 
@@ -324,10 +316,9 @@ def interruptible() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print how well the head agrees with its target under each reading; 1 when another reading is better.
+    """Print how well the head agrees with its target under each reading.
 
-    The first verdict comes soon, from few and short answers, and the last within a minute unless the examination is
-    thorough; 130 when Ctrl-C or SIGTERM ends it.
+    Returns 1 if another reading is better, 130 if Ctrl-C or SIGTERM ended it, else 0.
     """
     if not sys.stderr.isatty():  # a log holds no bars
         transformers_logging.disable_progress_bar()
@@ -371,7 +362,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """A progress bar without a terminal: writes a line to stderr after every tenth of the answers."""
+    """A progress bar without a terminal: a line on stderr after every tenth of the answers."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._said = total, 0, 0
@@ -383,7 +374,7 @@ class Lines:
         return None
 
     def update(self, n: int) -> None:
-        """Move by `n` answers; back, where the first look is over."""
+        """Move by `n` answers, back after the first look."""
         self._done += n
         self._said = min(self._said, self._done)
         if self._done > self._said and 10 * (self._done - self._said) >= self._total:
@@ -391,7 +382,7 @@ class Lines:
             print(f"resps doctor: {self._done} of {self._total} answers read", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing, as no bar is drawn."""
 
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -419,7 +410,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Give the answers of a dataset, or let the target write some; the bar moves back after the first look."""
+    """Return a source of given answers, or of answers that the target writes to prompts; it moves the bar."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -436,7 +427,7 @@ def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: lis
 
 
 def corrections(settings: Sequence[str]) -> dict[str, Any]:
-    """Read `FIELD=VALUE` with values in JSON as overrides of the head's config. Raises `ValueError` for all else."""
+    """Read `FIELD=VALUE`, with values in JSON, as overrides of the head's config; raise `ValueError` otherwise."""
     found = {}
     for setting in settings:
         field, separator, value = setting.partition("=")
@@ -453,7 +444,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
-    """Cut every conversation after its first assistant turn; those without one are left out."""
+    """Cut every conversation after its first assistant turn, and drop conversations without one."""
     found = []
     for conversation in conversations:
         turns = up_to(conversation, "assistant")
@@ -469,7 +460,7 @@ def answered(
 def about_images(
     args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
 ) -> list[LabelledText]:
-    """Read the first answers of `--dataset` where its rows show images; otherwise none."""
+    """Read the first answers of `--dataset` if its rows show images; otherwise none."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
         return []
     if Path(args.dataset).is_file():
@@ -495,7 +486,7 @@ def about_images(
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
-    """Print the verdict, and a table, best reading first; `tried` readings had the first answers."""
+    """Print the verdict and a table, best reading first; `tried` counts dropped readings too."""
     print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)

@@ -1,4 +1,4 @@
-"""`resps inspect`: record one call of `generate` step by step, and show it as an HTML page."""
+"""`resps inspect`: record the steps of one call of `generate`, and show them as an HTML page."""
 
 import argparse
 import base64
@@ -41,7 +41,7 @@ _Json: TypeAlias = dict[str, Any]  # an object of the page's data
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One step of one row after the prefill. The first four fields are copied from its `Observation`."""
+    """One step of one row after the prefill; the first four fields are its `Observation`'s."""
 
     context_length: int
     step: int
@@ -55,18 +55,15 @@ class RecordedStep:
 
     @property
     def sources(self) -> list[str]:
-        """The proposer of each node, root first: "head", "lookup", "memory", or "both" for several."""
+        """The proposer of each node after the root: "head", "lookup", "memory", or "both" for several."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
 
 class StepRecorder(PolicyWrapper):
-    """Decides like `policy`, and keeps every step of one call of `generate` with one prompt.
+    """Decides like `policy`, and keeps every step of a call with one prompt, at the cost of microseconds."""
 
-    A step costs microseconds more, for a lookup of the text's end, and the memory of its tree.
-    """
-
-    uses_lookup = True  # at every step, even if the policy does not
+    uses_lookup = True  # even if the policy does not
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
@@ -102,7 +99,7 @@ class StepRecorder(PolicyWrapper):
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """The plain and the speculative answer to one prompt, and all steps of the latter."""
+    """The plain and the speculative answer to one prompt, and the steps of the latter."""
 
     prompt_ids: Tensor  # [s]
     plain_ids: Tensor  # [t]
@@ -111,11 +108,11 @@ class Examination:
     seconds: float  # of the whole call with draft trees
     steps: list[RecordedStep]  # one for each of `report.steps` except the prefill
     divergence: Divergence | None  # the first difference of greedy answers, and its reason
-    is_invariant: bool = False  # whether both answers are from the invariant mode
+    is_invariant: bool = False  # whether both answers are of the invariant mode
 
     @property
     def parts_at(self) -> int | None:
-        """The first token in which the answers differ; `None` when they are equal."""
+        """Index of the first token that differs; `None` if the answers are equal."""
         return first_difference(self.plain_ids.tolist(), self.report.answers[0])
 
 
@@ -130,7 +127,7 @@ def examine(
 ) -> Examination:
     """Answer a prompt `[s]` plainly, then with draft trees; restore the global random generator.
 
-    `settings` are keywords of `generate` for both answers. They are greedy by default.
+    `settings` are keywords of `generate` for both answers, greedy by default.
     """
     settings = {"do_sample": False} | settings
 
@@ -158,7 +155,7 @@ def examine(
 
 
 def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Describe models and machine for a page, by names without local paths, since pages are shared."""
+    """Describe models and machine for a page, without local paths, since pages are shared."""
     here = machine(target)
     threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
     facts = {"target": _name(target, target.config.name_or_path)}
@@ -174,13 +171,13 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
 
 
 def _name(model: object, known: str | None) -> str:
-    """Return a model's Hub id, the last part of its path, or its class if no name is `known`."""
+    """Return a model's Hub id, the last part of its path, or its class."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> _Json:
-    """Return the page's data as JSON values, with texts that are not yet escaped."""
+    """Return the page's data as JSON values, with texts not yet escaped."""
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
@@ -219,7 +216,7 @@ def _totals(examination: Examination) -> dict[str, float]:
 
 
 def _same_text(examination: Examination, decode: Decode) -> _Json:
-    """Say whether both texts are the same, and where they differ first."""
+    """Say whether the texts are equal, or where they first differ."""
     position, divergence = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
@@ -277,7 +274,7 @@ def _shape(shape: TreeShape) -> _Json:
 
 
 def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
-    """Return text, parent, probability after the parent and of the path, source and fate of each node, root first."""
+    """Describe each node, root first: text, parent, probabilities, source, acceptance."""
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
@@ -300,7 +297,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
 
 
 def _mark_sources(step: _Json) -> None:
-    """Give accepted tokens the source of their node; the path's nodes are in the order of the tokens."""
+    """Give accepted tokens the source of their node, which are in the same order."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":
@@ -314,8 +311,8 @@ def _finite(value: float) -> float | None:
 def page(data: _Json) -> str:
     """Return one HTML file that shows `page_data`, and needs no other file, network or font.
 
-    The values are JSON that cannot end its own element, and the script writes them as text only. A content policy
-    allows the page's style and script by hash, so that no injected code could run.
+    The values are JSON that cannot end its element, and the script writes them as text only. A content policy allows
+    style and script by hash, so that no injected code could run.
     """
     style, script = _asset("page.css"), _asset("page.js")
     return Template(_asset("page.html")).substitute(
@@ -335,18 +332,18 @@ def _asset(name: str) -> str:
 
 
 def _json(value: _Json) -> str:
-    """Return JSON that is safe inside a script element: ASCII, without HTML's special characters."""
+    """Return JSON that is safe in a script element: ASCII without HTML's special characters."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _hash(text: str) -> str:
-    """Return the hash of the exact text between the tags, in the form of a content policy."""
+    """Hash the exact text between the tags, as a content policy wants it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; return 1 when both outputs differ and rounding cannot be the reason."""
+    """Write the page; return 1 if the outputs differ by more than rounding."""
     if not args.prompt.strip():
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
@@ -381,7 +378,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Whether texts are equal or rounding may explain the difference, as it may for any sample in half precision."""
+    """Whether texts are equal, or differ by rounding, as any samples in half precision may."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

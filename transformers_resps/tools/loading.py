@@ -23,10 +23,10 @@ from ..verifying.prepacking import prepack
 from .cli import shape
 
 
-# Folder names that every training run has.
+# Names of folders that every training run has.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
 
-# Fifty questions that any chat model answers at some length: every task with every subject.
+# Fifty questions, every task with every subject, that any chat model answers at some length.
 _TASKS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -43,12 +43,12 @@ _SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
 
 
 def default_device() -> str:
-    """Return a GPU where there is one."""
+    """Return "cuda" if available, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
-    """Load a target onto its device, by default a GPU if any; without a dtype in float32 on a CPU, else in its own."""
+    """Load a target, by default on a GPU if any, in float32 on a CPU and in the checkpoint's dtype elsewhere."""
     device = device or default_device()
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     target = load_model(name, dtype=chosen)
@@ -56,10 +56,7 @@ def load_target(name: str, dtype: str | None, device: str | None = None, *, pack
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load a drafter of any kind for a target, which is attached and keeps it; `None` without a name.
-
-    It comes from a folder or Hub id, at a revision, or by the word "mtp" with the target.
-    """
+    """Load a drafter of any kind from a folder, a Hub id or "mtp"; attach the target, which keeps it."""
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
     return assistants.source(target, named)
@@ -68,7 +65,7 @@ def load_source(name: str | None, target: Any, revision: str | None = None) -> D
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
     """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or the word "auto".
 
-    Without a text it is the head's default tree, and without a head "auto". Raises `ValueError` for unknown names.
+    `None` gives the head's default tree, and "auto" without a head. Raises `ValueError` for unknown names.
     """
     if text is None and head is not None:
         return FixedPolicy(head.default_shape)
@@ -79,7 +76,7 @@ def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Read a shape such as `8,4,2`; `None` for a text without commas or a folder. Raises `ValueError` otherwise."""
+    """Read a shape such as `8,4,2`; `None` for a folder, or a text without commas; else raise `ValueError`."""
     if "," not in text or Path(text).exists():
         return None
     try:
@@ -89,7 +86,7 @@ def named_tree(text: str) -> TreeShape | None:
 
 
 def short_name(source: str) -> str:
-    """Return the last part of a folder or Hub id that is more than `head`, `policy` or a checkpoint.
+    """Return the last part of a folder or Hub id that says more than `head`, `policy` or `checkpoint-1`.
 
     >>> short_name("runs/gsm8k/policy"), short_name("runs/chat"), short_name("you/head"), short_name("checkpoint-20")
     ('gsm8k', 'chat', 'you', 'checkpoint-20')
@@ -100,7 +97,7 @@ def short_name(source: str) -> str:
 
 
 def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:
-    """Return the first `most` conversations of `--dataset`, or none. Raises `ValueError` when it has no user turns."""
+    """Read the first `most` conversations of `--dataset`, if any; raise `ValueError` if none has a user turn."""
     if not args.dataset:
         return []
     conversations = list(islice(load_conversations(args.dataset, args.split), most))
@@ -121,6 +118,6 @@ def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conve
 
 
 def up_to(conversation: Conversation, role: str) -> Conversation:
-    """Cut a conversation after its first turn of `role`; empty when it has none."""
+    """Cut a conversation after its first turn of `role`; empty if it has none."""
     roles = [message["role"] for message in conversation]
     return conversation[: roles.index(role) + 1] if role in roles else []

@@ -1,4 +1,4 @@
-"""The ways to decode that a benchmark compares, and one answer of one of them, timed."""
+"""The ways to decode that a benchmark compares, and the timing of one answer."""
 
 import copy
 import time
@@ -28,12 +28,12 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGL
 
 
 class Answer(NamedTuple):
-    """Output of a method with its report; if it counts no forwards, they are counted at the target's layers."""
+    """Output of a method; forwards that it does not count are counted at the target's layers."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # of `generate` with a policy
-    target_forwards: int | None = None  # of a library that runs layers of its own
-    prefill_seconds: float = 0.0  # of such a library, and of `generate` with a policy: until it gave the first token
+    target_forwards: int | None = None  # of a library with its own layers
+    prefill_seconds: float = 0.0  # until the first token, by such a library or `generate` with a policy
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,22 @@ class Method(ABC):
 
     name: str
     _: KW_ONLY
-    effort: int = 0  # that it takes a user; of equally fast methods the one with the least effort is advised
-    # Whether sampled texts must be those of plain decoding with the same seed. Transformers' own assistants draw other
-    # random numbers, so only their distribution is right.
+    effort: int = 0  # of a user; the least is advised among equally fast methods
+    # Whether sampled texts equal plain ones of the same seed. Transformers' assistants draw other random numbers, so
+    # only their distribution is right.
     seed_exact: bool = True
-    reference: str = PLAIN  # name of the method whose texts it must write: plain decoding of its mode
+    reference: str = PLAIN  # the method whose texts it must write: plain decoding of its mode
 
     @property
     def reports_steps(self) -> bool:
-        """Whether its answers come with a report of their steps."""
+        """Whether answers come with a report of their steps."""
         return False
 
     @abstractmethod
     def prepare(
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
-        """Return the function that is timed: it answers `[1, s]` tokens, and reads the answer from the device."""
+        """Return the function to time: it answers `[1, s]` tokens, and reads the answer from the device."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class Generate(Method):
     ) -> Callable[[], Answer]:
         keywords = {**self.keywords, **sampling(temperature)}
         watch = _FirstToken()
-        if self.reports_steps:  # each answer meets the policy as it was loaded; "auto" learns on
+        if self.reports_steps:  # each answer starts from the loaded policy; "auto" learns on
             keywords |= {"policy": copy.deepcopy(keywords["policy"]), "streamer": watch}
 
         def answer() -> Answer:
             started = time.perf_counter()
-            with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
+            with SpeculationDefaults.suspended():  # without defaults of `attach`
                 output = target.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
@@ -96,7 +96,7 @@ class Generate(Method):
 
 
 class _FirstToken:
-    """A streamer that notes when it gets the prompt, the first token, and so on."""
+    """A streamer that notes when it gets the prompt, then each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -109,7 +109,7 @@ class _FirstToken:
 
 
 def plain() -> Generate:
-    """Return plain decoding, with which all others are compared."""
+    """Return plain decoding."""
     return Generate(PLAIN)
 
 
@@ -119,7 +119,7 @@ def compiled(method: Generate) -> Generate:
 
 
 def plain_steps() -> Generate:
-    """Return plain decoding by our own steps, which can be compiled and invariant, with the caches of trees."""
+    """Return plain decoding by our steps, which can be compiled and invariant."""
     return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
@@ -131,17 +131,17 @@ def invariant(method: Generate) -> Generate:
 
 
 def prompt_lookup() -> Generate:
-    """Return Transformers' own prompt lookup, with the ten tokens of its documentation."""
+    """Return Transformers' prompt lookup, with the ten tokens of its documentation."""
     return Generate("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
 
 
 def draft_model(model: PreTrainedModel) -> Generate:
-    """Return Transformers' own assisted generation with a small model."""
+    """Return Transformers' assisted generation with a small model."""
     return Generate("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 
 def fixed_tree(head: DraftSource | None, shape: TreeShape, name: str | None = None) -> Generate:
-    """Return the method that drafts one shape at every step; a shape of lookups alone needs no head."""
+    """Return a fixed tree; a shape of lookups alone needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
 
@@ -155,7 +155,7 @@ def eagle_trees(head: DraftSource) -> list[Generate]:
 
 
 def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
-    """Return a method for each policy, by its name."""
+    """Return a method for each policy."""
     assistant = {} if head is None else {"assistant_model": head}
     return [
         Generate(name, {**assistant, "policy": policy}, effort=4 if policy == "auto" else 5)
@@ -164,7 +164,7 @@ def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> li
 
 
 def check_distinct(methods: Sequence[Method]) -> None:
-    """Raises ValueError when two methods have one name."""
+    """Raise `ValueError` if two methods have one name."""
     twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
     if twice:
         raise ValueError(
@@ -175,10 +175,10 @@ def check_distinct(methods: Sequence[Method]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A turn that is ready to be answered: `name` is `dataset/row`, `input_ids` is `[s]`."""
+    """A turn to answer, with all before it."""
 
-    name: str
-    input_ids: Tensor
+    name: str  # `dataset/row`
+    input_ids: Tensor  # [s]
     turn: int = 1
 
 
@@ -190,7 +190,7 @@ class Bench:
         self._end_ids = end_ids(target)
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
-        """Return why plain decoding cannot be compiled, or `None` after it was."""
+        """Compile plain decoding; return why it cannot be compiled, or `None`."""
         self.decode(prompt, compiled(plain_steps()), max_new_tokens=2)
         engine = self.target.speculation_state.slot_engine
         return None if engine.is_compiled else str(engine.obstacle)
@@ -204,7 +204,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """Answer once, with the repeat as the seed; again after an answer in which something was compiled."""
+        """Answer with the repeat as the seed, and again if something was compiled meanwhile."""
         most = max_new_tokens or self.max_new_tokens
         while True:
             answer, run = self._decode(prompt, method, repeat, temperature, most)
@@ -236,7 +236,7 @@ class Bench:
     def _forwards_noted(self, method: Method) -> Iterator[list[float]]:
         """Yield when each forward began, unless the method reports its steps: a hook would be compiled with the layer.
 
-        The hook is a layer's and not the model's, because another library may run the layers without the model.
+        The hook is on a layer, because another library may run the layers without the model.
         """
         begun: list[float] = []
         if method.reports_steps:

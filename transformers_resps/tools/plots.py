@@ -7,7 +7,7 @@ from typing import Any
 from .results import ALL, PLAIN, Interval
 
 
-_LABELS, _UNIT, _ROW = 430, 130, 22  # pixels: width of labels and of a ratio of 1, height of a bar
+_LABELS, _UNIT, _ROW = 430, 130, 22  # pixels: width of labels, width of a ratio of 1, height of a bar
 
 
 def ratios(results: dict[str, Any]) -> str:

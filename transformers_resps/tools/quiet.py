@@ -1,4 +1,4 @@
-"""Whether the machine is quiet enough to measure on; asked before PyTorch is loaded."""
+"""Check that the machine is quiet enough to measure on, before PyTorch is loaded."""
 
 import os
 import time
@@ -12,11 +12,11 @@ NOISE_OPTION = "or pass --accept-noise (the results will say so)"
 
 
 class BusyMachineError(ValueError):
-    """Other processes use the machine, so measurements on it are not valid."""
+    """Other processes use the machine, so measurements are not valid."""
 
 
 def checked_load(accept_noise: bool) -> float | None:
-    """Return how many CPUs others use. Raises `BusyMachineError` as `check_load` does, unless noise is accepted."""
+    """Return how many CPUs others use; check it with `check_load` unless noise is accepted."""
     load = other_load()
     if not accept_noise:
         check_load(load)
@@ -24,9 +24,9 @@ def checked_load(accept_noise: bool) -> float | None:
 
 
 def other_load(seconds: float = 1.0) -> float | None:
-    """Return how many CPUs others use while this process waits for `seconds`; `None` if the system does not tell.
+    """Return how many CPUs others use while this process waits for `seconds`; `None` if unknown.
 
-    The load average would include this command's own last run.
+    The load average would include the last run of this command.
     """
     counters = Path("/proc/stat")
     if not counters.exists():
@@ -43,7 +43,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 
 def check_load(load: float | None) -> None:
-    """Raise `BusyMachineError` when other processes use more than `MAX_LOAD` CPUs; `None` is unknown."""
+    """Raise `BusyMachineError` if others use more than `MAX_LOAD` CPUs; `None` is unknown."""
     if load is not None and load > MAX_LOAD:
         raise BusyMachineError(
             f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "

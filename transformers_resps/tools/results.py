@@ -1,6 +1,6 @@
-"""Rates and intervals of timed answers, the table and the advice that follow, and the file `results.json`.
+"""Summarise timed answers as rates with intervals, a table, advice, and the file `results.json`.
 
-The file's schema is in training/benchmarking/RESULTS.md. Every rate is total tokens over total seconds.
+Its schema is in training/benchmarking/RESULTS.md. Every rate is total tokens over total seconds.
 """
 
 import json
@@ -33,14 +33,14 @@ COMPILED = ", compiled"  # after the name of a method whose forwards are compile
 COMPILED_PLAIN = PLAIN + COMPILED
 INVARIANT = ", invariant"  # after the name of a method in the invariant mode
 SAME_TEXT_INVARIANT = f"`{INVARIANT}`: texts are compared with `{PLAIN}{INVARIANT}`, and its own with `{PLAIN}`."
-NAMED_NODES = 8  # whose verification the advice names
-MIN_PROMPTS = 8  # An interval over fewer prompts is too narrow: a bootstrap draws only from what it has.
+NAMED_NODES = 8  # size of the tree whose cost the advice names
+MIN_PROMPTS = 8  # over fewer, an interval is too narrow: a bootstrap draws only from what it has
 MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
 
-_DIGITS = 7  # significant: a second to the microsecond and better
+_DIGITS = 7  # significant digits: microseconds of a second
 _MIN_ANSWERS = 8  # before the spread is checked
 _MIN_TOKENS = 8  # of an answer that counts for the spread
-_INTERRUPTED = 5.0  # times the median seconds of a method's forwards: an answer that would outweigh the others
+_INTERRUPTED = 5.0  # an answer whose forwards take so many times their method's median would outweigh the others
 _OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
 _SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
 _EFFICIENCY = {
@@ -51,7 +51,7 @@ _EFFICIENCY = {
 
 
 class Cell(NamedTuple):
-    """A place that each method answers once."""
+    """A turn that each method answers once."""
 
     prompt: str
     turn: int
@@ -66,12 +66,12 @@ class AnswerTiming:
     method: str
     prompt: str  # `dataset/row`
     repeat: int  # from 0; under sampling also the seed
-    tokens: int  # written, the end token included, nothing after it
+    tokens: int  # written, up to the end token
     target_forwards: int  # prefill included
     seconds: float
     turn: int = 1  # of the conversation
     temperature: float = 0.0
-    prefill_seconds: float = 0.0  # to the first token, or to the target's second forward where no one tells it
+    prefill_seconds: float = 0.0  # to the first token, or to the target's second forward if unknown
 
     @property
     def cell(self) -> Cell:
@@ -84,11 +84,11 @@ class AnswerTiming:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One answer: how long it took, its tokens `[t]`, and its steps if they are reported, the prefill first."""
+    """One answer."""
 
     timing: AnswerTiming
-    token_ids: Tensor
-    steps: Sequence[StepRecord] = ()
+    token_ids: Tensor  # [t]
+    steps: Sequence[StepRecord] = ()  # the prefill first; empty if not reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table; training/benchmarking/RESULTS.md describes the fields."""
+    """One row of the table, as described in training/benchmarking/RESULTS.md."""
 
     method: str
     tokens_per_second: float
@@ -114,19 +114,19 @@ class Summary:
     high: float
     tau: float
     efficiency: float
-    compiled_ratio: float | None  # `None`, like the next, where compiled plain decoding was not measured
+    compiled_ratio: float | None  # `None`, like the next, if compiled plain decoding was not measured
     compiled_efficiency: float | None
     spread: float  # fastest over slowest repeat, minus one
     temperature: float | None = 0.0  # `None` over several
 
 
 def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
-    """Count the tokens of an answer up to the first end token, `most` of them at most."""
+    """Count the tokens of an answer up to the first end token, but `most` at most."""
     return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
-    """Group timings by a key, in the order in which the keys come first."""
+    """Group timings by a key, in the order of first occurrence."""
     groups: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
     for timing in timings:
         groups[key(timing)].append(timing)
@@ -134,7 +134,7 @@ def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hasha
 
 
 def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
-    """Return the rate of one method over that of another, on the cells that both answered."""
+    """Return the rate of one method over another's, on the cells that both answered."""
     own, other = (rate(requests) for requests in _paired(timings, method, base))
     return own / other
 
@@ -142,8 +142,8 @@ def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
     """Compare the rates of two methods on the cells that both answered, by a paired bootstrap.
 
-    Processes and prompts are drawn with replacement, the same for both methods. All turns and repeats of a prompt in
-    a process are one request.
+    Processes and prompts are drawn with replacement, the same for both methods. All turns and repeats of a prompt in a
+    process count as one request.
     """
     own, other = zip(*(_paired(timings, method, base) for timings in processes), strict=True)
     value = rate(chain.from_iterable(own)) / rate(chain.from_iterable(other))
@@ -151,7 +151,7 @@ def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str)
 
 
 def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
-    """Return the totals of each prompt by either method, in the order of the prompts' names."""
+    """Return both methods' totals for each prompt, in the order of the prompts' names."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -181,7 +181,7 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
 
 
 def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
-    """Return one of the results' `steps`: of all answers of a method that reports them, seconds per token."""
+    """Return a method's entry in `steps` of the results: seconds per token over all answers."""
     answers = [run.steps for run in runs]
     tokens, seconds = sum(run.timing.tokens for run in runs), sum(run.timing.seconds for run in runs)
     decoding = [step for steps in answers for step in steps[1:]]
@@ -199,9 +199,9 @@ def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
 def summary_rows(
     timings: Sequence[AnswerTiming], names: Sequence[str], estimates: Sequence[AnswerTiming] = ()
 ) -> dict[str, Any]:
-    """Return `summaries` and `pooled` of the results: rows by dataset and temperature, and over everything.
+    """Return `summaries` (rows by dataset and temperature) and `pooled` (rows over all) of the results.
 
-    `timings` are of cells that every method answered, `names` in the order of the table; rows of `estimates` are last.
+    `timings` are of cells that every method answered. Rows follow `names`; those of `estimates` are last.
     """
     every = [*timings, *estimates]
     summaries: dict[str, list[dict[str, Any]]] = {}
@@ -218,10 +218,10 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """Return the noise: interquartile range over median of plain decoding's rates; `None` below four of them.
+    """Return the noise: interquartile range over median of plain decoding's rates; `None` below four rates.
 
-    Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
-    look like noise. Only whole repeats count, and answers of at least eight tokens.
+    Prefill is left out, and each rate is divided by the mean of its text's repeats, so that long prompts do not look
+    like noise. Only whole repeats and answers of at least eight tokens count.
     """
     told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
     texts = grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
@@ -231,9 +231,9 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
 
 
 def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
-    """Return the longest forward of any answer in medians of its method, at least 1.
+    """Return the longest mean forward of any answer over its method's median, at least 1.
 
-    A rate is over all seconds, so that one answer beside a busy core would decide about a method.
+    Rates are over all seconds, so one answer on a busy core could decide about a method.
     """
     told = [m for m in timings if m.tokens >= _MIN_TOKENS and m.target_forwards > 1]
     slowest = 1.0
@@ -244,9 +244,7 @@ def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
 
 
 def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Raise `BusyMachineError` when plain decoding's rates spread more than `MAX_SPREAD`, after eight answers, or when
-    the forwards of one answer took `_INTERRUPTED` times as long as others of its method.
-    """
+    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large, once there are enough answers."""
     answers = sum(m.method == PLAIN for m in timings)
     if answers < _MIN_ANSWERS:
         return
@@ -265,16 +263,16 @@ def check_spread(timings: Sequence[AnswerTiming]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one method did: what a user needs for it, and its rate over plain decoding's and the fastest method's."""
+    """How one method did."""
 
     name: str
-    effort: int
-    to_plain: Interval
-    to_fastest: Interval
+    effort: int  # of a user
+    to_plain: Interval  # its rate over plain decoding's
+    to_fastest: Interval  # its rate over the fastest method's
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """Say which of the methods in `efforts` to use; `verify_cost` of `NAMED_NODES` nodes is in plain steps."""
+    """Say which method of `efforts` to use; `verify_cost`, in plain steps, is of `NAMED_NODES` nodes."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -288,9 +286,9 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
 
 
 def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
-    """Say what to use, from how every method but plain decoding did on so many prompts.
+    """Say what to use, from the results of every method but plain decoding on so many prompts.
 
-    A difference whose 95% interval holds 1 is none; one prompt gives no interval.
+    A ratio whose 95% interval holds 1 is no difference; one prompt gives no interval.
     """
     if prompts < 2:
         little = "one prompt says" if prompts else "no prompt was answered, which says"
@@ -317,7 +315,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
         return f"{verdict}: {cost}the fastest, {fastest.name}, reaches {fastest.to_plain}."
     equal = [s for s in standings if s is fastest or s.to_fastest.high >= 1]
     simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
-    if simplest.to_plain.low <= 1:  # as good as the fastest only because little is known about it
+    if simplest.to_plain.low <= 1:  # as good as the fastest only by lack of data
         simplest = fastest
     gain = simplest.to_plain
     times = f"{gain.ratio:.2f} times plain decoding ({gain.low:.2f} to {gain.high:.2f})"
@@ -330,7 +328,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Return a row per dataset, temperature and method; what was estimated is in italics."""
+    """Return a row per dataset, temperature and method, estimates in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     left = ["dataset", *(["temperature"] if several else []), "method"]
     told = {
@@ -355,13 +353,13 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def _efficiency_cells(row: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return these of `_EFFICIENCY`; empty where it is not told, or estimated."""
+    """Return the cells `names` of `_EFFICIENCY`, empty if unknown or estimated."""
     told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
     return ["" if value is None else f"{value:.2f}" for value in told]
 
 
 def summary_cells(row: dict[str, Any]) -> list[str]:
-    """Return method, tokens per second, ratio to plain, its interval and tau of one row of `summaries`."""
+    """Return the cells method, tokens per second, ratio to plain, its interval and tau of a row of `summaries`."""
     return [
         method_cell(row),
         f"{row['tokens_per_second']:.1f}",
@@ -372,14 +370,14 @@ def summary_cells(row: dict[str, Any]) -> list[str]:
 
 
 def method_cell(row: dict[str, Any]) -> str:
-    """Return the method; in italics if it is estimated, not measured."""
+    """Return the method's name, in italics if estimated."""
     return str(row["method"]) if row["measured"] else f"*{row['method']}*"
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """Count answers that equal those of plain decoding in the same mode; the mode's own are compared with stock's.
+    """Count answers that equal plain decoding of the same mode; that mode's plain answers are compared with stock.
 
-    Empty over several temperatures, which are counted together.
+    Empty with several temperatures, whose answers are counted together.
     """
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""
@@ -393,7 +391,7 @@ def table_row(cells: list[str]) -> str:
 
 
 def machine(target: Any) -> dict[str, Any]:
-    """Return device, kernels, dtype, threads, versions, and what changes how memory is laid out."""
+    """Return device, kernels, dtype, threads, versions, and settings of memory."""
     return {
         "device": device_name(target.device),
         "machine": machine_line(),
@@ -411,7 +409,7 @@ def machine(target: Any) -> dict[str, Any]:
 
 
 def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
-    """Return how much of this process's memory lies in huge pages; `None` where the system does not tell."""
+    """Return the MiB of this process in huge pages; `None` if unknown."""
     try:
         lines = (process / "smaps_rollup").read_text().splitlines()
     except OSError:
@@ -420,7 +418,7 @@ def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> Path:
-    """Write results atomically: a kill leaves the old file or the new one. Numbers have seven digits."""
+    """Write results with seven digits, atomically: a kill leaves the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     parts = (f"{json.dumps(name)}: {_compact(rounded(part))}" for name, part in results.items())
@@ -430,14 +428,14 @@ def write_results(file: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _compact(part: Any) -> str:
-    """Return JSON without blanks, an item of a list of objects on each line."""
+    """Return JSON without blanks, and each item of a list of objects on its line."""
     if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
         return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
     return json.dumps(part, separators=(",", ":"))
 
 
 def rounded(part: Any) -> Any:
-    """Return JSON values with seven digits."""
+    """Round numbers in JSON values to seven digits."""
     if isinstance(part, dict):
         return {name: rounded(value) for name, value in part.items()}
     if isinstance(part, list | tuple):

@@ -1,4 +1,4 @@
-"""`resps serve`: OpenAI's chat, completions and responses, answered by attached models."""
+"""`resps serve`: answer OpenAI's chat, completions and responses by attached models."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from ..compat import check_extra
 from .loading import default_device, named_tree
 
 
-_GRACE_SECONDS = 5  # that running requests get to end in after Ctrl-C
+_GRACE_SECONDS = 5  # for running requests after Ctrl-C
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"Got the served names {served} for {len(args.targets)} targets. Pass one per target, all distinct."
         )
-    tree = named_tree(args.policy)  # a mistyped tree shows before models are loaded
+    tree = named_tree(args.policy)  # refuses a mistyped tree before models are loaded
     if args.memory and tree is not None and not tree.lookup:
         raise ValueError(
             f"`--memory` drafts by lookup, which `--policy {args.policy}` never does. Add a fourth number."

@@ -1,9 +1,8 @@
-"""Stock's server, that of `transformers serve`, over attached models.
+"""The server of `transformers serve` over attached models.
 
-In reading order: one request, the model that answers it, the worker that runs one request at a time, the models that
-are served, the handlers of OpenAI's endpoints, the figures of `/metrics`, and the door through which requests come.
-Stock streams the text, by `tokenizers`' `DecodeStream`. Its classes are private: `check_release` compares the methods
-that these classes use with the installed release.
+In reading order: one request, the model that answers it, the worker that runs one request at a time, the served
+models, the handlers of OpenAI's endpoints, the figures of `/metrics`, and the door through which requests come.
+Stock's classes are private, so `check_release` checks the methods of the installed release that are used here.
 """
 
 import asyncio
@@ -41,11 +40,11 @@ from .loading import load_policy, load_source, load_target
 
 
 MAX_BODY_BYTES = 32 << 20
-_DEFAULT_NEW_TOKENS = 1024  # stock's own least, where a request names none
-_SHUTDOWN_SECONDS = 60.0  # that the running step may take
-_MOST_MEMORIES = 64  # each of a million tokens, 12 bytes a token
-_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # the last is sent by clients without a key
-_CLIENT_LEFT = 499  # nginx's status for it, seen in logs only
+_DEFAULT_NEW_TOKENS = 1024  # stock's least, if a request names none
+_SHUTDOWN_SECONDS = 60.0  # for the running step
+_MOST_MEMORIES = 64  # each of a million tokens, 12 bytes per token
+_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send the last
+_CLIENT_LEFT = 499  # nginx's status, seen in logs only
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
 
@@ -56,16 +55,16 @@ class ClientLeftError(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and what came of it, shared by the event loop and the worker."""
+    """One request and its outcome, shared by the event loop and the worker."""
 
-    over: Event = field(default_factory=Event)  # set once no answer is needed any more
-    has_left: bool = False  # whether the client left before its answer was whole
+    over: Event = field(default_factory=Event)  # set once no answer is needed
+    has_left: bool = False  # whether the client left before its answer was complete
     caller: bytes | None = None  # a hash of its API key
-    policy: str | None = None  # "auto", "plain", or `None` for the server's
+    policy: str | None = None  # "auto", "plain", or None for the server's
     seed: int | None = None
     ended: bool = False  # whether `generate` has returned or failed
-    report: SpeculationReport | None = None  # `None` for plain decoding
-    plain_reason: str | None = None  # why it was decoded plainly, if it was
+    report: SpeculationReport | None = None  # None for plain decoding
+    plain_reason: str | None = None  # why it was decoded plainly
     error: str | None = None  # raised by `generate`
     status: int = 200  # of HTTP: 400 for a request that cannot be answered, 500 for a fault
 
@@ -83,7 +82,7 @@ class Exchange:
         return "plain" if self.report is None else "speculative"
 
     def leave(self) -> None:
-        """The client goes; one that has its whole answer is expected to."""
+        """Note that the client goes, which it may once it has its answer."""
         self.has_left |= not self.over.is_set()
         self.over.set()
 
@@ -94,7 +93,7 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 class _Watch(StoppingCriteria):
     """A streamer, or for beams a stopping criterion, that ends the call when the client has left.
 
-    The request's own streamer gets what plain decoding would give it, and its end with `finish`, after the report.
+    The request's streamer gets what plain decoding would give it, but its end only by `finish`, after the report.
     """
 
     def __init__(self, streamer: Any, over: Event) -> None:
@@ -103,7 +102,7 @@ class _Watch(StoppingCriteria):
         self.has_tokens = False
 
     def start(self) -> None:
-        """Begin a call, whose first tokens are the prompt's."""
+        """Begin a call, which puts its prompt first."""
         self._expects_prompt = True
         self.check()
 
@@ -137,7 +136,7 @@ class _Watch(StoppingCriteria):
 class Memories:
     """A memory for each API key and model, so that no answer is drafted from another caller's texts.
 
-    The memories that were used last are kept; a request without a key has none.
+    Those used last are kept. Requests without a key have none.
     """
 
     def __init__(self) -> None:
@@ -156,7 +155,7 @@ class Memories:
 
 
 class RequestModel:
-    """An attached model for one request: `generate` as stock's server calls it, all other attributes the model's."""
+    """An attached model for one request: `generate` for stock's server, all else from the model."""
 
     def __init__(
         self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
@@ -167,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return token ids `[1, s + t]`; what a tree cannot do is decoded plainly, except in the invariant mode."""
+        """Return token ids `[1, s + t]`; decode plainly what trees refuse, except in the invariant mode."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -190,7 +189,7 @@ class RequestModel:
             try:
                 out = self._decode(watch, arguments, policy=exchange.policy)
             except ValueError as refusal:
-                if watch.has_tokens or is_invariant:  # stock rounds otherwise
+                if watch.has_tokens or is_invariant:  # stock rounds differently
                     raise
                 exchange.plain_reason = str(refusal)
             else:
@@ -222,7 +221,7 @@ class RequestModel:
 
 
 class OneAtATime(utils.GenerateManager):
-    """Runs the requests for all models one after another in one thread: they share the seed and the cores."""
+    """Runs the requests for all models one by one in one thread: they share the seed and the cores."""
 
     def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
         cast(Any, super()).__init__()
@@ -245,15 +244,15 @@ class OneAtATime(utils.GenerateManager):
         return RequestModel(model, _exchange.get(), self._figures, self._memories)
 
     def drain(self) -> None:
-        """Wait for the requests that are here; those of clients that have left end at once."""
+        """Wait for the present requests, which end at once where the client has left."""
         self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
 
 
 def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
-    """Limit the new tokens after a prompt of `length` to the positions that the model has left."""
+    """Limit the new tokens after a prompt of `length` to the model's remaining positions."""
     if not length:
         raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
-    if config.max_new_tokens is None:  # stock compares an answer with it to say whether it was cut off
+    if config.max_new_tokens is None:  # by which stock tells whether an answer was cut off
         config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
     config.max_length = None
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -267,7 +266,7 @@ def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
 
 
 class OneManager(utils.GenerationState):
-    """Gives every model the same worker."""
+    """Gives all models the same worker."""
 
     def __init__(self, manager: OneAtATime) -> None:
         super().__init__()
@@ -281,10 +280,10 @@ class AttachedModels(model_manager.ModelManager):
     """The targets of the command line and no others, each loaded once and attached.
 
     Args:
-        heads: the name of each target's head, by the name of the target.
-        served: the names that clients use instead, one for each target; empty for the targets' own.
-        policy: as `resps` commands take it.
-        compile: as `attach` takes it.
+        heads: target's name -> head's name.
+        served: names that clients use for the targets, in their order; empty for the targets' names.
+        policy: for `load_policy`.
+        compile: for `attach`.
         invariant: whether every request is answered in the invariant mode.
         worker: waited for before models are dropped.
         loading: keywords of `load_target`.
@@ -322,13 +321,13 @@ class AttachedModels(model_manager.ModelManager):
         policy: Policy | str = load_policy(self._policy, head)
         defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
         model = attach(target, assistant_model=head, **defaults)
-        if self.is_invariant:  # what the mode refuses is refused now
+        if self.is_invariant:  # refuses now what the mode refuses
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
         return model
 
     def target_of(self, name: Any) -> str:
-        """Return the target that a request means by `name`, which may be left out where only one is served."""
+        """Return the target that a request calls `name`, which it may leave out if only one is served."""
         if name is None and len(self.names) == 1:
             name = self.names[0]
         if not isinstance(name, str) or name not in self._targets:
@@ -346,13 +345,13 @@ class AttachedModels(model_manager.ModelManager):
 
 
 def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
-    """Map all names of the targets to them: the server's, the clients', and folder names that only one target has."""
+    """Map names to targets: the targets' names, the clients' names, and unique folder names."""
     folders = Counter(PurePath(target).name for target in targets)
     names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
     return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
 
 
-# Fields that nothing reads, and their values that change nothing; any other value is refused.
+# Unsupported fields -> values that change nothing; all others are refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "best_of": (1,),
@@ -370,7 +369,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
-# Fields that may be ignored: the answer is valid without them.
+# Fields that are ignored: the answer is valid without them.
 _HINTS = frozenset(
     ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
     + ("prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier", "service_tier", "store")
@@ -382,7 +381,7 @@ _TEXTS = ("text", "input_text", "output_text")  # kinds of parts of a message
 
 
 class _Handler(utils.BaseHandler):
-    """Base of the three endpoints, which adds refusals by name, and `metrics` in every answer."""
+    """Base of the endpoints: refuses by name, and adds `metrics` to every answer."""
 
     needs: str  # the field that holds the prompt
     reads: frozenset[str]  # further fields
@@ -420,7 +419,7 @@ class _Handler(utils.BaseHandler):
         return asked or target, model, processor
 
     def _check_tools(self, body: dict[str, Any], template: str) -> None:
-        """Refuse tools, and calls of tools, that the chat template would leave out."""
+        """Refuse tools and tool calls that the chat template would leave out."""
         turns = [turn for turn in body[self.needs] if isinstance(turn, dict)]
         called = any(turn.get("tool_calls") or turn.get("type") == "function_call" for turn in turns)
         for name, is_asked in (("tools", body.get("tools")), ("tool_calls", called)):
@@ -430,7 +429,7 @@ class _Handler(utils.BaseHandler):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
-        """Convert messages as stock does, but refuse the parts that stock leaves out for this model."""
+        """Convert messages as stock does, but refuse parts that stock would leave out."""
         read = utils.BaseHandler.get_processor_inputs_from_messages
         for message in messages:
             content = message.get("content")
@@ -443,14 +442,14 @@ class _Handler(utils.BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         exchange = _exchange.get()
-        seed = body.pop("seed", None)  # stock would seed now, while another request draws
+        seed = body.pop("seed", None)  # stock would seed while another request draws
         if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
             raise HTTPException(400, f"`seed` is {seed!r}, but must be an integer of 64 bits.")
         exchange.seed = seed
-        if isinstance(body.get("generation_config"), dict):  # stock takes JSON in a string
+        if isinstance(body.get("generation_config"), dict):  # stock reads a string
             body["generation_config"] = json.dumps(body["generation_config"])
         config = super()._build_generation_config(body, *args, **kwargs)
-        if config.temperature is not None and not config.temperature >= 0:  # greedy calls never look at it
+        if config.temperature is not None and not config.temperature >= 0:  # greedy calls do not check it
             raise HTTPException(
                 400, f"The temperature is {config.temperature}. Write 0 for greedy, or a number above 0."
             )
@@ -499,7 +498,7 @@ class ResponseHandler(_Handler, response.ResponseHandler):
 
 
 def _checked_policy(policy: Any) -> str | None:
-    """Return the policy of a request, which may name no folder or repository for the server to load."""
+    """Return the policy of a request, which may not name a folder or repository to load."""
     if policy not in (None, "auto", "plain"):
         raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
     return policy
@@ -511,7 +510,7 @@ async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncI
         if not exchange.ended:
             yield part
             continue
-        before, mark, _ = part.partition('data: {"error": ')  # whose text stock does not escape
+        before, mark, _ = part.partition('data: {"error": ')  # stock does not escape its text
         if mark:
             yield before + _event(_error_body(exchange.status, str(exchange.error)))
             continue
@@ -529,7 +528,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
-    """Return an error in OpenAI's form, whose message their client shows."""
+    """Return an error in OpenAI's form, so that their client shows the message."""
     error_type = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": error_type, "code": status}}
 
@@ -546,7 +545,7 @@ class Figures:
         "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
         "resps_emitted_tokens_total": "Tokens of the answers.",
         "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
-        # As vLLM names them: AIPerf's matrix is made of these three
+        # vLLM's names, from which AIPerf makes its matrix
         "vllm:spec_decode_num_drafts_total": "Steps after the prompt, of answers with draft trees.",
         "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that the target verified.",
         "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that the target accepted.",
@@ -560,7 +559,7 @@ class Figures:
         self._outcomes: Counter[str] = Counter()
 
     def add_answer(self, exchange: Exchange, prompt_length: int, length: int) -> None:
-        """Count an answer: `prompt_length` tokens of its prompt, and `length` with the answer."""
+        """Count an answer; `length` is the prompt's and the answer's."""
         added: dict[str, float] = {
             "resps_prompt_tokens_total": prompt_length,
             "resps_emitted_tokens_total": length - prompt_length,
@@ -599,7 +598,7 @@ class Figures:
 
 
 class Door:
-    """The outermost layer: bounds a request's body, notices a client that leaves, and counts what came of it."""
+    """The outermost layer: limits a request's body, notices when a client leaves, and counts outcomes."""
 
     _ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -628,7 +627,7 @@ class Door:
                 self._figures.end(exchange)
 
     async def _read(self, receive: Receive, exchange: Exchange) -> bytes | None:
-        """Return the body; `None` for one that is too large, whose excess is not kept."""
+        """Return the body; `None` if it is too large, without keeping the excess."""
         parts, size, is_whole = [], 0, False
         while not is_whole:
             message = await receive()
@@ -650,7 +649,7 @@ class Door:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                exchange.over.set()  # the server reports a departure as soon as the answer is whole
+                exchange.over.set()  # the server reports a departure after every complete answer
             await send(message)
 
         try:
@@ -667,7 +666,7 @@ async def _departure(receive: Receive, exchange: Exchange) -> Message:
     return message
 
 
-_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's routes to other models, and to unload
+_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's routes to other models and to unloading
 
 
 def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> ASGIApp:
@@ -678,7 +677,7 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
         ChatHandler(models, state),
         completion_handler=CompletionHandler(models, state),
         response_handler=ResponseHandler(models, state),
-        transcription_handler=cast(Any, None),  # their routes are dropped
+        transcription_handler=cast(Any, None),  # these routes are dropped
         systemone_handler=cast(Any, None),
         generation_state=state,
     )
@@ -699,8 +698,8 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
     return Door(app, figures)
 
 
-# Functions of stock's server that are called, replaced or overridden -> their parameters in Transformers 5.20 to 5.24;
-# after dots only some, where others are passed on or left out.
+# Functions of stock's server that are called, replaced or overridden -> parameters in Transformers 5.20 to 5.24. After
+# dots only some are listed, as others are passed on or left out.
 RELIED_ON = {
     server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
     "systemone_handler generation_state enable_cors",
@@ -734,7 +733,7 @@ RELIED_ON = {
 
 
 def check_release() -> None:
-    """Refuse a release of Transformers whose server is not the one that these classes were written over."""
+    """Refuse a release of Transformers whose server differs from `RELIED_ON`."""
     for relied, parameters in RELIED_ON.items():
         taken, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
         if not set(rest) <= set(taken) if first == "..." else taken != [first, *rest]:

@@ -1,4 +1,4 @@
-"""Conversations answered by every method in turn, and the comparison of each text with the plain one."""
+"""Answer conversations by every method in turn, and compare each text with the plain one."""
 
 import random
 from collections import Counter
@@ -23,10 +23,7 @@ _WARM_UP_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """The user's turns of one conversation; the target answers them one after another.
-
-    Answers of the dataset are not used: every turn follows the target's own ones.
-    """
+    """The user's turns of one conversation. Each follows the target's answers, not those of the dataset."""
 
     name: str  # `dataset/row`
     opening: Conversation  # before the first user turn, such as a system message
@@ -34,21 +31,21 @@ class Dialogue:
 
     @classmethod
     def of(cls, name: str, messages: Conversation) -> "Dialogue":
-        """Take the user turns of `messages`. Raises ValueError when there is none."""
+        """Take the user turns of `messages`; raise `ValueError` if there are none."""
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
         return cls(name, messages[: users[0]], tuple(messages[index]["content"] for index in users))
 
     def asked(self, answers: Sequence[str]) -> Conversation:
-        """Return the conversation up to the turn after `answers`, one for each turn before it."""
+        """Return the conversation up to the turn after `answers`."""
         messages = [*self.opening]
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
 
     def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
-        """Return the turn after `answers`, with all before it, in tokens."""
+        """Return the conversation up to the turn after `answers` in tokens."""
         return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
 
     @property
@@ -57,7 +54,7 @@ class Dialogue:
 
 
 def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
-    """Read a file, or a split of a dataset of the Hub, in order. Raises `ValueError` when it has no conversations."""
+    """Read a file, or a split of a dataset of the Hub; raise `ValueError` if it has no conversations."""
     name = Path(source).stem
     rows = islice(load_conversations(source, split), _MAX_ROWS)
     dialogues = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
@@ -67,13 +64,13 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
 
 
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
-    """Choose up to `limit` of them, evenly over the file."""
+    """Choose up to `limit` dialogues, evenly over the file."""
     count = min(limit, len(dialogues))
     return [dialogues[index * len(dialogues) // count] for index in range(count)]
 
 
 def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Raises ValueError when prompts are among `others`, the fingerprints of what was learned from or searched on."""
+    """Raise `ValueError` if prompts are among `others`, fingerprints of prompts used in training or search."""
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
@@ -85,16 +82,16 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 class Judge:
     """Compares the answers to each prompt with plain ones.
 
-    Unexplained are greedy differences that rounding does not explain, sampled ones in float32 or float64 of a method
-    that promises the plain text seed for seed, and any in the invariant mode. In half precision a sampled text of the
-    normal mode may differ from a near-tie on, which cannot be told afterwards: it is counted, not judged.
+    Unexplained are greedy differences beyond rounding, sampled ones in float32 or float64 by a method that promises
+    the plain text seed for seed, and all in the invariant mode. Other sampled texts in half precision may differ after
+    a near-tie, which cannot be proved afterwards: they are counted, not judged.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
         self._target = target
         self._promises = {method.name for method in methods if method.seed_exact}
         self._references = {method.name: method.reference for method in methods}
-        # Method -> answers of the first repeat that equal the plain ones, and those of its mode, but that one's own
+        # Method -> answers of the first repeat that equal the plain ones, and the plain ones of its mode
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
         in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
         self.same_text_invariant: Counter[str] = Counter(dict.fromkeys(in_mode, 0))
@@ -132,17 +129,11 @@ def _is_same(run: Run, other: Run) -> bool:
 
 
 class Session:
-    """Every conversation, answered by every method at every temperature, in turn.
+    """Every conversation, answered by every method at every temperature and with every seed of `repeats`.
 
-    A turn of a conversation follows what the method `base` answered to the turns before it, at the same temperature
-    and seed, as EAGLE's evaluation plays MT-Bench: all methods answer the same prompt. A conversation ends early where
-    the next turn would not fit into the target's context.
-
-    Attributes:
-        methods: in the order of the table, `base` among them.
-        repeats: seeds; each answers everything once.
-        runs: of the cells that every method has answered.
-        cut: names of conversations that ended early.
+    All methods answer the same prompt: a turn follows the answers of the method `base` to earlier turns, at the same
+    temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn would not
+    fit into the target's context.
     """
 
     def __init__(
@@ -158,8 +149,8 @@ class Session:
         check_distinct(methods)
         self.bench, self.dialogues, self.methods = bench, dialogues, methods
         self._tokenizer, self._temperatures, self._repeats, self._base = tokenizer, temperatures, repeats, base
-        self.runs: list[Run] = []
-        self.cut: set[str] = set()
+        self.runs: list[Run] = []  # of cells that every method has answered
+        self.cut: set[str] = set()  # names of conversations that ended early
         self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * len(repeats)
         context: int = bench.target.config.get_text_config().max_position_embeddings
         self._max_length = context - bench.max_new_tokens
@@ -183,18 +174,18 @@ class Session:
         return [run for run in self.runs if run.timing.method == method]
 
     def warm_up(self) -> None:
-        """Decode a few tokens with every method, so that no timed answer compiles or allocates for the first time."""
+        """Decode a few tokens with every method, so that no timed answer compiles or allocates first."""
         first, few = self.dialogues[0].prompt(self._tokenizer), min(_WARM_UP_TOKENS, self.bench.max_new_tokens)
         for method in tqdm(self.methods, desc="Warming up", unit="method"):
             self.bench.decode(first, method, max_new_tokens=few)
-        # "auto" keeps what it learns between answers, and starts with nothing
+        # "auto" learns between answers, and has to start with nothing
         self.bench.target.speculation_state.policy_cache.clear()
 
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt and its runs, in the order of `methods`; `done` is called after each answer.
+        """Yield each prompt and its runs, in the order of `methods`; call `done` after each answer.
 
-        Each repeat and conversation has an order of its own, drawn alike in every session: none always follows the
-        same method, which may leave it fast or slow.
+        The order of answering is shuffled for each repeat and conversation, equally in every session, so that no
+        method always follows the same one, which may leave the machine fast or slow.
         """
         for repeat in self._repeats:
             for dialogue in self.dialogues:

@@ -1,4 +1,4 @@
-"""`resps verify`: the proof that output is lossless."""
+"""`resps verify`: check that output is lossless."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; return 1 if the output is not the model's own, 2 if no draft was accepted to test it."""
+    """Print the report; return 1 if the output differs from the model's, 2 if no accepted draft tested it."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = load_source(args.head, target, args.revision)
