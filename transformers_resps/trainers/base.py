@@ -43,9 +43,8 @@ class ArtefactTrainer(Trainer):
     """Trains a head or a policy into the folder `OUTPUT_DIR/artefact_name`, and pushes that folder alone to the Hub.
 
     A finished run writes the folder with its settings (`recipe.yaml`), its size and later evaluations
-    (`metrics.json`). Until then each checkpoint writes the newest state into `OUTPUT_DIR/artefact_name-unfinished`.
-    Unless `hub_strategy="end"`, each checkpoint is pushed, too. Transformers' trainer would push weights in training
-    precision and a pickle.
+    (`metrics.json`). Until then each checkpoint writes its state into `OUTPUT_DIR/artefact_name-unfinished` and pushes
+    it, unless `hub_strategy="end"`. Transformers' trainer would push weights in training precision and a pickle.
     """
 
     artefact_name: ClassVar[str]
@@ -69,7 +68,7 @@ class ArtefactTrainer(Trainer):
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
-        """Return the content of `metrics.json` of a finished run, with its size in `training`."""
+        """Return the `metrics.json` of a finished run, with its size in `training`."""
         return {"training": {"steps": self.state.global_step}}
 
     def models(self) -> dict[str, str | None]:
@@ -83,12 +82,12 @@ class ArtefactTrainer(Trainer):
 
     @property
     def artefact_folder(self) -> Path:
-        """Folder of the product of a finished run."""
+        """Folder of a finished run's product."""
         return Path(str(self.args.output_dir)) / self.artefact_name
 
     @property
     def unfinished_folder(self) -> Path:
-        """Folder of the newest state of an unfinished run."""
+        """Folder of an unfinished run's newest state."""
         return _unfinished(self.artefact_folder)
 
     @property
@@ -101,13 +100,10 @@ class ArtefactTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as in Transformers, then write `artefact_folder`; SIGINT and SIGTERM save a checkpoint and stop it.
+        """Train as in Transformers, then write `artefact_folder`.
 
         `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete one in `output_dir`.
-
-        Raises:
-            KeyboardInterrupt: SIGINT was received, and the checkpoint is saved.
-            SystemExit: SIGTERM was received, and the checkpoint is saved.
+        SIGINT and SIGTERM save a checkpoint, then raise `KeyboardInterrupt` or `SystemExit`.
         """
         if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir)) or True
@@ -148,11 +144,7 @@ class ArtefactTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the served form of the head or policy, by default into `artefact_folder`.
-
-        Raises:
-            ValueError: no folder was passed, and the run has not finished.
-        """
+        """Write the served form of the head or policy; without a folder into `artefact_folder` of a finished run."""
         if _internal_call:  # a checkpoint, in training precision
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
@@ -190,7 +182,6 @@ class ArtefactTrainer(Trainer):
         Raises:
             ValueError: the run has not finished.
             OSError: the Hub refused, the connection broke, or the repository was published with measurements.
-                Nothing was committed.
         """
         self._check_finished("pushed")
         if not self.is_world_process_zero():
@@ -222,7 +213,7 @@ def _unfinished(folder: Path) -> Path:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside this one, then move its files here, so that a kill leaves no half of a file."""
+    """Let `write` fill a folder beside this one, then move its files here, so that a kill leaves no partial file."""
     unfinished = _unfinished(folder)
     with written(unfinished):
         write(unfinished)
@@ -260,7 +251,6 @@ def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Ma
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold the value."""
     if isinstance(value, dict):
         return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
     if isinstance(value, list):
@@ -282,7 +272,7 @@ def written(place: str | Path) -> Iterator[None]:
 
 
 def destination_of(args: TrainingArguments, **where: Any) -> Destination:
-    """Return the repository of a run's settings; `where` replaces its `token`, `revision` and `private`."""
+    """Return the repository of a run; `where` replaces its `token`, `revision` and `private`."""
     return Destination(
         args.hub_model_id or Path(str(args.output_dir)).absolute().name,
         private=where.get("private", args.hub_private_repo),
@@ -292,7 +282,7 @@ def destination_of(args: TrainingArguments, **where: Any) -> Destination:
 
 
 def make_unmeasured_repository(args: TrainingArguments) -> str:
-    """Make the repository of a run and return its id; refuses one that was published with measurements."""
+    """Make the repository of a run and return its id; refuse one published with measurements."""
     return make_repository(destination_of(args), _UNMEASURED)
 
 
@@ -305,11 +295,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or `files` of it, in one commit and return its URL; `card` is used if there is none.
-
-    Raises:
-        OSError: see `ArtefactTrainer.push_to_hub`.
-    """
+    """Upload a folder, or `files` of it, in one commit and return its URL; `card` is used if there is none."""
     content: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file for file in (_files(folder) if files is None else files)
     }
@@ -320,7 +306,7 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """Find the newest checkpoint that has `trainer_state.json`, its last file; others cannot be loaded."""
+    """Find the newest complete checkpoint: it has `trainer_state.json`, its last file."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
@@ -342,7 +328,7 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
 
 
 class InterruptionCallback(TrainerCallback):
-    """Saves a checkpoint and stops all processes at the same step after one of them received a signal."""
+    """Saves a checkpoint and stops all processes at the same step after one received a signal."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -363,8 +349,8 @@ class InterruptionCallback(TrainerCallback):
 def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM save a checkpoint and stop `trainer` after a multiple of `steps`.
 
-    A second signal stops it at once. Schedulers such as Slurm and Kubernetes send SIGTERM before they kill a process.
-    Outside Python's main thread, which alone gets signals, nothing changes.
+    A second signal stops it at once. Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's
+    main thread, which alone gets signals, nothing changes.
 
     Raises:
         KeyboardInterrupt: SIGINT was received, and the checkpoint is saved.
@@ -405,10 +391,8 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """Shorten warmup and decay in `args` in proportion, with a warning, if together they exceed the run.
-
-    Transformers would begin in the middle of the decay.
-    """
+    """Shorten warmup and decay in `args` in proportion, with a warning, if together they exceed the run."""
+    # Transformers would begin in the middle of the decay
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
     if not isinstance(decay, int) or warmup + decay <= steps:
@@ -431,13 +415,10 @@ _SECONDS = "seconds.json"
 
 
 class TimingCallback(TrainerCallback):
-    """Counts the seconds of training in every checkpoint, so that a resumed run continues the count.
-
-    `seconds` is `None` if the checkpoint of the resumed run lacks them.
-    """
+    """Counts the seconds of training in every checkpoint, so that a resumed run continues the count."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds: float | None = 0.0
+        self.seconds: float | None = 0.0  # `None` if the checkpoint of the resumed run lacks them
         self._clock, self._last = clock, clock()
 
     def resume(self, checkpoint: str | Path) -> None:
@@ -481,12 +462,12 @@ def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: 
 
 
 def check_count(config: TrainingArguments, name: str, least: int, otherwise: str = "") -> None:
-    """Check that a setting is a whole number of at least `least`; `otherwise` names an alternative."""
+    """Refuse a setting that is no whole number of at least `least`; `otherwise` names an alternative."""
     value = getattr(config, name)
     check_setting(config, name, isinstance(value, int) and value >= least, f"a whole number from {least}{otherwise}")
 
 
 def check_mapping(config: TrainingArguments, name: str) -> None:
-    """Check that a setting is `None` or keyword arguments."""
+    """Refuse a setting that is neither `None` nor keyword arguments."""
     value = getattr(config, name)
     check_setting(config, name, value is None or isinstance(value, dict), "a dict or None, in a recipe a mapping")

@@ -9,14 +9,10 @@ from .losses import Teacher
 
 
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw the roots of a batch's blocks among tokens that are predicted together with the next one.
+    """Draw a share of the possible roots of blocks; a share of 1 takes all, without random numbers.
 
-    Args:
-        predicted: `[b, t]` bool, the tokens to learn from.
-        share: share of the roots to draw; 1 takes all, without random numbers.
-
-    Returns:
-        `[b, m]` positions, and `[b, m]` bool whether each is a root or padding.
+    A root is `predicted` (`[b, t]` bool) together with the next token. Returns positions `[b, m]`, and `[b, m]` bool
+    whether each is a root or padding.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
     counts = (may.sum(-1, keepdim=True) * share).ceil().long()
@@ -30,11 +26,8 @@ def contexts_of(
 ) -> Tensor:
     """Compute the factors `[k, n, r]` of a correction's table after the true tokens.
 
-    Args:
-        correction: the head's correction.
-        hidden: `[k, n, h]` outputs that predict the tokens of n paths.
-        before: `[k, n]` the true token before each.
-        first: `[n, h]` output of the root's slot, if that predicts nothing.
+    `hidden` `[k, n, h]` are outputs that predict the tokens of n paths, `before` `[k, n]` the true token before each,
+    and `first` `[n, h]` the output of the root's slot, if that predicts nothing.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
@@ -57,8 +50,8 @@ def selection_loss(
 ) -> Tensor:
     """Compute the cross entropy `[n]` of a selector's scores of each slot's candidates; their logits get no gradient.
 
-    The loss is weighted by the target's probability of all candidates. `hidden` are normed outputs `[n, h]`, and
-    `contexts` `[n, r]` come from `contexts_of`; see `soft_cross_entropy` for the others.
+    It is weighted by the target's probability of all candidates. `contexts` `[n, r]` come from `contexts_of`; see
+    `soft_cross_entropy` for the others, of one level.
     """
     losses = []
     for start in range(0, max(len(hidden), 1), chunk_size):

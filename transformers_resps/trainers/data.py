@@ -36,7 +36,7 @@ from .rollouts import LiveRollouts, ReplayRollouts
 
 
 def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
-    """Refuse a dataset, passed as the argument `name`, of a class that cannot be prepared."""
+    """Refuse a dataset, the argument `name`, of a class that cannot be prepared."""
     import datasets
 
     if isinstance(dataset, Mapping):
@@ -66,10 +66,7 @@ _COUNTED_TEXTS = 4096  # Texts of a stream that a draft vocabulary is counted ov
 
 
 class HeadTexts:
-    """Prepares datasets for one target, and makes batches of a token budget of them.
-
-    `tokenizer` is `None` if there is none, which suffices for token ids; `processor` until a dataset has images.
-    """
+    """Prepares datasets for one target, and makes batches of a token budget of them."""
 
     def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
         context = context_of(target)
@@ -82,15 +79,15 @@ class HeadTexts:
         self._max_length: int = args.max_length or context
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
-        self.tokenizer = load_tokenizer(target, processing_class)
+        self.tokenizer = load_tokenizer(target, processing_class)  # `None` suffices for token ids
         self._target, self._processing_class = target, processing_class
-        self.processor: ProcessorMixin | None = None
+        self.processor: ProcessorMixin | None = None  # `None` until a dataset has images
 
     def collate(self, rows: Any) -> dict[str, Any]:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize and mask a dataset, passed as the argument `name`; for evaluation also a dict of them."""
+        """Tokenize and mask a dataset, the argument `name`; for evaluation also a dict of them."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -110,7 +107,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """Wrap a prepared dataset; with `feature_cache_dir` it includes the target's features, computed as needed."""
+        """Wrap a prepared dataset; with `feature_cache_dir` it includes the target's features."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -120,7 +117,7 @@ class HeadTexts:
     def loader(
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
     ) -> DataLoader[Any]:
-        """Make batches of up to `tokens_per_batch` tokens, in random order or in a fixed one."""
+        """Make batches of up to `tokens_per_batch` tokens, in random or fixed order."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out like rows
@@ -160,7 +157,7 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Tokenize the prompts of a dataset, passed as the argument `name`.
+        """Tokenize the prompts of a dataset, the argument `name`.
 
         Its column is `prompt` (a string, without a chat template, or messages) or `messages`, which are used up to the
         last question.
@@ -202,7 +199,7 @@ def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, 
 
 
 def name_of(tokens: Tensor) -> str:
-    """Hash token ids `[s]`."""
+    """Hash token ids `[s]` to a short name."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -216,7 +213,7 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and records each answer in a file of `folder` unless it is there."""
+    """Lets an attached target answer prompts, and records each answer in `folder` unless it is there."""
 
     target: Any
     head: DraftHead | BlockHead
@@ -227,7 +224,7 @@ class AnswerRecorder(Generic[Recorded]):
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record all prompts `[s]` with an answer of at least two tokens; several processes share them out."""
+        """Record the prompts `[s]` whose answer has at least two tokens; several processes share them out."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +279,7 @@ _USUAL_CONTEXT = 256  # Positions that are assumed before there are prompts.
 
 
 class PolicyData:
-    """Holds the prompts of a trainer, by argument, and makes recordings and costs when first needed."""
+    """Holds a trainer's prompts, by argument, and makes recordings and costs when first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -336,7 +333,7 @@ class PolicyData:
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
-        """Collect the first questions of these datasets; missing ones are skipped."""
+        """Collect the first questions of these datasets; missing datasets are skipped."""
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:

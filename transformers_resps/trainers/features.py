@@ -73,12 +73,10 @@ class FrozenTarget:
         predicted: Tensor | None = None,
         image_inputs: dict[str, Tensor] | None = None,
     ) -> TargetFeatures:
-        """Run the target over right-padded texts; causal attention keeps the padding out without a mask.
+        """Run the target over right-padded texts `[b, t]`; causal attention keeps the padding out without a mask.
 
-        Args:
-            input_ids: `[b, t]` the texts.
-            predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all, which takes a fifth longer.
-            image_inputs: see `collate`; `None` if no text shows an image.
+        `predicted` `[b, t]` are the tokens whose picks are wanted; `None` for all, which takes a fifth longer. See
+        `collate` for `image_inputs`.
 
         Raises:
             ValueError: the target attends to an answer after images in both directions.
@@ -120,7 +118,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Take the argmax over the whole vocabulary, in chunks; scale and soft cap are monotone and left out."""
+        """Take the argmax over the whole vocabulary; scale and soft cap are monotone and left out."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
@@ -144,11 +142,10 @@ _TOKENS_PER_FORWARD = 4096  # Tokens in a batch of the target, padding included.
 
 
 class CachedFeatures(PreparedTexts):
-    """Texts with the target's outputs on disk (see `TargetFeatures`), so that training does not run the target.
+    """Texts with the target's outputs on disk, so that training does not run the target.
 
     Missing outputs are computed when the object is made. Each block of texts has a safetensors file named by a hash of
-    its content, so a killed run continues, and texts added at the end of a dataset are computed alone. `rows` come
-    from `prepare_dataset`; `collator` makes batches of them.
+    its content, so a killed run continues, and texts added at the end of a dataset are computed alone.
     """
 
     def __init__(

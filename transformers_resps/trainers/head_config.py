@@ -31,9 +31,6 @@ class DraftHeadTrainingConfig(TrainingArguments):
     Batches are filled up to `tokens_per_batch`; `per_device_train_batch_size` and `per_device_eval_batch_size` are
     refused.
 
-    Raises:
-        ValueError: a setting is out of its range.
-
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
     """
 
@@ -143,7 +140,7 @@ _UNITS = {"avx512_bf16", "amx_bf16"}  # Instructions that multiply bf16; other C
 
 
 def prefers_bf16(*, use_cpu: bool = False) -> bool:
-    """Tell whether bf16 autocast is faster than fp32 on the training device: where hardware multiplies bf16."""
+    """Return whether the training device multiplies bf16 in hardware; only then autocast is faster than fp32."""
     if use_cpu or not torch.accelerator.is_available():
         return bool(_UNITS & cpu_flags())
     if torch.cuda.is_available():

@@ -50,7 +50,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     Args:
         model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the layers that came with the target;
             `None` for a new head, whose draft vocabulary is counted over the training data.
-        args: see `DraftHeadTrainingConfig`; by default they write into `TARGET-head`.
+        args: the settings; by default they write into `TARGET-head`.
         train_dataset: a `Dataset`, or an `IterableDataset`, which needs `max_steps`.
         eval_dataset: held-out texts: a dataset or a dict of several.
         processing_class: the target's tokenizer; by default loaded from the target's folder or repository.
@@ -152,7 +152,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
-        """Return the tokens that the head can propose, and their share of the training answers."""
+        """Return the tokens that the head can propose, with their share of the training answers."""
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the weighted loss of all levels, per predicted token of the optimiser step."""
+        """Compute the loss of all levels, per predicted token of the optimiser step."""
         if model.training:
             self._speed.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
         loss, losses, hits, predicted = self._loss(model, inputs)
@@ -193,7 +193,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as in Transformers, and add agreement per level, and tau of the default tree on some texts."""
+        """Evaluate as in Transformers, and add agreement per level and tau of the default tree."""
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -208,7 +208,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as in Transformers; after training also write the result to `metrics.json` beside the head."""
+        """Evaluate as in Transformers; after training also write `metrics.json` beside the head."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
@@ -240,7 +240,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
     def _tau(self, texts: Any) -> float:
-        """Simulate tau of the default tree on `tau_texts` texts, evenly spread over their lengths."""
+        """Simulate tau of the default tree on some texts, evenly spread over their lengths."""
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -265,7 +265,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add agreement per level, tokens per second and time left to Trainer's own metrics of training."""
+        """Add agreement per level, tokens per second and time left."""
         if "loss" in logs:
             agreement, tokens = self._meters["train"].summary(self._over_processes)
             logs |= agreement | self._speed.lap(tokens, self.state.global_step, self.state.max_steps)
@@ -287,7 +287,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._train_texts, shuffle=True)
 
     def _positions(self, texts: PreparedTexts | StreamedBatches) -> int:
-        """Count the positions of the whole run: all epochs, all processes, padding included."""
+        """Count the positions of all epochs and processes, padding included."""
         args = self.args
         if isinstance(texts, PreparedTexts) and args.max_steps <= 0:
             return int(args.num_train_epochs * sum(texts.lengths))
@@ -327,7 +327,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:
-    """Refuse wrong arguments of `DraftHeadTrainer` before anything is loaded."""
+    """Refuse wrong arguments before anything is loaded."""
     check_type("args", args, DraftHeadTrainingConfig)
     if model is not None and not isinstance(model, str):
         if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), TrainableSource):
@@ -427,7 +427,7 @@ class LevelMeter:
         self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
-        """Add a batch: the summed loss, hits and predicted tokens of each level `[k]`, and the number of tokens."""
+        """Add a batch: its loss, hits and predicted tokens of each level `[k]`, and its number of tokens."""
         self._sums += torch.stack([losses, hits, predicted]).detach().to("cpu", torch.float64)
         self._tokens += tokens
 
@@ -443,7 +443,7 @@ class LevelMeter:
 
 
 class RunSpeed:
-    """Measures the speed of a run between two lines of metrics, and the time that is left."""
+    """Measures the speed between two lines of metrics, and the time that is left."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None  # seconds and step

@@ -29,7 +29,7 @@ from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
-_ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
+_ODD_SHARE = 0.01  # Share of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones.
 
 
 def default_folder(target: Any, artefact_name: str) -> str:
@@ -39,7 +39,7 @@ def default_folder(target: Any, artefact_name: str) -> str:
 
 
 def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """Return the target, loaded by its name if that was given, by default in its own dtype."""
+    """Return the target, or load it by its name, by default in its own dtype."""
     if not isinstance(target, str):
         check_type("target", target, PreTrainedModel)
         if isinstance(target, TrainableSource):
@@ -64,7 +64,7 @@ def check_target_name(target: str, **hub: Any) -> None:
 
 
 def context_of(target: PreTrainedModel) -> int:
-    """The most positions that a target reads."""
+    """Return the most positions that a target reads."""
     return getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
 
 
@@ -95,7 +95,7 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:
-    """Ids that end a text, as the target's configs say."""
+    """Collect the ids that end a text from the target's configs."""
     token_ids: set[int] = set()
     for config in (text_config(target), target.generation_config):
         ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
@@ -104,7 +104,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load the head that `argument` names, see `load_head`."""
+    """Load a head by name, see `load_head`; an error names `argument`."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
@@ -121,10 +121,10 @@ def new_head(
     args: DraftHeadTrainingConfig,
     **init_kwargs: Any,
 ) -> TrainableSource:
-    """Make a head for `target` in float32, as `args` ask for it, with the fields `init_kwargs` of its config.
+    """Make a float32 head for `target` of the kind in `args`, with the config fields `init_kwargs`.
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
-    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
+    (`draft_vocab_size` 0). End tokens and special tokens are always in it.
     """
     everything = text_config(target).vocab_size
     ids = None
@@ -137,9 +137,9 @@ def new_head(
 
 
 def holds_head(name: str, **hub: Any) -> bool:
-    """Whether a folder or Hub id holds a draft head: its config has what models' configs have not.
+    """Return whether the config in a folder or at a Hub id has names or fields that only heads have.
 
-    `hub` are `revision`, `subfolder`, `token` and `cache_dir` of the folder or Hub id. Raises `OSError` for no such.
+    `hub` are its `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     names = [config.get("model_type"), *(config.get("architectures") or ())]
@@ -149,7 +149,7 @@ def holds_head(name: str, **hub: Any) -> bool:
 
 
 def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The loading arguments that say where the files are."""
+    """Select the loading arguments that say where the files are."""
     return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
@@ -172,7 +172,6 @@ class Pair:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The identity of target and head, for which a policy is trained."""
         return pair_identity(self.target, self.head)
 
     @property
@@ -188,7 +187,7 @@ class Pair:
         tokenizer: Any,
         args: PolicyTrainingConfig,
     ) -> "Pair":
-        """Load what is given by name, the target to the device of `args`, and attach the target."""
+        """Load target and head if given by name, the target to the device of `args`, and attach the target."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

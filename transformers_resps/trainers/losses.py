@@ -85,7 +85,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the products of `pairs`, states and rows in turn, to the logits."""
+        """Sum the products of `pairs`, alternately states and rows, to the logits."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
         grads = [
             torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None
@@ -148,13 +148,8 @@ def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Choose the slots that a batch's losses need, the same number q in every text of `shape` (b, t).
 
-    Args:
-        rows: `[m]` the text of each predicted token.
-        slots: `[k, m]` the slot that predicts it, by level; below 0 counts as 0.
-        shape: b and t.
-
-    Returns:
-        `[b, q]` slots of each text, ascending, and `[k, m]` the index of `slots` among them.
+    `rows` `[m]` is the text of each predicted token, `slots` `[k, m]` the slot that predicts it, by level; below 0
+    counts as 0. Returns the slots `[b, q]` of each text, ascending, and the index `[k, m]` of `slots` among them.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

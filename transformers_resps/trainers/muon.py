@@ -15,18 +15,18 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic in Keller Jordan, "Muon" (2024)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # The quintic of Keller Jordan, "Muon" (2024).
 _ITERATIONS = 5
-_SMALLEST = 1e-7  # norm by which a matrix of zeros is divided
-_MOMENTUM = 0.95  # decay rate of Nesterov's momentum
-_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # parts of names of matrices with a row for each token
+_SMALLEST = 1e-7  # A matrix of zeros is divided by this norm.
+_MOMENTUM = 0.95  # Decay rate of Nesterov's momentum.
+_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # Parts of names of matrices with a row for each token.
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix `[m, n]` with the same singular vectors and values near 1, by five Newton-Schulz steps.
 
-    On a CPU the steps run on the eigenvalues of the smaller Gram matrix, in float32; on CUDA in bfloat16. What is not
-    finite stays so.
+    On a CPU the steps run on the eigenvalues of the smaller Gram matrix, in float32; on CUDA in bfloat16. A matrix
+    with infinities or NaN keeps some.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)

@@ -39,25 +39,21 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
-        """Raise a `ValueError` for a head that cannot be trained with these settings."""
+        """Refuse a head that cannot be trained with these settings."""
 
     @abstractmethod
     def __call__(
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
     ) -> Loss:
-        """The loss of a batch of texts.
+        """Compute the loss of right-padded texts `[b, t]` over the `predicted` tokens, `[b, t]` bool.
 
-        Args:
-            head: in training.
-            model: the same as training wraps it: gradient hooks wait for its forward.
-            tokens: `[b, t]`, padded on the right.
-            predicted: `[b, t]` bool, the tokens to learn from.
-            read: what the target makes of the texts.
+        `model` is the head in the wrappers of training, whose gradient hooks wait for its forward; `read` are the
+        target's outputs.
         """
 
 
 class LevelObjective(Objective):
-    """EAGLE-3's training-time test: every token is predicted by all levels."""
+    """EAGLE-3's training-time test: all levels predict every token."""
 
     @staticmethod
     def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
@@ -93,7 +89,7 @@ class LevelObjective(Objective):
 
 
 class BlockObjective(Objective):
-    """Blocks below anchors that are drawn anew for every batch; in evaluation below all.
+    """Blocks below anchors, drawn anew for every batch; in evaluation below all tokens.
 
     A slot learns the target's distribution, with what its correction adds after the true token before; DFlash's decay
     exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. A block ends with its answer.
@@ -152,7 +148,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the losses of outputs `[n, h]` after tokens `[n]`, see `soft_cross_entropy`, and of all parts."""
+        """Compute the losses of outputs `[n, h]` after tokens `[n]`, see `soft_cross_entropy`, with all parts."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         total, losses, hits = soft_cross_entropy(
@@ -184,11 +180,7 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
 
 
 def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
-    """Find the objective that trains a head.
-
-    Raises:
-        ValueError: it cannot be trained with these settings.
-    """
+    """Find the objective that trains a head; raises `ValueError` if these settings cannot."""
     reference = kind_of(head).objective
     assert reference is not None
     objective: type[Objective] = reference.load()

@@ -30,10 +30,7 @@ class PolicyTrainingConfig(TrainingArguments):
     """Settings of `PolicyTrainer` and `fit_policy`: `TrainingArguments` and those of policy optimisation.
 
     An update answers or replays `per_device_train_batch_size` prompts, then takes `num_ppo_epochs * num_mini_batches`
-    optimiser steps on what came of the decisions. `max_steps` and `save_steps` are whole updates.
-
-    Raises:
-        ValueError: a setting is out of its range, or is no whole number of updates.
+    optimiser steps on the outcomes. `max_steps` and `save_steps` are whole updates.
 
     Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """

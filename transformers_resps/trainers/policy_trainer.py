@@ -48,15 +48,9 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` in place on rollouts that exist already; see `PolicyTrainer`.
+    """Trains a `ReSpSPolicy` in place on rollouts that exist already.
 
-    Args:
-        policy: the policy.
-        args: see `PolicyTrainingConfig`.
-        rollouts: the source of decisions.
-        eval_rollouts: held-out replayed texts, for `evaluate`.
-        reward_func: see `PolicyTrainer`.
-        kwargs: passed to `transformers.Trainer`.
+    `eval_rollouts` are held-out replayed texts, for `evaluate`; see `PolicyTrainer` for `reward_func`.
 
     Raises:
         ValueError: the objective is `full_information` with live rollouts, or there is no such reward.
@@ -111,7 +105,7 @@ class RolloutTrainer(ArtefactTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a minibatch of the current update; a new update decides first."""
+        """Compute the loss of a minibatch of the update; a new update decides first."""
         number, step = divmod(self.state.global_step, self.args.steps_per_update)
         if self._update is None or self._update.number != number:
             self._update = Update(number, self.policy, self._given_rollouts, self.reward_func, self.args)
@@ -133,21 +127,14 @@ class RolloutTrainer(ArtefactTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Compare the policy with the best fixed tree and the oracle on all held-out texts.
 
-        Missing recordings are made. After training the result is written to `metrics.json` in the policy's folder.
-
-        Args:
-            eval_dataset: prompts for a `PolicyTrainer`, otherwise `ReplayRollouts`; `None` for those of the trainer.
-            ignore_keys: ignored.
-            metric_key_prefix: prefix of each name.
+        `eval_dataset` are prompts for a `PolicyTrainer`, otherwise `ReplayRollouts`; `None` for those of the trainer.
+        After training the result is written to `metrics.json` in the policy's folder.
 
         Returns:
             `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on the training
             texts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, with the 95%
             interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the
             number of chosen trees; `held_out_texts`.
-
-        Raises:
-            ValueError: no texts were held out.
         """
         comparison = self.compared(eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in comparison.metrics().items()}
@@ -165,7 +152,7 @@ class RolloutTrainer(ArtefactTrainer):
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Compare the policy in use on held-out texts with the fixed shape that is fastest on the texts `searched`."""
+        """Compare the policy in use on held-out texts with the fixed shape that is fastest on `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -179,7 +166,7 @@ class RolloutTrainer(ArtefactTrainer):
         )
 
     def judge(self, comparison: "PolicyComparison") -> None:
-        """Warn once of a policy that is not worth having, and write the verdict to its `metrics.json`."""
+        """Warn once if the policy does not pay, and write the verdict to its `metrics.json`."""
         if not self.is_world_process_zero():
             return
         if not self._has_warned:
@@ -217,7 +204,7 @@ class PolicyTrainer(RolloutTrainer):
     Args:
         model: "resps" for a new policy over the trees that can pay on this machine; or a `ReSpSPolicy`, guarded or
             not, or its folder or Hub id. It is trained in place.
-        args: see `PolicyTrainingConfig`.
+        args: the settings.
         train_dataset: a `datasets.Dataset` with a column `prompt` (a string, without a chat template, or messages) or
             `messages` (used up to the last question).
         eval_dataset: held-out prompts, in the same columns.
@@ -231,9 +218,6 @@ class PolicyTrainer(RolloutTrainer):
             an action while it is held), `rate` (tokens per second of the policy) and `persistence` (steps that an
             action is held).
         kwargs: passed to `transformers.Trainer`.
-
-    Raises:
-        ValueError: an argument is something else, or they do not fit together.
     """
 
     def __init__(
@@ -276,7 +260,7 @@ class PolicyTrainer(RolloutTrainer):
         With `resume_from_checkpoint=True` a run that was stopped before its first checkpoint begins anew.
 
         Raises:
-            ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
+            ValueError: a checkpoint in the output folder was trained on other inputs, or `train_dataset` is missing.
         """
         data, folder, grid = self.data, str(self.args.output_dir), self.policy.config.grid
         data.check_has("train_dataset", "training")
@@ -308,7 +292,7 @@ class PolicyTrainer(RolloutTrainer):
         return self.data.pair.names
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy, in a guard if it came in one, and hashes of its prompts."""
+        """Write the policy, guarded if it came so, and hashes of its prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
         (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
@@ -331,20 +315,10 @@ def fit_policy(
     `eval_dataset` it is compared with the best fixed tree at the costs of this machine (`OUTPUT_DIR/costs.json`):
     `metrics.json` holds the result of `PolicyTrainer.evaluate`, and a warning appears if the policy is no better.
 
-    Args:
-        model: "auto", or a `ThroughputPolicy` whose sizes are kept, guarded or not, or its folder or Hub id.
-        args: `output_dir`, and the settings of answers.
-        train_dataset: prompts, see `PolicyTrainer`.
-        eval_dataset: held-out prompts.
-        processing_class: see `PolicyTrainer`.
-        target: see `PolicyTrainer`.
-        head: see `PolicyTrainer`.
-
-    Returns:
-        The policy in its guard.
+    `model` is "auto", or a `ThroughputPolicy` whose sizes are kept, guarded or not, or its folder or Hub id. `args`
+    gives `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments.
 
     Raises:
-        ValueError: an argument is something else, or they do not fit together.
         OSError: `args.push_to_hub` is set, and the Hub refused, or the repository was published with measurements.
     """
     args = args or PolicyTrainingConfig(default_folder(target, "policy"))
@@ -390,7 +364,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of fixed trees that
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay held-out texts with a learning copy of a policy, and with the best fixed tree of `searched`."""
+    """Replay held-out texts with a learning copy of a policy and with the best fixed tree of `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -415,7 +389,7 @@ def without_guard(model: Any) -> tuple[Any, bool]:
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions."""
+    """Make a Re-SpS policy over the shapes that could pay here, at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -505,7 +479,7 @@ class PolicyComparison:
         )
 
     def warn(self) -> bool:
-        """Warn if the policy is not worth more than the best fixed tree; return whether it was doubted."""
+        """Warn of `doubts`; return whether there are any."""
         if self.doubts:
             logger.warning("Compared on held-out texts: %s", self.verdict)
         return bool(self.doubts)

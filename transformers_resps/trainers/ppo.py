@@ -65,7 +65,7 @@ class Update:
             self.metrics["dropped"] = decisions.dropped
 
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, float]:
-        """Return the loss of the minibatch of a step of this update, and the mean entropy in nats."""
+        """Return the loss of this update's minibatch at `step`, and the mean entropy in nats."""
         args, decisions = self._args, self._decisions
         epoch, part = divmod(step, args.num_mini_batches)
         order = torch.randperm(len(decisions), generator=seeded(args.seed, self.number, 1 + epoch))
@@ -88,7 +88,7 @@ class Update:
 
 
 def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
-    """Make a generator of random numbers that depend on these three alone."""
+    """Make a random generator that depends on these three numbers alone."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + update) * 1_009 + purpose) % 2**63)
 
 
@@ -102,7 +102,7 @@ def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persiste
 
 
 def mean_rate(*, mean_rates: Tensor, **_: Any) -> Tensor:
-    """Return the mean of the steps' tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
+    """Return the steps' mean tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
     return mean_rates
 
 
@@ -110,7 +110,7 @@ REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "
 
 
 def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
-    """Return the reward function of a name, or the function itself."""
+    """Return a reward function, or find it by name."""
     func = REWARD_FUNCS.get(reward) if isinstance(reward, str) else reward
     if not callable(func):
         raise ValueError(
@@ -121,7 +121,7 @@ def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """Compute the rewards of outcomes `[n]` or `[n, a]`: fp64 of their shape."""
+    """Compute fp64 rewards of outcomes `[n]` or `[n, a]`."""
     keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape

@@ -125,10 +125,7 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Decide over the texts of these indices side by side, see `collect`; without a generator greedily.
-
-        `temperature` divides the logits before a draw.
-        """
+        """Decide over the texts of these indices side by side, see `collect`; without a generator greedily."""
         self._check(policy)
         held = self.table.held(persistence)
         positions, stops = self.table.starts[texts], self.table.stops[texts]
@@ -202,15 +199,10 @@ _REMEMBERED = 64  # Steps per shape in its usual seconds.
 
 
 class LiveRollouts(Rollouts):
-    """Rollouts from real decoding, timed on this machine.
+    """Rollouts from real decoding by an attached model, timed on this machine.
 
-    Args:
-        target: an attached model.
-        head: its draft head.
-        prompts: token ids `[s]` each.
-        includes_drafting: whether a step's time includes drafting. The code of Re-SpS leaves it out, which makes deep
-            trees look free: turn it off for ablations only.
-        generation: passed to `generate`, for example `max_new_tokens`.
+    The code of Re-SpS leaves drafting out of a step's time, which makes deep trees look free: pass
+    `includes_drafting=False` for ablations only. `generation` is passed to `generate`, for example `max_new_tokens`.
     """
 
     def __init__(
@@ -241,7 +233,7 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Collect as in `Rollouts`; raises `ValueError` if no step took a plausible time."""
+        """Collect as in `Rollouts`; raises `ValueError` if no time is plausible."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept: list[_Decision] = []
         times: list[list[float]] = []  # seconds of each decision's steps

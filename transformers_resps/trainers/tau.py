@@ -19,14 +19,9 @@ def simulated_tau(
 ) -> float:
     """Simulate tau, the mean acceptance length: tokens per target forward with trees of `shape` at every step.
 
-    It is exact for texts that the target itself wrote, greedily or sampled, and at least 1.
-
-    Args:
-        source: drafts the trees.
-        target: the model that wrote the texts; it does not run.
-        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The last run of true `loss_mask`
-            is the output, and its first token comes from prefill.
-        shape: nodes, depth and width of every tree; its `lookup` is ignored.
+    It is exact for texts that the target itself wrote, greedily or sampled, and at least 1. The target does not run,
+    and `lookup` of the shape is ignored. Each text has `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The
+    last run of true `loss_mask` is the output, and its first token comes from prefill.
     """
     emitted = [step.accepted + 1 for text in texts for step in _decoded_again(source, target, text, shape)]
     return sum(emitted) / len(emitted) if emitted else 1.0
