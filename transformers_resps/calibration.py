@@ -231,7 +231,6 @@ def _time_verifying(
 
 @torch.no_grad()
 def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
-    """Time a forward of plain `generate`."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
     positions = torch.arange(context + 1, device=target.device)[None]

@@ -116,7 +116,6 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _read_prompt(self, logits: Tensor, features: list[Features]) -> None:
-        """Let all drafters read the prompt."""
         self._clock.lap("rest")
         states = None
         if self._reads_features:
@@ -131,7 +130,6 @@ class TreeDecoding:
         self._prompt_seconds = self._clock.seconds["draft"]
 
     def _propose(self) -> Proposal:
-        """Draft the tree that this step verifies."""
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
         # levels below the root that the shortest text's limit and the target's positions allow
@@ -140,7 +138,7 @@ class TreeDecoding:
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Charge compiling to the call. Charged to a step, no policy would try that size again."""
+        """Charge compiling to the call: after a step charged with it, no policy would try that size again."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.leave_out("draft", drafting)
         self._clock.leave_out("verify", verifying)

@@ -89,7 +89,6 @@ class Proposer:
         return 0.0 if self._drafter is None else self._drafter.take_compile_seconds()
 
     def read_prompt(self) -> None:
-        """Let lookup and drafter read the prompt."""
         if self._policy.uses_lookup:
             self._lookup.read()
         if self._drafter is not None:

@@ -178,7 +178,6 @@ def check_drafter(head: Any) -> None:
 
 
 def _instead_of_assistant(given: Any) -> str:
-    """Say what to pass instead of a wrong `assistant_model`."""
     if isinstance(given, str | Policy):  # "auto" or "plain"
         return "Pass it as `policy`, which needs no assistant to draft by lookup."
     if isinstance(given, TreeShape):
@@ -187,7 +186,6 @@ def _instead_of_assistant(given: Any) -> str:
 
 
 def _instead_of_policy(given: Any) -> str:
-    """Say what to pass instead of a wrong `policy`."""
     if isinstance(given, TreeShape):
         return f"Pass `FixedPolicy({given!r})`."
     if isinstance(given, Module):

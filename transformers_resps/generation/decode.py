@@ -97,7 +97,6 @@ def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier
 def _drafters(
     plan: Plan, state: SpeculationState, batch: Batch, verifier: Verifier, stack: ExitStack
 ) -> tuple[Drafter | None, LookupDrafter]:
-    """Make the drafter of the call, and the lookup beside it."""
     prepared, mask = plan.prepared, plan.prepared.attention_mask
     call = DraftCall(
         prepared.target,
@@ -118,7 +117,6 @@ def _drafters(
 
 
 def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationReport) -> None:
-    """Store the prompts and answers of the call in a memory."""
     counts = [sum(emitted) for emitted in zip(*(step.emitted for step in report.steps), strict=True)]
     answers = [answer[:count] for answer, count in zip(report.answers, counts, strict=True)]
     prompts, mask = prepared.input_ids, prepared.attention_mask

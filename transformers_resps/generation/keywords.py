@@ -54,7 +54,6 @@ class Keywords:
 
     @property
     def assistants(self) -> list[Any]:
-        """The assistants as a list."""
         given = self.assistant_model
         return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
@@ -87,7 +86,6 @@ class Keywords:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the policy is "plain"."""
         return isinstance(self.policy, str) and self.policy == PLAIN
 
     def or_else(self, other: "Keywords") -> Self:

@@ -131,7 +131,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode: stock calls this because it does not see our drafter.
+        """Entry point of decoding: stock calls this because it does not see our drafter.
 
         Stock passes `inputs_tensor`, the encoder's input, only to a method that names it.
         """

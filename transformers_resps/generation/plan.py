@@ -202,7 +202,7 @@ class PreparedEncoderDecoder(Prepared):
         return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
 
     def never_drafted(self) -> frozenset[int]:
-        """Return these tokens and padding, since M2M100 and others do not count its positions."""
+        """Return placeholders, and padding, whose positions M2M100 and others do not count."""
         padding = self.target.config.get_text_config(decoder=True).pad_token_id
         return placeholder_ids(self.target.config) | ({padding} if isinstance(padding, int) else frozenset())
 
@@ -271,7 +271,6 @@ class Plan:
 
     @property
     def compiles(self) -> bool:
-        """Whether steps run compiled."""
         return self.why_eager is None
 
     @property
@@ -387,14 +386,13 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
 
 
 def _has_active_adapter(target: nn.Module) -> bool:
-    """Whether a layer of PEFT changes the layer inside it."""
     layers: list[Any] = list(target.modules())
     tuners = {kind for kind in set(map(type, layers)) if any(own.__name__ == "BaseTunerLayer" for own in kind.__mro__)}
     return any(type(layer) in tuners and not (layer.merged or layer.disable_adapters) for layer in layers)
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether stock has to read the prompt, as for all multimodal classes: some compute positions (EXAONE 4.5)."""
+    """Whether stock has to read the prompt, even text in a multimodal class: some compute positions (EXAONE 4.5)."""
     config = prepared.target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))

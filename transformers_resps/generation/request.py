@@ -120,7 +120,6 @@ class GenerateCall(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The number of prompts."""
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 

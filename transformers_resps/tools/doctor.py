@@ -171,7 +171,6 @@ class Probe:
         trial.agreed = trial.agreed + agreed.sum(1)
 
     def follow(self, readings: Sequence[FileReading]) -> None:
-        """Drop all other readings."""
         self._trials = [trial for trial in self._trials if trial.reading in readings]
 
     def diagnosis(self) -> Diagnosis:

@@ -55,7 +55,7 @@ class RecordedStep:
 
     @property
     def sources(self) -> list[str]:
-        """The proposer of each node after the root: "head", "lookup", "memory", or "both" for several."""
+        """The proposer of each node: "root" for the root, "head", "lookup", "memory", or "both" for several."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
@@ -297,7 +297,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
 
 
 def _mark_sources(step: _Json) -> None:
-    """Give accepted tokens the source of their node, which are in the same order."""
+    """Give accepted tokens the source of their node: tokens and path are in the same order."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":

@@ -428,7 +428,7 @@ def write_results(file: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _compact(part: Any) -> str:
-    """Return JSON without blanks, and each item of a list of objects on its line."""
+    """Return JSON without blanks, each item of a list of objects on a separate line."""
     if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
         return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
     return json.dumps(part, separators=(",", ":"))

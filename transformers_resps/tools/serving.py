@@ -528,7 +528,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
-    """Return an error in OpenAI's form, so that their client shows the message."""
+    """Return an error in OpenAI's form, whose message its client shows."""
     error_type = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": error_type, "code": status}}
 

@@ -98,7 +98,6 @@ class Judge:
         self.unexplained: list[str] = []
 
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
-        """Compare the answers of every method to one prompt."""
         by_name = {run.timing.method: run for run in runs}
         for name, run in by_name.items():
             timing, reference = run.timing, by_name[self._references[name]]
