@@ -1,1 +1,1 @@
-"""The exact mode whole: its attention and experts, the needs of its kernels, its steps, prompts and refusals."""
+"""The exact mode: its attention, experts, steps, prompts and refusals, and how many rows its kernels need."""

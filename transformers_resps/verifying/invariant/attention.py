@@ -1,13 +1,13 @@
-"""Attention whose result for a token depends on its own text alone, not on the other tokens of the forward.
+"""Attention whose result for a token depends only on its own text, not on the other tokens of the forward.
 
-A kernel sums the keys of a row in an order that it chooses by the shape of the whole problem, and in low precision
-another order may be another text. Here the keys lie in blocks that begin at fixed places of the text, and PyTorch's
-kernel gets each block as a problem of its own, always of one size. A softmax over the log-sum-exps of the blocks, in
-float64, joins their results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
+A kernel chooses by the shape of the whole problem in which order it sums the keys of a row, and in low precision
+another order may give another text. Here the keys lie in blocks that begin at fixed places of the text, and PyTorch's
+kernel gets each block as a problem of one size. A softmax over the log-sum-exps of the blocks, in float64, joins their
+results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-All nodes of a tree share the blocks before the last border before its root. A block after that border is gathered for
-each path, from the text and the path's nodes, for nodes of that path only. So a node gets the bits that it would get
-as text, alone or in a long prompt.
+All nodes of a tree share the blocks that end before its root. A block after this border is gathered for each path,
+from the text and the path's nodes, for nodes of that path only. So a node gets the bits that it would get as text,
+alone or in a long prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,21 +37,15 @@ _MULTIPLE = 8
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layout for the last nodes of a tree; a few of them serve all trees, whose values stay on the device.
+    """Sizes of a layout for the last nodes of a tree: few serve all trees, whose values stay on the device."""
 
-    Attributes:
-        asking: the last nodes, which this forward computes; earlier ones lie in their slots already.
-        blocks: shared blocks.
-        levels: most blocks that a path has after the border; see `levels_below`.
-    """
-
-    asking: int
-    blocks: int
-    levels: int
+    asking: int  # the last nodes, which this forward computes; earlier ones lie in their slots already
+    blocks: int  # shared blocks
+    levels: int  # most blocks that a path has after the border; see `levels_below`
 
 
 def levels_below(place: int, depth: int) -> int:
-    """Count the blocks that hold the nodes of a tree, from its root's place in the text and its largest depth."""
+    """Count the blocks that hold the nodes of a tree, from its root's place in the text and its depth."""
     return (place % BLOCK + depth) // BLOCK + 1
 
 
@@ -59,32 +53,22 @@ class BlockLayout(NamedTuple):
     """Blocks of buffers that the nodes of a tree, or the tokens of a prompt, attend to, in the order of the text.
 
     The entry of place i of the text lies in slot i, and that of node i in the slot i after the root's place.
-
-    Attributes:
-        shared: `[blocks, BLOCK]` places of the blocks that all nodes share.
-        ends: `[b, n]` the place where these blocks end for a node.
-        order: `[any]` the real nodes, which are the first ones. Padding nodes get a copy of the last one's result.
-        groups: `[b, g, _ROWS]` nodes of one path that query one of its blocks together.
-        places: `[b, g, _ROWS]` places of these nodes in the text; -1 where a group has fewer.
-        slots: `[b, g, BLOCK]` slots of the entries in that block, in the order of the text.
-        starts: `[b, g]` place of the block's first entry.
-        asked: `[levels, b, n]` index of a node in its row's groups, for each block of a path that it queries; or -1.
     """
 
-    shared: Tensor
-    ends: Tensor
-    order: Tensor
-    groups: Tensor
-    places: Tensor
-    slots: Tensor
-    starts: Tensor
-    asked: Tensor
+    shared: Tensor  # [blocks, BLOCK], places of the blocks that all nodes share
+    ends: Tensor  # [b, n], the place where these blocks end for a node
+    order: Tensor  # [any], the real nodes, which come first; padding nodes get a copy of the last one's result
+    groups: Tensor  # [b, g, _ROWS], nodes of one path that query one of its blocks together
+    places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
+    slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
+    starts: Tensor  # [b, g], place of the block's first entry
+    asked: Tensor  # [levels, b, n], index of a node in its row's groups, for each path's block that it queries; or -1
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
         """Lay out tokens at `depths` `[b, n]` after the places `roots` `[b, 1]` as text: all blocks are shared.
 
-        All tensors are on the host. There are at least `least` blocks, empty groups and levels, see `of_tree`.
+        All tensors are on the host. For `least` see `of_tree`; its groups and levels are empty here.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
@@ -95,10 +79,10 @@ class BlockLayout(NamedTuple):
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "BlockLayout":
-        """Lay out a tree below the places `roots` `[b, 1]`; see `DraftTree`. All tensors are on the host.
+        """Lay out a `DraftTree` below the places `roots` `[b, 1]`. All tensors are on the host.
 
-        There are at least `least` blocks, groups and levels: compiled code gets two or more, because sizes of none and
-        one would be compiled apart.
+        There are at least `least` blocks, groups and levels: compiled code gets two, since sizes of 0 and 1 would be
+        compiled apart.
         """
         rows = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
         read = [_RowLayout(*row) for row in rows]
@@ -153,22 +137,19 @@ class BlockLayout(NamedTuple):
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
-        """Turn nodes from `count` on into padding, which sees nothing in compiled code."""
+        """Turn the nodes from `count` on into padding, which sees nothing in compiled code."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 class _RowLayout:
-    """The `BlockLayout` of one row in Python numbers, which for few nodes are faster than tensors.
-
-    `paths` are `[g, n + 1]` nodes of each group's path, filled up with roots.
-    """
+    """The `BlockLayout` of one row in Python numbers, which for few nodes are faster than tensors."""
 
     def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
         border, own = root // BLOCK * BLOCK, root % BLOCK
         self.groups, self.places = list[list[int]](), list[list[int]]()
-        self.paths, self.starts = list[list[int]](), list[int]()
+        self.paths, self.starts = list[list[int]](), list[int]()  # paths: `[g, n + 1]` nodes, filled up with roots
         count = len(depths)
         nodes = [node for node, depth in enumerate(depths) if depth or not node]  # without padding
         paths = {node: list(compress(range(count), ancestors[node])) for node in nodes}
@@ -218,7 +199,7 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
     """List the slots of blocks that begin at the places `starts` `[b, g]` on paths of `nodes` `[b, g, n + 1]`.
 
-    After the end of a path comes the root's slot, which the mask hides.
+    After the end of a path the root's slot is repeated, which the mask hides.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -242,20 +223,14 @@ def _filled_up(part: Tensor, dim: int) -> Tensor:
 
 
 class _QueryRows(NamedTuple):
-    """Query rows of one layer type: the heads of some nodes that share keys, one after another.
+    """Query rows of one layer type: the heads of some nodes that share keys, one after another."""
 
-    Attributes:
-        heads: `[any * b * kv heads * rows]` indices into the `[b * n * heads, hd]` queries.
-        mask: `[blocks, 1 or b * kv heads, rows, BLOCK]`, additive.
-        step: heads from one key head's first row to the next one's, if the rows need not be copied; else 0.
-    """
-
-    heads: Tensor
-    mask: Tensor
-    step: int = 0
+    heads: Tensor  # [any * b * kv heads * rows], indices into the queries [b * n * heads, hd]
+    mask: Tensor  # [blocks, 1 or b * kv heads, rows, BLOCK], additive
+    step: int = 0  # heads from one key head's first row to the next one's, if the rows need not be copied; else 0
 
     def gathered(self, queries: Tensor, key_heads: int) -> Tensor:
-        """Pick the rows, `[blocks or 1, b * kv heads, rows, hd]`: one where all blocks get the same."""
+        """Pick the rows, `[blocks or 1, b * kv heads, rows, hd]`: 1 where all blocks get the same."""
         count, size, distance = self.mask.shape[2], queries.shape[1], queries.stride(0)
         if self.step:
             return queries.as_strided((1, key_heads, count, size), (0, self.step * distance, distance, 1))
@@ -263,19 +238,12 @@ class _QueryRows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """Query rows of groups and the blocks of their paths.
-
-    Attributes:
-        rows: query rows over these blocks.
-        entries: `[g * b * kv heads * BLOCK]` indices of the blocks' entries among `[b * kv heads * slots]`.
-        places: `[levels * rows * b * kv heads]` indices of rows over shared blocks among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, rows, b * kv heads]` rows without a block; `None` where every node has all levels.
-    """
+    """Query rows of groups and the blocks of their paths."""
 
     rows: _QueryRows
-    entries: Tensor
-    places: Tensor
-    is_missing: Tensor | None
+    entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' entries among [b * kv heads * slots]
+    places: Tensor  # [levels * rows * b * kv heads], the rows over shared blocks among [g, rows, b * kv heads]
+    is_missing: Tensor | None  # [levels, rows, b * kv heads], rows without a block; `None` where all have one
 
     def gathered(self, states: Tensor) -> Tensor:
         """Gather `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
@@ -284,20 +252,17 @@ class _OwnReads(NamedTuple):
 
 
 class _LayerReads(NamedTuple):
-    """Query rows of a layer type over shared blocks and, if there are groups, over their own.
-
-    `order` `[b * n * heads]` sorts the results `[rows * b * kv heads]` by nodes.
-    """
+    """Query rows of a layer type over shared blocks and, if there are groups, over their own."""
 
     shared: _QueryRows
-    order: Tensor
+    order: Tensor  # [b * n * heads], sorts the results [rows * b * kv heads] by nodes
     own: _OwnReads | None
 
 
 class BlockReads:
     """Query rows and masks of a layout on the device, made once for all equal layers of a forward.
 
-    `places` `[b, n]` are those of the nodes in the text, and `dtype` is that of the queries.
+    `places` `[b, n]` are the nodes' places in the text, and `dtype` is the queries'.
     """
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
@@ -307,7 +272,7 @@ class BlockReads:
     def mask(self, pattern: AttentionPattern) -> Tensor:
         """Make the additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: shared blocks, then groups.
 
-        Some targets hand on a view of it.
+        Some targets pass a view of it on to attention.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
@@ -397,20 +362,11 @@ def invariant_attention(
 ) -> tuple[Tensor, None]:
     """Attend over buffers by the layout in `resps_reads`, or by `grouped_attention` in a forward of another thread.
 
-    Args:
-        module: unused, like `dropout`.
-        query: `[b, heads, n, hd]` of the nodes.
-        key: `[b, kv heads, slots, hd]`, the nodes' own among them.
-        value: like `key`; `hd` may be smaller.
-        attention_mask: of `BlockReads.mask`.
-        dropout: the mode is for evaluation.
-        scaling: factor of the scores; `hd ** -0.5` when `None`.
-        resps_reads: layout of this forward.
-        s_aux: `[heads]` scores of attention sinks.
-        options: of other implementations.
+    `query` is `[b, heads, n, hd]`. `key` and `value` are `[b, kv heads, slots, hd]`, the nodes' own entries included;
+    `hd` of values may be smaller. `attention_mask` is from `BlockReads.mask`, `scaling` is `hd ** -0.5` when `None`,
+    and `s_aux` `[heads]` are scores of attention sinks. There is no dropout, since the mode is for evaluation.
 
-    Returns:
-        `[b, n, heads, hd of values]`, and `None` for the weights.
+    Returns `[b, n, heads, hd of values]`, and `None` for the weights.
     """
     if resps_reads is None:
         options |= {} if s_aux is None else {"s_aux": s_aux}
@@ -451,7 +407,7 @@ def _shared_entries(states: Tensor, blocks: int) -> Tensor:
 def _attended(
     queries: Tensor, rows: _QueryRows, entries: list[Tensor], scaling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend to each block of `entries`, keys and values `[blocks, b * kv heads, BLOCK, hd]`; values may be narrower.
+    """Attend to each block of keys and values, `[blocks, b * kv heads, BLOCK, hd]`; values may be narrower.
 
     Returns the log-sum-exps `[blocks, rows, b * kv heads]` and the results `[blocks, rows, b * kv heads, hd]`, in the
     order in which a CPU's kernel writes them.
@@ -517,7 +473,7 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
     """Let a target of `sdpa`, or one that knows only `eager`, attend by `invariant_attention` inside `with`.
 
-    One thread at a time. It outranks `use_gqa_attention` in another thread, which knows no `BlockReads`.
+    One thread may do so at a time. It outranks `use_gqa_attention` of other threads, which knows no `BlockReads`.
     """
     with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield

@@ -1,7 +1,6 @@
-"""Refuse by name, before any work, calls that the exact mode cannot serve; compose the verifiers of all others.
+"""Refuse calls that the exact mode cannot serve, by name and before any work; compose the verifiers of all others.
 
-Whether a processor, a criterion or a layer of the caller's own reads the clock or other rows cannot be seen:
-docs/same-text.md says so.
+Whether the caller's processors, criteria or layers read the clock or other rows cannot be seen (docs/same-text.md).
 """
 
 import logging
@@ -42,8 +41,7 @@ from .verifier import ExactSteps, InvariantSteps, ModelCode, TextReader, doubled
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# The name of what came, and the way out.
-Obstacle = tuple[str, str]
+Obstacle = tuple[str, str]  # the part of the call that is refused, and the way out
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
 TRIED_DEVICES = ("cpu",)  # where the mode has run. For GPUs it is written: tests/lossless/test_gpu.py, `make gpu`
@@ -119,7 +117,7 @@ def _of_call(
 
 
 def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
-    """Refuse autocast inside the model's forward, which nothing outside shows, as `Accelerator.prepare` leaves it."""
+    """Refuse autocast inside the model's forward, which only dtypes show: `Accelerator.prepare` leaves it there."""
     dtypes = {str(part.dtype) for part in parts_of(engine.pattern(model))}
     odd = sorted(dtypes - {str(model.dtype)})
     if odd:
@@ -135,19 +133,12 @@ def _holds(kind: type, given: Iterable[Any] | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class InvariantMode(VerifyingMode):
-    """Verifies over slots so that the logits of a node are those of its text, whatever else is in the forward.
+    """Verifies over slots so that the logits of a node are those of its text, whatever else is in the forward."""
 
-    Attributes:
-        target_engine: the target's, lent to a call or not.
-        code: what the calls of the model share of its forwards.
-        needs: rows that are computed together, as `RowClasses` finds them.
-        compiles: whether steps run compiled.
-    """
-
-    target_engine: SlotEngine
-    code: ModelCode
+    target_engine: SlotEngine  # the target's, lent to a call or not
+    code: ModelCode  # shared by all calls of the model
     needs: RowNeeds
-    compiles: bool = False
+    compiles: bool = False  # whether steps run compiled
     attention: ClassVar[str] = INVARIANT
     keywords: ClassVar[Mapping[str, Any]] = {"invariant": True}
     is_stock: ClassVar[bool] = False
@@ -172,7 +163,7 @@ class InvariantMode(VerifyingMode):
 
 
 class InvariantCalls:
-    """Remembers the calls with `invariant=True` of one model: how they ran, caches that they filled, compiled code."""
+    """Remembers how the `invariant=True` calls of one model ran, which caches they filled, and their code."""
 
     def __init__(self, engine: SlotEngine) -> None:
         self._engine, self.code, self._row_classes = engine, ModelCode(), RowClasses()
@@ -189,15 +180,11 @@ class InvariantCalls:
         media: Sequence[str] = (),
         compile: bool | str | None = None,
     ) -> None:
-        """Refuse a target or a call whose text would depend on its drafts. Warn, once for each, of settings that round
-        otherwise than those of the first call.
+        """Refuse a target or a call whose text would depend on its drafts, by a `ValueError`.
 
-        Args:
-            model: the target.
-            setting: tells a generation setting of the call by its name, as `generate` resolves it.
-            arguments: keyword arguments of the call.
-            media: names of the arguments of images, sounds or embeddings of its prompts.
-            compile: whether its steps run compiled.
+        Warn, once for each, of settings that round otherwise than those of the first call. `setting` maps the name of
+        a generation setting to the value that `generate` resolves. `media` names the arguments that hold images,
+        sounds or embeddings of prompts.
         """
         call = _of_call(setting, arguments, media, compile)
         for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
@@ -211,17 +198,13 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """The mode of an admitted call.
-
-        Raises:
-            ValueError: kernels of this machine round a row by the rows beside it.
-        """
+        """Make the mode of an admitted call; a `ValueError` if kernels here round a row by the rows beside it."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:
         if not compiles or target.device.type != "cpu":
             return self._row_classes.needs(target)
-        needs = self._row_classes.needs_of_experts(target)  # all else is multiplied by kernels of ours
+        needs = self._row_classes.needs_of_experts(target)  # our kernels multiply all else
         if needs.is_exact:
             raise ValueError(
                 "`compile=True` with `invariant=True` cannot run: the experts of this model round by the number of "
@@ -235,13 +218,13 @@ class InvariantCalls:
         return needs
 
     def note(self, cache: Cache, is_invariant: bool) -> None:
-        """Note that a call has filled a cache, in the mode or not."""
+        """Note that a call has filled a cache, in this mode or not."""
         self._filled.pop(cache, None)
         if is_invariant:
             self._filled[cache] = cached_length(cache)
 
     def _check_cache(self, cache: Any) -> None:
-        """Cropped, it is still what the mode has filled."""
+        """Refuse a cache with entries that this mode has not computed; a cropped one serves."""
         if cache is not None and cached_length(cache) > self._filled.get(cache, 0):
             raise ValueError(
                 f"`invariant=True` goes on from a cache that only such calls of this model have filled, and this "

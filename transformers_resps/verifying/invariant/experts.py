@@ -2,7 +2,7 @@
 
 The other tokens of a forward decide how many rows an expert gets, and another number of rows may round otherwise. Here
 an expert's rows are filled up to a number that rounds alike, and a token adds the results of its experts in its own
-order. This reaches Transformers' modules of experts, which look up their function at each forward.
+order. Transformers' modules of experts look up their function at each forward, so they can be given this one.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,17 +26,11 @@ _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
 def multiply_segments(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
-    """Multiply each segment of rows by its own weight: one operator, so that compiled code need not know the segments.
+    """Multiply each segment of `rows` `[s, i]` by its own weight, of `[experts, i, o]`, into a new `[s, o]`.
 
-    Args:
-        rows: `[s, i]`, the segments in order.
-        weights: `[experts, i, o]`.
-        ends: `[experts]` where each segment ends.
-        least: rows of a product are a multiple of it. A shorter segment takes rows beside it along, and their results
-            are dropped.
-
-    Returns:
-        `[s, o]`, in memory of its own.
+    It is one operator, so that compiled code need not know the segments. `ends` `[experts]` are the ends of the
+    segments, in order. Each product has a multiple of `least` rows: a shorter segment takes rows beside it along, and
+    their results are dropped.
     """
     padded = functional.pad(rows, (0, 0, 0, -len(rows) % least))
     products, start = [rows.new_empty(0, weights.shape[2])], 0
@@ -58,14 +52,10 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """Compute a module of experts, up to rounding like Transformers' implementations.
+    """Compute a module with Transformers' `use_experts_implementation`, up to rounding like its implementations.
 
-    Args:
-        experts: decorated with Transformers' `use_experts_implementation`.
-        hidden_states: `[n, h]`, as the result.
-        top_k_index: `[n, k]` the experts of each token.
-        top_k_weights: `[n, k]` what their results count.
-        least: rows of a product, or a multiple of them, that round alike.
+    `hidden_states` and the result are `[n, h]`; each token has k experts and their weights, `[n, k]`. Products of
+    `least` rows, or a multiple, round alike.
     """
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
@@ -95,7 +85,7 @@ def invariant_experts(
 
 @contextmanager
 def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]:
-    """Let a target with `has_invariant_experts` compute its experts by `invariant_experts` inside `with`.
+    """Let a target with `has_invariant_experts` compute them by `invariant_experts` inside `with`.
 
     The name changes for one forward, as in `use_gqa_attention`; calls in other threads may see either name.
     """
@@ -116,7 +106,7 @@ def has_invariant_experts(target: PreTrainedModel) -> bool:
 
 
 class RoutedLayer(nn.Module):
-    """A part of a mixture of experts as a layer `[..., in_features]` -> `[..., out_features]`.
+    """Wraps `run`, a part of a mixture of experts, as a layer `[..., in_features]` -> `[..., out_features]`.
 
     `run` takes rows `[m, in_features]`, and multiplies them by `weight` `[out_features, in_features]` if there is one.
     """
@@ -129,7 +119,7 @@ class RoutedLayer(nn.Module):
         self.in_features, self.out_features = sizes
 
     def forward(self, states: Tensor) -> Tensor:
-        """Run, and join the results that are floating point."""
+        """Join the results of `run` that are floating point."""
         results = self._run(states.flatten(0, -2))
         parts = [part for part in ([results] if isinstance(results, Tensor) else results) if part.is_floating_point()]
         joined = torch.cat(parts, dim=-1)
@@ -137,12 +127,10 @@ class RoutedLayer(nn.Module):
 
 
 def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
-    """Yield the parts of all mixtures of experts whose kernels are to be tried: the products and the activation of an
-    expert, routers that are no linear layers, and the whole mixture.
+    """Yield the parts of mixtures whose kernels must be tried, for a target with `has_invariant_experts`.
 
-    Args:
-        target: one with `has_invariant_experts`.
-        least: see `invariant_experts`; so many serve on any machine.
+    They are the products and the activation of an expert, routers that are no linear layers, and the whole mixture,
+    with a number of rows, `least`, that serves on any machine.
     """
     config = target.config.get_text_config(decoder=True)
     for prefix, block in target.named_modules():
@@ -186,7 +174,7 @@ def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tenso
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
-    """Whether a module uses the interface, by the name in `config`, and multiplies unquantized weights."""
+    """Whether a module asks the interface for the name in `config`, and has unquantized weights."""
     if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")) or module.config is not config:
         return False
     is_whole: bool = module.down_proj.dtype.itemsize > 1  # quantized weights have one byte at most

@@ -1,4 +1,4 @@
-"""The forward of a target in which a node's result depends on its own text alone, over slots."""
+"""The target's forward over slots in which a node's result depends only on its own text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .experts import use_invariant_experts
 
 
 class _FiniteSlotLayer(SlotLayer):
-    """A slot layer that keeps 0 in place of what overflows float16: NaN would reach nodes that do not see it."""
+    """A slot layer that replaces float16 overflow by 0: NaN would reach nodes that do not see it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if key_states.dtype is torch.float16:
@@ -25,50 +25,33 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 class InvariantInputs(NamedTuple):
-    """A tree or a part of a prompt, and where it stands, before its `BlockLayout`.
+    """A tree or a part of a prompt, and its place; a `BlockLayout` follows among a forward's tensors."""
 
-    Attributes:
-        tokens: `[b, n]`.
-        depths: `[b, n]` below the root.
-        roots: `[b, 1]` the root's place in the text.
-        positions: `[b, n, planes]`.
-        kept: `[k]` the nodes whose logits are computed, in their order.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    roots: Tensor
-    positions: Tensor
-    kept: Tensor
+    tokens: Tensor  # [b, n]
+    depths: Tensor  # [b, n], below the root
+    roots: Tensor  # [b, 1], the root's place in the text
+    positions: Tensor  # [b, n, planes]
+    kept: Tensor  # [k], the nodes whose logits are computed, in this order
 
 
 class PartInputs(NamedTuple):
-    """A part of one row's tree: the nodes of this forward, the earlier ones, which are cached, and the root's place.
+    """A part of one row's tree: the last n nodes, which this forward computes, of t; earlier ones are cached."""
 
-    Attributes:
-        tokens: `[1, n]` of these nodes, the last ones.
-        depths: `[1, t]` of all.
-        ancestors: `[1, t, t]` of all, see `DraftTree`.
-        roots: see `SlotInputs`.
-        blocks: as many numbers as `Sizes.blocks`; only their count matters.
-        levels: as many numbers as `Sizes.levels`, likewise.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    ancestors: Tensor
-    roots: Tensor
-    blocks: Tensor
-    levels: Tensor
+    tokens: Tensor  # [1, n]
+    depths: Tensor  # [1, t]
+    ancestors: Tensor  # [1, t, t], see `DraftTree`
+    roots: Tensor  # see `SlotInputs`
+    blocks: Tensor  # any values: their number is `Sizes.blocks`
+    levels: Tensor  # any values: their number is `Sizes.levels`
 
 
 _INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
 
 
 class InvariantForward(SlotForward):
-    """Computes a node so that its result depends on its own text alone. One thread at a time runs a target, by `lock`.
+    """Computes nodes so that each result depends only on the node's own text.
 
-    Experts fill up their rows to `least_rows`, or a multiple.
+    One thread at a time runs a target, by `lock`. Experts fill up their rows to `least_rows`, or a multiple.
     """
 
     is_invariant = True
@@ -83,7 +66,7 @@ class InvariantForward(SlotForward):
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run over the tensors of `InvariantInputs`, of a `BlockLayout` and of the buffers."""
+        """Run over the tensors of `InvariantInputs`, a `BlockLayout` and the buffers."""
         ends = len(InvariantInputs._fields), len(InvariantInputs._fields) + len(BlockLayout._fields)
         inputs, layout = InvariantInputs(*tensors[: ends[0]]), BlockLayout(*tensors[slice(*ends)])
         return self._read(inputs, layout, tensors[ends[1] :], inputs.kept)
@@ -105,12 +88,12 @@ class InvariantForward(SlotForward):
 
 
 class PartForward(InvariantForward):
-    """Computes some nodes of a tree without a look from the host: it can be captured, its layout as well."""
+    """Computes some nodes of a tree, and their layout, without host reads, so that it can be captured."""
 
     is_captured = True
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run over the tensors of `PartInputs` and of the buffers."""
+        """Run over the tensors of `PartInputs` and the buffers."""
         part, buffers = PartInputs(*tensors[: len(PartInputs._fields)]), tensors[len(PartInputs._fields) :]
         sizes = Sizes(part.tokens.shape[1], len(part.blocks), len(part.levels))
         root = part.roots[:, :1].long()

@@ -1,8 +1,8 @@
 """How many rows a layer needs, so that a row gets the same bits whatever other rows stand beside it.
 
-A kernel chooses its loops by the whole problem: it may sum a lone row in another order than two rows, or the last
-three rows of seven in another order than the first four, or rows at the end of a thread's share in another order than
-the rows inside. No documentation says when, so this module tries the kernels of the machine.
+A kernel chooses its loops by the whole problem: it may sum a lone row in another order than two rows, the last three
+rows of seven in another order than the first four, or rows at the end of a thread's share in another order than the
+rows inside. No documentation says when, so this module tries the kernels of the machine.
 """
 
 from abc import ABC, abstractmethod
@@ -27,13 +27,13 @@ _COUNTS = (*range(1, 10), 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 49, 64, 65, 10
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
 _TRIED = 12  # rows of each count: one shows another order of its sum with a probability of 0.5 or more (measured)
-# Distances by which rows move in forwards with a fixed number of rows: kernels work on halves, fours and pairs.
+# Distances by which rows move in forwards with a fixed number of rows: kernels group rows by powers of two.
 _SHIFTS = (1, 2, 4, 8, 15)
-_APART = 13  # distance of rows from their place in the whole sample: no multiple of a kernel's sizes
+_APART = 13  # shift of rows from their place in the whole sample: no multiple of a kernel's sizes
 _TRIED_VALUES = 2**14  # of an activation or attention: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
-_PLACES = 256  # of the text that attention is tried with
-_CHAINS = (*range(1, 37), 128, _PLACES)  # tokens: a kernel groups the rows of their heads by 32, with a rest
+_PLACES = 256  # tokens of the text that attention is tried with
+_CHAINS = (*range(1, 37), 128, _PLACES)  # lengths of chains: a kernel groups the rows of their heads by 32
 # Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice the nodes of "auto",
 # and few enough that weights, not products, take the time in float32, too.
 _EXACTLY = 32
@@ -45,16 +45,13 @@ def least_rows(
     counts: Sequence[int] = _COUNTS,
     starts: Callable[[int], Sequence[int]] = lambda count: (0,),
 ) -> int | None:
-    """Find how many rows must be computed together, or a multiple of them, so that their bits depend on no others.
+    """Find the number of rows, 1, 2, 4, 8 or 16, whose multiples get the same bits beside any others, or `None`.
 
     Args:
         answer: computes these rows of one sample together: `[len(rows), ...]`. They are rows of a matrix, or nodes of
             a chain, which depend on the nodes before them.
-        counts: numbers of rows to try. The sample has as many as the largest, which is a multiple of 16.
+        counts: numbers of rows to try; the sample has as many as the largest, a multiple of 16.
         starts: first rows to try for a count; a chain begins at 0.
-
-    Returns:
-        1, 2, 4, 8 or 16; `None` where not even multiples of 16 agree.
     """
     least = None
     known = answer(range(max(counts)))
@@ -70,7 +67,7 @@ def least_rows(
 def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
     """Whether `count` rows computed together get the same bits at other places and beside other rows.
 
-    `answer` is that of `least_rows`; `starts` are multiples of `count` from which rows are moved.
+    For `answer` see `least_rows`; `starts` are multiples of `count` from which rows are moved.
     """
     for start in starts:
         known = torch.cat([answer(range(first, first + count)) for first in (start, start + count)])
@@ -82,10 +79,7 @@ def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: 
 
 
 def kernel_settings() -> dict[str, Hashable]:
-    """Settings that may give a layer other kernels on a CPU at the next call, by name.
-
-    Not autocast, which the invariant mode refuses.
-    """
+    """Settings that may give a layer other kernels on a CPU, by name; without autocast, which the mode refuses."""
     onednn: Any = torch.backends.mkldnn
     # `torch.get_float32_matmul_precision()` raises where backends have different precisions.
     precision = onednn.matmul.fp32_precision
@@ -99,17 +93,14 @@ def kernel_settings() -> dict[str, Hashable]:
 
 @dataclass(frozen=True)
 class RowNeeds:
-    """How many rows of one target must be computed together.
+    """How many rows of one target must be computed together."""
 
-    A forward has `forward` nodes in all its rows, or a multiple; exactly so many, of one row, if `is_exact`.
-    """
-
-    forward: int
-    is_exact: bool = False
+    forward: int  # nodes of a forward in all its rows, or a divisor of their number
+    is_exact: bool = False  # whether a forward has exactly so many, of one row
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """The strictest needs of a device: forwards of exactly so many rows."""
+        """The strictest needs on a device: forwards of exactly so many rows."""
         *_, last = _ways(device)
         return last
 
@@ -133,23 +124,18 @@ class RowClasses:
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel) -> RowNeeds:
-        """Find how many rows a forward of a target, on a CPU or on one GPU, must have.
+        """Find how many rows a forward of a target must have: 1 to 16, or 16 exactly, and on a GPU 32 exactly.
 
-        The first call costs about as much as a prompt of 60 tokens, later ones a look at each layer. No hook runs, and
-        the random state of the process stays.
-
-        Returns:
-            1, 2, 4, 8 or 16, or 16 exactly; 32 exactly on a GPU. 1 in float64, whose rounding changes no token.
-
-        Raises:
-            ValueError: a layer, or attention, has no such number.
+        In float64, whose rounding changes no token, 1 is enough. The first call costs about as much as a prompt of 60
+        tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` where a layer, or
+        attention, has no such number.
         """
         if target.dtype is torch.float64:
             return RowNeeds(1)
         return self._needs(target, _parts)
 
     def needs_of_experts(self, target: PreTrainedModel) -> RowNeeds:
-        """Return the `needs` if only the experts are multiplied by PyTorch's kernels."""
+        """Return the `needs` where PyTorch's kernels multiply only the experts."""
         return self._needs(target, _routed_parts)
 
     def _needs(
@@ -181,7 +167,7 @@ class RowClasses:
 
 
 class _RowwisePart(ABC):
-    """A part of the target in which rows meet only in the kernel."""
+    """A part of the target whose rows are independent except for the kernel's rounding."""
 
     remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
     shows_order = True  # whether its bits depend on the order of a sum
@@ -189,10 +175,10 @@ class _RowwisePart(ABC):
     @property
     @abstractmethod
     def kind(self) -> Hashable:
-        """Return a key that parts of the same kernels share."""
+        """A key that parts with the same kernels share."""
 
     def rows(self, way: RowNeeds) -> int | None:
-        """Find how many rows the part needs, `None` where even `way` does not help."""
+        """Find how many rows the part needs; `None` where even `way` does not help."""
         if not way.is_exact:
             return self.least_rows()
         return way.forward if self.keeps_rows(way.forward) else None
@@ -230,7 +216,7 @@ class _Layer(_RowwisePart):
 
     @property
     def shows_order(self) -> bool:  # type: ignore[override]  # read only
-        """False while all weights are zero, as those of a new adapter."""
+        """Whether any weight is not zero: a new adapter has only zeros."""
         return self.weight is None or bool(self.weight.any())
 
     def least_rows(self) -> int | None:
@@ -256,8 +242,9 @@ class _Layer(_RowwisePart):
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`, for which a linear layer has one result near 0: larger results, rounded to
-        bfloat16, hardly show another order of their sum (one in 10,000, measured).
+        """Draw rows `[size, inputs]`, for each of which a linear layer has a result near 0.
+
+        Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
         sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
         if self.weight is None:
@@ -300,7 +287,7 @@ class _Attention(_RowwisePart):
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
 
     def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
-        """Make a function that attends for tokens of a sample, as a prompt and as a tree; NaN where these differ."""
+        """Make a function that attends for tokens of a sample, as a prompt and as a tree; NaN if these differ."""
         states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.device, self.dtype)
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
@@ -325,7 +312,7 @@ class _Attention(_RowwisePart):
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
-    """Spread the first rows of trials over a sample of `size` rows, so that `tried` rows or more are tried."""
+    """Spread the first rows of trials over a sample of `size` rows, so that at least `tried` rows are tried."""
 
     def starts(count: int) -> list[int]:
         places = size - count + 1
