@@ -1,6 +1,6 @@
 """Compile a model in another process, so that no call waits for a compiler.
 
-The process loads the checkpoint, compiles what a call runs, and leaves packages in the folder where later calls of all
+The process loads the checkpoint, compiles the functions of a call, and leaves packages where later calls of all
 processes look. It outlives this process.
 """
 
@@ -28,11 +28,11 @@ class CompilerProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path()
-        self._asked: set[tuple[str, ...]] = set()  # Arguments that need no second process: it ended, or cannot start.
+        self._asked: set[tuple[str, ...]] = set()  # Arguments of processes that were started, or cannot start.
 
     @property
     def is_running(self) -> bool:
-        """Whether the process takes time from calls now."""
+        """Whether the process runs now, and takes time from calls."""
         if self._process is not None and self._process.poll() is not None:
             self._see_end(self._process.returncode)
         return self._process is not None
@@ -40,10 +40,8 @@ class CompilerProcess:
     def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
         """Run `resps compile` in a process, unless one runs, or an earlier one ended or failed.
 
-        Args:
-            identity: the model's `ModulePackages.identity`.
-            checkpoint: folder or Hub id of the model; empty if it was made in memory.
-            arguments: arguments of the command after the checkpoint.
+        `identity` is the model's `ModulePackages.identity`; `checkpoint` is its folder or Hub id, empty if it was made
+        in memory. Further arguments of the command follow.
         """
         if self.is_running or arguments in self._asked:
             return

@@ -15,11 +15,8 @@ _WARM_UPS = 3  # Runs before a capture, in which libraries choose kernels and al
 class CapturedFunction:
     """Captures a graph at the first call with inputs of some sizes, and replays it with one launch later.
 
-    Args:
-        function: tensors -> tensors on one CUDA device, without gradients, host reads and branches on values. All else
-            that it reads must keep its address.
-
-    The next call with inputs of the same sizes overwrites the outputs.
+    `function` maps tensors to tensors on one CUDA device, without gradients, host reads and branches on values. All
+    else that it reads must keep its address. The next call with inputs of the same sizes overwrites the outputs.
     """
 
     def __init__(self, function: Callable[..., Outputs]) -> None:
@@ -33,9 +30,7 @@ class CapturedFunction:
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
         """Run `function(*inputs, *buffers)` by a graph, which is captured first where sizes are new.
 
-        Args:
-            inputs: are copied to where the graph reads.
-            buffers: are read and written in place.
+        Inputs are copied to where the graph reads; buffers are read and written in place.
         """
         if not self.is_ready(inputs, buffers):
             addresses = [part.data_ptr() for part in buffers]

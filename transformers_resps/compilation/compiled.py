@@ -22,16 +22,16 @@ from .pages import collapse
 logger = logging.getLogger(f"transformers.{__name__}")
 
 # Inductor's settings, patched in: as options of `torch.compile` they come too late, after weights became constants.
-# Layers of the same input are multiplied at once, which takes a twelfth off a step of SmolLM2. On a CPU, C++ calls the
-# kernels, which takes off a seventh. What several layers read and three tensors give is kept, such as the cosines of
-# positions: by default every head of every layer computes them anew.
+# Multiplying layers of the same input at once takes a twelfth off a step of SmolLM2, and calling kernels from C++ on a
+# CPU a seventh. The threshold keeps values that many layers read, such as the cosines of positions: by default every
+# head of every layer computes them anew.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
-# Round after every operator. Fused operators hand on unrounded values, and the other outputs decide which are fused:
-# Gemma 3 rounded otherwise where its hidden states were outputs.
+# Round after every operator. Fused operators pass on unrounded values, and outputs decide which operators are fused:
+# Gemma 3 rounded otherwise when its hidden states were outputs.
 _AS_EAGER = {"emulate_precision_casts": True}
 
-# What `torch.export` and AOTInductor raise. They trace less than `torch.compile`, which is then tried.
+# Errors of `torch.export` and AOTInductor. They trace less than `torch.compile`, which is then tried.
 _UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 # For each tensor, the dimensions whose sizes change from call to call.
@@ -41,18 +41,15 @@ _Function: TypeAlias = Callable[..., Outputs]
 
 
 class CompiledFunction:
-    """Compiles at the first call; sizes in `dynamic` dimensions may then change at every call.
-
-    Args:
-        function: tensors -> tensors, without gradients and without branches on values.
-        dynamic: of its inputs. A size of 1 is compiled apart from all others.
-        dynamic_buffers: of every buffer.
-        options: keywords of `torch.compile`, in place of inductor with freezing.
-        packages: keep the code for later processes, under `name`.
-        is_invariant: whether a row must get the same bits whatever rows stand beside it. Every operator then rounds
-            its result in low precision, as eager code does.
+    """Compiles `function` at the first call; sizes in `dynamic` dimensions may then change at every call.
 
     Compiled code does not check the weights (see `_guards_on_inputs`): drop the object when they change.
+
+    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` belongs to each
+    input, `dynamic_buffers` to every buffer; a size of 1 is compiled apart from all others. `options` are keywords of
+    `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes, under `name`.
+    With `is_invariant` a row must get the same bits whatever rows stand beside it: every operator then rounds its
+    result in low precision, as eager code does.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class CompiledFunction:
         self._compiled: dict[tuple[_Sizes, Hashable], _Function] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
-        """Run `function(*inputs, *buffers)`, which is compiled first where sizes are new."""
+        """Run `function(*inputs, *buffers)`; compile it first where sizes are new."""
         key, tensors = self._key(inputs), [*(_dense(part) for part in inputs), *buffers]
         code = self._compiled.get(key)
         if code is not None and _serves(code, tensors):
@@ -98,7 +95,7 @@ class CompiledFunction:
     ) -> Outputs | None:
         """Run packaged code, which is never traced again; `None` where none serves these sizes.
 
-        A caller that knows the `callers_settings` of now passes them as `settings`.
+        `settings` are the present `callers_settings`, if the caller knows them.
         """
         code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
@@ -137,7 +134,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load code for these sizes, which returns such `outputs`; return whether a package had it."""
+        """Load code for these sizes that returns such `outputs`; return whether a package had it."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False
@@ -149,7 +146,7 @@ class CompiledFunction:
         return True
 
     def discard(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], reason: str) -> None:
-        """Forget the code that was loaded for these sizes, and remove its package."""
+        """Forget the code that was loaded for these sizes, and remove its package for this reason."""
         assert self._packages is not None
         self._compiled.pop(self._key(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
@@ -159,7 +156,7 @@ class CompiledFunction:
         return self._options is None and inputs[0].device.type == "cpu"
 
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether code for these sizes was compiled under any settings."""
+        """Whether code for these sizes exists under any settings."""
         return self._sizes(inputs) in {sizes for sizes, _ in self._compiled}
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
@@ -168,11 +165,11 @@ class CompiledFunction:
         return code is not None and _serves(code, [*inputs, *buffers])
 
     def _key(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> tuple[_Sizes, Hashable]:
-        """Calls of an equal key run the same code."""
+        """Make the key under which calls share code."""
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> _Sizes:
-        """All sizes, with 2 for any size above 1 that may change."""
+        """List all sizes, with 2 for any size above 1 that may change."""
         all_sizes = []
         for part, dimensions in zip(inputs, self._dynamic, strict=True):
             sizes = list(part.shape)
@@ -182,7 +179,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """The key in words, for other processes. Inference mode is left out: packaged code serves in both modes."""
+        """Write the key for other processes, without inference mode: packaged code serves in both modes."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -190,7 +187,7 @@ class CompiledFunction:
 
 
 class _Packaged:
-    """Calls packaged code, and nests the tensors that it returns like `outputs`."""
+    """Calls packaged code, and nests its results like `outputs`."""
 
     def __init__(self, code: PackagedCode, outputs: Outputs) -> None:
         self._code, self._nested, self.fits = code, _nesting(outputs), code.fits
@@ -200,7 +197,7 @@ class _Packaged:
 
 
 def _nesting(outputs: Outputs) -> Callable[[Iterator[Tensor]], Outputs]:
-    """Return a function that nests the tensors of an iterator like `outputs`, faster than `tree_unflatten`."""
+    """Make a function that nests tensors like `outputs`, faster than `tree_unflatten`."""
     if isinstance(outputs, Tensor):
         return next
     if isinstance(outputs, dict):
@@ -218,7 +215,7 @@ def _serves(code: _Function, tensors: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def _constants_in_huge_pages() -> Iterator[None]:
-    """Move the weights that inductor lays out inside the `with` block into huge pages: each step reads all of them."""
+    """Move weights that inductor lays out inside the `with` block into huge pages: each step reads all of them."""
     from torch._inductor.codecache import PyCodeCache  # loads the compiler
 
     # A private attribute. Where a release lacks it, constants stay in small pages.
@@ -245,7 +242,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Give a tensor the strides of a new one. A view's strides may differ where a size is 1, which compiles again."""
+    """Give a tensor the strides of a new one: a view's may differ where a size is 1, and code would compile again."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -254,7 +251,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch's settings that code was compiled for, and no guard checks. Takes as long as a few operators."""
+    """Return PyTorch's settings that compiled code depends on and no guard checks; as slow as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
@@ -267,7 +264,7 @@ def callers_settings(device_type: str) -> tuple[Hashable, ...]:
 
 
 def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Keep the guards on inputs, and leave out all others.
+    """Keep only the guards on inputs.
 
     Hundreds of guards on modules take as long as a layer. Others check how many classes of models Transformers knows:
     after one more, PyTorch would compile anew inside a step, and without freezing.
@@ -277,10 +274,10 @@ def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
 
 
 def _with_own_code(function: _Function) -> _Function:
-    """Copy a function, with a code object of its own.
+    """Copy a function with its code object.
 
-    `torch.compile` finds compiled code by the code object and by guards. Two closures of one `def` share it: with so
-    few guards one model would run with the other's weights, and a call under autocast without it.
+    `torch.compile` finds compiled code by the code object, which closures of one `def` share, and by guards. With so
+    few guards one model would run with another's weights, and a call under autocast without it.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()

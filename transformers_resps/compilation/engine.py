@@ -26,7 +26,7 @@ from .packages import ModulePackages, packages_folder
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# What compilers and allocators raise. PyTorch and CUDA raise `RuntimeError`s only, a full disk raises an `OSError`.
+# Errors of compilers and allocators. PyTorch and CUDA raise only `RuntimeError`s, a full disk an `OSError`.
 FAULTS = (RuntimeError, OSError)
 
 Owner = TypeVar("Owner")
@@ -38,7 +38,7 @@ class Code:
 
     function: Callable[..., Outputs]  # the eager function
     fast: CompiledFunction | CapturedFunction
-    compared: Callable[[Outputs], Tensor]  # outputs -> the values that must agree
+    compared: Callable[[Outputs], Tensor]  # picks the outputs that must agree
     values: str  # the name of these values in a warning
     dtype: torch.dtype  # of the weights
 
@@ -48,7 +48,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     name: ClassVar[str]  # of the code, in warnings
     duration: ClassVar[str]  # how long compiling takes, in a warning
-    owner: Owner  # of the code, while the engine is lent: code asks for it here, so that it keeps no owner alive
+    owner: Owner  # while the engine is lent: code finds its owner here, so that it keeps none alive
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -78,9 +78,9 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Lend the engine, or `None` while another call uses it. Code for other weights is dropped first.
+        """Lend the engine, without code for other weights, or `None` while another call uses it.
 
-        A caller that does not wait for a compiler gets only code that lies ready.
+        With `waits` false, the caller gets only code that is ready, and waits for no compiler.
         """
         if not self._lock.acquire(blocking=False):
             yield None
@@ -106,7 +106,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
-        """Return the code of a key, made at the first call with the present weights."""
+        """Return the code of a key, which is made once for the present weights."""
         if key not in self._codes:
             self._fingerprint = self._fingerprint or self.fingerprint()
             self._codes[key] = make()
@@ -118,7 +118,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def packages(self) -> ModulePackages:
-        """Code for the present weights that any process made."""
+        """Code that any process made for the present weights."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
@@ -129,7 +129,7 @@ class CompileEngine(ABC, Generic[Owner]):
     ) -> Outputs | None:
         """Run code, which is prepared first where sizes are new; return `None` where that fails.
 
-        A caller that already asked whether code is ready passes the answer as `is_ready`.
+        `is_ready` is true if the caller knows that the code is ready.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -156,10 +156,10 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-        """Compile or capture for inputs of these sizes, and give up if the values differ from eager code's."""
+        """Compile or capture for inputs of these sizes; give up if values differ from those of eager code."""
         with self.preparing():
-            # Eager code runs first: Transformers adds hooks then, which are compiled, too, and a fault of the function
-            # itself is no fault of the compiler.
+            # Eager code runs first: Transformers then adds hooks, which must be compiled, too, and a fault of the
+            # function itself is no fault of the compiler.
             outputs = code.function(*inputs, *buffers)
             expected = code.compared(outputs)
             if isinstance(code.fast, CompiledFunction):
@@ -182,7 +182,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def _difference(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], expected: Tensor
     ) -> str | None:
-        """Run fast code, and say what failed, or how far its values are from the `expected` ones."""
+        """Run compiled code, and say how it fails or differs from the `expected` values; `None` if it does not."""
         try:
             difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
         except FAULTS as fault:
@@ -203,7 +203,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return seconds
 
     def warn(self, reason: str) -> None:
-        """Warn, once for each reason, that eager code runs."""
+        """Warn once for each reason that eager code runs."""
         self.obstacle = reason
         if reason not in self._warned:
             self._warned.add(reason)
@@ -233,15 +233,14 @@ def described(fault: Exception) -> str:
     return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
 
 
-# Relative difference that rounding may cause. SmolLM2's logits in bfloat16 differ by 0.02 to 0.06. With one matrix of
-# another layer they differ by 0.16, with a token hidden from the newest by 0.19; with positions off by one by 0.10,
-# which is almost like rounding.
+# Relative difference that rounding may cause. SmolLM2's logits in bfloat16 differ by 0.02 to 0.06; with a matrix of
+# another layer by 0.16, with a hidden token by 0.19, and with positions off by one by 0.10, almost like rounding.
 _NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """Say how far compiled values are from eager ones; `None` where rounding in the weights' `dtype` explains it.
+    """Say how far compiled values are from eager ones; `None` if rounding in the weights' `dtype` explains it.
 
     The norm of all values counts: in low precision a single value may be far off.
     """
@@ -252,7 +251,7 @@ def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | No
 
 
 def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether a tensor was made in inference mode if this call is in it, or outside if it is not.
+    """Whether a tensor was made in this call's mode: inference mode, or not.
 
     PyTorch compiles anew for tensors of the other mode, and refuses to write inference tensors outside the mode.
     """
@@ -263,10 +262,10 @@ _SAMPLED = 4  # Values of each tensor that a fingerprint holds: a write through 
 
 
 class WeightFingerprint:
-    """Compares addresses, versions and some values of a module's parameters and buffers, and its mode.
+    """Compares addresses, versions and some values of a module's parameters and buffers, its mode, and any `setting`.
 
     Compiled code holds weights as constants or by their addresses, and would ignore `load_state_dict`, `.to(...)`, a
-    merged adapter or a switch to training. `setting` is anything else that the code depends on.
+    merged adapter or a switch to training.
     """
 
     def __init__(self, module: nn.Module, *setting: object) -> None:
@@ -291,7 +290,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of every tensor in the CPU's memory: copies from other devices would take long."""
+    """Return the first values of each tensor in the CPU's memory: copies from other devices would take long."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():

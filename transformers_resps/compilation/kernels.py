@@ -1,9 +1,8 @@
 """Choose the kernels that packaged code calls, by timing all that this machine can run.
 
-Our kernels are in `native.cpp`; "onednn" is PyTorch's own. An instruction set decides what can run, not what is fast.
-With AMX 16 rows took the time of one, and our kernels were faster than oneDNN's for 1 to 512 rows; with AVX512-BF16
-alone they were no slower (two cores). Other sizes and numbers of cores may differ, so a model's products are timed
-when it is compiled.
+Our kernels are in `native.cpp`; "onednn" is PyTorch's own. The instruction set decides what can run, not what is fast:
+on two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took the time of one; with
+AVX512-BF16 alone they were no slower. So a model's products are timed when it is compiled.
 """
 
 import ctypes
@@ -51,24 +50,19 @@ _NODES = (1, 8, 128)  # Numbers of nodes at which attention is timed.
 _LENGTH = 512  # Keys that attention is timed with.
 _WORK = 2**31  # Upper limit of a trial, in multiply-adds.
 _BYTES = 2**26  # Upper limit of a trial, in bytes of weights: more than any cache holds.
-_REPEATS = 3  # Repeats of a trial; fewer once `_SECONDS` have passed.
+_REPEATS = 3  # Repeats of a trial; fewer after `_SECONDS`.
 _SECONDS = 2.0
 _WORTH = log(1.2)  # A further kernel must save a sixth at some number of rows: oneDNN needs a copy of the weights.
 
 
 class Choice(NamedTuple):
-    """Names the kernel of a product by its rows: vectors for few, tiles for more, the library for most.
+    """Names the kernel of a product by its rows: vectors for few, tiles for more, the library for most."""
 
-    Attributes:
-        tiles_from: least number of rows for AMX's tiles.
-        library_from: least number of rows for oneDNN; 1 or `NEVER` for attention.
-    """
-
-    tiles_from: int
-    library_from: int
+    tiles_from: int  # least number of rows for AMX's tiles
+    library_from: int  # least number of rows for oneDNN; 1 or `NEVER` for attention
 
     def of(self, rows: int) -> str:
-        """Return the kernel of so many rows."""
+        """Return the kernel for this number of rows."""
         return ONEDNN if rows >= self.library_from else TILES if rows >= self.tiles_from else VECTORS
 
 
@@ -80,22 +74,17 @@ class Kernels(NamedTuple):
 
     @classmethod
     def only(cls, name: str) -> "Kernels":
-        """Return the choice of one kernel for everything."""
+        """Choose one kernel for everything."""
         choice = Choice(1 if name == TILES else NEVER, 1 if name == ONEDNN else NEVER)
         return cls(choice, choice)
 
 
 @dataclass(frozen=True)
 class Products:
-    """The sizes of all products of a program.
+    """The sizes of all products of a program."""
 
-    Attributes:
-        linear: inputs and outputs of each linear layer.
-        attention: heads, key heads and head width of each attention.
-    """
-
-    linear: tuple[tuple[int, int], ...]
-    attention: tuple[tuple[int, int, int], ...]
+    linear: tuple[tuple[int, int], ...]  # inputs and outputs of each linear layer
+    attention: tuple[tuple[int, int, int], ...]  # heads, key heads and head width of each attention
 
 
 @cache
@@ -131,7 +120,7 @@ def demanded_kernel() -> str | None:
 def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
     """Choose the kernels of a program by timing its products.
 
-    With `alike`, a row must get the same bits whatever rows stand beside it, which a single one of our kernels gives.
+    With `alike`, a row must get the same bits whatever rows stand beside it: then one of our kernels serves all.
     """
     ours, demanded = our_kernels(), demanded_kernel()
     if not ours or (demanded is not None and not (alike and demanded == ONEDNN)):
@@ -154,7 +143,7 @@ class Trial:
         self._weights = torch.ones(_BYTES // 2, dtype=torch.bfloat16)
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
-        """Return each kernel's function that multiplies rows by as many of the layers' weights as a trial takes."""
+        """Make a function for each kernel that multiplies rows by as many of the layers' weights as a trial takes."""
         calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
         place, left = 0, min(_BYTES // 2, _WORK // rows)
         while left > 0 and len(calls) > known:
@@ -178,7 +167,7 @@ class Trial:
         return {name: partial(run, name) for name in self.names}
 
     def attention(self, heads: int, key_heads: int, width: int, nodes: int) -> dict[str, Callable[[], object]]:
-        """Return each kernel's function that attends from the nodes of one row to `_LENGTH` keys."""
+        """Make a function for each kernel that attends from the nodes of one row to `_LENGTH` keys."""
         query = torch.ones(1, heads, nodes, width, dtype=torch.bfloat16)
         size = key_heads * _LENGTH * width
         count = max(min(len(self._weights) // (8 * size), _WORK // (query.numel() * _LENGTH * 8)), 1)
@@ -211,7 +200,7 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
     """Choose from the seconds of each kernel for ascending numbers of rows.
 
-    A second one of our kernels, or the library beside them, must save enough.
+    A second kernel, ours or the library's, must save `_WORTH`.
     """
 
     def of_ours(tiles_from: int) -> dict[int, float]:
@@ -235,7 +224,7 @@ def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], end: float) -> dict[str, float]:
-    """Return the least seconds of each. They run in turn, since other programs may compute meanwhile."""
+    """Return the least seconds of each call. Calls run in turn, since other programs may compute meanwhile."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(_REPEATS):
         for name, call in calls.items() if not repeat or clock() < end else ():
@@ -247,13 +236,9 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Compile `native.cpp` into a library of its own, once in a process, which takes some seconds.
+    """Compile `native.cpp` alone into a library, once in a process, which takes some seconds.
 
-    Tests pass a macro to define.
-
-    Raises:
-        OSError: there is no compiler.
-        subprocess.SubprocessError: it fails.
+    Tests pass a macro to define. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
     """
     found = compiler()
     if found is None:
@@ -278,7 +263,7 @@ def run_linear(
 ) -> None:
     """Multiply bf16 rows `[r, i]` by packed weights into `result` `[r, o]`, like packaged code; all are contiguous.
 
-    `packed` is from `pack_linear`, or from `pack_gated` with `is_gated`; for `tiles_from` see `Choice`.
+    `packed` is from `pack_linear`, or with `is_gated` from `pack_gated`. For `tiles_from` see `Choice`.
     """
     places = [None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (rows, packed, bias, result)]
     sizes = map(ctypes.c_int64, (*rows.shape, result.shape[-1]))
@@ -290,7 +275,7 @@ def run_attention(
 ) -> None:
     """Attend to all keys like packaged code, into `result` `[1, q, heads, hd]`; all are bf16 and contiguous.
 
-    `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`; for `tiles_from` see `Choice`.
+    `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`. For `tiles_from` see `Choice`.
     """
     places = [ctypes.c_void_p(part.data_ptr()) for part in (query, key, value, result)]
     heads, count, width = query.shape[1:]
@@ -304,7 +289,7 @@ NO_COMPILER = (
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler that PyTorch will call; `None` where there is none."""
+    """Return the C++ compiler that PyTorch will call, or `None`."""
     usual = {"darwin": "clang++", "win32": "cl"}
     return shutil.which(os.environ.get("CXX") or usual.get(sys.platform, "g++"))
 

@@ -1,9 +1,9 @@
 """Linear layers and attention in bfloat16 for packaged code, on CPUs with AVX512-BF16, with AMX or without.
 
-oneDNN's products read weights as fast as memory gives them, too, but one call takes about 20 us between other work and
-with cold caches: a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as
-long. `native.cpp` is compiled into the code that calls it, and computes each row in the same way whatever rows stand
-beside it. `kernels.py` chooses the kernel for each number of rows.
+oneDNN reads weights as fast, but each call takes about 20 us between other work and with cold caches: a sixth of
+SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. `native.cpp` is
+compiled into the code that calls it, and computes each row in the same way whatever rows stand beside it. `kernels.py`
+chooses the kernel for each number of rows.
 """
 
 from collections import defaultdict
@@ -28,13 +28,9 @@ _Operator: TypeAlias = torch._ops.OpOverload
 
 @torch.library.custom_op("resps::pack_linear", mutates_args=())
 def pack_linear(weights: Sequence[Tensor]) -> Tensor:
-    """Lay out the weights of layers with the same input, in the order in which `bf16_linear` reads them.
+    """Lay out the weights `[o, i]` of layers with the same input for `bf16_linear`; `i` is even.
 
-    Args:
-        weights: each `[o, i]`, with an even `i`.
-
-    Returns:
-        `[blocks, i / 2, 32, 2]`: blocks of 32 outputs, padded by zeros, with pairs of neighbouring inputs.
+    The result is `[blocks, i / 2, 32, 2]`: blocks of 32 outputs, padded by zeros, with pairs of neighbouring inputs.
     """
     return _packed(torch.cat(list(weights)))
 
@@ -55,19 +51,10 @@ def bf16_linear(
     tiles_from: int,
     library_from: int,
 ) -> Tensor:
-    """Compute `torch.nn.functional.linear` with packed weights, up to rounding.
+    """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, by weights of `pack_linear`.
 
-    Args:
-        rows: `[..., i]`.
-        packed: from `pack_linear`.
-        bias: `[width]`.
-        weight: `[width, i]` for oneDNN; `None` where it never multiplies.
-        width: outputs of all layers.
-        tiles_from: see `Choice`.
-        library_from: see `Choice`.
-
-    Returns:
-        `[..., width]`
+    `bias` is `[width]`. `weight` `[width, i]` is for oneDNN, and `None` where it never multiplies. For the last two
+    arguments see `Choice`.
     """
     return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 
@@ -79,7 +66,7 @@ def _(rows: Tensor, packed: Tensor, bias: Tensor | None, weight: Tensor | None, 
 
 @torch.library.custom_op("resps::pack_gated", mutates_args=())
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Lay out two weights `[o, i]` like `pack_linear`, half of each block the gate's. `o` is a multiple of 16."""
+    """Lay out two weights `[o, i]` like `pack_linear`, half of each block from the gate. `o` is a multiple of 16."""
     halves = [part.unflatten(0, (-1, _BLOCK // 2)) for part in (gate, up)]
     return _packed(torch.stack(halves, dim=1).flatten(0, 2))
 
@@ -93,9 +80,9 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 def bf16_gated(
     rows: Tensor, packed: Tensor, weight: Tensor | None, width: int, tiles_from: int, library_from: int
 ) -> Tensor:
-    """Compute `silu(gate(rows)) * up(rows)` `[..., width]`, up to rounding, with weights from `pack_gated`.
+    """Compute `silu(gate(rows)) * up(rows)` `[..., width]`, up to rounding, with weights of `pack_gated`.
 
-    For oneDNN `weight` is `[2 * width, i]`, the gate's first. For all else see `bf16_linear`.
+    `weight` is `[2 * width, i]`, the gate's first; for all else see `bf16_linear`.
     """
     both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, _BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
@@ -110,19 +97,11 @@ def _(rows: Tensor, packed: Tensor, weight: Tensor | None, width: int, *_: int) 
 def bf16_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, tiles_from: int = NEVER
 ) -> Tensor:
-    """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding.
+    """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding, as `[b, q, heads, vd]`.
 
-    Args:
-        query: `[b, heads, q, hd]`.
-        key: `[b, kv heads, t, hd]`.
-        value: `[b, kv heads, t, vd]`.
-        mask: `[b or 1, 1 or heads that share keys, q, t]`, added to the scores; `None` shows everything. A query that
-            sees nothing gets zeros.
-        scale: of the scores.
-        tiles_from: see `Choice`; the rows are queries that share keys. Set when the code is compiled.
-
-    Returns:
-        `[b, q, heads, vd]`
+    `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`. `mask`, `[b or 1,
+    1 or heads that share keys, q, t]`, is added to the scores; `None` shows everything. A query that sees nothing gets
+    zeros. `tiles_from` is set when the code is compiled; see `Choice`, for which queries that share keys are rows.
     """
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, key.shape[1], 1, 1)
@@ -147,9 +126,9 @@ def bf16_block_attention(
     scale: float,
     tiles_from: int = NEVER,
 ) -> Tensor:
-    """Attend from the nodes of a tree to blocks of 64 keys, in the order of the text; in packaged code alone.
+    """Attend from the nodes of a tree to blocks of 64 keys, in packaged code only: `[b, n, heads, vd]`.
 
-    The bits of a node's result depend on the node's own text only.
+    The bits of a node's result depend only on the node's own text.
 
     Args:
         query: `[b, heads, n, hd]`.
@@ -157,14 +136,11 @@ def bf16_block_attention(
         value: `[b, kv heads, t, vd]`.
         mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: of each node over the shared blocks, then of each
             node of a group over the group's own block. A node that sees nothing gets zeros.
-        nodes: `[b, g, 4]`, the nodes of each group; any where the mask shows nothing.
-        slots: `[b, g, 64]`, the slots of the keys of each group's own block.
+        nodes: `[b, g, 4]`, the nodes of each group; any node where the mask shows nothing.
+        slots: `[b, g, 64]`, the slots of the keys of each group's own block, in the order of the text.
         sinks: `[heads]` scores that take a share of each node's weights.
-        scale: of the scores.
+        scale: factor of the scores.
         tiles_from: as in `bf16_attention`.
-
-    Returns:
-        `[b, n, heads, vd]`
     """
     raise NotImplementedError("native.cpp has the only implementation")
 
@@ -175,7 +151,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 
 def native_operators() -> Mapping[_Operator, list[str]]:
-    """The operators that C++ calls without PyTorch's dispatcher, and their source, which stands with the first."""
+    """Map the operators that C++ calls without PyTorch's dispatcher to their source: the first has it for all."""
     operators = torch.ops.resps
     first, *others = (
         operators.bf16_linear,
@@ -187,7 +163,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether to call our operators of attention: only in packaged code are they faster. Masks may be boolean, too."""
+    """Whether to call our operators of attention, which are faster only in packaged code. Masks may be boolean."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()
@@ -204,11 +180,9 @@ def keeps_rows_apart(dtype: torch.dtype) -> bool:
 
 
 def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
-    """Replace a program's linear layers by our operators, one for all layers of an input, and return their kernels.
+    """Replace a program's linear layers in place, one operator for all layers of an input, and return the kernels.
 
-    Args:
-        program: is changed.
-        alike: whether a row must get the same bits whatever rows stand beside it.
+    `alike` says whether a row must get the same bits whatever rows stand beside it.
     """
     graph = program.graph
     by_input = _layers(program) if our_kernels() else {}
@@ -233,7 +207,7 @@ def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
 
 
 def _layers(program: ExportedProgram) -> dict[tuple[Node, bool], list[Node]]:
-    """The layers that `bf16_linear` can serve, by their input and whether they have a bias."""
+    """Find the layers that `bf16_linear` can serve, by their input and whether they have a bias."""
     signature = program.graph_signature
     weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
     by_input: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
@@ -256,7 +230,7 @@ def _call(graph: Graph, operator: _Operator, *arguments: Argument, **keywords: A
 
 
 def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
-    """Pass the choice to an operator of attention, or put PyTorch's in its place, which takes no blocks."""
+    """Pass the choice to an operator of attention, or replace it by PyTorch's, which takes no blocks."""
     takes_blocks = node.target is torch.ops.resps.bf16_block_attention.default
     if choice.library_from > 1 or takes_blocks:
         node.args = (*node.args[: 8 if takes_blocks else 5], choice.tiles_from)
@@ -308,14 +282,14 @@ def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
 
 
 def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Argument:
-    """Return the weights as one for oneDNN; `None` where it never multiplies."""
+    """Join the weights for oneDNN; `None` where it never multiplies."""
     if choice.library_from == NEVER or len(weights) == 1:
         return None if choice.library_from == NEVER else weights[0]
     return _call(graph, torch.ops.aten.cat.default, weights)
 
 
 def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
-    """Replace layers of the same input by one operator, at the first one's place."""
+    """Replace layers of the same input by one operator, at the place of the first."""
     weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
     widths = [_value(weight).shape[0] for weight in weights]
     operators, aten = torch.ops.resps, torch.ops.aten

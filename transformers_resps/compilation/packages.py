@@ -1,7 +1,7 @@
 """Keep compiled code for later processes, as packages in the user's cache folder.
 
-A package holds no weights: for each constant of its code it says how to make it of a module's weights, and a process
-that loads it does so. It takes a few megabytes, however large the model is, and loads in no time.
+A package holds no weights, but recipes by which the loading process makes the code's constants of a module's weights.
+It takes a few megabytes, however large the model is.
 
 A package is native code. It is loaded only from a folder that belongs to this user and that no other user may write,
 if its bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
@@ -47,11 +47,11 @@ FOLDER_VARIABLE = "RESPS_COMPILED_CODE"  # Names another folder, or 0 for none.
 KEPT = 20  # Packages that are kept; the least recently used one goes first.
 
 _FORMAT = 2
-# Files of this library that compiled functions run. Another policy or another tool compiles nothing again.
+# Files of this library that compiled functions run: a change in any other file compiles nothing again.
 _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
 _NAME_LENGTH = 24  # Hexadecimal digits of a digest.
-_IN_WORDS = "model"  # Entry that describes a module, which may also lie in another folder by another name.
+_IN_WORDS = "model"  # Entry that describes a module and must not match: the same module may have another name.
 _SAMPLED = 4  # Values of each weight in a folder's name; the manifest has the digest of all.
 _compiling = Lock()  # Inductor's settings and its constant folding are global.
 
@@ -87,7 +87,7 @@ class StoredPackage:
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
-    """Return all packages in a folder, the one used last first. An unreadable one is listed as damaged."""
+    """List all packages in a folder, the last used first; unreadable ones are damaged."""
     packages = []
     for path in folder.glob("*/*"):
         about = (_manifest(path) or {}).get("identity", {})
@@ -121,9 +121,8 @@ class CompileJob:
 class ModulePackages:
     """Compiles, keeps and loads the code of one module, in which its weights are constants.
 
-    Args:
-        module: returns the module while its code is compiled or loaded, so that nothing here keeps it alive.
-        name: of the module, in warnings.
+    `module` returns the module while its code is compiled or loaded, so that nothing here keeps it alive. `name` is
+    for warnings.
     """
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
@@ -136,13 +135,13 @@ class ModulePackages:
         return _digest_of({name: value for name, value in self._about.items() if name != _IN_WORDS})
 
     def have(self, code: str) -> bool:
-        """Whether code of this name lies ready, for any sizes."""
+        """Whether code of this name is kept, for any sizes."""
         folder = packages_folder()
         paths = [] if folder is None else (folder / self.identity).glob("*")
         return any((_manifest(path) or {}).get("identity", {}).get("code") == code for path in paths)
 
     def load(self, code: str, setting: str) -> "PackagedCode | None":
-        """Load the package of these sizes and settings, or return `None`. One that does not fit is removed."""
+        """Load the package for this setting, or return `None`; a package that does not fit is removed."""
         path = self._path(code, setting)
         if path is None or not path.is_dir():
             return None
@@ -164,10 +163,8 @@ class ModulePackages:
     def compile(self, code: str, setting: str, job: CompileJob) -> "PackagedCode":
         """Compile the function `code`, keep its package and load it. Code that cannot be kept serves this process.
 
-        `setting` is sizes and settings of the caller, in words.
-
-        Raises:
-            PackagingError: the code accepts certain sizes only, or has constants that are not made of the weights.
+        `setting` describes the caller's sizes and settings. Raises a `PackagingError` if the code limits sizes that
+        are no input's, or has constants that are not made of the weights.
         """
         identity = self._identity(code, setting)
         about = f"Compiling {self._name}"
@@ -218,18 +215,17 @@ class ModulePackages:
 
 
 class _LoadedPart(NamedTuple):
-    """The code of a part. `inputs` index the program's inputs, followed by the outputs of all earlier parts."""
+    """The code of a part."""
 
     run: Callable[[list[Tensor]], list[Tensor]]
-    inputs: list[int]
+    inputs: list[int]  # indices into the program's inputs, followed by the outputs of all earlier parts
     constants: dict[str, Tensor]  # kept alive, since the code reads them at their addresses
 
 
 class PackagedCode:
     """Runs the code of a package, with constants made of the weights of `module`.
 
-    Raises:
-        UnfitPackageError: the package is damaged, belongs to another user, or was made for another `identity`.
+    Raises an `UnfitPackageError` if it is damaged, belongs to another user, or was made for another `identity`.
     """
 
     def __init__(self, path: Path, identity: dict[str, str], module: nn.Module) -> None:
@@ -274,12 +270,12 @@ class PackagedCode:
 
 
 def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
-    """Load code for one caller at a time. `aoti_load_package` would first run a C++ compiler for seconds."""
+    """Load code for one caller at a time; `aoti_load_package` would first run a C++ compiler for seconds."""
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
 def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manifest:
-    """Write a function's code to `path`, moving `bar` with each part; return its entries of the manifest."""
+    """Write a function's code to `path`, moving `bar` with each part; return its entries for the manifest."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
@@ -313,7 +309,7 @@ class _Writer:
     def write_parts(
         self, program: ExportedProgram, parts: Sequence[ProgramPart], weights: Mapping[str, Tensor], bar: Any
     ) -> _Manifest:
-        """Write the code of equal parts once."""
+        """Write the parts of a program, and the code of equal parts once."""
         bar.total = 1 + len({part.likeness for part in parts})
         places = {node: place for place, node in enumerate(_inputs(program))}
         sizes = {
@@ -344,7 +340,7 @@ class _Writer:
     def write_code(
         self, program: ExportedProgram, weights: Mapping[str, Tensor], archive: zipfile.ZipFile, number: int
     ) -> tuple[_Manifest, list[list[int]]]:
-        """Compile a program into folder `number`; return its recipes of constants with its kernels, and its limits."""
+        """Compile a program into folder `number`; return its recipes for constants and its kernels, and its limits."""
         kernels, recipes = use_native(program, alike=self.alike), _Recipes(weights)
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
             path = Path(folder) / _CODE
@@ -373,7 +369,7 @@ def _inputs(program: ExportedProgram) -> list[Node]:
 
 
 def _limits(program: ExportedProgram) -> list[list[int]]:
-    """Return input, dimension, least and most of each size that the code limits: kernels have limits."""
+    """Return input, dimension, least and most of each size that the code limits, as some kernels do."""
     known, limits = {}, []
     for number, node in enumerate(_inputs(program)):
         for index, size in enumerate(node.meta["val"].shape):
@@ -401,7 +397,7 @@ class _Program(nn.Module):
 
 
 class _Recipes:
-    """Notes how inductor makes constants of weights; a recipe is a weight's name, or an operator with arguments."""
+    """Notes how inductor makes constants from weights: a recipe is a weight's name, or an operator with arguments."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._names = {_place(weight): name for name, weight in weights.items()}
@@ -417,7 +413,7 @@ class _Recipes:
 
         def add_node_replacement(folder: ConstantFolder, node: Node, tensor: Tensor) -> None:
             stock(folder, node, tensor)
-            with suppress(PackagingError):  # Folded again later, the constant may not be left in the end.
+            with suppress(PackagingError):  # Later folding may remove this constant.
                 self._folded[id(tensor)] = weakref.ref(tensor), self._of_node(node, folder.fetch_attr)
 
         ConstantFolder.add_node_replacement = add_node_replacement  # type: ignore[method-assign, assignment]
@@ -472,7 +468,7 @@ class _Recipes:
 
 
 def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
-    """Follow a recipe: the constant, or an argument of its operators."""
+    """Make a constant, or an argument of its operators, by a recipe."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):
@@ -522,7 +518,7 @@ def _check_private(path: Path) -> None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Describe all that a module's code depends on, except the function and most values of the weights."""
+    """Describe everything that a module's code depends on, but the function and most values of the weights."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part)) for name, part in _named(module).items()
     }
@@ -538,7 +534,7 @@ def _about(module: nn.Module) -> dict[str, str]:
 
 
 def traced_files() -> list[Path]:
-    """Return the files of this library whose code may be in a package."""
+    """List the files of this library whose code may be in a package."""
     roots = (Path(__file__).parent.parent / name for name in _TRACED)
     files = (file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]))
     return sorted(file for file in files if file.suffix in {".py", ".cpp"})
@@ -560,7 +556,7 @@ def _about_here() -> dict[str, str]:
 
 
 def _processor() -> list[str]:
-    """Describe this machine's processor and its instructions."""
+    """Describe this machine's processor and its instruction sets."""
     words = [torch.backends.cpu.get_cpu_capability(), platform.processor(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")]
     file = Path("/proc/cpuinfo")
     if file.exists():
@@ -583,7 +579,7 @@ def _configs(module: nn.Module) -> list[str]:
 
 
 def _sources(module: nn.Module) -> list[str]:
-    """Return the bytecode of all modules, which a patch may change, without Transformers' hooks, which come and go."""
+    """Return the bytecode of all modules, which patches may change, without Transformers' hooks, which come and go."""
     marks = set()
     for part in module.modules():
         own = [vars(part).get("forward"), *part._forward_hooks.values(), *part._forward_pre_hooks.values()]

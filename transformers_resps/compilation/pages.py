@@ -1,7 +1,7 @@
 """Move tensors into huge pages of Linux: with pages of 4 KiB, a CPU that reads weights waits for page addresses.
 
 `MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
-memory that is not yet written begin in one. All other memory is left alone, and all is if the kernel refuses.
+memory that is not yet written begin in one. Where the kernel refuses, memory stays in small pages.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ from torch import Tensor
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-HUGE = 2 << 20  # Bytes of a huge page, which begins at a multiple of them.
+HUGE = 2 << 20  # Bytes of a huge page, and the multiple at which it begins.
 _HUGEPAGE, _COLLAPSE = 14, 25  # Advice codes of madvise(2).
 _ALONE = 32 << 20  # Bytes from which glibc's malloc maps a block alone, and returns it alone.
-_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors that mean: on the machine, or in the control group.
+_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors of a machine, or a control group, without memory.
 
 
 class Kernel:
@@ -42,7 +42,7 @@ class Kernel:
         return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
 
     def own_ranges(self) -> list[tuple[int, int]]:
-        """Return start and stop, ascending, of the memory that this process shares with no file and no process."""
+        """Return the ascending (start, stop) of memory that this process shares with no file and no process."""
         ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
             addresses, permissions, _, _, inode = line.split()[:5]
@@ -62,10 +62,10 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Copy tensors into huge pages that they fill at least by half; values and addresses stay.
+    """Copy tensors into huge pages that they fill at least by half, and return the bytes that were moved.
 
-    Other memory in such a page moves with them, and its holes are filled with zeros. Tensors on other devices, in
-    files or in shared memory stay. Returns the bytes in huge pages now, 0 where there are none or memory is short.
+    Values and addresses stay. Other memory in such a page moves with them, and its holes are filled with zeros.
+    Tensors on other devices, in files or in shared memory stay.
     """
     pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
     if not pages:
@@ -87,7 +87,7 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
 
 
 def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel = _LINUX) -> Tensor:
-    """Make a tensor of zeros; a large one in the CPU's memory lies in huge pages, where the kernel has them."""
+    """Make a tensor of zeros; a large one in the CPU's memory lies in huge pages if the kernel has them."""
     if device.type != "cpu":
         return torch.zeros(*size, dtype=dtype, device=device)
     made = torch.empty(*size, dtype=dtype, device=device)

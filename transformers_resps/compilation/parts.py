@@ -25,28 +25,19 @@ class UncuttableError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class ProgramPart:
-    """Consecutive nodes of a program.
+    """Consecutive nodes of a program."""
 
-    Attributes:
-        nodes: in their order, after the nodes that compute their sizes.
-        inputs: inputs of the program and outputs of earlier parts that the nodes use.
-        weights: placeholders of the weights that they use.
-        outputs: nodes that later parts use or the program returns.
-        likeness: equal for parts that the same code can serve.
-    """
-
-    nodes: Sequence[Node]
-    inputs: Sequence[Node]
-    weights: Sequence[Node]
-    outputs: Sequence[Node]
-    likeness: str
+    nodes: Sequence[Node]  # in their order, after the nodes that compute their sizes
+    inputs: Sequence[Node]  # inputs of the program and outputs of earlier parts that the nodes use
+    weights: Sequence[Node]  # placeholders of the weights that the nodes use
+    outputs: Sequence[Node]  # nodes that later parts use or the program returns
+    likeness: str  # equal for parts that the same code can serve
 
 
 def parts_of(program: ExportedProgram) -> list[ProgramPart]:
     """Cut a program into the nodes before its layers, each layer, and the nodes after them.
 
-    Raises:
-        UncuttableError: it has no equal layers, or they pass on more than tensors.
+    Raises an `UncuttableError` if it has no equal layers, or they pass on more than tensors.
     """
     graph, weights = program.graph, set(weight_names(program))
     stretches = [(nodes, [*_missing_sizes(nodes), *nodes]) for nodes in _stretches(graph)]
@@ -68,10 +59,10 @@ def parts_of(program: ExportedProgram) -> list[ProgramPart]:
 
 
 def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
-    """Export a part as a program of its own, with numbers for names of its weights.
+    """Export a part as a program, with numbers for names of its weights.
 
-    Raises:
-        UncuttableError: it cannot be traced alone, for instance where a size that may change is 1 in the example.
+    Raises an `UncuttableError` if it cannot be traced alone, for instance if a size that may change is 1 in the
+    example.
     """
     graph, module, copies = Graph(), nn.Module(), dict[Node, Node]()
     for number, node in enumerate(part.inputs):
@@ -99,7 +90,7 @@ def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgra
 
 
 def weight_names(program: ExportedProgram) -> Mapping[str, str]:
-    """Return the placeholder of each weight and constant -> its name in the module."""
+    """Map the placeholder of each weight and constant to its name in the module."""
     signature = program.graph_signature
     return {
         **signature.inputs_to_parameters,
@@ -153,7 +144,7 @@ def _external(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes outside, in order, that compute sizes these nodes use."""
+    """Return the nodes outside, in order, that compute sizes for these nodes."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:
