@@ -103,10 +103,10 @@ class Proposer:
         pricing: Pricing,
         prompt_seconds: float = 0.0,
     ) -> Proposal:
-        """Draft the tree below the newest tokens `root` `[b]`, which lie on the target's device.
+        """Draft the tree below the newest tokens.
 
         Args:
-            root: `[b]`.
+            root: `[b]` the newest tokens, on the target's device.
             step: 0 for the first.
             context_length: positions so far, the root and padding included.
             room: tokens that the text may still gain.

@@ -191,7 +191,7 @@ class Request:
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Check that the policy fits the pair. `stack` gives back a policy that is borrowed by name."""
+        """Return the policy, after a check that it fits the pair; `stack` gives it back if it was borrowed."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
