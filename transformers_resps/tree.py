@@ -51,10 +51,7 @@ class TreeShape:
 
     @classmethod
     def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
-        """Convert total_token/depth/top_k of EAGLE and Re-SpS, whose 60/7/10 drafts 8 levels.
-
-        Source: `topK_genrate` in SafeAILab/EAGLE, one extend pass and `depth` loops.
-        """
+        """Convert EAGLE's numbers: its 60/7/10 drafts 8 levels, an extend pass and `depth` loops in `topK_genrate`."""
         return cls(total_token, depth + 1, top_k)
 
     @classmethod
@@ -108,7 +105,6 @@ class Branches(NamedTuple):
 
 
 def _levels(parents: Sequence[int]) -> list[list[int]]:
-    """List the nodes of each level."""
     levels, level_of = list[list[int]](), list[int]()
     for node, parent in enumerate(parents):
         level_of.append(1 + level_of[parent] if parent >= 0 else 0)
@@ -155,10 +151,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join several pools of the same roots on the host, level by level.
-
-        A shared node keeps its first place with the best score; its copies get -inf.
-        """
+        """Join pools of the same roots on the host; the first of equal nodes gets the best score, the others -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -306,13 +299,11 @@ class DraftTree:
     ) -> "DraftTree":
         """Build the tree of the newest tokens `[b]` and the best `total_tokens - 1` nodes of the pool, on its device.
 
-        Every kept node keeps its parent, even when scores tie: the sort is stable, and a parent comes before its
-        children and never scores less.
+        It is the reranking of EAGLE-2 (arXiv 2406.16858) section 4.2. Every kept node keeps its parent, even when
+        scores tie: the sort is stable, and a parent comes before its children and never scores less.
 
         `level_count` is the pool's; `None` reads it off the tensor, which traced code cannot. `sizes` are nodes of
         each row, root included, if some rows have fewer than `total_tokens`.
-
-        Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
         kept = min(total_tokens - 1, pool.tokens.shape[1])
         if kept and level_count is None:
@@ -372,7 +363,7 @@ class DraftTree:
         return replace(self, tokens=tokens, parents=parents, depths=depths, ancestors=ancestors, scores=scores)
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Pad the tree for the target's forward; acceptance needs it without padding.
+        """Pad the tree for the target's forward; acceptance needs it unpadded.
 
         A padding node has the root's position, sees itself alone, and is seen by no other node.
         """
@@ -476,10 +467,7 @@ class _Nodes:
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to another device in one transfer, since each one makes the host wait.
-
-    Tensors of wider elements come first in `parts`.
-    """
+    """Copy tensors, those of wider elements first, to a device in one transfer, since each one makes the host wait."""
     joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     joined = joined.to(device, non_blocking=device.type != "cpu")  # the host needs the values at once
     blocks = joined.split([part.numel() * part.element_size() for part in parts])

@@ -1,8 +1,8 @@
 """Calibration of a head's scores to the probability that a node is accepted.
 
 A head is over- or underconfident, and more so on another domain. Two corrections apply to each level: Platt scaling,
-fitted offline on recorded texts, and a factor that follows the outcomes while decoding. A deep level has few outcomes,
-so its factor leans on the level above. Blocks guess their slots independently, so their error grows with every level.
+fitted on recorded texts, and a factor that follows the outcomes while decoding. A deep level has few outcomes, so its
+factor leans on the level above. Blocks guess their slots independently, so their error grows with every level.
 
 It computes with floats: trees are so small that a tensor operation costs more than the sum.
 """
@@ -27,10 +27,7 @@ _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # 
 
 @dataclass(frozen=True, slots=True)
 class PlattScaling:
-    """`sigmoid(intercept + slope * logit(path probability))`; the identity by default.
-
-    Source: Platt 1999; for networks Guo et al. 2017 (arXiv 1706.04599).
-    """
+    """`sigmoid(intercept + slope * logit(path probability))` (Platt 1999; for networks arXiv 1706.04599)."""
 
     intercept: float = 0.0
     slope: float = 1.0
@@ -126,12 +123,10 @@ class _Ratios:
         self._products = [1.0, first]  # products of the first 0, 1, ... ratios
 
     def at(self, level: int) -> float:
-        """Return the ratio of a level; deeper ones share the last."""
         part, whole = self._sums[min(level, len(self._sums)) - 1]
         return part / whole
 
     def product(self, level: int) -> float:
-        """Multiply the ratios up to a level."""
         known = min(level, len(self._sums))
         return self._products[known] * self.at(level) ** (level - known)
 

@@ -66,11 +66,9 @@ class ActionGrid:
         return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes])))
 
     def with_lookups(self, lookups: Sequence[int]) -> "ActionGrid":
-        """Combine every shape with every number of looked-up nodes in `lookups`."""
         return ActionGrid(tuple(replace(shape, lookup=lookup) for shape, lookup in product(self.shapes, lookups)))
 
     def within(self, levels: int) -> "ActionGrid":
-        """Keep the shapes of at most `levels` levels."""
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":

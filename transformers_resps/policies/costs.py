@@ -30,7 +30,6 @@ class CostModel(ABC):
         """Return the seconds of drafting `levels` levels of `width` nodes; 0 for none."""
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
-        """Return the seconds of a whole step."""
         verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
         return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
@@ -261,7 +260,6 @@ class RunningCosts(CostModel):
         return copied
 
     def rescaled(self, factor: float) -> "RunningCosts":
-        """Copy the costs with all forwards of the target `factor` times as long."""
         copied = self.copy()
         copied._rescale(factor)
         return copied
@@ -405,7 +403,7 @@ class _DraftPrice:
 
     The first drafts count alike: one may be slow, and a price that is too high would prevent the next. Drafts of a
     single depth do not determine the slope: it assumes no start at first, and stays later. All numbers hold for the
-    first width; another width has a factor, which outlasts slow moments of the machine.
+    first width; another one has a factor, which outlasts slow moments of the machine.
     """
 
     drafts: int = 0

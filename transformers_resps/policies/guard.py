@@ -1,7 +1,7 @@
 """Fall back to plain decoding where drafting loses time, around any policy.
 
-Source: conservative exploration (Wu et al., "Conservative Bandits", 2016, arXiv 1602.04282): an action is taken only
-if the budget covers its worst outcome. The baseline is plain decoding, the worst outcome that nothing is accepted.
+Source: Wu et al., "Conservative Bandits" (arXiv 1602.04282): an action is taken only if the budget covers its worst
+outcome, here that nothing is accepted.
 """
 
 from collections.abc import Sequence
@@ -104,7 +104,6 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return self._own_costs if self.policy.costs is None else self.policy.costs
 
     def _adopt(self, costs: RunningCosts) -> None:
-        """Replace the costs in use."""
         if self.policy.costs is None:
             self._own_costs = costs
         else:

@@ -69,7 +69,7 @@ class ReSpSConfig:
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212), for F features and a actions.
+    """Two separate MLPs with two tanh layers each, as in Re-SpS, for F features and a actions.
 
     `normalize` repairs Re-SpS: it brings each observation to mean 0 and variance 1. The raw residual stream has a few
     dimensions that are hundreds of times larger than the rest and saturate tanh.
@@ -119,9 +119,6 @@ class ReSpSPolicy(SavedPolicy):
 
     Without a trained `network` it makes a fresh one. `seed` is for that and for drawn actions; the global random state
     is not touched.
-
-    Raises:
-        ValueError: `config` is no `ReSpSConfig`, or does not describe `network`.
 
     Example:
         >>> import torch

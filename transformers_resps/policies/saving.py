@@ -33,7 +33,6 @@ class SavedPolicy(Policy):
         raise NotImplementedError
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the weights, if any."""
         return {}
 
     @classmethod

@@ -384,7 +384,6 @@ class _Step:
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
-        """Return the number added to the scores of a level."""
         return self.discounts[min(level, len(self.discounts)) - 1] if self.discounts else 0.0
 
     def passes(self, levels: int) -> int:
@@ -418,7 +417,7 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
     """Choose how many nodes to add to a tree, from the first; returns the number and its gain in tokens.
 
     `seconds` are the costs of verifying the tree with 0, 1, 2, ... nodes more, `worth` the expected tokens of each
-    node, and `rate` the tokens that a second is worth.
+    node, and `rate` the price of a second in tokens.
     """
     gain, best_gain, best = rate * seconds[0], 0.0, 0
     for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
@@ -431,7 +430,7 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
     """Cut a pool to the draft of a smaller width; returns its scores and where its levels begin.
 
-    It needs the first nodes of each level to have children, best first; `None` for other pools, of several sources.
+    In each level the first nodes must have children, best first. Returns `None` for pools of several sources.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -460,7 +459,6 @@ class ThroughputMemory:
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
 
     def rate(self, plain_seconds: float) -> float:
-        """Compute lambda: tokens per second, between the rate of plain steps and twice that."""
         rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
@@ -474,10 +472,7 @@ class ThroughputMemory:
         self._price += _NEWEST * (price - self._price)
 
     def asks_head(self, lookup_hit: float) -> bool:
-        """Decide whether the head pays after a step like the last, or is due for a probe.
-
-        It gains nothing where lookup's first token is right, with probability `lookup_hit`.
-        """
+        """Decide whether the head pays or is due for a probe; it gains nothing if lookup's first token is right."""
         pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 
@@ -536,12 +531,11 @@ class WidthMemory:
         self._trial_in = self._trial_every = _FIRST_TRIAL
 
     def choose(self, most: int) -> int:
-        """Choose the width of the coming draft, at most `most`."""
         self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
         return min(self._widths[self._chosen], most)
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Learn from a step of the chosen width, with its expected tokens."""
+        """Learn from a step of the chosen width: its expected tokens and its seconds."""
         index = self._chosen
         self._tokens[index] = self._tokens[index] * _MEMORY + tokens
         self._seconds[index] = self._seconds[index] * _MEMORY + seconds

@@ -19,10 +19,8 @@ _MIN_SLOPE = 0.1  # Keeps a more probable path from being less likely to be acce
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts; it goes on learning.
 
-    `settings` are its other arguments: sizes, and `target` and `head` from `pair_identity`.
-
-    Raises:
-        ValueError: there are no texts, or they are not recordings with pools of `top_k`.
+    `settings` are its other arguments: sizes, and `target` and `head` from `pair_identity`. Raises `ValueError` if the
+    texts are not recordings with pools of `top_k`.
     """
     odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
     if not texts or odd:
@@ -42,9 +40,9 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """Fit the maximum-likelihood scaling by Newton's method; without outcomes it is the identity.
+    """Fit the scaling from paths' log probabilities `[n]` under the head and whether they were accepted `[n]`.
 
-    `scores` `[n]` are log probabilities of paths under the head, `accepted` `[n]` is bool.
+    It is the maximum-likelihood fit by Newton's method, and the identity without outcomes.
     """
     scores = scores.double().clamp(max=MAX_SCORE)  # the same limit as in `PlattScaling`
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)

@@ -66,9 +66,6 @@ class OutcomeTable:
     The time with the best action at every step, the bound of any policy, comes by dynamic programming: the step at
     position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the least over a
     of seconds[t, a] plus the least time from there.
-
-    Raises:
-        ValueError: there are no texts, or they differ in grid, number of actions or width of features.
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
@@ -146,7 +143,6 @@ class OutcomeTable:
 
     @property
     def best_fixed(self) -> int:
-        """The fastest fixed action over all texts."""
         return int(self.fixed_seconds.sum(0).argmin())
 
     @cached_property

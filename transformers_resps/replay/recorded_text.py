@@ -99,10 +99,8 @@ def record_pools(
     """Record the head's drafts at every position of prompt and output `[s]`, whoever wrote it.
 
     `depths` maps each `top_k` to the levels to draft; blocks are drafted whole, for trees of up to `block_nodes` nodes
-    below the root. `spare_room` are tokens that the output could have gained; 0 if it ended at `max_length`.
-
-    Raises:
-        ValueError: the output has fewer than two tokens, or `depths` is empty.
+    below the root. `spare_room` are tokens that the output could have gained; 0 if it ended at `max_length`. Raises
+    `ValueError` if the output has fewer than two tokens.
     """
     length = len(input_ids)
     if not 1 <= prompt_length <= length - 2 or not depths:
@@ -213,8 +211,7 @@ class PositionPools:
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
     """Open a recording, a file with a tensor whose name begins with `needed`, and yield it with its metadata.
 
-    Raises:
-        ValueError: the file cannot be read, here or inside the `with` block.
+    Errors of reading the file, also inside the `with` block, become a `ValueError`.
     """
     try:
         with safe_open(file, framework="pt") as opened:

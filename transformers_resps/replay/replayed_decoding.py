@@ -30,7 +30,6 @@ class ReplayedStep:
 
     @property
     def accepted(self) -> int:
-        """Number of accepted tokens; one token more is emitted."""
         return len(self.path) - 1
 
 
@@ -39,10 +38,8 @@ def replay_policy(
 ) -> SpeculationReport:
     """Simulate `policy` on a recorded text and return the report of `generate`, without a prefill.
 
-    Its seconds come from `costs`, its `drafted` leaves out looked-up nodes, and memories stay unchanged.
-
-    Raises:
-        ValueError: the policy returns no shape, or one that was not recorded.
+    Its seconds come from `costs`, its `drafted` leaves out looked-up nodes, and memories stay unchanged. Raises
+    `ValueError` if the policy asks for a shape that was not recorded.
     """
     report = SpeculationReport()
     for step in decode_again(text, policy, RecordedDrafter(text), memories):

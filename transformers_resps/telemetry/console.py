@@ -17,10 +17,7 @@ _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
 
 def print_steps(report: SpeculationReport, texts: Sequence[Sequence[str]], console: Console | None) -> None:
-    """Print the text with accepted tokens in colour, a table of all steps, and a summary.
-
-    `texts` has the texts of each step's tokens: the accepted ones, then the bonus token.
-    """
+    """Print text, table and summary; `texts` are those of each step's accepted tokens, then of its bonus token."""
     console = console or Console()
     console.print(_text(texts))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
@@ -37,7 +34,7 @@ def _text(texts: Sequence[Sequence[str]]) -> Text:
 
 
 def _table(report: SpeculationReport, texts: Sequence[Sequence[str]]) -> Table:
-    """Draw a table that needs no colour: accepted and bonus tokens have columns of their own."""
+    """Draw a table that needs no colour, since accepted and bonus tokens have columns of their own."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

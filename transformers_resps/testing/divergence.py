@@ -44,10 +44,8 @@ class Divergence:
 
     @property
     def spacing(self) -> float:
-        """Distance of neighbouring numbers of the model's dtype at the best logit.
-
-        Logits move with the rounding of the hidden states, which is alike for all tokens, so one scale serves all.
-        """
+        """Distance of neighbouring numbers of the model's dtype at the best logit."""
+        # Logits move with the rounding of the hidden states, which is alike for all tokens, so one scale serves all
         return spacing_at(self.best_logit, self.dtype)
 
     @property
@@ -59,10 +57,7 @@ class Divergence:
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains the difference: in half precision, within `MAX_SPACINGS` of the pick.
-
-        It explains nothing in the invariant mode, and no output that ends early.
-        """
+        """Whether rounding explains it: in half precision, within `MAX_SPACINGS`, and not in the invariant mode."""
         return not self.invariant and self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
     def __str__(self) -> str:

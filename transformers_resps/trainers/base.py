@@ -349,12 +349,8 @@ class InterruptionCallback(TrainerCallback):
 def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM save a checkpoint and stop `trainer` after a multiple of `steps`.
 
-    A second signal stops it at once. Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's
-    main thread, which alone gets signals, nothing changes.
-
-    Raises:
-        KeyboardInterrupt: SIGINT was received, and the checkpoint is saved.
-        SystemExit: SIGTERM was received, and the checkpoint is saved; the exit status is 143.
+    Then it raises `KeyboardInterrupt`, or `SystemExit` with status 143. A second signal stops at once. Slurm and
+    Kubernetes send SIGTERM before they kill a process. Outside Python's main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -292,7 +292,6 @@ class PolicyData:
                 self.add(name, dataset)
 
     def add(self, name: str, dataset: Any) -> None:
-        """Add a dataset or replace the one of the same name."""
         prompts = PolicyPrompts.of(dataset, name, self.pair.tokenizer)
         answer, context = self._args.max_completion_length, context_of(self.pair.target)
         if prompts.longest + answer > context:

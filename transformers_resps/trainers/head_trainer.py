@@ -265,7 +265,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add agreement per level, tokens per second and time left."""
         if "loss" in logs:
             agreement, tokens = self._meters["train"].summary(self._over_processes)
             logs |= agreement | self._speed.lap(tokens, self.state.global_step, self.state.max_steps)
@@ -294,7 +293,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         return int(args.max_steps * args.gradient_accumulation_steps * args.world_size * args.tokens_per_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Make batches of a token budget, in a fixed order."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast(Any, self.eval_dataset)[dataset]
@@ -453,7 +451,6 @@ class RunSpeed:
         self._since = self._since or (time.monotonic(), step)
 
     def pause(self, seconds: float) -> None:
-        """Leave out seconds without training."""
         if self._since is not None:
             self._since = self._since[0] + seconds, self._since[1]
 

@@ -176,7 +176,6 @@ class Pair:
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Folders or Hub ids of target and head."""
         return {"target": self.target.config.name_or_path or None, "head": unwrapped(self.head).name_or_path or None}
 
     @classmethod

@@ -1,7 +1,4 @@
-"""Compute the loss of all levels of EAGLE-3's training-time test, see `heads.unrolled`.
-
-Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
-"""
+"""The loss of all levels of EAGLE-3's training-time test (arXiv 2503.01840 section 3.2), see `heads.unrolled`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +60,8 @@ def soft_cross_entropy(
         added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
 
     Returns:
-        The weighted sum of the losses; and without gradient, over the rows of non-zero weight, the unweighted sum of
-        each level `[k]` and the count of rows whose best token is the target's `[k]`.
+        The weighted sum; without gradient, over rows of non-zero weight, each level's unweighted sum `[k]` and its
+        count `[k]` of rows whose best token is the target's.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]

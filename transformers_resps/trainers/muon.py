@@ -26,7 +26,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix `[m, n]` with the same singular vectors and values near 1, by five Newton-Schulz steps.
 
     On a CPU the steps run on the eigenvalues of the smaller Gram matrix, in float32; on CUDA in bfloat16. A matrix
-    with infinities or NaN keeps some.
+    that is not finite stays so.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)

@@ -89,7 +89,7 @@ class LevelObjective(Objective):
 
 
 class BlockObjective(Objective):
-    """Blocks below anchors, drawn anew for every batch; in evaluation below all tokens.
+    """Blocks below anchors, which are drawn anew for every batch, and all taken in evaluation.
 
     A slot learns the target's distribution, with what its correction adds after the true token before; DFlash's decay
     exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. A block ends with its answer.

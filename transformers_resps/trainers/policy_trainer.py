@@ -48,12 +48,9 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` in place on rollouts that exist already.
+    """Trains a `ReSpSPolicy` in place on existing rollouts.
 
     `eval_rollouts` are held-out replayed texts, for `evaluate`; see `PolicyTrainer` for `reward_func`.
-
-    Raises:
-        ValueError: the objective is `full_information` with live rollouts, or there is no such reward.
     """
 
     args: PolicyTrainingConfig
@@ -105,7 +102,6 @@ class RolloutTrainer(ArtefactTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a minibatch of the update; a new update decides first."""
         number, step = divmod(self.state.global_step, self.args.steps_per_update)
         if self._update is None or self._update.number != number:
             self._update = Update(number, self.policy, self._given_rollouts, self.reward_func, self.args)
@@ -119,7 +115,6 @@ class RolloutTrainer(ArtefactTrainer):
             self._noted[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last line."""
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
         self._noted.clear()
         super().log(logs, start_time)

@@ -137,9 +137,7 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
     """Compute generalised advantage estimates `[n]` from rewards, the critic's values and ends of texts, each `[n]`.
 
-    At `discount` (gamma) 0 an advantage is `reward - value`; `decay` is lambda.
-
-    Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
+    `discount` is gamma, `decay` lambda. Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """
     advantages = torch.zeros_like(rewards)
     following, next_value = rewards.new_zeros(()), values.new_zeros(())
@@ -159,10 +157,7 @@ def standardized(values: Tensor) -> Tensor:
 
 
 def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Compute PPO's objective to maximise, a scalar, from three tensors `[n]`.
-
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
-    """
+    """Compute PPO's objective to maximise, a scalar, from three tensors `[n]` (arXiv 1707.06347, equation 7)."""
     ratios = (log_probs - old_log_probs).exp()
     return torch.min(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages).mean()
 
@@ -182,7 +177,7 @@ def relative_gains(action_gains: Tensor) -> Tensor:
     """Scale gains of every action `[n, a]` to mean 0 in each row and deviation 1 over all.
 
     The entropy bonus then weighs the same whatever a token is worth, so the policy stays uncertain enough to follow
-    when the rate, and with it all gains, changes.
+    when the rate changes.
     """
     relative = action_gains - action_gains.mean(-1, keepdim=True)
     return relative / (relative.square().mean().sqrt() + 1e-8)

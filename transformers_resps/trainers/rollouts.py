@@ -175,7 +175,6 @@ class DecisionRecorder(Policy):
     """Decides with a policy's network, holds each decision, and credits every step to its decision.
 
     The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
-    Without a generator the likeliest actions are taken.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
