@@ -1,1 +1,1 @@
-"""Texts in static buffers, steps over them by compiled code or eager, and a reader of prompts."""
+"""Texts in static buffers, compiled or eager steps over them, and a reader of prompts."""

@@ -22,7 +22,7 @@ from ..cache import replace_entries
 class SlotLayer(CacheLayerMixin):
     """One layer's buffers, `[b, kv heads, capacity, hd]`, in a forward that writes the slots `written` `[b, n]`.
 
-    It sees the first slots, so many as `size` says.
+    The forward sees the first `size` slots.
     """
 
     is_compileable = True
@@ -33,7 +33,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write `[b, kv heads, n, hd]` entries; returns what is seen, `[b, kv heads, slots, hd]`."""
+        """Write entries `[b, kv heads, n, hd]`; return the visible ones, `[b, kv heads, slots, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             self._write(buffer, states)
         keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
@@ -46,18 +46,16 @@ class SlotLayer(CacheLayerMixin):
             buffer[row_index(self._written), :, self._written] = states.transpose(1, 2)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """The buffers are there."""
+        """Do nothing: the buffers exist."""
 
     def get_seq_length(self) -> int:
-        """Zero: positions are passed to the forward, and so is the mask."""
+        """Zero: the forward gets its positions and masks."""
         return 0
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """The slots, from 0 on."""
         return self._size, 0
 
     def get_max_length(self) -> int:
-        """The slots."""
         return self._size
 
     get_max_cache_shape = get_max_length
@@ -72,14 +70,14 @@ class SlotBuffers:
     """The buffers of all layers of a target, as large as any call needed so far; kept from call to call."""
 
     def __init__(self) -> None:
-        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts that are alike move at once
-        self._rooms: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
-        self._rows = 0  # the first ones, which are in use
+        self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts of equal sizes move at once
+        self._rooms: list[Tensor] = []  # views of the stores: keys and values of the first layer, the second, ...
+        self._rows = 0  # first rows, which are in use
         self._parts: dict[int | None, list[Tensor]] = {}
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Have a cache copy what it holds of these buffers before it is overwritten, if it lives until then."""
+        """Let a cache read these buffers: if it lives until they are overwritten, it copies its entries first."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -89,13 +87,13 @@ class SlotBuffers:
 
     @property
     def size(self) -> int:
-        """Slots."""
+        """Number of slots."""
         return self._rooms[0].shape[2] if self._rooms else 0
 
     def parts(self, row: int | None = None) -> list[Tensor]:
-        """Keys and values `[b, kv heads, slots, hd]` of the first layer, the second, ..., the same tensors each time.
+        """Keys and values `[b or 1, kv heads, slots, hd]` of each layer in turn, of one `row` if it is given.
 
-        Of one row alone where `row` names it.
+        The tensors are the same each time.
         """
         if row not in self._parts:
             rows = slice(self._rows) if row is None else slice(row, row + 1)
@@ -103,10 +101,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide at least `size` slots for so many rows; new ones hold zeros.
-
-        `kinds` are entries `[any, kv heads, any, hd]` of each part.
-        """
+        """Provide at least `size` slots for parts like `kinds`, `[any, kv heads, any, hd]`; new ones hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -122,13 +117,10 @@ class SlotBuffers:
         self._use(rows)
 
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
-        """Take over entries of dynamic layers.
+        """Copy the entries of dynamic layers, in which rows have `length` positions.
 
-        Args:
-            parts: `[b, kv heads, s, hd]`, keys and values in turn; of a sliding layer the last ones only.
-            length: of the rows in those layers.
-            orders: of each row of the buffers, which of these go to its first slots, ascending; copies of the last row
-                fill surplus rows.
+        `parts` are keys and values `[b, kv heads, s, hd]` in turn, only the last ones in a sliding layer. `orders` are
+        the positions, ascending, whose entries go to the first slots of each row. Surplus rows are copies of the last.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):
             first = length - part.shape[2]
@@ -138,7 +130,7 @@ class SlotBuffers:
                 buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
 
     def clear(self) -> None:
-        """Forget all entries: what an overflow left would reach a text from a slot that no node sees."""
+        """Zero all entries: values of an overflow would reach a text from a slot that no node sees."""
         self._settle()
         for store in self._stores:
             store.zero_()
@@ -166,10 +158,9 @@ class SlotBuffers:
         self._use(len(rows))
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
-        """Copies of what lies in each row's `slots` `[b, s]`, which the host knows: `[b, kv heads, s, hd]`, keys and
-        values in turn.
+        """Copy the entries in `slots` `[b, s]`, on the host, of the rows from `first` on.
 
-        `slots` are those of the row `first` and the next ones.
+        Returns keys and values `[b, kv heads, s, hd]` in turn.
         """
         of_rows, length = slice(first, first + len(slots)), slots.shape[1]
         if bool((slots == torch.arange(length)).all()):  # nothing to gather, and one copy
@@ -186,7 +177,7 @@ class SlotBuffers:
 
 
 def _no_view(part: Tensor) -> Tensor:
-    """The same memory where code is compiled, which would look for what a view is of."""
+    """Make a tensor of the same memory on a CPU: compiled code would look for the base of a view."""
     if part.device.type != "cpu":
         return part
     storage, start = part.untyped_storage(), part.storage_offset()
@@ -194,20 +185,20 @@ def _no_view(part: Tensor) -> Tensor:
 
 
 def filled(cache: Cache) -> list[int]:
-    """The layers that hold entries; one that shares another's keys has none."""
+    """List the layers that hold entries; a layer that shares another's keys has none."""
     return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
 
 
 def parts_of(cache: Cache) -> list[Tensor]:
-    """Keys and values of each layer that holds some, in turn."""
+    """List keys and values of each layer that holds some, in turn."""
     layers = cache_layers(cache)
     return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Let these dynamic layers of a cache hold entries `[b, kv heads, s, hd]` of `length` positions.
+    """Replace the entries of a cache's dynamic layers by those of `length` positions; a layer may hold nothing yet.
 
-    `parts` are keys and values in turn. A layer may hold nothing yet.
+    `parts` are keys and values `[b, kv heads, s, hd]` in turn.
     """
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None

@@ -34,7 +34,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
     @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
-        """A dynamic cache that holds one token of the target: how its layers keep entries."""
+        """Make a dynamic cache of one token, which shows how the target's layers keep entries."""
         kind = target.dtype, target.device
         if self._pattern is None or self._pattern[0] != kind:
             cache = DynamicCache(config=target.config.get_text_config(decoder=True))
@@ -51,7 +51,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether code for such steps lies ready, made by another process or by a call that waited."""
+        """Whether code for such steps is stored, by another process or by a call that waited."""
         name = _code_name(steps_kind(target, is_batch=is_batch), is_batch)
         with self.borrow(target) as lent:
             return lent is not None and lent.packages.have(name)
@@ -64,10 +64,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or eagerly where that fails.
-
-        `row`: index of the row whose buffers are passed, when only one row's are.
-        """
+        """Run a forward compiled, or eagerly where that fails. If buffers are one row's, `row` is its index."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -78,7 +75,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """The code that serves a single row or several; a graph serves one row, and the features of one head."""
+        """Find the code, one for a single row and one for several; a graph serves one row, and one head's features."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +115,7 @@ LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two
 
 
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Nodes of a forward over `rows` trees of `count`, padding included: few sizes where each is captured by itself.
+    """Pad the nodes of `rows` trees of `count`: on CUDA, where each size is captured, to few sizes.
 
     On a CPU one code serves all sizes from two nodes on.
     """
@@ -128,5 +125,5 @@ def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
 
 
 def _centred_logits(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Without what softmax ignores."""
+    """Subtract the mean, which softmax ignores."""
     return outputs[0] - outputs[0].mean(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The forward of a target over slots, as functions of tensors that can be compiled or captured: it sees few sizes."""
+"""The forward of a target over slots, as functions of tensors of few sizes, which can be compiled or captured."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from .buffers import SlotLayer, row_index
 
 
 class _PackedSlotLayer(SlotLayer):
-    """A slot layer for `PackedInputs`: `written` are the slots and the rows of the nodes, `[2, r]`."""
+    """A slot layer for `PackedInputs`: `written` `[2, r]` are the slots and the rows of the nodes."""
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
@@ -26,44 +26,30 @@ class _PackedSlotLayer(SlotLayer):
 
 
 class SlotInputs(NamedTuple):
-    """A tree or a part of a prompt, and where it stands. Node i lies in the slot i after the root's place.
+    """A tree or a part of a prompt, and its place. Node i lies in the slot i after the root's place."""
 
-    Attributes:
-        tokens: `[b, n]`.
-        depths: `[b, n]` below the root.
-        ancestors: `[b, n, n]` bool, see `DraftTree`.
-        roots: `[b, 1 + planes]` the root's place in the text, and its positions.
-        seen: `[b, slots]` false where a slot holds padding.
-        kept: `[k]` the nodes whose logits are computed, in their order.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    ancestors: Tensor
-    roots: Tensor
-    seen: Tensor
-    kept: Tensor
+    tokens: Tensor  # [b, n]
+    depths: Tensor  # [b, n], below the root
+    ancestors: Tensor  # [b, n, n] bool, see `DraftTree`
+    roots: Tensor  # [b, 1 + planes], the root's place in the text, and its positions
+    seen: Tensor  # [b, slots], false where a slot holds padding
+    kept: Tensor  # [k], the nodes whose logits are computed, in this order
 
 
 class PackedInputs(NamedTuple):
-    """`SlotInputs` of rows whose trees differ in size, where padding is not computed.
-
-    Attributes:
-        packed: `[r]` the computed nodes, as places in the `b * n` of all rows.
-        kept: `[k]` which of those get logits.
-    """
+    """`SlotInputs` of rows whose trees differ in size, without computing their padding."""
 
     tokens: Tensor
     depths: Tensor
     ancestors: Tensor
     roots: Tensor
     seen: Tensor
-    packed: Tensor
-    kept: Tensor
+    packed: Tensor  # [r], the computed nodes, by their indices among the `b * n` of all rows
+    kept: Tensor  # [k], the computed nodes that get logits
 
 
 PACKED_STEPS = "packed steps"  # the kind of forwards over `PackedInputs`
-# Sizes of the inputs and of the buffers: those with a letter change from call to call, b only in batches.
+# Dimensions of the inputs: sizes with a letter change from call to call, b only in batches.
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
@@ -71,19 +57,14 @@ _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
-    The features are outputs of the forward (`output_hidden_states` of Transformers): compiled code has no place for
-    hooks that come and go.
-
-    Args:
-        target: any decoder of Transformers.
-        cache: of dynamic layers, filled with anything.
-        feature_layers: whose hidden states it gives; none is the last layer's before the final norm. `None` gives all,
-            so that one code serves every head and none.
-        options: of `torch.compile`, where the caller has some.
+    Features are outputs of the forward (Transformers' `output_hidden_states`), since compiled code cannot gain and
+    lose hooks. It returns the hidden states of `feature_layers`, except the last layer's before the final norm; `None`
+    returns all, so that one code serves every head. `cache` has dynamic layers, filled with anything. `options` are
+    the caller's for `torch.compile`.
     """
 
     is_invariant = False
-    is_captured = False  # whatever the device and the options are
+    is_captured = False  # true: on any device, with any options
     kind = "steps"
     sizes: Sequence[str] = _SIZES
     layer = SlotLayer
@@ -107,7 +88,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs`, or `PackedInputs`, and buffers: the logits, and the hidden states of each place."""
+        """Run over `SlotInputs` or `PackedInputs`, and buffers; return logits, and hidden states for each place."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -121,7 +102,7 @@ class SlotForward:
         return self.run(tokens, slots, by_planes(positions), masks, buffers, inputs.kept, **options)
 
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        """Pick, from the function's outputs for these inputs, the hidden states `[b, n, h]` of some layers."""
+        """Pick the hidden states `[b, n, h]` of some layers from the function's outputs for these inputs."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
         if self._inputs is SlotInputs:
             return caught
@@ -130,20 +111,20 @@ class SlotForward:
         return {layer: nodes.apart(states) for layer, states in caught.items()}
 
     def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Pick, from the function's outputs, the tensors that advance states of recurrent layers."""
+        """Pick the tensors that advance states of recurrent layers from the function's outputs."""
         return outputs[1 + len(self.places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the target attend as the function wants it."""
+        """Let the target attend by the attention that the function needs."""
         with use_gqa_attention(self.target):
             yield
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the function without compilation: the logits `[b, k, v]`, and the hidden states `[b, n, h]` of each
-        feature layer; `[1, k, v]` and `[1, r, h]` where rows are packed.
+        """Run the function eagerly: logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
 
-        `buffers` are keys and values of each layer, `[b, kv heads, slots, hd]`; the tree's are written.
+        Packed rows give `[1, k, v]` and `[1, r, h]`. `buffers` are keys and values of each layer, `[b, kv heads,
+        slots, hd]`, to which the tree's are written.
         """
         with self.running():
             return self.function(*inputs, *buffers)
@@ -152,8 +133,8 @@ class SlotForward:
 class HybridForward(SlotForward):
     """The forward of a target with recurrent layers.
 
-    Their states follow the `SlotInputs`, see `StateKinds`, and do not change; the tensors that advance them follow the
-    hidden states, see `noted`.
+    Their states follow the `SlotInputs`, see `StateKinds`, and do not change. The tensors that advance them follow the
+    hidden states among the outputs, see `noted`.
     """
 
     kind = "hybrid steps"
@@ -176,15 +157,15 @@ class HybridForward(SlotForward):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let mixers read trees whole, too."""
+        """Let mixers compute whole trees, too."""
         with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
 
 def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
-    """Whether steps of so many rows compute real nodes alone, of rows whose trees may differ in size: all matrices
-    multiply one row of nodes, and attention alone has the rows apart. It has to get what a forward is told in every
-    layer; and a graph of an accelerator has a fixed number of nodes.
+    """Whether steps over a batch compute no padding: they pack real nodes in one row, which only attention unpacks.
+
+    Layers must pass keywords of the forward on to attention; graphs of an accelerator have a fixed number of nodes.
     """
     attention = target.config.get_text_config()._attn_implementation
     is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
@@ -192,7 +173,7 @@ def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
 
 
 def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
-    """The `kind` of the forward that runs steps of one row, or of several."""
+    """Return the `kind` of the forward for steps of one row, or of several."""
     if is_recurrent(target):
         return HybridForward.kind
     return PACKED_STEPS if packs_rows(target, is_batch=is_batch) else SlotForward.kind
@@ -204,9 +185,9 @@ def _laid_out(
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
-    """The slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each kind of layers.
+    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each kind of layers.
 
-    Nodes that are not computed, where `are_computed` `[b, n]` is false, see nothing, which costs least.
+    Nodes with false `are_computed` `[b, n]` see nothing, which costs least.
     """
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
@@ -230,7 +211,7 @@ def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
 
 
 def by_planes(positions: Tensor) -> Tensor:
-    """Order positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` of several planes."""
+    """Order positions for targets: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` with several planes."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -242,7 +223,7 @@ def _run(
 
     It returns the logits of the `kept` nodes, and the hidden states at the places `read`.
     """
-    # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
+    # A layer that shares another's keys has no buffers. Other layers are replaced, since they hold the prompt.
     placeholders = [
         None if getattr(layer, "keys", None) is not None else _StatesAlone() if holds_state(layer) else layer
         for layer in cache.layers
@@ -283,6 +264,6 @@ def _run(
 
 
 class _StatesAlone:
-    """A layer of a cache with states and no keys."""
+    """A cache layer with states and no keys."""
 
     is_compileable = supports_early_init = False

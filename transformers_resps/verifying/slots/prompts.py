@@ -14,18 +14,16 @@ from .steps import SlotSteps, apart
 from .texts import SlotTexts, filled_up, rounded_up
 
 
-# Tokens of a prompt that compiled code reads at once: of more, it compares too many that no token sees.
-_PART = 256
+_PART = 256  # Most tokens that compiled code reads at once: with more, masks hide too many of the pairs it computes.
 # Tokens and slots of a part are multiples of these: a product is prepared once for each of few sizes.
 _PART_STEP, _PART_WINDOW = 4, 32
-# Tokens of several rows that are computed as one are multiples of it.
-_PACKED_STEP = 16
+_PACKED_STEP = 16  # Tokens of several rows, packed into one row, are a multiple of this.
 
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
-    """Whether compiled code can read the prompt: on a CPU, where each token stands as far from its slot as the tokens
-    that follow will. Recurrent layers need stock's scans; where 'longrope' switches frequencies, one forward has to
-    read it all.
+    """Whether compiled code can read the prompt: on a CPU, with one distance of positions from slots in each row.
+
+    Recurrent layers need stock scans, and where 'longrope' switches frequencies, one forward has to read everything.
     """
     target = forward.target
     if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:
@@ -37,13 +35,12 @@ def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
 
 
 class PartReader:
-    """Reads prompts by the compiled code of steps. It gives the last logits alone."""
+    """Reads prompts by the compiled code of steps, and returns only the last logits."""
 
     def __init__(self, forward: TargetForward, texts: SlotTexts, steps: SlotSteps) -> None:
         self._forward, self._texts, self._steps = forward, texts, steps
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Read the end `[b, t]` of the prompt, as `Verifier.prefill` says."""
         return read_in_chunks(self._texts.rows, tokens, chunk_size, self._read_chunk)
 
     def _read_chunk(self, tokens: Tensor, start: int) -> tuple[Tensor, Features]:
@@ -59,13 +56,13 @@ class PartReader:
         return logits, features
 
     def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
-        """The inputs for a part `[b, t]` of the prompt, from the position `start` on; its last logits are kept."""
+        """Make the inputs for a part `[b, t]` of the prompt, from position `start` on; it keeps its last logits."""
         ends, visible = self._texts.rows, self._texts.visible
         rows, width = tokens.shape
         count = apart(rounded_up(width, _PART_STEP), rows)
         size = rounded_up(start + count + 1, _PART_WINDOW)
         seen, places = visible(size), torch.arange(start, start + count)
-        # Padding sees itself and stands where a token does: some targets have no other positions.
+        # Padding sees itself, and has the position of a token: some targets have no other positions.
         first = visible(ends.prompt_length).int().argmax(dim=1, keepdim=True)
         depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
         is_own = torch.eye(count, dtype=torch.bool)

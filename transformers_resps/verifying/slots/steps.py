@@ -1,4 +1,4 @@
-"""Run a target's steps over the slots of a batch, compiled or not, with recurrent layers or without."""
+"""Run a target's steps over the slots of a batch: compiled or not, with recurrent layers or without."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,20 +18,15 @@ from .texts import SlotTexts, filled_up
 
 
 class RowStates:
-    """The states of recurrent layers for the rows of the buffers. They advance along accepted paths.
-
-    Attributes:
-        tensors: see `StateKinds`.
-        noted: tensors of the newest tree that advance them.
-    """
+    """The states of recurrent layers for the rows of the buffers."""
 
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
         self._kinds = kinds
         self.tensors: Sequence[Tensor] = kinds.of(cache)
-        self.noted: tuple[Tensor, ...] = ()
+        self.noted: tuple[Tensor, ...] = ()  # tensors of the newest tree that advance the states
 
     def advance(self, path: Tensor) -> None:
-        """Let them follow the accepted path `[rows, m]` of the newest tree."""
+        """Advance the states along the accepted path `[rows, m]` of the newest tree."""
         self._kinds.advance(self._kinds.by_layer(self.tensors), self.noted, path)
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -40,34 +35,29 @@ class RowStates:
         self.tensors = [part.index_select(1, kept) for part in self.tensors]
 
     def give_back(self, cache: Cache, rows: slice) -> None:
-        """Let a cache hold the states of some rows."""
+        """Give a cache copies of the states of some rows."""
         self._kinds.give_back(self.tensors, cache, rows)
 
 
 class VerifyingSteps(ABC):
-    """Runs a target over trees whose rows lie in slots.
+    """Runs a target over trees whose rows lie in slots."""
 
-    Attributes:
-        pricing: of the newest step, or of the next one.
-        states: of recurrent layers; `None` before `begin`, and where there are none.
-    """
-
-    pricing: Pricing = Pricing()
-    states: RowStates | None = None
+    pricing: Pricing = Pricing()  # of the newest step, or of the next one
+    states: RowStates | None = None  # `None` before `begin`, and without recurrent layers
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Make ready for trees; the cache holds what was read, and the rows are known."""
+        """Prepare for trees after the prompt, which the cache holds if it was read there; the rows are known."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run over a tree, see `Verifier.verify`; rows and nodes of padding may follow."""
+        """Run over a tree, see `Verifier.verify`; padding rows and nodes may follow in the result."""
 
 
 class SlotSteps(VerifyingSteps):
     """Runs steps in the normal mode, compiled where an engine is lent, with the caller's options for `torch.compile`.
 
-    `follows_parts` says that the code of the steps has read the prompt.
+    With `follows_parts` the same code has read the prompt.
     """
 
     _over_slots: SlotForward
@@ -102,7 +92,7 @@ class SlotSteps(VerifyingSteps):
         return _unpacked(logits[0], tree) if self.pricing.packs_rows else logits, features
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Features]:
-        """Run the forward over `SlotInputs` or `PackedInputs`, as `pricing` says: its logits and the features."""
+        """Run the forward over `PackedInputs` if `pricing` packs rows, else `SlotInputs`: logits and features."""
         states = () if self.states is None else self.states.tensors
         given, buffers = [*inputs, *states], self._texts.buffers.parts()
         if self._engine is None:
@@ -116,7 +106,7 @@ class SlotSteps(VerifyingSteps):
         return outputs[0], features
 
     def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
-        """The inputs of a forward over `tree`, padded to rows and nodes."""
+        """Make the inputs of a forward over `tree`, padded to the buffers' rows and to few sizes."""
         texts, device = self._texts, self._texts.rows.device
         beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
         count = self._apart(padded_count(device, tree.node_count, beside))
@@ -133,17 +123,17 @@ class SlotSteps(VerifyingSteps):
         self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def _apart(self, count: int, *others: int) -> int:
-        """A number from `count` on, which is none of rows or `others` where a step may be what is compiled first."""
+        """Find a number from `count` on, apart from `others` and the rows if a step may be compiled first."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 def apart(count: int, *others: int) -> int:
-    """The smallest number from `count` on that is not among `others`: equal example sizes would become one symbol."""
+    """Find the smallest number from `count` on that is not in `others`: equal example sizes become one symbol."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)
 
 
 def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
-    """Spread logits `[r or more, v]` of the real nodes, row by row, to `[b, n, v]`; padding gets arbitrary ones."""
+    """Spread logits `[r or more, v]` of the real nodes, row by row, to `[b, n, v]`; padding gets arbitrary values."""
     rows, count = tree.tokens.shape
     if not tree.sizes:
         return logits[: rows * count].view(rows, count, -1)

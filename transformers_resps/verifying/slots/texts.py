@@ -1,4 +1,4 @@
-"""The texts of a batch in slots: where each row's text and its newest tree lie, in few sizes for compiled code."""
+"""Slots of each row's text and its newest tree, in few sizes for compiled code."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,32 +17,26 @@ Row = TypeVar("Row")
 Window = Callable[[int], int]
 
 
-# Slots; a forward sees multiples of it.
-WINDOW = 128
+WINDOW = 128  # A forward sees a multiple of this number of slots.
 # Extra slots, so that a buffer is never as long as the window that a forward sees: code compiled where two sizes are
 # equal assumes that they stay equal.
 SPARE = 16
 
 
 def windowed(count: int) -> int:
-    """The slots that a forward sees where it needs so many."""
+    """Round a number of needed slots up to what a forward sees."""
     return rounded_up(count, WINDOW)
 
 
 class SlotTexts:
     """The texts of a batch in buffers: the entry at place i of a row's text lies in slot i, a tree's nodes follow it.
 
-    Args:
-        pattern: a filled cache, which shows how the target's layers keep entries.
-        has_padding: whether the prompt's padding has slots, too; else every text begins at slot 0.
-        window: rounds a number of slots up to what a forward sees.
-
-    Attributes:
-        count: rows of the buffers: the decoded ones, and copies of the last; 0 before `begin`.
-        roots: slots `[count, 1]` of the newest tree's roots.
+    `pattern` is a filled cache, which shows how the target's layers keep entries. With `has_padding` the prompt's
+    padding has slots, too; else every text begins at slot 0. For `window` see `windowed`. The buffers have `count`
+    rows, the decoded ones and copies of the last; 0 before `begin`.
     """
 
-    roots: Tensor
+    roots: Tensor  # [count, 1], slots of the newest tree's roots
 
     def __init__(
         self, rows: RowEnds, buffers: SlotBuffers, pattern: Cache, has_padding: bool = True, window: Window = windowed
@@ -54,7 +48,7 @@ class SlotTexts:
         self._numbers = torch.empty(0, dtype=torch.long, device=rows.device)
 
     def begin(self, cache: Cache) -> None:
-        """Have buffers for the prompt, and in them the entries that a cache holds."""
+        """Reserve buffers for the prompt, and fill them with the entries that a cache holds."""
         end, length = self.rows.prompt_length, self.rows.length
         self.count, self._hidden = len(self.rows), [end - len(order) for order in self.orders(end)]
         self.buffers.reserve(parts_of(self.pattern), self.count, windowed(end + WINDOW) + SPARE)
@@ -63,7 +57,7 @@ class SlotTexts:
 
     @property
     def places(self) -> list[int]:
-        """Slots of each row that are taken; the coming root lies in the next one."""
+        """Taken slots of each row; the coming root lies in the next one."""
         return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
 
     def orders(self, length: int) -> list[Tensor]:
@@ -74,29 +68,29 @@ class SlotTexts:
         return [row.nonzero().flatten() for row in seen]
 
     def visible(self, size: int) -> Tensor:
-        """Which slots hold no padding: `[count, size]` bool."""
+        """`[count, size]` bool, true where a slot holds no padding."""
         if size not in self._seen:
             slots = self.rows.slots if self._has_padding else SlotMap(None)
             self._seen[size] = slots.unpadded(size, self.count, self.rows.device)
         return self._seen[size]
 
     def reserve(self, count: int) -> int:
-        """Have so many slots; returns how many the forward sees."""
+        """Provide at least `count` slots; return how many the forward sees."""
         size = self._window(count)
         if size > self.buffers.size:
             self.buffers.grow(2 * size + SPARE)
         return size
 
     def first(self, count: int) -> Tensor:
-        """The numbers from 0 to before `count`, without a kernel in each step."""
+        """Return `torch.arange(count)` without launching a kernel in each step."""
         if len(self._numbers) < count:
             self._numbers = torch.arange(windowed(count), device=self.rows.device)
         return self._numbers[:count]
 
     def nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, depths, ancestors and roots of a tree that comes next, padded to rows and `count` nodes.
+        """Return tokens, depths, ancestors and roots of the next tree, padded to the buffers' rows and `count` nodes.
 
-        The roots are `[count of rows, 1 + planes]`, their slots and their positions.
+        The roots `[rows, 1 + planes]` are their slots and positions.
         """
         own = [[place, *planes] for place, planes in zip(self.places, self.rows.roots, strict=True)]
         roots = torch.tensor(filled_up(own, self.count))
@@ -110,18 +104,17 @@ class SlotTexts:
         return tokens, depths, ancestors, roots
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        """Move the accepted nodes behind the texts, see `Verifier.keep`. The device computes the moves, and is not
-        waited for.
-        """
+        """Move the accepted nodes to the ends of the texts, without waiting for the device; see `Verifier.keep`."""
         if any(nodes[-1] >= len(nodes) for nodes in paths):  # else they lie there
             ranks = pad((path[:, 1:] != path[:, :-1]).cumsum(dim=1), (1, 0))
             self.buffers.move(self.roots + path, self.roots + ranks)
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Forget all rows but these; returns the rows that the buffers keep.
+        """Forget all rows but these; return the rows that the buffers keep.
 
-        Of a batch two are kept on a CPU, since one row alone is compiled apart; elsewhere all are, for their graphs.
+        On a CPU a batch keeps two at least, since code for one row is compiled apart; elsewhere it keeps their number,
+        for its graphs.
         """
         self.rows.keep_rows(rows)
         self._hidden = [self._hidden[row] for row in rows]
@@ -131,7 +124,7 @@ class SlotTexts:
         return kept
 
     def give_back(self, cache: Cache, rows: slice, length: int) -> None:
-        """Let a cache hold the first `length` positions of some rows, in its own order."""
+        """Give a cache the first `length` positions of some rows, in the cache's order."""
         positions = torch.arange(length)
         orders = self.orders(length)[rows]
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
@@ -139,12 +132,12 @@ class SlotTexts:
 
 
 def filled_up(rows: list[Row], count: int) -> list[Row]:
-    """At least `count` rows, the last one repeated."""
+    """Repeat the last row until there are `count`."""
     return rows + rows[-1:] * (count - len(rows))
 
 
 def with_rows(part: Tensor, count: int) -> Tensor:
-    """`[b, ...]` -> `[count, ...]`, the last row repeated."""
+    """Repeat the last row: `[b, ...]` -> `[count, ...]`."""
     missing = count - len(part)
     return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
 

@@ -1,4 +1,4 @@
-"""Verify trees over slots: a verifier composed of texts in buffers, steps over them, and a reader of prompts."""
+"""A verifier over slots, composed of texts in buffers, steps over them, and a reader of prompts."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,8 +30,8 @@ class PromptReader(Protocol):
 class SlotVerifier(Verifier):
     """Verifies trees over buffers in the order of the text.
 
-    Without a `reader` prompts are read into the cache of `forward`, and moved. Where it `gives_back`, that cache holds
-    what was kept at the end.
+    Without a `reader`, prompts are read into the cache of `forward`, and moved. If it `gives_back`, that cache holds
+    all kept entries at the end.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """Read the end of the prompt, see `Verifier.prefill`; a reader gives the last logits alone."""
+        """Read the end of the prompt, see `Verifier.prefill`; a reader returns only the last logits."""
         if self._reader is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
@@ -106,7 +106,7 @@ class SlotVerifier(Verifier):
             self._steps.states.give_back(cache, rows)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled from the buffers, at the latest when the next call writes to them."""
+        """Return a cache that is filled from the buffers, no later than the next call writes to them."""
         if not self._texts.count or not self.length or not self.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
@@ -123,7 +123,7 @@ class SlotVerifier(Verifier):
         return unread
 
     def close(self) -> None:
-        """Give the cache what was kept, in its own order; rows that differ in length have no further use."""
+        """Give the kept entries back to the cache; rows that differ in length have no further use."""
         if self._gives_back and self._texts.count and self.length and self.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
@@ -148,15 +148,10 @@ class SlotVerifier(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SlotMode(VerifyingMode):
-    """Verifies over slots, with the engine's compiled code or without.
+    """Verifies over slots, with the engine's compiled code or without."""
 
-    Attributes:
-        options: the caller's for `torch.compile`.
-        stock_reads: whether stock `generate` reads the prompt.
-    """
-
-    options: dict[str, Any] | None = None
-    stock_reads: bool = False
+    options: dict[str, Any] | None = None  # the caller's for `torch.compile`
+    stock_reads: bool = False  # whether stock `generate` reads the prompt
 
     def __str__(self) -> str:
         return "slots"
