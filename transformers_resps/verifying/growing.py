@@ -1,4 +1,4 @@
-"""Verify trees over a dynamic cache, which grows, as eager calls do."""
+"""Verify trees over a dynamic cache, which grows: the way of eager calls."""
 
 from typing import Self
 
@@ -41,9 +41,7 @@ class TreeVerifier(Verifier):
         *,
         before_deepstack: bool = False,
     ) -> Self:
-        """Make a verifier for unpadded prompts of one length, over a new cache; `layers` and `before_deepstack` are a
-        source's, see `FeatureTap`.
-        """
+        """Make a verifier for unpadded prompts of one length, over a new cache; for `layers` see `FeatureTap`."""
         forward = TargetForward.of(target, layers or None, before_deepstack=before_deepstack)
         return cls(forward, RowEnds(forward, torch.arange(prompt_length, device=target.device)[None]))
 
@@ -79,7 +77,7 @@ class TreeVerifier(Verifier):
         return tree_attention_mask(target.config, self.forward.cache, prefix_mask, tree, target.dtype, ends)
 
     def _roots(self) -> Tensor | float:
-        """The positions of the coming roots: one, or `[..., b, 1]`."""
+        """The positions of the coming roots, `[..., b, 1]`, or one number for all."""
         return (self.length if self.rows.slots.is_even else self.rows.slots.ends(self.device)) + self.rows.shift
 
     def target_entries(self) -> TargetEntries:
@@ -114,9 +112,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """Leave a stock cache. A lone root that was verified stays, as after an interrupted plain step, where layers
-        have a state: none can forget it.
-        """
+        """Leave a stock cache. With recurrent layers a verified lone root stays, since no state can forget it."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

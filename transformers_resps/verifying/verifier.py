@@ -1,4 +1,4 @@
-"""The target's side of decoding a batch: read the prompt, then verify a tree and keep its accepted path, and again."""
+"""The target's side of decoding a batch: read the prompt, then verify trees and keep their accepted paths."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -27,42 +27,30 @@ from .slots.engine import SlotEngine
 
 @dataclass(frozen=True, slots=True)
 class TargetEntries:
-    """The target's keys and values of the rows between two steps, without rejected tokens, for drafters.
+    """The target's kept keys and values between two steps, for drafters; valid until the next forward.
 
-    Valid until the next forward. Of each kind of layers (`config.layer_types`; "full_attention" where the config names
-    none) they are those of its last layer with keys of its own.
-
-    Attributes:
-        states: kind -> keys and values, `[b, kv heads, s, hd]` each.
-        masks: kind -> `[b, 1, 1, s]`, 0 where the coming root may look, else the dtype's minimum. It has no entry yet.
-        positions: `[b or 1, 1]` of the coming roots, or `[planes, b or 1, 1]`.
+    Each kind of layers (`config.layer_types`; "full_attention" where the config names none) has the entries of its
+    last layer that does not share another's keys.
     """
 
-    states: dict[str, tuple[Tensor, Tensor]]
+    states: dict[str, tuple[Tensor, Tensor]]  # kind -> keys and values, [b, kv heads, s, hd] each
+    # Kind -> [b, 1, 1, s], 0 where the coming root, which has no entry yet, may look, else the dtype's minimum.
     masks: dict[str, Tensor]
-    positions: Tensor
+    positions: Tensor  # [b or 1, 1] of the coming roots, or [planes, b or 1, 1]
 
 
 class Verifier(ABC):
     """Owns the target's cache while a batch is decoded, and knows where every row ends.
 
-    Use it in `with`: at the end, even after an interruption, the cache is a stock one and holds only what was kept.
-
-    Args:
-        forward: the target's, over the cache to decode with.
-        rows: where each row ends.
-
-    Attributes:
-        is_compiled: whether steps run compiled.
-        reads_paths: whether the target has recurrent layers, whose states advance along the path that is kept.
+    Use it in `with`: at the end, even after an interruption, the cache is a stock one and holds only kept entries.
     """
 
-    is_compiled: bool = False
-    reads_paths: bool = False
+    is_compiled: bool = False  # whether steps run compiled
+    reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         self.forward, self.rows = forward, rows
-        self._is_unsettled = False  # whether an interruption leaves the cache at a length that is not known
+        self._is_unsettled = False  # whether an interruption would leave the cache at an unknown length
 
     def __enter__(self) -> Self:
         self.forward.__enter__()
@@ -86,29 +74,22 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """The price of the newest step, or of the next one."""
+        """The pricing of the newest step, or of the next one."""
         return Pricing()
 
     @property
     def device(self) -> torch.device:
-        """Where trees have to be."""
+        """The device of trees."""
         return self.rows.device
 
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """Read the tokens of the prompt that the cache lacks.
+        """Read the tokens of the prompt that the cache lacks; return the last logits, and each forward's features.
 
-        Args:
-            tokens: `[b, t]` the end of the prompt, with at least one token that the cache lacks.
-            chunk_size: tokens of one forward; `None` reads all at once.
-            options: `logits_to_keep` of the target's forward.
-
-        Returns:
-            The logits `[b, any, v]` of the last tokens, and the features of each forward.
-
-        Raises:
-            ValueError: the target's cache cannot hold a tree.
+        `tokens` `[b, t]` are the end of the prompt, with at least one token that the cache lacks. `chunk_size` are
+        tokens of one forward; `None` reads all at once. `options` are `logits_to_keep` of the target's forward. The
+        logits are `[b, any, v]`. Raises a `ValueError` if the target's cache cannot hold a tree.
         """
         read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, options))
         self.start(len(tokens))
@@ -124,15 +105,9 @@ class Verifier(ABC):
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
         """Let stock `generate` read the part of the prompt that the cache lacks, with images, sounds or embeddings.
 
-        Args:
-            run: reads it into the cache; returns the outputs of the last forward.
-            rows: of the prompt, b.
-
-        Returns:
-            The same as `prefill`.
-
-        Raises:
-            ValueError: the target reads more or fewer positions than the prompt has, or tells its decoder none.
+        `run` reads it into the cache, and returns the outputs of the last forward. The result is that of `prefill`.
+        Raises a `ValueError` if the target reads more or fewer positions than the prompt has, or passes none to its
+        decoder.
         """
         self._is_unsettled = True
         outputs, features, positions = self.forward.read_by(run)
@@ -151,7 +126,7 @@ class Verifier(ABC):
         return outputs.logits, [features]
 
     def start(self, rows: int) -> None:
-        """Make a prompt of so many rows ready for trees."""
+        """Prepare a prompt of this number of rows for trees."""
         check_cache(self.forward.cache)
         self.rows.expand(rows)
         self._begin_steps()
@@ -160,14 +135,12 @@ class Verifier(ABC):
     def _begin_steps(self) -> None: ...
 
     def take_compile_seconds(self) -> float:
-        """Seconds of compiling forwards since they were last taken."""
+        """Return and reset the seconds of compiling forwards."""
         return 0.0
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Compute the logits `[b, n or more, v]` and the features of all nodes, padding last; `keep` or `undo` comes
-        next.
-        """
+        """Compute logits `[b, n or more, v]` and features of all nodes, padding last; `keep` or `undo` must follow."""
 
     @abstractmethod
     def undo(self) -> None:
@@ -177,18 +150,17 @@ class Verifier(ABC):
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         """Keep the accepted nodes of the newest tree, and forget its others.
 
-        Args:
-            path: `[b, m]` node indices, ascending, the root first; a row that keeps fewer repeats its last.
-            paths: the same on the host, without repetitions.
+        `path` `[b, m]` are node indices, ascending, the root first; a row that keeps fewer repeats its last. `paths`
+        are the same on the host, without repetitions.
         """
 
     @abstractmethod
     def keep_rows(self, rows: list[int]) -> None:
-        """Decode these rows only, from now on."""
+        """Decode only these rows from now on."""
 
     @abstractmethod
     def target_entries(self) -> TargetEntries:
-        """Hand out the kept keys and values; the newest tree is settled."""
+        """Return the kept keys and values. The newest tree was kept or undone."""
 
     @property
     def is_even(self) -> bool:
@@ -196,21 +168,23 @@ class Verifier(ABC):
         return len(set(self.rows.ends)) == 1
 
     def ended_row(self, row: int) -> EndedRow:
-        """Copy what is kept of one row."""
+        """Copy the kept entries of one row."""
         return EndedRow(self._row_cache(row, self.rows.ends[row]), torch.tensor(self.rows.roots[row]).view(-1))
 
     def _row_cache(self, row: int, length: int) -> Cache:
         return copied_row(self.forward.cache, row, length)
 
     def unread_cache(self) -> Cache | None:
-        """Return the cache that `close` would leave as one that is filled when it is looked at; `None` where the cache
-        of the call holds everything already. The verifier has no further use then.
+        """Return the cache that `close` would leave, but filled only when it is looked at: the verifier's last use.
+
+        `None` means that the cache of the call holds everything already.
         """
         return None
 
     def close(self) -> None:
-        """Leave only what was kept in the cache, in stock layers: the caller may reuse it. Where stock `generate` was
-        interrupted in the prompt, what stock leaves stays.
+        """Leave only kept entries in the cache, in stock layers: the caller may reuse it.
+
+        If stock `generate` was interrupted in the prompt, its entries stay.
         """
         if not self._is_unsettled:
             crop_to(self.forward.cache, self.length)
@@ -218,17 +192,11 @@ class Verifier(ABC):
 
 
 class VerifyingMode(ABC):
-    """How trees are verified: what tells its figures apart, and the verifier of a call.
+    """A way to verify trees: makes the verifier of a call, and says how its costs are measured and kept apart."""
 
-    Attributes:
-        attention: the name of its own; `None` where it is the target's.
-        keywords: of `generate`, that ask for it.
-        is_stock: whether stock `generate` decodes plainly in it.
-    """
-
-    attention: ClassVar[str | None] = None
-    keywords: ClassVar[Mapping[str, Any]] = {}
-    is_stock: ClassVar[bool] = True
+    attention: ClassVar[str | None] = None  # name of its attention implementation; `None` for the target's
+    keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that ask for it
+    is_stock: ClassVar[bool] = True  # whether stock `generate` does its plain decoding
 
     def verifier(
         self,
@@ -239,30 +207,25 @@ class VerifyingMode(ABC):
         *,
         gives_back: bool = True,
     ) -> Verifier:
-        """Make the verifier of one call.
+        """Make the verifier of one call. For `position_ids` and `attention_mask` of the prompt see `RowEnds`.
 
-        Args:
-            forward: the target's, over the cache to decode with.
-            position_ids: of the prompt, see `RowEnds`.
-            attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
-            engine: the target's, lent to this call; with `None` steps run eagerly.
-            gives_back: whether the cache has to hold what was kept at the end.
+        `engine` is the target's, lent to this call; with `None` steps run eagerly. `gives_back` says whether the cache
+        of `forward` has to hold all kept entries at the end.
         """
         return self.compose(forward, RowEnds(forward, position_ids, attention_mask), engine, gives_back)
 
     @abstractmethod
     def compose(self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool) -> Verifier:
-        """Make a verifier of rows that end there."""
+        """Make a verifier for these rows."""
 
 
 Read = Callable[[Tensor, int], tuple[Tensor, Features]]
 
 
 def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: Read) -> tuple[Tensor, list[Features]]:
-    """Read the end of a prompt, `[b, t]`, in chunks; after each of them the rows have grown.
+    """Read the end `[b, t]` of a prompt in chunks, which extend the rows; return the last logits, and all features.
 
-    `read` takes a chunk and the position where it starts; returns its last logits and the features. The last chunk's
-    logits are returned, and the features of all.
+    `read` takes a chunk and its first position, and returns its last logits and its features.
     """
     tokens, end = tokens.to(rows.device), rows.prompt_length
     offset, features = end - tokens.shape[1], []
@@ -275,7 +238,7 @@ def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: 
 
 
 def layers_by_kind(forward: TargetForward, cache: Cache) -> dict[str, int]:
-    """Kind of layers -> the last of them that has entries of its own in a cache."""
+    """Map each kind of layers to the last one with entries in a cache; a layer that shares another's has none."""
     kinds = getattr(forward.target.config.get_text_config(decoder=True), "layer_types", None)
     named = zip(cache.layers, kinds or ["full_attention"] * len(cache.layers), strict=False)
     return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}

@@ -25,21 +25,16 @@ from .forwards import InvariantForward, InvariantInputs, PartForward, PartInputs
 from .row_classes import RowNeeds, kernel_settings
 
 
-# Tokens of a prompt that one forward reads; their results do not depend on it.
-_CHUNK = 128
-# Lengths of the chains that try compiled code.
-_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)
-# Tokens of the text before these chains.
-_PLACE = 100
+_CHUNK = 128  # Most tokens of a prompt in one forward; results do not depend on it.
+_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # Lengths of the chains that try compiled code.
+_PLACE = 100  # Tokens of the text before these chains.
 
 
 class ModelCode:
     """Guards the forwards of one model: one thread runs them, and compiled code rounds every text in one way.
 
-    Attributes:
-        lock: of the name of the target's attention.
-        compared: rows and kernel settings of such code.
-        sample: tokens of a prompt: compiled and eager code differ more where they are no text.
+    `lock` guards the name of the target's attention. `sample` holds tokens of a prompt, since compiled and eager code
+    differ more over tokens that are no text. `compared` are rows and kernel settings of code that was checked.
     """
 
     def __init__(self) -> None:
@@ -49,15 +44,11 @@ class ModelCode:
         self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
 
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        """Compare, once for each compiled code and its weights, nodes beside others, and with those of other code.
+        """Check once, for each compiled code and its weights, that it rounds every text in one way.
 
-        Args:
-            engine: has the code.
-            rows: of the code.
-            answers: computes logits `[t, v]` of a chain after the sample, and of chains that begin like it.
-
-        Raises:
-            ValueError: it rounds a node by the nodes beside it, or otherwise than what was compared before.
+        `rows` are those of the engine's code. `answers` computes logits `[t, v]` of a chain after the sample, and of
+        chains that begin like it. Raises a `ValueError` if the code rounds a node by the nodes beside it, or otherwise
+        than code that was checked before.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}
@@ -75,7 +66,7 @@ class ModelCode:
         self.compared.add((rows, *settings))
 
     def refuse(self, target: PreTrainedModel, what: str) -> NoReturn:
-        """Refuse compiled code that rounds `what`."""
+        """Raise a `ValueError` about compiled code that rounds `what`."""
         raise ValueError(
             f"{type(target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, in bfloat16, "
             "on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
@@ -90,10 +81,9 @@ def _run(
     buffers: list[Tensor],
     row: int = 0,
 ) -> tuple[Tensor, Features]:
-    """Run a forward over slots: logits, and the features. `row` as in `SlotEngine.forward`.
+    """Run a forward over slots; return logits and features. For `row` see `SlotEngine.forward`.
 
-    Raises:
-        RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
+    Raises a `RuntimeError` if it cannot be compiled: eagerly it would round otherwise.
     """
     if engine is None:
         outputs, features = forward.catch(lambda: over_slots(inputs, buffers))
@@ -112,15 +102,15 @@ def _run(
 class InvariantSteps(VerifyingSteps):
     """Runs trees, and chunks of prompts, so that the logits of a node are those of its text.
 
-    A row's text begins at slot 0, without padding. Compiled code on a CPU, where an engine is lent, multiplies by
-    kernels of ours, in which no row knows another.
+    A row's text begins at slot 0, without padding. Where an engine is lent, compiled code multiplies by our kernels,
+    which compute each row alone.
     """
 
     def __init__(
         self, forward: TargetForward, texts: SlotTexts, needs: RowNeeds, code: ModelCode, engine: SlotEngine | None
     ) -> None:
         self.forward, self.texts, self.needs, self.engine, self._code = forward, texts, needs, engine, code
-        self.pricing = Pricing(paths_cost=engine is None)  # to kernels of ours a path is some more rows
+        self.pricing = Pricing(paths_cost=engine is None)  # to our kernels a path is some more rows
         # features are outputs of compiled code, else hooks catch them
         layers: list[int] | None = [] if engine is None else None
         self._over_slots = InvariantForward(code.lock, needs.forward, forward.target, texts.pattern, layers)
@@ -132,11 +122,11 @@ class InvariantSteps(VerifyingSteps):
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
     def largest_chunk(self, rows: int) -> int:
-        """Tokens of each row that one forward reads."""
+        """Most tokens of each row that one forward reads."""
         return _CHUNK if self.engine is None else _tried(rows)[-1]
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
-        """Run over `InvariantInputs` and their layout: logits `[b, k, v]`, and the features."""
+        """Run over `InvariantInputs` and their layout; return logits `[b, k, v]` and features."""
         return _run(self.forward, self._over_slots, self.engine, inputs, buffers)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -157,17 +147,15 @@ class InvariantSteps(VerifyingSteps):
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
-        """How many nodes a forward computes of each row, padding included; a multiple of `step`, else of what kernels
-        need.
-        """
+        """Pad a number of nodes of each row to a multiple of `step`, by default the one that kernels need."""
         step = step or self.step(rows)
         if self.engine is None:
             return rounded_up(max(nodes, -(-self._fewest // rows)), step)
         count = rounded_up(padded_count(self.texts.rows.device, nodes, rows), step)
-        return count + step * (count == rows)  # what is equal at first is compiled as always equal
+        return count + step * (count == rows)  # code compiled for equal sizes assumes that they stay equal
 
     def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> BlockLayout:
-        """The layout of a chain, or of a tree with `ancestors`; nodes from `count` on are padding."""
+        """Lay out a chain, or a tree with `ancestors`; nodes from `count` on are padding."""
         is_compiled = self.engine is not None
         least = 2 if is_compiled else 0
         if ancestors is None:
@@ -177,10 +165,7 @@ class InvariantSteps(VerifyingSteps):
         return layout.of_nodes(count, compiled=is_compiled)
 
     def check_code(self, rows: int, sample: Tensor | None = None) -> None:
-        """Check the compiled code for so many rows, see `ModelCode.check`.
-
-        `sample` are tokens of a prompt, which serve as a text where none is known yet.
-        """
+        """Check the compiled code for `rows`, see `ModelCode.check`; `sample` is a prompt, if none is known yet."""
         if self.engine is not None:
             if sample is not None and not self._code.sample:
                 self._code.sample = sample[: 2 * _PLACE].tolist()
@@ -193,7 +178,7 @@ class InvariantSteps(VerifyingSteps):
         return answers[0], answers[1:] + [self._answer(count, buffers, is_chain=False) for count in _TRIED]
 
     def _trial_buffers(self, rows: int, count: int) -> list[Tensor]:
-        """Buffers that hold the first tokens of the sample in each row, and take `count` more."""
+        """Fill buffers with the first tokens of the sample in each row, and with space for `count` more."""
         buffers, nodes = SlotBuffers(), torch.arange(_PLACE).expand(rows, -1)
         size = windowed(_PLACE + self.count(count, rows, 1)) + SPARE
         buffers.reserve(parts_of(self.texts.pattern), rows, size)
@@ -202,7 +187,7 @@ class InvariantSteps(VerifyingSteps):
         return buffers.parts()
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
-        """The logits of compiled code to a chain of so many nodes, `[count, v]`, the same in each row."""
+        """Compute the logits `[count, v]` of a chain by compiled code, laid out as chain or tree; rows are equal."""
         rows = len(buffers[0])
         parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self.count(count, rows, 1))
@@ -211,7 +196,7 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), buffers)[0][0, :count]
 
     def _trial_inputs(self, depths: Tensor, place: int) -> InvariantInputs:
-        """The inputs of tokens at `depths` `[b, n]` below a place; the sample repeats itself."""
+        """Make the inputs of the sample's tokens, repeated, at `depths` `[b, n]` below a place."""
         places, ends, sample = place + depths, self.texts.rows, self._code.sample
         tokens = torch.tensor(sample)[places % len(sample)]
         last = sys.maxsize if ends.last_position is None else ends.last_position
@@ -222,9 +207,9 @@ class InvariantSteps(VerifyingSteps):
 
 
 class ExactSteps(VerifyingSteps):
-    """Runs forwards of one number of nodes, of one row, where kernels go by whole shapes; larger trees take several.
+    """Runs forwards of one row and a fixed number of nodes, where kernels depend on whole shapes.
 
-    Its prompts are read by `chunks`, eagerly.
+    Larger trees take several forwards. `chunks` reads prompts, eagerly.
     """
 
     pricing = Pricing(paths_cost=True)
@@ -266,27 +251,27 @@ class ExactSteps(VerifyingSteps):
 
 
 def doubled(count: int) -> int:
-    """The slots that a forward sees where it needs so many: few sizes, since each is captured by itself."""
+    """Round a number of needed slots up to a power of two: few sizes, since each is captured by itself."""
     return max(1 << (count - 1).bit_length(), WINDOW)
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Lengths of the chains that try compiled code; the last ones are those of a part of a prompt."""
+    """Lengths of the chains that try compiled code; the last ones are as long as parts of a prompt."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
 
 class TextReader:
-    """Reads prompts over the slots of their trees, as chains of tokens, by the same steps.
+    """Reads prompts as chains of tokens, over the slots and by the steps of their trees.
 
-    `is_compiled` says whether trees run compiled, whatever reads the prompt.
+    `is_compiled` says whether trees run compiled, even if prompts do not.
     """
 
     def __init__(self, steps: InvariantSteps, is_compiled: bool) -> None:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Read the end `[b, t]` of the prompt. No chunk is larger than suits the machine."""
+        """Read the end `[b, t]` of the prompt, in chunks that suit the machine."""
         steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
@@ -308,14 +293,14 @@ class TextReader:
         return torch.stack(logits), [features]
 
     def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Read rows in chunks: the last logits `[1, v]` of each, and the features `[b, length, h]`."""
+        """Read rows in chunks; return the last logits `[1, v]` of each, and the features `[b, length, h]`."""
         logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
         read = [self.read_chunk(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
         joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read each row's next tokens; returns the features. Rows that end with them get their `logits` `[1, v]`."""
+        """Read each row's next tokens; return the features. Rows that end here get their `logits` `[1, v]`."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)
@@ -346,12 +331,9 @@ class TextReader:
 class _PromptTexts:
     """The new tokens of each row's prompt, without padding.
 
-    Args:
-        tokens: `[b, any]` the end of the prompts.
-        position_ids: `[b or 1, s]`, or `[planes, b or 1, s]`, of the whole prompts.
-        orders: of each row, which of the s are text, ascending.
-        known: positions that the cache holds.
-        row: index of the row whose buffers are written, when only one row's are.
+    `tokens` `[b, any]` are the ends of the prompts; `position_ids`, `[b or 1, s]` or `[planes, b or 1, s]`, belong to
+    the whole prompts. `orders` list each row's text among the s positions; the first `known` positions are cached. If
+    only one row's buffers are written, `row` is its index.
     """
 
     def __init__(
@@ -359,7 +341,7 @@ class _PromptTexts:
     ) -> None:
         self.row, self.length = row, position_ids.shape[-1] - known  # new positions, padding included
         self._orders = [order[order >= known] for order in orders]
-        self.counts = list(map(len, self._orders))  # of new tokens, which follow as many as `starts` says
+        self.counts = list(map(len, self._orders))  # new tokens of each row, after the first `starts`
         self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
         longest = torch.arange(max(self.counts), device=tokens.device)
         index = torch.stack([order[longest.clamp(max=len(order) - 1)] for order in self._orders])
@@ -371,7 +353,7 @@ class _PromptTexts:
         self._known = known
 
     def padded(self, states: Tensor) -> Tensor:
-        """States `[b, t or more, h]` of the tokens, where they stand in the prompts: `[b, length, h]`."""
+        """Spread states `[b, t or more, h]` of the tokens to their places in the prompts: `[b, length, h]`."""
         places = torch.arange(self._known, self._known + self.length, device=states.device)
         index = torch.stack([torch.searchsorted(order, places, right=True) for order in self._orders]) - 1
         return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
