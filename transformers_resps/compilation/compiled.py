@@ -45,11 +45,11 @@ class CompiledFunction:
 
     Compiled code does not check the weights (see `_guards_on_inputs`): drop the object when they change.
 
-    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` belongs to each
-    input, `dynamic_buffers` to every buffer; a size of 1 is compiled apart from all others. `options` are keywords of
-    `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes, under `name`.
-    With `is_invariant` a row must get the same bits whatever rows stand beside it: every operator then rounds its
-    result in low precision, as eager code does.
+    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists dimensions
+    of each input, `dynamic_buffers` of every buffer; a size of 1 is compiled apart from all others. `options` are
+    keywords of `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes,
+    under `name`. With `is_invariant` a row must get the same bits whatever rows stand beside it: every operator then
+    rounds its result in low precision, as eager code does.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
 
 
 def _with_own_code(function: _Function) -> _Function:
-    """Copy a function with its code object.
+    """Copy a function and its code object.
 
     `torch.compile` finds compiled code by the code object, which closures of one `def` share, and by guards. With so
     few guards one model would run with another's weights, and a call under autocast without it.

@@ -135,9 +135,9 @@ def bf16_block_attention(
         key: `[b, kv heads, t, hd]`. All nodes share its first blocks.
         value: `[b, kv heads, t, vd]`.
         mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: of each node over the shared blocks, then of each
-            node of a group over the group's own block. A node that sees nothing gets zeros.
+            node of a group over the group's block. A node that sees nothing gets zeros.
         nodes: `[b, g, 4]`, the nodes of each group; any node where the mask shows nothing.
-        slots: `[b, g, 64]`, the slots of the keys of each group's own block, in the order of the text.
+        slots: `[b, g, 64]`, the slots of the keys in each group's block, in the order of the text.
         sinks: `[heads]` scores that take a share of each node's weights.
         scale: factor of the scores.
         tiles_from: as in `bf16_attention`.

@@ -62,7 +62,7 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Copy tensors into huge pages that they fill at least by half, and return the bytes that were moved.
+    """Copy tensors into huge pages that they fill at least by half; return the bytes in huge pages now.
 
     Values and addresses stay. Other memory in such a page moves with them, and its holes are filled with zeros.
     Tensors on other devices, in files or in shared memory stay.

@@ -364,7 +364,7 @@ def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
 
 
 def joined_rows(caches: list[Cache]) -> Cache:
-    """Join the rows of caches of one length in the first of them."""
+    """Join the rows of caches of one length, in the first cache."""
     for own, *others in zip(*map(cache_layers, caches), strict=True):
         rows = [own, *others]
         if holds_state(own):
