@@ -1,1 +1,1 @@
-"""`generate` of an attached model: its keywords and refusals, the plan of a call, and the decoding."""
+"""`generate` of an attached model: its keywords, the checks that refuse calls, the plan of a call, and decoding."""

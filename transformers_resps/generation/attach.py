@@ -1,4 +1,4 @@
-"""`attach` and `detach`: put a mixin in front of a model's class, in memory only, and take it away again."""
+"""`attach` puts a mixin in front of a model's class, in memory only; `detach` removes it."""
 
 import functools
 import os
@@ -33,11 +33,11 @@ def attach(
     eval_mode: bool = False,
     invariant: bool | None = None,
 ) -> Model:
-    """Let `model.generate` take draft heads and policies. Same object, same weights.
+    """Let `model.generate` take draft heads and policies; returns the same object, with the same weights.
 
-    The keywords become defaults of later calls, for callers that cannot pass them, such as TRL's trainers. A second
-    `attach` with keywords replaces all of them. `generate(..., policy="plain")` ignores them, and `detach` forgets
-    them.
+    The keywords become defaults of later `generate` calls, for callers that cannot pass them, such as TRL's trainers.
+    A second `attach` with keywords replaces all defaults. `generate(..., policy="plain")` ignores the defaults, and
+    `detach` forgets them.
 
     Args:
         model: any decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around one.
@@ -46,11 +46,11 @@ def attach(
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
         lockstep: as in `generate`; `False` lets sampled rows of a batch advance independently.
         compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
-        eval_mode: run every call in evaluation mode, without dropout, even while the model trains.
-        invariant: as in `generate`; with `True` every call writes the same text in any dtype, whatever drafts.
+        eval_mode: run every call in evaluation mode, without dropout, even if the model is in training mode.
+        invariant: as in `generate`; with `True` the text of a call depends neither on the dtype nor on the drafts.
 
     Raises:
-        ValueError: the model cannot generate, or a default cannot serve it.
+        ValueError: the model cannot generate, or cannot use one of the defaults.
     """
     inner = unwrapped(model)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, invariant, eval_mode)
@@ -60,7 +60,7 @@ def attach(
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
-    state: SpeculationState = vars(inner).get("speculation_state") or SpeculationState()  # as `attached` left it
+    state: SpeculationState = vars(inner).get("speculation_state") or SpeculationState()  # `attached` keeps it
     target: PreTrainedModel = inner
     load = functools.partial(state.assistants.load, target)
     defaults = defaults.loaded(functools.partial(load, as_source=False))
@@ -79,7 +79,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: restore the class of the model, and forget defaults."""
+    """Undo `attach`: restore the model's class, and forget its defaults and what calls have learned or loaded."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
         _take_state(inner)
@@ -89,7 +89,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Attach `model` inside the `with` block; keep what "auto" learned, loaded heads and compiled code for later."""
+    """Attach `model` inside the `with` block. Learned costs, loaded heads and compiled code are kept after it."""
     inner = unwrapped(model)
     was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)
@@ -118,7 +118,7 @@ def detached(model: Model) -> Iterator[Model]:
 
 
 def _check_generate(model: Any) -> None:
-    """Refuse a model whose `generate` a mixin would not reach."""
+    """Raise if the model has no `generate`, or if a mixin in front of its class would not change its `generate`."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"Got a {type(model).__name__} of `torch.compile`, whose `generate` runs the model inside it as it is. "
@@ -138,7 +138,7 @@ def _check_generate(model: Any) -> None:
 
 
 def _take_state(model: ReSpSGenerationMixin) -> SpeculationState | None:
-    """Remove and return the state of a model; `None` if it has none yet."""
+    """Remove and return the model's `speculation_state`; `None` if it has none yet."""
     if "speculation_state" not in vars(model):
         return None
     state = model.speculation_state
@@ -153,20 +153,20 @@ def _add_mixin(model: Any) -> None:
 
 
 def _remove_mixin(model: Any) -> None:
-    """Restore the class of a model, except a subclass of the mixin that a user wrote."""
+    """Restore the model's original class, unless a user wrote the class with the mixin."""
     if vars(type(model)).get("__reduce_ex__") is _reduce:
         model.__class__ = type(model).__mro__[2]
 
 
 @functools.cache
 def _attached_class(base: type) -> type:
-    """Put the mixin in front of `base`, with its name and module: saving and output capturing depend on them."""
+    """Make a subclass of the mixin and `base`. It has the name and module of `base`: saving a model reads them."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (ReSpSGenerationMixin, base), names | {"__reduce_ex__": _reduce})
 
 
 def _reduce(model: Any, protocol: Any) -> Any:
-    """Pickle and copy by the original class, since the subclass exists in memory only."""
+    """Pickle and copy a model by its original class, since the class made by `_attached_class` is in no module."""
     reduced: Any = super(ReSpSGenerationMixin, model).__reduce_ex__(protocol)
     function, arguments, *state = reduced
     if arguments and arguments[0] is type(model):

@@ -1,6 +1,6 @@
-"""Refuse what draft trees cannot do, by name and with a way out, before and after stock prepares a call.
+"""Raise for settings, inputs and models that draft trees do not support, and say what to do instead.
 
-Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
+With an assistant, the `generate` of Transformers ignores or misreads most of these settings.
 """
 
 import inspect
@@ -41,7 +41,7 @@ from ..verifying.masks import longrope_boundary, unknown_layer_types
 from .keywords import AUTO, PLAIN, Keywords, is_name
 
 
-# Setting -> whether a value asks for what trees do not support.
+# Setting -> function that says whether a value is unsupported.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
@@ -65,13 +65,13 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
-# Arguments of an encoder-decoder that remain after its encoder has run.
+# Arguments of an encoder-decoder, used after its encoder has run.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
-# Arguments that change no token: stock passes no labels of a trainer on, and drops router logits.
+# Arguments that change no token: Transformers passes no `labels` to the model, and drops router logits.
 NEVER_READ = frozenset(("labels", "output_router_logits"))
-# Arguments for a prompt's images, videos, sounds and embeddings: stock passes them only to forwards that read the
-# prompt, or gives none to new tokens.
+# Arguments for a prompt's images, videos, sounds and embeddings. Transformers passes them only to the forwards over
+# the prompt.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "audio_feature_lengths",
     "batch_num_images",
@@ -93,28 +93,28 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_second_per_grid",
 }
 _MEDIA = ("image", "video", "audio", "vision")
-# Of these, the arguments that hold the images, videos and sounds themselves.
+# The subset of `PROMPT_ARGUMENTS` that holds the images, videos and sounds themselves.
 _PIXELS = tuple(
     name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
 )
-# Layers that round their input: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+# Layers that round their input: the module of `torch.ao.quantization.quantize_dynamic`, and names of classes.
 _ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
 _ROUNDING_LAYERS = frozenset(
     ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
     + ("BitLinear", "AutoBitLinear")
 )
-# Attributes of torchao's weights: how the layer rounds its input, `None` if it does not.
+# Attributes of torchao's weights; not `None` if the layer rounds its input.
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
-# model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
+# `model_type` of encoder-decoders that override `prepare_inputs_for_generation` without effect on a decoding step.
 _PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
 
 
-# Before stock prepares the call: keywords, settings, inputs
+# Before Transformers prepares the call: keywords, settings, inputs
 
 
 def check_prompts(prompts: Any) -> None:
-    """Refuse a text, or a tokenizer's whole output, in place of token ids."""
+    """Raise if the caller passed a text, or a tokenizer's whole output, instead of token ids."""
     if isinstance(prompts, str) or (isinstance(prompts, list) and any(isinstance(one, str) for one in prompts)):
         text = prompts if isinstance(prompts, str) else prompts[0]
         raise ValueError(
@@ -129,7 +129,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Refuse keywords of the wrong kind, or that contradict each other; `are_defaults` for those of `attach`."""
+    """Raise for keywords of a wrong type or that contradict each other; `are_defaults` says that `attach` got them."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -168,7 +168,7 @@ def _check_policy_keyword(policy: Any) -> None:
 
 
 def check_drafter(head: Any) -> None:
-    """Refuse a tool's argument `head` that is no source, no model and no name."""
+    """Raise unless a tool's argument `head` is a `DraftSource`, a model, a folder or a Hub id."""
     if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
         got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
         raise ValueError(
@@ -196,7 +196,7 @@ def _instead_of_policy(given: Any) -> str:
 
 
 def check_drafts_trees(model: Any) -> None:
-    """Refuse an assistant of Transformers that drafts no trees."""
+    """Raise if `model` is neither a model nor a candidate generator of Transformers: only these can draft trees."""
     if not isinstance(model, PreTrainedModel | CandidateGenerator):
         raise ValueError(
             f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
@@ -206,7 +206,7 @@ def check_drafts_trees(model: Any) -> None:
 
 
 def check_effect(keywords: Keywords) -> None:
-    """Refuse keywords without effect where stock decodes."""
+    """Raise for keywords that have no effect in a call without draft trees, which Transformers decodes alone."""
     if keywords.lockstep is not None:
         raise ValueError(
             f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
@@ -225,7 +225,7 @@ def check_effect(keywords: Keywords) -> None:
 
 
 def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
-    """Refuse a policy that needs a head in a call without one, or never looks up in a call with a memory."""
+    """Raise if the policy needs a head that the call lacks, or never uses the memory that the call has."""
     if not has_head and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
@@ -239,7 +239,7 @@ def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
 
 
 def check_sources(sources: Sequence[DraftSource]) -> None:
-    """Refuse sources that draw random numbers, or that read features before and after deepstack."""
+    """Raise if a source has active dropout, or if one source reads features before deepstack and another after it."""
     for source in sources:
         for module in source.own_modules:
             _check_draws(module, module.modules())
@@ -251,7 +251,7 @@ def check_sources(sources: Sequence[DraftSource]) -> None:
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse settings, in a call's `config` or its arguments, that draft trees do not support."""
+    """Raise for settings, in the call's `config` or `arguments`, that draft trees do not support."""
     setting = partial(setting_of, model=model, config=config, arguments=arguments)
     for name, is_asked in _SETTINGS.items():
         value = setting(name)
@@ -264,10 +264,10 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
         raise _refusal(
             f"`inputs_embeds` with prefill_chunk_size={setting('prefill_chunk_size')}", "Leave out the chunk size"
         )
-    if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
+    if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # `generate` reads None as False
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
     implementation = setting("cache_implementation")
-    known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
+    known = (None, "dynamic", "hybrid")  # `generate` ignores "hybrid", an old default of the Hub
     if implementation not in known + (() if model.config.is_encoder_decoder else ("static",)):
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
     _check_user_cache(model, arguments)
@@ -276,7 +276,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
 def setting_of(
     name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> Any:
-    """Read a setting as `generate` does: from the call's keyword, its config, or the model's; `None` if unset."""
+    """Return a setting from the call's keywords, else its config, else the model's generation config, else `None`."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
 
@@ -289,7 +289,7 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         if not isinstance(cache, EncoderDecoderCache):
             raise _refusal(f"a `{type(cache).__name__}` for an encoder-decoder", "Pass an `EncoderDecoderCache`")
         cache = cache.self_attention_cache
-    elif isinstance(cache, StaticCache):  # trees get a dynamic copy
+    elif isinstance(cache, StaticCache):  # our call uses a dynamic copy
         _check_static_cache(model, cache)
         return
     check_cache(cache)
@@ -319,7 +319,7 @@ def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
 
 
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse impossible inputs, before stock `generate` lets a tower read images or sounds."""
+    """Raise for inputs that this model cannot read, before the costly forward over images or sounds."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
     _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
     for name in _PIXELS:
@@ -351,7 +351,7 @@ def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | 
 
 
 def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Refuse a prompt of nothing but placeholders in a call without images, videos or sounds."""
+    """Raise if the prompt has only placeholder tokens, and the call has no images, videos or sounds."""
     given = {name for name, value in arguments.items() if value is not None}
     known = placeholder_ids(model.config)
     if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
@@ -364,11 +364,11 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
         )
 
 
-# Before stock prepares the call: the target
+# Before Transformers prepares the call: the target
 
 
 def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
-    """Refuse a target that cannot verify a tree, or an encoder-decoder with a head."""
+    """Raise if the target cannot verify a tree, or is an encoder-decoder in a call with a head."""
     config = model.config.get_text_config()
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
@@ -419,7 +419,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Why an encoder-decoder cannot verify drafts, where a probe would not show it."""
+    """Return why an encoder-decoder cannot verify drafts, if a trial forward would not show it; else `None`."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -456,7 +456,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Refuse missing weights, and layers whose output for a node depends on the other nodes."""
+    """Raise for missing weights, and for layers whose output for one node depends on the other nodes of the tree."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
@@ -473,9 +473,9 @@ def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
 
 
 def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
-    """Whether a layer quantizes its input, so that a node's result depends on the other nodes.
+    """Whether a layer quantizes its input, so that its output for a node depends on the other nodes.
 
-    Recognised by names, without importing a library: torch 2.13, torchao 0.18, bitsandbytes 0.50, Transformers 5.24.
+    Compares names of classes and attributes, as in torch 2.13, torchao 0.18, bitsandbytes 0.50 and Transformers 5.24.
     """
     kind = type(module)
     if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
@@ -494,7 +494,7 @@ def _check_draws(model: Module, modules: Iterable[Module]) -> None:
 
 
 def _draws(module: Module) -> bool:
-    """Whether a layer has dropout, layerdrop or jitter: modules, or numbers such as `attention_dropout`."""
+    """Whether a layer draws random numbers: a `Dropout`, or an attribute such as `attention_dropout` above 0."""
     if isinstance(module, Dropout):
         return module.p > 0
     return any(
@@ -508,11 +508,11 @@ def _path(model: Module, module: Module) -> str:
     return path
 
 
-# After stock has prepared the call
+# After Transformers has prepared the call
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Refuse several ranks that must run the same number of forwards, which stock `generate` detects."""
+    """Raise if `generate` has set `synced_gpus`: then all ranks must run the same number of forwards."""
     if synced_gpus:
         raise _refusal(
             "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
@@ -520,7 +520,7 @@ def check_synced(synced_gpus: bool | None) -> None:
 
 
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that do not fit, or that a tree's forward does not pass on (`cross_attention_mask`)."""
+    """Raise for arguments of wrong shapes, or that a forward over a tree does not pass on (`cross_attention_mask`)."""
     _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
     if not target.config.is_encoder_decoder:  # its encoder has read them
         _check_token_types(target, model_kwargs.get("token_type_ids"))
@@ -558,7 +558,7 @@ def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Refuse token types that the decoder reads in each step, as GPT-2 does, except zeros for a table of types."""
+    """Raise if the decoder reads token types at every step (GPT-2), unless all are 0 in a table of types."""
     if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
         return
     if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
@@ -577,10 +577,10 @@ def _has_planes(target: PreTrainedModel) -> bool:
 def check_lengths(
     model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
 ) -> None:
-    """Refuse a cache that does not fit its text, and a text that outgrows the length at which it is read again.
+    """Raise if the cache does not fit the text, or if the text may pass the boundary of 'longrope'.
 
-    The text is the whole conversation or its end; `position_count` counts the whole. Phi-3's
-    `prepare_inputs_for_generation` (Transformers 5.24) drops the cache where 'longrope' switches frequencies.
+    `text_length` counts the given tokens, `position_count` all tokens of the conversation, cached ones included. At
+    the boundary Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache and reads the text again.
     """
     past = cached_length(cache)
     if not past < text_length == position_count and not past + text_length == position_count:
@@ -600,7 +600,7 @@ def check_lengths(
 
 
 def check_room(static: StaticCache, length: int) -> None:
-    """Refuse a caller's static cache with fewer than `length` positions, which the text may need."""
+    """Raise if the caller's static cache has room for fewer than `length` positions."""
     layers: list[Any] = [*static.layers]
     room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
     if room < length:
@@ -611,7 +611,7 @@ def check_room(static: StaticCache, length: int) -> None:
 
 
 def check_static(target: PreTrainedModel) -> None:
-    """Refuse recurrent layers over a static cache, or in a model that the caller compiled."""
+    """Raise if the target has recurrent layers: call this for a static cache, or a model that the caller compiled."""
     if is_recurrent(target):
         raise ValueError(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
@@ -620,28 +620,28 @@ def check_static(target: PreTrainedModel) -> None:
 
 
 def check_compiles(obstacle: str | None) -> None:
-    """Refuse the invariant mode with steps that cannot be compiled as asked: eager steps round differently."""
+    """Raise if `obstacle` prevents the compiled steps of an invariant call: eager steps would round differently."""
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
 
 
 def check_lockstep(lockstep: bool | None, reason: str | None) -> None:
-    """Refuse `lockstep=False` where a `reason` requires lockstep."""
+    """Raise for `lockstep=False` if this call must decode all rows in step; `reason` says why, or is `None`."""
     if lockstep is False and reason is not None:
         raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
 
 
-# Before and after
+# Before and after Transformers prepares the call
 
 
 def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the prompt has images, sounds, embeddings or token types; stock gives some models an empty dict."""
+    """Whether the prompt has images, sounds, embeddings or token types. An empty dict does not count."""
     given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
     return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
 
 
 def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Return the placeholder tokens of images, videos and sounds, such as `image_token_id`; no answer has them."""
+    """Return the ids of placeholder tokens for images, videos and sounds, such as `image_token_id`."""
     names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
     ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
     return frozenset(value for value in ids if isinstance(value, int))

@@ -1,4 +1,4 @@
-"""Decode a call by its plan."""
+"""Run the decoding loop of one `generate` call, as its `Plan` says."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,9 +31,9 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Prefill, then step until all texts are finished.
+    """Read the prompt, then run steps until all texts are finished.
 
-    Returns the texts, the report, and the cache of plain decoding where the caller gets one.
+    Returns the texts, the report, and the cache that plain decoding would return, or `None` if none was asked for.
     """
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
@@ -55,7 +55,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
                 context = verifier.length
                 decoding.step()
                 pace.see(decoding.report.steps[-1], context)
-        # filled when the caller looks at it, as most never do
+        # filled when the caller reads it, which most callers never do
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report
@@ -70,7 +70,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
 
 
 def _compile_beside(plan: Plan, state: SpeculationState) -> None:
-    """Start another process that compiles the code which this call lacked."""
+    """Start another process that compiles the code that was missing in this call."""
     target = plan.prepared.target
     identity = state.slot_engine.identity(target)
     if identity is None:
@@ -84,7 +84,7 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
 
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
-    """Make the verifier of the call; `stack` holds the compiled code that it borrows."""
+    """Make the call's verifier. It may borrow compiled code, which `stack` returns at the end of the call."""
     engine, prepared = state.slot_engine, plan.prepared
     if plan.warns:
         engine.warn(str(plan.why_eager))
@@ -102,9 +102,9 @@ def _drafters(
         prepared.target,
         verifier,
         len(batch),
-        # the mask also has cached positions, whose tokens the batch may lack
+        # the mask also covers cached positions, which may have no tokens in the batch
         text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
-        # cached positions have no features any more, and embeddings no tokens
+        # leave out cached positions: they have no features
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
         origins=prepared.sources(),
         never_drafted=prepared.never_drafted(),
@@ -130,14 +130,14 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
     if plan.prefiller is Prefiller.VERIFIER:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
-    is_first = not prepared.config.is_assistant  # an assistant has read the images in its first call
-    # on a copy: stock changes the arguments when it reads in chunks
+    is_first = not prepared.config.is_assistant  # an assistant reads the images in its first call only
+    # `kwargs` is a copy: `_prefill` changes its arguments when it reads in chunks
     run = partial(cast(Any, prepared.target)._prefill, prepared.input_ids, prepared.config, kwargs, is_first)
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 
 def _returned_cache(prepared: Prepared, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
-    """Return the cache of plain decoding: with all rows, and static if the caller asked for that."""
+    """Return the cache that plain decoding would return: of all rows, and static if the caller asked for that."""
     cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
     if not ended:
         return cache if static is None else fill_static(static, cache)

@@ -1,4 +1,4 @@
-"""The keywords of speculation, as said in `generate`, a generation config or `attach`."""
+"""The keywords that speculation adds to `generate`, a generation config and `attach`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from ..compat import unwrapped
 from ..drafting import DraftSource
 
 
-AUTO: Literal["auto"] = "auto"  # as `policy`: the default one, which learns while it decodes
-PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
-MTP: Literal["mtp"] = "mtp"  # as `assistant_model`: the layers that came with the target
-USE_MTP = "use_mtp"  # Transformers' keyword for them; with a policy they draft trees
+AUTO: Literal["auto"] = "auto"  # `policy="auto"`: our default policy, which learns while it decodes
+PLAIN: Literal["plain"] = "plain"  # `policy="plain"`: no drafting, whatever `attach` was given
+MTP: Literal["mtp"] = "mtp"  # `assistant_model="mtp"`: the MTP layers in the target's checkpoint
+USE_MTP = "use_mtp"  # Transformers' keyword for MTP layers
 # Keywords that a `generation_config` may hold, and their types in JSON.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
-# True compiles at the first step, "auto" in another process (CPU)
+# True compiles at the first step. "auto" compiles in another process on a CPU.
 CompileChoice = bool | Literal["auto"]
 
 
@@ -32,17 +32,17 @@ def is_name(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Keywords:
-    """The keywords that speculation adds to `generate`, and the assistant; `None` where unsaid."""
+    """The assistant, and the keywords that speculation adds to `generate`; `None` if the caller left one out."""
 
     assistant_model: Any = None  # a source, its folder or Hub id, a list of them, or an assistant of Transformers
     policy: Any = None  # a policy, its folder or Hub id, "auto" or "plain"
     lockstep: bool | None = None  # whether the rows of a batch advance together
     compile: CompileChoice | None = None  # whether the target's steps run compiled
-    invariant: bool | None = None  # whether the text is the same in any dtype, whatever drafts
+    invariant: bool | None = None  # whether the text depends neither on the dtype nor on the drafts
 
     @staticmethod
     def saved_in(config: GenerationConfig | None) -> "Keywords":
-        """Read the keywords of a `generation_config`, where Transformers allows no `assistant_model`."""
+        """Read the keywords in a `generation_config`. It cannot hold an `assistant_model`."""
         said = {name: getattr(config, name, None) for name in CONFIG_KEYWORDS}
         for name, kind in CONFIG_KEYWORDS.items():
             if not isinstance(said[name], kind | None):
@@ -59,20 +59,20 @@ class Keywords:
 
     @property
     def sources(self) -> list[DraftSource]:
-        """The sources among the assistants, without PEFT wrappers."""
+        """The assistants that are a `DraftSource`, without their PEFT wrappers."""
         return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether stock drafts with the assistant; with a policy, a small model drafts trees instead."""
+        """Whether Transformers' assisted decoding runs the call: the assistant is a model, and no policy is given."""
         is_model = isinstance(self.assistant_model, Module) and not self.sources
         return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
-        """Whether models of Transformers draft trees: with a policy, or in a list.
+        """Whether models of Transformers draft trees in this call: with a policy, or in a list.
 
-        Candidate generators always do, since stock takes none.
+        Candidate generators always draft trees, since the `generate` of Transformers takes none.
         """
         asks = self.policy is not None or isinstance(self.assistant_model, list | tuple | CandidateGenerator)
         return asks and not self.is_plain
@@ -89,7 +89,7 @@ class Keywords:
         return isinstance(self.policy, str) and self.policy == PLAIN
 
     def or_else(self, other: "Keywords") -> Self:
-        """Fill unsaid keywords from `other`."""
+        """Return a copy that takes each keyword that is `None` from `other`."""
         said = {field.name: getattr(self, field.name) for field in fields(Keywords)}
         return replace(self, **{name: getattr(other, name) for name, value in said.items() if value is None})
 
@@ -99,7 +99,7 @@ _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", de
 
 @dataclass(frozen=True, slots=True)
 class SpeculationDefaults(Keywords):
-    """The keywords of `attach`, for every call that leaves them out, such as calls of TRL's trainers."""
+    """The keywords of `attach`, used by every call that leaves them out, such as the calls of TRL's trainers."""
 
     eval_mode: bool = False  # run every call in evaluation mode, even while the model trains
 

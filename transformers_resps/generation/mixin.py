@@ -1,6 +1,6 @@
 """The mixin that `attach` puts in front of a model's class: `generate(..., assistant_model=head, policy=policy)`.
 
-Everything before the decoding loop stays stock, and so does every call without a head and a policy.
+Transformers' own code runs everything before the decoding loop, and every call without a head and a policy.
 """
 
 import os
@@ -29,7 +29,7 @@ from .request import GenerateCall, Request, SpeculationState, resolve
 
 
 _STOCK = Request()
-# The call that runs now: stock's preparation runs between `generate` and `_sample`.
+# The call that runs now. `generate` sets it for `_sample`, since only Transformers' code runs between the two.
 _request: ContextVar[Request] = ContextVar("resps_request", default=_STOCK)
 
 
@@ -38,13 +38,13 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     @cached_property
     def speculation_state(self) -> SpeculationState:
-        """The state that this model keeps from call to call."""
+        """What this model keeps between calls."""
         return SpeculationState()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, so that our settings of the `generation_config` are loaded again.
+        """Save as `PreTrainedModel` does, and let a later load keep our settings in the `generation_config`.
 
-        Transformers 5.24 drops unknown settings when it loads a config marked as a copy of the model's.
+        Transformers 5.24 drops unknown settings when it loads a config whose `_from_model_config` is true.
         """
         config = self.generation_config
         if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
@@ -71,37 +71,37 @@ class ReSpSGenerationMixin(GenerationMixin):
         invariant: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`GenerationMixin.generate`, and faster with a draft head or a policy.
+        """Generate as `GenerationMixin.generate` does, faster with a draft head or a policy.
 
-        All parameters of the stock method work. `None` takes the value of the `generation_config` (`policy`,
-        `lockstep` and `invariant` only), then that of `attach`. Folders and Hub ids are loaded once and kept with the
-        model.
+        All parameters of `GenerationMixin.generate` work. For a keyword that is `None`, the value in the
+        `generation_config` is used (`policy`, `lockstep` and `invariant` only), else the default given to `attach`.
+        Folders and Hub ids are loaded once and kept with the model.
 
-        - `assistant_model`: drafts trees. A `DraftHead` or another source, its folder or Hub id; "mtp", or
-          `use_mtp=True` with a policy, for the layers that came with the model; with a policy also a small causal
-          model or an assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` is looked
-          up beside the text; the first of a list remembers what the call writes. Without a policy any other assistant
-          runs Transformers' assisted decoding.
-        - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
-          tree. "auto" weighs every node against its cost, drafts by lookup alone without a head, and keeps what it
-          learned while model and head live. "plain" is stock decoding, whatever `attach` was given.
-        - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
+        - `assistant_model`: drafts the trees. A `DraftHead` or another source, or its folder or Hub id. "mtp", or
+          `use_mtp=True` with a policy, selects the model's own MTP layers. With a policy also a small causal model or
+          an assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` holds texts that
+          lookup searches; the first one of a list also stores the texts of this call. Without a policy, any other
+          assistant runs Transformers' assisted decoding.
+        - `policy`: chooses the size of each tree. An object, or the folder or Hub id of a saved policy. `None` uses
+          the head's default tree. "auto" weighs every node against its cost; it keeps what it learned as long as model
+          and head live, and without a head it drafts by lookup. "plain" does not draft, whatever `attach` was given.
+        - `lockstep`: whether all rows of a batch advance by as many tokens as the row that accepts least. By default
           sampled rows do, so that a seed gives the tokens of plain decoding, and greedy rows do not. `False` lets
-          sampled rows advance independently: faster, with the same distribution and other draws.
-        - `compile`: whether the target's steps run compiled: on a CPU with prompts, and with the weights inside the
-          code; on a GPU as CUDA graphs. `True` compiles at first use, for a minute or more. With "auto" on a CPU
-          another process compiles, and calls run eagerly until then. What cannot be compiled runs eagerly, with a
-          warning. A `compile_config` means `True`.
-        - `invariant`: whether the text is the same in any dtype, whatever drafts, whatever the policy decides, however
-          the prompt is cut, and whichever greedy rows are in the batch. Compare the text with that of a call in this
-          mode without head and policy: stock decoding rounds differently.
+          sampled rows advance independently: faster, with the same distribution but other random numbers.
+        - `compile`: whether the target's steps run compiled. On a CPU the code contains the weights and also reads
+          prompts; on a GPU it is a CUDA graph. `True` compiles at first use, for a minute or more. With "auto" on a
+          CPU another process compiles, and calls run eagerly until it is done. A call that cannot be compiled runs
+          eagerly, with a warning. A `compile_config` means `True`.
+        - `invariant`: whether the text stays the same for any dtype, drafter, policy, division of the prompt into
+          chunks, and other greedy rows in the batch. It equals the text of an invariant call without head and policy,
+          not that of plain decoding, which rounds differently.
 
         Returns:
-            `[b, s + t]` token ids, equal to those of the same call without head and policy, with the same seed. With
+            Token ids `[b, s + t]`, equal to those of the same call without head and policy, with the same seed; with
             `return_dict_in_generate=True` a `SpeculativeOutput`.
 
         Raises:
-            ValueError: the head is another target's, or the call asks for what a tree cannot do.
+            ValueError: the head was made for another target, or the call asks for something that trees do not support.
         """
         named: dict[str, Any] = {
             "generation_config": generation_config,
@@ -114,7 +114,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
-        # by name, and only what was given: a model class may define another `generate`
+        # pass by name, and only what the caller gave: a model class may define another `generate`
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         check_prompts(prompts)
@@ -122,7 +122,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         call = GenerateCall(keywords, generation_config, arguments, prompts)
         target, state = cast(PreTrainedModel, self), self.speculation_state
         request = resolve(call, self.generation_config, state.defaults, partial(state.assistants.load, target))
-        arguments |= request.told  # before the checks, which read it
+        arguments |= request.told  # before the checks, which read the arguments
         with request.admitted(target, state, call) as admitted:
             token = _request.set(admitted)
             try:
@@ -131,9 +131,9 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Entry point of decoding: stock calls this because it does not see our drafter.
+        """Decode a prepared call. `generate` of Transformers calls this, since it knows of no assistant.
 
-        Stock passes `inputs_tensor`, the encoder's input, only to a method that names it.
+        It passes `inputs_tensor`, the encoder's input, only to a method whose signature has this name.
         """
         request, state = _request.get(), self.speculation_state
         if request.is_stock:

@@ -1,4 +1,4 @@
-"""The outputs of `generate`, and helpers of its callers: batches of prompts, ends of answers, temperatures."""
+"""The outputs of `generate`, and functions for its callers: pad prompts, cut answers, set a temperature."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from .plan import Prepared
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """Output of `generate` with a draft head and `return_dict_in_generate=True`.
 
-    Its cache is the cache of plain decoding, from which a later call can go on. If rows of a batch ended early, it is
-    built on first access, when the target reads their padding.
+    `past_key_values` is the cache that plain decoding would return, and a later call can continue from it. If rows of
+    a batch ended early, it is built on first access, when the target reads their padding.
 
     Attributes:
         speculation: every step's shape, tokens and seconds.
@@ -31,9 +31,9 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 
 class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
-    """Output of `generate` of an encoder-decoder, see `SpeculativeOutput`.
+    """Output of `generate` for an encoder-decoder, see `SpeculativeOutput`.
 
-    `speculation` is an attribute but no item of the dict, since Whisper's `generate` splits all items by row.
+    `speculation` is an attribute and not an item of the dict, since Whisper's `generate` splits all items by row.
     """
 
     def __init__(self, *items: Any, speculation: SpeculationReport | None = None, **kept: Any) -> None:
@@ -44,9 +44,9 @@ class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
 def output(
     prepared: Prepared, batch: Batch, report: SpeculationReport, cache: Cache | None
 ) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
-    """Make the return value of `generate`: `[b, s + t]` token ids, or a dict."""
+    """Make the return value of `generate`: token ids `[b, s + t]`, or an output with a report and the cache."""
     if prepared.streamer is not None:
-        prepared.streamer.end()  # as in stock, not after an error
+        prepared.streamer.end()  # as in Transformers, not after an error
     if not prepared.returns_dict:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
@@ -59,7 +59,7 @@ Ids = TypeVar("Ids", list[int], Tensor)
 
 
 def end_ids(model: Any) -> frozenset[int]:
-    """Return the tokens that end an answer of `model`, from its generation config."""
+    """Return the ids of the tokens that end an answer, from the model's generation config."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset(ids if isinstance(ids, list) else () if ids is None else (ids,))
 
@@ -71,14 +71,14 @@ def up_to_end(ids: Ids, ends: Container[int]) -> Ids:
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Join prompts `[s]` to ids `[b, longest s]`, zeros on the left, and a mask with ones at tokens."""
+    """Pad prompts `[s]` on the left; returns ids `[b, longest s]` and an attention mask."""
     masks = [torch.ones_like(prompt) for prompt in prompts]
     ids, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, masks))
     return ids, mask
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Return keywords of `generate`: greedy at 0, else sampling from the whole distribution at that temperature."""
+    """Return keywords of `generate`: greedy search at temperature 0, else sampling from the whole distribution."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -1,4 +1,4 @@
-"""Choose how a call is decoded, from its request and from what stock `generate` has prepared; open nothing yet."""
+"""Choose how a call is decoded, from its request and from the arguments that Transformers has prepared."""
 
 import math
 import sys
@@ -50,14 +50,14 @@ from .keywords import AUTO
 from .request import Request, SpeculationState
 
 
-# Arguments of stock decoding methods that trees do not use.
+# Arguments of Transformers' decoding methods that our decoding does not use.
 _NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
-NO_CODE_YET = "no code lies ready"  # why "auto" runs eagerly until another process has compiled
+NO_CODE_YET = "no code lies ready"  # the reason for eager steps while another process compiles
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The arguments of stock's decoding method; a dynamic copy replaces a `static` cache."""
+    """The arguments of Transformers' decoding method. If the cache was `static`, `model_kwargs` has a dynamic copy."""
 
     target: PreTrainedModel
     input_ids: Tensor
@@ -75,36 +75,36 @@ class Prepared:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """`[b, s]` over cache and prompt; `None` without padding."""
+        """Mask `[b, s]` over cached positions and prompt; `None` without padding."""
         return self.model_kwargs["attention_mask"]
 
     @property
     def position_ids(self) -> Tensor:
-        """`[b or 1, s]`, or `[planes, b or 1, s]`."""
+        """Positions `[b or 1, s]`, or `[planes, b or 1, s]` for a token with several positions (M-RoPE)."""
         return self.model_kwargs["position_ids"]
 
     @property
     def hold_more_than_tokens(self) -> bool:
-        """Whether stock `generate` has to read the prompt."""
+        """Whether Transformers' code has to read the prompt, since it has images, sounds or embeddings."""
         return holds_more_than_tokens(self.model_kwargs)
 
     def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
-        """Make the target's forward, with the features that the sources read."""
+        """Make the forward of the target that also returns the features that the sources read."""
         layers = sorted({layer for source in sources for layer in source.feature_layers})
         before = any(source.before_deepstack for source in sources if source.feature_layers)
         return TargetForward(self.target, layers or None, self.cache, before_deepstack=before)
 
     def sources(self) -> list[list[int]] | None:
-        """Return each row's source tokens (of an encoder); `None` if lookup cannot use them."""
+        """Return the tokens of each row that an encoder has read; `None` if lookup cannot use them."""
         return None
 
     def never_drafted(self) -> frozenset[int]:
-        """Return the tokens that lookup never proposes, such as an image's."""
+        """Return the ids that lookup must not propose, such as placeholders of images."""
         return placeholder_ids(self.target.config)
 
     @property
     def max_length(self) -> int:
-        """Positions that a text may reach; `sys.maxsize` without a limit."""
+        """Limit of the length of a text, in tokens; `sys.maxsize` if there is none."""
         most: float = self.config.max_length
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
@@ -121,7 +121,7 @@ class Prepared:
 
     @property
     def makes_cache(self) -> bool:
-        """Whether the call returns a new cache of several rows."""
+        """Whether the call returns a cache of several rows that the caller did not pass."""
         return self.returns_dict and len(self.input_ids) > 1 and not self.is_cache_given
 
     @property
@@ -133,7 +133,7 @@ class Prepared:
         return self.returns_dict and bool(self.config.output_logits)
 
     def text(self, input_ids: Tensor) -> Text:
-        """Make the text that begins with `input_ids` `[b, s]`: all rows of the call, or one."""
+        """Make the `Text` that begins with `input_ids` `[b, s]`: all rows of the call, or one row."""
         return Text(
             input_ids,
             self.logits_processor,
@@ -150,7 +150,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedEncoderDecoder(Prepared):
-    """The arguments for an encoder-decoder whose encoder has read `source`."""
+    """The prepared arguments of an encoder-decoder, after its encoder has read `source`."""
 
     source: Tensor | None  # [b or fewer, ...]
 
@@ -164,14 +164,14 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def position_ids(self) -> Tensor:
-        """Slots, since the decoder computes its positions itself."""
+        """Places `[1, s]` in the cache, since the decoder computes its positions from them."""
         past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
         known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, or gets one of several rows, which is handled likewise."""
+        """Whether the caller passed the cache, or gets one of several rows: both are treated alike."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -180,7 +180,7 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def encoded(self) -> tuple[Any, Tensor | None]:
-        """The encoder's outputs, and its mask of padding."""
+        """The encoder's outputs, and the padding mask of its input."""
         outputs = self.model_kwargs["encoder_outputs"]
         if not isinstance(outputs, ModelOutput):
             outputs = BaseModelOutput(last_hidden_state=outputs[0])
@@ -190,10 +190,10 @@ class PreparedEncoderDecoder(Prepared):
         return EncoderDecoderForward(self.target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self) -> list[list[int]] | None:
-        """Return the source tokens of each row, where encoder and decoder have vocabularies of one size."""
+        """Return the encoder's input tokens of each row; `None` if the sizes of the two vocabularies differ."""
         source, mask = self.source, self.model_kwargs.get("attention_mask")
         if source is None or source.is_floating_point() or source.dim() != 2 or int(source.min()) < 0:
-            return None  # -100 marks tokens of which only the encoder's outputs are known
+            return None  # -100 marks tokens that are unknown: only the encoder's outputs are given
         sides: list[Any] = [self.target.get_encoder(), self.target.get_decoder()]
         if len({side.get_input_embeddings().weight.shape[0] for side in sides}) > 1:
             return None
@@ -202,7 +202,7 @@ class PreparedEncoderDecoder(Prepared):
         return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
 
     def never_drafted(self) -> frozenset[int]:
-        """Return placeholders, and padding, whose positions M2M100 and others do not count."""
+        """Return the ids of placeholders and of padding: M2M100 and others give padding no position."""
         padding = self.target.config.get_text_config(decoder=True).pad_token_id
         return placeholder_ids(self.target.config) | ({padding} if isinstance(padding, int) else frozenset())
 
@@ -218,16 +218,16 @@ def prepare(
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Prepared:
-    """Check and collect the arguments of a stock decoding method, by its names.
+    """Check and collect the arguments that Transformers passes to a decoding method.
 
-    `inputs_tensor` `[b, ...]` is the input of an encoder-decoder's encoder.
+    `inputs_tensor` `[b, ...]` is the encoder's input in an encoder-decoder.
     """
     check_synced(model_kwargs.get("synced_gpus"))
     model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
     check_forward_arguments(target, input_ids, model_kwargs)
     cache = model_kwargs[CACHE_KEYWORD]
     static = cache if isinstance(cache, StaticCache) else None
-    if static is not None:  # trees are verified in slots or over a growing cache
+    if static is not None:  # verifying a tree needs a dynamic cache or our own buffers
         model_kwargs[CACHE_KEYWORD] = dynamic_copy(static, target.config)
     given = target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
     prepared = Prepared(*given)
@@ -251,23 +251,23 @@ class Prefiller(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one call is decoded: all choices between our variants.
+    """All choices about how one call is decoded.
 
-    Only one thing is decided later: a step runs without compiled code while another call holds it.
+    Only one choice is made later: a step runs eagerly while another call uses the compiled code.
     """
 
     request: Request
     prepared: Prepared
     policy: Policy
-    sources: tuple[DraftSource, ...]  # draft in this call; none where the policy leaves out the request's
-    forward: TargetForward  # over the call's cache, with the features that the sources read
-    in_lockstep: bool  # whether all rows advance together, as one row does
+    sources: tuple[DraftSource, ...]  # draft in this call; empty if the policy wants no sources
+    forward: TargetForward  # uses the call's cache and returns the features that the sources read
+    in_lockstep: bool  # whether all rows advance by the same number of tokens
     drops_finished: bool  # whether finished rows are left out of further work
     mode: VerifyingMode  # how trees are verified
-    why_eager: str | None  # why steps do not run compiled; None where they do
-    warns: bool  # whether the caller asked for what `why_eager` says is impossible
+    why_eager: str | None  # why steps do not run compiled; None if they do
+    warns: bool  # whether the caller asked to compile, so that `why_eager` is a warning
     prefiller: Prefiller
-    prompt_options: dict[str, Any]  # further options of the target's forward over the prompt
+    prompt_options: dict[str, Any]  # options of the target's forward over the prompt, beside `model_kwargs`
 
     @property
     def compiles(self) -> bool:
@@ -275,31 +275,31 @@ class Plan:
 
     @property
     def waits(self) -> bool:
-        """Whether the call waits for a compiler if no code is ready."""
+        """Whether the call itself compiles, and waits for it, if no compiled code is ready."""
         return self.request.compile != AUTO
 
     @property
     def lacks_code(self) -> bool:
-        """Whether steps would run compiled if code were ready."""
+        """Whether steps run eagerly only because no compiled code is ready."""
         return self.why_eager == NO_CODE_YET
 
     def batch(self) -> Batch:
-        """Make one text of all rows, or one for each row."""
+        """Make the batch: one `Text` of all rows in lockstep, else one `Text` for each row."""
         ids = self.prepared.input_ids
         texts = map(self.prepared.text, [ids] if self.in_lockstep else ids.split(1))
         return Batch(list(texts), drops_finished=self.drops_finished)
 
     def __str__(self) -> str:
-        """Say how trees are verified, who reads the prompt, how rows advance, how many draft, why not compiled."""
+        """Join the mode, who reads the prompt, how rows advance, the number of sources, and why steps run eagerly."""
         rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
         return " | ".join(map(str, (self.mode, self.prefiller, rows, len(self.sources), compiled)))
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how an admitted call is decoded; `state` knows which compiled code is ready.
+    """Choose how a checked call is decoded; `state` knows which compiled code is ready.
 
     Raises:
-        ValueError: the call asks for variants that exclude each other, or that its target does not support.
+        ValueError: the call asks for options that exclude each other, or that its target does not support.
     """
     target = prepared.target
     in_lockstep, drops = _rows(request.lockstep, prepared)
@@ -317,8 +317,8 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
         mode = SlotMode(_compile_options(prepared), stock_reads=prefiller is Prefiller.STOCK)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
-    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip the features, too
-    assert isinstance(request.policy, Policy)  # since it was admitted
+    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip features, too
+    assert isinstance(request.policy, Policy)  # `Request.admitted` loaded it
     sources = request.sources
     if sources and not _wants_sources(request.policy, prepared):
         sources = ()
@@ -336,7 +336,7 @@ def _wants_sources(policy: Policy, prepared: Prepared) -> bool:
 def _compiling(
     request: Request, prepared: Prepared, state: SpeculationState, layers: list[int]
 ) -> tuple[str | None, bool]:
-    """Return why steps are not compiled, `None` if they are, and whether to warn of it."""
+    """Return why steps are not compiled (`None` if they are), and whether to warn the caller of that."""
     target, choice, engine = prepared.target, request.compile, state.slot_engine
     if choice is None:
         choice = _stock_would_compile(prepared)
@@ -352,7 +352,7 @@ def _compiling(
 
 
 def _stock_would_compile(prepared: Prepared) -> bool:
-    """Whether plain `generate` would compile, or has a `compile_config`."""
+    """Whether Transformers would compile this call: on CUDA with a static cache, or by a `compile_config`."""
     if prepared.config.disable_compile:
         return False
     is_static = prepared.static is not None and prepared.target.device.type == "cuda"
@@ -360,13 +360,13 @@ def _stock_would_compile(prepared: Prepared) -> bool:
 
 
 def _compile_options(prepared: Prepared) -> dict[str, Any] | None:
-    """Return the caller's options for `torch.compile`; `None` for its defaults."""
+    """Return the caller's options for `torch.compile`; `None` if they are the defaults."""
     config = prepared.config.compile_config
     return None if config is None or config == CompileConfig() else config.to_dict()
 
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
-    """Return why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
+    """Return why a forward that returns features of `layers` cannot be compiled with its weights, or `None`."""
     weights = list(target.parameters())
     is_elsewhere = len({weight.device for weight in weights}) != 1 or target.device.type not in ("cpu", "cuda")
     is_in_graph = is_recurrent(target) and target.device.type != "cpu"
@@ -392,14 +392,14 @@ def _has_active_adapter(target: nn.Module) -> bool:
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether stock has to read the prompt, even text in a multimodal class: some compute positions (EXAONE 4.5)."""
+    """Whether Transformers' code has to read the prompt. Some multimodal classes need it for text too (EXAONE 4.5)."""
     config = prepared.target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
-    """Whether all rows advance together, and whether finished ones are dropped."""
+    """Return whether all rows advance in lockstep, and whether finished rows are left out of later steps."""
     if len(prepared.input_ids) == 1:
         return True, False
     reason = _lockstep_reason(prepared)
@@ -409,9 +409,9 @@ def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
 
 
 def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether rows advance in lockstep: for a `reason`, or as the caller asks.
+    """Whether rows advance in lockstep: if there is a `reason`, or if the caller asks for it.
 
-    By default sampled rows do, since plain sampling draws the random numbers of all rows at once.
+    If the caller says nothing, sampled rows do, since plain sampling draws the random numbers of all rows together.
     """
     check_lockstep(lockstep, reason)
     return reason is not None or (do_sample if lockstep is None else lockstep)
@@ -421,7 +421,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Name the part of a call that requires lockstep since it may see all rows at once; `None` if there is none."""
+    """Return which part of the call requires lockstep, since it may see all rows at once; `None` if no part does."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

@@ -1,4 +1,4 @@
-"""Resolve a call of `generate` to a request, with the state that its model keeps from call to call."""
+"""Resolve the keywords of a `generate` call to a `Request`; the state that a model keeps between calls."""
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -47,17 +47,17 @@ from .keywords import AUTO, MTP, PLAIN, USE_MTP, CompileChoice, Keywords, Specul
 
 
 class Assistants:
-    """Keeps the drafters of one target: loads each name once, and makes one source for each model while it lives."""
+    """Keeps the sources of one target: loads each folder or Hub id once, and wraps each model in one source."""
 
     def __init__(self) -> None:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """Load an assistant by its name; with `as_source`, make a source of a model of Transformers.
+        """Load an assistant from its folder or Hub id; with `as_source`, wrap a model of Transformers in a source.
 
         Raises:
-            ValueError, OSError: it does not exist, or cannot draft for this target.
+            ValueError, OSError: the assistant does not exist, or cannot draft for this target.
         """
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
@@ -73,10 +73,10 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Return the source for a tool's argument `head`: a source, a model, the name of either, or `None`.
+        """Return the source for a tool's argument `head`: a source, a model, a folder or Hub id of either, or `None`.
 
         Raises:
-            ValueError, OSError: it is anything else, does not exist, or cannot draft for this target.
+            ValueError, OSError: `head` is anything else, does not exist, or cannot draft for this target.
         """
         if head is None:
             return None
@@ -86,21 +86,21 @@ class Assistants:
 
 
 class SpeculationState:
-    """All that a model keeps for speculation, from `attach` to `detach`. Copies and pickles keep the defaults only."""
+    """What a model keeps for speculation from `attach` to `detach`. A copy or pickle keeps only the defaults."""
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
         self.defaults = defaults or SpeculationDefaults()  # the keywords of `attach`
-        self.policy_cache = PolicyCache()  # what "auto", and policies that calls named, have learned
+        self.policy_cache = PolicyCache()  # the "auto" policies and loaded policies, with what they have learned
         self.assistants = Assistants()
         self.slot_engine = SlotEngine()  # buffers and compiled code
-        self.draft_engines = DraftEngines()  # captured or compiled drafts of each head, while it lives
+        self.draft_engines = DraftEngines()  # captured or compiled drafting code of each living head
         self.invariant_calls = InvariantCalls(self.slot_engine)
-        self.pace = Pace()  # the best durations of steps
-        self.compiler = CompilerProcess()  # compiles beside calls with `compile="auto"`
-        self._verified_trees = set[bool]()  # whether with FlashAttention
+        self.pace = Pace()  # the best seconds of each kind of step, to warn of a busy CPU
+        self.compiler = CompilerProcess()  # another process, which compiles while calls with `compile="auto"` run
+        self._verified_trees = set[bool]()  # checked attentions: True for FlashAttention, else False
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
-        """Check once that the model can verify a draft tree; see `check_tree_attention`."""
+        """Check that the model verifies draft trees correctly, once for each attention; see `check_tree_attention`."""
         reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
         if reads_by_flash not in self._verified_trees:
             check_tree_attention(make_forward)
@@ -116,7 +116,7 @@ class GenerateCall(NamedTuple):
     keywords: Keywords
     config: GenerationConfig | None
     arguments: Mapping[str, Any]  # all other keyword arguments
-    prompts: Tensor | None  # [b, s]; None where it has embeddings only
+    prompts: Tensor | None  # [b, s]; None if only embeddings are given
 
     @property
     def rows(self) -> int:
@@ -125,12 +125,12 @@ class GenerateCall(NamedTuple):
 
     @property
     def media(self) -> list[str]:
-        """Names of arguments for images, sounds or embeddings of the prompts."""
+        """Names of the given arguments for images, sounds or embeddings of the prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
     @property
     def drafts_for_another(self) -> bool:
-        """Whether this is a call of an assistant by stock's assisted decoding, one for each round."""
+        """Whether Transformers' assisted decoding makes this call, to let the assistant draft."""
         return bool(getattr(self.config, "is_assistant", False))
 
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
@@ -142,29 +142,29 @@ class GenerateCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A resolved call of `generate`. Stock's preparation runs between `resolve` and decoding."""
+    """A resolved call of `generate`: made by `resolve`, checked by `admitted`, then decoded."""
 
-    policy: Policy | str = PLAIN  # a name until the request is `admitted`; "plain" where stock decodes
-    sources: tuple[DraftSource, ...] = ()  # empty to draft by lookup alone
-    memories: tuple[SuffixMemory, ...] = ()  # looked up beside the text, the nearest first
-    lockstep: bool | None = None  # whether the rows of a batch advance together; None leaves it to us
-    compile: CompileChoice | None = None  # whether the target's steps run compiled; None leaves it to us
-    invariant: bool = False  # whether the text is the same in any dtype, whatever drafts
+    policy: Policy | str = PLAIN  # a name before `admitted`; "plain" if Transformers decodes
+    sources: tuple[DraftSource, ...] = ()  # empty if lookup alone drafts
+    memories: tuple[SuffixMemory, ...] = ()  # texts that lookup searches after the call's own, in this order
+    lockstep: bool | None = None  # whether the rows of a batch advance together; None: the plan decides
+    compile: CompileChoice | None = None  # whether the target's steps run compiled; None: the plan decides
+    invariant: bool = False  # whether the text depends neither on the dtype nor on the drafts
     eval_mode: bool = False  # whether the call runs in evaluation mode
-    is_plain_throughout: bool = False  # whether calls within this one are plain, too
-    told: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments for stock `generate`
+    is_plain_throughout: bool = False  # whether nested `generate` calls are plain too
+    told: Mapping[str, Any] = field(default_factory=dict)  # further arguments for Transformers' `generate`
 
     @property
     def is_stock(self) -> bool:
-        """Whether stock decodes, plainly or with an assistant."""
+        """Whether Transformers decodes, plainly or with an assistant."""
         return self.policy == PLAIN
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and lend it its policy for the `with` block.
+        """Check the request; for the `with` block, yield a copy that has the loaded policy.
 
         Raises:
-            ValueError: it asks for what a tree cannot do.
+            ValueError: the request asks for something that trees do not support.
         """
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
@@ -186,16 +186,16 @@ class Request:
             for source in (*self.sources, *self.memories):
                 source.prepare(target)
             policy = self._lent_policy(target, state, call.rows, stack)
-            if not target.config.is_encoder_decoder:  # its source is not encoded yet
+            if not target.config.is_encoder_decoder:  # checked later: the encoder has not run yet
                 state.check_trees(target, partial(TargetForward.of, target))
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Return the policy, after a check that it fits the pair; `stack` gives it back if it was borrowed."""
+        """Return the policy, checked against target and head. If it is borrowed, `stack` returns it after the call."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
-            # costs measured while the compiler runs are kept apart
+            # keep costs apart that were measured while the compiler runs
             compiles = "beside" if self.compile == AUTO and state.compiler.is_running else self.compile
             key = PolicyCache.key(target, rows, policy, compiles, self.invariant)
             if len(self.sources) > 1:
@@ -210,17 +210,17 @@ class Request:
 def resolve(
     call: GenerateCall, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
 ) -> Request:
-    """Resolve a call: its keywords win over its config, the model's `own` config, and the defaults of `attach`.
+    """Resolve a call. A keyword is taken from the call, else its config, else the model's `own` config, else `attach`.
 
-    Assistants are loaded by `load`, see `Assistants.load`.
+    `load` is `Assistants.load` of this target.
 
     Raises:
-        ValueError: keywords are of the wrong kind, contradict each other, or would have no effect.
+        ValueError: keywords have a wrong type, contradict each other, or would have no effect.
     """
     said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or call.drafts_for_another
     if not (are_suspended or said.has_stock_assistant):
         for further in (call.config, own, attached):
-            if said.is_plain:  # wins over the next ones
+            if said.is_plain:  # ignores all later settings
                 break
             said = said.or_else(further if isinstance(further, Keywords) else Keywords.saved_in(further))
     check_keywords(said)
@@ -239,7 +239,7 @@ def resolve(
         policy = FixedPolicy(TreeShape.plain())
     eval_mode = attached.eval_mode and not (are_suspended or said.is_plain)
     if policy is None or said.is_plain:
-        check_effect(call.keywords)  # those of a config or `attach` may wait for other calls
+        check_effect(call.keywords)  # not those of a config or `attach`: other calls may use them
         told = {} if said.assistant_model is None else {"assistant_model": said.assistant_model}
         return Request(eval_mode=eval_mode, is_plain_throughout=said.is_plain, told=told)
     name = os.fspath(policy) if isinstance(policy, str | os.PathLike) else policy
