@@ -23,9 +23,8 @@ class CapturedFunction:
         self._function = function
         self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]] = {}
         self._addresses: list[int] = []  # of the buffers, which graphs have fixed
-        self._pool: torch.cuda._POOL_HANDLE | None = (
-            None  # Graphs of one function share memory: they never run together.
-        )
+        # Graphs of one function share memory: they never run together.
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
         """Run `function(*inputs, *buffers)` by a graph, which is captured first where sizes are new.

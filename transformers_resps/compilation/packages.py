@@ -241,9 +241,7 @@ class PackagedCode:
             raise UnfitPackageError("it is damaged")
         weights = _named(module)
         self._parts: list[_LoadedPart] = []
-        with tempfile.TemporaryDirectory(
-            prefix="resps-"
-        ) as folder:  # This process needs no files once code is loaded.
+        with tempfile.TemporaryDirectory(prefix="resps-") as folder:  # Loaded code needs no files.
             with zipfile.ZipFile(path / _CODE) as archive:
                 archive.extractall(folder)
             for call in manifest["calls"]:

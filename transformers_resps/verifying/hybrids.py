@@ -275,13 +275,13 @@ class WholeTree:
 
 
 def _unit(parts: Tensor, heads: int) -> Tensor:
-    """Scale `[..., n, any heads, k]` to length 1, and repeat it for so many heads."""
+    """Scale `[..., n, any heads, k]` to length 1, and repeat it for `heads`."""
     states = parts.float()
     return _for_heads(states * torch.rsqrt((states * states).sum(-1, keepdim=True) + 1e-6), heads)
 
 
 def _for_heads(parts: Tensor, heads: int) -> Tensor:
-    """Repeat `[..., any heads, k]` for so many heads."""
+    """Repeat `[..., any heads, k]` for `heads`."""
     return parts if parts.shape[-2] == heads else parts.repeat_interleave(heads // parts.shape[-2], dim=-2)
 
 

@@ -173,7 +173,14 @@ def prepack(module: Module) -> Module:
 
 
 def unprepack(module: Module) -> Module:
-    """Undo `prepack` and free the packed copies: change the module in place, and return it."""
+    """Undo `prepack`, and free the memory of the packed copies.
+
+    Args:
+        module: a module that was prepacked; changed in place.
+
+    Returns:
+        `module`, its linear layers now `nn.Linear`.
+    """
     for layer in module.modules():
         if type(layer) is PrepackedLinear:
             del layer.packed

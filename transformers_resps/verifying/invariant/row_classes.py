@@ -96,11 +96,11 @@ class RowNeeds:
     """How many rows of one target must be computed together."""
 
     forward: int  # nodes of a forward in all its rows, or a divisor of their number
-    is_exact: bool = False  # whether a forward has exactly so many, of one row
+    is_exact: bool = False  # whether a forward has exactly this number, of one row
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """The strictest needs on a device: forwards of exactly so many rows."""
+        """The strictest needs on a device: forwards of an exact number of rows."""
         *_, last = _ways(device)
         return last
 

@@ -15,10 +15,8 @@ from .buffers import SlotBuffers
 from .forwards import SlotForward, steps_kind
 
 
-_BUFFER_SIZES = "b.s."
-
-
-_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
+_BUFFER_SIZES = "b.s."  # dimensions of a buffer by letters, as in `SlotForward.sizes`
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # nodes of captured graphs; beyond, multiples of 64
 
 
 class SlotEngine(CompileEngine[PreTrainedModel]):

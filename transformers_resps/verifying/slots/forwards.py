@@ -49,7 +49,7 @@ class PackedInputs(NamedTuple):
 
 
 PACKED_STEPS = "packed steps"  # the kind of forwards over `PackedInputs`
-# Dimensions of the inputs: sizes with a letter change from call to call, b only in batches.
+# Dimensions of the inputs by letters, which mark sizes that change from call to call (b only in batches).
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
@@ -58,9 +58,9 @@ class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
     Features are outputs of the forward (Transformers' `output_hidden_states`), since compiled code cannot gain and
-    lose hooks. It returns the hidden states of `feature_layers`, except the last layer's before the final norm; `None`
-    returns all, so that one code serves every head. `cache` has dynamic layers, filled with anything. `options` are
-    the caller's for `torch.compile`.
+    lose hooks. It returns the hidden states of `feature_layers`, which never include the last layer's before the final
+    norm; `None` returns all, so that one code serves every head. `cache` has dynamic layers, filled with anything.
+    `options` are the caller's for `torch.compile`.
     """
 
     is_invariant = False
