@@ -1,4 +1,4 @@
-"""Measure the costs of steps on this machine: `calibrate` makes a `CostTable`, valid only on this machine."""
+"""Measure how long decoding steps take: `calibrate` makes a `CostTable`, which is valid only on this machine."""
 
 import hashlib
 import json
@@ -36,13 +36,13 @@ from .verifying.slots.engine import SlotEngine
 from .verifying.verifier import Verifier, VerifyingMode
 
 
-FORMAT = 2  # part of the names of stored tables, so that older ones are not read
-CONTEXTS = (128, 768)  # positions
+FORMAT = 2  # part of a stored table's file name, so that tables of older formats are not read
+CONTEXTS = (128, 768)  # context lengths, in tokens
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_MORE_NODES = (48, 64, 96)  # on other devices than CPUs, where "auto" asks for them
+_MORE_NODES = (48, 64, 96)  # also measured on a GPU, where "auto" asks for trees of this size
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 5
-_SECONDS_PER_CELL = 1.0  # a slow machine repeats less, so that all takes less than a minute
+_SECONDS_PER_CELL = 1.0  # fewer repeats on a slow machine, so that everything takes less than a minute
 
 
 def calibrate(
@@ -54,19 +54,19 @@ def calibrate(
     folder: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
-    """Measure what steps cost on this machine, or load the table that was measured before.
+    """Measure how long steps take on this machine, or load the table of an earlier measurement.
 
     Args:
         target: the model, in the dtype and on the device that it decodes with.
-        head: its draft head, MTP layers, an assistant, a small model, the name of one, or `None`.
-        invariant: measure the invariant mode, in a separate table without times of stock's `generate`.
+        head: a draft head, MTP layers, an assistant or a small model, a folder or Hub id of one, or `None`.
+        invariant: measure the invariant mode, in a separate table without times of plain decoding.
         refresh: measure again even if a table is stored.
         folder: where tables are stored; by default in the Hugging Face cache.
         clock: returns seconds.
 
     Returns:
-        The table, stored in `folder` and reused until device, dtype, threads, versions, target, attention, mode or
-        head change.
+        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention, mode
+        or head change.
 
     Raises:
         ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
@@ -74,7 +74,7 @@ def calibrate(
     """
     _check_target(target, has_head=head is not None)
     mode = _admitted(target) if invariant else GrowingMode()
-    assistants = Assistants()  # keeps what it loads
+    assistants = Assistants()  # must live as long as the loaded source
     source = assistants.source(target, head)
     identity = identity_of(target, source, mode.attention)
     name = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:16]
@@ -86,7 +86,7 @@ def calibrate(
 
     room = getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
     sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
-    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each tree
+    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # each repeat keeps two nodes
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
     stock = contexts if mode.is_stock else []
@@ -132,14 +132,14 @@ def _check_target(target: Any, *, has_head: bool) -> None:
 
 
 def _admitted(target: PreTrainedModel) -> VerifyingMode:
-    """Return the invariant mode, or raise where the target does not support it."""
+    """Return the invariant mode; raise if the target does not support it."""
     calls = InvariantCalls(SlotEngine())
     calls.admit(target, partial(setting_of, model=target, config=None, arguments={}), {})
     return calls.mode(target)
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Name all that a measurement depends on; `attention` is the verifying mode's, by default the target's."""
+    """Return everything that a measurement depends on; `attention` is an implementation, by default the target's."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -155,7 +155,7 @@ def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: 
 
 
 def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
-    """Return the source's class, and what its cost depends on: own parameters, dtype, proposable tokens."""
+    """Describe a source by its class, number of parameters, dtype and number of tokens that it can propose."""
     if not isinstance(source, LevelSource):
         return type(source).__name__
     model, modules = source.bind(target), source.own_modules
@@ -164,7 +164,7 @@ def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the CPU's with its generation and vector units, if known."""
+    """Return the name of the GPU, or of the CPU with its generation and vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -173,14 +173,14 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name(information: Path) -> str:
-    """Return the CPU's name from a file like `/proc/cpuinfo`, or else from Python."""
+    """Read the CPU's name from a file like `/proc/cpuinfo`; if it has none, ask Python's `platform`."""
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     fields: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     name, family, model = (fields.get(detail) for detail in ("model name", "cpu family", "model"))
-    # several generations may have one name
+    # several generations may share a name
     generation = f" (family {family}, model {model})" if family and model else ""
     return f"{name}{generation}" if name else platform.processor() or platform.machine()
 
@@ -210,17 +210,17 @@ def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
 def _time_verifying(
     target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
 ) -> dict[int, _Measured]:
-    """Time verification at one context length: number of nodes -> seconds."""
+    """Measure the seconds to verify a tree at one context length, for each number of nodes in `counts`."""
     vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
-    # only a mask's size costs time, not its content; if paths cost time, three of eight nodes end one
+    # the shape of the tree costs no time, except if each path does: then three of eight nodes are leaves
     parents = order * 5 // 8 if verifier.pricing.paths_cost else torch.zeros_like(order)
 
     def verify(nodes: int) -> None:
         logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
-        if verifier.reads_paths:  # keep two nodes, since states advance along them
+        if verifier.reads_paths:  # keep two nodes: advancing the states takes time too
             verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
         else:
             verifier.undo()
@@ -250,7 +250,7 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
 ) -> tuple[dict[int, float], dict[int, _Measured]]:
-    """Time drafts of one and of three levels: width -> seconds beside the levels, and width -> seconds of a level."""
+    """Measure drafting for each width; returns the fixed seconds of a draft, and the seconds of each of its levels."""
     layers = source.feature_layers
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, _Measured]()
@@ -262,13 +262,13 @@ def _time_drafting(
         most = min(drafter.most_levels or 3, 3)
 
         def draft(width: int, depth: int) -> None:
-            # a draft first reads the committed tokens, at least one
+            # every draft first reads at least one committed token
             drafter.observe(Committed(tokens[:, :1], None if features is None else features[:, :1]))
             drafter.draft(tokens, DraftRequest(TreeShape(width + 1, depth, width))).scores[0, -1].item()
 
         for width in WIDTHS:
             several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))
-            pairs = zip(several, one, strict=False)  # a slow machine may have repeated one of them less
+            pairs = zip(several, one, strict=False)  # on a slow machine the numbers of repeats may differ
             one_level = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
             shortest = statistics.median(one)
             median = _of_one(statistics.median(several), shortest, most - 1)
@@ -278,14 +278,14 @@ def _time_drafting(
 
 
 def _of_one(several: float, one: float, more: int) -> float:
-    """Return the seconds of a level, from drafts of one and of `more` further levels; 0 where noise hides them."""
+    """Return the seconds of a level, at least 0: `one` are those of one level, `several` with `more` levels added."""
     return max(several - one, 0.0) / max(more, 1)
 
 
 def _time_overhead(
     target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
 ) -> float:
-    """Return the median seconds of a step outside its forwards, in a short answer that fits `room` positions."""
+    """Return the median seconds that a step spends outside forwards, from a short answer within `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
@@ -308,13 +308,13 @@ def _time_overhead(
 
 
 class _Stopwatch:
-    """Times repeated runs; `done` is called after each measurement, to move a progress bar."""
+    """Measures repeated runs. It calls `done` after each measurement, to move a progress bar."""
 
     def __init__(self, clock: Callable[[], float], done: Callable[[], Any]) -> None:
         self._clock, self._done = clock, done
 
     def time(self, run: Callable[[], None]) -> list[float]:
-        """Time repeats of `run` after a warm-up, in seconds; raise `ValueError` if the clock does not advance."""
+        """Return the seconds of repeated calls of `run`, after a warm-up; raise `ValueError` if no time passes."""
         run()
         taken: list[float] = []
         while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):

@@ -1,1 +1,1 @@
-"""The step loop: draft, verify, accept, keep."""
+"""The step loop of `generate`: draft a tree, verify it, accept tokens, keep them."""

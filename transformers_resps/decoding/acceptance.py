@@ -1,12 +1,11 @@
-"""The acceptance rule: follow the target's picks down the tree.
+"""The acceptance rule: at each node the target picks a token, and the walk goes on to the child with that token.
 
-Each committed position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick by the
-target, stopping criteria, streamer. The walk goes on if a child carries the pick. So every token is the target's draw
-given its prefix, with the random numbers of plain decoding: lossless for any tree that was built without looking at
-the picks, and identical with the same seed. Accepting chosen children by `min(1, p/q)` is not lossless (a test shows
-it).
+Each position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick (the argmax or a
+draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random numbers of plain
+decoding. This is lossless for any tree that was built without looking at the picks, and the same seed gives the same
+text. Accepting children, which a head chose, with probability `min(1, p/q)` is not lossless (a test shows it).
 
-`accept` is the rule. `accept_picks` follows it with fewer calls, where nothing observes single tokens.
+`accept` is the rule. `accept_picks` gives the same result with fewer calls, if nothing observes single tokens.
 """
 
 import math
@@ -25,37 +24,37 @@ from .text import Batch, Text
 class Acceptance:
     """The tokens that a step added to the decoded rows."""
 
-    path: Tensor  # [b, m] nodes used, root first; short rows repeat their last node, finished rows hold anything
-    tokens: Tensor  # [b, m] the picks after these nodes; the last one is the next root
-    paths: list[list[int]]  # nodes that each row kept, on the host
-    picks: list[list[int]]  # tokens that each row kept, on the host
-    emitted: list[int]  # tokens that each row of the call gained, decoded or not, without padding after its end
+    path: Tensor  # [b, m] kept nodes, root first; short rows repeat their last node, finished rows are undefined
+    tokens: Tensor  # [b, m] the token picked after each node; the last one is the next root
+    paths: list[list[int]]  # kept nodes of each row, on the host
+    picks: list[list[int]]  # picked tokens of each row, on the host
+    emitted: list[int]  # number of tokens that each row of the call gained, without padding; 0 if it is finished
 
     @property
     def counts(self) -> list[int]:
-        """Nodes that each row kept."""
+        """Number of nodes that each row kept."""
         return list(map(len, self.paths))
 
     @property
     def is_front(self) -> bool:
-        """Whether all rows kept the same number of nodes, the first ones of the tree in order."""
+        """Whether every row kept nodes 0 to m - 1 of the tree."""
         return all(path == list(range(self.path.shape[1])) for path in self.paths)
 
     @property
     def gained(self) -> list[bool]:
-        """Whether each decoded row gained tokens: all do, unless finished rows are decoded with them."""
+        """Whether each decoded row gained tokens. A row gains none only if it is finished and still decoded."""
         every_row = len(self.emitted) == len(self.paths)
         return [count > 0 for count in self.emitted] if every_row else [True] * len(self.paths)
 
     @classmethod
     def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
-        """Join the paths and picks of rows, with one copy to the device."""
+        """Make the tensors from the nodes and tokens of each row, with one copy to the device."""
         filled = torch.tensor([_filled(paths), _filled(picks)], device=device)
         return cls(filled[0], filled[1], paths, picks, list(map(len, paths)))
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Join the paths and picks of rows, without a copy where the device has the picks."""
+        """Make the tensors from the nodes and tokens of each row, without a copy if the picks are on the device."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -71,9 +70,9 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Read the target's picks at all nodes from logits `[b, n, v]` with one wait for the target.
+    """Pick the target's token at all nodes at once from logits `[b, n, v]`, with one wait for the target.
 
-    Returns `None` where `accept_batch` has to pick one token after the other.
+    Returns `None` if `accept_batch` has to pick the tokens one by one.
     """
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
@@ -88,7 +87,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Commit the target's picks in every decoded row; see `accept` for `reached`, which rows in lockstep fill."""
+    """Append the target's picks to every decoded row. `reached` is as in `accept`; only rows in lockstep fill it."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
@@ -106,10 +105,10 @@ def accept_batch(
 
 
 def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]] | None = None) -> Acceptance:
-    """Commit the picks of logits `[b, n, v]` to `text`, until one is not in the tree or the text is finished.
+    """Append tokens picked from logits `[b, n, v]` to `text`, until a token is not in the tree or the text ends.
 
-    All rows commit as many tokens as the live row with the shortest run. `reached` gains each level's nodes of all
-    rows before the pick, since an error may end the walk.
+    All rows gain as many tokens as the unfinished row that accepts least. Before each pick, the current node of each
+    row is appended to `reached`, so that the caller knows the path if an error ends the walk.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached
@@ -138,7 +137,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
 def _next_nodes(
     children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
 ) -> list[int] | None:
-    """Find the children of `nodes` that carry the picks `tokens`; `None` if a live row's pick was not drafted."""
+    """Return each row's child of its node that has its token; `None` if an unfinished row has no such child."""
     children_of_picks = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
     if any(is_live and node is None for is_live, node in zip(live, children_of_picks, strict=True)):
         return None
@@ -146,7 +145,7 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Do what `accept` does, without calls for each token: `texts`, one for each row, gain the same picks."""
+    """Append the same tokens to `texts`, one text for each row, as `accept` would, without calls for each token."""
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
     for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):
@@ -158,10 +157,10 @@ def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
 
 
 def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the nodes that each row follows, root first, and the picks after them."""
+    """Return the accepted nodes of each row, root first, and the token picked after each node."""
     paths: list[list[int]] = [[] for _ in texts]
     picked: list[list[int]] = [[] for _ in texts]
-    going = dict.fromkeys(range(len(texts)), 0)  # row -> the node that it has reached
+    going = dict.fromkeys(range(len(texts)), 0)  # row -> its current node
     while going:
         rows, nodes = list(going), list(going.values())
         tokens = picks.at(rows, nodes)
@@ -176,21 +175,21 @@ def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list
 
 
 def _filled(rows: list[list[int]]) -> list[list[int]]:
-    """Fill rows to equal length by repeating their last number."""
+    """Pad rows to equal length by repeating their last number."""
     longest = max(map(len, rows))
     return [row + row[-1:] * (longest - len(row)) for row in rows]
 
 
 class Picks:
-    """The target's picks at the nodes of a tree, and the children to which they lead.
+    """The token that the target picks at each node of a tree.
 
     Args:
         children: see `DraftTree.children`.
-        rows: each row's pick at every node; `None` picks from `logits` along the path, since reads are free on a CPU.
+        rows: the token of each row at every node; `None` on a CPU, where `at` picks only along the path.
         logits: `[b, n, v]`.
-        tokens: `[b, n]` the picks on their device; `None` on a CPU.
-        processed: the processed scores and draws, where there are any.
-        pick: `[r, v]` logits -> `[r]` tokens, called in commit order; `None` takes the largest.
+        tokens: `[b, n]` the same tokens on the target's device; `None` on a CPU.
+        processed: processed scores and random numbers; `None` if the tokens are the argmax of `logits`.
+        pick: function from logits `[r, v]` to tokens `[r]`, called in the order of the text; `None` is the argmax.
     """
 
     def __init__(
@@ -208,12 +207,12 @@ class Picks:
 
     @classmethod
     def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
-        """Make each pick when `at` asks for it."""
+        """Make picks that are computed only when `at` is called."""
         return cls(tree.children(), None, logits, pick=pick)
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Read the `processed` picks, or the largest logits, and the tree with one wait for the target."""
+        """Copy the tree and the picks (`processed`, or the argmax) to the host, with one wait for the target."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -222,7 +221,7 @@ class Picks:
         return cls(first_children(tree.row_sizes, parents, drafted), rows, logits, tokens, processed)
 
     def at(self, rows: list[int], nodes: list[int]) -> list[int]:
-        """Return the pick at one node in each of these rows."""
+        """Return the token picked at `nodes[i]` of `rows[i]`, for each i."""
         if self._rows is not None:
             return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
         logits = logits_at(rows, nodes, self._logits)
@@ -232,16 +231,16 @@ class Picks:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedPicks:
-    """The picks at all nodes of a tree of one row, made before its path is known."""
+    """The tokens picked at all nodes of one row's tree, before the accepted path is known."""
 
-    tokens: Tensor  # [n]; -1 where the scores allow no draw
-    logits: Tensor  # [n, v] fp32, the target's
+    tokens: Tensor  # [n]; -1 if the softmax of the scores is NaN
+    logits: Tensor  # [n, v] fp32, raw
     scores: Tensor  # [n, v] fp32, processed
     draws: "Draws | None"  # the random numbers of each level; None for greedy picks
 
     @classmethod
     def of(cls, text: Text, tree: DraftTree, logits: Tensor) -> "ProcessedPicks":
-        """Pick at each of n nodes as `text` would there, from logits `[1, n or more, v]`, padding last."""
+        """Pick a token at each of n nodes with the settings of `text`, from logits `[1, n or more, v]`."""
         raw, scores = text.process(tree, logits)
         if not text.do_sample:
             return cls(scores.argmax(dim=-1), raw, scores, None)
@@ -249,7 +248,7 @@ class ProcessedPicks:
         return cls(draws.pick(scores, tree.depths[0]), raw, scores, draws)
 
     def settle(self, tokens: list[int]) -> None:
-        """Give back the random numbers that the committed `tokens` did not use, or raise if one could not be drawn."""
+        """Rewind the random generator to the state after the committed `tokens`; raise if one cannot be drawn."""
         if self.draws is None:
             return
         if min(tokens) < 0:
@@ -265,7 +264,8 @@ class Draws:
 
     `torch.multinomial` takes the token with the largest p / e, where e is drawn for every token from the exponential
     distribution of mean 1 (ATen, `multinomial` in native/Distributions.cpp, a single sample). As e does not depend on
-    p, all levels can be drawn before the path is known. `scores` `[n, v]` gives vocabulary, dtype and device.
+    p, the numbers of all levels can be drawn before the path is known. Only shape, dtype and device of `scores`
+    `[n, v]` are used.
     """
 
     def __init__(self, count: int, scores: Tensor) -> None:
@@ -278,19 +278,19 @@ class Draws:
             self._states.append(generator.get_state())
 
     def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """Draw tokens `[n]` from processed scores `[n, v]` at `levels` `[n]`; -1 where a row allows no draw."""
+        """Draw tokens `[n]` from scores `[n, v]` of nodes at `levels` `[n]`; -1 if their softmax is NaN."""
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), -1)
 
     def give_back(self, used: int) -> None:
-        """Set the generator back to `used` positions, unless another thread has drawn since."""
+        """Set the generator to its state after `used` levels, unless another thread has drawn numbers since."""
         if torch.equal(self._generator.get_state(), self._states[-1]):
             self._generator.set_state(self._states[used])
 
 
 @cache
 def draws_alike(device: torch.device, vocabulary: int) -> bool:
-    """Whether `Draws` equal `torch.multinomial` on a device, by a trial that restores the generator."""
+    """Try whether `Draws` and `torch.multinomial` draw the same tokens on a device; restores the generator."""
     generator = _generator(device)
     if generator is None:
         return False
@@ -307,7 +307,7 @@ def draws_alike(device: torch.device, vocabulary: int) -> bool:
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
-    """Return the generator that plain sampling uses on a device; `None` where PyTorch does not show it."""
+    """Return the generator that `torch.multinomial` uses on a device; `None` if PyTorch gives no access to it."""
     if device.type == "cpu":
         return torch.default_generator
     module = torch.get_device_module(device)
@@ -319,7 +319,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether picking at all nodes gives plain draws and pays; on a CPU, where reads are free, it does not pay."""
+    """Whether to pick at all nodes at once: not on a CPU, where it saves no waiting, nor if draws would differ."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -327,7 +327,7 @@ _BLOCK = 256
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Return the `argmax` of logits `[r, v]` by blocks: twice as fast as PyTorch's for bfloat16 on a CPU."""
+    """Compute the argmax of logits `[r, v]` by blocks: twice as fast as PyTorch's `argmax` for bfloat16 on a CPU."""
     size = math.gcd(logits.shape[1], _BLOCK)
     if size == 1:
         return logits.argmax(-1)
@@ -338,7 +338,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """Take the logits `[r, v]` of one node in each of r rows of `[b, n, v]`; no copy if all take the same node."""
+    """Return the logits `[r, v]` at `nodes[i]` of `rows[i]`, from `[b, n, v]`; a view if all nodes are the same."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

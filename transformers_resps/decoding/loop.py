@@ -1,4 +1,4 @@
-"""The step loop of one call of `generate`: draft, verify, accept, keep, until the text is finished."""
+"""The step loop of a `generate` call: draft a tree, verify it, accept tokens, keep their cache entries, repeat."""
 
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Phase = Literal["draft", "verify", "rest"]
 
 
 class StepClock:
-    """Splits the seconds of a step into phases; tests pass a fake `now`."""
+    """Measures the seconds of each phase of a step; tests pass a fake `now`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
@@ -49,14 +49,14 @@ class TreeDecoding:
     """Decodes one batch with a drafter and a policy.
 
     Args:
-        verifier: the target's side, open.
-        drafter: `None` to draft by lookup alone.
-        lookup: drafts beside the drafter.
-        policy: shapes each draft.
-        batch: starts as the prompts and gains the answers.
-        max_length: positions that a text may reach.
-        keeps_ended: keep in `ended` the target's cache of rows that end before others.
-        clock: seconds; tests pass a fake one.
+        verifier: runs the target; its `with` block must be open.
+        drafter: drafts the trees; `None` if only `lookup` drafts.
+        lookup: adds nodes found by prompt lookup.
+        policy: chooses the size of each tree.
+        batch: holds the prompts; the answers are appended.
+        max_length: limit of the length of a text, in tokens.
+        keeps_ended: copy the cache of each row that ends before other rows to `ended`.
+        clock: returns seconds; tests pass a fake clock.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class TreeDecoding:
         self._proposer = Proposer(policy, drafter, batch, lookup)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
-        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> its cache; at last all or none
+        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> its cache; in the end all or none
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Read the prompt `[b, s]` by `read` (see `Verifier.prefill`) and commit the first token: step 0."""
+        """Read the prompt `[b, s]` by `read`, see `Verifier.prefill`, and commit the first token. This is step 0."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -95,7 +95,7 @@ class TreeDecoding:
         self._record(proposal, acceptance)
 
     def step(self) -> None:
-        """Draft, verify by one forward of the target, accept, keep, record."""
+        """Draft a tree, verify it in one target forward, accept tokens, keep their cache entries, record the step."""
         self._clock.start()
         proposal = self._propose()
         self._clock.lap("draft")
@@ -120,7 +120,7 @@ class TreeDecoding:
         states = None
         if self._reads_features:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
-            states = states[:, -self.batch.length :]  # the tokens of embeddings are not known
+            states = states[:, -self.batch.length :]  # embeddings in the prompt have no token ids
         self._proposer.update(logits, 0, Committed(self.batch.input_ids, states))
         self._proposer.read_prompt()
         if states is not None:
@@ -132,20 +132,20 @@ class TreeDecoding:
     def _propose(self) -> Proposal:
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
-        # levels below the root that the shortest text's limit and the target's positions allow
+        # how many levels the shortest text's limit and the target's positions allow
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
         pricing = self._verifier.pricing
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Charge compiling to the call: after a step charged with it, no policy would try that size again."""
+        """Move seconds of compiling from the step to the whole call: else the policy would avoid that size of tree."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.leave_out("draft", drafting)
         self._clock.leave_out("verify", verifying)
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Read the picks, or only wait for the target, so that the clock sees when it has finished."""
+        """Read the tokens that the target picks, or only wait for the target, so that the clock sees its forward."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -154,25 +154,25 @@ class TreeDecoding:
     def _accept(
         self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
     ) -> Acceptance:
-        """Commit the target's picks; the last one is the next root."""
+        """Append the tokens that the target picks to the batch; the last token becomes the next root."""
         acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """Keep the nodes that the walk reached before an error: plain decoding would have read them."""
+        """Keep the cache entries of the nodes that were accepted before an error, as plain decoding would."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
-        """Keep the accepted path in the target's cache, and give its features to the drafters."""
+        """Keep the accepted nodes in the target's cache, and pass their tokens and features to the drafters."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
         self._verifier.keep(path, acceptance.paths)
         if self._verifier.reads_paths:
-            self._clock.lap("verify")  # recurrent layers have advanced their states
+            self._clock.lap("verify")  # the time in which recurrent layers advance their states
         states = None
         if self._reads_features:
             states = features.concatenated()
@@ -184,9 +184,9 @@ class TreeDecoding:
         self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
 
     def _keep_ended(self) -> None:
-        """Keep the target's cache of rows that have just ended, before they are dropped or read further."""
+        """Copy the cache of rows that have just ended to `ended`, before these rows are dropped or get padding."""
         if self.batch.finished and not self.ended and self._verifier.is_even:
-            return  # the cache itself is whole
+            return  # the cache itself still holds all rows
         for row, place in self.batch.ended.items():
             if row not in self.ended:
                 self.ended[row] = self._verifier.ended_row(place)
@@ -222,7 +222,7 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Count each row's tokens that the pool holds as a path; in lockstep, only the lowest count of live rows."""
+        """Count each row's accepted tokens that form a path in the pool; in lockstep, only the lowest count."""
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
         matches = iter(pool.drafted_match(acceptance.picks))

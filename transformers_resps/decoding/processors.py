@@ -1,4 +1,4 @@
-"""Apply the caller's logits processors to all nodes of a draft tree, each node with its prefix."""
+"""Apply the caller's logits processors to all nodes of a draft tree, each with the text up to its node."""
 
 from collections import Counter
 from itertools import groupby
@@ -11,9 +11,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..tree import DraftTree
 
 
-# Processors of Transformers without a state, by exact type: their scores depend on a row's scores and text alone.
-# SynthID and guidance keep a state, prefix constraints get the row's number, others belong to encoders and speech.
-_READ_SCORES = frozenset(  # scores alone
+# Names of Transformers' processors without a state: their result for a row depends on its scores and text alone.
+# SynthID and guidance keep a state, prefix constraints read the row's number.
+_READ_SCORES = frozenset(  # these read scores alone
     (
         "TemperatureLogitsWarper",
         "TopPLogitsWarper",
@@ -28,7 +28,7 @@ _READ_SCORES = frozenset(  # scores alone
         "LogitNormalization",
     )
 )
-_READ_TEXTS = frozenset(  # also the text, or its length
+_READ_TEXTS = frozenset(  # these also read the text, or its length
     (
         "MinLengthLogitsProcessor",
         "MinNewTokensLengthLogitsProcessor",
@@ -42,39 +42,39 @@ _READ_TEXTS = frozenset(  # also the text, or its length
         "ExponentialDecayLengthPenalty",
     )
 )
-# Stateless too, but it reads each text on the host: nodes off the path would cost time.
+# Stateless too, but it copies each text to the host, which would take time for rejected nodes.
 _READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})
 STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether a processor's result for a row depends on that row alone, judged by its exact type."""
+    """Whether the result of a processor for a row depends on that row alone, judged by the name of its class."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
-    # a repetition penalty may have one prompt length for each row
+    # a repetition penalty may store a prompt length for each row
     return is_stock and isinstance(getattr(processor, "prompt_ignore_length", None), int | None)
 
 
 class TreeLogitsProcessor(LogitsProcessor):
-    """Applies a call's processors to all nodes of a tree: in one call, or level by level where they read texts.
+    """Applies logits processors to all nodes of a tree: in one call, or level by level if they read texts.
 
-    `Text.commit` calls processors that `supports` does not know, in commit order.
+    Use it only if `supports` is true; otherwise `Text.commit` calls the processors, one position after the other.
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         groups = groupby(processors, lambda processor: not is_stateless(processor, _READ_SCORES))
         self._groups = [(reads_texts, LogitsProcessorList(group)) for reads_texts, group in groups]
-        self.reads_texts = any(reads_texts for reads_texts, _ in self._groups)  # does any read more than scores?
+        self.reads_texts = any(reads_texts for reads_texts, _ in self._groups)  # whether any processor reads the text
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
-        """Whether all are stateless, and cheap at nodes off the path."""
+        """Whether all processors are stateless, and cheap to run at rejected nodes."""
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]
-        """Process the scores `[n, v]` of a tree of one row, as calls with the text up to each node would.
+        """Process the scores `[n, v]` at the nodes of one row's tree, each node with the text up to that node.
 
-        `input_ids` `[1, s]` ends in the root; it may be any tensor where no processor `reads_texts`.
+        `input_ids` `[1, s]` ends in the root; it may be any tensor if `reads_texts` is false.
         """
         for reads_texts, processors in self._groups:
             if reads_texts:
@@ -87,7 +87,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
 
 def _levels(input_ids: Tensor, tree: DraftTree) -> tuple[Tensor, list[Tensor]]:
-    """Return the nodes `[n]` by level, and for each level the texts `[nodes, s + depth]` up to its nodes."""
+    """Return the nodes `[n]` sorted by depth, and for each depth the texts `[nodes, s + depth]` up to its nodes."""
     order = tree.depths[0].argsort(stable=True)
     parents, tokens = order.argsort()[tree.parents[0, order]], tree.tokens[0, order, None]
     prefixes, begin, level_begin = [input_ids], 1, 0

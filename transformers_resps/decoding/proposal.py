@@ -1,4 +1,4 @@
-"""Decide what a step verifies, live and on recorded texts: the policy chooses, the drafter and the text propose."""
+"""Make the tree of a step, live or on recorded texts: the policy chooses its size, drafter and lookup its nodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
-    """The decoded rows of a `Batch`."""
+    """The part of a `Batch` that a `Proposer` reads."""
 
     @property
     def in_lockstep(self) -> bool: ...
@@ -30,20 +30,20 @@ class DecodedRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The tree that a step verifies, and its origin."""
+    """The tree that a step verifies, and how it was drafted."""
 
-    shape: TreeShape  # the policy's choice, cut to the room that was left
+    shape: TreeShape  # the policy's choice, cut to the tokens that the text may still gain
     tree: DraftTree
     pool: CandidatePool | None = None  # the drafter's candidates; None if it did not draft
-    looked_up: int = 0  # nodes of the largest looked-up tree
+    looked_up: int = 0  # nodes that lookup found, in the row with most
 
     @property
     def candidates(self) -> int:
-        """Nodes that the drafter scored."""
+        """Number of nodes in the pool of each row."""
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count accepted nodes by proposer, on the `paths` (root first) of rows that `gained` tokens."""
+        """Count the accepted nodes by their source, in rows that `gained` tokens; `paths` start with the root."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -52,14 +52,14 @@ class Proposal:
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":
-        """Propose the root `[b]` alone."""
+        """Make a tree of the root `[b]` alone."""
         return cls(TreeShape.plain(), DraftTree.root_only(root))
 
 
 class Proposer:
-    """Decides what each step of a call verifies; `drafter` is `None` to draft by lookup alone.
+    """Makes the tree of each step; `drafter` is `None` if lookup alone drafts.
 
-    The policy chooses the shape, whether to go on after each level, and the number of nodes to verify.
+    The policy chooses the shape, whether to draft another level after each level, and the number of nodes to verify.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Proposer:
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Give drafter and lookup the committed tokens; see `Drafter.update_candidate_strategy`."""
+        """Pass the committed tokens to drafter and lookup; see `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
                 text = self._text(drafter, committed.tokens[:, -1])
@@ -81,11 +81,11 @@ class Proposer:
         self._newest_features = None if committed.features is None else committed.features[:, -1]
 
     def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
-        """Return the text `[b, s]` if a drafter reads it, else the root: joining the text in each step is slow."""
+        """Return the text `[b, s]` if the drafter reads it, else the root: joining the text at each step is slow."""
         return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
-        """Return the seconds of compiling drafts since the last call."""
+        """Return the seconds spent on compiling drafting code since the last call."""
         return 0.0 if self._drafter is None else self._drafter.take_compile_seconds()
 
     def read_prompt(self) -> None:
@@ -103,18 +103,10 @@ class Proposer:
         pricing: Pricing,
         prompt_seconds: float = 0.0,
     ) -> Proposal:
-        """Draft the tree below the newest tokens.
+        """Draft the tree below the newest tokens `root` `[b]`, which are on the target's device.
 
-        Args:
-            root: `[b]` the newest tokens, on the target's device.
-            step: 0 for the first.
-            context_length: positions so far, the root and padding included.
-            room: tokens that the text may still gain.
-            pricing: of the step.
-            prompt_seconds: see `Observation`.
-
-        Raises:
-            ValueError: the policy decided what no step can do.
+        All other arguments are as in `Observation`. Raises a `ValueError` if the policy returns an impossible shape or
+        number of nodes.
         """
         observation = Observation(
             self._newest_features,
@@ -141,7 +133,7 @@ class Proposer:
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))
         if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
-            pool = pool.on_host()  # one read for all that follows
+            pool = pool.on_host()  # copy once: the code below reads it several times
         pool = None if pool is None else pool.discounted(self._policy.discounts)
         if pool is not None and shape.lookup and self._policy.weighs_lookup:
             pool = self._lookup.weigh_beside(pool, shape.lookup)
@@ -153,9 +145,9 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Build the tree of the pool's best nodes on its device; without a pool, the root on the host."""
+        """Build the tree of the pool's best nodes on the pool's device; without a pool, of the root on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
-        # where only the device has the root, zeros hold its place until `below`
+        # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)
         if pool is not None:
             most = min(total_tokens, 1 + pool.tokens.shape[1])

@@ -1,7 +1,7 @@
-"""The sequences that a call writes, and which of its rows are still decoded.
+"""The texts that a call writes: `Text` appends tokens, `Batch` knows which rows are still decoded.
 
-A token is committed with exactly the calls of plain decoding. Rows in lockstep share one `Text`. Rows of a ragged
-batch have one each, so that none waits for the others.
+Each token makes the same calls (processors, criteria, streamer) as in plain decoding. Rows in lockstep share one
+`Text`. In a ragged batch each row has its own `Text`, so that no row waits for another.
 """
 
 import math
@@ -16,24 +16,24 @@ from ..tree import DraftTree
 from .processors import TreeLogitsProcessor
 
 
-_PATIENCE = 4.0  # a row that lags by so many tokens weighs e times as much
+_PATIENCE = 4.0  # tokens by which a row must lag to weigh e times as much
 
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """When a text ends, and when a criterion logs a warning."""
+    """The end tokens and the maximum length of a text, and the length at which Transformers warns."""
 
-    token_ids: frozenset[int]  # any of these ends it
-    length: int  # positions that it may reach
-    warning_free_length: int  # positions above which Transformers warns
+    token_ids: frozenset[int]  # end tokens
+    length: int  # maximum length
+    warning_free_length: int  # Transformers warns if the text gets longer than this
 
     def are_silent(self, length: int) -> bool:
-        """Whether no criterion warns before a text ends or reaches `length` positions."""
+        """Whether Transformers does not warn before the text ends or has `length` tokens."""
         return self.warning_free_length == self.length or length <= self.warning_free_length
 
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
-        """Read the criteria; `None` if anything but end tokens and a length may stop a text."""
+        """Read the criteria; returns `None` if anything but end tokens and a maximum length may end a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]
         if not lengths or len(lengths) + len(tokens) < len(criteria):
@@ -45,19 +45,19 @@ class StopConditions:
 
 
 class Text:
-    """Sequences that advance together, one committed position at a time.
+    """Rows that all gain the same number of tokens.
 
     Args:
-        input_ids: `[b, s]` the prompt.
-        logits_processor: called once per committed position, never for a rejected node.
-        stopping_criteria: called after each committed position.
-        do_sample: draw from the processed scores, else take the largest.
-        pad_token: fills finished rows, where an end token is among the criteria.
-        streamer: gets each committed token.
-        keep_scores: keep the processed scores of each position.
-        keep_logits: keep the raw logits of each position.
-        keep_padding: decode the padding of finished rows too, so that a caller's cache holds it as in plain decoding.
-        stops_at_ends: end a step where a row ends, so that the cache holds that row up to its end.
+        input_ids: the prompts `[b, s]`.
+        logits_processor: called once for each appended position; `commit` never calls it for a rejected node.
+        stopping_criteria: called after each appended position.
+        do_sample: whether to draw from the processed scores; else their argmax is taken.
+        pad_token: appended to finished rows, if an end token is among the criteria.
+        streamer: receives each appended token.
+        keep_scores: store the processed scores of each position.
+        keep_logits: store the raw logits of each position.
+        keep_padding: also decode the padding of finished rows, since plain decoding leaves it in the caller's cache.
+        stops_at_ends: end a step as soon as a row ends, so that the cache holds that row up to its end.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Text:
         keep_padding: bool = False,
         stops_at_ends: bool = False,
     ) -> None:
-        self._ids = input_ids  # without the tokens of `_ahead`
-        self._ahead: list[Tensor] = []  # [any] each, of a single row
+        self._ids = input_ids  # [b, s]; the tokens of `_ahead` follow
+        self._ahead: list[Tensor] = []  # tokens [any] of a single row, not joined yet
         self.length = int(input_ids.shape[1])
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
@@ -92,15 +92,15 @@ class Text:
         self.stop_conditions = StopConditions.of(stopping_criteria) if len(input_ids) == 1 else None
         is_supported = TreeLogitsProcessor.supports(logits_processor)
         self._tree_processor = TreeLogitsProcessor(logits_processor) if is_supported else None
-        self._decoded: Tensor | None = None  # rows that are still decoded; None for all
+        self._decoded: Tensor | None = None  # indices of the rows that are still decoded; None for all
 
     def __len__(self) -> int:
-        """Rows of the call."""
+        """Number of rows, finished ones included."""
         return len(self._ids)
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompt and answer, joined on access."""
+        """Prompts and answers `[b, s]`, joined on access."""
         if self._ahead:
             ahead = torch.cat(self._ahead).to(self._ids.device)
             self._ids, self._ahead = torch.cat([self._ids, ahead[None]], dim=1), []
@@ -112,27 +112,27 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """`[b]` bool: whether decoded rows count. Finished ones do if nothing pads them, or their padding is kept."""
+        """Bool `[b]`: whether each decoded row goes on. Finished rows do without padding, or with `keep_padding`."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
     @property
     def ended(self) -> dict[int, int]:
-        """Rows that have ended but are still decoded: row -> place among the decoded ones."""
+        """Finished rows that are still decoded, as a map from row to its index among the decoded rows."""
         rows = range(len(self)) if self._decoded is None else self._decoded.tolist()
         places = [place for place, goes_on in enumerate(self.live.tolist()) if not goes_on]
         return {rows[place]: place for place in places}
 
     @property
     def newest(self) -> Tensor:
-        """`[b]` the last token of each decoded row."""
+        """The last token `[b]` of each decoded row."""
         return self._of_decoded(self.input_ids[:, -1])
 
     def _of_decoded(self, values: Tensor) -> Tensor:
         return values if self._decoded is None else values[self._decoded]
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows; return the places of the others, or `None` if none has finished."""
+        """Stop decoding finished rows; return the old indices of the other rows, or `None` if no row has finished."""
         going_on = self.live.tolist()
         if all(going_on):
             return None
@@ -142,22 +142,22 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens, until `ends_with`, are the largest logits, and nothing observes them."""
+        """Whether the row's next `count` tokens are the argmax of their logits, and nothing observes single tokens."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether `pick` gives the next `count` tokens, until `ends_with`, without reading the text."""
+        """Whether `pick` can give the next `count` tokens of the row without reading the text before them."""
         processor = self._tree_processor
         reads_scores = processor is not None and not processor.reads_texts
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether the processors can run on all nodes before the path is known: stateless, on the tree's device."""
+        """Whether the processors can run on all nodes at once: stateless, and text and tree on one device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
     def ends_with(self, token: int, count: int) -> bool:
-        """Whether the text ends with `token`, the last of `count` picks that are not appended yet."""
+        """Whether the text ends with `token`, the last of `count` new tokens that are not appended yet."""
         conditions = self.stop_conditions
         assert conditions is not None
         return token in conditions.token_ids or self.length + count >= conditions.length
@@ -167,21 +167,21 @@ class Text:
         return conditions is not None and conditions.are_silent(self.length + count)
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits `[1, n or more, v]` of one row's tree raw and processed, `[n, v]` each."""
+        """Return raw and processed scores `[n, v]` of one row's tree from logits `[1, n or more, v]`, padding last."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
-        read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining the text
+        read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining an unread text
         return raw, self._tree_processor(read, raw, tree)
 
     def keep_outputs(self, path: list[int], logits: Tensor, scores: Tensor) -> None:
-        """Keep the raw logits and processed scores `[n, v]` of `path` if the caller asked for them."""
+        """Store raw logits and processed scores (`[n, v]`) at the nodes of `path`, if the caller wants them."""
         if self.scores is not None:
             self.scores += tuple(scores[node : node + 1].clone() for node in path)
         if self.logits is not None:
             self.logits += tuple(logits[node : node + 1].clone() for node in path)
 
     def append(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append tokens to this one row at once; `there` `[t]` holds them on the target's device."""
+        """Append `tokens` to a text of one row; `there` `[t]` are the same tokens on the target's device."""
         self.length += len(tokens)
         self._ahead.append(there)
         if finished:
@@ -191,7 +191,7 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Pick tokens `[any]` from logits `[any, v]` of any texts with these settings; see `picks_by_scores`."""
+        """Pick tokens `[any]` from logits `[any, v]` of any rows with these settings, if `picks_by_scores` is true."""
         scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
 
@@ -201,9 +201,9 @@ class Text:
         return scores.argmax(dim=-1)
 
     def commit(self, logits: Tensor) -> Tensor:
-        """Pick, append and return one token per decoded row, `[b]`, from the target's logits `[b, v]`."""
+        """Pick one token for each decoded row from logits `[b, v]`, append it, and return the tokens `[b]`."""
         logits = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
-        if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
+        if self._decoded is not None:  # draw as many random numbers as plain decoding
             every_row = logits.new_zeros(len(self), logits.shape[-1])
             logits = every_row.index_copy_(0, self._decoded, logits)
         scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
@@ -229,16 +229,16 @@ class Batch:
 
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
-        self._decoded = list(range(len(texts)))  # indices of texts that are still decoded
-        self._drops_finished = drops_finished  # leave finished rows out of all further work
+        self._decoded = list(range(len(texts)))  # indices of the texts that are still decoded
+        self._drops_finished = drops_finished  # whether to leave finished rows out of later steps
 
     def __len__(self) -> int:
-        """Rows of the call."""
+        """Number of rows of the call."""
         return sum(map(len, self._texts))
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether all rows advance together, as one row does."""
+        """Whether all rows advance by the same number of tokens; also true for a single row."""
         return len(self._texts) == 1
 
     @property
@@ -247,26 +247,26 @@ class Batch:
 
     @property
     def newest(self) -> Tensor:
-        """`[b]` the last token of every decoded row."""
+        """The last token `[b]` of each decoded row."""
         if self.in_lockstep:
             return self._texts[0].newest
         return torch.cat([text.newest for text in self.decoded_texts])
 
     @property
     def length(self) -> int:
-        """Positions of the longest decoded row."""
+        """Length of the longest decoded row, in tokens."""
         return max(self._texts[index].length for index in self._decoded)
 
     @property
     def shortest(self) -> int:
-        """Positions of the shortest decoded row."""
+        """Length of the shortest decoded row, in tokens."""
         return min(self._texts[index].length for index in self._decoded)
 
     @property
     def row_weights(self) -> list[float]:
-        """Weight of a token of each decoded row, 1.0 on average.
+        """Value of one more token of each decoded row, 1.0 on average.
 
-        The derivative of the rows' soft minimum, since the batch ends with its slowest row.
+        It is the derivative of a soft minimum of the lengths, since the batch ends with its slowest row.
         """
         if self.in_lockstep:
             return [1.0] * self._texts[0].decoded_count
@@ -280,22 +280,22 @@ class Batch:
         return [self._texts[index] for index in self._decoded]
 
     def is_plain_greedy(self, count: int) -> bool:
-        """See `Text.is_plain_greedy`, for every decoded text."""
+        """Whether `Text.is_plain_greedy` holds for every decoded text."""
         return all(text.is_plain_greedy(count) for text in self.decoded_texts)
 
     def picks_by_scores(self, count: int) -> bool:
-        """See `Text.picks_by_scores`, for every decoded text."""
+        """Whether `Text.picks_by_scores` holds for every decoded text."""
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
-        """Spread counts of decoded rows over all rows of the call, with 0 for the others."""
+        """Return counts of all rows of the call from `counts` of the decoded rows, with 0 for all other rows."""
         every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
             every_row[index] = count
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """See `Text.drop_finished`."""
+        """Stop decoding finished rows, see `Text.drop_finished`; `None` also if the whole batch is finished."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
@@ -308,19 +308,19 @@ class Batch:
 
     @property
     def ended(self) -> dict[int, int]:
-        """Rows that have ended but are still decoded: row -> place among the decoded ones."""
+        """Finished rows that are still decoded, as a map from row to its index among the decoded rows."""
         if self.in_lockstep:
             return self._texts[0].ended
         return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
 
     def answers(self, start: int) -> list[list[int]]:
-        """Return the tokens of all rows from position `start` on, padded after their ends."""
+        """Return the tokens of all rows from position `start`; a row that ended is padded."""
         found: list[list[int]] = self.input_ids[:, start:].tolist()
         return found
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompts and answers, padded after their ends."""
+        """Prompts and answers `[b, s]`; a row that ended is padded."""
         if self.in_lockstep:
             return self._texts[0].input_ids
         longest = max(text.length for text in self._texts)
@@ -328,12 +328,12 @@ class Batch:
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:
-        """The kept processed scores `[b, v]` of each position; rows in lockstep only."""
+        """The processed scores `[b, v]` of each position, if they are stored; only for rows in lockstep."""
         return self._texts[0].scores
 
     @property
     def logits(self) -> tuple[Tensor, ...] | None:
-        """The kept raw logits `[b, v]` of each position; rows in lockstep only."""
+        """The raw logits `[b, v]` of each position, if they are stored; only for rows in lockstep."""
         return self._texts[0].logits
 
     @staticmethod
