@@ -1,10 +1,9 @@
-"""Calibration of a head's scores to the probability that a node is accepted.
+"""Estimates from a head's scores how likely each node is to be accepted.
 
-A head is over- or underconfident, and more so on another domain. Two corrections apply to each level: Platt scaling,
-fitted on recorded texts, and a factor that follows the outcomes while decoding. A deep level has few outcomes, so its
-factor leans on the level above. Blocks guess their slots independently, so their error grows with every level.
-
-It computes with floats: trees are so small that a tensor operation costs more than the sum.
+A head is over- or underconfident, and more so on texts unlike its training data. Two corrections apply to each level:
+Platt scaling, fitted on recorded texts, and a factor that is learned while decoding. Deep levels have few outcomes, so
+their factor starts from that of the level above. Block heads guess all positions of a draft independently, so their
+error grows with every level. All sums use Python floats: for such small trees one tensor operation takes longer.
 """
 
 import math
@@ -14,20 +13,20 @@ from itertools import accumulate
 from operator import mul
 
 
-LEVELS = 4  # Levels with a fitted scaling of their own, unless a block has more; deeper ones share the last.
-_MEMORY, _HIT_MEMORY = 0.99, 0.97  # Weights of the past when an outcome is added.
-_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # The priors count like so many outcomes.
-_ENOUGH = 4.0  # Drafts after which the estimates count as evidence.
-_PRIOR_HITS = 0.6  # Prior probability that a level below a right token holds the next one.
+LEVELS = 4  # Number of levels with their own fitted scaling (block heads may have more); deeper ones use the last.
+_MEMORY, _HIT_MEMORY = 0.99, 0.97  # Factors of the old sums when an outcome is added.
+_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # Number of outcomes for which each prior counts.
+_ENOUGH = 4.0  # Number of observed drafts from which the model is confident.
+_PRIOR_HITS = 0.6  # Prior probability that the children of a right token include the next right token.
 _MAX_EXPONENT = 700.0  # `math.exp` overflows just above.
-MIN_SCORE = -7.0  # A node of less than one in a thousand is worth no arithmetic.
-MAX_SCORE = -1e-4  # The log odds of a certain node are infinite.
+MIN_SCORE = -7.0  # Nodes below this log probability (one in a thousand) count as 0, to save time.
+MAX_SCORE = -1e-4  # Limits log probabilities, because the log odds of a certain node are infinite.
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # See `children_of`.
 
 
 @dataclass(frozen=True, slots=True)
 class PlattScaling:
-    """`sigmoid(intercept + slope * logit(path probability))` (Platt 1999; for networks arXiv 1706.04599)."""
+    """Calibrates by `sigmoid(intercept + slope * logit(p))`, p a path's probability (Platt 1999; arXiv 1706.04599)."""
 
     intercept: float = 0.0
     slope: float = 1.0
@@ -45,7 +44,7 @@ class PlattScaling:
 
 
 class AcceptanceModel:
-    """Estimates acceptance by score and level; levels beyond the `scalings` share the last one."""
+    """Estimates a node's probability of acceptance; `scalings[0]` is for level 1, and deeper levels use the last."""
 
     def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.scalings = tuple(scalings)
@@ -54,14 +53,14 @@ class AcceptanceModel:
                 "`AcceptanceModel` got no scalings, but needs one of the first level at least. Pass "
                 "`[PlattScaling()]`, the identity."
             )
-        self._factors = _Ratios(_MEMORY, _PRIOR_WEIGHT, 1.0)  # outcomes over expectations
+        self._factors = _Ratios(_MEMORY, _PRIOR_WEIGHT, 1.0)  # observed hits over predicted hits
         self._hits = _Ratios(_HIT_MEMORY, _HIT_PRIOR_WEIGHT, _PRIOR_HITS)
         is_fitted = not all(one.is_identity for one in self.scalings)
         self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of observed drafts
 
     @property
     def is_confident(self) -> bool:
-        """Whether enough outcomes were observed, here or in the fit."""
+        """Whether enough outcomes were observed, while decoding or by the fit of the scalings."""
         return self._drafts >= _ENOUGH
 
     def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
@@ -71,22 +70,25 @@ class AcceptanceModel:
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return the log correction of each level's scores; it never rises, so that parents rank before children."""
+        """Return the number to add to each level's scores as a correction.
+
+        The numbers never rise with depth, so that parents rank before their children.
+        """
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
-        """Probability that the children of a right path hold the right token, at `level`."""
+        """Probability that nodes of `level` include the right token if their parent was right."""
         return self._hits.at(level)
 
     def reach(self, depth: int) -> list[float]:
-        """Estimate, before any draft, how likely each of the first `depth` levels holds the right path."""
+        """Estimate, before drafting, the probability that each of the first `depth` levels includes the right path."""
         return [self._hits.product(level) for level in range(1, depth + 1)]
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Estimate the acceptance of children that a level's nodes would get, at most three of each.
+        """Estimate how likely the children of a level's nodes would be accepted, for at most three children per node.
 
-        On recordings of two heads the first child has half to nine tenths of all children's hits, rising with the mean
-        probability of the nodes above it; the next two have 0.16 and 0.075.
+        In recordings of two heads the first child has a share of 0.5 to 0.9 of the hits of all children, which rises
+        with the mean probability of the nodes above it. The next two children have shares of 0.16 and 0.075.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
@@ -97,9 +99,10 @@ class AcceptanceModel:
         return children
 
     def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
-        """Learn that `drafted_match` levels of a draft held the right path, as far as `emitted` tokens show it.
+        """Learn from a draft whose first `drafted_match` levels included the right path.
 
-        `level_probs` are the sums of `probabilities` over each level: how likely it was to hold the right path.
+        Levels deeper than the `emitted` tokens are ignored, because their right token is unknown. `level_probs` are
+        the sums of `probabilities` over each level, which estimate how likely the level was to include the right path.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
@@ -115,11 +118,11 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """Ratios of decayed sums; a new level starts with the ratio above it, counted `weight` times."""
+    """A ratio of two decaying sums for each level; a new level starts with `weight` outcomes of the ratio above it."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight
-        self._sums = [(weight * first, weight)]  # for level 1, 2, ... as far as there were outcomes
+        self._sums = [(weight * first, weight)]  # of level 1, 2, ... down to the deepest with an outcome
         self._products = [1.0, first]  # products of the first 0, 1, ... ratios
 
     def at(self, level: int) -> float:
@@ -131,7 +134,7 @@ class _Ratios:
         return self._products[known] * self.at(level) ** (level - known)
 
     def add(self, level: int, part: float, whole: float) -> None:
-        """Add an outcome of a level; all above have had one."""
+        """Add an outcome to a level; every level above must already have an outcome."""
         if level > len(self._sums):
             self._sums.append((self._weight * self.at(level), self._weight))
         parts, wholes = self._sums[level - 1]

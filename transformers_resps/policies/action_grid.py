@@ -1,4 +1,4 @@
-"""The shapes that a learned policy picks from."""
+"""The set of tree shapes from which a learned policy picks."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class ActionGrid:
-    """A set of shapes, at least one; an action is an index into it."""
+    """One or more tree shapes, without duplicates. An action of a learned policy is an index into `shapes`."""
 
     shapes: tuple[TreeShape, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(self.shapes))  # a list would equal no grid that was saved
+        object.__setattr__(self, "shapes", tuple(self.shapes))  # for `==`: a list never equals a tuple
         if not all(isinstance(shape, TreeShape) for shape in self.shapes):
             raise ValueError(
                 f"`ActionGrid` needs `TreeShape`s, got {self.shapes!r}. Use `ActionGrid.from_list` for lists of "
@@ -37,7 +37,8 @@ class ActionGrid:
     def paper(cls) -> "ActionGrid":
         """Return the 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
 
-        The paper's filter drops 3 of 180, 80, 96 and 128 nodes at depth 3 and top_k 8, although they would fit.
+        Of 180 combinations the paper's filter drops three, depth 3 and top_k 8 with 80, 96 and 128 nodes, although a
+        head could fill these trees.
         """
         return cls(
             tuple(
@@ -49,14 +50,15 @@ class ActionGrid:
 
     @classmethod
     def small(cls) -> "ActionGrid":
-        """Return the default: a plain step and trees of 4 to 16 nodes, for machines with expensive wide forwards."""
+        """Return the default grid for machines where wide forwards are expensive: no draft, or 4 to 16 nodes."""
         return cls.from_bins((4, 6, 8, 12, 16), (2, 3, 4, 6), (1, 2, 4))
 
     @classmethod
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
-        """Combine the numbers to a plain step and all shapes that a head can fill without unused levels.
+        """Combine all numbers to shapes, keep the possible ones, and add a plain step.
 
-        Such a tree has a node per level, and at most the pool's `top_k + (depth - 1) * top_k ** 2` nodes.
+        A shape is possible if it has at least one node per level, and, without the root, at most as many nodes as the
+        head proposes: `top_k + (depth - 1) * top_k ** 2`.
         """
         shapes = [
             TreeShape(total, depth, top_k)
@@ -72,14 +74,14 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes whose step, with all drafts accepted, beats as many plain ones."""
+        """Keep the shapes that are faster than plain steps if every draft is accepted, given `seconds` per step."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]
         return ActionGrid(tuple(dict.fromkeys([TreeShape.plain(), *kept])))
 
     def to_list(self) -> list[list[int]]:
-        """List total_tokens, depth, top_k and lookup of each shape, for JSON."""
+        """Return `[total_tokens, depth, top_k, lookup]` for each shape, for JSON."""
         return [[shape.total_tokens, shape.depth, shape.top_k, shape.lookup] for shape in self.shapes]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The policy "auto", and the cache that keeps named policies between calls."""
+"""The policy "auto", and the cache that keeps policies chosen by name between calls of `generate`."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from .throughput import ThroughputPolicy
 
 
 def default_policy() -> Policy:
-    """Make the policy "auto", which needs no training."""
+    """Make a new policy "auto", which needs no training."""
     return BaselineGuard(ThroughputPolicy())
 
 
 class PolicyCache:
-    """Keeps the named policies of one target, one for each head and key, as long as target and head exist."""
+    """Keeps the policies of one target, one for each head and key; a policy is dropped when its head is deleted."""
 
     def __init__(self) -> None:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
@@ -27,14 +27,14 @@ class PolicyCache:
     def key(
         target: Any, rows: int, name: str = "auto", compile: bool | str | None = None, invariant: bool | None = None
     ) -> Hashable:
-        """Join a policy's name with all that a step's cost depends on."""
+        """Make the cache key: the policy's name and the settings that change the cost of a step."""
         return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False, invariant or False
 
     @contextmanager
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Lend the policy of this head and key, or a new one, also while another thread has it."""
+        """Lend the kept policy of this head and key; if there is none, or another thread has it, make one."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:
@@ -46,5 +46,5 @@ class PolicyCache:
         self._policies.clear()
 
     def __reduce__(self) -> tuple[type["PolicyCache"], tuple[()]]:
-        """A copied or pickled target starts anew."""
+        """Copy or pickle as an empty cache, so that the copy of a target learns anew."""
         return PolicyCache, ()

@@ -1,6 +1,6 @@
-"""The `Policy` base class: which questions a policy answers, and what it sees and learns from.
+"""The `Policy` base class: the methods that decoding calls on a policy, and the data that it passes to them.
 
-A policy sees trees and records, never a head or a model, so that any drafter can make the observations.
+A policy gets trees and records, never a head or a model, so it works with any drafter.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from .costs import RunningCosts
 
 Identity = Mapping[str, Any]  # JSON values that identify a target or a head
 
-# Limits of a step's memory. Published trees verify 60 nodes of 710 candidates.
+# Upper bounds that limit the memory of a step. Published trees verify 60 nodes, picked from 710 candidates.
 MAX_NODES = 4096
 MAX_CANDIDATES = 2**20
 
@@ -28,26 +28,26 @@ class Observation:
     """The state of decoding that a policy sees before a step is drafted.
 
     Attributes:
-        features: `[b, F]` the hidden states that the drafter takes from the target, concatenated, at the newest
-            processed position, in the target's dtype; `None` if it takes none.
-        context_length: positions of the sequence so far, padding included.
-        step: 0 for the first decision in a call of `generate`.
-        room: tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: looks up the end of the sequence in the text and in memories. It returns P(the path to a
-            node is accepted) of the best 16 nodes, falling; `[]` without a match. Batches: the mean over rows,
-            weighted by `row_weights` (ragged), or the minimum (lockstep). During the `size` of a policy that weighs
-            lookup it covers only nodes that the drafter's pool lacks, which are less likely.
-        prompt_seconds: seconds that head and lookup took for the prompt; in no record.
+        features: `[b, F]`, in the target's dtype: the target's hidden states at the newest processed position, from
+            the layers that the drafter reads, concatenated; `None` if the drafter reads none.
+        context_length: number of positions in the sequence so far, padding included.
+        step: number of the decision in this call of `generate`, from 0.
+        room: number of tokens that the sequence may still gain; a deeper tree is cut.
+        prefix_accept_probs: runs prompt lookup and returns, for the best 16 nodes in falling order, the probability
+            that the path to the node is accepted; `[]` if nothing matches. For a ragged batch it returns the mean over
+            rows, weighted by `row_weights`; in lockstep, the minimum. While `size` runs for a policy with
+            `weighs_lookup`, it returns only nodes that the drafter did not propose, which are less likely.
+        prompt_seconds: seconds that head and lookup spent on the prompt; no `StepRecord` contains them.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
-        pricing: the cost of a step beside its nodes.
-        can_draft: whether there is a head, or another source of levels.
-        drafts_at_once: whether one pass drafts all levels. `grow` is then not asked, and width and depth cost nothing.
-        most_levels: maximum number of levels; `None` for any.
-        row_count: rows that are decoded.
+        pricing: what a step costs apart from its nodes.
+        can_draft: whether there is a head or another drafter, not only lookup.
+        drafts_at_once: whether one pass drafts all levels. If so, `grow` is not called, and width and depth are free.
+        most_levels: maximum number of levels; `None` for no maximum.
+        row_count: number of rows that are decoded.
         device_type: device of the target, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
-        shared: callable for `size`; for each row, the nodes of the pool that lookup found, too.
+        shared: callable for `size`: for each row, the indices of the drafted nodes that lookup also proposes.
     """
 
     features: Tensor | None
@@ -68,11 +68,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """Nodes that a step costs more if each row gets one more."""
+        """Number of nodes by which the cost of a step grows if each row gets one more node."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Nodes that a step costs more with at most `most` looked-up ones of at least this probability."""
+        """Return how many nodes lookup adds to a step: at most `most` per row, of at least this probability."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -80,7 +80,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A drafted level; a policy decides from it whether to draft the next."""
+    """The newest drafted level, from which a policy decides whether to draft another level."""
 
     depth: int  # levels drafted so far
     scores: Tensor  # [b, k] fp32 cumulative log probabilities of the nodes that would get children next
@@ -89,26 +89,26 @@ class Level:
 class Policy(ABC):
     """Decides how each step drafts. Subclass it, write `choose`, and override `grow`, `size` and `observe` as needed.
 
-    A policy affects speed only: whatever it decides, the output stays the target's own. Set the attributes in the
-    class or on the object; some may change in `choose`.
+    A policy affects only the speed: the target picks every output token, whatever the policy decides. Set the
+    attributes in the class or on the object; `choose` may change some of them.
 
     Attributes:
-        needs_head: false if it works without a head.
-        uses_lookup: false if it never uses lookup nodes or `Observation.prefix_accept_probs`; the prompt is then not
-            indexed.
-        needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
-        grows: false if it never stops between two levels. All levels are then drafted in one go, which suits
-            accelerators, and `grow` is not asked.
-        probes_head: true if it learns from drafts that are not verified. `BaselineGuard` then limits these apart.
-        least_lookup_prob: looked-up nodes of lower probability are not verified. `size` may change it, so that nodes
-            of head and lookup compete.
-        weighs_lookup: whether `size` compares looked-up nodes with the draft: a node that the drafter lacks is less
-            likely, and one that both have counts once.
-        discounts: added to the scores of each level before the best nodes are picked; never rising, and deeper levels
-            get the last one. `size` sees the sum.
-        costs: the step costs that it learns itself, shared with `BaselineGuard`; `None` if it learns none.
-        target_identity: the target that it was trained for, from `pair_identity`; `None` for any.
-        head_identity: the same for the head, whose weights are hashed only if the policy has an identity.
+        needs_head: false if the policy works without a head.
+        uses_lookup: false if the policy never uses looked-up nodes or `Observation.prefix_accept_probs`; the prompt is
+            then not indexed.
+        needs_drafted_match: false if the policy ignores `StepRecord.drafted_match`, which then stays 0.
+        grows: false if the policy never stops between two levels. All levels are then drafted without a pause, which
+            suits accelerators, and `grow` is not called.
+        probes_head: true if the policy learns from unverified drafts, too. `BaselineGuard` then limits drafting and
+            verifying separately.
+        least_lookup_prob: looked-up nodes of lower probability are not verified. `size` may change it.
+        weighs_lookup: whether `size` compares looked-up nodes with drafted ones. A looked-up node that the drafter did
+            not propose then gets a lower probability, and a node that both propose counts once.
+        discounts: number per level that is added to the scores of its nodes before the best nodes are picked. The
+            numbers never rise with depth; levels beyond the last number use the last. `size` gets the sums.
+        costs: the step costs that the policy learns, which `BaselineGuard` uses, too; `None` if it learns none.
+        target_identity: the target that the policy was trained for, from `pair_identity`; `None` for any target.
+        head_identity: the same for the head. Its weights are hashed only if the policy has an identity.
     """
 
     needs_head: bool = True
@@ -125,49 +125,49 @@ class Policy(ABC):
 
     @property
     def is_confident(self) -> bool:
-        """Whether its estimates rest on observed outcomes by now; `BaselineGuard` then allows larger trees."""
+        """Whether the policy has seen enough outcomes for its estimates; `BaselineGuard` then allows larger trees."""
         return False
 
     @property
     def has_identity(self) -> bool:
-        """Whether it was trained for one target or head."""
+        """Whether the policy was trained for a particular target or head."""
         return self.target_identity is not None or self.head_identity is not None
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        """Raise a `ValueError` for another target or head than the policy was trained for; `None` is not compared."""
+        """Raise `ValueError` if the policy was trained for another target or head; `None` is not compared."""
         check_same("target", self.target_identity, target)
         check_same("head", self.head_identity, head)
 
     def wants_head(self, rows: int, tokens: int, room: int) -> bool:
-        """Return whether a call may use the head, which costs a pass over the prompt; asked once, before any step.
+        """Return whether this call of `generate` may use the head, which must then process the prompt.
 
-        If not, lookup drafts alone, and `Observation.can_draft` is false. `tokens` counts the prompt tokens of all
-        rows that no earlier call has processed, `room` those that each text may gain.
+        This is called once, before the first step. After false only lookup drafts, and `Observation.can_draft` is
+        false. `tokens` counts the new prompt tokens of all `rows`; `room` is how many tokens each row may gain.
         """
         return True
 
     @abstractmethod
     def choose(self, observation: Observation) -> TreeShape:
-        """Return the shape of this step; `TreeShape.plain()` drafts nothing."""
+        """Return the shape of the coming step's draft tree; `TreeShape.plain()` drafts nothing."""
 
     def grow(self, level: Level) -> bool:
-        """Return whether to draft another level, up to the chosen depth. Not asked if `grows` is false."""
+        """Return whether to draft another level, up to the chosen depth. Not called if `grows` is false."""
         return True
 
     def size(self, scores: Tensor, levels: Tensor) -> int | Sequence[int]:
-        """Return how many nodes to verify, root included, up to `total_tokens`.
+        """Return how many nodes to verify, root included, up to `total_tokens`: one number, or one for each row.
 
-        The largest of several numbers holds for all rows unless the observation has `row_accept_probs`. `scores`
-        `[b, p]` are fp32 cumulative log probabilities of the pool's nodes, every parent before its children, and
-        `levels` `[p]` their levels, ascending from 1.
+        Unless the observation has `row_accept_probs`, all rows get the largest number. `scores` `[b, p]` are the fp32
+        cumulative log probabilities of all candidate nodes, every parent before its children; `levels` `[p]` are
+        their levels, ascending from 1.
         """
         return scores.shape[-1] + 1
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
-        """Look at the verified tree of the unfinished rows, for instance to draw it; called before `observe`, untimed.
+        """Inspect the verified tree of the unfinished rows, for instance to draw it.
 
-        `path` `[b, m]` are the accepted nodes, root first; a row that accepted fewer repeats its last one. `tokens`
-        `[b, m]` are the target's picks after them.
+        This is called before `observe`, and its time is not measured. `path` `[b, m]` holds the accepted nodes, root
+        first; a row that accepted fewer repeats its last node. `tokens` `[b, m]` are the target's tokens after them.
         """
         return None
 
@@ -176,21 +176,21 @@ class Policy(ABC):
         return None
 
     def explain(self, steps: Sequence[StepRecord]) -> str | None:
-        """Say in a sentence why most `steps` of a call (the first is the prefill) were plain, or return `None`."""
+        """Return a sentence that says why most `steps` of a call were plain, or `None`. `steps[0]` is the prefill."""
         return None
 
     def adopt_costs(self, costs: RunningCosts) -> None:
-        """Replace the learned costs; a guard calls it when the context is far longer, or a new batch begins."""
+        """Replace the learned costs; a guard calls this after a large change of context, or for a new batch."""
         self.costs = costs
 
 
 def _of_wrapped(name: str) -> Any:
-    """Forward an attribute, which may change between steps, or a method to the wrapped policy."""
+    """Make a property that reads `name`, an attribute or method, from the wrapped policy at each access."""
     return property(attrgetter(f"policy.{name}"))
 
 
 class PolicyWrapper(Policy):
-    """Forwards everything to the wrapped `policy`; a subclass overrides some."""
+    """Forwards all methods and attributes to the wrapped `policy`; subclasses override some of them."""
 
     needs_head: bool = _of_wrapped("needs_head")
     uses_lookup: bool = _of_wrapped("uses_lookup")
@@ -220,7 +220,7 @@ class PolicyWrapper(Policy):
 
 
 class Trials:
-    """Retries what does not pay after `first` chances, then after twice as many each time, up to `last`."""
+    """Decides when to retry what does not pay: after `first` chances, then twice as many each time, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last
@@ -239,7 +239,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Ask a policy for a shape, and cut it to the room and to the tokens that the head can propose."""
+    """Ask a policy for a shape; cut it to the room left and to the number of tokens that the head can propose."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -254,7 +254,7 @@ def choose_shape(policy: Policy, observation: Observation, proposable_tokens: in
 
 
 def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
-    """Ask a policy for a shape and check its type."""
+    """Return the shape that a policy chooses; raises `ValueError` if it is no `TreeShape`."""
     shape = policy.choose(observation)
     if not isinstance(shape, TreeShape):
         raise ValueError(
@@ -264,7 +264,7 @@ def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
 
 
 def wants_level(policy: Policy, level: Level) -> bool:
-    """Ask a policy whether to draft another level."""
+    """Return whether a policy wants another level; raises `ValueError` if its answer is no truth value."""
     answer = policy.grow(level)
     try:
         return bool(answer)
@@ -273,7 +273,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
-    """Ask a policy how many nodes of each row to verify; below 1 means the root alone."""
+    """Ask a policy how many nodes of each row to verify; a number below 1 means only the root."""
     answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
         counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows
@@ -289,7 +289,7 @@ def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
 
 
 def check_identity_values(what: str, value: Any) -> None:
-    """Refuse a value that is neither an identity nor `None`."""
+    """Raise `ValueError` if `value` is neither a mapping nor `None`; `what` names it in the message."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(
             f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
@@ -298,7 +298,7 @@ def check_identity_values(what: str, value: Any) -> None:
 
 
 def check_same(what: str, trained: Identity | None, used: Identity | None) -> None:
-    """Refuse an identity that contradicts the one of training; keys that one side lacks are skipped."""
+    """Raise `ValueError` if a key has other values in `trained` and `used`; keys that are only in one are skipped."""
     if trained is None or used is None:
         return
     # A model's path differs between machines and does not identify it

@@ -1,4 +1,4 @@
-"""Costs of a step: planted, measured beforehand as a table, or learned while decoding."""
+"""Seconds that a decoding step costs: measured beforehand as a table, or learned while decoding."""
 
 import json
 import math
@@ -13,21 +13,21 @@ from typing import Any
 from ..tree import TreeShape
 
 
-Range = tuple[float, float]  # seconds: first and third quartile of the repeats
+Range = tuple[float, float]  # first and third quartile of repeated measurements, in seconds
 
 
 class CostModel(ABC):
-    """Seconds of the parts of a step."""
+    """Estimates the seconds of each part of a step."""
 
-    overhead: float  # seconds of a step outside its forwards: acceptance, caches, policy
+    overhead: float  # seconds of a step outside the forwards of target and head: acceptance, caches, policy
 
     @abstractmethod
     def verify_seconds(self, nodes: int, context: int) -> float:
-        """Return the seconds of a target forward over `nodes`, after `context` positions."""
+        """Return the seconds of a target forward over `nodes` nodes, after `context` cached positions."""
 
     @abstractmethod
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Return the seconds of drafting `levels` levels of `width` nodes; 0 for none."""
+        """Return the seconds of drafting `levels` levels of `width` nodes; 0 for no levels."""
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
         verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
@@ -38,22 +38,22 @@ class CostModel(ABC):
 class CostTable(CostModel):
     """Measured costs of decoding steps on one machine: medians in seconds, as `calibrate` returns them.
 
-    It is a table, not a line: on some CPUs two nodes cost more than eight in fp32.
+    Each size is measured, because costs may fall with size: on some CPUs two nodes cost more than eight in fp32.
 
     Attributes:
         verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
-        draft: level width -> seconds of each level of a draft; empty without a head.
-        identity: device, dtype, threads, versions, target, attention and head that the table is valid for.
-        overhead: seconds of a step outside its forwards: acceptance, caches, policy.
+        draft: nodes per level -> seconds of one level of a draft; empty without a head.
+        identity: device, dtype, threads, versions, target, attention and head for which the table is valid.
+        overhead: seconds of a step outside the forwards of target and head: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with Transformers' attention and cache.
-        verify_range: context positions -> nodes -> first and third quartile of the repeats, in seconds.
-        draft_range: level width -> quartiles.
-        plain_range: context positions -> quartiles.
-        draft_start: level width -> seconds of a draft beside its levels; older tables lack it, which counts as 0.
+        verify_range: like `verify`, with the first and third quartile of the measurements.
+        draft_range: like `draft`, with quartiles.
+        plain_range: like `plain`, with quartiles.
+        draft_start: nodes per level -> fixed seconds of a draft, whatever its depth; 0 in older tables, which lack it.
 
     Raises:
-        ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds. A level,
-            or the start of a draft, may cost nothing, but not both.
+        ValueError: the table has no forward, a size is below 1, or a cost is not a positive number. The start of a
+            draft or its levels may cost 0, but not both.
     """
 
     verify: dict[int, dict[int, float]]
@@ -86,7 +86,7 @@ class CostTable(CostModel):
         return _interpolated({length: _interpolated(row, nodes) for length, row in self.verify.items()}, context)
 
     def plain_seconds(self, context: int) -> float:
-        """Return the seconds of a forward of plain `generate`, or of our plain step if that was not measured."""
+        """Return the seconds of a forward of plain `generate`; if not measured, those of verifying one node."""
         return _interpolated(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
@@ -96,9 +96,9 @@ class CostTable(CostModel):
         return start + levels * _interpolated(self.draft, width)
 
     def running(self, context: int, top_k: int = 4) -> "RunningCosts":
-        """Make starting costs for a `ThroughputPolicy` after `context` positions; it corrects them while it decodes.
+        """Make the costs with which a `ThroughputPolicy` starts at a context of `context` positions.
 
-        The policy begins with `top_k` children per node: 4 on a CPU, elsewhere 10.
+        Decoding then corrects them. `top_k` is the policy's first number of children per node: 4 on a CPU, else 10.
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
@@ -107,7 +107,7 @@ class CostTable(CostModel):
         return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
-        """Refuse a table measured elsewhere; `here` comes from `calibration.identity_of`."""
+        """Raise `ValueError` if the table's identity differs from `here`, which `calibration.identity_of` returns."""
         known = self.identity
         odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
         if odd:
@@ -117,7 +117,7 @@ class CostTable(CostModel):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON; an existing file is replaced atomically."""
+        """Write the table as JSON; replaces an existing file atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".tmp")
@@ -126,7 +126,7 @@ class CostTable(CostModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
-        """Load a saved table; raises `ValueError` for any other file."""
+        """Load a saved table; raises `ValueError` if the file cannot be read or is no table."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
@@ -145,7 +145,7 @@ class CostTable(CostModel):
                 f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
             ) from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            reason = repr(error)[:200]  # a decoding error would hold the whole file
+            reason = repr(error)[:200]  # a `UnicodeDecodeError` contains the whole file
             raise ValueError(
                 f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
             ) from error
@@ -160,7 +160,7 @@ def _ranges(saved: dict[str, Any]) -> dict[int, Range]:
 
 
 def _first_levels(draft: Any, start: Any) -> Any:
-    """Map level widths to the seconds of a draft of one level; `None` for invalid costs or widths."""
+    """Return nodes per level -> seconds of a draft of one level, start included; `None` if the input is invalid."""
     is_priced = all(isinstance(row, dict) and all(map(_is_cost, row.values())) for row in (draft, start))
     if not is_priced or not start.keys() <= draft.keys():
         return None
@@ -168,7 +168,7 @@ def _first_levels(draft: Any, start: Any) -> Any:
 
 
 def _interpolated(row: dict[int, float], at: int) -> float:
-    """Interpolate linearly; beyond the last point follow the line through the last two, if it rises."""
+    """Interpolate linearly; extrapolate beyond the last point by the line through the last two, if that line rises."""
     known = sorted(row)
     if at <= known[0] or len(known) == 1:
         return row[known[0]]
@@ -192,41 +192,42 @@ def _is_cost(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-# Weights of a surprise (measured over expected seconds, minus one) for the machine's speed and for this size alone.
+# After a forward, its surprise (measured over expected seconds, minus one) rescales all sizes by `_SPEED` times the
+# surprise, and also its own size by `_OWN` times.
 _SPEED, _OWN = 0.3, 0.1
 INTERRUPTED = 1.5  # Time above this factor of the known duration is attributed to other processes.
 _HIGHER, _LOWER = 0.15, 0.5  # Weights of a new measurement above or below the mean.
-_OUTDATED_PLAIN = 0.6  # A tree faster than this share of a plain step shows that the plain time is outdated.
-# Guessed cost of a further node in plain steps, for one row and added for each further row; most machines are near it.
-# SmolLM2 on two Zen 4 cores: 0.01 for one row, 0.2 in a batch of eight.
+_OUTDATED_PLAIN = 0.6  # A tree that takes less than this share of a plain step shows that the plain time is outdated.
+# Guessed cost of one more node, in plain steps: with one row, and what each further row adds. Most machines are close:
+# SmolLM2 on two Zen 4 cores needs 0.01 for one row and 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
-_RUINOUS_SLOPE = 1.2  # Plain steps per further node: far above every machine that we know.
-_ROUNDING = 1e-9  # Seconds by which a difference of times may be negative.
-_LEARNED = 10  # Drafts, or looks, that count alike; each later one moves their mean by a tenth.
-_LEARNED_WIDTH = 20  # The same for the cost of a width beside the others, which changes less.
-_INERTIA = 0.1  # The known price of a level counts as much as drafts whose levels have this variance.
-# Factor of a level's price while it is unknown, so that deeper drafts are tried: under a guard 2.8 plain rates instead
-# of 1.2 where the start of a draft costs half a plain step, and no worse elsewhere.
+_RUINOUS_SLOPE = 1.2  # Plain steps for one more node: far more than on any machine that we know.
+_ROUNDING = 1e-9  # A difference of times may be negative by so many seconds.
+_LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1. Likewise for lookups.
+_LEARNED_WIDTH = 20  # The same for the relative cost of a width, which changes less.
+_INERTIA = 0.1  # The old price of a level weighs as much as drafts whose depths have this variance.
+# Factor on the unknown price of a level, so that deeper drafts are tried. If the start of a draft costs half a plain
+# step, a guarded policy then reaches 2.8 instead of 1.2 times the plain rate; elsewhere it is no slower.
 _UNTRIED = 0.5
-_FORGETTING = 0.99  # Factor of the price of lookup after a step without it, so that it is tried again in the end.
+_FORGETTING = 0.99  # Factor on the price of lookup after each step without it, so that lookup is tried again some day.
 
 
 class RunningCosts(CostModel):
-    """Exponential means of measured seconds, interpolated between the measured node counts.
+    """Costs learned while decoding: moving averages of measured seconds, interpolated between measured node counts.
 
-    They hold for the context and drafter of the measured steps, so the context is ignored. A larger tree is never
-    cheaper than a smaller one, but a plain step may cost more than a small tree: without a mask, attention takes
-    another code path, slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms plain, 39 ms four nodes).
+    They are valid for the current context and drafter, so `context` is ignored. A larger tree is never cheaper than a
+    smaller one, but a plain step may cost more than a small tree: attention without a mask takes another code path,
+    which is slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms plain, 39 ms for four nodes).
 
-    Each measurement rescales all sizes. Machines have slow moments: if each size kept the time of its own moment, a
-    tree that was slow once would look expensive and never be tried again.
+    Each measurement rescales all sizes, because machines have slow moments. Otherwise a tree that was measured in a
+    slow moment would look expensive and never be tried again.
     """
 
     def __init__(self) -> None:
         self.overhead = 0.0
-        self.lookup_seconds = 0.0  # seconds that looked-up nodes add to a plain step, forwards aside
-        self._looks, self._look_seconds = 0, 0.0  # plain steps that looked in vain, and the seconds of a look
-        self._plain_rest: float | None = None  # seconds of a plain step beside its forward
+        self.lookup_seconds = 0.0  # seconds that lookup adds to a plain step, outside the forward
+        self._looks, self._look_seconds = 0, 0.0  # number of lookups that found nothing, and their mean seconds
+        self._plain_rest: float | None = None  # seconds of a plain step outside its forward
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
@@ -241,9 +242,9 @@ class RunningCosts(CostModel):
         start_seconds: float = 0.0,
         widths: Mapping[int, float] | None = None,
     ) -> "RunningCosts":
-        """Make costs from known values: nodes -> seconds of the target's forward, and the price of a draft.
+        """Make costs from known values; `verify` maps nodes to the seconds of a target forward.
 
-        `start_seconds` are those of a draft beside its levels, and `widths` maps widths to factors of a draft's time.
+        A draft costs `start_seconds` plus `level_seconds` per level, times the factor in `widths` for its width.
         """
         costs = cls()
         for nodes, seconds in verify.items():
@@ -277,9 +278,9 @@ class RunningCosts(CostModel):
         looks_up: bool = False,
         has_looked: bool = False,
     ) -> None:
-        """Learn from one step of `rows` rows; negative times, from a clock that was set back, are ignored.
+        """Learn from one step of `rows` rows; a negative time, from a clock that was set back, is ignored.
 
-        With `looks_up` the step verified looked-up nodes alone, with `has_looked` it asked for some.
+        `has_looked` says that the step called lookup, `looks_up` that it verified looked-up nodes and no others.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -298,7 +299,7 @@ class RunningCosts(CostModel):
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
-        """Learn the seconds beside the forward of a step without the head."""
+        """Learn how many `seconds` a step without the head took outside the target's forward."""
         if not looks_up:
             self._plain_rest = _mean(self._plain_rest, seconds)
             self.lookup_seconds *= _FORGETTING
@@ -309,7 +310,7 @@ class RunningCosts(CostModel):
 
     @property
     def look_seconds(self) -> float:
-        """Seconds of a look that finds nothing; 0 before a few were measured."""
+        """Mean seconds of a lookup that finds nothing; 0 until ten were measured."""
         return self._look_seconds if self._looks >= _LEARNED else 0.0
 
     def _time(self, nodes: int, seconds: float) -> None:
@@ -332,7 +333,7 @@ class RunningCosts(CostModel):
         self._curve = ()
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:
-        """Limit the `seconds` of a forward over `nodes` to `INTERRUPTED` times the known duration."""
+        """Limit the measured `seconds` of a forward over `nodes` nodes to `INTERRUPTED` times the known seconds."""
         known = self._verify.get(nodes, 0.0)
         return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
 
@@ -350,14 +351,14 @@ class RunningCosts(CostModel):
 
     @property
     def largest_tree(self) -> int:
-        """Nodes of the largest measured tree; 1 before any was."""
+        """Number of nodes in the largest measured tree; 1 before the first."""
         return max(self._verify, default=1)
 
     def verify_seconds(self, nodes: int, context: int = 0) -> float:
         return self.verify_curve(nodes)[nodes - 1]
 
     def verify_curve(self, most: int) -> Sequence[float]:
-        """List the seconds of forwards over 1, 2, ... `most` nodes or more; they never fall from 2 nodes on."""
+        """List the seconds of forwards over 1, 2, ... nodes, up to `most` or more; from 2 nodes on they never fall."""
         if len(self._curve) < most:
             self._curve = list(self._drawn_to(most))
         return self._curve
@@ -377,7 +378,7 @@ class RunningCosts(CostModel):
         yield from (less + (nodes - low) * slope for nodes in range(low + 1, most + 1))
 
     def _slope(self, trees: list[int]) -> float:
-        """Extrapolate the seconds per node beyond the largest measured tree."""
+        """Return the seconds that each node beyond the largest measured tree is assumed to cost."""
         known = trees if len(trees) > 1 else sorted(self._verify)
         if not known:
             return 0.0
@@ -385,30 +386,30 @@ class RunningCosts(CostModel):
         measured = max(self._verify[high] - self._verify[low], 0.0) / max(high - low, 1)
         if high - low < 4 and measured < _RUINOUS_SLOPE * self._verify[low]:
             guessed = self._guessed_slope * self._verify[low]
-            return guessed if low == 1 else max(guessed, measured)  # after a plain step a mask alone may cost as much
+            return guessed if low == 1 else max(guessed, measured)  # a plain step lacks a mask
         return measured
 
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Return the seconds of drafting `levels`; 0 before any draft was measured."""
+        """Return the seconds of drafting `levels` levels; 0 before the first draft."""
         return self._draft.at(levels) * self._draft.of_width(width) if levels else 0.0
 
     def level_seconds(self, width: int) -> float:
-        """Return the seconds of one more level; half the highest possible before two depths were measured."""
+        """Return the seconds of one more level; until two depths were measured, half the mean seconds per level."""
         return self._draft.slope * self._draft.of_width(width) * (1.0 if self._draft.variance else _UNTRIED)
 
 
 @dataclass(slots=True)
 class _DraftPrice:
-    """Seconds of a draft as `start + slope * levels`, neither below 0, by least squares with a fading past.
+    """Fits the seconds of a draft as `start + slope * levels`, neither negative, by decaying least squares.
 
-    The first drafts count alike: one may be slow, and a price that is too high would prevent the next. Drafts of a
-    single depth do not determine the slope: it assumes no start at first, and stays later. All numbers hold for the
-    first width; another one has a factor, which outlasts slow moments of the machine.
+    The first ten drafts have equal weights, because one may be slow, and too high a price would prevent more drafts.
+    Drafts of a single depth do not determine the slope: at first the start is taken as 0, later the slope is kept. All
+    numbers are for the first width; each other width has a factor, which slow moments of the machine hardly change.
     """
 
     drafts: int = 0
-    levels: float = 0.0  # mean; 0 before a draft
-    seconds: float = 0.0  # mean
+    levels: float = 0.0  # mean levels of a draft; 0 before the first
+    seconds: float = 0.0  # mean seconds of a draft
     slope: float = 0.0
     variance: float = 0.0  # variance of the levels
     covariance: float = 0.0  # covariance of levels and seconds
@@ -418,7 +419,7 @@ class _DraftPrice:
         return self.seconds + self.slope * (levels - self.levels)
 
     def of_width(self, width: int) -> float:
-        """Return the factor of a width; an unknown one is assumed to cost the most that it can."""
+        """Return the factor of a width; for an unknown width, the highest that is possible."""
         if width in self.widths or not self.widths:
             return self.widths.get(width, (0, 1.0))[1]
         narrower = [known for known in self.widths if known < width]
@@ -437,7 +438,7 @@ class _DraftPrice:
             self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
             return
         known = self.at(levels)
-        # A far faster draft shows that earlier ones were interrupted
+        # A much faster draft shows that other processes slowed earlier drafts
         newest = max(1.0 / min(self.drafts, _LEARNED), _LOWER if seconds * INTERRUPTED < known else 0.0)
         deeper = levels - self.levels
         longer = (min(seconds, INTERRUPTED * known) if known > 0.0 else seconds) - self.seconds
@@ -449,7 +450,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, times: float) -> int:
-        """Learn the factor of a width from one draft; returns how many drafts it has."""
+        """Learn a width's factor from a draft that took `times` the first width's seconds; return its draft count."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

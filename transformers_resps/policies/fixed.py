@@ -1,4 +1,4 @@
-"""A policy with one shape for every step, as in EAGLE-3."""
+"""A policy that drafts a tree of the same shape at every step, as EAGLE-3 does."""
 
 from typing import Any, Self
 

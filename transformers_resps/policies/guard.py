@@ -1,7 +1,7 @@
-"""Fall back to plain decoding where drafting loses time, around any policy.
+"""`BaselineGuard` wraps any policy and returns to plain decoding where drafting loses time.
 
 Source: Wu et al., "Conservative Bandits" (arXiv 1602.04282): an action is taken only if the budget covers its worst
-outcome, here that nothing is accepted.
+outcome. Here the worst outcome is that no drafted token is accepted.
 """
 
 from collections.abc import Sequence
@@ -18,31 +18,31 @@ from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
 
-# Limits of loss, in seconds of plain steps.
-SHARE = 0.008  # Share of all time that may be lost for good: far below the 3% of a call, because timing has errors.
-START_STEPS = 0.2  # Budget of every call at its start, so that a head is tried again after a bad call.
-TRIAL_STEPS = 0.5  # Extra for trying to draft at all: with `START_STEPS` it pays for a first tree.
+# Limits of lost time; the unit of `_STEPS` is the duration of a plain step.
+SHARE = 0.008  # Share of all time that may be lost for good: well below the allowed 3%, because timing has errors.
+START_STEPS = 0.2  # Budget at the start of every call, so that a head is tried again after a bad call.
+TRIAL_STEPS = 0.5  # Extra loss allowed to a step for a trial of drafting; with `START_STEPS` it pays for a first tree.
 TRIAL_STEPS_PER_TOKEN = 0.005  # Limits `TRIAL_STEPS` near the end, where few tokens are left to earn it back.
-CONFIDENT_STEPS = 1.2  # Extra for a confident policy, so that the best tree stays affordable after bad luck.
+CONFIDENT_STEPS = 1.2  # Extra loss allowed to a confident policy, so that bad luck does not rule out its best tree.
 CONFIDENT_STEPS_PER_TOKEN = 0.015  # Limits `CONFIDENT_STEPS` near the end.
-MAX_EARNED_STEPS = 16.0  # Limit of the gains that drafting may spend again.
-MAX_CARRIED_STEPS = 4.0  # Limit of the gains that the next call, perhaps of another text, inherits.
-MAX_REPRICED_STEPS = 1.0  # Limit of the gains when plain steps turn out far cheaper: the old price no longer holds.
-LAG_TOKENS = 2.0  # A row of a batch that lags less behind the mean counts as unlucky, not as slower.
+MAX_EARNED_STEPS = 16.0  # Most time that the budget may hold: gains of drafting that drafting may lose again.
+MAX_CARRIED_STEPS = 4.0  # Most budget that the next call, perhaps of another text, inherits.
+MAX_REPRICED_STEPS = 1.0  # Most budget that remains when plain steps turn out much faster: gains were overestimated.
+LAG_TOKENS = 2.0  # A row of a batch that lags the mean by fewer tokens counts as unlucky, not as slower.
 
 # Timing of plain steps.
-PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weights of a higher or lower new time: a slow moment must not credit trees for long.
+PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weight of a higher or lower new time: a slow moment must not favour trees for long.
 MAX_TREES_BETWEEN = 64  # Drafted steps after which a plain step is timed again.
-OUTDATED = 0.7  # A time below this factor of the expected one shows that the machine or the batch has changed.
-FAR_POSITIONS = 256  # A context that differs by more changes the time of attention.
+OUTDATED = 0.7  # A time below this share of the expected time shows that the machine or the batch has changed.
+FAR_POSITIONS = 256  # If the context differs by more positions, attention takes another time.
 
 # Decision whether the head processes the prompt of a call.
-HEAD_MEMORY = 0.995  # Weight of past earnings after each token of a text.
-ENOUGH_TOKENS = 128.0  # Tokens that a head may draft for before it is left out of a call.
+HEAD_MEMORY = 0.995  # Factor on past earnings for each new token of a text.
+ENOUGH_TOKENS = 128.0  # Tokens that are decoded with a head before a call may skip it.
 MAX_LEFT_OUT = 32  # Most calls between two trials of a head.
-PROMPT_WEIGHT = 0.3  # Weight of the newest prompt in the time per prompt token.
+PROMPT_WEIGHT = 0.3  # Weight of the newest prompt in the mean time per prompt token.
 
-EXPLAINED_STEPS = 8  # Shorter calls get no reason why most steps were plain.
+EXPLAINED_STEPS = 8  # Calls with fewer steps get no explanation why most steps were plain.
 
 # Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node.
 UNKNOWN_TREE_STEPS, UNKNOWN_LEVEL_STEPS = 0.5, 0.1
@@ -51,12 +51,12 @@ _PLAIN = TreeShape.plain()
 
 
 class BaselineGuard(PolicyWrapper, SavedPolicy):
-    """Falls back to plain decoding when drafting loses time.
+    """Wraps a policy and returns to plain decoding when drafting loses time.
 
-    It keeps a budget in seconds. A drafted step earns the time that its tokens would have taken plainly and pays its
-    duration; 0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the
-    budget is made smaller, down to a plain step. So a new head drafts one level at first, and only nodes that the step
-    computes anyway are verified; then come small trees, each at most twice as large as any before.
+    The guard keeps a budget in seconds. A drafted step adds the time that plain decoding needs for its tokens and
+    subtracts its duration; 0.8% of all time is added for exploration. In the worst case nothing is accepted; if the
+    budget cannot pay for that, the step is made smaller, down to a plain step. So a new head drafts one level first,
+    and only nodes that cost nothing are verified; then come small trees, each at most twice as large as any before.
 
     Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head whose drafts are never accepted.
     In addition it may lose:
@@ -65,14 +65,14 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     - the gains of drafting, up to 16 plain steps from this call and 4 from earlier calls;
     - once, the first tree of two nodes, on a machine where a second node is extremely expensive.
 
-    Not in the budget: the excess of a forward that takes far longer than its size ever did, which counts as an
-    interruption; and the head's pass over the prompt, see `HeadAccount`. While the budget is negative, nothing is
-    drafted; if the next plain step is slower too, the machine was slow and the loss is excused.
+    The budget does not pay for interruptions by other processes (if a forward takes far longer than ever for its size,
+    the excess is ignored), nor for the head's pass over the prompt, see `HeadAccount`. While the budget is negative,
+    nothing is drafted; if the next plain step is slow, too, the machine was slow and the loss is forgotten.
 
-    Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
-    for good. Once half of the rows have ended, losses are forgiven, as at the beginning of a call.
+    In a batch the tokens of the slowest row count. A row may lag by two tokens without loss to the budget, so that
+    time may be lost for good. When half of the rows have ended, losses are forgiven, as at the start of a call.
 
-    Both policy and guard keep what they learned between calls of `generate`.
+    Policy and guard keep what they learned between calls of `generate`.
     """
 
     policy_type = "guard"
@@ -84,16 +84,16 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 "example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
             )
         super().__init__(policy)
-        self._own_costs = RunningCosts()  # used if the policy learns none
+        self._own_costs = RunningCosts()  # used if the policy learns no costs
         known = self._known
         self._plain = PlainClock(known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
         self._budget = ExplorationBudget()
         self._progress, self._head = RowProgress(), HeadAccount()
-        # State of the coming step: its limits, drafted levels, most priced nodes, price of a node, width of a level
+        # State of the coming step: limits, drafted levels, maximum of nodes, nodes per node of each row, level width
         self._limits = StepLimits(0.0, 0.0, 0.0)
         self._levels, self._nodes, self._node_price, self._width = 0, 1, 1, 1
-        self._rows = 0  # decoded rows when losses were forgiven last
-        # Costs and a plain step's seconds before the first row of this batch ended; the next batch starts with them
+        self._rows = 0  # number of decoded rows when losses were last forgiven
+        # Costs and seconds of a plain step before the first row of this batch ended, for the start of the next batch
         self._of_all_rows: tuple[RunningCosts, float] | None = None
 
     def __repr__(self) -> str:
@@ -130,7 +130,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return self._affordable(shape, observation)
 
     def grow(self, level: Level) -> bool:
-        is_probe = self._nodes == 1  # draft-only, of one level
+        is_probe = self._nodes == 1  # one level is drafted and not verified
         if is_probe or self._drafting(self._width, level.depth + 1) > self._limits.total:
             return False
         self._levels = level.depth + 1
@@ -144,7 +144,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return counts if len(set(counts)) > 1 else counts[0]
 
     def _priced(self, counts: Sequence[int], most: int) -> int:
-        """Count the nodes that a step is priced by, with at most `most` of each row."""
+        """Return the number of nodes that determines a step's cost, with at most `most` nodes of each row."""
         return 1 + sum(max(min(count, most) - 1, 0) for count in counts) * self._node_price // len(counts)
 
     def observe(self, record: StepRecord) -> None:
@@ -194,7 +194,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs of all rows and forgive losses."""
+        """Restore the costs from when no row had ended, and forgive losses."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -205,7 +205,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget.begin_call(self._plain.seconds)
 
     def _follow_rows(self, record: StepRecord) -> None:
-        """Keep the costs of all rows for the next batch, and forgive losses when half of the rows have ended."""
+        """Save the costs when the first row ends, and forgive losses whenever half of the rows have ended."""
         if self._of_all_rows is None and record.decoded_rows < self._progress.row_count:
             self._of_all_rows = self._known.copy(), self._plain.seconds
         is_half = 2 * record.decoded_rows <= self._rows
@@ -215,7 +215,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             self._rows = record.decoded_rows
 
     def _settle(self, record: StepRecord, seconds: float, gained: float) -> None:
-        if record.verified == 1:  # a draft-only step pays for its draft, not for the machine's speed at that moment
+        if record.verified == 1:  # an unverified draft costs its own time, not the step's
             self._plain.count_plain()
             earned = -max(record.draft_seconds, 0.0)
         else:
@@ -240,7 +240,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 self._budget.excuse(timing.excess)
 
     def _affordable(self, shape: TreeShape, observation: Observation) -> TreeShape:
-        """Cut `shape` to the largest part that the budget can pay for if nothing is accepted."""
+        """Reduce `shape` to the largest that the budget can pay for if nothing is accepted."""
         price, least_prob = observation.node_price, self.least_lookup_prob
         # Costs are extrapolated to twice the largest tree, not further
         most = max(2 * self._known.largest_tree, 1 + price)
@@ -253,13 +253,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             return looked_up
         self._width, probes_head = shape.top_k, self.probes_head
         by_level, at_once = probes_head and self.grows, observation.drafts_at_once
-        # A policy that does not stop between levels pays for all of them, a block has one price
+        # A policy that does not stop between levels pays for all levels; a block head drafts all levels at one price
         depth = 1 if by_level else shape.depth
         while depth and self._drafting(shape.top_k, 1 if at_once else depth) > self._limits.total:
             depth = 0 if at_once else depth - 1
         nodes = min(1 + (shape.total_tokens - 1) * price, most - added) if depth else 1
         drafting = self._drafting(shape.top_k, min(depth, 1) if at_once else depth)
-        free = self._verifying(1 + added)  # nodes without cost are verified always: they may earn their draft
+        free = self._verifying(1 + added)  # nodes that cost nothing are always verified: they may earn their draft
         while nodes > 1 and drafting + (verifying := self._verifying(nodes + added)) > self._limits.tree:
             if verifying <= free:
                 break
@@ -270,13 +270,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             return looked_up
         deepest = shape.depth if by_level else depth if nodes > 1 or at_once else 1
         self._nodes = nodes
-        self._levels = 1 if self.grows or at_once else deepest  # `grow` counts further levels, where asked
+        self._levels = 1 if self.grows or at_once else deepest  # `grow`, if called, counts further levels
         if probes_head:
             return TreeShape(shape.total_tokens, deepest, shape.top_k, lookup)
         return TreeShape(1 + -(-(nodes - 1) // price), depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:
-        """Seconds of verifying `nodes` beyond a plain step; a cautious guess before any tree was measured."""
+        """Return the seconds that verifying `nodes` nodes adds to a plain step; before any tree, a cautious guess."""
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else UNKNOWN_TREE_STEPS * self._plain.seconds
@@ -316,31 +316,31 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Seconds that one step may lose if nothing is accepted."""
+    """The most seconds that one step may lose, if nothing is accepted, for each kind of step."""
 
-    total: float  # drafting with the head and verifying
-    tree: float  # the same, once a policy that learns from drafting alone also verifies
-    lookup: float  # verifying a looked-up chain
+    total: float  # for a draft of the head
+    tree: float  # for a draft and its verification; below `total` if the policy learns from unverified drafts, too
+    lookup: float  # for verifying a looked-up chain
 
 
 class ExplorationBudget:
     """Bounds the time that exploration loses against plain decoding.
 
-    If no step loses more than its `limits`, a call loses at most its starting budget (`START_STEPS`, or up to
-    `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, plus
-    `CONFIDENT_STEPS` for a confident policy.
+    If no step loses more than its `limits`, a call loses at most the sum of its starting budget (`START_STEPS`, or up
+    to `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and `TRIAL_STEPS`; for a confident policy
+    `CONFIDENT_STEPS` more.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # budget that may be lost now; negative after a loss beyond it
+        self.seconds = 0.0  # the budget; negative if more was lost
 
     def begin_call(self, plain_seconds: float) -> None:
-        """Forgive losses and carry over few of the gains."""
+        """Forgive losses, and keep at most `MAX_CARRIED_STEPS` of the gains."""
         self.forgive(plain_seconds)
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
     def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """Compute the next step's limits; if a policy learns from drafting alone, verifying waits for confidence."""
+        """Compute the next step's limits; with `probes_head` the trial allowance is for drafting only."""
         trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
         confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
         lookup = self.seconds + confident  # lookup gathers evidence in plain steps, too
@@ -352,34 +352,35 @@ class ExplorationBudget:
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
 
     def forgive(self, plain_seconds: float) -> None:
-        """Forget losses whose cause no longer holds."""
+        """Raise the budget to at least its starting value, because the cause of past losses is gone."""
         self.seconds = max(self.seconds, START_STEPS * plain_seconds)
 
     def excuse(self, lost_seconds: float) -> None:
-        """Forget the losses that plain steps would have had, too."""
+        """Add `lost_seconds` to a negative budget, up to 0: plain steps would have lost them, too."""
         if self.seconds < 0.0:
             self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
 
     def reprice(self, plain_seconds: float) -> None:
-        """Limit gains that were earned when plain steps took longer."""
+        """Limit the budget when plain steps have become faster, because its gains were computed from the old time."""
         self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
 
 
 class HeadAccount:
-    """Decides whether a head earns its pass over the prompt, from earlier calls of as many rows.
+    """Decides from earlier calls with as many rows whether a head saves more time than its pass over the prompt takes.
 
-    A head that does not pay is skipped for one call, then for exponentially more after each failed retry. The estimate
-    assumes that a text fills its room, which few do: skipping a useful head costs far more than a prompt.
+    A head that does not is skipped for one call, then for exponentially more calls after each failed retry. The
+    estimate assumes that a text gets as long as it may. Few texts do, but skipping a useful head costs far more than
+    its pass over a prompt.
     """
 
     def __init__(self) -> None:
         self.earned = 0.0  # seconds that this call's steps with the head saved over plain decoding
         self.tokens = 0.0  # tokens that each text of this call has gained
-        self.is_left_out = self._is_refused = False  # this call lacks its head; the coming one will
+        self.is_left_out = self._is_refused = False  # whether this call, and the coming call, skips the head
         self._calls: dict[int, _HeadCalls] = {}  # number of rows -> earlier calls
-        self._open: _HeadCalls | None = None  # entry of this call, if it has a head
-        self._next, self._next_tokens = _HeadCalls(), 1  # entry and prompt tokens of the coming call
-        self._token_seconds = 0.0  # estimated seconds of a prompt token
+        self._open: _HeadCalls | None = None  # entry of `_calls` for this call, if it has a head
+        self._next, self._next_tokens = _HeadCalls(), 1  # entry and number of prompt tokens of the coming call
+        self._token_seconds = 0.0  # estimated seconds that the head needs for a prompt token
 
     def pays(self, rows: int, tokens: int, room: int) -> bool:
         """Decide whether the head should process the prompts of the coming call, see `Policy.wants_head`."""
@@ -389,7 +390,7 @@ class HeadAccount:
         return not self._is_refused
 
     def begin_call(self, prompt_seconds: float | None) -> None:
-        """Begin a call and learn the cost of its prompts; `None` without a head."""
+        """Begin a call and learn how long the head took for its prompts; `None` if there is no head."""
         self._close()
         self.is_left_out, self._is_refused = self._is_refused and prompt_seconds is None, False
         if prompt_seconds is None:
@@ -407,7 +408,7 @@ class HeadAccount:
 
 @dataclass(slots=True)
 class _HeadCalls:
-    """Decayed sums of what the head earned in calls of one number of rows."""
+    """Decaying sums of the seconds saved by the head and of the tokens, over calls with the same number of rows."""
 
     earned: float = 0.0  # seconds
     tokens: float = 0.0
@@ -418,16 +419,16 @@ class _HeadCalls:
         self.earned, self.tokens = past * self.earned + earned, past * self.tokens + tokens
 
     def is_tried(self, room: int, price: float) -> bool:
-        """Decide whether the head is worth `price` seconds for the prompt."""
+        """Decide whether the head should spend `price` seconds on the prompt."""
         is_unknown = self.tokens < ENOUGH_TOKENS
         return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
 
 class PlainChange(Enum):
-    """The meaning of a new time of a plain step."""
+    """How a newly measured time of a plain step relates to the known time."""
 
     FIRST = auto()  # no time was known
-    MOVED = auto()  # the context is far longer or shorter, so all steps have changed by the same factor
+    MOVED = auto()  # the context is far longer or shorter, so all steps are assumed to change by the same factor
     CHEAPER = auto()  # the known time is outdated
     USUAL = auto()
 
@@ -437,18 +438,18 @@ class PlainTiming:
     """The result of timing a plain step."""
 
     change: PlainChange
-    factor: float = 1.0  # new over known seconds, for `MOVED`
-    # For `USUAL`: seconds that trees since the last timing earned too little because the machine had become slower
+    factor: float = 1.0  # for `MOVED`: new over known seconds
+    # For `USUAL`: seconds to add to the gains of the trees since the last timing, because plain steps are slower now
     excess: float = 0.0
 
 
 class PlainClock:
-    """Knows the `seconds` of a plain step, 0 before one was timed, and when to time one again."""
+    """Keeps the `seconds` of a plain step, 0 before the first was timed, and decides when to time another."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
-        self._context = self._timed_at = 0  # positions of this step and of the last timing
-        self._moved = False  # this call began far from the last timing
+        self._context = self._timed_at = 0  # context length of this step and of the last timing
+        self._moved = False  # whether this call began with a context length far from that of the last timing
         self._trees = 0  # trees since the last timing
         self._gained = 0.0  # tokens of these trees
 
@@ -471,11 +472,11 @@ class PlainClock:
         self._gained += gained
 
     def expire(self) -> None:
-        """Make the next step plain, to time it anew."""
+        """Make the next step plain, to time a plain step again."""
         self._trees = MAX_TREES_BETWEEN
 
     def time(self, seconds: float) -> PlainTiming:
-        """Learn the seconds of a step that verified the root alone, without its drafting."""
+        """Learn from the `seconds`, drafting excluded, of a step that verified only the root."""
         self._timed_at = self._context
         gained, self._gained = self._gained, 0.0
         known = self.seconds
@@ -494,7 +495,7 @@ class PlainClock:
 
 
 class RowProgress:
-    """Progress of a batch by its slowest row, with which a call ends, after some allowance for bad luck."""
+    """Counts a batch's progress by its slowest row, with which the call ends; a lag of `LAG_TOKENS` is ignored."""
 
     def __init__(self) -> None:
         self._written: list[int] = []  # tokens of each row in this call
@@ -508,7 +509,7 @@ class RowProgress:
         self._written = []
 
     def add(self, record: StepRecord) -> float:
-        """Add a step and return the tokens that its unfinished rows advanced."""
+        """Add a step and return by how many tokens it advanced the unfinished rows."""
         if len(self._written) != len(record.emitted):
             self._written = [0] * len(record.emitted)
         writing = [row for row, count in enumerate(record.emitted) if count]
@@ -518,6 +519,6 @@ class RowProgress:
         return self._of(writing) - before
 
     def _of(self, rows: list[int]) -> float:
-        """Tokens of the slowest row plus the allowed lag, but at most the mean over rows."""
+        """Return the tokens of the slowest row plus `LAG_TOKENS`, but at most the mean over rows."""
         written = [self._written[row] for row in rows]
         return min(min(written) + LAG_TOKENS, sum(written) / len(written)) if written else 0.0

@@ -1,11 +1,11 @@
-"""Re-SpS: an actor picks a shape from the target's features and keeps it for some steps.
+"""Re-SpS: a small network picks a tree shape from the target's hidden states and keeps it for some steps.
 
 Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code,
-https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` deviates only here:
+https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` differs from the code only in this:
 
 - The state concatenates three layers (equation 4); the code averages them for one model and cuts them off for two.
-- A decision shapes the tree of its own step; in the code it shapes the next one, and the first is (96, 8, 20).
-- Sampling has a random generator of its own, so the output stays equal to plain decoding with the same seed.
+- A decision shapes the tree of the same step; in the code, the tree of the next step, and the first is (96, 8, 20).
+- Shapes are drawn with a separate random generator, so the text equals that of plain decoding with the same seed.
 """
 
 import math
@@ -27,15 +27,15 @@ from .saving import SavedPolicy, check_known
 class ReSpSConfig:
     """Configuration of a `ReSpSPolicy`."""
 
-    feature_size: int  # width F of the features: layers kept by the head times the target's hidden size
-    grid: ActionGrid = field(default_factory=ActionGrid.small)  # the shapes that it picks from
+    feature_size: int  # F: number of layers that the head reads times the target's hidden size
+    grid: ActionGrid = field(default_factory=ActionGrid.small)  # the shapes to pick from
     hidden_size: int = 128  # width of both layers of actor and critic
-    normalize: bool = True  # whether features are normalised, see `ActorCritic`
+    normalize: bool = True  # normalise the features, see `ActorCritic`
     persistence: int = 30  # steps for which a decision is kept, as in Re-SpS (10 in training: `PolicyTrainingConfig`)
-    sample: bool = False  # draw the action, as in the max-entropy variant of Re-SpS, or take the likeliest
+    sample: bool = False  # draw the action as Re-SpS with maximum entropy does; else take the likeliest
     temperature: float = 1.0  # divisor of the logits before a draw; Re-SpS: 1.5
-    target: Identity | None = None  # the target of its training; `None` when unknown
-    head: Identity | None = None  # the head of its training; `None` when unknown
+    target: Identity | None = None  # the target that the policy was trained for; `None` when unknown
+    head: Identity | None = None  # the head that the policy was trained for; `None` when unknown
 
     def __post_init__(self) -> None:
         for name in ("feature_size", "hidden_size", "persistence", "temperature"):
@@ -55,7 +55,7 @@ class ReSpSConfig:
 
     @classmethod
     def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
-        """Return the published Re-SpS with maximum entropy: 177 actions, raw features, 30 steps, drawn at 1.5."""
+        """Return the paper's maximum-entropy settings: 177 actions, drawn at temperature 1.5, and raw features."""
         published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
         return replace(published, **changes)
 
@@ -69,10 +69,10 @@ class ReSpSConfig:
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS, for F features and a actions.
+    """Two separate MLPs with two tanh layers each, as in Re-SpS: the actor scores actions, the critic states.
 
-    `normalize` repairs Re-SpS: it brings each observation to mean 0 and variance 1. The raw residual stream has a few
-    dimensions that are hundreds of times larger than the rest and saturate tanh.
+    `normalize`, which Re-SpS lacks, brings each row of features to mean 0 and variance 1. Otherwise a few dimensions
+    of the residual stream are hundreds of times larger than the others and saturate tanh.
     """
 
     def __init__(
@@ -80,22 +80,22 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        # Gains of stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
+        # The gains of stable-baselines3, as in Re-SpS: 0.01 makes the actor start with nearly uniform probabilities.
         self.actor = _mlp(feature_size, hidden_size, action_count, gain=0.01)
         self.critic = _mlp(feature_size, hidden_size, 1, gain=1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features `[n, F]` of any dtype to fp32 logits `[n, a]` and values `[n]`."""
+        """Map features `[n, F]` of any dtype to the actor's fp32 logits `[n, a]` and the critic's values `[n]`."""
         states = self.prepare(features)
         return self.actor(states), self.critic(states).squeeze(-1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Map features `[n, F]` to finite logits `[n, a]`, by the actor alone."""
+        """Map features `[n, F]` to the actor's logits `[n, a]`, all finite; the critic does not run."""
         logits: Tensor = self.actor(self.prepare(features))
         return logits.nan_to_num()
 
     def prepare(self, features: Tensor) -> Tensor:
-        """Bring features `[n, F]` to the networks' device and dtype, with 0 for NaN and infinities, normalised."""
+        """Move features `[n, F]` to the networks' device and dtype, replace NaN and infinities by 0, and normalise."""
         weight = self.actor[0].weight
         assert isinstance(weight, Tensor)
         states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -115,10 +115,11 @@ def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) 
 class ReSpSPolicy(SavedPolicy):
     """Picks a shape from the features of the last accepted token and keeps it for `persistence` steps.
 
-    A batch gets one shape, the likeliest over all rows. Use an instance for one call of `generate` at a time.
+    All rows of a batch get the same shape, chosen by the mean of their log probabilities. Use an instance for one call
+    of `generate` at a time.
 
-    Without a trained `network` it makes a fresh one. `seed` is for that and for drawn actions; the global random state
-    is not touched.
+    Without a trained `network` an untrained one is made. `seed` determines its weights and the drawn actions; the
+    global random state does not change.
 
     Example:
         >>> import torch
@@ -156,7 +157,7 @@ class ReSpSPolicy(SavedPolicy):
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
 
     def choose(self, observation: Observation) -> TreeShape:
-        """Keep the shape, or pick a new one at the first step of a call and after `persistence` steps."""
+        """Pick a shape at the first step of a call and every `persistence` steps; else return the last one."""
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
         if is_new_text or self._steps_left <= 0:
@@ -176,7 +177,7 @@ class ReSpSPolicy(SavedPolicy):
         return self.config.grid[int(action)]
 
     def checked(self, features: Tensor | None) -> Tensor:
-        """Return the features `[b, F]`; raises `ValueError` without them, or for another width than in training."""
+        """Return the features `[b, F]`; raises `ValueError` if they are `None` or their width is not the config's."""
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
             raise ValueError(
@@ -190,7 +191,7 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Refuse another target, head or grid than in training; `None` is not compared."""
+        """Raise `ValueError` if the policy was trained for another target, head or grid; `None` is not compared."""
         super().check_identity(target=target, head=head)
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
@@ -216,7 +217,7 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _unfilled(config: ReSpSConfig) -> ActorCritic:
-    """Make a config's network on the meta device, since saved sizes may be anything."""
+    """Make a network without memory for weights, on the meta device, because sizes in a saved config may be huge."""
     with torch.device("meta"):
         return _fresh(config)
 

@@ -1,4 +1,4 @@
-"""Save, publish and load policies: a `config.json` and, for policies with weights, a safetensors file."""
+"""Save, upload and load policies as a `config.json` and, for policies with weights, a safetensors file."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ from ..hub.upload import Destination, plain_card, push_saved, shareable
 from .base import Policy
 
 
-_TYPES = ("fixed", "guard", "resps", "throughput")  # modules of this room with policies that can be saved
+_TYPES = ("fixed", "guard", "resps", "throughput")  # modules of this folder with policies that can be saved
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 class SavedPolicy(Policy):
     """A policy that can be saved.
 
-    A subclass sets `policy_type`, implements `to_config` and `from_saved`, and `state_tensors` where it has weights.
+    A subclass sets `policy_type` and implements `to_config` and `from_saved`; with weights also `state_tensors`.
     """
 
     policy_type: ClassVar[str]
@@ -37,13 +37,13 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Make the policy from the values of `to_config` and `state_tensors`."""
+        """Make the policy from a `config` of `to_config` and `tensors` of `state_tensors`."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` and, if there are weights, `model.safetensors` into a folder, created if missing.
+        """Write `config.json` and, if there are weights, `model.safetensors` into a folder; creates the folder.
 
-        A target or head that came from a local folder is named without its path.
+        If the target or head was loaded from a local folder, only the folder's name is written, not its path.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
-        """Load a policy like `AutoPolicy.from_pretrained`, but raise `ValueError` for another class."""
+        """Load a policy like `AutoPolicy.from_pretrained`; raises `ValueError` if it is not of this class."""
         folder, config = _found(id_or_folder, revision, **hub)
         if config["policy_type"] != cls.policy_type:
             raise ValueError(
@@ -70,16 +70,17 @@ class SavedPolicy(Policy):
         values = {key: value for key, value in config.items() if key != "policy_type"}
         try:
             return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two come from weights
             raise ValueError(
                 f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). "
                 f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
             ) from error
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
-        """Upload the policy to the Hub in one commit, with a minimal card if there is none; returns the commit's URL.
+        """Upload the policy to the Hub in one commit and return the commit's URL.
 
-        `where` takes `private`, `token`, `revision` and `create_pr`, see `Destination`.
+        A repository without a model card gets a minimal one. `where` takes `private`, `token`, `revision` and
+        `create_pr`, see `Destination`.
 
         Raises:
             OSError: the Hub refused; nothing was committed.
@@ -90,7 +91,7 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
 
     def plain_card(self, repo_id: str) -> str:
-        """Write a card that names the kind, the target and the line that loads the policy."""
+        """Return the text of a minimal model card: the target, and the line of code that loads the policy."""
         config = self.to_config()
         trained = config.get("policy", config)  # a guard holds the config of the guarded policy
         target = (trained.get("target") or {}).get("name_or_path")
@@ -98,7 +99,7 @@ class SavedPolicy(Policy):
 
 
 class AutoPolicy:
-    """Loads any saved policy, like the Auto classes of Transformers."""
+    """Loads a saved policy of any class, as the Auto classes of Transformers do for models."""
 
     def __init__(self) -> None:
         raise TypeError(
@@ -108,7 +109,7 @@ class AutoPolicy:
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
-        """Load the policy in a folder of `save_pretrained` or at a Hub id, of the class that its `policy_type` names.
+        """Load a policy from a folder or the Hub; its `policy_type` determines the class of the result.
 
         `hub` is passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
 
@@ -120,7 +121,7 @@ class AutoPolicy:
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
-    """Refuse fields of a saved config that this release does not know."""
+    """Raise `ValueError` if a saved config has fields that are not in `known`: a newer release wrote it."""
     unknown = sorted(config.keys() - set(known))
     if unknown:
         raise ValueError(
@@ -130,7 +131,7 @@ def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]
 
 
 def class_of(policy_type: str) -> type[SavedPolicy]:
-    """Find the class of a `policy_type`."""
+    """Return the class with this `policy_type`; raises `ValueError` if there is none."""
     for module in _TYPES:
         import_module(f".{module}", __package__)
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
@@ -149,7 +150,7 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
 
 
 def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
-    """Return a policy's folder, downloaded if need be, and its `config.json`."""
+    """Return a policy's folder, downloaded from the Hub if it is not local, and the content of its `config.json`."""
     if not isinstance(id_or_folder, str | Path):
         raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
     folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
@@ -165,7 +166,7 @@ def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[
 
 
 def _downloaded(repo_id: str, revision: str | None, **hub: Any) -> Path:
-    """Download both files of one commit and return their folder."""
+    """Download the config and the weights, if any, of one commit, and return their folder."""
     repository = RepositoryFiles(repo_id, revision=revision, **hub)
     try:
         config = repository.fetch(CONFIG_FILE)

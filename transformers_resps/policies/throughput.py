@@ -1,11 +1,11 @@
-"""The policy of "auto": maximise total tokens over total seconds with nodes that gain more than they cost.
+"""The policy of "auto": maximises tokens per second by adding the nodes that gain more tokens than their time costs.
 
-A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so far
+A node's gain is its probability of acceptance, in tokens. A second costs lambda tokens: the tokens per second so far
 (Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but at most twice the plain rate.
-Copied text runs at ten times that rate; at such a price the head would not be used for a long time after it. Step
-costs and the calibration of the head's scores are learned while decoding, from a start that may be fitted or measured
-beforehand. The nodes of a block are chosen like in CaDDTree (arXiv 2606.01813), but all sizes are compared, because
-measured costs are not convex.
+Without this limit, text that lookup copies at ten times the plain rate would make the head look too expensive for a
+long time. Step costs and the calibration of the head's scores are learned while decoding; both may start from values
+that were measured or fitted before. The nodes of a block head are chosen as in CaDDTree (arXiv 2606.01813), but all
+sizes are compared, because measured costs are not convex.
 """
 
 from bisect import bisect_right
@@ -27,37 +27,37 @@ from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
 
 
-_MAX_LOOKED_UP = 16  # Most nodes that lookup proposes.
-_MAX_FITTED = 1000.0  # Largest magnitude of a saved fit; real ones stay below 10.
-_SAVED_AS = "odds"  # Name of the fitted tensor in files.
-_MEMORY = 0.95  # Weight of the past when a step is added: about the last twenty count.
-_MAX_RATE = 2.0  # Limit of lambda in plain rates: in replay no worse than none, after copied text 1 to 8% better.
-_FIRST_GAIN = 0.5  # Assumed gain of a head that was never used, in tokens per step.
-_LIKELY = 0.5  # A head that does not pay is not probed where lookup is right more often than this.
-_NEWEST = 0.15  # Weight of the newest step in the gain of the head.
-_FIRST_PROBE, _LAST_PROBE = 8, 128  # Steps between probes of a head that does not pay.
-_NEWEST_LOOK = 0.02  # Weight of the newest look in the gain of looking: a text may repeat itself late.
-_FIRST_LOOK, _LAST_LOOK = 2, 8  # Steps between looks that do not pay.
-_MARGIN = 1.03  # A width must be faster than the best one by this factor to replace it.
-_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # Drafted steps between two trials of another width.
-_FIRST_WIDTH = 4  # Width of levels on a CPU until wider ones were tried.
-_NEWEST_WIDER = 0.1  # Weight of the newest draft in the gain of a wider one.
+_MAX_LOOKED_UP = 16  # Most nodes that lookup proposes for a step.
+_MAX_FITTED = 1000.0  # Largest magnitude of a saved calibration value; real values stay below 10.
+_SAVED_AS = "odds"  # Name of the calibration's tensor in files.
+_MEMORY = 0.95  # Factor on the old sums when a step is added: about the last twenty steps count.
+_MAX_RATE = 2.0  # Limit of lambda, in plain rates; in replay it costs nothing and gains 1 to 8% after copied text.
+_FIRST_GAIN = 0.5  # Assumed gain of a head before its first use, in tokens per step.
+_LIKELY = 0.5  # A head that does not pay is not probed at steps where lookup is more likely right than this.
+_NEWEST = 0.15  # Weight of the newest draft in the mean gain of the head.
+_FIRST_PROBE, _LAST_PROBE = 8, 128  # Steps between probes of a head that does not pay: at first, and at most.
+_NEWEST_LOOK = 0.02  # Weight of the newest lookup in its mean gain; small, because a text may repeat itself late.
+_FIRST_LOOK, _LAST_LOOK = 2, 8  # Steps between lookups while lookup does not pay: at first, and at most.
+_MARGIN = 1.03  # Another width replaces the best width only if it is faster by this factor.
+_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # Drafted steps between two trials of another width: at first, and at most.
+_FIRST_WIDTH = 4  # Children per node on a CPU until more were tried.
+_NEWEST_WIDER = 0.1  # Weight of the newest trial in the mean gain of a wider draft.
 _PLAIN = TreeShape.plain()
 
 
 class ThroughputPolicy(SavedPolicy):
-    """Picks drafters, depth and size of every step to write the most tokens per second.
+    """Picks the drafters, depth and size of every step so that `generate` writes the most tokens per second.
 
-    It estimates acceptance and costs while it decodes, and keeps them between calls of `generate`. Use an instance for
-    one call at a time.
+    It learns how likely tokens are accepted and what steps cost while it decodes, and keeps both between calls of
+    `generate`. Use an instance for one call at a time.
 
     Args:
-        depth: maximum number of levels; a block is drafted whole.
+        depth: maximum number of levels; a block head ignores it.
         top_k: maximum number of children per node.
         most_nodes: maximum number of nodes from the head, below 4096.
         costs: known costs of this machine, from `CostTable.running`; `None` learns them from the first steps.
         acceptance: calibration of the head's scores, from `fitted_policy`; `None` learns it while decoding.
-        target: identity of the target that it was fitted with; `None` accepts any.
+        target: identity of the target for which `acceptance` was fitted; `None` accepts any target.
         head: the same for the head.
     """
 
@@ -65,7 +65,7 @@ class ThroughputPolicy(SavedPolicy):
     costs: RunningCosts
     needs_head = False
     weighs_lookup = True
-    probes_head = True  # it learns from one drafted level, even if none of it is verified
+    probes_head = True  # it learns from a drafted level even if no node of it is verified
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far, between the rate of plain steps and twice that."""
+        """Lambda: tokens per second so far, limited to between the rate of plain steps and twice that rate."""
         return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
@@ -120,7 +120,7 @@ class ThroughputPolicy(SavedPolicy):
         lookup = self._look_up(observation)
         if not observation.can_draft or not self._memory.asks_head(step.lookup_hit):
             return TreeShape(1, 0, 1, lookup)
-        # On an accelerator every decision between levels would wait for the device
+        # On an accelerator each decision between two levels would have to wait for the device
         self.grows = observation.device_type == "cpu" and not observation.drafts_at_once
         step.width = self._width(observation)
         if observation.drafts_at_once:
@@ -132,7 +132,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of levels that it may draft for one row."""
+        """The numbers of children per node that it tries for a single row, ascending."""
         return self._wider.widths
 
     def _width(self, observation: Observation) -> int:
@@ -143,15 +143,15 @@ class ThroughputPolicy(SavedPolicy):
         if rows == 1 and self.grows and not paths_cost:
             width, step.narrower = self._wider.choose()
             return width
-        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees. Compiled passes take two
-        # nodes of each row at least, and ragged rows verify different ones
+        # In a batch nodes are expensive: with four rows, chains are faster than wider trees. Compiled passes take at
+        # least two nodes of each row, and ragged rows verify different nodes
         least = 2 if step.is_ragged else 1
         first = min(_FIRST_WIDTH, most) if self.grows and rows > 1 else most
         width = min(max(first // rows, least), most)
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Choose the looked-up nodes; returns how many the row with most has."""
+        """Choose how many looked-up nodes to verify; return the number of the row with the most."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -176,21 +176,21 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Choose how many nodes to verify beside the looked-up ones or the root alone, see `best_prefix`."""
+        """Call `best_prefix` to add nodes to the looked-up nodes or, with `from_root`, to the root."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
         return best_prefix(seconds, worth, step.rate)
 
     def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
-        """Choose nodes from the draft and from lookup, which compete for the same places.
+        """Choose how many drafted and how many looked-up nodes to verify; they compete by expected tokens.
 
-        Returns the number of drafted nodes, their gain beside the looked-up ones, and the number of looked-up nodes.
+        Returns the number of drafted nodes, what they gain on top of the looked-up nodes, and the number of those.
         """
         step = self._step
         if not step.competes:
             return *self._best_prefix(worth), 0
-        # Merged by worth, without changing the order of either: a parent comes before its children
+        # Merge both lists by expected tokens but keep the order within each list: a parent comes before its children
         falling = list(accumulate(worth, min)), [one for one, _ in step.looked_up]
         order = sorted([(-one, drafted) for drafted, ones in enumerate(falling) for one in ones], key=itemgetter(0))
         left = iter(worth), iter(falling[1])
@@ -199,7 +199,7 @@ class ThroughputPolicy(SavedPolicy):
         return count - kept, gain - step.looked_up_gain, kept
 
     def _planned_depth(self) -> int:
-        """Choose the depth of highest expected gain before drafting, with one node per level."""
+        """Choose the depth with the highest expected gain before anything is drafted, for a chain of nodes."""
         step, gains = self._step, list[float]()
         reach = enumerate(self.acceptance.reach(self._largest.depth), start=1)
         worth = [step.left_at(level)[0] * prob for level, prob in reach]
@@ -209,7 +209,7 @@ class ThroughputPolicy(SavedPolicy):
         return 1 + gains.index(max(gains))
 
     def grow(self, level: Level) -> bool:
-        """Draft another level if its nodes gain more than drafting them costs."""
+        """Return whether the nodes of another level gain more tokens than drafting the level costs."""
         step, width = self._step, level.scores.shape[-1]
         probs = step.apart([self.acceptance.probabilities(row, level.depth) for row in level.scores.tolist()])
         children = [self.acceptance.children_of(row, level.depth, width) for row in probs]
@@ -240,7 +240,10 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Score the looked-up nodes again now that the head's pool is known."""
+        """Compute the gain of the looked-up nodes again, now that the head's nodes are known.
+
+        A node that lookup and head both propose gets the head's probability, the others that of lookup alone.
+        """
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -255,7 +258,7 @@ class ThroughputPolicy(SavedPolicy):
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
-        """Return each node's expected tokens and row, best first, and each row's P(a level holds the right path)."""
+        """Return (expected tokens, row) of nodes, best first, and each row's P(a level includes the right path)."""
         step = self._step
         best: list[list[float]] = []
         held: list[list[float]] = []
@@ -284,20 +287,20 @@ class ThroughputPolicy(SavedPolicy):
         looks = {"looks_up": record.verified > 1 and not record.shape.asks_head, "has_looked": step.has_looked}
         passes, rows = step.passes(levels), record.rows_of_a_node
         self.costs.add(record.computed, passes, *times, width=step.width, rows=rows, **looks)
-        step.has_looked = False  # a guard may take the next step without a decision of this policy
-        step.odds = step.shared = list  # frees the text that the callables hold
+        step.has_looked = False  # a guard may take the next step without asking this policy
+        step.odds = step.shared = list  # frees the text to which the callables refer
         self._memory.add(record)
         if step.paths_cost and levels and record.verified > 1:
             self._widths.add(1.0 + step.expected, record.step_seconds)
         if not levels:
             return
         self._learn(record, level_probs)
-        if step.wider_gain is not None:  # only now the price of a wider draft is known
+        if step.wider_gain is not None:  # only now is the price of a wider draft known
             wider, narrower = (self.costs.draft_seconds(width, levels) for width in (step.width, step.narrower))
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from every row's outcome in a ragged batch; rows in lockstep share one."""
+        """Learn from the outcome of each row of a ragged batch, or from the one outcome of rows in lockstep."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -315,7 +318,7 @@ class ThroughputPolicy(SavedPolicy):
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fitted calibration, without later learning."""
+        """Return the fitted calibration, without what was learned while decoding."""
         return {_SAVED_AS: tensor([[one.intercept, one.slope] for one in self.acceptance.scalings])}
 
     @classmethod
@@ -339,31 +342,31 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 
 @dataclass(slots=True)
 class _Step:
-    """State of one step; lists hold one entry for each ragged row, or one for all rows in lockstep."""
+    """State of one step. Outer lists hold an entry for each row of a ragged batch, or one for all rows in lockstep."""
 
     row_weights: Sequence[float] = ()  # see `Observation`
     paths_cost: bool = False  # see `Pricing`
     drafts_at_once: bool = False  # see `Observation`
-    row_price: int = 1  # nodes that the step costs more if each row gets one more
+    row_price: int = 1  # see `Observation.node_price`
     is_ragged: bool = False  # whether each row gets its own number of nodes
     discounts: Sequence[float] = ()  # see `Policy`
     odds: Callable[[], list[list[float]]] = list  # acceptance probabilities of looked-up nodes
     shared: Callable[[], list[list[int]]] = list  # see `Observation`
-    factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a sure node adds
-    rate: float = 0.0  # lambda: tokens that a second is worth
-    has_looked: bool = False  # whether the step asked for looked-up nodes
-    lookup: int = 0  # priced number of looked-up nodes
-    chains: list[list[float]] = field(default_factory=list)  # odds of the chosen looked-up nodes
-    competes: bool = False  # whether looked-up and drafted nodes compete for places
-    looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and odds, best first
+    factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a node of probability 1 adds
+    rate: float = 0.0  # lambda: tokens that a second costs
+    has_looked: bool = False  # whether the step called lookup
+    lookup: int = 0  # number of looked-up nodes, counted as they add to the step's cost
+    chains: list[list[float]] = field(default_factory=list)  # probabilities of the chosen looked-up nodes
+    competes: bool = False  # whether `size` weighs looked-up nodes against drafted nodes
+    looked_up: list[tuple[float, float]] = field(default_factory=list)  # expected tokens and probability, best first
     looked_up_gain: float = 0.0  # gain of the looked-up nodes in tokens
     lookup_hit: float = 0.0  # mean probability that the first looked-up node is right
     width: int = 1  # children per node of this draft
-    narrower: int = 0  # width that this one is compared with; 0 for none
-    wider_gain: float | None = None  # tokens gained over the narrower width, drafting costs aside
-    node_worth: list[float] = field(default_factory=list)  # expected tokens of inner nodes where lookup fails, falling
-    level_probs: list[list[float]] = field(default_factory=list)  # P(each level holds the right path)
-    expected: float = 0.0  # tokens that the head's nodes add to the step
+    narrower: int = 0  # smaller width that this draft is compared with; 0 for none
+    wider_gain: float | None = None  # tokens gained over the narrower width, before the cost of drafting
+    node_worth: list[float] = field(default_factory=list)  # tokens that drafted nodes add to lookup's, falling
+    level_probs: list[list[float]] = field(default_factory=list)  # P(each level includes the right path)
+    expected: float = 0.0  # tokens that the head's nodes are expected to add
 
     @classmethod
     def of(cls, observation: Observation) -> "_Step":
@@ -380,33 +383,33 @@ class _Step:
 
     @property
     def price(self) -> int:
-        """Nodes that the step costs more for each node of `worth`."""
+        """Number of nodes by which the step's cost grows for each node that is added."""
         return 1 if self.is_ragged else self.row_price
 
     def discount(self, level: int) -> float:
         return self.discounts[min(level, len(self.discounts)) - 1] if self.discounts else 0.0
 
     def passes(self, levels: int) -> int:
-        """Count the passes of a draft: one for a block, whose cost hardly depends on its levels."""
+        """Return the number of passes that draft `levels` levels: one for a block head, else one per level."""
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """Reduce the `factors` at a level, because the head gains nothing where looked-up nodes are right."""
+        """Return `factors` times P(lookup is wrong at this level): elsewhere the head's nodes gain nothing."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
         return [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
 
     def apart(self, rows: list[list[float]]) -> list[list[float]]:
-        """Keep each row's probabilities if rows are ragged, else average them."""
+        """Return each row's probabilities for a ragged batch, or their mean over rows in lockstep."""
         return rows if self.is_ragged else [self.mean(rows)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
-        """List the expected tokens and the row of each node."""
+        """Return the expected tokens and the row of each node."""
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
-        """Average the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
+        """Average the rows' first probabilities, their second ones and so on, weighted by `row_weights`."""
         if len(rows) == 1:
             return rows[0]
         weights = self.row_weights or [1.0] * len(rows)
@@ -414,10 +417,10 @@ class _Step:
 
 
 def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
-    """Choose how many nodes to add to a tree, from the first; returns the number and its gain in tokens.
+    """Choose how many of a list's first nodes to add to a tree; return their number and their gain in tokens.
 
-    `seconds` are the costs of verifying the tree with 0, 1, 2, ... nodes more, `worth` the expected tokens of each
-    node, and `rate` the price of a second in tokens.
+    `seconds` are the times to verify the tree with 0, 1, 2, ... more nodes, `worth` the expected tokens of each node,
+    and `rate` the price of a second in tokens.
     """
     gain, best_gain, best = rate * seconds[0], 0.0, 0
     for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
@@ -428,9 +431,10 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """Cut a pool to the draft of a smaller width; returns its scores and where its levels begin.
+    """Reduce the scores of a draft to those of the draft with `narrower` children per node.
 
-    In each level the first nodes must have children, best first. Returns `None` for pools of several sources.
+    Returns these scores and the bounds of their levels, or `None` if several sources proposed the nodes. In each level
+    the first nodes must be those with children, best first.
     """
     parts, ends = [], [0]
     for level, (start, stop) in enumerate(pairwise(bounds)):
@@ -443,13 +447,13 @@ def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -
 
 
 class ThroughputMemory:
-    """Means of the token rate and of the gains of head and lookup; decides when to retry what does not pay."""
+    """Keeps the mean tokens per second and the mean gains of head and lookup; decides when to use or retry each."""
 
     def __init__(self) -> None:
-        self.head_was_right = True  # whether the last draft held the next token, in most rows
-        self._tokens, self._seconds = 0.0, 0.0  # decayed sums
-        # Means over drafts: gains without lookup, by `head_was_right`, and the price, which begins at 0 because the
-        # first draft may have been interrupted
+        self.head_was_right = True  # whether, in most rows, the last draft included the next token
+        self._tokens, self._seconds = 0.0, 0.0  # decaying sums
+        # Means over drafts, in tokens: the gain without lookup, by `head_was_right`, and the price. The price starts
+        # at 0, because other processes may have slowed the first draft
         self._gains, self._price = [_FIRST_GAIN, _FIRST_GAIN], 0.0
         self._probes, self._looks = Trials(_FIRST_PROBE, _LAST_PROBE), Trials(_FIRST_LOOK, _LAST_LOOK)
         self._look_gain = _FIRST_GAIN  # mean gain of looks, in tokens
@@ -463,21 +467,24 @@ class ThroughputMemory:
         return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
 
     def note_draft(self, gain: float, price: float, lookup_hit: float) -> None:
-        """Update the mean estimated gain and price of drafts, in tokens.
+        """Update the mean gain and price of drafts from estimates, in tokens.
 
-        Estimates vary less than outcomes, which calibrate them elsewhere.
+        Estimated gains vary less than actual ones; `AcceptanceModel` learns from the actual outcomes.
         """
         known = self._gains[self.head_was_right]
         self._gains[self.head_was_right] += _NEWEST * (gain - (1.0 - lookup_hit) * known)
         self._price += _NEWEST * (price - self._price)
 
     def asks_head(self, lookup_hit: float) -> bool:
-        """Decide whether the head pays or is due for a probe; it gains nothing if lookup's first token is right."""
+        """Decide whether to draft with the head, because it pays or is due for a probe.
+
+        With probability `lookup_hit` the first looked-up token is right, and the head then gains nothing.
+        """
         pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 
     def looks_up(self, price: float) -> bool:
-        """Decide whether a look for `price` tokens pays, or is due for a trial."""
+        """Decide whether to call lookup, because it gains more than `price` tokens or is due for a trial."""
         return self._looks.is_due(pays=self._look_gain >= price)
 
     def note_look(self, gain: float) -> None:
@@ -486,24 +493,24 @@ class ThroughputMemory:
 
 
 def doubled(width: int, most: int) -> tuple[int, ...]:
-    """List `width`, twice `width` and so on, up to `most` children per node."""
+    """Return `width`, twice `width` and so on; the last is `most`, unless `width` is larger."""
     return (width, *doubled(min(2 * width, most), most)) if width < most else (width,)
 
 
 class WiderDrafts:
-    """Picks the width of one row's drafts on a CPU: wider while that gains more tokens than it costs.
+    """Picks the children per node of one row's drafts on a CPU: more as long as they gain more tokens than they cost.
 
-    A wider draft contains the narrower one. So a trial compares both at the same place of a text, by their estimated
-    gain less their price; tokens at other places differ far more.
+    A wider draft contains the narrower draft, so a trial compares the estimated net gains of both at the same position
+    of a text. Gains at different positions would differ far more.
     """
 
     def __init__(self, most: int) -> None:
         self.widths, self._chosen = doubled(min(_FIRST_WIDTH, most), most), 0
-        self._gains = [0.0] * len(self.widths)  # mean gains over the next narrower width, in tokens
+        self._gains = [0.0] * len(self.widths)  # mean net gain of each width over the one before, in tokens
         self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
 
     def choose(self) -> tuple[int, int]:
-        """Choose the width of the coming draft, and the one to compare it with; 0 for none."""
+        """Return the width of the coming draft, and the narrower width to compare it with (0 for none)."""
         index = 0
         while index + 1 < len(self.widths) and self._gains[index + 1] > 0.0:
             index += 1
@@ -513,20 +520,20 @@ class WiderDrafts:
         return self.widths[index], self.widths[index - 1] if index else 0
 
     def note(self, gain: float) -> None:
-        """Learn the gain of the chosen width over the narrower one."""
+        """Learn the net gain, in tokens, of the chosen width over the narrower width."""
         self._gains[self._chosen] += _NEWEST_WIDER * (gain - self._gains[self._chosen])
 
 
 class WidthMemory:
-    """Picks the width in the invariant mode: chains at first, then the width of most tokens a second.
+    """Picks the children per node in the exact mode (`invariant`): 1 at first, then what gives most tokens per second.
 
-    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing, so the clock has
-    to decide. It tries the next wider or narrower width, less often after each failure.
+    Only measuring can decide: without compiled kernels one more leaf costs as much as all nodes of its path, with them
+    next to nothing. So the next wider or narrower width is tried, less often after each failure.
     """
 
     def __init__(self, most: int) -> None:
         self._widths = doubled(1, most)
-        self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decayed sums
+        self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decaying sums
         self._best = self._chosen = 0
         self._trial_in = self._trial_every = _FIRST_TRIAL
 
@@ -535,7 +542,7 @@ class WidthMemory:
         return min(self._widths[self._chosen], most)
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Learn from a step of the chosen width: its expected tokens and its seconds."""
+        """Learn from the expected tokens and the seconds of a step with the chosen width."""
         index = self._chosen
         self._tokens[index] = self._tokens[index] * _MEMORY + tokens
         self._seconds[index] = self._seconds[index] * _MEMORY + seconds
@@ -547,7 +554,7 @@ class WidthMemory:
         self._best, self._trial_in = index if is_better else self._best, self._trial_every
 
     def _neighbour(self) -> int:
-        """Pick the next wider or narrower width, whichever has less time so far."""
+        """Return the index of the next wider or narrower width, whichever was used for fewer seconds."""
         neighbours = [index for index in (self._best + 1, self._best - 1) if 0 <= index < len(self._widths)]
         return min(neighbours, key=self._seconds.__getitem__, default=self._best)
 

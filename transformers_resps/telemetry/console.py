@@ -1,4 +1,4 @@
-"""Prints steps to a terminal with `rich`, which the base install lacks."""
+"""Prints the steps of a report to a terminal with `rich`, an optional dependency."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from .report import SpeculationReport
 
 
 ACCEPTED = "bold cyan"
-# A terminal obeys control characters, and a model may write any of them, so their pictures are shown.
+# Control characters in a model's output would control the terminal, so their pictures are printed instead.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\t"): "⇥", ord("\n"): "↵"}
 _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
 
 def print_steps(report: SpeculationReport, texts: Sequence[Sequence[str]], console: Console | None) -> None:
-    """Print text, table and summary; `texts` are those of each step's accepted tokens, then of its bonus token."""
+    """Print text, table and summary; `texts` holds, for each step, its accepted tokens and then its bonus token."""
     console = console or Console()
     console.print(_text(texts))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
@@ -34,7 +34,7 @@ def _text(texts: Sequence[Sequence[str]]) -> Text:
 
 
 def _table(report: SpeculationReport, texts: Sequence[Sequence[str]]) -> Table:
-    """Draw a table that needs no colour, since accepted and bonus tokens have columns of their own."""
+    """Make a table with separate columns for accepted and bonus tokens, so that it is clear without colour."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The text that each token adds, and a progress bar that moves with the forwards of a call."""
+"""Computes the text that each token adds, and moves a progress bar with the forwards of a call of `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch import nn
 
 Decode = Callable[[Sequence[int]], str]
 
-_UNFINISHED = "\ufffd"  # Decoded form of the first bytes of a character that later tokens complete.
+_UNFINISHED = "\ufffd"  # What the first bytes of a character decode to while its other bytes are missing.
 
 
 def decoder(tokenizer: Any) -> Decode:
-    """Make a function that decodes tokens, special ones included and spaces untouched."""
+    """Return a function that decodes token ids, keeping special tokens and all spaces."""
 
     def decode(token_ids: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -23,12 +23,13 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """Return the text that each token adds; the token that completes a character adds all of it.
+    """Return the text that each token adds; a character of several tokens is added by its last token.
 
-    Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded with the piece before.
+    A token that is decoded alone loses its leading space and may be part of a character, so each token is decoded
+    together with the tokens of the text before it.
     """
     pieces = []
-    window, known = 0, 0  # first token that is decoded, and first token whose text is new
+    window, known = 0, 0  # indices of the first token to decode, and of the first whose text is new
     for end in range(1, len(token_ids) + 1):
         text = decode(token_ids[window:end])
         if text.endswith(_UNFINISHED) and end < len(token_ids):
@@ -40,13 +41,13 @@ def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[s
 
 
 def decode_after(previous: int, token_id: int, decode: Decode) -> str:
-    """Return the text that one token adds after another."""
+    """Return the text that `token_id` adds after the token `previous`."""
     return decode([previous, token_id])[len(decode([previous])) :]
 
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows` over up to `most_steps` forwards of the target; the rest follows at the end."""
+    """Move a `tqdm` bar by `rows` over `most_steps` forwards of `target`; with fewer forwards, it jumps at the end."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

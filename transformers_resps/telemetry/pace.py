@@ -1,6 +1,7 @@
-"""Warn when steps take many times as long as before, because other processes use the cores.
+"""Warns when steps take many times as long as before because other processes use the CPU's cores.
 
-Two threads beside a busy core are 10 to 100 times slower, since each product of matrices waits for the slower thread.
+If another process uses one core, two threads may be 10 to 100 times slower, since each matrix product waits for the
+slower thread.
 """
 
 import logging
@@ -13,13 +14,13 @@ from .report import StepRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-_MANY = 5.0  # Factor over the best time of a forward that calls for a warning; a doubled context takes 2.
-_STEPS = 8  # Steps whose median hides an interruption.
-_ENOUGH = 5  # Forwards of one size whose median is a sustained time.
+_MANY = 5.0  # Forwards that take so many times their best time are too slow; a doubled context explains only 2.
+_STEPS = 8  # The median of so many steps must be too slow, so that single interruptions cause no warning.
+_ENOUGH = 5  # A best time is a median of so many forwards of the same size.
 
 
 class Pace:
-    """Keeps the best times of a model's forwards; a process that is busy from the first step on goes unnoticed."""
+    """Keeps the best times of a model's forwards. It cannot notice a process that was busy from the first step on."""
 
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds
@@ -27,11 +28,11 @@ class Pace:
         self._has_warned = False
 
     def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """Start a call with `threads` of the CPU; its times depend on `settings` beside sizes."""
+        """Start a call with `threads` CPU threads; times are compared only between calls with equal `settings`."""
         return CallPace(self, settings, threads)
 
     def times_best(self, key: Hashable, seconds: float) -> float | None:
-        """Return a forward's time over its best time, or `None` while that is being learned."""
+        """Return a forward's time over the best time for `key`, or `None` while there is no best time yet."""
         best, newest = self._best.get(key), self._newest[key]
         newest.append(seconds)
         if len(newest) == _ENOUGH:
@@ -48,17 +49,17 @@ class Pace:
 
 
 class CallPace:
-    """Follows the steps of one call."""
+    """Follows the steps of one call of `generate`."""
 
     def __init__(self, pace: Pace, settings: Hashable, threads: int) -> None:
         self._pace, self._settings, self._threads = pace, settings, threads
-        self._times: deque[float] = deque(maxlen=_STEPS)  # times of the newest steps over their best
+        self._times: deque[float] = deque(maxlen=_STEPS)  # of the newest steps: time over best time
 
     def see(self, record: StepRecord, context: int) -> None:
-        """Add a step after the prefill, at `context` positions."""
+        """Add a step other than the prefill, after `context` positions; warns if the newest steps were too slow."""
         if self._threads < 2 or record.verify_seconds <= 0.0:
             return
-        # Costs rise with the context, so each power of two has its own
+        # Forwards take longer with more context, so each power of two has its own best time
         key = self._settings, record.decoded_rows, record.computed, context.bit_length()
         times = self._pace.times_best(key, record.verify_seconds)
         if times is None:

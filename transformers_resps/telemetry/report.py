@@ -1,4 +1,4 @@
-"""The records and the report of a call of `generate`, and every published rate."""
+"""The report of a call of `generate`, with a record of each step; and how all published rates are computed."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch; `int(counts)` converts a single one."""
+    """One number per row of the batch; `int(counts)` works if there is one row."""
 
     __slots__ = ()
 
@@ -52,10 +52,10 @@ def rate(timed: Iterable[Timed]) -> float:
 def bootstrap_interval(
     own: Sequence[Sequence[Timing]], base: Sequence[Sequence[Timing]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the middle 95% of a ratio of two rates over processes and requests, both drawn with replacement.
+    """Return the 95% bootstrap interval of the rate of `own` over that of `base`.
 
-    `own` and `base` hold the totals of each process's requests, in the same order, so draws are paired. The same
-    totals give the same interval.
+    `own[i][j]` and `base[i][j]` are the totals of the same request `j` in process `i`. Processes and requests are
+    drawn with replacement, the same for both. The same totals always give the same interval.
     """
     drawn = np.random.default_rng(0)
     of_processes, of_requests = (
@@ -69,39 +69,39 @@ def bootstrap_interval(
 
 
 class Proposed(NamedTuple):
-    """Accepted nodes of all rows, counted by the source that proposed them."""
+    """Numbers of accepted nodes of all rows, by the source that proposed each node."""
 
-    drafter: int = 0  # the head alone, or another source of levels
-    lookup: int = 0  # the text of the call alone
-    both: int = 0  # several sources
-    memory: int = 0  # a memory of other texts alone
+    drafter: int = 0  # only by the head or another drafter
+    lookup: int = 0  # only by lookup in the text of the call
+    both: int = 0  # by several sources
+    memory: int = 0  # only by lookup in a memory of other texts
 
     @classmethod
     def of(cls, flags: Sequence[int]) -> "Proposed":
-        """Count nodes by their `DraftTree.proposers`."""
+        """Count nodes by source; `flags` are their values in `DraftTree.proposers`."""
         drafter, lookup, memory = map(flags.count, (DRAFTED, LOOKED_UP, REMEMBERED))
         return cls(drafter, lookup, len(flags) - drafter - lookup - memory, memory)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One decoding step: a target forward and the work around it.
+    """One decoding step: a target forward and the work before and after it.
 
     Attributes:
-        shape: the shape that the policy chose, cut to the room that was left.
-        drafted: nodes that head and lookup scored.
-        verified: nodes of the target forward, root included; the maximum over rows.
-        accepted: drafted tokens that each row kept; `int(accepted)` with one row.
-        emitted: accepted tokens and the bonus token of each row; 0 for finished rows.
-        draft_seconds: choosing and drafting; at the prefill, the pass of head and lookup over the prompt.
-        verify_seconds: the target forward; on a GPU including drafting work that is still running.
-        step_seconds: the whole step, policy and bookkeeping included.
-        drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
-            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number, the minimum over
-            rows that gained tokens. One 0 if the policy ignores it.
-        proposed: the accepted tokens of all rows, counted by source.
-        sizes: nodes of each decoded row, if the forward computed no padding; else empty.
-        pricing: further facts of the target forward's cost.
+        shape: the shape that the policy chose, reduced if fewer tokens could still be generated.
+        drafted: number of nodes that head and lookup proposed.
+        verified: number of nodes in the target forward, root included; the maximum over rows.
+        accepted: number of drafted tokens that each row kept; `int(accepted)` works with one row.
+        emitted: number of accepted tokens plus the bonus token of each row; 0 for finished rows.
+        draft_seconds: time of policy and draft; for the prefill, the pass of head and lookup over the prompt.
+        verify_seconds: time of the target forward; on a GPU it includes drafting work that is still running.
+        step_seconds: time of the whole step, policy and bookkeeping included.
+        drafted_match: how many of the step's tokens, from the first on, were a path among the head's candidates,
+            verified or not. Ragged batches have one number per row, 0 for finished rows; lockstep has one number, the
+            minimum over rows that gained tokens. A single 0 if the policy does not use it.
+        proposed: numbers of accepted tokens of all rows, by source.
+        sizes: number of nodes of each decoded row if the forward computed no padding; else empty.
+        pricing: what the target forward costs apart from its nodes.
     """
 
     shape: TreeShape
@@ -119,13 +119,16 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Nodes that the forward is priced by: those of a row, or with `sizes` one root and all nodes below roots."""
+        """Number of nodes that determines the forward's cost.
+
+        These are the nodes of one row, padding included; without padding, one root and the other nodes of all rows.
+        """
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
     @property
     def rows_of_a_node(self) -> int:
-        """Rows that have one more node each if `computed` is one higher."""
+        """Number of rows that get one more node each when `computed` rises by one."""
         return 1 if self.sizes else self.decoded_rows
 
     @property
@@ -138,17 +141,17 @@ class StepRecord:
 
     @property
     def rest_seconds(self) -> float:
-        """Seconds outside drafting and verifying: acceptance, caches, logits processors and streamers."""
+        """Seconds of the step outside drafting and verifying: acceptance, caches, logits processors, streamers."""
         return max(self.step_seconds - self.draft_seconds - self.verify_seconds, 0.0)
 
     @property
     def decoded_rows(self) -> int:
-        """Number of rows that had not finished."""
+        """Number of rows that had not finished before this step."""
         return sum(count > 0 for count in self.emitted)
 
     @property
     def mean_emitted(self) -> float:
-        """Mean tokens per row, without finished rows."""
+        """Mean new tokens per row, over rows that had not finished."""
         return self.emitted_total / max(self.decoded_rows, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,8 +170,8 @@ class SpeculationReport:
         batch_size: number of rows decoded together.
         steps: one record per step; the first is the prefill, a plain step over the whole prompt.
         answers: the new token ids of each row, padded after a row's end.
-        compile_seconds: seconds of compiling or capturing forwards, which no step counts.
-        reason: the policy's reason why most steps were plain, if it has one.
+        compile_seconds: seconds spent on compiling or capturing forwards, which no step includes.
+        reason: why most steps were plain, as the policy explains it; `None` without an explanation.
     """
 
     batch_size: int = 1
@@ -188,7 +191,7 @@ class SpeculationReport:
 
     @property
     def tau(self) -> float:
-        """Mean acceptance length: tokens per row and target forward until the row finished, prefill included."""
+        """Mean acceptance length: new tokens per row and target forward, prefill included, without finished rows."""
         forwards = sum(step.decoded_rows for step in self.steps)
         return self.emitted_total / forwards if forwards else 0.0
 
@@ -199,7 +202,7 @@ class SpeculationReport:
 
     @property
     def accepted_by_source(self) -> Proposed:
-        """Accepted tokens of all rows, counted by source."""
+        """Numbers of accepted tokens of all rows, by source."""
         return Proposed(*map(sum, zip(*(step.proposed for step in self.steps), strict=True)))
 
     @property
@@ -208,13 +211,13 @@ class SpeculationReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over all seconds, prefill included; 0 if no time was measured."""
+        """New tokens of all rows per second, prefill included; 0 if no time was measured."""
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return vLLM 0.32's `metrics.speculative_decoding` of a request, which AIPerf evaluates, and the forwards.
+        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two about forwards.
 
-        Steps exclude the prefill. Every node but the root is a draft token.
+        The prefill does not count as a step. Every verified node except the root counts as a draft token.
         """
         steps = self.steps[1:]
         accepted = [step.accepted_total for step in steps]
@@ -239,9 +242,9 @@ class SpeculationReport:
         return summary | {"steps": [step.to_dict() for step in self.steps]}
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
-        """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.
+        """Print the output of `row` with accepted tokens in colour, then a table of the steps.
 
-        Without a `tokenizer` ids are shown. `console` is a `rich.console.Console`; the terminal by default.
+        Without a `tokenizer` token ids are printed. `console` is a `rich.console.Console`; by default the terminal.
 
         Raises:
             ImportError: the package `rich` is missing.
@@ -257,7 +260,7 @@ class SpeculationReport:
         print_steps(self, self._texts(tokenizer, row), console)
 
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
-        """List for each step the texts of the tokens that `row` gained."""
+        """Return for each step the texts of the new tokens of `row`."""
         if not -len(self.answers) <= row < len(self.answers):
             raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]
