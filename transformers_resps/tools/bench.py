@@ -1,6 +1,6 @@
-"""`resps bench`: compares draft trees and policies with plain decoding on your prompts.
+"""`resps bench`: compare draft trees and policies with plain decoding on your prompts.
 
-`training/benchmark.py` of a clone adds methods, a journal and more plots.
+`training/benchmark.py` in a clone adds methods, a journal and more plots.
 """
 
 import argparse
@@ -62,13 +62,13 @@ from .results import (
 from .session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
 
-_ADVICE_CONTEXT = 128  # positions
-_PLOT = "ratios.svg"  # beside the results
+_ADVICE_CONTEXT = 128  # context length, in tokens, whose costs the advice uses
+_PLOT = "ratios.svg"  # file in the folder of the results
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of one benchmark, described by `resps bench --help`; `methods` is `None` for all choices."""
+    """The settings of one benchmark, described by `resps bench --help`. `methods=None` means all choices."""
 
     choices: ClassVar[Mapping[str, str]] = BENCH_METHODS
 
@@ -102,7 +102,7 @@ class BenchConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """The methods; by default all that are possible."""
+        """The names of the methods to compare; by default all that are possible with or without a head."""
         possible = [name for name in self.choices if self.head is not None or name != EAGLE]
         return possible if self.methods is None else list(self.methods)
 
@@ -111,18 +111,18 @@ Config = TypeVar("Config", bound=BenchConfig)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `resps bench`, after `main` found the machine quiet."""
+    """Run `resps bench`. Before this, `main` has checked that the machine is quiet."""
     return bench(read_options(args, BenchConfig), args.load, as_json="json" in args, plots="plot" in args)
 
 
 def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
-    """Make the config of parsed options."""
+    """Make the config from parsed options; missing options keep the config's defaults."""
     options = vars(args)
     return config_type(**{field.name: options[field.name] for field in fields(config_type) if field.name in options})
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
-    """Measure and report; return 1 if an answer differs from the plain one by more than rounding, 130 after Ctrl-C."""
+    """Measure and report; return 1 if an answer differs from plain by more than rounding, 130 after Ctrl-C, else 0."""
     start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
@@ -160,7 +160,7 @@ def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = Fal
 
 
 def start(config: BenchConfig) -> None:
-    """Prepare the process."""
+    """Set the threads of this process, and hide progress bars unless stderr is a terminal."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     if config.threads:
@@ -169,19 +169,19 @@ def start(config: BenchConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """A target, and the source, policies and draft model that were checked to fit it."""
+    """A target, with the head, policies and draft model; all were checked to fit the target."""
 
     target: Any
     tokenizer: Any
     head: DraftSource | None
     policies: dict[str, Policy | str]  # name in the table -> policy, or "auto"
-    draft_model: PreTrainedModel | None  # for Transformers' assisted generation
-    sources: dict[str, str]  # "head" or name of a policy -> folder or Hub id
-    trained_on: dict[str, set[str] | None]  # the same keys -> fingerprints of training prompts; `None` if not kept
+    draft_model: PreTrainedModel | None  # small model for Transformers' assisted generation
+    sources: dict[str, str]  # "head", or name of a policy -> folder or Hub id
+    trained_on: dict[str, set[str] | None]  # the same keys -> fingerprints of training prompts, or `None`
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
-        """Load what `config` names; raise `ValueError` if something is missing or does not fit the target."""
+        """Load the models and policies of `config`; raise `ValueError` if one is missing or unfit for the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         head = load_source(config.head, target, config.revision)
@@ -194,13 +194,13 @@ class BenchModels:
         return cls(target, tokenizer, head, loaded, small, sources, trained_on)
 
     def check_unseen(self, dialogues: Sequence[Dialogue]) -> None:
-        """Raise `ValueError` if head or policies were trained on one of the prompts."""
+        """Raise `ValueError` if the head or a policy was trained on one of the prompts."""
         for name, fingerprints in self.trained_on.items():
             check_apart(dialogues, fingerprints or set(), f"the training prompts of {name}")
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
-    """Load the benchmark's policies: name in the table -> policy."""
+    """Load policies; returns a map from the name in the table to the policy, or to "auto"."""
     policies_by_name: dict[str, Policy | str] = {}
     known: set[str | Path] = set()
     counts = Counter(map(short_name, names))
@@ -233,7 +233,7 @@ def _policy_name(called: str, policy: Policy | str) -> str:
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:
-    """Load a small model for assisted generation; raise `ValueError` if its vocabulary is not the target's."""
+    """Load a small model for assisted generation; raise `ValueError` if its vocabulary size is not the target's."""
     small: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     own, other = (m.config.get_text_config().vocab_size for m in (small, target))
     if own != other:
@@ -264,9 +264,10 @@ def methods_of(
     others: Sequence[Method] = (),
     trees: Sequence[Generate] = (),
 ) -> list[Method]:
-    """Return the methods that `config` asks for, in the order of the table.
+    """Return the methods of `config` in the order of the table.
 
-    `others` come before its trees, and `trees` between its trees and policies; `compiles` is whether steps can.
+    `others` are inserted before its trees, and `trees` after them. With `compiles`, our own methods are also added
+    with compiled steps.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]
     if config.invariant:
@@ -290,11 +291,11 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Decode all, and call `after` with each prompt and its runs; return whether Ctrl-C did not stop it."""
+    """Answer all prompts, and call `after` with each prompt and its runs; return `False` if Ctrl-C stopped it."""
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
             for prompt, runs in session.run(bar.update):
-                bar.total = session.total  # less, once a conversation is cut short
+                bar.total = session.total  # it falls when a conversation ends early
                 bar.set_postfix_str(prompt.name)
                 after(prompt, runs)
         except KeyboardInterrupt:
@@ -304,7 +305,7 @@ def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None])
 
 
 def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Return `settings` of the results, which must be equal for all figures of one table."""
+    """Return the entry `settings` of the results. Figures in one table must have equal settings."""
     return {
         "methods": config.chosen,
         "shapes": [f"tree {shape}" for shape in config.shapes],
@@ -327,7 +328,7 @@ def results_of(
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
-    """Return the results so far (training/benchmarking/RESULTS.md); `estimates` are marked as not measured."""
+    """Return the results so far (see training/benchmarking/RESULTS.md); `estimates` are marked as not measured."""
     timings, names = session.timings, [method.name for method in session.methods]
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
     reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]
@@ -356,7 +357,7 @@ def results_of(
 
 
 def report(results: dict[str, Any], file: Path, *, as_json: bool = False) -> int:
-    """Print the results, write the table beside the file, and return the exit status."""
+    """Print the results, write `table.md` into the folder of `file`, and return the exit status."""
     status = 130 if results["partial"] else int(bool(results["unexplained"]))
     table = markdown_table(results)
     file.with_name("table.md").write_text(table + "\n", encoding="utf-8")

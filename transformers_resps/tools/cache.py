@@ -1,4 +1,4 @@
-"""`resps cache`: list or remove compiled code that is kept for later processes."""
+"""`resps cache`: list or remove the compiled code that is stored for later processes."""
 
 import argparse
 from datetime import datetime
@@ -7,7 +7,7 @@ from ..compilation.packages import FOLDER_VARIABLE, packages_folder, remove_pack
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the packages, or remove them."""
+    """List the stored packages of compiled code, or remove them with `--clear`."""
     folder = packages_folder()
     if folder is None:
         print(f"{FOLDER_VARIABLE} is off: no compiled code is kept.")

@@ -1,4 +1,4 @@
-"""`resps calibrate`: measure what steps cost on this machine, and whether drafting can pay."""
+"""`resps calibrate`: measure how long steps take on this machine, and whether drafting can save time."""
 
 import argparse
 import json
@@ -10,14 +10,14 @@ from ..policies.costs import CostTable, Range
 from .loading import load_source, load_target
 
 
-_MIN_SPREAD = 0.1  # of repeats, in plain forwards: a smaller one changes no conclusion
-_IMPOSSIBLE = 3.0  # a forward that takes so many times as long as a larger one was disturbed
+_MIN_SPREAD = 0.1  # plain forwards; a smaller spread of repeats changes no conclusion
+_IMPOSSIBLE = 3.0  # if a forward takes this many times as long as a larger one, other processes disturbed it
 _NODES = (2, 4, 8)  # tree sizes in the verdict
-_PAYS_BELOW = 1.6  # most plain forwards that a verification may cost
+_PAYS_BELOW = 1.6  # plain forwards that verifying a tree may cost if drafting is to save time
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the cost table, new or stored, and its verdict."""
+    """Print the measured or stored cost table, and whether drafting can save time."""
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
@@ -81,7 +81,7 @@ def what_must_be_accepted(table: CostTable) -> str:
 
 
 def _contradiction(table: CostTable) -> float:
-    """Return the largest ratio of a forward's duration to an equal or larger forward's."""
+    """Return the largest ratio of one forward's seconds to those of a forward that is as large or larger."""
     cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
     cells += [(context, 1, taken) for context, taken in table.plain.items()]
     return max(

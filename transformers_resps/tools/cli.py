@@ -1,6 +1,6 @@
-"""The command `resps`: parses its arguments, then runs `run` in the module of the subcommand's name.
+"""The command `resps`: parses its arguments, then calls `run` of the module named like the subcommand.
 
-Nothing imported here may load PyTorch, which takes seconds, so that help and refusals come at once.
+This module must not import PyTorch, which takes seconds, so that help and errors appear at once.
 """
 
 import argparse
@@ -27,10 +27,10 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return 1 if it found a fault, 2 if it could not run, 130 after Ctrl-C."""
+    """Run a subcommand; return 0, or 1 if it found a fault, 2 if it could not run, 130 after Ctrl-C."""
     args = make_parser().parse_args(arguments)
     try:
-        if args.command == "bench":  # before loading, which uses CPUs
+        if args.command == "bench":  # now, since loading uses the CPUs
             args.load = quiet.checked_load("accept_noise" in args)
         if "torch" not in sys.modules:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-_FLAGS = {  # option of a command -> words of the library, and words for the command line
+_FLAGS = {  # option of a command -> pairs: words in the library's errors, and words for the command line
     "invariant": (
         ("pass `invariant=False`", "leave out `--invariant`"),
         ("leave out `invariant=True`", "leave out `--invariant`"),
@@ -61,7 +61,7 @@ _FLAGS = {  # option of a command -> words of the library, and words for the com
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
-    """Replace keywords by options in a refusal of the library."""
+    """Replace keywords of the library in an error message by options of the command."""
     for option in _FLAGS.keys() & vars(args).keys():
         for keyword, flag in _FLAGS[option]:
             message = message.replace(keyword, flag)
@@ -155,8 +155,8 @@ def _add_bench(commands: _Commands) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str]) -> None:
-    """Add an option for each field of `BenchConfig`, with `choices` of methods."""
-    parser.argument_default = argparse.SUPPRESS  # so that the config's defaults hold
+    """Add an option for each field of `BenchConfig`; `choices` are the methods that `--methods` accepts."""
+    parser.argument_default = argparse.SUPPRESS  # leave out options that are not given: the config has the defaults
     add = parser.add_argument
     add("target", type=model, help="folder or Hub id of the target")
     add("head", type=model, nargs="?", default=None, help=f"{HEAD}; without one, drafts by lookup")
@@ -219,7 +219,7 @@ def _add_compile(commands: _Commands) -> None:
     add("--threads", type=positive, help="CPU threads of the calls; default: as torch chooses")
     add("--rows", type=positive, default=1, help="prompts of a call; 2 stands for any batch (default: 1)")
     add("--pack", action="store_true", help="prepack the target's weights first, as calls do that have them so")
-    add("--only-as", help=argparse.SUPPRESS)  # the identity of a model in memory
+    add("--only-as", help=argparse.SUPPRESS)  # identity of the model that must be compiled
 
 
 def _add_cache(commands: _Commands) -> None:
@@ -228,14 +228,14 @@ def _add_cache(commands: _Commands) -> None:
 
 
 def model(text: str) -> str:
-    """Accept an existing folder, or a possible Hub id."""
+    """Accept an existing folder, or a text that could be a Hub id."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
     return text
 
 
 def temperature(text: str) -> float:
-    """Accept a finite number from 0 on."""
+    """Parse a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:
@@ -248,7 +248,7 @@ def temperature(text: str) -> float:
 
 
 def shape(text: str) -> "TreeShape":
-    """Read total_tokens,depth,top_k[,lookup], such as `8,4,2`."""
+    """Parse total_tokens,depth,top_k[,lookup], such as `8,4,2`."""
     from ..tree import TreeShape  # imports PyTorch
 
     try:
@@ -260,14 +260,14 @@ def shape(text: str) -> "TreeShape":
 
 
 def dtype(text: str) -> str:
-    """Accept a dtype for loading models, or auto."""
+    """Accept "auto", or the name of a dtype in which models can be loaded."""
     if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
     return text
 
 
 def device(text: str) -> str:
-    """Accept an available device that can compute."""
+    """Accept the name of a device that PyTorch can use here."""
     if text.startswith("meta"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     if text == "cpu":
@@ -284,7 +284,7 @@ def device(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Accept a whole number above zero."""
+    """Parse an integer above 0."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
     return int(text)

@@ -1,4 +1,4 @@
-"""`resps compile`: compile a target's steps and its heads' drafts for later processes."""
+"""`resps compile`: compile a target's steps and its heads' drafting, and store the code for later processes."""
 
 import argparse
 
@@ -18,7 +18,7 @@ _NEW_TOKENS = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode a few tokens with compiled steps; raise `ValueError` if the code cannot be compiled or kept."""
+    """Decode a few tokens with compiled steps; raise `ValueError` if the code cannot be compiled or stored."""
     folder = packages_folder()
     if folder is None:
         raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder")

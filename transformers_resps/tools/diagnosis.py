@@ -1,4 +1,4 @@
-"""Compare a head's agreement with its target under each reading of its file, and name the right one."""
+"""Compare how well a head agrees with its target under several readings of its file (settings), and find the best."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,33 +8,33 @@ from typing import Any
 from ..drafting import FileReading
 
 
-_SURE = 3.0  # standard errors of a sure difference; not two, since the best of some twenty readings is compared
+_SURE = 3.0  # standard errors; a larger difference is sure. Two would be too few for the best of twenty readings
 _MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth another file
 _MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth another file
-_HOPELESS = 5.0  # standard errors; a reading that is worse by more is dropped
-_MUCH = 0.05  # share of a step's tokens; no verdict while another reading might add more
-_FEW_ANSWERS = 10  # no verdict from fewer
-_DROPPING_ANSWERS = 8  # no reading is dropped after fewer
-_SETTLING_ANSWERS = 20  # the diagnosis ends after no fewer, since few answers often decide by chance
-_STRANGER = 0.05  # agreement at depth 1; below, the head was not made for this target
+_HOPELESS = 5.0  # standard errors; a reading that is worse by more than this is dropped
+_MUCH = 0.05  # share of a step's tokens; no verdict while another reading might accept that many more
+_FEW_ANSWERS = 10  # fewer answers give no verdict
+_DROPPING_ANSWERS = 8  # fewer answers drop no reading
+_SETTLING_ANSWERS = 20  # fewer answers do not end the diagnosis, since chance often decides
+_STRANGER = 0.05  # agreement at depth 1; with less, the head was not made for this target
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One answer under one reading, as sums over its positions."""
+    """The scores of one answer under one reading, summed over the answer's positions."""
 
-    positions: int  # where a chain was drafted
+    positions: int  # number of positions at which a chain of tokens was drafted
     kept: int  # drafted tokens that the target accepts
-    log_prob: float  # of the target's tokens by the head, in nats, over all depths
+    log_prob: float  # of the target's tokens according to the head, summed over depths, in nats
 
 
 @dataclass(frozen=True, slots=True)
 class ReadingScore:
-    """The agreement of a head with its target under one reading."""
+    """How well a head agrees with its target under one reading."""
 
     reading: FileReading
-    agreement: tuple[float, ...]  # per depth: share of positions where the head's likeliest token is the target's
-    tallies: tuple[Tally, ...]  # of each answer
+    agreement: tuple[float, ...]  # per depth: share of positions at which head and target pick the same token
+    tallies: tuple[Tally, ...]  # one for each answer
 
     @property
     def positions(self) -> int:
@@ -42,12 +42,12 @@ class ReadingScore:
 
     @property
     def accepted(self) -> float:
-        """Accepted tokens per position, of chains as long as `agreement`."""
+        """Mean number of accepted tokens of a chain; a chain has as many tokens as `agreement` has depths."""
         return sum(tally.kept for tally in self.tallies) / self.positions
 
     @property
     def log_prob(self) -> float:
-        """Log probability per token of the target, in nats."""
+        """Mean log probability that the head gives a token of the target, in nats."""
         return sum(tally.log_prob for tally in self.tallies) / self.positions / len(self.agreement)
 
 
@@ -55,11 +55,11 @@ class ReadingScore:
 class Diagnosis:
     """The scores of all readings, and the verdict.
 
-    A reading is better if, beyond noise, more tokens are accepted, or no fewer and the target's tokens are likelier:
-    likelihood shows a wrong RoPE base before it costs many tokens.
+    A reading is better than another if, beyond noise, it accepts more tokens, or as many and the target's tokens are
+    likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
     """
 
-    scores: tuple[ReadingScore, ...]  # the configured one first
+    scores: tuple[ReadingScore, ...]  # the reading configured in the file is first
 
     @property
     def configured(self) -> ReadingScore:
@@ -67,7 +67,7 @@ class Diagnosis:
 
     @cached_property
     def best(self) -> ReadingScore:
-        """The best reading; among equally good ones, the nearest to the configured one."""
+        """The best reading; of equally good readings, the one with the fewest changes to the configured reading."""
         best = self.configured
         for score in sorted(self.scores, key=lambda score: (score.accepted, score.log_prob)):
             if self._is_better(score, best):
@@ -83,7 +83,7 @@ class Diagnosis:
         return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
 
     def _might_be_better(self, score: ReadingScore, other: ReadingScore) -> bool:
-        """Whether more answers might still show that a reading is better."""
+        """Whether more answers might still show that `score` is better than `other`."""
         gain, error = self.gain(score, other)
         likelier, doubt = self._likelier(score, other)
         most = gain + _SURE * error
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Upper bound of the tokens per position that another reading might accept beyond the best one."""
+        """Upper bound of the tokens per position that any other reading might accept more than the best one."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -108,12 +108,12 @@ class Diagnosis:
 
     @property
     def has_evidence(self) -> bool:
-        """Whether the answers are enough for a verdict: no other reading might be much better than the best."""
+        """Whether there are enough answers for a verdict: no other reading might be much better than the best."""
         return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH * (1 + self.best.accepted)
 
     @property
     def worth_following(self) -> tuple[FileReading, ...]:
-        """The configured reading and those not far worse than the best; all while there are few answers."""
+        """The configured reading, and all readings not far worse than the best one; with few answers, all readings."""
         if self.answers < _DROPPING_ANSWERS:
             return tuple(score.reading for score in self.scores)
         kept = [self.configured]
@@ -129,7 +129,7 @@ class Diagnosis:
         return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return the accepted tokens per position beyond another score (the configured one), and the error."""
+        """Return how many tokens per position `score` accepts more than `over` (the configured one), and the error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
 
@@ -138,30 +138,30 @@ class Diagnosis:
         return self._mean(nats, score)
 
     def _mean(self, differences: list[float] | list[int], score: ReadingScore) -> tuple[float, float]:
-        """Return the mean per position of differences by answer, and its standard error over answers."""
+        """Return the mean per position of `differences`, one for each answer, and its standard error over answers."""
         answers, mean = len(differences), sum(differences) / score.positions
         spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, score.tallies, strict=True))
         return mean, math.sqrt(spread * answers / (answers - 1)) / score.positions
 
     @property
     def is_healthy(self) -> bool:
-        """Whether no other reading is better beyond noise."""
+        """Whether no other reading is better than the configured one beyond noise."""
         return self.best is self.configured
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Keywords for `from_pretrained` of the reading's `loader`; empty if healthy."""
+        """The best reading's keywords for `from_pretrained` of its `loader`; empty if the head is healthy."""
         changes = self._changes(self.best)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     @property
     def _passed(self) -> str:
-        """The overrides as keywords."""
+        """The overrides as text, in the form of keyword arguments."""
         return ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
 
     @property
     def verdict(self) -> str:
-        """The result in one or two sentences; with too little evidence a doubt."""
+        """The result in one or two sentences, which say so if there is too little evidence."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
         finding = self._finding(accepted)
         if self.has_evidence:

@@ -1,4 +1,4 @@
-"""`resps doctor`: finds the settings with which a head agrees best with the target's answers."""
+"""`resps doctor`: find the reading of a head's file (its settings) that agrees best with the target's answers."""
 
 import argparse
 import json
@@ -40,32 +40,32 @@ from .diagnosis import Diagnosis, ReadingScore, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
 
 
-_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
-_LOOK_CHARACTERS = 1 << 16  # of a file, searched for images
+_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict reads at most this many answers, and tokens of each
+_LOOK_CHARACTERS = 1 << 16  # this many characters of a file are searched for images
 _ROUND = 10  # answers between two verdicts
-_SECONDS = 45.0  # for answers, unless thorough; loading takes more
-_LONG_TOKENS = 256  # per answer, if thorough
+_SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
+_LONG_TOKENS = 256  # tokens per answer with `--thorough`
 
 DEPTHS = 4
-_BATCH_TOKENS = 1024  # per forward, since the target's logits of all are alive at once
+_BATCH_TOKENS = 1024  # maximum per forward, since its logits are all in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A prompt and an answer that the target wrote."""
+    """A prompt, and an answer that the target wrote."""
 
     tokens: Tensor  # [t] prompt and answer
     prompt_length: int
-    shown: dict[str, Tensor] = field(default_factory=dict)  # inputs of the forward for images in the prompt
+    shown: dict[str, Tensor] = field(default_factory=dict)  # inputs of the forward for the prompt's images
 
     def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
-        """Return `shown` as inputs of the target's forward over the tokens."""
+        """Return `shown` as inputs of the target's forward over `tokens`, in its dtype and on its device."""
         whole = cast_for(target, self.shown)
         names = {name for name in whole if name.endswith("token_type_ids")}
         return whole | {name: whole[name][:, : len(self.tokens)] for name in names}
 
 
-# (first number, end, most new tokens) -> these answers
+# Function of (number of the first answer, end, maximum number of new tokens) that returns these answers.
 Source = Callable[[int, int, int], list[LabelledText]]
 
 
@@ -73,7 +73,7 @@ Source = Callable[[int, int, int], list[LabelledText]]
 def write_answers(
     target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
 ) -> list[LabelledText]:
-    """Let `target` answer prompts `[t]` greedily, in batches."""
+    """Let `target` answer prompts `[t]` by greedy search, in batches."""
     ends = end_ids(target)
     answers = []
     for first in range(0, len(prompts), batch):
@@ -91,11 +91,11 @@ def write_answers(
 
 
 class Probe:
-    """Scores a head under several readings, on answers that come in parts.
+    """Scores a head under several readings, on answers that `add` takes in parts.
 
-    Nothing is generated: at depth k the head reads the true text up to there, and its own output instead of the
-    feature, as in the training-time test of EAGLE-3 (arXiv 2503.01840, section 3.2). The first of `readings` is the
-    configured one; `None` takes all. Raises `ValueError` for a head of another target.
+    Nothing is generated: at depth k the head reads the answer's text up to there, and instead of the target's features
+    its own output, as in the training-time test of EAGLE-3 (arXiv 2503.01840, section 3.2). The first of `readings` is
+    the configured one; `None` means all readings. Raises a `ValueError` if the head is for another target.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Probe:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a diagnosis is possible: two answers were long enough to score."""
+        """Whether a diagnosis is possible: at least two answers were long enough to score."""
         return len(self._trials[0].tallies) > 1
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
-        """Score more answers at the target's tokens; too short answers do not count."""
+        """Score more answers, at the tokens that the target wrote; answers that are too short are ignored."""
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
@@ -134,7 +134,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Score a batch under the readings whose features `tap` catches."""
+        """Score a batch under the readings that need the features which `tap` records."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -148,9 +148,9 @@ class Probe:
                 self._score(trial, torch.cat(caught, dim=-1), batch, picks.to(device))
 
     def _score(self, trial: "_TriedReading", features: Tensor, batch: "_ScoredTexts", picks: Tensor) -> None:
-        """Add the tallies of a batch's answers, and the head's agreements by depth, to a trial."""
+        """Score a batch under one reading, and add the results to `trial`; `picks` are the target's argmax."""
         drafter, draft_ids, depths = trial.drafter, trial.head.draft_token_ids, self._depths
-        start = int(batch.scored.any(0).int().argmax())  # the first scored slot
+        start = int(batch.scored.any(0).int().argmax())  # the first scored position
         scored = batch.scored[:, start:].to(features.device)
         tokens = batch.tokens.to(features.device)
         slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
@@ -164,7 +164,7 @@ class Probe:
             log_probs.append(likely * (draft_ids[rows] == wanted))
             hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
         agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
-        kept = agreed.cumprod(0).sum(0).split(counts)  # a token needs all before it
+        kept = agreed.cumprod(0).sum(0).split(counts)  # a token is accepted only if all tokens before it are
         nats = torch.stack(log_probs).sum(0).cpu().split(counts)
         answers = zip(counts, kept, nats, strict=True)
         trial.tallies += [Tally(count, int(tokens.sum()), float(sums.sum())) for count, tokens, sums in answers]
@@ -186,7 +186,7 @@ class Probe:
 
 @dataclass(slots=True)
 class _TriedReading:
-    """A head under one reading, and its results so far."""
+    """The head as one reading interprets its file, with the results so far."""
 
     reading: FileReading
     head: TrainableSource
@@ -196,7 +196,7 @@ class _TriedReading:
 
     @classmethod
     def of(cls, target: PreTrainedModel, reading: FileReading, head: TrainableSource) -> "_TriedReading":
-        # not packed: that would copy the weights for each reading, and does not pay for so many rows
+        # weights are not prepacked: that would copy them for each reading, and saves no time for so many rows
         return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
 
     def score(self) -> ReadingScore:
@@ -206,15 +206,15 @@ class _TriedReading:
 
 @dataclass(frozen=True, slots=True)
 class _ScoredTexts:
-    """Answers padded on the right, which causal attention does not see."""
+    """A batch of answers. They are padded on the right, where causal attention never looks."""
 
     tokens: Tensor  # [b, t]
-    scored: Tensor  # [b, t] bool: slots that predict tokens of the answer, at all depths
-    shown: LabelledText | None = None  # the only answer, if it is about images
+    scored: Tensor  # [b, t] bool: positions that predict tokens of the answer at all depths
+    shown: LabelledText | None = None  # the answer, if the batch is a single answer about images
 
 
 def _batches(answers: list[LabelledText], depths: int) -> Iterator[_ScoredTexts]:
-    """Batch answers of similar length, up to `_BATCH_TOKENS` tokens; answers about images come one by one."""
+    """Batch answers of similar length, up to `_BATCH_TOKENS` tokens. Each answer about images is a batch alone."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     others = [answer for answer in answers if not answer.shown]
     for rows in TokenBudgetBatches([len(answer.tokens) for answer in others], _BATCH_TOKENS, shuffle=False):
@@ -230,7 +230,7 @@ def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
 
 
 class Allowance:
-    """The seconds that an examination may take, converted to a number of answers."""
+    """A time limit, from which `answers` computes how many answers can still be read."""
 
     def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -238,13 +238,13 @@ class Allowance:
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:
-        """Time the `with` block, which reads `tokens` tokens."""
+        """Measure the `with` block, which reads `tokens` tokens."""
         start = self._clock()
         yield
         self._per_token = (self._clock() - start) / tokens
 
     def answers(self, tokens: int) -> int:
-        """Return how many answers of `tokens` tokens can still be read, at the pace of the last ones."""
+        """Return how many answers of `tokens` tokens can still be read, at the speed of the last measurement."""
         seconds = self._per_token * tokens
         left = max(self._end - self._clock(), 0.0)
         return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
@@ -260,10 +260,10 @@ def refined(
     has_images: bool = False,
     allowance: Allowance | None = None,
 ) -> Iterator[Diagnosis]:
-    """Diagnose `head` on few short answers, then on more and longer ones.
+    """Diagnose `head` on few short answers, then on more and longer answers; yields each diagnosis.
 
-    The first look drops readings that are far worse; its answers count later only if later ones are no longer. Ends
-    when more answers would change nothing, after `count` answers, or when the allowance is used up.
+    The first diagnosis drops readings that are far worse. If later answers are longer, the first ones do not count any
+    more. Ends when more answers would change nothing, after `count` answers, or when the time limit is reached.
     """
     probe, start, has_verdict = Probe(target, head, has_images=has_images), 0, False
     allowance = allowance or Allowance()
@@ -299,8 +299,8 @@ def refined(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat SIGTERM, which schedulers send before they kill, as Ctrl-C inside the `with` block."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+    """Treat SIGTERM as Ctrl-C inside the `with` block: schedulers send it before they kill a process."""
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
         yield
         return
 
@@ -317,9 +317,9 @@ def interruptible() -> Iterator[None]:
 def run(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading.
 
-    Returns 1 if another reading is better, 130 if Ctrl-C or SIGTERM ended it, else 0.
+    Returns 1 if another reading is better than the configured one, 130 after Ctrl-C or SIGTERM, else 0.
     """
-    if not sys.stderr.isatty():  # a log holds no bars
+    if not sys.stderr.isatty():  # do not write bars into a log
         transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
@@ -361,7 +361,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """A progress bar without a terminal: a line on stderr after every tenth of the answers."""
+    """Replaces a progress bar if there is no terminal: prints a line to stderr after every tenth of the answers."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._said = total, 0, 0
@@ -373,7 +373,7 @@ class Lines:
         return None
 
     def update(self, n: int) -> None:
-        """Move by `n` answers, back after the first look."""
+        """Move by `n` answers; after the first verdict `n` may be negative."""
         self._done += n
         self._said = min(self._said, self._done)
         if self._done > self._said and 10 * (self._done - self._said) >= self._total:
@@ -381,11 +381,11 @@ class Lines:
             print(f"resps doctor: {self._done} of {self._total} answers read", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Do nothing, as no bar is drawn."""
+        """Do nothing: there is no bar to remove."""
 
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return a diagnosis as JSON values, best reading first."""
+    """Convert a diagnosis to JSON values; the best reading is first."""
     scores = sorted(diagnosis.scores, key=lambda score: -score.accepted)
     return {
         "verdict": diagnosis.verdict,
@@ -409,7 +409,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a source of given answers, or of answers that the target writes to prompts; it moves the bar."""
+    """Return a function that takes `answers`, or without any lets the target answer `prompts`; it moves `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -426,7 +426,7 @@ def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: lis
 
 
 def corrections(settings: Sequence[str]) -> dict[str, Any]:
-    """Read `FIELD=VALUE`, with values in JSON, as overrides of the head's config; raise `ValueError` otherwise."""
+    """Parse each `FIELD=VALUE` (a JSON value) as an override of the head's config; raise `ValueError` if invalid."""
     found = {}
     for setting in settings:
         field, separator, value = setting.partition("=")
@@ -443,7 +443,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
-    """Cut every conversation after its first assistant turn, and drop conversations without one."""
+    """Cut each conversation after its first assistant turn; conversations without such a turn are dropped."""
     found = []
     for conversation in conversations:
         turns = up_to(conversation, "assistant")
@@ -459,7 +459,7 @@ def answered(
 def about_images(
     args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
 ) -> list[LabelledText]:
-    """Read the first answers of `--dataset` if its rows show images; otherwise none."""
+    """Read the first answers of `--dataset` if its rows have images; otherwise return an empty list."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
         return []
     if Path(args.dataset).is_file():
@@ -485,7 +485,7 @@ def about_images(
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
-    """Print the verdict and a table, best reading first; `tried` counts dropped readings too."""
+    """Print the verdict, and a table with the best reading first; `tried` counts dropped readings too."""
     print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
@@ -503,7 +503,7 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
 
 
 def row(score: ReadingScore, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
-    """Return one line of the table."""
+    """Format the table's line of one reading."""
     marks = (">" if score is diagnosis.configured else " ") + ("*" if score is diagnosis.best else " ")
     numbers = "".join(f"{share:9.3f}" for share in score.agreement)
     told = "  ".join(f"{score.reading.told[name]:{width}}" for name, width in widths.items())

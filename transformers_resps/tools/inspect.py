@@ -41,29 +41,29 @@ _Json: TypeAlias = dict[str, Any]  # an object of the page's data
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One step of one row after the prefill; the first four fields are its `Observation`'s."""
+    """One step after the prefill, of one row. The first four fields are copied from its `Observation`."""
 
     context_length: int
     step: int
     room: int
     prefix_accept_probs: list[float]
-    chosen: TreeShape  # before clipping
-    levels: int = 0  # drafted by the head
+    chosen: TreeShape  # the policy's choice, before it is cut
+    levels: int = 0  # number of levels that the head drafted
     tree: DraftTree = field(init=False)
     path: list[int] = field(init=False)  # accepted nodes, root first
     record: StepRecord = field(init=False)
 
     @property
     def sources(self) -> list[str]:
-        """The proposer of each node: "root" for the root, "head", "lookup", "memory", or "both" for several."""
+        """The source of each node: "head", "lookup", "memory", or "both" for several; "root" for the root."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
 
 class StepRecorder(PolicyWrapper):
-    """Decides like `policy`, and keeps every step of a call with one prompt, at the cost of microseconds."""
+    """Decides like `policy`, and records every step of a call with one prompt. A step takes microseconds longer."""
 
-    uses_lookup = True  # even if the policy does not
+    uses_lookup = True  # to record its odds, even if the policy does not use lookup
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
@@ -99,16 +99,16 @@ class StepRecorder(PolicyWrapper):
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """The plain and the speculative answer to one prompt, and the steps of the latter."""
+    """The plain and the speculative answer to one prompt, and the steps of the speculative one."""
 
     prompt_ids: Tensor  # [s]
     plain_ids: Tensor  # [t]
-    plain_seconds: float  # of the whole call
+    plain_seconds: float  # seconds of the whole plain call
     report: SpeculationReport
-    seconds: float  # of the whole call with draft trees
+    seconds: float  # seconds of the whole call with draft trees
     steps: list[RecordedStep]  # one for each of `report.steps` except the prefill
-    divergence: Divergence | None  # the first difference of greedy answers, and its reason
-    is_invariant: bool = False  # whether both answers are of the invariant mode
+    divergence: Divergence | None  # first difference and its reason; None if sampled, or if there is none
+    is_invariant: bool = False  # whether both answers used the invariant mode
 
     @property
     def parts_at(self) -> int | None:
@@ -125,9 +125,9 @@ def examine(
     settings: dict[str, Any],
     seed: int = 0,
 ) -> Examination:
-    """Answer a prompt `[s]` plainly, then with draft trees; restore the global random generator.
+    """Answer a prompt `[s]` plainly, then with draft trees. The global random generator is restored.
 
-    `settings` are keywords of `generate` for both answers, greedy by default.
+    `settings` are keywords of `generate` for both answers; the default is greedy search.
     """
     settings = {"do_sample": False} | settings
 
@@ -155,7 +155,7 @@ def examine(
 
 
 def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Describe models and machine for a page, without local paths, since pages are shared."""
+    """Describe models and machine for a page, without local paths, since users share pages."""
     here = machine(target)
     threads = f", {here['threads']} threads" if target.device.type == "cpu" else ""
     facts = {"target": _name(target, target.config.name_or_path)}
@@ -171,13 +171,13 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
 
 
 def _name(model: object, known: str | None) -> str:
-    """Return a model's Hub id, the last part of its path, or its class."""
+    """Return a model's Hub id, or the last part of its path, or the name of its class."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> _Json:
-    """Return the page's data as JSON values, with texts not yet escaped."""
+    """Return the page's data as JSON values; texts in them are not escaped yet."""
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
@@ -274,7 +274,7 @@ def _shape(shape: TreeShape) -> _Json:
 
 
 def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
-    """Describe each node, root first: text, parent, probabilities, source, acceptance."""
+    """Describe each node, root first: text, parent, depth, probabilities, source, and whether it was accepted."""
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
@@ -297,7 +297,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
 
 
 def _mark_sources(step: _Json) -> None:
-    """Give accepted tokens the source of their node: tokens and path are in the same order."""
+    """Set the source of each accepted token to that of its node: tokens and nodes are in the same order."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":
@@ -309,10 +309,10 @@ def _finite(value: float) -> float | None:
 
 
 def page(data: _Json) -> str:
-    """Return one HTML file that shows `page_data`, and needs no other file, network or font.
+    """Return an HTML page that shows `page_data`, and needs no other file, network or font.
 
-    The values are JSON that cannot end its element, and the script writes them as text only. A content policy allows
-    style and script by hash, so that no injected code could run.
+    No text in the data can run as code: the JSON is escaped so that it cannot close its script element, the script
+    inserts values as text only, and a content security policy allows only this style and script, by their hashes.
     """
     style, script = _asset("page.css"), _asset("page.js")
     return Template(_asset("page.html")).substitute(
@@ -338,15 +338,15 @@ def _json(value: _Json) -> str:
 
 
 def _hash(text: str) -> str:
-    """Hash the exact text between the tags, as a content policy wants it."""
+    """Hash the exact text between the tags, in the form of a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; return 1 if the outputs differ by more than rounding."""
+    """Answer the prompt twice and write the page; return 1 if the answers differ by more than rounding, else 0."""
     if not args.prompt.strip():
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # to fail now, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = attach(load_target(args.target, args.dtype, args.device))
     head = load_source(args.head, target)
@@ -357,7 +357,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature}
     drafting = default_policy() if head is None else FixedPolicy(head.default_shape)
-    examine(target, head, drafting, prompt_ids, settings=settings | {"max_new_tokens": 4})  # allocates and compiles
+    examine(target, head, drafting, prompt_ids, settings=settings | {"max_new_tokens": 4})  # allocate and compile
     both = 2 * args.max_new_tokens
     bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
     with bar, moving(bar, target, both, both):
@@ -370,7 +370,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def same_text(examination: Examination) -> str:
-    """Return "yes", or the first difference in words."""
+    """Return "yes" if both answers are equal, or describe their first difference."""
     if examination.parts_at is None:
         return "yes"
     why = f" ({examination.divergence})" if examination.divergence is not None else ""
@@ -378,7 +378,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Whether texts are equal, or differ by rounding, as any samples in half precision may."""
+    """Whether both texts are equal or differ by rounding. Sampled texts in half precision may always differ."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

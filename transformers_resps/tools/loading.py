@@ -1,4 +1,4 @@
-"""Load the targets, drafters, policies and questions that a command line names."""
+"""Load the targets, drafters, policies and prompts that are named on a command line."""
 
 import argparse
 import re
@@ -23,10 +23,10 @@ from ..verifying.prepacking import prepack
 from .cli import shape
 
 
-# Names of folders that every training run has.
+# Names of folders that say nothing, since every training run has them.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
 
-# Fifty questions, every task with every subject, that any chat model answers at some length.
+# Every task with every subject gives fifty questions, which any chat model answers at some length.
 _TASKS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -48,7 +48,7 @@ def default_device() -> str:
 
 
 def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
-    """Load a target, by default on a GPU if any, in float32 on a CPU and in the checkpoint's dtype elsewhere."""
+    """Load a target. The defaults are a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
     device = device or default_device()
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     target = load_model(name, dtype=chosen)
@@ -56,16 +56,16 @@ def load_target(name: str, dtype: str | None, device: str | None = None, *, pack
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load a drafter of any kind from a folder, a Hub id or "mtp"; attach the target, which keeps it."""
+    """Load a drafter of any kind from a folder, a Hub id or "mtp". Attaches the target, which keeps the drafter."""
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
     return assistants.source(target, named)
 
 
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
-    """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or the word "auto".
+    """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or "auto" unchanged.
 
-    `None` gives the head's default tree, and "auto" without a head. Raises `ValueError` for unknown names.
+    `None` gives the head's default tree, or "auto" if there is no head. Raises a `ValueError` for unknown names.
     """
     if text is None and head is not None:
         return FixedPolicy(head.default_shape)
@@ -76,7 +76,7 @@ def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Read a shape such as `8,4,2`; `None` for a folder, or a text without commas; else raise `ValueError`."""
+    """Parse a shape such as `8,4,2`; `None` for a folder or a text without commas, else raises `ValueError`."""
     if "," not in text or Path(text).exists():
         return None
     try:
@@ -86,7 +86,7 @@ def named_tree(text: str) -> TreeShape | None:
 
 
 def short_name(source: str) -> str:
-    """Return the last part of a folder or Hub id that says more than `head`, `policy` or `checkpoint-1`.
+    """Return the last part of a folder or Hub id that is not a common name such as `head` or `checkpoint-1`.
 
     >>> short_name("runs/gsm8k/policy"), short_name("runs/chat"), short_name("you/head"), short_name("checkpoint-20")
     ('gsm8k', 'chat', 'you', 'checkpoint-20')
@@ -97,7 +97,7 @@ def short_name(source: str) -> str:
 
 
 def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:
-    """Read the first `most` conversations of `--dataset`, if any; raise `ValueError` if none has a user turn."""
+    """Read the first `most` conversations of `--dataset`, if given; raise `ValueError` if none has a user turn."""
     if not args.dataset:
         return []
     conversations = list(islice(load_conversations(args.dataset, args.split), most))
@@ -110,7 +110,7 @@ def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation
 
 
 def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
-    """Cut conversations after their first user turn; without any, return up to fifty built-in questions."""
+    """Cut each conversation after its first user turn; without any, return up to fifty built-in questions."""
     if conversations:
         return [asked for conversation in conversations if (asked := up_to(conversation, "user"))]
     texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
@@ -118,6 +118,6 @@ def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conve
 
 
 def up_to(conversation: Conversation, role: str) -> Conversation:
-    """Cut a conversation after its first turn of `role`; empty if it has none."""
+    """Return a conversation up to its first turn of `role`; empty if it has no such turn."""
     roles = [message["role"] for message in conversation]
     return conversation[: roles.index(role) + 1] if role in roles else []

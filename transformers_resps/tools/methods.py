@@ -1,4 +1,4 @@
-"""The ways to decode that a benchmark compares, and the timing of one answer."""
+"""The decoding methods that a benchmark compares, and the timing of one answer."""
 
 import copy
 import time
@@ -24,45 +24,45 @@ from ..verifying.forward import decoder_layers
 from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run, token_count
 
 
-EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
+EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGLE's counting
 
 
 class Answer(NamedTuple):
-    """Output of a method; forwards that it does not count are counted at the target's layers."""
+    """What a method returns. If it does not count target forwards, a hook at the target's layers does."""
 
     token_ids: list[int]
-    report: SpeculationReport | None = None  # of `generate` with a policy
-    target_forwards: int | None = None  # of a library with its own layers
-    prefill_seconds: float = 0.0  # until the first token, by such a library or `generate` with a policy
+    report: SpeculationReport | None = None  # report of `generate` with a policy
+    target_forwards: int | None = None  # counted by a library that runs its own layers
+    prefill_seconds: float = 0.0  # until the first token; known for such a library and for `generate` with a policy
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One way to decode."""
+    """One decoding method of the benchmark."""
 
     name: str
     _: KW_ONLY
-    effort: int = 0  # of a user; the least is advised among equally fast methods
-    # Whether sampled texts equal plain ones of the same seed. Transformers' assistants draw other random numbers, so
-    # only their distribution is right.
+    effort: int = 0  # work for a user; of equally fast methods the advice names that with the least
+    # Whether a sampled text equals the plain one with the same seed. Transformers' assistants draw other random
+    # numbers, so that only their distribution is the same.
     seed_exact: bool = True
-    reference: str = PLAIN  # the method whose texts it must write: plain decoding of its mode
+    reference: str = PLAIN  # name of the method whose texts it must reproduce: plain decoding in the same mode
 
     @property
     def reports_steps(self) -> bool:
-        """Whether answers come with a report of their steps."""
+        """Whether answers have a report of their steps."""
         return False
 
     @abstractmethod
     def prepare(
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
-        """Return the function to time: it answers `[1, s]` tokens, and reads the answer from the device."""
+        """Return the function to time. It answers the prompt `[1, s]`, and copies the answer to the host."""
 
 
 @dataclass(frozen=True)
 class Generate(Method):
-    """`generate` with more keywords."""
+    """Decodes by `generate` with further keywords."""
 
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,12 +75,12 @@ class Generate(Method):
     ) -> Callable[[], Answer]:
         keywords = {**self.keywords, **sampling(temperature)}
         watch = _FirstToken()
-        if self.reports_steps:  # each answer starts from the loaded policy; "auto" learns on
+        if self.reports_steps:  # each answer starts with the loaded policy; "auto" goes on learning
             keywords |= {"policy": copy.deepcopy(keywords["policy"]), "streamer": watch}
 
         def answer() -> Answer:
             started = time.perf_counter()
-            with SpeculationDefaults.suspended():  # without defaults of `attach`
+            with SpeculationDefaults.suspended():  # ignore the defaults of `attach`
                 output = target.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
@@ -96,7 +96,7 @@ class Generate(Method):
 
 
 class _FirstToken:
-    """A streamer that notes when it gets the prompt, then each token."""
+    """A streamer that records the times at which it receives the prompt and each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -109,29 +109,29 @@ class _FirstToken:
 
 
 def plain() -> Generate:
-    """Return plain decoding."""
+    """Return plain decoding by Transformers."""
     return Generate(PLAIN)
 
 
 def compiled(method: Generate) -> Generate:
-    """Return one of our methods with its forwards compiled."""
+    """Return a copy of one of our methods with compiled forwards."""
     return replace(method, name=method.name + COMPILED, keywords={**method.keywords, "compile": True})
 
 
 def plain_steps() -> Generate:
-    """Return plain decoding by our steps, which can be compiled and invariant."""
+    """Return plain decoding by our step loop, which can be compiled and invariant."""
     return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
 def invariant(method: Generate) -> Generate:
-    """Return one of our methods, compiled or not, in the invariant mode."""
+    """Return a copy of one of our methods, compiled or not, in the invariant mode."""
     reference = (COMPILED_PLAIN if "compile" in method.keywords else PLAIN) + INVARIANT
     keywords = {**method.keywords, "invariant": True}
     return replace(method, name=method.name + INVARIANT, keywords=keywords, reference=reference)
 
 
 def prompt_lookup() -> Generate:
-    """Return Transformers' prompt lookup, with the ten tokens of its documentation."""
+    """Return Transformers' prompt lookup of ten tokens, as in its documentation."""
     return Generate("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
 
 
@@ -141,13 +141,13 @@ def draft_model(model: PreTrainedModel) -> Generate:
 
 
 def fixed_tree(head: DraftSource | None, shape: TreeShape, name: str | None = None) -> Generate:
-    """Return a fixed tree; a shape of lookups alone needs no head."""
+    """Return decoding with the same tree at every step; a shape with lookup alone needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
 
 
 def eagle_trees(head: DraftSource) -> list[Generate]:
-    """Return the trees that EAGLE-3 publishes."""
+    """Return decoding with each of the trees that EAGLE-3 publishes."""
     return [
         fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
         for numbers in EAGLE_TREES
@@ -155,7 +155,7 @@ def eagle_trees(head: DraftSource) -> list[Generate]:
 
 
 def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
-    """Return a method for each policy."""
+    """Return one method for each policy."""
     assistant = {} if head is None else {"assistant_model": head}
     return [
         Generate(name, {**assistant, "policy": policy}, effort=4 if policy == "auto" else 5)
@@ -164,7 +164,7 @@ def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> li
 
 
 def check_distinct(methods: Sequence[Method]) -> None:
-    """Raise `ValueError` if two methods have one name."""
+    """Raise `ValueError` if two methods have the same name."""
     twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
     if twice:
         raise ValueError(
@@ -175,7 +175,7 @@ def check_distinct(methods: Sequence[Method]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A turn to answer, with all before it."""
+    """The tokens of a conversation up to the turn that a method must answer."""
 
     name: str  # `dataset/row`
     input_ids: Tensor  # [s]
@@ -183,14 +183,14 @@ class Prompt:
 
 
 class Bench:
-    """One target that answers with up to `max_new_tokens`, timed by `clock`."""
+    """Times answers of one target of up to `max_new_tokens` tokens."""
 
     def __init__(self, target: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.target, self.max_new_tokens, self._clock = target, max_new_tokens, clock
         self._end_ids = end_ids(target)
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
-        """Compile plain decoding; return why it cannot be compiled, or `None`."""
+        """Compile plain decoding; return why it cannot be compiled, or `None` if it can."""
         self.decode(prompt, compiled(plain_steps()), max_new_tokens=2)
         engine = self.target.speculation_state.slot_engine
         return None if engine.is_compiled else str(engine.obstacle)
@@ -204,7 +204,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """Answer with the repeat as the seed, and again if something was compiled meanwhile."""
+        """Time an answer, with `repeat` as the seed. If anything compiled during the answer, answer again."""
         most = max_new_tokens or self.max_new_tokens
         while True:
             answer, run = self._decode(prompt, method, repeat, temperature, most)
@@ -234,9 +234,10 @@ class Bench:
 
     @contextmanager
     def _forwards_noted(self, method: Method) -> Iterator[list[float]]:
-        """Yield when each forward began, unless the method reports its steps: a hook would be compiled with the layer.
+        """Yield a list that gets the start time of each forward; it stays empty if the method reports its steps.
 
-        The hook is on a layer, because another library may run the layers without the model.
+        Such a method may compile its layers, and would compile the hook with them. The hook is on the first layer,
+        since another library may run the layers without the model.
         """
         begun: list[float] = []
         if method.reports_steps:

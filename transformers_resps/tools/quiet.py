@@ -1,4 +1,4 @@
-"""Check that the machine is quiet enough to measure on, before PyTorch is loaded."""
+"""Check that no other process keeps the machine busy, before PyTorch is loaded and a measurement starts."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import quantiles
 
 
-MAX_LOAD = 0.5  # CPUs that other processes may use before the start
+MAX_LOAD = 0.5  # number of CPUs that other processes may use before a measurement
 NOISE_OPTION = "or pass --accept-noise (the results will say so)"
 
 
@@ -16,7 +16,7 @@ class BusyMachineError(ValueError):
 
 
 def checked_load(accept_noise: bool) -> float | None:
-    """Return how many CPUs others use; check it with `check_load` unless noise is accepted."""
+    """Return how many CPUs other processes use; raise as `check_load` does unless noise is accepted."""
     load = other_load()
     if not accept_noise:
         check_load(load)
@@ -24,9 +24,9 @@ def checked_load(accept_noise: bool) -> float | None:
 
 
 def other_load(seconds: float = 1.0) -> float | None:
-    """Return how many CPUs others use while this process waits for `seconds`; `None` if unknown.
+    """Return how many CPUs other processes use while this one waits for `seconds`; `None` if unknown.
 
-    The load average would include the last run of this command.
+    The load average would also count the last run of this command, so it is only the fallback without /proc/stat.
     """
     counters = Path("/proc/stat")
     if not counters.exists():
@@ -34,7 +34,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
     def idle_and_all() -> tuple[int, int]:
         numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
-        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
+        return numbers[3] + numbers[4], sum(numbers)  # idle (also while waiting for a disk), and all
 
     before = idle_and_all()
     time.sleep(seconds)
@@ -43,7 +43,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 
 def check_load(load: float | None) -> None:
-    """Raise `BusyMachineError` if others use more than `MAX_LOAD` CPUs; `None` is unknown."""
+    """Raise `BusyMachineError` if other processes use more than `MAX_LOAD` CPUs; `None` means unknown."""
     if load is not None and load > MAX_LOAD:
         raise BusyMachineError(
             f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
@@ -52,7 +52,7 @@ def check_load(load: float | None) -> None:
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Return the interquartile range over the median; `None` for fewer than four values."""
+    """Return the interquartile range divided by the median; `None` for fewer than four values."""
     if len(values) < 4:
         return None
     low, middle, high = quantiles(values, n=4, method="inclusive")

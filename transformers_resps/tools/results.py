@@ -1,6 +1,6 @@
 """Summarise timed answers as rates with intervals, a table, advice, and the file `results.json`.
 
-Its schema is in training/benchmarking/RESULTS.md. Every rate is total tokens over total seconds.
+training/benchmarking/RESULTS.md describes the file. Every rate is total tokens over total seconds.
 """
 
 import json
@@ -29,19 +29,19 @@ from .quiet import NOISE_OPTION, BusyMachineError, spread_of
 SCHEMA_VERSION = 2
 ALL = "all"
 PLAIN = "plain"
-COMPILED = ", compiled"  # after the name of a method whose forwards are compiled
+COMPILED = ", compiled"  # suffix of the name of a method whose forwards are compiled
 COMPILED_PLAIN = PLAIN + COMPILED
-INVARIANT = ", invariant"  # after the name of a method in the invariant mode
+INVARIANT = ", invariant"  # suffix of the name of a method in the invariant mode
 SAME_TEXT_INVARIANT = f"`{INVARIANT}`: texts are compared with `{PLAIN}{INVARIANT}`, and its own with `{PLAIN}`."
-NAMED_NODES = 8  # size of the tree whose cost the advice names
-MIN_PROMPTS = 8  # over fewer, an interval is too narrow: a bootstrap draws only from what it has
-MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
+NAMED_NODES = 8  # the advice states the cost of verifying a tree of this size
+MIN_PROMPTS = 8  # a bootstrap over fewer prompts gives too narrow intervals
+MAX_SPREAD = 0.25  # maximum interquartile range, over the median, of plain decoding's rates
 
 _DIGITS = 7  # significant digits: microseconds of a second
-_MIN_ANSWERS = 8  # before the spread is checked
-_MIN_TOKENS = 8  # of an answer that counts for the spread
-_INTERRUPTED = 5.0  # an answer whose forwards take so many times their method's median would outweigh the others
-_OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
+_MIN_ANSWERS = 8  # the spread of fewer answers is not checked
+_MIN_TOKENS = 8  # shorter answers do not count for the spread
+_INTERRUPTED = 5.0  # maximum ratio of an answer's seconds per forward to the median of its method
+_OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # variables that change how memory is allocated
 _SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
 _EFFICIENCY = {
     "efficiency": "ratio / tau",
@@ -51,7 +51,7 @@ _EFFICIENCY = {
 
 
 class Cell(NamedTuple):
-    """A turn that each method answers once."""
+    """One turn of a conversation, at a temperature and repeat. Each method answers it once."""
 
     prompt: str
     turn: int
@@ -65,13 +65,13 @@ class AnswerTiming:
 
     method: str
     prompt: str  # `dataset/row`
-    repeat: int  # from 0; under sampling also the seed
-    tokens: int  # written, up to the end token
-    target_forwards: int  # prefill included
+    repeat: int  # number from 0; also the seed of sampling
+    tokens: int  # tokens of the answer, up to the end token
+    target_forwards: int  # forwards of the target, prefill included
     seconds: float
-    turn: int = 1  # of the conversation
+    turn: int = 1  # number of the turn in the conversation
     temperature: float = 0.0
-    prefill_seconds: float = 0.0  # to the first token, or to the target's second forward if unknown
+    prefill_seconds: float = 0.0  # until the first token, or if unknown until the target's second forward
 
     @property
     def cell(self) -> Cell:
@@ -84,16 +84,16 @@ class AnswerTiming:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One answer."""
+    """One answer: its tokens, steps and timing."""
 
     timing: AnswerTiming
     token_ids: Tensor  # [t]
-    steps: Sequence[StepRecord] = ()  # the prefill first; empty if not reported
+    steps: Sequence[StepRecord] = ()  # the prefill first; empty if the method reports no steps
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A ratio or share, and its 95% interval."""
+    """A ratio, or a share, with the ends of its 95% interval."""
 
     ratio: float
     low: float
@@ -114,19 +114,19 @@ class Summary:
     high: float
     tau: float
     efficiency: float
-    compiled_ratio: float | None  # `None`, like the next, if compiled plain decoding was not measured
+    compiled_ratio: float | None  # `None` if compiled plain decoding was not measured; also the next
     compiled_efficiency: float | None
-    spread: float  # fastest over slowest repeat, minus one
-    temperature: float | None = 0.0  # `None` over several
+    spread: float  # rate of the fastest repeat over that of the slowest, minus one
+    temperature: float | None = 0.0  # `None` if the row covers several temperatures
 
 
 def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
-    """Count the tokens of an answer up to the first end token, but `most` at most."""
+    """Count the tokens of an answer up to its first end token; the maximum is `most`."""
     return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
-    """Group timings by a key, in the order of first occurrence."""
+    """Group timings by `key`, in the order in which the keys first occur."""
     groups: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
     for timing in timings:
         groups[key(timing)].append(timing)
@@ -134,16 +134,16 @@ def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hasha
 
 
 def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
-    """Return the rate of one method over another's, on the cells that both answered."""
+    """Return the rate of `method` over the rate of `base`, on the cells that both have answered."""
     own, other = (rate(requests) for requests in _paired(timings, method, base))
     return own / other
 
 
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
-    """Compare the rates of two methods on the cells that both answered, by a paired bootstrap.
+    """Return the rate of `method` over the rate of `base` with a paired bootstrap's interval, on their common cells.
 
-    Processes and prompts are drawn with replacement, the same for both methods. All turns and repeats of a prompt in a
-    process count as one request.
+    Each item of `processes` has the timings of one process. The bootstrap draws processes and prompts with
+    replacement, the same for both methods. All turns and repeats of a prompt in a process count as one request.
     """
     own, other = zip(*(_paired(timings, method, base) for timings in processes), strict=True)
     value = rate(chain.from_iterable(own)) / rate(chain.from_iterable(other))
@@ -151,7 +151,7 @@ def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str)
 
 
 def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
-    """Return both methods' totals for each prompt, in the order of the prompts' names."""
+    """Sum tokens and seconds for each prompt, for both methods; prompts are sorted by name."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -159,13 +159,13 @@ def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[lis
 
 
 def tau_of(timings: Iterable[AnswerTiming]) -> float:
-    """Return tokens per forward of the target."""
+    """Return the number of tokens per target forward, over all timings."""
     own = list(timings)
     return sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
 
 
 def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
-    """Compare one method with plain decoding, over all prompts and repeats."""
+    """Make the table's row of one method, compared with plain decoding over all prompts and repeats."""
     own = [m for m in timings if m.method == method]
     speed, tau = compare([timings], method, PLAIN), tau_of(own)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
@@ -181,7 +181,7 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
 
 
 def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
-    """Return a method's entry in `steps` of the results: seconds per token over all answers."""
+    """Return one method's entry in `steps` of the results: mean size of a tree, and seconds per token."""
     answers = [run.steps for run in runs]
     tokens, seconds = sum(run.timing.tokens for run in runs), sum(run.timing.seconds for run in runs)
     decoding = [step for steps in answers for step in steps[1:]]
@@ -190,18 +190,19 @@ def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
     return {
         "mean_nodes": sum(step.verified for step in decoding) / len(decoding) if decoding else 1.0,
         "prefill_seconds": prefill / tokens,
-        "draft_seconds": draft / tokens,  # observing, choosing, drafting and sizing
+        "draft_seconds": draft / tokens,  # the policy's decisions and drafting
         "verify_seconds": verify / tokens,
-        "rest_seconds": (seconds - prefill - draft - verify) / tokens,  # acceptance, caches, `generate` around it
+        "rest_seconds": (seconds - prefill - draft - verify)
+        / tokens,  # acceptance, caches, and `generate` outside the loop
     }
 
 
 def summary_rows(
     timings: Sequence[AnswerTiming], names: Sequence[str], estimates: Sequence[AnswerTiming] = ()
 ) -> dict[str, Any]:
-    """Return `summaries` (rows by dataset and temperature) and `pooled` (rows over all) of the results.
+    """Return two parts of the results: `summaries` (rows by dataset and temperature) and `pooled` (rows over all).
 
-    `timings` are of cells that every method answered. Rows follow `names`; those of `estimates` are last.
+    `timings` has only cells that every method answered. Rows are in the order of `names`; rows of `estimates` follow.
     """
     every = [*timings, *estimates]
     summaries: dict[str, list[dict[str, Any]]] = {}
@@ -218,10 +219,10 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """Return the noise: interquartile range over median of plain decoding's rates; `None` below four rates.
+    """Measure noise: the interquartile range of plain decoding's rates over their median; `None` below four rates.
 
-    Prefill is left out, and each rate is divided by the mean of its text's repeats, so that long prompts do not look
-    like noise. Only whole repeats and answers of at least eight tokens count.
+    The prefill does not count. Each rate is divided by the mean over the repeats of the same text, so that different
+    prompts do not look like noise. Incomplete repeats, and answers of fewer than eight tokens, are ignored.
     """
     told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
     texts = grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
@@ -231,9 +232,9 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
 
 
 def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
-    """Return the longest mean forward of any answer over its method's median, at least 1.
+    """Return the largest ratio of an answer's seconds per forward to the median of its method; at least 1.
 
-    Rates are over all seconds, so one answer on a busy core could decide about a method.
+    Rates are total tokens over total seconds, so one answer on a busy core could distort the rate of a method.
     """
     told = [m for m in timings if m.tokens >= _MIN_TOKENS and m.target_forwards > 1]
     slowest = 1.0
@@ -244,7 +245,7 @@ def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
 
 
 def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large, once there are enough answers."""
+    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large; but not before eight answers."""
     answers = sum(m.method == PLAIN for m in timings)
     if answers < _MIN_ANSWERS:
         return
@@ -263,16 +264,16 @@ def check_spread(timings: Sequence[AnswerTiming]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one method did."""
+    """Speed of one method, compared with plain decoding and with the fastest method."""
 
     name: str
-    effort: int  # of a user
-    to_plain: Interval  # its rate over plain decoding's
-    to_fastest: Interval  # its rate over the fastest method's
+    effort: int  # how much work the method is for a user; larger is more
+    to_plain: Interval  # rate over the rate of plain decoding
+    to_fastest: Interval  # rate over the rate of the fastest method
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """Say which method of `efforts` to use; `verify_cost`, in plain steps, is of `NAMED_NODES` nodes."""
+    """Say which method to use. `verify_cost` is the cost of verifying `NAMED_NODES` nodes, in plain steps."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -286,9 +287,9 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
 
 
 def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
-    """Say what to use, from the results of every method but plain decoding on so many prompts.
+    """Say which method to use; `standings` has every method but plain decoding, on this number of `prompts`.
 
-    A ratio whose 95% interval holds 1 is no difference; one prompt gives no interval.
+    A ratio counts as no difference if 1 is inside its 95% interval. A single prompt gives no interval.
     """
     if prompts < 2:
         little = "one prompt says" if prompts else "no prompt was answered, which says"
@@ -315,7 +316,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
         return f"{verdict}: {cost}the fastest, {fastest.name}, reaches {fastest.to_plain}."
     equal = [s for s in standings if s is fastest or s.to_fastest.high >= 1]
     simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
-    if simplest.to_plain.low <= 1:  # as good as the fastest only by lack of data
+    if simplest.to_plain.low <= 1:  # it equals the fastest only because its interval is wide
         simplest = fastest
     gain = simplest.to_plain
     times = f"{gain.ratio:.2f} times plain decoding ({gain.low:.2f} to {gain.high:.2f})"
@@ -328,7 +329,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Return a row per dataset, temperature and method, estimates in italics."""
+    """Return the table: a row for each dataset, temperature and method, with estimates in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     left = ["dataset", *(["temperature"] if several else []), "method"]
     told = {
@@ -353,13 +354,13 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def _efficiency_cells(row: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the cells `names` of `_EFFICIENCY`, empty if unknown or estimated."""
+    """Return the cells of the columns `names` of `_EFFICIENCY`; empty if unknown or estimated."""
     told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
     return ["" if value is None else f"{value:.2f}" for value in told]
 
 
 def summary_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells method, tokens per second, ratio to plain, its interval and tau of a row of `summaries`."""
+    """Return five cells of a row of `summaries`: method, tokens per second, ratio to plain, its interval, tau."""
     return [
         method_cell(row),
         f"{row['tokens_per_second']:.1f}",
@@ -370,14 +371,14 @@ def summary_cells(row: dict[str, Any]) -> list[str]:
 
 
 def method_cell(row: dict[str, Any]) -> str:
-    """Return the method's name, in italics if estimated."""
+    """Return the method's name, in italics if its figures are estimates."""
     return str(row["method"]) if row["measured"] else f"*{row['method']}*"
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """Count answers that equal plain decoding of the same mode; that mode's plain answers are compared with stock.
+    """Return how many answers equal those of plain decoding in the same mode, as "9 of 10".
 
-    Empty with several temperatures, whose answers are counted together.
+    Empty with several temperatures, since the results do not count their answers apart.
     """
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""
@@ -386,12 +387,12 @@ def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def table_row(cells: list[str]) -> str:
-    """Return one line of Markdown."""
+    """Return one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def machine(target: Any) -> dict[str, Any]:
-    """Return device, kernels, dtype, threads, versions, and settings of memory."""
+    """Describe the machine for the results: device, kernels, dtype, threads, versions and memory settings."""
     return {
         "device": device_name(target.device),
         "machine": machine_line(),
@@ -409,7 +410,7 @@ def machine(target: Any) -> dict[str, Any]:
 
 
 def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
-    """Return the MiB of this process in huge pages; `None` if unknown."""
+    """Return how many MiB of this process are in huge pages; `None` if unknown."""
     try:
         lines = (process / "smaps_rollup").read_text().splitlines()
     except OSError:
@@ -418,7 +419,7 @@ def huge_page_mib(process: Path = Path("/proc/self")) -> int | None:
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> Path:
-    """Write results with seven digits, atomically: a kill leaves the old file or the new one."""
+    """Write results, rounded to seven digits, atomically: an interruption leaves the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     parts = (f"{json.dumps(name)}: {_compact(rounded(part))}" for name, part in results.items())
@@ -428,14 +429,14 @@ def write_results(file: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _compact(part: Any) -> str:
-    """Return JSON without blanks, each item of a list of objects on a separate line."""
+    """Return JSON without blanks; in a list of objects each object has its own line."""
     if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
         return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
     return json.dumps(part, separators=(",", ":"))
 
 
 def rounded(part: Any) -> Any:
-    """Round numbers in JSON values to seven digits."""
+    """Round all floats in JSON values to seven significant digits."""
     if isinstance(part, dict):
         return {name: rounded(value) for name, value in part.items()}
     if isinstance(part, list | tuple):

@@ -1,4 +1,4 @@
-"""`resps serve`: answer OpenAI's chat, completions and responses by attached models."""
+"""`resps serve`: answer requests of OpenAI's chat, completions and responses APIs with attached models."""
 
 import argparse
 import logging
@@ -8,11 +8,11 @@ from ..compat import check_extra
 from .loading import default_device, named_tree
 
 
-_GRACE_SECONDS = 5  # for running requests after Ctrl-C
+_GRACE_SECONDS = 5  # time for running requests after Ctrl-C
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until Ctrl-C."""
+    """Load the models, then serve until Ctrl-C."""
     check_extra("serve")
     heads = args.head or []
     if heads and len(heads) != len(args.targets):
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"Got the served names {served} for {len(args.targets)} targets. Pass one per target, all distinct."
         )
-    tree = named_tree(args.policy)  # refuses a mistyped tree before models are loaded
+    tree = named_tree(args.policy)  # raises for a mistyped tree before models are loaded
     if args.memory and tree is not None and not tree.lookup:
         raise ValueError(
             f"`--memory` drafts by lookup, which `--policy {args.policy}` never does. Add a fourth number."
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     serving.check_release()
     server_log = logging.getLogger("transformers.cli.serving")
-    server_log.setLevel(logging.ERROR)  # stock warns of every request
+    server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
     with socket.create_server((args.host, args.port)) as listening:
         figures = serving.Figures()
         worker = serving.OneAtATime(figures, serving.Memories() if args.memory else None)

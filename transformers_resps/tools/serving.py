@@ -1,8 +1,8 @@
-"""The server of `transformers serve` over attached models.
+"""The server of `transformers serve`, changed to serve attached models.
 
 In reading order: one request, the model that answers it, the worker that runs one request at a time, the served
-models, the handlers of OpenAI's endpoints, the figures of `/metrics`, and the door through which requests come.
-Stock's classes are private, so `check_release` checks the methods of the installed release that are used here.
+models, the handlers of OpenAI's endpoints, the figures of `/metrics`, and `Door`, the outermost layer. The classes of
+Transformers' server are private, so `check_release` compares the signatures of the installed release.
 """
 
 import asyncio
@@ -40,33 +40,33 @@ from .loading import load_policy, load_source, load_target
 
 
 MAX_BODY_BYTES = 32 << 20
-_DEFAULT_NEW_TOKENS = 1024  # stock's least, if a request names none
-_SHUTDOWN_SECONDS = 60.0  # for the running step
-_MOST_MEMORIES = 64  # each of a million tokens, 12 bytes per token
-_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send the last
-_CLIENT_LEFT = 499  # nginx's status, seen in logs only
+_DEFAULT_NEW_TOKENS = 1024  # for requests without a limit, as in Transformers' server
+_SHUTDOWN_SECONDS = 60.0  # time for the running step
+_MOST_MEMORIES = 64  # each holds up to a million tokens, of 12 bytes each
+_NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "Bearer none"
+_CLIENT_LEFT = 499  # nginx's HTTP status for this; only logs show it
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
 
 
 class ClientLeftError(Exception):
-    """Ends a call of `generate` whose client has left."""
+    """Raised inside `generate` to end a call whose client has disconnected."""
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its outcome, shared by the event loop and the worker."""
+    """A request and its outcome; the event loop and the worker share this object."""
 
-    over: Event = field(default_factory=Event)  # set once no answer is needed
-    has_left: bool = False  # whether the client left before its answer was complete
-    caller: bytes | None = None  # a hash of its API key
-    policy: str | None = None  # "auto", "plain", or None for the server's
+    over: Event = field(default_factory=Event)  # set when the answer is complete or no longer needed
+    has_left: bool = False  # whether the client disconnected before its answer was complete
+    caller: bytes | None = None  # hash of the client's API key
+    policy: str | None = None  # "auto", "plain", or None for the policy of the server
     seed: int | None = None
     ended: bool = False  # whether `generate` has returned or failed
     report: SpeculationReport | None = None  # None for plain decoding
-    plain_reason: str | None = None  # why it was decoded plainly
-    error: str | None = None  # raised by `generate`
-    status: int = 200  # of HTTP: 400 for a request that cannot be answered, 500 for a fault
+    plain_reason: str | None = None  # why the request was decoded plainly
+    error: str | None = None  # message of an error in `generate`
+    status: int = 200  # HTTP status: 400 for a request that cannot be answered, 500 for a fault of the server
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Exchange:
         return "plain" if self.report is None else "speculative"
 
     def leave(self) -> None:
-        """Note that the client goes, which it may once it has its answer."""
+        """Record that the client disconnects. After a complete answer this does not count as leaving."""
         self.has_left |= not self.over.is_set()
         self.over.set()
 
@@ -91,9 +91,9 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 
 
 class _Watch(StoppingCriteria):
-    """A streamer, or for beams a stopping criterion, that ends the call when the client has left.
+    """A streamer, or with beam search a stopping criterion, that ends a call when its client has disconnected.
 
-    The request's streamer gets what plain decoding would give it, but its end only by `finish`, after the report.
+    It passes tokens on to the request's streamer, but passes the end on only in `finish`, after the report is made.
     """
 
     def __init__(self, streamer: Any, over: Event) -> None:
@@ -102,7 +102,7 @@ class _Watch(StoppingCriteria):
         self.has_tokens = False
 
     def start(self) -> None:
-        """Begin a call, which puts its prompt first."""
+        """Begin a call of `generate`, whose first `put` is the prompt."""
         self._expects_prompt = True
         self.check()
 
@@ -119,7 +119,7 @@ class _Watch(StoppingCriteria):
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if not is_prompt:
             self.has_tokens = True
-        elif self._has_prompt:  # an earlier call was refused after its prompt
+        elif self._has_prompt:  # an earlier call has put the prompt and then raised
             return
         self._has_prompt = True
         if self._streamer is not None:
@@ -134,16 +134,16 @@ class _Watch(StoppingCriteria):
 
 
 class Memories:
-    """A memory for each API key and model, so that no answer is drafted from another caller's texts.
+    """Keeps one `SuffixMemory` for each API key and model, so that no caller's texts draft another caller's answers.
 
-    Those used last are kept. Requests without a key have none.
+    Only the most recently used memories are kept. Requests without a key have no memory.
     """
 
     def __init__(self) -> None:
         self._of_caller: dict[tuple[bytes, int], SuffixMemory] = {}
 
     def sources(self, model: PreTrainedModel, exchange: Exchange) -> dict[str, Any]:
-        """Return keywords of `generate` that add the caller's memory."""
+        """Return the keywords that add the caller's memory to a call of `generate`."""
         if exchange.caller is None:
             return {}
         key = exchange.caller, id(model)
@@ -155,7 +155,7 @@ class Memories:
 
 
 class RequestModel:
-    """An attached model for one request: `generate` for stock's server, all else from the model."""
+    """Wraps an attached model for one request: Transformers' server calls this `generate`; all else is the model's."""
 
     def __init__(
         self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
@@ -166,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return token ids `[1, s + t]`; decode plainly what trees refuse, except in the invariant mode."""
+        """Return token ids `[1, s + t]`. A request that trees do not support is decoded plainly, unless invariant."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -189,7 +189,7 @@ class RequestModel:
             try:
                 out = self._decode(watch, arguments, policy=exchange.policy)
             except ValueError as refusal:
-                if watch.has_tokens or is_invariant:  # stock rounds differently
+                if watch.has_tokens or is_invariant:  # plain decoding rounds differently
                     raise
                 exchange.plain_reason = str(refusal)
             else:
@@ -206,7 +206,7 @@ class RequestModel:
         config.return_dict_in_generate = True
         beams = config.num_beams or self._model.generation_config.num_beams or 1
         watching: dict[str, Any] = {"streamer": watch}
-        if beams > 1:  # stock streams no beams
+        if beams > 1:  # beam search takes no streamer
             watching = {"stopping_criteria": StoppingCriteriaList([watch])}
         if self._memories is not None and policy in (None, "auto"):
             watching |= self._memories.sources(self._model, self._exchange)
@@ -221,7 +221,7 @@ class RequestModel:
 
 
 class OneAtATime(utils.GenerateManager):
-    """Runs the requests for all models one by one in one thread: they share the seed and the cores."""
+    """Runs the requests for all models one by one in one thread, since they share random generator and cores."""
 
     def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
         cast(Any, super()).__init__()
@@ -244,7 +244,7 @@ class OneAtATime(utils.GenerateManager):
         return RequestModel(model, _exchange.get(), self._figures, self._memories)
 
     def drain(self) -> None:
-        """Wait for the present requests, which end at once where the client has left."""
+        """Wait for all waiting and running requests; those whose client has disconnected end at once."""
         self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
 
 
@@ -252,7 +252,7 @@ def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
     """Limit the new tokens after a prompt of `length` to the model's remaining positions."""
     if not length:
         raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
-    if config.max_new_tokens is None:  # by which stock tells whether an answer was cut off
+    if config.max_new_tokens is None:  # the server compares it with the answer's length, to report a cut
         config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
     config.max_length = None
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -266,7 +266,7 @@ def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
 
 
 class OneManager(utils.GenerationState):
-    """Gives all models the same worker."""
+    """Returns the same worker for all models."""
 
     def __init__(self, manager: OneAtATime) -> None:
         super().__init__()
@@ -277,15 +277,15 @@ class OneManager(utils.GenerationState):
 
 
 class AttachedModels(model_manager.ModelManager):
-    """The targets of the command line and no others, each loaded once and attached.
+    """Loads and attaches the targets of the command line, once each, and serves no other models.
 
     Args:
-        heads: target's name -> head's name.
-        served: names that clients use for the targets, in their order; empty for the targets' names.
-        policy: for `load_policy`.
-        compile: for `attach`.
+        heads: name of a target -> name of its head.
+        served: names that clients use for the targets, in the same order; empty for the targets' own names.
+        policy: name of a policy, see `load_policy`.
+        compile: as in `attach`.
         invariant: whether every request is answered in the invariant mode.
-        worker: waited for before models are dropped.
+        worker: must finish its requests before models are dropped.
         loading: keywords of `load_target`.
     """
 
@@ -321,13 +321,13 @@ class AttachedModels(model_manager.ModelManager):
         policy: Policy | str = load_policy(self._policy, head)
         defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
         model = attach(target, assistant_model=head, **defaults)
-        if self.is_invariant:  # refuses now what the mode refuses
+        if self.is_invariant:  # raises now if the mode does not support the model
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
         return model
 
     def target_of(self, name: Any) -> str:
-        """Return the target that a request calls `name`, which it may leave out if only one is served."""
+        """Return the target for the name in a request; `None` is allowed if only one target is served."""
         if name is None and len(self.names) == 1:
             name = self.names[0]
         if not isinstance(name, str) or name not in self._targets:
@@ -345,13 +345,13 @@ class AttachedModels(model_manager.ModelManager):
 
 
 def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
-    """Map names to targets: the targets' names, the clients' names, and unique folder names."""
+    """Map names to targets: the targets' own names, the names for clients, and unique names of folders."""
     folders = Counter(PurePath(target).name for target in targets)
     names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
     return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
 
 
-# Unsupported fields -> values that change nothing; all others are refused.
+# Unsupported field -> values that change nothing. Any other value is an error.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "best_of": (1,),
@@ -369,22 +369,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
-# Fields that are ignored: the answer is valid without them.
+# Fields that are ignored, since the answer is valid without them.
 _HINTS = frozenset(
     ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
     + ("prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier", "service_tier", "store")
     + ("stream_options", "truncation", "user")
 )
 _READ = frozenset(("generation_config", "model", "seed", "stream", "temperature", "top_p"))
-_SAMPLING = frozenset(("frequency_penalty", "max_tokens", "stop"))  # read for chats and completions
-_TEXTS = ("text", "input_text", "output_text")  # kinds of parts of a message
+_SAMPLING = frozenset(("frequency_penalty", "max_tokens", "stop"))  # only chats and completions read these
+_TEXTS = ("text", "input_text", "output_text")  # types of the text parts of a message
 
 
 class _Handler(utils.BaseHandler):
-    """Base of the endpoints: refuses by name, and adds `metrics` to every answer."""
+    """Base class of the endpoints. It rejects unsupported fields by name, and adds `metrics` to every answer."""
 
-    needs: str  # the field that holds the prompt
-    reads: frozenset[str]  # further fields
+    needs: str  # name of the field with the prompt
+    reads: frozenset[str]  # names of further supported fields
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         exchange = _exchange.get()
@@ -409,7 +409,7 @@ class _Handler(utils.BaseHandler):
                 raise HTTPException(400, f"`{name}` with the value {body[name]!r} is not supported. Leave it out.")
         if not isinstance(body.get(self.needs), str | list) or not body[self.needs]:
             raise HTTPException(400, f"`{self.needs}` is missing or empty. Write what the model shall answer.")
-        body.setdefault("stream", False)  # OpenAI's default; stock streams responses
+        body.setdefault("stream", False)  # OpenAI's default; Transformers would stream responses
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
         asked = body.get("model")
@@ -419,7 +419,7 @@ class _Handler(utils.BaseHandler):
         return asked or target, model, processor
 
     def _check_tools(self, body: dict[str, Any], template: str) -> None:
-        """Refuse tools and tool calls that the chat template would leave out."""
+        """Raise for tools and tool calls if the chat template would leave them out."""
         turns = [turn for turn in body[self.needs] if isinstance(turn, dict)]
         called = any(turn.get("tool_calls") or turn.get("type") == "function_call" for turn in turns)
         for name, is_asked in (("tools", body.get("tools")), ("tool_calls", called)):
@@ -429,7 +429,7 @@ class _Handler(utils.BaseHandler):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
-        """Convert messages as stock does, but refuse parts that stock would leave out."""
+        """Convert messages as Transformers does, but raise for parts that Transformers would leave out."""
         read = utils.BaseHandler.get_processor_inputs_from_messages
         for message in messages:
             content = message.get("content")
@@ -442,18 +442,18 @@ class _Handler(utils.BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         exchange = _exchange.get()
-        seed = body.pop("seed", None)  # stock would seed while another request draws
+        seed = body.pop("seed", None)  # Transformers would set the seed while another request draws
         if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
             raise HTTPException(400, f"`seed` is {seed!r}, but must be an integer of 64 bits.")
         exchange.seed = seed
-        if isinstance(body.get("generation_config"), dict):  # stock reads a string
+        if isinstance(body.get("generation_config"), dict):  # Transformers expects a JSON string
             body["generation_config"] = json.dumps(body["generation_config"])
         config = super()._build_generation_config(body, *args, **kwargs)
-        if config.temperature is not None and not config.temperature >= 0:  # greedy calls do not check it
+        if config.temperature is not None and not config.temperature >= 0:  # unchecked by `generate` if greedy
             raise HTTPException(
                 400, f"The temperature is {config.temperature}. Write 0 for greedy, or a number above 0."
             )
-        if (body.get("temperature") or 0) > 0:  # stock leaves a greedy model greedy
+        if (body.get("temperature") or 0) > 0:  # Transformers would leave a greedy model greedy
             config.do_sample = True
         if getattr(config, "invariant", None) is False and cast(AttachedModels, self.model_manager).is_invariant:
             told = "`invariant` is False, but this server answers every request in the invariant mode. Leave it out."
@@ -498,19 +498,19 @@ class ResponseHandler(_Handler, response.ResponseHandler):
 
 
 def _checked_policy(policy: Any) -> str | None:
-    """Return the policy of a request, which may not name a folder or repository to load."""
+    """Return the policy of a request, or raise: a request must not make the server load a folder or repository."""
     if policy not in (None, "auto", "plain"):
         raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
     return policy
 
 
 async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
-    """Add the exchange's metrics to the last chunk of a stream of server-sent events."""
+    """Add the metrics to the last chunk of a stream of server-sent events."""
     async for part in parts:
         if not exchange.ended:
             yield part
             continue
-        before, mark, _ = part.partition('data: {"error": ')  # stock does not escape its text
+        before, mark, _ = part.partition('data: {"error": ')  # Transformers does not escape the error's text
         if mark:
             yield before + _event(_error_body(exchange.status, str(exchange.error)))
             continue
@@ -528,7 +528,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _error_body(status: int, message: str) -> dict[str, Any]:
-    """Return an error in OpenAI's form, whose message its client shows."""
+    """Return an error in OpenAI's format, so that OpenAI's client shows the message."""
     error_type = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": error_type, "code": status}}
 
@@ -538,14 +538,14 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 class Figures:
-    """Counts since the start, in the text form of Prometheus."""
+    """Counts requests, tokens and forwards since the start; as text it is in Prometheus' format."""
 
     _HELP = {
         "resps_requests_total": "Requests, by what came of them.",
         "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
         "resps_emitted_tokens_total": "Tokens of the answers.",
         "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
-        # vLLM's names, from which AIPerf makes its matrix
+        # vLLM's names, which the benchmark AIPerf reads
         "vllm:spec_decode_num_drafts_total": "Steps after the prompt, of answers with draft trees.",
         "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that the target verified.",
         "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that the target accepted.",
@@ -559,7 +559,7 @@ class Figures:
         self._outcomes: Counter[str] = Counter()
 
     def add_answer(self, exchange: Exchange, prompt_length: int, length: int) -> None:
-        """Count an answer; `length` is the prompt's and the answer's."""
+        """Count an answer; `length` is the number of tokens of prompt and answer together."""
         added: dict[str, float] = {
             "resps_prompt_tokens_total": prompt_length,
             "resps_emitted_tokens_total": length - prompt_length,
@@ -598,7 +598,7 @@ class Figures:
 
 
 class Door:
-    """The outermost layer: limits a request's body, notices when a client leaves, and counts outcomes."""
+    """The outermost ASGI layer: limits the size of a body, notices when a client disconnects, and counts outcomes."""
 
     _ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -627,7 +627,7 @@ class Door:
                 self._figures.end(exchange)
 
     async def _read(self, receive: Receive, exchange: Exchange) -> bytes | None:
-        """Return the body; `None` if it is too large, without keeping the excess."""
+        """Read the body; `None` if it is too large, in which case the excess is not kept in memory."""
         parts, size, is_whole = [], 0, False
         while not is_whole:
             message = await receive()
@@ -649,13 +649,13 @@ class Door:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                exchange.over.set()  # the server reports a departure after every complete answer
+                exchange.over.set()  # after every complete answer, the server reports a disconnect too
             await send(message)
 
         try:
             await self._app(scope, replay, answer)
         finally:
-            exchange.over.set()  # nothing goes on after its request
+            exchange.over.set()  # stop a call that still runs after its request
             gone.cancel()
 
 
@@ -666,11 +666,11 @@ async def _departure(receive: Receive, exchange: Exchange) -> Message:
     return message
 
 
-_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's routes to other models and to unloading
+_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # routes for other models and for unloading
 
 
 def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> ASGIApp:
-    """Make the application that serves `models`, each request through `worker`."""
+    """Make the ASGI application that serves `models`; `worker` runs each request."""
     state = OneManager(worker)
     app: FastAPI = server.build_server(
         models,
@@ -698,8 +698,8 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
     return Door(app, figures)
 
 
-# Functions of stock's server that are called, replaced or overridden -> parameters in Transformers 5.20 to 5.24. After
-# dots only some are listed, as others are passed on or left out.
+# Functions of Transformers' server that this module calls or overrides -> their parameters in 5.20 to 5.24. A list
+# that begins with dots names only the parameters used here.
 RELIED_ON = {
     server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
     "systemone_handler generation_state enable_cors",
@@ -733,7 +733,7 @@ RELIED_ON = {
 
 
 def check_release() -> None:
-    """Refuse a release of Transformers whose server differs from `RELIED_ON`."""
+    """Raise if the server of the installed Transformers differs from `RELIED_ON`."""
     for relied, parameters in RELIED_ON.items():
         taken, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
         if not set(rest) <= set(taken) if first == "..." else taken != [first, *rest]:

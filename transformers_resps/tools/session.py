@@ -1,4 +1,4 @@
-"""Answer conversations by every method in turn, and compare each text with the plain one."""
+"""Answer conversations with every method, and compare each text with the text of plain decoding."""
 
 import random
 from collections import Counter
@@ -17,16 +17,16 @@ from .methods import Bench, Method, Prompt, check_distinct
 from .results import PLAIN, AnswerTiming, Run
 
 
-_MAX_ROWS = 20_000  # read of one dataset
+_MAX_ROWS = 20_000  # maximum number of rows to read of one dataset
 _WARM_UP_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """The user's turns of one conversation. Each follows the target's answers, not those of the dataset."""
+    """The user's turns of one conversation. The target's answers replace those of the dataset."""
 
     name: str  # `dataset/row`
-    opening: Conversation  # before the first user turn, such as a system message
+    opening: Conversation  # messages before the first user turn, such as a system message
     turns: tuple[str, ...]
 
     @classmethod
@@ -38,14 +38,14 @@ class Dialogue:
         return cls(name, messages[: users[0]], tuple(messages[index]["content"] for index in users))
 
     def asked(self, answers: Sequence[str]) -> Conversation:
-        """Return the conversation up to the turn after `answers`."""
+        """Return the conversation with these answers, up to the next user turn."""
         messages = [*self.opening]
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
 
     def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
-        """Return the conversation up to the turn after `answers` in tokens."""
+        """Return the conversation with these answers, up to the next user turn, as tokens."""
         return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
 
     @property
@@ -54,7 +54,7 @@ class Dialogue:
 
 
 def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
-    """Read a file, or a split of a dataset of the Hub; raise `ValueError` if it has no conversations."""
+    """Read the conversations of a file or Hub dataset; raise `ValueError` if there are none."""
     name = Path(source).stem
     rows = islice(load_conversations(source, split), _MAX_ROWS)
     dialogues = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
@@ -64,13 +64,13 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
 
 
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
-    """Choose up to `limit` dialogues, evenly over the file."""
+    """Choose up to `limit` dialogues, evenly spread over the file."""
     count = min(limit, len(dialogues))
     return [dialogues[index * len(dialogues) // count] for index in range(count)]
 
 
 def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Raise `ValueError` if prompts are among `others`, fingerprints of prompts used in training or search."""
+    """Raise `ValueError` if a prompt's fingerprint is in `others`; `what` describes these in the message."""
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
@@ -80,18 +80,18 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 
 
 class Judge:
-    """Compares the answers to each prompt with plain ones.
+    """Compares the answers to each prompt with those of plain decoding, and collects `unexplained` differences.
 
-    Unexplained are greedy differences beyond rounding, sampled ones in float32 or float64 by a method that promises
-    the plain text seed for seed, and all in the invariant mode. Other sampled texts in half precision may differ after
-    a near-tie, which cannot be proved afterwards: they are counted, not judged.
+    A difference is unexplained if a greedy answer differs by more than rounding; if a sampled answer differs in
+    float32 or float64, by a method that is `seed_exact`; and always in the invariant mode. A sampled text in half
+    precision may differ after a near-tie, which cannot be proved afterwards: it is counted, not judged.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
         self._target = target
         self._promises = {method.name for method in methods if method.seed_exact}
         self._references = {method.name: method.reference for method in methods}
-        # Method -> answers of the first repeat that equal the plain ones, and the plain ones of its mode
+        # Method -> number of first-repeat answers that equal plain decoding, then plain decoding in the same mode
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
         in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
         self.same_text_invariant: Counter[str] = Counter(dict.fromkeys(in_mode, 0))
@@ -128,9 +128,9 @@ def _is_same(run: Run, other: Run) -> bool:
 
 
 class Session:
-    """Every conversation, answered by every method at every temperature and with every seed of `repeats`.
+    """Answers every conversation with every method, at every temperature and with every seed of `repeats`.
 
-    All methods answer the same prompt: a turn follows the answers of the method `base` to earlier turns, at the same
+    All methods answer the same prompt: it contains the answers of the method `base` to the earlier turns, at the same
     temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn would not
     fit into the target's context.
     """
@@ -148,7 +148,7 @@ class Session:
         check_distinct(methods)
         self.bench, self.dialogues, self.methods = bench, dialogues, methods
         self._tokenizer, self._temperatures, self._repeats, self._base = tokenizer, temperatures, repeats, base
-        self.runs: list[Run] = []  # of cells that every method has answered
+        self.runs: list[Run] = []  # only turns that every method has answered
         self.cut: set[str] = set()  # names of conversations that ended early
         self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * len(repeats)
         context: int = bench.target.config.get_text_config().max_position_embeddings
@@ -173,18 +173,18 @@ class Session:
         return [run for run in self.runs if run.timing.method == method]
 
     def warm_up(self) -> None:
-        """Decode a few tokens with every method, so that no timed answer compiles or allocates first."""
+        """Decode a few tokens with every method, so that no timed answer has to compile or allocate."""
         first, few = self.dialogues[0].prompt(self._tokenizer), min(_WARM_UP_TOKENS, self.bench.max_new_tokens)
         for method in tqdm(self.methods, desc="Warming up", unit="method"):
             self.bench.decode(first, method, max_new_tokens=few)
-        # "auto" learns between answers, and has to start with nothing
+        # "auto" learns from answer to answer, and must not start with what the warm-up taught it
         self.bench.target.speculation_state.policy_cache.clear()
 
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt and its runs, in the order of `methods`; call `done` after each answer.
+        """Yield each prompt with its runs, in the order of `methods`; call `done` after each answer.
 
-        The order of answering is shuffled for each repeat and conversation, equally in every session, so that no
-        method always follows the same one, which may leave the machine fast or slow.
+        The methods answer in an order that is shuffled for each repeat and conversation, the same in every session. So
+        no method always runs after the same other method, which may leave the machine fast or slow.
         """
         for repeat in self._repeats:
             for dialogue in self.dialogues:

@@ -1,4 +1,4 @@
-"""`resps verify`: check that output is lossless."""
+"""`resps verify`: check that decoding with drafts writes the same text as plain decoding."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; return 1 if the output differs from the model's, 2 if no accepted draft tested it."""
+    """Print the report; return 1 if an output differs from plain decoding, 2 if no draft was accepted, else 0."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = load_source(args.head, target, args.revision)
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         report = error.report
     if args.json:
         judged = {name: getattr(report, name) for name in ("verdict", "is_lossless", "is_tested")}
-        print(json.dumps(judged | asdict(report), default=str))  # `str` for values that JSON lacks
+        print(json.dumps(judged | asdict(report), default=str))  # `str` converts values that JSON has no type for
     else:
         print(report)
     return 1 if not report.is_lossless else 0 if report.is_tested else 2
