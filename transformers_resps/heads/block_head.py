@@ -1,7 +1,8 @@
-"""The block head: reads the target's features and fills a block of slots in one pass.
+"""A head that drafts a block of tokens in one pass, from the target's hidden states (its features).
 
-It covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading
-order: the layers, the corrections, the head, and the head bound to one target.
+The positions of a block are slots. The first one, the root, holds the newest token, the others a mask token. Covers
+DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading order: the
+layers, the corrections, the head, and the head bound to one target.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,15 +31,15 @@ from .identity import parameter_fingerprint
 from .model import DraftHead, Formats, HeadModel, Rope, RotaryEmbedding
 
 
-_CORRECTED = 64  # Candidates of a slot that a Markov head corrects, as in DominoTree (arXiv 2607.08642).
+_CORRECTED = 64  # A Markov head corrects only so many likeliest tokens of a slot: DominoTree (arXiv 2607.08642).
 
 
-# (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
+# Attention: (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
 AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockAttention(nn.Module):
-    """Attention of a block's slots to the text and to each other; both use the same projections."""
+    """Lets a block's slots attend to the text and to each other. One pair of projections makes all keys and values."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class BlockAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Project states `[b, t, h]` to keys and values `[b, kv heads, t, hd]`."""
+        """Project states `[b, t, h]` to rotated keys and to values, `[b, kv heads, t, hd]` each."""
         keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return rope.turn(keys), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -63,9 +64,8 @@ class BlockAttention(nn.Module):
 
 
 class GroupedConvolution(nn.Module):
-    """Causal convolutions over a block's slots, before and after a layer's attention or MLP (DFlash 2).
-
-    A kernel is the sum of a fixed one and one per group of channels that is computed from the part's input.
+    """Two causal convolutions over a block's slots: before and after a sublayer, that is attention or MLP (DFlash 2).
+    Each kernel is a learnt constant plus weights computed from the sublayer's input, one for each group of channels.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -76,13 +76,13 @@ class GroupedConvolution(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
     def kernels(self, states: Tensor) -> Tensor:
-        """Make both kernels `[b, q, 2, taps, groups, channels]` from the part's input `[b, q, h]`."""
+        """Compute both kernels `[b, q, 2, taps, groups, channels of a group]` from the sublayer's input."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
         return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
 
     @staticmethod
     def convolve(states: Tensor, kernels: Tensor) -> Tensor:
-        """Convolve `[b, q, h]` with kernels `[b, q, taps, groups, channels]`."""
+        """Convolve states `[b, q, h]` along the slots with kernels `[b, q, taps, groups, channels of a group]`."""
         grouped = states.unflatten(-1, (kernels.shape[-2], -1))
         total = kernels[:, :, 0] * grouped
         for tap in range(1, min(kernels.shape[2], states.shape[1])):
@@ -91,7 +91,7 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the slots of a block, `[b, q, h]` -> `[b, q, h]`."""
+    """A decoder layer over the slots of a block: maps `[b, q, h]` to `[b, q, h]`."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -119,9 +119,11 @@ class BlockLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """Corrects a slot's logits by the token before it, through tables of low rank r (DSpark, arXiv 2607.05147).
+    """Adds to a slot's logits a term that depends on the token before the slot (DSpark, arXiv 2607.05147).
 
-    "gated" weighs that token's row by the slot's output. "rnn" keeps a state of all earlier tokens of the block.
+    The term is the dot product of two vectors of length r: the previous token's row in one table, and the predicted
+    token's row in another. Kind "gated" first scales the previous token's row by a gate, computed from the slot's
+    output. Kind "rnn" replaces it by the output of a recurrent network that has read all earlier tokens of the block.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -136,23 +138,27 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of the target ids of the tokens before slots."""
+        """Look up the rows `[..., r]` of previous tokens, given as target ids."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Make factors `[b, D, w, r]` of the candidates' rows from w paths' `before` and `hidden` `[b, D, h]`."""
+        """Compute the vectors `[b, D, w, r]` that the rows of predicted tokens are multiplied with. `before`
+        `[b, D, w, r]` has rows of w possible previous tokens for each slot, `hidden` `[b, D, h]` the slots' outputs.
+        """
         if self.kind == "vanilla":
             return before
         hidden = hidden[:, :, None].expand(*before.shape[:-1], -1)
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """Compute the first state `[b, 1, r]`; `first` `[b, h]` is the root's output if that predicts nothing."""
+        """Compute the recurrent state `[b, 1, r]` before the first drafted token, from the root token's row `root`.
+        `first` `[b, h]` is the output of the root's slot if that slot predicts nothing, else `None`.
+        """
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one slot's `context` and the next state, both `[b, w, r]`, from each path's `before` and state."""
+        """Read w paths' previous tokens; return the slot's `context` and the new states, `[b, w, r]` each."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -163,12 +169,12 @@ class MarkovHead(nn.Module):
         return self.markov_w2.weight  # [d, r]
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of draft ids."""
+        """Look up the rows `[..., r]` of predicted tokens, given as draft ids."""
         return F.embedding(candidates, self.table)
 
 
 class CandidateSelector(nn.Module):
-    """Scores a slot's likeliest candidates by the token before it (DFlash 2); methods as in `MarkovHead`."""
+    """Corrects a slot's likeliest tokens by the previous token, like `MarkovHead` but with other tables (DFlash 2)."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -193,7 +199,7 @@ class CandidateSelector(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """Estimates the overlap of the draft's and the target's distribution: the probability of acceptance."""
+    """Predicts how probably a token is accepted: the overlap of the draft's and the target's distribution."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -201,13 +207,13 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map `[..., h (+ r)]` to fp32 logits `[...]`."""
+        """Map slots' outputs, `[..., h]` or with previous tokens' rows `[..., h + r]`, to fp32 logits `[...]`."""
         return self.proj(states).squeeze(-1).float()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockReading(FileReading):
-    """One interpretation of a block head's file; the fields are those of `BlockHeadConfig`."""
+    """One way to interpret a block head's file. The fields mean the same as in `BlockHeadConfig`."""
 
     loader: ClassVar[str] = "BlockHead"
 
@@ -233,7 +239,8 @@ class BlockHead(HeadModel):
     """A head that drafts a block of tokens in one pass; the target verifies the likeliest paths.
 
     Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
-    `assistant_model`. It uses the target's embedding table, unscaled, and the target's output head unless it has one.
+    `assistant_model`. The head reads the target's embedding table, without the target's scaling factor, and uses the
+    target's output head unless it has its own.
     """
 
     config_class = BlockHeadConfig
@@ -272,16 +279,16 @@ class BlockHead(HeadModel):
         return self.candidate_selector if self.config.correction == "selector" else self.markov_head
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`. Every layer projects these to keys and values."""
+        """Fuse the target's features `[b, t, F]` to `[b, t, h]`, which every layer projects to keys and values."""
         return self.hidden_norm(self.fc(features))
 
     def write_context(self, fused: Tensor, rope: Rope, entries: Entries) -> None:
-        """Append every layer's keys and values of fused features `[b, t, h]` to `entries`."""
+        """Compute every layer's keys and values of fused features `[b, t, h]`, and append them to `entries`."""
         for index, layer in enumerate(cast(Sequence[BlockLayer], self.layers)):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
     def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """Run the layers over embeddings of roots and mask tokens: `[b, q, h]` -> normed `[b, q, h]`."""
+        """Run the layers and the final norm over the embeddings `[b, q, h]` of blocks; return outputs `[b, q, h]`."""
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)
@@ -300,7 +307,7 @@ class BlockHead(HeadModel):
         return named | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Compute fp32 confidence logits `[...]` from slots' outputs `[..., h]` and rows of the tokens before them."""
+        """Compute fp32 confidence logits `[...]` from slots' outputs `[..., h]` and the previous tokens' rows."""
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
@@ -319,10 +326,9 @@ class BlockHead(HeadModel):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "BlockHead":
-        """Create an untrained head; arguments as in `DraftHead.from_target`, with fields of `BlockHeadConfig`.
-
-        By default it has two causal layers that start as the target's last ones, five features as in DFlash, and a
-        Markov correction that starts at zero.
+        """Create an untrained head; arguments as in `DraftHead.from_target`, `overrides` are fields of
+        `BlockHeadConfig`. By default the head has two causal layers, copied from the target's last layers where
+        possible. It reads five feature layers, as in DFlash, and has a Markov correction that starts at zero.
         """
         fields = block_fields(target, feature_layers, overrides)
         head = fresh_head(cls, target, draft_vocab_size, draft_token_ids, fields)
@@ -343,10 +349,9 @@ class BlockHead(HeadModel):
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
-        """Yield the configured reading first, then alternatives that this target has layers for.
-
-        They combine feature layers shifted by one, slots shifted or in place, and causal or not. Other RoPE bases and
-        scales of embeddings follow, one change at a time.
+        """Yield ways to interpret the head's file, the configured one first. The next ones combine feature layers,
+        shifted by one where the target has them, with both values of `shifted` and of `causal`. The last ones change
+        only the RoPE base or only the embedding scale.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
@@ -366,7 +371,7 @@ class BlockHead(HeadModel):
 
 
 class BoundBlockHead(BlockModel, TrainableModel):
-    """A block head joined with its target's embedding table and output head; see `BoundHead`."""
+    """A block head together with the embedding table and output head of its target; see `BoundHead`."""
 
     is_compilable = True
 
@@ -407,31 +412,31 @@ class BoundBlockHead(BlockModel, TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Write keys and values of committed tokens, and return their fused features."""
+        """Append keys and values of committed tokens to `entries`; return their fused features, `hidden`."""
         assert hidden is not None
         self._head.write_context(hidden, Rope(*places), entries)
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """Return all slots, as in training, unless no slot sees a later one."""
+        """Count the slots to run: the whole block, as in training; in a causal head only those for `levels` tokens."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
     def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Project fused features to the keys and values of one layer."""
+        """Project fused features `[b, t, h]` to the keys and values of one layer."""
         return cast(BlockLayer, self._head.layers[layer]).self_attn.entries(fused, Rope(*places))
 
     def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
-        """Run the head over roots and mask tokens `[b, q]`: normed `[b, q, h]`."""
+        """Run the head over the tokens `[b, q]` of blocks; return outputs `[b, q, h]` after the final norm."""
         table = self._table.weight
-        rows = F.embedding(tokens.to(table.device), table)  # not `self._table(tokens)`, which may scale them
+        rows = F.embedding(tokens.to(table.device), table)  # not `self._table(tokens)`, which may scale its rows
         embeddings = rows.to(self.device, self.dtype)
         if self._config.embedding_scale != 1.0:
             embeddings = embeddings * self._config.embedding_scale
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
-        """Select from `[..., q, h]` the slots that predict the next tokens."""
+        """Select from outputs `[..., q, h]` the slots that predict the next `levels` tokens: `[..., levels, h]`."""
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(
@@ -460,7 +465,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits before any correction."""
+        """Compute the output head's logits, without the correction."""
         weight = self._output.weight
         logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
@@ -469,7 +474,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         if self._draft_token_ids is None:
             return draft_ids
-        if torch.compiler.is_compiling():  # code kept for later processes can hold only buffers of the head
+        if torch.compiler.is_compiling():  # saved compiled code can refer only to buffers of the head
             return draft_ids + cast(Tensor, self._head.d2t)[draft_ids]
         return self._draft_token_ids[draft_ids]
 
@@ -479,15 +484,15 @@ class BoundBlockHead(BlockModel, TrainableModel):
             scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
             scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
             return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
-        # Only the likeliest candidates of a slot are corrected; the sum of their probabilities is kept.
+        # Correct only a slot's likeliest tokens (candidates), and keep the sum of their probabilities.
         base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
         mass = base.logsumexp(-1)
         tokens, rows = self.target_ids(candidates), correction.rows(candidates)  # [b, D, m, r]
-        # [b, D, m, r]: rows of each token that may come before a slot.
+        # Rows of the tokens that may come before each slot: [b, D, m, r].
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """Score the candidates `[b, D', w, m]` after w paths with contexts `[b, D', w, r]`."""
+            """Score the candidates `[b, D', w, m]` below w parents, whose contexts are `[b, D', w, r]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)
@@ -519,9 +524,9 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Add the log confidence in w parents to their children's scores `[..., w, k]`.
-
-        It is computed from the slot's output `[..., 1, h]` and the parents' rows `[..., w, r]`.
+        """Add the log confidence in w parents to the scores `[..., w, k]` of their children, if the head predicts one.
+        The confidence is computed from the slot's output `hidden` `[..., 1, h]` and the parents' rows `before`
+        `[..., w, r]`.
         """
         if not self._config.confidence:
             return scores
@@ -529,5 +534,5 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """Select the rows of `[b, p, n]` at places `[b, w]`: `[b, w, n]`."""
+    """Select from `table` `[b, p, n]` the rows with the indices `places` `[b, w]`: `[b, w, n]`."""
     return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))

@@ -1,4 +1,4 @@
-"""Configurations of draft heads and block heads, the same for all published layouts."""
+"""Configurations of draft heads and block heads. Heads in every published layout are converted to these."""
 
 import os
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from ..hub.upload import shareable
 from ..tree import TreeShape
 
 
-ROPE_BASE = 10000.0  # The default: RoFormer (arXiv 2104.09864) section 3.2.2.
-# Supported types of RoPE, by Transformers' names -> the parameters that each needs.
+ROPE_BASE = 10000.0  # Default base of RoPE: RoFormer (arXiv 2104.09864) section 3.2.2.
+# Supported types of RoPE, named as in Transformers -> the parameters that the type needs.
 _ROPE_NEEDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -26,17 +26,16 @@ _ROPE_NEEDS: dict[str, set[str]] = {
 
 
 def default_feature_layers(layer_count: int) -> list[int]:
-    """Return EAGLE-3's low, middle and high hidden state, distinct and in range for very shallow targets, too.
-
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.1. Only its code (SafeAILab/EAGLE, `LlamaModel.forward`) names the
-    three: layers 2, n // 2 and n - 3 of n.
+    """Return the indices of EAGLE-3's low, middle and high hidden state for a target of `layer_count` layers. A very
+    shallow target gets fewer than three. Source: EAGLE-3 (arXiv 2503.01840) section 3.1; only its code
+    (SafeAILab/EAGLE, `LlamaModel.forward`) gives the numbers: 2, n // 2 and n - 3 of n layers.
     """
     last = max(layer_count - 1, 0)
     return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
 
 
 def check_numbers(config: PreTrainedConfig, what: str) -> None:
-    """Raise a `ValueError` for a flag that is no bool or a size that is not positive; `what` is for the message."""
+    """Raise a `ValueError` if a flag is no bool or a number is not positive. The message calls the head `what`."""
     for name, kind in type(config).__annotations__.items():
         value = getattr(config, name)
         is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -53,7 +52,7 @@ def check_numbers(config: PreTrainedConfig, what: str) -> None:
 
 
 def check_rope(rope: dict[str, Any] | None, what: str) -> None:
-    """Raise a `ValueError` for RoPE that no head can have; `what` is for the message."""
+    """Raise a `ValueError` if heads do not support these RoPE parameters. The message calls the head `what`."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type", "default")
     if kind not in _ROPE_NEEDS:
@@ -75,7 +74,7 @@ def check_rope(rope: dict[str, Any] | None, what: str) -> None:
 
 
 def has_fixed_rope(rope: dict[str, Any] | None) -> bool:
-    """Whether the angles at a position do not depend on the length of the text."""
+    """Return whether RoPE's angles depend on the position only, not on the length of the text."""
     rope = rope or {}
     return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
 
@@ -86,7 +85,7 @@ class HeadConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as `PreTrainedConfig` does, but write only the last name of a target's local path."""
+        """Save as `PreTrainedConfig` does, but shorten a local path of the target to the folder's name."""
         told: Any = copy(self)
         told.target = shareable(told.target)
         super(HeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -98,7 +97,7 @@ class HeadConfig(PreTrainedConfig):
 
     @property
     def proposable_tokens(self) -> int:
-        """Number of tokens the head can propose: d, or v without a draft vocabulary."""
+        """Number of tokens the head can propose: the draft vocabulary's size or, without one, the target's."""
         sizes: Any = self
         return int(sizes.vocab_size if sizes.draft_vocab_size is None else sizes.draft_vocab_size)
 
@@ -113,38 +112,39 @@ class DraftHeadConfig(HeadConfig):
         num_hidden_layers: number of decoder layers; published heads have one.
         head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
         max_position_embeddings: for RoPE types that depend on it. The head reads texts of any length.
-        sliding_window: the head sees at most this many newest positions when it drafts, and at least 15/16 of them;
-            `None` for all. In training it sees all.
+        sliding_window: number of newest positions that the head sees when it drafts; `None` for all. Old positions
+            leave in groups, so it may see up to 1/16 fewer. In training it sees all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
         attention_bias: whether the query, key and value projections have biases.
         attention_output_bias: whether the attention's output projection has a bias.
         fc_bias: whether `fc`, which fuses the features, has a bias.
         target_hidden_size: width of the target's hidden states; `None` means h.
-        feature_layers: indices of the target's hidden states that the head reads, ascending, counted as in
-            `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1,
-            before the final norm even for the last layer. `None` means 2, 15 and 27, EAGLE-3's choice for 30 layers.
-        before_deepstack: whether the features are read before DeepStack adds those of an image (Qwen3-VL).
+        feature_layers: ascending indices of the target's hidden states that the head reads, as in
+            `output_hidden_states` of Transformers. 0 is the embedding output; j is the output of decoder layer j - 1
+            (of the last layer: before the final norm). `None` means 2, 15 and 27, EAGLE-3's choice for 30 layers.
+        before_deepstack: whether the features are read before DeepStack adds image features to them (Qwen3-VL).
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
-        owns_embedding: whether the head has an embedding table instead of the target's; needed if the widths differ.
-        owns_output_head: whether the head has an output head instead of the target's.
-        norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
+        owns_embedding: whether the head has its own embedding table, not the target's; needed if the widths differ.
+        owns_output_head: whether the head has its own output head, not the target's.
+        norm_before_residual: whether the first layer's residual is the feature after its norm (speculators; EAGLE-3.1)
+            instead of before it.
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
-        fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); excludes `norm_before_fc`.
-        feedback_post_norm: whether the next level reads the output after `norm` instead of before it (EAGLE-3.1).
+        fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); not with `norm_before_fc`.
+        feedback_post_norm: whether the next drafted token's input is the output after `norm` (EAGLE-3.1), not before.
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
-        mask_token_id: the placeholders' token of a P-EAGLE head, which drafts all levels in one pass; else `None`.
-        parallel_levels: number of tokens that a P-EAGLE head drafts.
-        default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is used without a policy;
+        mask_token_id: token of the placeholders by which a P-EAGLE head drafts in one pass; `None` for other heads.
+        parallel_levels: number of tokens that a P-EAGLE head drafts; `None` for other heads.
+        default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is drafted without a policy.
             `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
         target: name and sizes of the model the head was made for; `None` if unknown.
-        source: for an imported head, its publisher's format and its layer ids as published.
+        source: for a converted head, the publisher's format and the layer ids as published.
         tie_word_embeddings: always false: a head stores no copies of the target's weights.
 
     Raises:
-        ValueError: no head can have such a value; the message names the field.
+        ValueError: a field has an invalid value; the message names it.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3. The flags describe how published checkpoints differ.
     """
 
     model_type = EAGLE.saved_as
@@ -253,28 +253,25 @@ CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
 class BlockHeadConfig(HeadConfig):
     """Configuration of a `BlockHead`: its sizes, its conventions, and the target it was made for.
 
-    Fields that `DraftHeadConfig` also has mean the same. The head is as wide as its target.
+    Other fields mean the same as in `DraftHeadConfig`. The head is as wide as its target.
 
     Attributes:
-        block_size: number of slots in a block, including the root's.
-        mask_token_id: the token in the slots after the root, a row of the target's embedding table.
-        shifted: whether a slot predicts the token after its position; otherwise the token at it.
-        causal: for each layer, whether a slot sees no later one.
+        block_size: number of positions (slots) in a block. The first one, the root, holds the newest token.
+        mask_token_id: token in all other slots; a row of the target's embedding table.
+        shifted: whether a slot predicts the token of the next position. If false, it predicts the token of its own.
+        causal: for each layer, whether slots do not see later slots.
         windows: for each layer, the number of positions that a slot sees, including its own; `None` for all.
-        embedding_scale: factor of the embeddings.
-        output_multiplier: factor of the logits, before the cap.
-        final_logit_softcapping: cap of the logits; `None` for none.
-        correction: how the previous token corrects a slot's logits: "none"; "vanilla", "gated" or "rnn" (DSpark's
-            Markov heads); "selector" (DFlash 2).
-        correction_rank: rank of the correction's tables.
-        selector_top_k: number of a slot's candidates that a selector scores.
-        confidence: whether there is a confidence head.
-        confidence_with_markov: whether the confidence head also reads the previous token's row.
+        embedding_scale: number by which embeddings are multiplied.
+        output_multiplier: number by which logits are multiplied, before they are capped.
+        final_logit_softcapping: c where logits are capped by c * tanh(logits / c); `None` for no cap.
+        correction: how a slot's logits are corrected by the token before the slot: "none"; "vanilla", "gated" or "rnn"
+            (DSpark's Markov heads); "selector" (DFlash 2).
+        correction_rank: rank r of the correction's tables.
+        selector_top_k: number of a slot's likeliest tokens that a "selector" corrects.
+        confidence: whether the head also predicts how probably a token is accepted (confidence head).
+        confidence_with_markov: whether the confidence head also reads the previous token's row (see `MarkovHead`).
         conv_kernel_size: taps of the convolutions around attention and MLP; `None` for no convolutions.
-        conv_group_size: number of channels that share a kernel.
-
-    Raises:
-        ValueError: no head can have such a value; the message names the field.
+        conv_group_size: number of channels that share computed weights of a kernel.
     """
 
     model_type = BLOCK.saved_as
@@ -332,7 +329,7 @@ class BlockHeadConfig(HeadConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def _misfits(self) -> Iterator[tuple[bool, str, str]]:
-        """Yield for each check whether it fails, the values that came, and what is needed."""
+        """Yield for each check whether it fails, the given values, and what is needed instead."""
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
         count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
         shortest = min(filter(None, self.windows), default=slots)

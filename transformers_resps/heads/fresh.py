@@ -1,4 +1,4 @@
-"""Create an untrained head for a target: its draft vocabulary, its config, and its first weights."""
+"""Create an untrained head for a target: its draft vocabulary, its config, and its initial weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -17,7 +17,9 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Check and sort the draft vocabulary's target ids `[d]`, by default the lowest `size`; `None` for all tokens."""
+    """Return the draft vocabulary's target ids `[d]`, checked and sorted; `None` if a head can propose all tokens.
+    Without `ids` these are the lowest `size` ids. Raises a `ValueError` if `ids` or `size` do not fit the target.
+    """
     check_is_model(target)
     vocab_size = text_config(target).vocab_size
     if size is not None and not (isinstance(size, int) and 1 <= size <= vocab_size):
@@ -54,7 +56,7 @@ def fresh_head(
     draft_token_ids: Tensor | Sequence[int] | None,
     fields: dict[str, Any],
 ) -> Head:
-    """Create an untrained head of class `kind`, with `fields` of its config; see `DraftHead.from_target`."""
+    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`."""
     rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
     head = kind(_config(kind, target, None if rows is None else len(rows), fields))
     head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
@@ -63,7 +65,7 @@ def fresh_head(
 
 
 def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
-    """Make the config for `target` with the user's `fields`; a `ValueError` if no head can have it."""
+    """Make a head's config for `target` from defaults and `fields`. Raises a `ValueError` if they do not fit."""
     where, of = f"{kind.__name__}.from_target", cast(Any, kind.config_class)
     if target.config.is_encoder_decoder:
         raise ValueError(
@@ -90,7 +92,7 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
 
 @torch.no_grad()
 def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Initialize `fc` to pass on the deepest feature, and copy the target's output `rows`: it trains faster."""
+    """Initialize for faster training: `fc` passes on the deepest feature; norm and output `rows` are the target's."""
     width = head.config.hidden_size
     if width == text_config(target).hidden_size:
         head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
@@ -106,14 +108,14 @@ def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
 
 
 def _plain_norm(target: PreTrainedModel) -> Tensor | None:
-    """Return the weight of the target's final norm if it multiplies by this weight."""
+    """Return the weight of the target's final norm; `None` if the norm does not multiply by the weight itself."""
     norm: Any = getattr(target.get_decoder(), "norm", None)
     name = type(norm).__name__
     return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma multiplies by 1 + weight
 
 
 def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Add defaults to the `given` fields of a small block head for `target`."""
+    """Add defaults for a small block head to the `given` fields of its config."""
     check_is_model(target)
     config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
@@ -133,9 +135,9 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
 
 @torch.no_grad()
 def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
-    """Copy those weights of the target's last layers that have the same name and shape.
-
-    With `hidden_norm`, the context's keys and values begin like those of the first copied layer.
+    """Copy weights of the target's last layers into a head's `layers`, where name and shape are the same.
+    `hidden_norm` becomes a copy of the first layer's input norm, so that the text's keys and values start as in that
+    layer.
     """
     if _plain_norm(target) is None:
         return
@@ -148,7 +150,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each contradiction among the fields or with the target, and the way out."""
+    """Yield each contradiction among the config's fields or with the target's sizes, and how to correct it."""
     layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
     if layers[-1] > depth:
@@ -184,7 +186,7 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
-    """Read a field of a target's config; `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
+    """Read a field of a target's config, or `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
     try:
         found = getattr(config, name, None)
     except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError` of Transformers 5.24
@@ -193,7 +195,7 @@ def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """Return sizes that give the head's layer the proportions of the target's layers."""
+    """Return the config fields that make a head's layers like the target's layers."""
     config = text_config(target)
     heads = config.num_attention_heads
     head_dim = _stated(config, "head_dim", config.hidden_size // heads)

@@ -1,4 +1,4 @@
-"""Identify targets and heads by names, sizes and fingerprints, and check that they fit each other."""
+"""Identify targets and heads by names, sizes and hashes of weights, and check that a head fits a target."""
 
 import hashlib
 from typing import Any
@@ -23,7 +23,7 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_is_model(target: Any) -> None:
-    """Raise a `ValueError` for a `target` that is no model."""
+    """Raise a `ValueError` if `target` is not a model."""
     if not isinstance(getattr(target, "config", None), PreTrainedConfig):
         raise ValueError(
             f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
@@ -34,9 +34,9 @@ def check_is_model(target: Any) -> None:
 def check_made_for(
     target: PreTrainedModel, sizes: dict[str, Any], known: dict[str, Any], feature_layers: list[int]
 ) -> None:
-    """Raise a `ValueError` that names both models if a head was made for another target.
-
-    It needs `vocab_size` and `hidden_size` in `sizes`. The identity of its target is `known`, perhaps in part.
+    """Raise a `ValueError` that names both models if a head was made for another target than `target`. `sizes` has the
+    `vocab_size` and `hidden_size` that the head needs. `known` is the `target_identity` of the head's own target,
+    perhaps incomplete.
     """
     check_is_model(target)
     theirs = target_identity(target)
@@ -53,7 +53,7 @@ def check_made_for(
 
 
 def check_beside(own: torch.device, table: nn.Module) -> None:
-    """Raise a `ValueError` if a head is not on the device of its target's embedding `table`."""
+    """Raise a `ValueError` if a head's device `own` differs from that of its target's embedding `table`."""
     device = table.weight.device
     if device != own and not hasattr(table, "_hf_hook"):
         raise ValueError(
@@ -62,11 +62,13 @@ def check_beside(own: torch.device, table: nn.Module) -> None:
         )
 
 
-_SAMPLED = 64  # Numbers of each parameter that are hashed, about.
+_SAMPLED = 64  # About so many numbers of each parameter are hashed.
 
 
 def parameter_fingerprint(model: nn.Module) -> str:
-    """Hash a few numbers of every parameter: quick for any size. A fine-tune may leave most of them unchanged."""
+    """Hash a few numbers of every parameter, which is quick for a model of any size. No parameter is left out, because
+    a fine-tune may leave most parameters unchanged.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]

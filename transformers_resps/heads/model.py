@@ -1,6 +1,5 @@
-"""The EAGLE-3 draft head (arXiv 2503.01840, section 3): reads the target's features and proposes tokens.
-
-In reading order: RoPE, the decoder layer, loading and saving, the head, and the head bound to one target.
+"""The EAGLE-3 draft head (arXiv 2503.01840, section 3): reads the target's features and proposes tokens. In reading
+order: RoPE, the decoder layer, loading and saving, the head, and the head bound to one target.
 """
 
 import hashlib
@@ -41,15 +40,14 @@ from .fresh import fresh_head
 from .identity import check_beside, check_is_model, check_made_for, target_identity
 
 
-# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]. There are queries
-# for the q <= t wanted positions only. `Entries` implements it.
+# Attention: (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]. Only the
+# q <= t positions whose output is wanted have queries. `Entries` implements this signature.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Transformers' RoPE, without rounding its frequencies in `head.to(torch.bfloat16)`.
-
-    Rounding changes them by up to 0.4%: a whole turn after about 1,600 positions.
+    """RoPE of Transformers, but `head.to(torch.bfloat16)` does not round its frequencies. Rounding would change them
+    by up to 0.4%, which is wrong by a whole turn after about 1,600 positions.
     """
 
     def __init__(self, config: DraftHeadConfig) -> None:
@@ -64,22 +62,22 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Rope(NamedTuple):
-    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` if all t share a position."""
+    """Cosines and sines of RoPE's angles: `[b, t, hd]` each, or `[b, 1, hd]` if all t tokens share a position."""
 
     cosine: Tensor
-    sine: Tensor  # its first half is negated: it multiplies a vector's second half
+    sine: Tensor  # the first half is negated: it multiplies a vector's second half
 
     def at(self, wanted: Wanted) -> "Rope":
         return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
-        """Rotate `[b, heads, t, hd]`."""
+        """Rotate queries or keys `[b, heads, t, hd]`."""
         half = states.shape[-1] // 2
         return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
 
 class DraftAttention(nn.Module):
-    """The attention of a `DraftLayer`; the first layer's input is embedding and feature side by side, `2h` wide."""
+    """The attention of a `DraftLayer`. In the first layer it reads embedding and feature concatenated, `2h` wide."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -100,7 +98,7 @@ class DraftAttention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
-        """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions."""
+        """Map states `[b, t, width]` to outputs `[b, q, h]` at the `wanted` positions."""
         heads = (-1, self.head_dim)
         queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
@@ -115,7 +113,7 @@ class DraftAttention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """A decoder layer; the first one also joins embedding and feature (EAGLE-3, section 3.1)."""
+    """A decoder layer. The first layer of a head also reads the token embeddings (EAGLE-3, section 3.1)."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -129,7 +127,7 @@ class DraftLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
-        """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
+        """Map hidden states and token embeddings, `[b, t, h]` each, to `[b, q, h]` at the `wanted` positions."""
         residual = hidden
         if self.reads_embedding:
             normed = self.hidden_norm(hidden)
@@ -144,7 +142,7 @@ class DraftLayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeadReading(FileReading):
-    """One interpretation of a head's file; the fields are those of `DraftHeadConfig`."""
+    """One way to interpret a head's file. The fields mean the same as in `DraftHeadConfig`."""
 
     loader: ClassVar[str] = "DraftHead"
 
@@ -170,9 +168,9 @@ class Formats(NamedTuple):
 
 
 class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each kind saves in its own way
-    """Base class of the heads: loading, saving, and what they borrow from their target."""
+    """Base class of draft heads and block heads: loads, saves and publishes them, and checks their targets."""
 
-    sizing_fields: ClassVar[tuple[str, ...]]  # fields of the config that a resumed run cannot change
+    sizing_fields: ClassVar[tuple[str, ...]]  # config fields that must stay the same when training is resumed
     config: Any
     norm: nn.RMSNorm
     rotary_emb: RotaryEmbedding
@@ -180,7 +178,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     _formats: ClassVar["Formats"]
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Explain that `attach` is missing when stock assisted generation reads `generation_config`."""
+        """Raise an error that names `attach` if Transformers' assisted generation reads `generation_config`."""
         if name == "generation_config":
             raise AttributeError(
                 f"A `{type(self).__name__}` has no `generation_config`: it is no whole model, as others are. "
@@ -189,7 +187,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return super().__getattr__(name)
 
     def rope(self, positions: Tensor) -> Rope:
-        """Compute the angles of RoPE at positions `[b, t]`."""
+        """Compute RoPE's cosines and sines at positions `[b, t]`."""
         cosine, sine = self.rotary_emb(self.norm.weight, positions)
         first, second = sine.chunk(2, dim=-1)
         return Rope(cosine, torch.cat([-first, second], dim=-1))
@@ -204,7 +202,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return self.config.vocab_size
 
     @property
-    def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
+    def target(self) -> dict[str, Any]:  # type: ignore[override]  # stored in the config
         self.config.target = self.config.target or {}
         return self.config.target
 
@@ -219,10 +217,10 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
         self, repo_id: str, *, commit_message: str | None = None, **where: Any
     ) -> str:
-        """Publish the head on the Hub in one commit, with a plain model card if there is none.
+        """Publish the head on the Hub in one commit, with a plain model card if the repository has none.
 
         Args:
-            repo_id: created if missing.
+            repo_id: the repository, created if missing.
             commit_message: by default, it names the class.
             where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
 
@@ -230,7 +228,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
             The URL of the commit.
 
         Raises:
-            OSError: the Hub refused, or the connection broke. Nothing was committed.
+            OSError: the Hub refused the upload, or the connection broke. Nothing was committed.
         """
         card, message = self.plain_card(repo_id), commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
@@ -261,9 +259,9 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_beside(self.device, input_embedding(target))
 
     def packed_view(self) -> Self:
-        """Return a view of the head that multiplies by packed weights, or the head itself if that is no faster.
-
-        The view is valid until modules are added or replaced. Its weights are packed once and belong to this head.
+        """Return a copy of the head that computes with packed weights, or the head itself if that is no faster. The
+        copy shares all parameters with the head. It is valid until modules are added to the head or replaced. Packing
+        happens once: the head keeps the packed weights for later calls.
         """
         return self._packed.view(self)
 
@@ -278,11 +276,11 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 
         Args:
             pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
-            target: the model to draft for. It is checked, supplies sizes that the config leaves out, and decides the
-                dtype and device unless they are passed.
+            target: the model to draft for. The head must fit it. It supplies sizes that the config leaves out, and the
+                dtype and device unless you pass these.
             keywords: the loading arguments of Transformers, such as `revision`. Also any field of the head's config,
-                or `rope_theta`, to correct it as `resps doctor` suggests. `sliding_window` limits how many tokens a
-                `DraftHead` sees; `None` removes the limit.
+                or `rope_theta`, to correct the config, for example as `resps doctor` suggests. `sliding_window` limits
+                how many tokens a `DraftHead` sees; `None` removes the limit.
 
         Raises:
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
@@ -318,8 +316,8 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
             save_directory: created if missing.
             args: as in Transformers; for format "resps" only.
             format: "resps" for this package. For other engines, a `DraftHead` has "specforge" (SGLang, llama.cpp) and
-                "speculators" (vLLM), a `BlockHead` "z-lab" and "speculators". Properties of the head that these
-                engines silently ignore are refused, or a warning is logged: see docs/train-a-head.md.
+                "speculators" (vLLM), a `BlockHead` "z-lab" and "speculators". If these engines would silently ignore a
+                property of the head, an error is raised or a warning logged: see docs/train-a-head.md.
             keywords: as in Transformers; for format "resps" only.
 
         Raises:
@@ -353,11 +351,13 @@ class DraftHead(HeadModel):
     Load a published head with `from_pretrained` or create one with `from_target`, and pass it to `generate` as
     `assistant_model`.
 
-    A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
-    head usually borrows the embedding table and, with a full draft vocabulary, the output head from its target. It
-    does not store what it borrows. On CPU, decoding keeps packed copies of the head's weights: call `prepack(head)`
-    after writing weights through `.data`, as PEFT's merge does. Decoding calls the submodules directly: their hooks
-    fire, but hooks on the head itself fire in `forward` only.
+    At each position the head reads the target's feature at token t and the embedding of token t + 1, and predicts
+    token t + 2. It usually borrows the target's embedding table and, if it can propose all tokens, the target's output
+    head. Borrowed weights are not saved with the head.
+
+    On CPU, decoding uses packed copies of the head's weights. Call `prepack(head)` after writing weights through
+    `.data`, as PEFT's merge does. Decoding calls the submodules directly, so hooks on the head itself run in `forward`
+    only.
     """
 
     config_class = DraftHeadConfig
@@ -396,7 +396,7 @@ class DraftHead(HeadModel):
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`."""
+        """Fuse the target's features `[b, t, F]` to `[b, t, h]`."""
         if self.config.norm_before_fc:
             features = self.input_norm(features)
         if self.config.fc_norm:
@@ -415,11 +415,12 @@ class DraftHead(HeadModel):
         """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
         Args:
-            hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
+            hidden: `[b, t, h]` fused features or, for later drafted tokens, what `feedback` returned.
             embeddings: `[b, t, h]` of the token after each feature.
             rope: the angles of all t positions.
             attend: attention over the keys and values that the caller keeps (see `DraftCache`).
-            wanted: a slice or `[b, q]`. The other positions only get keys and values, a third of the work.
+            wanted: positions that need an output, a slice or indices `[b, q]`. The other positions only get keys and
+                values, which is a third of the work.
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)
@@ -427,14 +428,14 @@ class DraftHead(HeadModel):
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """Turn a level's output into the next level's input, in place of fused features: `[b, t, h]`."""
+        """Turn the output `[b, t, h]` for one drafted token into the `hidden` input for the next one."""
         return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
         return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
 
     @property
-    def before_deepstack(self) -> bool:  # type: ignore[override]  # the config tells
+    def before_deepstack(self) -> bool:  # type: ignore[override]  # stored in the config
         return self.config.before_deepstack
 
     @property
@@ -452,7 +453,7 @@ class DraftHead(HeadModel):
         return self._fingerprint[1]
 
     def identity(self) -> dict[str, Any]:
-        """Return the head's name, sizes and, except in float16, `fingerprint`."""
+        """Return the head's name and sizes and, unless it is in float16, its `fingerprint`."""
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
         identity = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
         if self.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
@@ -476,7 +477,7 @@ class DraftHead(HeadModel):
 
         Args:
             target: the model whose features the head will read.
-            draft_vocab_size: number d of tokens the head can propose; `None` for all, with the target's output head.
+            draft_vocab_size: number d of tokens the head can propose. `None` for all, with the target's output head.
             draft_token_ids: the target ids of these tokens, `[d]`, in any order; `None` for the lowest ids.
             feature_layers: as in `DraftHeadConfig`; `None` for EAGLE-3's low, middle and high layer.
             overrides: any other field of `DraftHeadConfig`.
@@ -495,8 +496,8 @@ class DraftHead(HeadModel):
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """Yield the configured reading first, then all combinations with other feature layers (shifted by one), RoPE
-        bases, residuals of the first layer and, if texts have images, sides of DeepStack.
+        """Yield ways to interpret the head's file, the configured one first. They combine feature layers shifted by
+        one, RoPE bases, both values of `norm_before_residual` and, with images, of `before_deepstack`.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None
@@ -516,10 +517,11 @@ class DraftHead(HeadModel):
 
 
 class BoundHead(TrainableModel):
-    """A head joined with its target's embedding table and output head; see `bind`.
+    """A head together with the embedding table and output head that it borrows from its target; see `bind`.
 
-    Each call of `generate` makes one, so that saving, copying or moving a head never touches its target. A level has
-    few rows, so on CPU the layers multiply by packed copies of the weights, unless `forward` is passed.
+    Each call of `generate` makes one. So the head itself holds no part of its target, and can be saved, copied or
+    moved alone. On CPU the layers use packed copies of the weights, which are fast for few rows, unless `forward` is
+    passed.
     """
 
     is_compilable = True
@@ -545,7 +547,7 @@ class BoundHead(TrainableModel):
         return nn.ModuleList([self.head, self.embed_tokens, self._output])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed target ids `[b, t]` as `[b, t, h]` in the head's dtype."""
+        """Look up the embeddings `[b, t, h]` of target ids `[b, t]`, in the head's dtype."""
         return self.embed_tokens(tokens).to(self.head.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -574,7 +576,7 @@ class BoundHead(TrainableModel):
         return logits.to(normed.device, torch.float32)  # a borrowed output head may be on another device
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        return self._output_weight, getattr(self._output, "bias", None)  # some targets have one
+        return self._output_weight, getattr(self._output, "bias", None)  # some targets have a bias
 
     def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor:
         return self.head.feedback(output)
@@ -582,17 +584,17 @@ class BoundHead(TrainableModel):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         if self.draft_token_ids is None:
             return draft_ids
-        if torch.compiler.is_compiling():  # code kept for later processes can hold only buffers of the head
+        if torch.compiler.is_compiling():  # saved compiled code can refer only to buffers of the head
             return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
         return self.draft_token_ids[draft_ids]
 
 
 class BoundParallelHead(BoundHead, BlockModel):
-    """A P-EAGLE head (arXiv 2602.01469, section 3) joined with its target; it cannot be trained.
+    """A P-EAGLE head (arXiv 2602.01469, section 3) together with its target's parts. It cannot be trained.
 
-    The newest pair of feature and token predicts a token, and so does each placeholder after it: a learnt feature
-    paired with the mask token. A placeholder sees all pairs and the placeholders before it. Only the keys of true
-    pairs are kept.
+    The newest pair of feature and token predicts the first drafted token. Each of the following placeholders, a learnt
+    feature paired with the mask token, predicts one more. A placeholder sees all pairs of the text and the
+    placeholders before it. Keys and values of placeholders are not kept.
     """
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:

@@ -1,6 +1,8 @@
-"""Run heads over whole texts at once, for training and diagnosis: level after level, or blocks below anchors.
+"""Run heads over whole texts at once, for training and diagnosis.
 
-At later levels a head reads its own output, as in drafting (EAGLE-3, arXiv 2503.01840, section 3.2).
+A draft head runs level after level: level k predicts the (k + 1)-th drafted token at every position. At later levels
+it reads its own output, as in drafting (EAGLE-3, arXiv 2503.01840, section 3.2). A block head fills a block at many
+positions.
 """
 
 from collections.abc import Callable
@@ -16,15 +18,17 @@ from ..verifying.masks import AttentionPattern
 from .block_head import BoundBlockHead
 
 
-_ANCHORS = 64  # Blocks in one pass of `unroll_blocks`.
+_ANCHORS = 64  # Number of blocks that `unroll_blocks` fills in one pass over a text.
 
 
 class UnrolledEntries(Entries):
-    """Attention of level k: causal over the entries of level 0, plus the slot's entries of levels 1 to k.
+    """Keys and values of all levels so far, and attention of the current level k.
 
-    A node at depth k sees the same when drafting: true features of the prefix, then its chain. Our layers compute one
-    softmax over `[t + k]` scores, without a dense `(k t)^2` mask. Layers of Transformers get a mask `[q, k q + t]`,
-    with the slots' entries first. Queries are at the positions `slots` `[b, q]` only.
+    A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k. A drafted node
+    at depth k attends to the same: the text, then its path. Only the positions `slots` `[b, q]` have queries.
+
+    Our layers compute one softmax over `[t + k]` scores, without a dense `(k t)^2` mask. Layers of Transformers get a
+    mask `[q, k q + t]`, in which the keys of levels 1 to k come first.
     """
 
     def __init__(self, slots: Tensor, length: int) -> None:
@@ -33,8 +37,8 @@ class UnrolledEntries(Entries):
         self._values: dict[int, list[Tensor]] = {}
 
     @property
-    def mask(self) -> Tensor | None:  # type: ignore[override]  # the level tells
-        """The mask of the next pass; `None` for level 0."""
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # depends on the level
+        """The mask of the next pass; `None` for level 0, which is causal."""
         count = self._sees.shape[2]
         if not self._own_entries:
             return None
@@ -47,7 +51,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Entries of all slots at levels 1 to k, counted when level k begins."""
+        """Number of keys that all slots have at levels 1 to k, counted when level k begins."""
         return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,7 @@ class UnrolledEntries(Entries):
         )
 
     def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attend from each slot to the text before it and to the slot's entries of levels 1 to k."""
+        """Attend from each slot to the text up to it, and to the slot's own keys of levels 1 to k."""
         (true_keys, *own_keys), (true_values, *own_values) = keys, values
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
@@ -106,27 +110,24 @@ def unroll(
     *,
     first_pass: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Run the first `levels` levels over whole texts at once.
+    """Predict the next `levels` tokens at every position of whole texts: `[levels, b, q, h]`, after the final norm.
 
-    At level k, slot t reads the true token t + 1 + k at position t + k and predicts token t + 2 + k. Levels after the
-    first read the previous level's output in place of the feature. Outputs are meaningless where the token lies beyond
-    the text.
+    At level k, slot t reads the true token t + 1 + k at position t + k and predicts token t + 2 + k. Level 0 also
+    reads the features; later levels read the output of the level before instead. Outputs that predict a token after
+    the end of the text are meaningless.
 
     Args:
-        model: a bound head. If it has several depths, level k runs depth k, over that depth's entries only.
+        model: a bound head. If it has several depths, level k runs depth k, which sees only keys of that depth.
         features: `[b, t, F]`
         tokens: `[b, t]`
         levels: at least 1; at most the number of depths, if there are several.
-        slots: `[b, q]` ascending, where predictions are wanted. The others only get keys and values at level 0.
+        slots: ascending positions `[b, q]` that need predictions. Other positions only get keys and values at level 0.
         first_pass: replaces `model.run` at level 0.
-
-    Returns:
-        `[levels, b, q, h]`, after the final norm.
     """
     batch, length = tokens.shape
     everywhere = torch.arange(length, device=features.device).expand(batch, length)
     slots = everywhere if slots is None else slots
-    later = slots if model.depths == 1 else everywhere  # of the levels after the first
+    later = slots if model.depths == 1 else everywhere  # the slots of levels 1 and later
     texts = torch.arange(batch, device=features.device)[:, None]
     tokens, fused = F.pad(tokens, (0, levels)), model.fuse(features.to(model.dtype))
     at, hidden, entries, outputs = everywhere, fused, UnrolledEntries(later, length), list[Tensor]()
@@ -145,27 +146,19 @@ def unroll(
 
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
-    """Fill a block whose root is the token after each slot `[b, q]`: normed outputs `[levels, b, q, h]`."""
+    """Draft a block after the token that follows each position `slots` `[b, q]`; return normed `[levels, b, q, h]`."""
     anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
     blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]
     return torch.cat([model.normed(model.predicting(part, levels)) for part in blocks], dim=1).movedim(2, 0)
 
 
 def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
-    """Compute the outputs of all slots of a block at each anchor.
+    """Fill a block at each anchor, and return the outputs `[b, m, q, h]` of all slots, after the final norm.
 
-    A block sees itself and the features strictly before its anchor, but no other block (DFlash, arXiv 2602.06036,
-    section 3). The outputs at the last token of a text are meaningless.
-
-    Args:
-        model: a bound head.
-        features: `[b, t, F]`
-        tokens: `[b, t]`
-        anchors: `[b, m]` positions of the roots.
-        levels: tokens to predict after each.
-
-    Returns:
-        `[b, m, q, h]`, after the final norm.
+    `features` `[b, t, F]` and `tokens` `[b, t]` are those of whole texts, `anchors` `[b, m]` the positions of the
+    blocks' first tokens. Each block predicts `levels` tokens. It attends to itself and to the features strictly before
+    its anchor, but to no other block (DFlash, arXiv 2602.06036, section 3). The outputs at the last token of a text
+    are meaningless.
     """
     (rows, length), blocks, count = tokens.shape, anchors.shape[1], model.width(levels)
     fused, order = model.fuse(features.to(model.dtype)), torch.arange(length, device=features.device)

@@ -1,1 +1,1 @@
-"""Convert published checkpoints to our canonical heads, and back."""
+"""Convert heads between published layouts and this package's own format."""

@@ -1,8 +1,8 @@
-"""Convert a published block head to the config and tensors of our canonical one.
+"""Convert a published block head to this package's config and tensors.
 
 The conventions are taken from the code of z-lab/dflash, deepseek-ai/DeepSpec, vllm-project/speculators,
-hao-ai-lab/JetSpec and Transformers. Their tensors are the same, but not which slot predicts which token, what a slot
-sees, and whether ids count layers or hidden states.
+hao-ai-lab/JetSpec and Transformers. Publishers use the same tensors, but differ in three ways: which token a slot
+predicts, which positions a slot sees, and whether layer ids number layers or hidden states.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ _SPELLINGS = {
 }
 _QUERY = "layers.0.self_attn.q_proj"
 _EVERY = ("fc.weight", "hidden_norm.weight", "norm.weight", f"{_QUERY}.weight", "layers.0.self_attn.q_norm.weight")
-_MUSE_BASE = 5e5  # RoPE base of Muse-Glimmer heads whose config leaves it out.
-# Substrings of tensor names that none of our block heads has -> what such a head is or does.
+_MUSE_BASE = 5e5  # RoPE base of Muse-Glimmer heads whose config states none.
+# Substrings of tensor names in unsupported heads -> end of the error message.
 _OTHER_PARTS = {
     "qkv_proj": "has fused projections of queries, keys and values (`qkv_proj`)",
     ".g_proj": "gates its attention (`g_proj`)",
@@ -52,7 +52,7 @@ _OTHER_PARTS = {
     "feedforward_layernorm": "has the layers of Gemma (`pre_feedforward_layernorm`)",
     "mlp.experts": "has a mixture of experts in its layers",
 }
-# Fields that name a kind -> the kinds that we support.
+# Config fields that name a kind of head -> the supported kinds.
 _KINDS = {
     "speculators_model_type": (None, "dflash", "dflash2", "dspark"),
     "projector_type": (None, "dflash", "dflash2", "dspark"),
@@ -63,7 +63,7 @@ _KINDS = {
 def canonical_block_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[BlockHeadConfig, dict[str, Tensor]]:
-    """Convert any publisher's block head to our config and tensors, see `canonical_head`.
+    """Convert any publisher's block head to this package's config and tensors; arguments as in `canonical_head`.
 
     Raises:
         ValueError: it is no block head, is of an unsupported kind, contradicts itself, or does not fit the target.
@@ -76,7 +76,7 @@ def canonical_block_head(
 
 
 class _PublishedBlock:
-    """Interprets a published block head; `PublishedHead` does the parts that EAGLE-3 heads also have."""
+    """Interprets a published block head. `PublishedHead` interprets what EAGLE-3 heads have in common with it."""
 
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config
@@ -93,7 +93,7 @@ class _PublishedBlock:
         self._head = PublishedHead(checkpoint.name, target, self._tensors, published)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the fields of our config, and the tensors by our names."""
+        """Return the fields for `BlockHeadConfig`, and the tensors by this package's names."""
         self._refuse_others()
         head, published = self._head, self._head.published
         sizes, identity = head.sizes(), head.identity()
@@ -152,14 +152,14 @@ class _PublishedBlock:
 
     @property
     def _is_shifted(self) -> bool:
-        """Whether the root's slot predicts the first token."""
+        """Whether each slot predicts the token after its own position, see `BlockHeadConfig.shifted`."""
         if self._publisher is BlockPublisher.SPECULATORS:
             default = self._stated.get("speculators_model_type") == "dspark"
             return bool(self._stated.get("sample_from_anchor", default))
         return self._publisher is BlockPublisher.DEEPSPEC or bool(self._stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
-        """Return each layer's window: `None` for a full layer, 0 for a sliding one without a limit."""
+        """Return each layer's window: `None` for full attention, 0 for sliding attention without a limit."""
         window = self._stated.get("sliding_window") if self._stated.get("use_sliding_window", True) else 0
         kinds = self._stated.get("layer_types") or ["full_attention"] * count
         if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
@@ -167,12 +167,12 @@ class _PublishedBlock:
                 f"{self._source} has {count} layers and `layer_types` {kinds}, but each needs one, full or sliding. "
                 "Correct config.json."
             )
-        # In Transformers' implementation of Muse the window is the largest distance, which is one position more.
+        # In Transformers' Muse the window does not count the slot itself.
         more = 1 if self._publisher is BlockPublisher.MUSE and window else 0
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
-        """Return for each layer whether a slot sees no later one."""
+        """Return for each layer whether slots do not see later slots."""
         stated, is_sliding = self._stated, [window is not None for window in windows]
         if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
             return [False] * len(windows)
@@ -183,7 +183,7 @@ class _PublishedBlock:
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """Return the feature layers as indices of `output_hidden_states`. Only speculators' ids are such indices."""
+        """Return indices of `output_hidden_states`: speculators' own ids, or another publisher's ids plus one."""
         ids, count = self._head.published.layer_ids, self._head.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self._stated.get("feature_layers")
         if layers is None and ids is not None:
@@ -198,7 +198,7 @@ class _PublishedBlock:
         return layers
 
     def _correction(self) -> dict[str, Any]:
-        """Infer the fields of the correction, the confidence head and the convolutions from their tensors."""
+        """Return the config fields of correction, confidence head and convolutions, inferred from their tensors."""
         tensors, fields = self._tensors, dict[str, Any]()
         if "markov_head.markov_w1.weight" in tensors:
             parts = {"gate_proj": "gated", "joint_proj": "rnn"}
@@ -220,7 +220,6 @@ class _PublishedBlock:
 
 
 def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPublisher:
-    """Recognise the publisher by the config and the names of the tensors."""
     if "encoder.fc.weight" in names:
         return BlockPublisher.MUSE
     if {"speculators_model_type", "transformer_layer_config"} & set(config):

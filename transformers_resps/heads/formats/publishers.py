@@ -27,11 +27,11 @@ class Publisher(StrEnum):
     DEEPSPEC = "deepspec"
 
 
-# ModelOpt's flags for optional parts of a head's layer, with the values of an EAGLE-3 layer.
+# ModelOpt's flags for optional parts of a layer -> the value that a flag has for an EAGLE-3 layer.
 MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
-# Their ids count the boundary before a layer, as `hidden_states` of Transformers do. All others count the layer.
+# Files of these publishers: id j is the input of layer j, as in `hidden_states`. Other files: the output of layer j.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
 _TRY_DOCTOR = "Try `resps doctor` if few tokens are accepted."
 
@@ -57,8 +57,8 @@ def _publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
 class PublishedConfig:
     """A published `config.json`, with the user's corrections."""
 
-    fields: dict[str, Any]  # with those of `transformer_layer_config` and `eagle_config`, and without nulls
-    corrections: dict[str, Any]  # the user's, which are also in `fields`
+    fields: dict[str, Any]  # also those of `transformer_layer_config` and `eagle_config`; no nulls
+    corrections: dict[str, Any]  # fields that the user passed; they are also in `fields`
     publisher: Publisher  # decides what the fields mean
     source: str  # Hub id or folder, for messages
 
@@ -66,7 +66,7 @@ class PublishedConfig:
     def of(
         cls, config: dict[str, Any], names: Container[str], corrections: dict[str, Any], source: str
     ) -> "PublishedConfig":
-        """Merge `config.json` with the corrections; it and our `names` of the tensors show the publisher."""
+        """Merge `config.json` with the user's corrections. The tensors' `names` help to recognise the publisher."""
         parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
         flat = {key: value for part in parts for key, value in part.items() if value is not None} | corrections
         fields = {key: value for key, value in flat.items() if value is not None}
@@ -74,13 +74,13 @@ class PublishedConfig:
 
     @property
     def target_name(self) -> str | None:
-        """The target that speculators' `speculators_config` names."""
+        """The target that the field `speculators_config` names."""
         name: str | None = self.fields.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
         return name
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """The published layer ids in depth order, like the features: ModelOpt wrote them from a set."""
+        """The published layer ids, sorted like the features: ModelOpt writes them in any order."""
         return sorted(self.fields[self._id_field]) if self._id_field else None
 
     @property
@@ -88,9 +88,8 @@ class PublishedConfig:
         return next((field for field in _ID_FIELDS if self.fields.get(field)), "")
 
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
-        """Return the feature layers as indices of `output_hidden_states`, ascending.
-
-        Raises a `ValueError` if they are not the `count` layers that `fc` reads, or if their meaning is uncertain.
+        """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if `fc`
+        reads another number of layers (`count`), or if the ids are ambiguous.
         """
         given, ids = self.fields.get("feature_layers"), self.layer_ids
         if given is not None:
@@ -115,15 +114,15 @@ class PublishedConfig:
     def _counted_as_hidden_states(self, ids: list[int], layer_count: int | None) -> list[int]:
         """Convert published ids to indices of `hidden_states`.
 
-        Converters copy ids from one format to another, so the format alone does not determine what they count. The
-        smallest id does (sgl-project/sglang #25454): EAGLE-3's lowest features are the output of layer 1, which is
-        boundary 2. With any other smallest id, the format decides.
+        An id means a layer or the boundary before a layer. Converters copy ids from one format to another, so the
+        format alone does not decide. The smallest id does (sgl-project/sglang #25454): EAGLE-3's lowest features are
+        the output of layer 1, which is boundary 2. With any other smallest id, the format decides.
         """
         are_layers = [layer + 1 for layer in ids]
         if self._id_field == "target_layer_ids":  # DeepSpec always counts layers
             return are_layers
         if self.publisher not in _BOUNDARY:
-            # NVIDIA's gpt-oss v3 has 24, 30 and 36 of 36 layers (sglang #32226).
+            # NVIDIA's gpt-oss v3 head states the ids 24, 30 and 36 for 36 layers (sglang #32226).
             beyond = layer_count is not None and ids[-1] == layer_count and ids[0] != 1
             if not (ids[0] == 2 or beyond):
                 return are_layers
@@ -147,8 +146,8 @@ class PublishedConfig:
         """Return RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
         AngelSlim's plain RoPE and SpecForge's M-RoPE are always trained with base 10000, so the config's base is
-        ignored unless the user corrects it. M-RoPE is plain RoPE for text, but after an image it counts fewer
-        positions than tokens. Raises a `ValueError` for a config with two different bases.
+        ignored unless the user corrects it. M-RoPE is read as plain RoPE: for text they are the same, but after an
+        image M-RoPE's positions are lower. Raises a `ValueError` if the config has two different bases.
         """
         rope = dict(self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {})
         rope = dict(rope.get("full_attention") or rope)  # per layer type, as Transformers 5 writes it
@@ -184,9 +183,9 @@ class PublishedConfig:
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self, *, is_parallel: bool = False) -> dict[str, bool]:
-        """Return `norm_before_residual` and `feedback_post_norm`; for P-EAGLE heads both are false by default.
-
-        `norm_output` means `feedback_post_norm` in speculators' files only; in SpecForge's it is about logits.
+        """Return `norm_before_residual` and `feedback_post_norm`; in P-EAGLE heads both are false unless stated.
+        `norm_output` means `feedback_post_norm` in speculators' files only. In SpecForge's files it controls a norm
+        before the logits, so it is ignored here.
         """
         is_speculators = self.publisher is Publisher.SPECULATORS
         before = self.fields.get("norm_before_residual")

@@ -1,6 +1,5 @@
-"""Convert a published checkpoint to the config and tensors of our canonical head.
-
-The tensors decide the sizes. A config or a target that disagrees is refused, and missing tensors are never filled in.
+"""Convert a published checkpoint to this package's config and tensors. The tensors decide the sizes. If the config or
+the target contradicts them, an error is raised. Missing tensors are never filled in.
 """
 
 import os
@@ -21,7 +20,7 @@ from .tensor_names import canonical_names, check_complete, layer_count
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # In order of preference.
-_PICKLE = "mask_embedding.pt"  # Some block heads keep a trained embedding of the mask token in this file.
+_PICKLE = "mask_embedding.pt"  # Some block heads store a trained embedding of the mask token here.
 _FILES = tuple(file for single in _WEIGHTS for file in (single, f"{single}.index.json"))
 
 
@@ -42,8 +41,8 @@ def read_checkpoint(
     With a name, `config` replaces the one in the files. `hub` has keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: a file is missing or damaged, or holds more than tensors; or the arguments are not either a name or
-            a config with a state dict.
+        ValueError: a file is missing, damaged, or holds more than tensors. Or the arguments are neither a name nor a
+            config and a state dict.
         OSError: the Hub refuses.
     """
     if name is not None and tensors is None:
@@ -90,7 +89,7 @@ def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
 
 
 def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
-    """Raise a `ValueError` for a checkpoint of another kind; it names the class that loads it."""
+    """Raise a `ValueError` if a checkpoint is not of the `wanted` kind. The message names the class that loads it."""
     found = kind_of_files(checkpoint.config, checkpoint.tensors)
     if found is not wanted:
         raise ValueError(
@@ -99,15 +98,15 @@ def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
         )
 
 
-PUBLISHED_ONLY = {"rope_theta"}  # Corrections by published names; our configs have it in `rope_parameters`.
+PUBLISHED_ONLY = {"rope_theta"}  # Users may correct it, but our configs have it inside `rope_parameters`.
 
 
 def canonical_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    """Convert any publisher's EAGLE-3 head to our config and tensors.
+    """Convert any publisher's EAGLE-3 head to this package's config and tensors.
 
-    `target` supplies sizes that the config leaves out. `overrides` are the user's corrections: fields of
+    `target` supplies sizes that the config leaves out. `overrides` are the user's corrections of the config: fields of
     `DraftHeadConfig`, and `rope_theta`.
 
     Raises:
@@ -124,12 +123,12 @@ def canonical_head(
 
 
 def own_corrections(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Select the corrections that are fields of our configs."""
+    """Select the user's corrections that are fields of this package's configs."""
     return {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
 
 
 def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Apply the user's corrections to a config in our format."""
+    """Apply the user's corrections to a config in this package's format."""
     fields, theta = config | own_corrections(overrides), overrides.get("rope_theta")
     if theta is not None:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
@@ -139,7 +138,7 @@ def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_USUAL_HEADS = 32  # `LlamaConfig` and `Qwen3Config` do not write this default to config.json.
+_USUAL_HEADS = 32  # `LlamaConfig` and `Qwen3Config` leave this default number out of config.json.
 _ATTENTION = "layers.0.self_attn."
 _MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
 _PARALLEL_LEVELS = 8  # Speculators' default for P-EAGLE heads.
@@ -175,7 +174,7 @@ def _read_eagle(
 
 
 def _window(head: "PublishedHead", layer_count: int) -> int | None:
-    """Return how many of the newest tokens the head was trained to see; `None` for all."""
+    """Return how many of the newest tokens the head saw in training; `None` for all."""
     window: int | None = head.stated.get("sliding_window")
     kinds = set(head.stated.get("layer_types", ["sliding_attention"])[:layer_count])
     if not window or not head.stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
@@ -190,7 +189,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """Return which optional parts the head has. If only the config states one, `check_exact` reports it missing."""
+    """Return which optional parts the tensors or config state; `check_exact` reports parts without tensors."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
@@ -204,7 +203,7 @@ def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, 
 
 
 def _parallel(head: "PublishedHead") -> dict[str, Any]:
-    """Return the fields that only P-EAGLE heads have."""
+    """Return the config fields that only P-EAGLE heads have."""
     stated = head.stated
     if "mask_hidden" not in head.tensors:
         return {}
@@ -221,7 +220,7 @@ def _parallel(head: "PublishedHead") -> dict[str, Any]:
 
 
 class PublishedHead:
-    """A published head of any kind, with tensors under our names: its sizes, vocabulary, and what it borrows."""
+    """A published head of any kind, with renamed tensors: infers its sizes, vocabulary, and borrowed parts."""
 
     def __init__(
         self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig
@@ -236,7 +235,7 @@ class PublishedHead:
         return copied | {key: self.stated.get(key) for key in _TOKEN_IDS}
 
     def sizes(self) -> dict[str, int]:
-        """Infer the size fields from the tensors; raise a `ValueError` if the config or the target disagrees."""
+        """Infer the size fields from the tensors. Raises a `ValueError` if the config or target contradicts them."""
         sizes = {
             "hidden_size": len(self.tensors["norm.weight"]),
             "intermediate_size": len(self.tensors["layers.0.mlp.gate_proj.weight"]),
@@ -313,7 +312,7 @@ class PublishedHead:
         return width // target_hidden_size
 
     def identity(self) -> dict[str, Any]:
-        """Return the identity of the target; without one, what the config says about it."""
+        """Return the `target_identity` of the target or, without a target, what the config says about it."""
         layer_count = self.stated.get("num_target_layers")
         if self._target is None:
             told = {"name_or_path": self.published.target_name, "num_hidden_layers": layer_count}
@@ -327,7 +326,7 @@ class PublishedHead:
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Drop the tensors that the head borrows from its target, and record in the fields which ones it owns."""
+        """Return `fields` with `owns_...` flags, and the tensors without the borrowed parts of the target."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -337,7 +336,7 @@ class PublishedHead:
         is_trained = is_trained or {"mask_hidden", "embed_tokens.weight"} <= tensors.keys()
         owns_embedding = not same_width or bool(is_trained)
         if not owns_embedding:
-            tensors.pop("embed_tokens.weight", None)  # the target's, or a stale copy
+            tensors.pop("embed_tokens.weight", None)  # a copy of the target's, perhaps outdated
         output = tensors.get("lm_head.weight")
         if output is None:
             owns_output_head = offsets is not None or not same_width
@@ -355,17 +354,17 @@ class PublishedHead:
         return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
-_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Class names of whole models end like this.
+_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Ends of class names of whole models.
 
 
 class WholeModelError(ValueError):
     """A head is needed, but the checkpoint is a whole model."""
 
-    model_type: str | None = None  # as its config states it
+    model_type: str | None = None  # of the whole model
 
 
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `WholeModelError` if the config and our `names` of the tensors belong to a whole model."""
+    """Raise a `WholeModelError` if the config and the tensors' renamed `names` belong to a whole model."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         error = WholeModelError(
@@ -377,7 +376,7 @@ def check_is_head(config: dict[str, Any], names: Container[str], source: str) ->
         raise error
 
 
-# Substrings of tensor names that no EAGLE-3 head has -> what the drafter is instead.
+# Substrings of tensor names that no EAGLE-3 head has -> end of the error message.
 _OTHER_PARTS = {
     ("imadpt.", "img_fc."): (
         "is a ViSpec head: its adaptor (`imadpt`, `img_fc`) compresses the images of a prompt for an EAGLE-2 layer, "
@@ -393,7 +392,7 @@ _OTHER_PARTS = {
 
 
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield the reasons why this is no EAGLE-3 head: it would not load, or would draft nonsense."""
+    """Yield the reasons why a checkpoint is no EAGLE-3 head: it would fail to load, or draft nonsense."""
     is_parallel = "mask_hidden" in tensors
     if not is_parallel and (
         any("parallel_draft_heads" in name for name in tensors)
@@ -435,8 +434,9 @@ def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
 def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source: str) -> Tensor | None:
     """Return offsets `d2t` `[d]` (the target id of draft id i is i + d2t[i]), or `None` if d = v.
 
-    Files hold the offsets `d2t`, absolute ids `hot_token_id` (SGLang), or the mask `t2d` `[v]`. Some store absolute
-    ids as `d2t`, which `t2d` reveals. `rows` is d, the rows of the output head.
+    A file holds the offsets as `d2t`, the target ids themselves as `hot_token_id` (SGLang), or a mask of them as `t2d`
+    `[v]`. Some files store target ids as `d2t`; comparison with `t2d` reveals this. `rows` is d, the rows of the
+    output head.
 
     Raises:
         ValueError: ids leave the vocabulary, are not ascending, contradict `t2d`, or are missing although d < v.
@@ -489,7 +489,7 @@ _LOADING = {
 def split_keywords(
     keywords: dict[str, Any], config_class: type[PreTrainedConfig]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Split keywords into those of the Hub, those of Transformers' loading, and corrections to the head's config."""
+    """Split keywords into three: for the Hub, for loading by Transformers, and corrections of the head's config."""
     fields = set(config_class.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}

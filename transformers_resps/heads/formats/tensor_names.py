@@ -1,4 +1,4 @@
-"""Translate the published names of tensors into ours, and check that a head has all of them."""
+"""Rename published tensors to this package's names, and check that a head has all of its tensors."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -18,7 +18,7 @@ _SPELLINGS = (
     ("eagle_lm_head.", "lm_head."),
     ("draft_id_to_target_id", "d2t"),
 )
-# Tensors that are derived from the config, or copies of the target's.
+# Names of tensors that are ignored: computed from the config, or copies of the target's tensors.
 _IGNORED_STARTS = ("verifier_",)
 _IGNORED_ENDS = ("rotary_emb.inv_freq", ".cos_cached", ".sin_cached")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,9 +37,8 @@ _LAYER = (
 
 
 def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
-    """Rename tensors, or other values by tensor name, to our names. Raises a `ValueError` if two get the same name.
-
-    `t2d` and `hot_token_id` are kept, although our heads do not have them.
+    """Rename tensors, or other values by tensor name, to this package's names. `t2d` and `hot_token_id` are kept,
+    although this package's heads do not have them. Raises a `ValueError` if two tensors get the same name.
     """
     renamed: dict[str, Item] = {}
     origins: dict[str, str] = {}
@@ -68,7 +67,7 @@ def _canonical(name: str) -> str | None:
 
 
 def layer_count(tensors: dict[str, Tensor]) -> int:
-    """Count the decoder layers, by the highest index."""
+    """Count the decoder layers by the highest index in a name."""
     return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
 
 
@@ -83,7 +82,7 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Raise a `ValueError` that lists missing, unexpected and quantized tensors, and those of other shapes."""
+    """Raise a `ValueError` that lists tensors which are missing, unexpected, quantized or of a wrong shape."""
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise ValueError(_inexact(source, missing, unexpected))

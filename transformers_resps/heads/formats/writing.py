@@ -1,4 +1,4 @@
-"""Write our canonical heads in the layouts of SpecForge, speculators and z-lab, which other engines read."""
+"""Write heads in the layouts of SpecForge, speculators and z-lab, which other engines read."""
 
 import json
 import logging
@@ -25,8 +25,8 @@ _LAYER_FIELDS = (
 def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Path, layout: str) -> None:
     """Write `config.json` and `model.safetensors` of a head in the layout "specforge" or "speculators".
 
-    SpecForge has a flat config, `midlayer.` and ids of layers; speculators a nested config, `layers.0.` and ids of the
-    boundaries before layers.
+    SpecForge's config is flat, its tensors' prefix is `midlayer.`, and its ids number layers. In speculators the
+    config is nested, the prefix is `layers.0.`, and ids number the boundaries before layers.
 
     Raises:
         ValueError: the layout is unknown, or cannot express this head.
@@ -50,7 +50,7 @@ def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
 
 
 def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
-    """Write a block head in the layout "z-lab" (`dflash_config`, ids of layers) or "speculators"."""
+    """Write a block head in the layout "z-lab" (`dflash_config`, ids number layers) or "speculators"."""
     _check_block(config, layout)
     tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
     if layout == "z-lab":
@@ -63,12 +63,12 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Return whether each layer is sliding. Without a flag, layouts mean that sliding layers are causal."""
+    """Return for each layer whether it is sliding. Layouts take sliding layers as causal unless a flag is set."""
     return [window is not None for window in config.windows or ()]
 
 
 def _check_block(config: BlockHeadConfig, layout: str) -> None:
-    """Refuse a head that other engines would load wrongly."""
+    """Raise a `ValueError` if other engines would load the head wrongly."""
     assert config.windows is not None and config.feature_layers is not None and config.causal is not None
     is_zlab, is_known = layout == "z-lab", layout in BLOCK.exports
     has_markov = config.correction not in ("none", "selector")
@@ -93,7 +93,7 @@ def _check_block(config: BlockHeadConfig, layout: str) -> None:
 
 
 def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
-    """Describe the layers as a Qwen3 config."""
+    """Describe the layers in the fields of a Qwen3 config."""
     is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
     return {
         **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.__annotations__},
@@ -160,7 +160,7 @@ def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
 
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
-    """Refuse a head that vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load wrongly."""
+    """Raise a `ValueError` if vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load the head wrongly."""
     assert config.feature_layers is not None
     is_flat, nested = layout == "specforge", 'Use `format="speculators"`.'
     outer_biases = config.attention_output_bias or config.mlp_bias
@@ -214,12 +214,12 @@ def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Whether to write all four biases: engines have one flag for them and leave a missing one uninitialized."""
+    """Return whether to write all four biases: engines have one flag for all, and do not initialize missing ones."""
     return config.attention_bias or config.attention_output_bias
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
-    """Describe the decoder layer as a Llama or Qwen3 config, with RoPE in the fields of Transformers 4 and 5."""
+    """Describe the decoder layer in the fields of a Llama or Qwen3 config, with RoPE as in Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -229,7 +229,7 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{field: getattr(config, field) for field in _LAYER_FIELDS},
         "attention_bias": _has_attention_biases(config),
-        "num_aux_hidden_states": len(config.feature_layers or ()),  # without a number vLLM expects three
+        "num_aux_hidden_states": len(config.feature_layers or ()),  # by default vLLM expects three
         "tie_word_embeddings": False,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
@@ -238,7 +238,9 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """Return the fields of both layouts, two under our names because the published ones differ in meaning."""
+    """Return the fields of both layouts. `feature_layers` and `feedback_post_norm` are this package's own names: the
+    published names differ in meaning.
+    """
     return {
         "feature_layers": config.feature_layers,
         "feedback_post_norm": config.feedback_post_norm,
@@ -261,10 +263,10 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     return {
         **_layer_config(config),
         **_shared_fields(config),
-        # Without a number SGLang borrows the target's output head; with one it would compute uninitialized rows.
+        # If this is null, SGLang uses the target's output head. A number would make it use uninitialized weights.
         "draft_vocab_size": config.proposable_tokens if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
-        # vLLM reads these first and counts boundaries; SGLang reads those in `eagle_config` and counts layers.
+        # vLLM reads this field: ids of boundaries. SGLang reads the one in `eagle_config`: ids of layers.
         "eagle_aux_hidden_state_layer_ids": config.feature_layers,
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
@@ -289,7 +291,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _proposal(algorithm: str, tokens: int, target: dict[str, Any]) -> dict[str, Any]:
-    """Describe in speculators' format the default way to draft, and the target."""
+    """Describe the target and the default way to draft, in speculators' format."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "algorithm": algorithm,
