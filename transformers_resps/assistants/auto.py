@@ -1,4 +1,4 @@
-"""Load a drafter of any kind: a draft head, or a model of Transformers."""
+"""Load a drafter of any kind: a draft head, MTP layers, or a model of Transformers."""
 
 import os
 from typing import Any
@@ -17,7 +17,7 @@ from .mtp import MtpHead
 from .mtp_layouts import names_mtp
 
 
-CAME_ALONG = "mtp"  # Passed in place of a folder or Hub id, it means the MTP layers that came with the target.
+CAME_ALONG = "mtp"  # Name to pass instead of a folder or Hub id: loads the MTP layers in the target's checkpoint.
 
 
 class AutoDraftHead:
@@ -32,14 +32,14 @@ class AutoDraftHead:
         Args:
             id_or_folder: a Hub id or a folder.
             target: the model to draft for.
-            keywords: those of the `from_pretrained` of the class that loads the checkpoint, such as `revision`.
+            keywords: arguments of `from_pretrained` of the returned class, such as `revision`.
 
         Returns:
             A `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer), a saved
-            `MtpHead`, or an assistant of Gemma 4.
+                `MtpHead`, or an assistant of Gemma 4.
 
         Raises:
-            ValueError: as `DraftHead.from_pretrained`; a `WholeModelError` for a model that is no assistant.
+            ValueError: as in `DraftHead.from_pretrained`; a `WholeModelError` for a model that is not an assistant.
         """
         hub = {key: keywords[key] for key in HUB & keywords.keys()}
         kind = kind_in(id_or_folder, **hub)
@@ -57,7 +57,7 @@ class AutoDraftHead:
 def load_drafter(
     name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
 ) -> DraftSource | PreTrainedModel:
-    """Load a head of any kind, any causal model, or for "mtp" the target's MTP layers, in its dtype, on its device."""
+    """Load a head, a causal model or, for "mtp", the target's MTP layers, in the target's dtype and on its device."""
     if name == CAME_ALONG:
         return MtpHead.from_target(target, **keywords)
     try:
@@ -67,10 +67,10 @@ def load_drafter(
 
 
 def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableSource:
-    """Load a head that can be trained or diagnosed; from a whole model's checkpoint, its MTP layers.
+    """Load a head that can be trained or diagnosed. From the checkpoint of a whole model, load its MTP layers.
 
     Raises:
-        ValueError: as the `from_pretrained` of its class; a `WholeModelError` for a model without such layers.
+        ValueError: as in `from_pretrained` of the head's class. A `WholeModelError` if a model has no MTP layers.
         OSError: there is no such folder or Hub id.
     """
     if name == CAME_ALONG:
@@ -83,7 +83,7 @@ def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableS
 
 
 def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
-    """Make the source that drafts with a model or a candidate generator; a `ValueError` if it cannot."""
+    """Make the source that drafts with a model or candidate generator. Raises a `ValueError` if it cannot draft."""
     if isinstance(model, CandidateGenerator):
         return ForeignSource(model)
     source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)

@@ -1,4 +1,4 @@
-"""Draft trees with any causal model that has the target's tokens, such as a smaller one of its family."""
+"""Draft trees with a causal model that has the target's vocabulary, such as a smaller model of its family."""
 
 import json
 from inspect import signature
@@ -25,8 +25,8 @@ from ..verifying.masks import (
 from .loaded import LoadedModel
 
 
-_PADDED = 0.01  # Vocabularies may differ by this share: some are padded.
-# Largest difference of logits in the probe, relative to the largest logit.
+_PADDED = 0.01  # Vocabulary sizes may differ by this share, because some are padded.
+# Largest difference of logits that `_check_trees` accepts, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_TOLERANCE = 0.25
 _SAME_TOKENS = (
@@ -36,9 +36,8 @@ _SAME_TOKENS = (
 
 
 class CausalDrafter(LoadedModel):
-    """A causal model with the target's vocabulary; it reads the text, not features.
-
-    If both models come with a `tokenizer.json`, these are compared; otherwise the sizes of the vocabularies.
+    """A causal model that drafts for a target with the same vocabulary. It reads the text, not the target's features.
+    If both models have a `tokenizer.json`, these files are compared, otherwise only the sizes of the vocabularies.
     """
 
     _is_probed = False
@@ -88,7 +87,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Raise a `ValueError` if both tokenizers are known and differ."""
+    """Raise a `ValueError` if the vocabularies of both tokenizers are known and differ."""
     known = [_tokens(found) for found in (model, target)]
     if None not in known and known[0] != known[1]:
         raise ValueError(
@@ -97,13 +96,13 @@ def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> Any:
-    """Load the vocabulary of a model's `tokenizer.json` from its folder or the Hub's cache; `None` if it has none."""
+    """Load the vocabulary in a model's `tokenizer.json`, from its folder or the Hub's cache; `None` without one."""
     name = model.config.name_or_path or ""
     path: Any = Path(name) / "tokenizer.json"
     if not path.is_file():
         try:
             path = try_to_load_from_cache(name, path.name)
-        except HFValidationError:  # a folder, or nothing
+        except HFValidationError:  # the name is a folder or empty
             return None
     if not isinstance(path, str | Path):
         return None
@@ -111,7 +110,7 @@ def _tokens(model: PreTrainedModel) -> Any:
 
 
 class _Steps(StepModel):
-    """Runs the model. Positions count tokens, not padding."""
+    """Runs a causal model over the nodes of a tree. Its positions count tokens, not padding."""
 
     reads_features = False
     counts_padding = False
@@ -132,7 +131,7 @@ class _Steps(StepModel):
         return nn.ModuleList([self._model])
 
     def places(self, positions: Tensor) -> Places:
-        """Clamp positions to the end of a table of learned ones; drafts after it are useless."""
+        """Clamp positions to the end of a learned position table. Drafts beyond it are useless but do not fail."""
         return (positions.clamp(0, self._last_position),)
 
     def run(
@@ -157,7 +156,7 @@ class _Steps(StepModel):
         return at_wanted(states, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of the tokens that the target also has, with the family's scale and cap."""
+        """Compute the logits of the tokens that the target also has, with the scale and cap of the model's config."""
         config, logits = self._config, self._output(output).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
         logits = logits / getattr(config, "logits_scaling", 1.0)
@@ -165,14 +164,14 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Make the mask, or one for each layer type; `None` for plain causal attention."""
+        """Make one mask, or one for each layer type. `None` means plain causal attention."""
         mask = entries.mask
         patterns = {name: pattern for name, pattern in self._patterns.items() if pattern is not None}
         if all(pattern.window is None for pattern in patterns.values()):
             if mask is None:
                 return None
             masks = dict.fromkeys(patterns, additive(mask, self.dtype))
-        else:  # windows need the positions of all entries: these are kept like the keys of one more layer
+        else:  # windows need the positions of all keys, so positions are cached like one more layer's keys
             own = positions[:, None, :, None].float()
             known, _ = entries.update(own, own, self._config.num_hidden_layers)
             keys = known.transpose(-1, -2)
@@ -181,7 +180,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """Entries for one pass over a whole text."""
+    """A cache for one pass over a whole text: returns the given keys and values."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -192,9 +191,8 @@ class _Shown(Entries):
 
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
-    """Raise a `ValueError` if two branches of a tree have other logits than the same tokens as texts.
-
-    Otherwise a wrong mask or scale would go unnoticed and only draft worse.
+    """Raise a `ValueError` if tokens have other logits in a tree's branches than in a plain text. Without this check,
+    a wrong mask or scale would go unnoticed and only lower acceptance.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]

@@ -1,10 +1,11 @@
 """Draft with Google's assistants of Gemma 4, such as `google/gemma-4-E4B-it-assistant`.
 
-An assistant has no keys. At all levels it attends to the target's keys from the root's position, and a node knows its
-path by its hidden state only. So the nodes of a tree do not see each other, and nothing is kept.
+An assistant has no keys and values: at every level it attends to the target's, from the position of the root (the
+newest token). A node knows its path only through its hidden state. So the nodes of a tree do not see each other, and
+no cache is needed.
 
-Transformers' loop differs in two ways: it also shows the keys of the first rejected token, and it accepts the
-assistant's likeliest tokens as if they had been sampled. Here the walk accepts what the target picks.
+Transformers' own loop differs in two ways. It also shows the assistant the keys of the first rejected token, and it
+accepts the assistant's likeliest tokens as if they had been sampled. Here only what the target picks is accepted.
 """
 
 from typing import Any, cast
@@ -31,7 +32,7 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The output of the target's final norm; see `FeatureTap`."""
+        """The index that means the output of the target's final norm; see `FeatureTap`."""
         return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
@@ -58,7 +59,7 @@ class GemmaAssistant(LoadedModel):
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
-    """Describe the keys of each layer type, for comparison and messages."""
+    """Describe the sizes of the keys in each layer type, for comparison and error messages."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
     return {
@@ -69,7 +70,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
 
 
 class _OfTarget(Entries):
-    """Holds the target's entries, which the assistant's layers read as shared keys and values."""
+    """Holds the target's keys and values, which the assistant's layers read."""
 
     def __init__(self, kept: TargetEntries) -> None:
         self.kept = kept
@@ -79,7 +80,7 @@ class _OfTarget(Entries):
 
 
 class _TargetCache(DraftCache):
-    """Keeps nothing: returns the target's entries, laid out once for each length of the text."""
+    """Stores nothing of its own: returns the target's keys and values, arranged once for each length of the text."""
 
     def __init__(self, verifier: Verifier) -> None:
         super().__init__(device=verifier.device)
@@ -136,12 +137,12 @@ class _Queries(StepModel):
             position_ids=kept.positions.expand(-1, count),
             shared_kv_states=kept.states,
             use_cache=False,
-            logits_to_keep=None,  # a number, even 0, would cut inputs for each layer, and an assistant has none
+            logits_to_keep=None,  # a number, even 0, would slice inputs that an assistant does not have
         )
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute logits of all tokens or, for a large vocabulary, of the tokens of the nearest centroids."""
+        """Compute the logits of all tokens or, for a large vocabulary, only of the tokens of the nearest centroids."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

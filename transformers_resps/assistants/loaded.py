@@ -13,9 +13,8 @@ from ..tree import TreeShape
 
 
 class LoadedModel(LevelSource):
-    """A source that drafts with `model` for `target`; a `ValueError` if it cannot.
-
-    It may be kept as long as the model lives: it holds a weak reference only.
+    """A source that drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for it. The
+    source does not keep the model alive, because it holds only a weak reference.
     """
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -28,7 +27,7 @@ class LoadedModel(LevelSource):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model; a `ReferenceError` once it has been deleted."""
+        """The model. Raises a `ReferenceError` if it has been deleted."""
         model = self._model()
         if model is None:
             raise ReferenceError("The assistant has been deleted. Keep the model that drafts, and pass it again.")
@@ -44,7 +43,7 @@ class LoadedModel(LevelSource):
 
     @abstractmethod
     def _obstacle(self, target: PreTrainedModel) -> str | None:
-        """Return why the model cannot draft for a target, and the way out."""
+        """Return why the model cannot draft for `target`, and what to do instead; `None` if it can."""
 
     def check_target(self, target: PreTrainedModel) -> None:
         model = self.model

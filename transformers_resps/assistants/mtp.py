@@ -1,8 +1,8 @@
-"""Draft with multi-token prediction (MTP) layers, which many checkpoints have and Transformers drops in loading.
+"""Draft with multi-token prediction (MTP) layers, which many checkpoints contain but Transformers does not load.
 
-A layer joins a token's embedding with the hidden state of the token before it, runs a decoder layer of the target's
-class, and predicts the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2). In reading order: the layer, loading
-and saving, and the module bound to one target.
+An MTP layer reads a token's embedding and the hidden state of the token before it, runs a decoder layer of the
+target's class, and predicts the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2). In reading order: the layer,
+loading and saving, and the layers bound to one target.
 """
 
 import copy
@@ -39,7 +39,7 @@ from .mtp_layouts import MtpCheckpoint, MtpConfig, Stored
 
 
 class MtpLayer(nn.Module):
-    """One depth: the projection of embedding and hidden state, and a decoder layer of the target's class."""
+    """One MTP layer: a projection of embedding and hidden state, then a decoder layer of the target's class."""
 
     def __init__(self, target: PreTrainedModel, config: MtpConfig, depth: int) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class MtpLayer(nn.Module):
         self._hidden_first = config.hidden_first
 
     def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
-        """Map embeddings and the previous tokens' hidden states, `[b, t, h]`, to `[b, t, h]` before `self.norm`."""
+        """Map embeddings and the previous tokens' hidden states, `[b, t, h]` each, to outputs before `self.norm`."""
         pair = [self.enorm(embeddings), self.hnorm(hidden)]
         output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
         return output[0] if isinstance(output, tuple) else output
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """Copy the target's config with all layers of this depth's type: a layer finds its type by its number."""
+    """Copy the target's config with all layers of this depth's type: a layer looks up its type by its number."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -92,7 +92,7 @@ def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any
 
 @dataclass(frozen=True, slots=True)
 class MtpReading(FileReading):
-    """One interpretation of MTP layers; the fields are those of `MtpConfig`."""
+    """One way to interpret MTP layers. The fields mean the same as in `MtpConfig`."""
 
     loader: ClassVar[str] = "MtpHead"
 
@@ -118,7 +118,8 @@ class MtpReading(FileReading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It uses the target's final norm, and its embedding and output head unless the checkpoint has other ones.
+    It uses the target's final norm, embedding and output head. If the checkpoint has other embeddings or output heads
+    for these layers, it uses those.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -135,14 +136,14 @@ class MtpHead(TrainableSource, nn.Module):
         self._rows = KeptRows()
 
     def _numbered(self, name: str) -> str:
-        """Return DeepSeek-V3's name of a tensor: its layers are numbered after the target's."""
+        """Return DeepSeek-V3's name of a tensor, in which MTP layers are numbered after the target's layers."""
         _, depth, rest = name.split(".", 2)
         rest = re.sub(r"^(norm|head)\.", r"shared_head.\1.", rest.removeprefix("block."))
         return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":
-        """Load the MTP layers from the target's checkpoint; keywords as in `from_pretrained`."""
+        """Load the MTP layers from the target's own checkpoint; keywords as in `from_pretrained`."""
         check_is_model(target)
         name = target.config.name_or_path
         if not name:
@@ -166,18 +167,18 @@ class MtpHead(TrainableSource, nn.Module):
         """Load MTP layers onto the target's device. No weight is newly initialized.
 
         Args:
-            id_or_folder: a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the one
-                that a quantised or fine-tuned target was made of. Only files that hold the layers are opened.
+            id_or_folder: a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the
+                original of a quantised or fine-tuned target. Only files that hold the layers are opened.
             target: the model to draft for.
-            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. With few the
-                output head, where a small model spends most of a draft, is faster.
+            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. Few ids make
+                the output head faster, which takes most of a draft's time in a small model.
             dtype: of the layers; `None` for the target's.
             keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`. Also any field of
-                `MtpConfig`, to correct the family's settings.
+                `MtpConfig`, to correct the settings that are inferred from the checkpoint.
 
         Raises:
-            ValueError: the checkpoint has no MTP layers that we can draft with; they are quantised in an unknown way,
-                damaged or incomplete; or they do not fit `target`.
+            ValueError: the checkpoint has no supported MTP layers; they are quantised in an unknown way, damaged or
+                incomplete; or they do not fit `target`.
             OSError: the Hub refuses.
         """
         check_is_model(target)
@@ -210,7 +211,7 @@ class MtpHead(TrainableSource, nn.Module):
             is_fp32 = any(part in name for part in kept)
             tensors[name] = tensor.to(target.device, torch.float32 if is_fp32 else dtype)
         self.load_state_dict(tensors, assign=True)
-        self.to(target.device)  # moves the draft vocabulary
+        self.to(target.device)  # moves the buffer with the draft vocabulary
         self._stored = {name: checkpoint.stored[name] for name in names}
         assert not any(buffer.is_meta for buffer in self.buffers())
 
@@ -222,10 +223,10 @@ class MtpHead(TrainableSource, nn.Module):
         draft_token_ids: Tensor | Sequence[int] | None = None,
         **settings: Any,
     ) -> "MtpHead":
-        """Create an untrained module in the target's dtype, on its device. Train it with `DraftHeadTrainer`.
+        """Create untrained MTP layers in the target's dtype, on its device. Train them with `DraftHeadTrainer`.
 
-        It starts as a copy of the target's last layer that passes on the target's hidden state, which trains faster.
-        Tensors have DeepSeek-V3's names.
+        They start as copies of the target's last layer that pass on the target's hidden state, which trains faster.
+        `save_pretrained` gives their tensors DeepSeek-V3's names.
 
         Args:
             target: the model to draft for.
@@ -252,7 +253,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, with zeroed output projections: the output is the target's hidden state."""
+        """Copy the target's last layer, but with zero output projections: so it outputs the target's hidden state."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -283,8 +284,9 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield the configured reading first, then all combinations with layers one deeper or shallower, other states
-        that are fed and fed back, orders of embedding and hidden state, norms, and output heads.
+        """Yield ways to interpret the layers, the configured one first. The others combine feature layers one deeper
+        or shallower, which states are read first (`fed`) and later (`fed_back`), the order of embedding and hidden
+        state, the kind of norm, and own or target's output head.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -322,12 +324,12 @@ class MtpHead(TrainableSource, nn.Module):
         return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
 
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
-        """Whether the norms in the file multiply by 1 + weight."""
+        """Return whether the norms in the file multiply by 1 + weight instead of weight."""
         stated = self.settings.zero_centred
         return _is_zero_centred(target) if stated is None else stated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the layers, under their names in the checkpoint, for `from_pretrained`."""
+        """Write the layers in the form that `from_pretrained` reads, with the tensor names of the checkpoint."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -352,12 +354,12 @@ class MtpHead(TrainableSource, nn.Module):
         return next(self.parameters()).dtype
 
     @property
-    def depths(self) -> int:  # type: ignore[override]  # the settings tell
+    def depths(self) -> int:  # type: ignore[override]  # stored in the settings
         return self.settings.depths
 
     @property
     def feature_layers(self) -> list[int]:
-        """The layer of the settings or the target's last; one more means after the final norm."""
+        """The configured layer or the target's last one. The number of layers plus one means after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -425,17 +427,17 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
-_SMALLEST_FACTOR = 0.1  # Smallest factor of the target's norm that a fresh module divides by.
+_SMALLEST_FACTOR = 0.1  # Smallest absolute factor of the target's norm that `fresh` divides by.
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
-    """Whether the target's norms multiply by 1 + weight: then a new norm's weights are zero."""
+    """Return whether the target's norms multiply by 1 + weight: the weights of a new such norm are zero."""
     with torch.device("cpu"):
         return not type(target.get_decoder().norm)(1).weight.any()
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Configure the module to use the target's embedding and output head if its own are copies of them."""
+    """Set `own_embedding` and `own_output_head` to false if the checkpoint's are only copies of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -449,7 +451,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """The draft vocabulary's rows of output heads, copied once for each version of the weights."""
+    """Copies of the output heads' rows for the draft vocabulary, renewed when the weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -458,7 +460,7 @@ class KeptRows:
         return KeptRows, ()
 
     def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from `[..., h]` to a depth's logits `[..., d]` of the tokens `ids`."""
+        """Return a function from `[..., h]` to one depth's logits `[..., d]` of the tokens `ids`."""
         weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if depth not in self._kept or self._kept[depth][0] != version:
@@ -467,13 +469,12 @@ class KeptRows:
         return self._kept[depth][1]
 
 
-_GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on the length.
+_GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on the text's length.
 
 
 class BoundMtp(TrainableModel):
-    """An MTP module joined with its target; made by `MtpHead.bind`.
-
-    `layers` are the module's, possibly packed. `forward` replaces them, with the arguments of `MtpHead.forward`.
+    """MTP layers together with the target's parts that they use; made by `MtpHead.bind`. `layers` are the module's own
+    or packed copies. `forward`, if given, is called instead, like `MtpHead.forward`.
     """
 
     def __init__(
@@ -516,7 +517,7 @@ class BoundMtp(TrainableModel):
         return self._final_norm(features).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
-        """Return cosine and sine for each layer type, and the positions `[b or 1, t, 1]`."""
+        """Return RoPE's cosine and sine for each layer type, then the positions `[b or 1, t, 1]`."""
         like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
         angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
         return (*(part for pair in angles for part in pair), positions[..., None])
@@ -530,7 +531,7 @@ class BoundMtp(TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Run one depth. The output is normed unless it is fed back before the norm."""
+        """Run the MTP layer of one depth, and its norm unless `fed_back` is "before"."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
         positions = places[-1]
         options: dict[str, Any] = {}
@@ -580,7 +581,7 @@ class BoundMtp(TrainableModel):
 
 
 def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
-    """Return the keywords of `rotary` for each layer type in the module; empty if the target has no RoPE."""
+    """Return for each layer type the keywords to call `rotary` with; empty if the target has no RoPE."""
     types = [config.layer_type(depth) for depth in range(config.depths)]
     if rotary is None:
         return {}
@@ -589,14 +590,13 @@ def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]
 
 
 def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Find the entries that are the first of their text, and so see only themselves: `[b or 1, t, 1]`."""
+    """Find the tokens that are the first of their text, because they see only themselves: `[b or 1, t, 1]` bool."""
     return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Hide the text's entries that have left the window; `None` for a single query without a mask.
-
-    `positions` `[b or 1, t, 1]` are slots. The tree is in slots below 0 and never leaves the window.
+    """Mask the keys of the text that are outside the window; return `None` for a single query without a mask.
+    `positions` `[b or 1, t, 1]` are cache slots. The tree is in slots below 0, always within the window.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -608,7 +608,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Shows a single query, which has no mask, the entries of its tree and the newest of the text."""
+    """Keys and values for a single query without a mask: those of the tree, and of the text within the window."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window
@@ -624,7 +624,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a mask to eager attention's additive mask, in the length and dtype of `like` `[b, t, h]`."""
+    """Convert a bool mask to the additive mask of eager attention, for the length and dtype of `like` `[b, t, h]`."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

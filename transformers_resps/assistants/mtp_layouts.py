@@ -1,4 +1,4 @@
-"""Layouts of MTP layers by publisher: their settings, and their tensors' names.
+"""How publishers store MTP layers: the settings of each model family, and the names of the tensors.
 
 The names are from SGLang 0.5.23 (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`). Only JSON and the MTP layers' tensors
 are loaded, from safetensors.
@@ -19,22 +19,22 @@ from ..hub.checkpoint import CheckpointFiles, tensor_of
 
 @dataclass(frozen=True, slots=True)
 class MtpConfig:
-    """Settings of an MTP module: what it computes, and which parts it has."""
+    """Settings of MTP layers: what they compute, and which parts they have."""
 
-    depths: int = 1  # layers; each drafts one level, but a single layer drafts any number
-    feature_layer: int | None = None  # the target layer whose output is read, from 1; `None` for the last
-    fed: Literal["after", "before"] = "after"  # that output is read after or before the target's final norm
-    # The next level reads the output after or before the module's norm, or the target's hidden state again.
+    depths: int = 1  # number of layers; each drafts one token, a single one any number of tokens
+    feature_layer: int | None = None  # target layer whose output is read, counted from 1; `None`: the last
+    fed: Literal["after", "before"] = "after"  # whether that output is read after or before the final norm
+    # Input of the next drafted token: the layer's output after or before its norm, or the target's state again.
     fed_back: Literal["after", "before", "target"] = "after"
-    hidden_first: bool = False  # the projection's input is hidden state, embedding, not embedding, hidden state
-    zero_centred: bool | None = None  # norms in the file multiply by 1 + weight; `None`: like the target's norms
-    zeroed_start: bool = False  # the embedding beside the first hidden state of a text is zeroed
-    layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention" by depth; empty: all full
-    experts: tuple[bool, ...] = ()  # by depth, whether there is a mixture of experts; empty: nowhere
+    hidden_first: bool = False  # the projection reads the hidden state before the embedding
+    zero_centred: bool | None = None  # norms in the file multiply by 1 + weight; `None`: as the target's
+    zeroed_start: bool = False  # the embedding that is paired with a text's first hidden state is zero
+    layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention" for each layer; empty: full
+    experts: tuple[bool, ...] = ()  # whether each layer has a mixture of experts; empty: none has
     projection_bias: bool = False
-    own_norm: bool = True  # there is a norm before the output head
-    own_embedding: bool = False  # else the target's
-    own_output_head: bool = False  # one for each depth; else the target's
+    own_norm: bool = True  # whether the layers have norms before the output head
+    own_embedding: bool = False  # whether they have embeddings; otherwise they use the target's
+    own_output_head: bool = False  # whether each has an output head; otherwise it uses the target's
     draft_token_ids: tuple[int, ...] | None = None  # the tokens that can be proposed, ascending; `None` for all
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class MtpConfig:
         return self.layer_types[depth] if self.layer_types else "full_attention"
 
 
-# Substring of tensor names, or prefix of `model_type` -> settings of that family.
+# Substring of tensor names, or prefix of `model_type` -> settings of that model family.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "mtp_layers.0.input_proj.": {"hidden_first": True, "zeroed_start": True},  # MiMo-7B
     "mtp_linear_proj.0.": {"fed_back": "before", "zeroed_start": True},  # ERNIE-4.5
@@ -54,7 +54,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": ("sliding_attention",)},
     "step3": {"fed": "before", "fed_back": "before"},
 }
-# Substring of tensor names -> why such a module cannot draft.
+# Substring of tensor names -> why such layers are not supported, as the end of the error message.
 _REFUSED = {
     ".e_proj.": "carries a stream of hyper-connections from token to token, as DeepSeek-V4's",
     "mtp.fc_embedding.": "carries a stream of hyper-connections from token to token, as Qwen4's",
@@ -63,15 +63,15 @@ _REFUSED = {
     "mtp_dspark.": "is a block head (DSpark), which drafts several tokens at once",
 }
 
-# Prefixes of published names -> prefixes that put the module's layers into `mtp.layers`.
+# Published prefixes of tensor names -> replacements; after them MTP layers are in `mtp.layers` or `layers`.
 _ROOTS = {
     r"^(?:(?:model|language_model)\.)+": "",
     r"^mtp\.(?=(?:fc|norm|embed_tokens|pre_fc_norm_(?:embedding|hidden))\.)": "mtp.layers.0.",
     r"^mtp_(block|emb_norm|hidden_norm|linear_proj)\.(\d+)\.": r"mtp.layers.\2.\1.",
 }
-# A layer, numbered by depth or after the target's layers. A wrapper (`transformer`) is dropped.
+# Prefix of a layer, numbered from 0 (`mtp`) or after the target's layers. A part `transformer` is dropped.
 _LAYER = re.compile(r"(mtp[._])?layers\.(\d+)\.(?:transformer(?:_layer)?\.)?")
-# Our name of a part -> publishers' names. Anything else belongs to the decoder layer, `block`.
+# Our name of a part -> publishers' names. All other tensors belong to the decoder layer, `block`.
 _PARTS = {
     "enorm": r"enorm(?:\.m)?|emb_norm|pre_fc_norm_embedding|token_layernorm",
     "hnorm": r"hnorm(?:\.m)?|hidden_norm|pre_fc_norm_hidden|hidden_layernorm",
@@ -82,7 +82,7 @@ _PARTS = {
     "block": r"block",
 }
 _PART = re.compile(rf"(?:{'|'.join(f'(?P<{ours}>{theirs})' for ours, theirs in _PARTS.items())})\.")
-# Prefixes of names in the decoder layer -> Transformers' prefixes.
+# Published prefixes of names in the decoder layer -> Transformers' prefixes.
 _INSIDE = {
     "pre_mlp_layernorm.": "post_attention_layernorm.",
     "self_attn.attention_sink_bias": "self_attn.sinks",
@@ -93,24 +93,26 @@ _INSIDE = {
     "moe.gate.": "mlp.gate.",
     "share_expert.": "mlp.shared_experts.",
 }
-# One expert's tensor or, without a number, all experts' -> the merged tensor, and which half of its rows.
+# Names of one expert's tensor or, without a number, of all experts'. Below: the merged tensor, and half of its rows.
 _EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
 _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
-_SCALE = "_scale_inv"  # Suffix of the scales that multiply the blocks of an FP8 tensor.
-_BLOCK = (128, 128)  # Default rows and columns of such a block.
+_SCALE = "_scale_inv"  # Suffix of the name of an FP8 tensor's scales, one for each block.
+_BLOCK = (128, 128)  # Default rows and columns of a block.
 _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
-_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # Scales, and tensors that we compute.
-# Configs' fields for the number of MTP layers.
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # Scales, and tensors that are computed here.
+# Config fields that may state the number of MTP layers.
 _DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
-_COMPARED = 64  # Rows that are compared to recognise a copy.
+_COMPARED = 64  # Number of rows that are compared to recognise a copy.
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The names of a checkpoint's tensors that make up one of ours: one, or two halves of its rows, or by expert."""
+    """The names of the tensors in a checkpoint that one of our tensors is made of. A tensor is stored whole, as two
+    halves of its rows, or as one part for each expert.
+    """
 
-    # For each half, the names by expert; -1 if one tensor has all experts.
+    # For each half: expert -> name. The key -1 means one tensor for all experts.
     parts: tuple[dict[int, str], dict[int, str]] = field(default_factory=lambda: ({}, {}))
 
     @classmethod
@@ -128,7 +130,7 @@ class Stored:
         return -1 not in self.parts[0]
 
     def joined(self, tensor_of: Callable[[str], Tensor]) -> Tensor:
-        """Join the stored tensors to ours."""
+        """Build our tensor from the stored tensors."""
         rows = [
             torch.stack([tensor_of(name) for name in names]) if self._is_apart else tensor_of(names[0])
             for names in self.names
@@ -136,7 +138,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Split our tensor into the stored ones, by name."""
+        """Split our tensor into the stored tensors, by name."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -147,7 +149,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Map our names of the module's tensors to those of a checkpoint whose target has `layer_count` layers."""
+    """Map our names of MTP tensors to those in a checkpoint whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -163,7 +165,7 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
 
 
 def _canonical(name: str, layer_count: int) -> str | None:
-    """Return our name of a tensor, `layers.{depth}.{part}`; `None` if it is not the module's."""
+    """Return our name of a tensor, `layers.{depth}.{part}`; `None` if it belongs to no MTP layer."""
     for theirs, ours in _ROOTS.items():
         name = re.sub(theirs, ours, name)
     layer = _LAYER.match(name)
@@ -180,18 +182,18 @@ def _canonical(name: str, layer_count: int) -> str | None:
 
 
 def names_mtp(config: dict[str, Any]) -> bool:
-    """Whether a config names MTP layers, alone or with their target."""
+    """Return whether a config states MTP layers, alone or together with their target."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return config.get("model_type") == MTP.saved_as or any(part.get(key) for part in parts for key in _DEPTHS)
 
 
 class MtpCheckpoint:
-    """The MTP module in a checkpoint of its target, or one that was saved alone.
+    """MTP layers in a checkpoint of their target, or saved alone.
 
     `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: it holds no module, one that we cannot draft with, or is damaged.
+        ValueError: the checkpoint is damaged, or has no MTP layers that are supported.
         OSError: the Hub refuses.
     """
 
@@ -253,7 +255,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Raise a `ValueError` if the `target_identity` of a target has other sizes."""
+        """Raise a `ValueError` if a target, given by its `target_identity`, has other sizes."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -271,11 +273,11 @@ class MtpCheckpoint:
 
     @property
     def is_alone(self) -> bool:
-        """Whether `MtpHead.save_pretrained` wrote it."""
+        """Whether `MtpHead.save_pretrained` wrote the checkpoint."""
         return self._config.get("model_type") == MTP.saved_as
 
     def config(self) -> MtpConfig:
-        """Return the settings: the family decides what the module computes, the files which parts it has."""
+        """Infer from the model family what the layers compute, and from the tensors which parts they have."""
         if self.is_alone:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
@@ -301,7 +303,7 @@ class MtpCheckpoint:
         return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Whether one of our tensors equals `weight` `[n, m]` in some rows; false if that is offloaded."""
+        """Return whether some rows of our tensor equal those of `weight` `[n, m]`; false if `weight` is offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]
@@ -316,9 +318,9 @@ class MtpCheckpoint:
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
     def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
-        """Load tensors by our names to the CPU: FP8 as `dtype`, others in the stored dtype.
-
-        With `sizes_only` they are meta tensors. Raises a `ValueError` for a damaged file or FP8 without scales.
+        """Load tensors by our names to the CPU: FP8 tensors as `dtype`, others in their stored dtype. With
+        `sizes_only` the results are meta tensors. Raises a `ValueError` if a file is damaged or FP8 scales are
+        missing.
         """
         wanted = {name: self.stored[name] for name in ours}
         raw = [name for stored in wanted.values() for names in stored.names for name in names]
@@ -328,9 +330,8 @@ class MtpCheckpoint:
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
-        """Take a tensor and its scales; from FP8, multiply them.
-
-        Transformers' `Fp8Dequantize` refuses an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
+        """Take one stored tensor out of `found`; multiply an FP8 tensor by its scales. Transformers' `Fp8Dequantize`
+        refuses an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
         """
         tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
         if tensor.dtype != torch.float8_e4m3fn:
