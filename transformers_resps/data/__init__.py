@@ -1,4 +1,4 @@
-"""Prepare training data: conversations, tokenized examples, draft vocabularies, fingerprints of prompts."""
+"""Prepare training data: conversations, tokenized examples, draft vocabularies, hashes of training prompts."""
 
 from .conversations import Conversation, load_conversations, read_conversations, to_tokens
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of

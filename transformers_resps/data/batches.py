@@ -1,4 +1,4 @@
-"""Batch prepared datasets for PyTorch: sequences of similar length, right-padded, within a token budget."""
+"""Batch prepared datasets for PyTorch: texts of similar length, right-padded, within a budget of tokens."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,14 +13,13 @@ from .image_texts import IMAGE_COLUMNS, image_inputs
 from .preparation import Example
 
 
-IGNORED = -100  # Label of a token without a loss.
+IGNORED = -100  # Label of tokens that the loss ignores.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`.
-
-    `loss_mask` becomes `labels`: the predicted tokens, `IGNORED` elsewhere. `pictures`, if a row has any, become
-    `image_inputs`, the further arguments of the target's forward.
+    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`. Instead of `loss_mask` the batch has
+    `labels`: the token ids where the mask is true, elsewhere `IGNORED`. Instead of `pictures`, if any row has them, it
+    has `image_inputs`: the image arguments of the target's forward.
     """
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
@@ -33,12 +32,14 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Batches of at most `budget` tokens, including padding. A longer sequence is a batch alone.
+    """Yields batches of indices whose texts have at most `budget` tokens with padding. A longer text is a batch of its
+    own.
 
-    `shuffle` groups sequences of similar length at random, and reorders the same batches in each epoch.
+    With `shuffle`, texts of about the same length are grouped at random. Each epoch has the same batches in a new
+    order.
     """
 
-    batch_size = None  # Accelerate reads it; sizes differ
+    batch_size = None  # Accelerate reads it; batches differ in size
 
     def __init__(self, lengths: Sequence[int], budget: int, *, seed: int = 0, shuffle: bool = True) -> None:
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
@@ -88,7 +89,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """Return a row with its whole `loss_mask`."""
+        """Return a row as an `Example`, whose `loss_mask` may include the first two tokens."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
@@ -102,13 +103,12 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return (self[by_length[index * len(self) // count]] for index in range(count))
 
 
-_STREAM_BUFFER = 1024  # Rows that are sorted by length together.
+_STREAM_BUFFER = 1024  # Number of rows that are read at once and grouped by length.
 
 
 class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
-    """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made.
-
-    Rows are grouped by length within a buffer. The buffers keep their order.
+    """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made. Rows are read
+    in groups of 1024 (buffers), in order. Within a buffer, rows of similar length form batches.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Read conversations in the usual file layouts, as lists of `messages`.
+"""Read conversations from files in the usual layouts, as lists of `messages`.
 
 Files are read without `datasets`, which refuses truncated downloads and is not part of the base install. ShareGPT's
 roles are renamed here because TRL's `maybe_convert_to_chatml` keeps them.
@@ -28,7 +28,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     complete rows.
 
     Raises:
-        ValueError: a row has none of these fields or other content than text, or a JSONL line is not JSON in UTF-8.
+        ValueError: a row has none of these fields, or content that is not text. Or a JSONL line is not JSON in UTF-8.
     """
     path = Path(path)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
@@ -39,7 +39,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
     """Yield the conversations of a file, or of a `split`, such as `train[:1000]`, of a dataset.
 
-    The source of a dataset is a Hub id, `owner/name` or `owner/name:config`, or a folder with the layout of one.
+    A dataset is given as Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout.
 
     Raises:
         ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
@@ -118,7 +118,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 
 def _is_truncated(error: json.JSONDecodeError) -> bool:
-    """Whether the file ends within a string, within an escape (up to six characters), or between tokens."""
+    """Return whether the file ends within a string, within an escape (up to six characters), or between tokens."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
@@ -160,7 +160,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check messages; a string becomes one message of `role`, if given. The caller adds the place to errors."""
+    """Check messages; a string becomes one message of `role`, if given. The caller adds the row to error messages."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
@@ -177,9 +177,8 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
-    """Check messages with `images` images and split each content into parts; errors as in `as_messages`.
-
-    If no part is an image, all images are put before the text of the first user turn, as in TRL.
+    """Check messages with `images` images and split each content into parts; errors as in `as_messages`. If no part is
+    an image, all images are put before the text of the first user turn, as in TRL.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)
@@ -198,7 +197,7 @@ def images_in(message: dict[str, Any]) -> int:
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return the text of a content, without images."""
+    """Return the text of a message's content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
@@ -241,7 +240,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Tokenize a prompt, with the chat template if there is one: `[s]`."""
+    """Tokenize a prompt, with the chat template if there is one; return token ids `[s]`."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -1,4 +1,4 @@
-"""Choose the tokens that a head can propose, and compute the share of the answers that they cover."""
+"""Choose the tokens that a head can propose, and compute which share of the answers' tokens they are."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class DraftVocabulary:
     """The tokens that a head can propose."""
 
     token_ids: Tensor  # [d] target ids, ascending
-    coverage: float  # their share of the assistant's tokens: an upper bound of acceptance
+    coverage: float  # their share of the tokens in answers: an upper bound of acceptance
 
 
 def choose_draft_vocabulary(
     examples: Iterable[Example], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """Choose a draft vocabulary: the ids `always`, and the most frequent tokens of assistant turns.
+    """Choose the ids `always` and the most frequent tokens of assistant turns, `draft_vocab_size` in total.
 
-    Ties go to the lower id: in byte-pair vocabularies ids are roughly in order of frequency.
+    Of equally frequent tokens the lowest ids are chosen: in byte-pair vocabularies low ids tend to be frequent.
 
     Raises:
         ValueError: `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or a token id
@@ -48,7 +48,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """Return the draft vocabulary of an existing head; a `ValueError` if it covers no answer of the examples."""
+    """Return an existing head's draft vocabulary. Raises a `ValueError` if it covers no answer of the examples."""
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)
     if coverage == 0:

@@ -1,7 +1,7 @@
-"""Process texts with images by the target's processor: tokens in place of each image, and pixels.
+"""Process texts with images by the target's processor, which returns tokens in place of each image, and pixels.
 
-Only the processor knows how many tokens an image takes, so datasets are prepared with it. They keep the images, and
-each batch computes its pixels again, because pixels are large.
+Only the processor knows how many tokens an image takes, so it is needed to prepare a dataset. Prepared datasets keep
+the images. Pixels are large, so they are computed again for each batch.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-# Further columns of a prepared dataset with images.
+# Columns that a prepared dataset with images has in addition.
 IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
-# Values of the last four for a row without images.
+# Values of the last four columns in a row without images.
 NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The images of a text, and its parts with images."""
+    """The images of a text, and those parts of the text that show images."""
 
-    images: list[Any]  # in the order of the text
-    texts: list[str]  # the parts, rendered by the chat template, with a placeholder for each image
-    counts: list[int]  # images in each part
-    starts: list[int]  # token at which each part begins
+    images: list[Any]  # in the order in which the text shows them
+    texts: list[str]  # parts, rendered by the chat template with a placeholder for each image
+    counts: list[int]  # number of images in each part
+    starts: list[int]  # index of each part's first token
     key: str  # a hash of the processor's output
 
     @classmethod
@@ -40,7 +40,7 @@ class Pictures:
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
 
     def before(self, place: int) -> "Pictures | None":
-        """Keep the parts that begin before a token; `None` if there are none."""
+        """Keep the parts that begin before token `place`, and their images; `None` if there are none."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -60,7 +60,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 class ImageReader:
-    """Tokenizes the parts of one text that show `images`, in order."""
+    """Tokenizes one after the other the parts of a text that show its `images`."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images
@@ -70,7 +70,7 @@ class ImageReader:
         self._digest = hashlib.sha256()
 
     def tokens_of(self, text: str, count: int, start: int, room: int) -> list[int] | None:
-        """Return the tokens of a part that shows `count` images and begins at `start`; `None` if more than `room`."""
+        """Tokenize a part with `count` images that begins at token `start`; `None` if it is longer than `room`."""
         shown = sum(self._counts)
         read = _read(self._processor, [text], [self._images[shown : shown + count]])
         tokens: list[int] = read["input_ids"][0].tolist()
@@ -92,15 +92,14 @@ class ImageReader:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Run the processor. Like TRL, it adds no special tokens: chat templates have written them."""
+    """Run the processor, without adding special tokens, as in TRL: chat templates have already written them."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """Make the target's further inputs for a batch with images, `{}` without images.
-
-    Token types are right-padded to `[b, length]`. Other tensors are the processor's output for the whole batch.
+    """Return the image arguments of the target's forward for a batch; `{}` if no row has images. Token types are
+    right-padded to `[b, length]`. Other tensors are the processor's output for the whole batch.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):
@@ -123,7 +122,7 @@ def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, len
 
 
 def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Move inputs to the device of `model`, and floats to its dtype."""
+    """Move inputs to the device of `model`, and convert floats to its dtype."""
     return {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
@@ -131,7 +130,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """Return `processing_class`, or load the target's processor; `None` if there is none for images."""
+    """Return `processing_class`, or load the target's processor; `None` if neither can process images."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

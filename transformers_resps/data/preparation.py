@@ -1,8 +1,8 @@
-"""Turn a dataset with TRL's columns into token ids and a mask over the tokens that a head learns from.
+"""Turn a dataset with TRL's columns into token ids and a mask of the tokens that a head learns from.
 
 Transformers and TRL find the assistant's tokens by `{% generation %}` marks, but most chat templates have none. Here
-they are the tokens that an assistant turn adds to the rendered text. `datasets` belongs to the extra `train`, so it is
-imported where it is needed.
+the assistant's tokens are those by which a turn extends the rendered text. The package `datasets` belongs to the extra
+`train`, so it is imported only inside functions.
 """
 
 import json
@@ -34,33 +34,33 @@ _MASKS = ("assistant_masks", "completion_mask")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized sequence to train on."""
+    """One tokenized text to train on."""
 
     input_ids: Tensor  # [t]
-    loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, including its end-of-turn token
+    loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, including end-of-turn tokens
     pictures: Pictures | None = None
 
     @classmethod
     def of_row(cls, row: Row) -> "Example":
-        """Make the example of a row that `prepare_dataset` made."""
+        """Make an example from a row that `prepare_dataset` made."""
         mask = torch.tensor(row["loss_mask"], dtype=torch.bool)
         return cls(torch.tensor(row["input_ids"]), mask, Pictures.of_row(row))
 
     @property
     def predicted(self) -> Tensor:
-        """The assistant's tokens that a head can predict, `[t]` bool: never the first two."""
+        """Which of the assistant's tokens a head can predict, `[t]` bool: never the first two tokens of a text."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """A row for `collate`: `input_ids`, `loss_mask` (the predicted tokens), and `pictures` if there are any."""
+        """A row for `collate`: `input_ids`, `loss_mask` (from `predicted`) and, if there are any, `pictures`."""
         shown = {} if self.pictures is None else {"pictures": self.pictures}
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise a `ValueError` that names text `number` if it is empty or an id is not in the vocabulary."""
+        """Raise a `ValueError` that names text `number` if it is empty or has an id outside the vocabulary."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -78,18 +78,17 @@ class _Piece:
     text: str
     is_learned: bool
     images: int = 0  # number of images in it
-    is_raw: bool = False  # not from a chat template: the tokenizer adds special tokens
+    is_raw: bool = False  # whether the tokenizer adds special tokens: no chat template did
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Tokenize a conversation and mask the answers; a `ValueError` if the chat template rewrites earlier turns."""
+    """Tokenize a conversation, and mark the answers. Raises a `ValueError` if the chat template rewrites turns."""
     return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """Render a conversation with a tokenizer or processor and split it into questions and answers.
-
-    Messages before index `learn_from` belong to the question. `template` has more arguments of the chat template.
+    """Render a conversation with a tokenizer or processor and split it into questions and answers. Messages before
+    index `learn_from` belong to the question. `template` has further arguments for the chat template.
     """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
@@ -104,7 +103,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
                 f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
                 "before it. Pass a tokenizer with a template that only appends."
             )
-        end = len(answered.rstrip("\n"))  # templates put a line break after the end-of-turn token
+        end = len(answered.rstrip("\n"))  # templates write a line break after the end-of-turn token
         shown = sum(map(images_in, conversation[read:index]))
         pieces += [_Piece(asked[len(text) :], False, shown), _Piece(answered[len(asked) : end], True)]
         text, read = answered[:end], index
@@ -112,7 +111,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
 
 
 def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: ImageReader | None = None) -> Example:
-    """Tokenize the pieces of a text and join them, up to the first piece with images that does not fit."""
+    """Tokenize pieces and join them, up to `max_length` or the first piece whose images do not fit."""
     ids: list[int] = []
     mask: list[bool] = []
     for piece in pieces:
@@ -143,26 +142,26 @@ def prepare_dataset(
     """Tokenize a dataset, and drop rows without a token to learn from.
 
     The first column among `input_ids`, `messages`, `prompt` and `text` is used. Messages, also in `prompt` and
-    `completion`, get the chat template; strings do not. The head learns from assistant turns, from the completion, or
-    from all of `text`. Images come from a column `images` or `image`.
+    `completion`, are rendered by the chat template, strings are not. The head learns from assistant turns, from the
+    completion, or from all of `text`. Images come from a column `images` or `image`.
 
     Args:
-        dataset: with these columns; a prepared one is returned unchanged.
+        dataset: has these columns. A dataset that is already prepared is returned unchanged.
         name: of the dataset, for errors and the progress bar.
         tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; longer sequences are cut, but never within an image.
+        max_length: in tokens; longer texts are cut, but never within an image.
         vocab_size: the target's.
-        num_proc: processes that tokenize.
+        num_proc: number of processes that tokenize.
         processor: the target's; needed for images.
 
     Returns:
         A dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user turn)
-        and `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns). If there
-        are images, it also has `IMAGE_COLUMNS`. Iterable datasets are prepared while they are read.
+            and `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns). If
+            there are images, it also has `IMAGE_COLUMNS`. An iterable dataset is prepared while it is read.
 
     Raises:
-        ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
-            has nothing to learn from.
+        ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or has
+            nothing to learn from.
     """
     import datasets
 
@@ -191,14 +190,14 @@ def prepare_dataset(
         streamed = dataset.map(_prepared_batch, **options)
         return streamed.filter(bool, input_columns="length") if has_images else streamed
     prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **options)
-    if has_images:  # not in `map`: it keeps a batch's images only if no row is dropped
+    if has_images:  # not in `map`, which keeps the images only if no row of a batch is dropped
         prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
 
 
 def shows_images(dataset: Any) -> bool:
-    """Whether a dataset has one of TRL's columns for images."""
+    """Return whether a dataset has one of TRL's columns for images."""
     return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
@@ -355,9 +354,8 @@ def _template(row: Row) -> Row:
 
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
-    """Split messages, without assistant turns before the first question.
-
-    If the template rewrites earlier turns, use only the part up to the first answer, and return true.
+    """Drop assistant turns before the first question, and split messages into questions and answers. If the template
+    rewrites earlier turns, only the part up to the first answer is used, and the second result is true.
     """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)

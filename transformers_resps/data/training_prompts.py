@@ -1,4 +1,4 @@
-"""Keep hashes of the training prompts beside a head or policy, so that it is not measured on them."""
+"""Store hashes of the training prompts beside a head or policy, so that these prompts are not used to measure it."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write fingerprints of the first user turns, and the `earlier` ones of the head that training started from."""
+    """Write hashes of the first user turns `texts`, and the `earlier` hashes of a head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
         json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
@@ -28,7 +28,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """Load the fingerprints in a folder; `None` without a file, a `ValueError` for a damaged one."""
+    """Load the hashes in a folder; `None` if there is no file. Raises a `ValueError` if the file is damaged."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
@@ -41,7 +41,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Load the fingerprints of a head or policy by folder or Hub id; without a file, warn and return `None`."""
+    """Load the hashes of a head or policy, given by folder or Hub id. Without a file, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         logger.warning(

@@ -1,6 +1,5 @@
-"""Read the config and the tensors of a checkpoint: a folder, or one commit of a Hub repository.
-
-Nothing in it is executed: only JSON, safetensors, and legacy `.bin` files with `weights_only=True` are read.
+"""Read the config and the tensors of a checkpoint: a folder, or one commit of a Hub repository. Nothing in a
+checkpoint is executed: only JSON, safetensors, and legacy `.bin` files with `weights_only=True` are read.
 """
 
 import json
@@ -24,18 +23,18 @@ Found = TypeVar("Found")
 
 
 def tensor_of(file: Any, name: str) -> Tensor:
-    """Load a tensor of an open file to the CPU, in the stored dtype; an open `.bin` file is a dict."""
+    """Load a tensor of an open file to the CPU, in the stored dtype. An open `.bin` file is a dict."""
     tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
     return tensor
 
 
 class CheckpointFiles:
-    """The files of a Hub id or folder, fetched when they are first needed.
+    """The files of a Hub id or folder, each fetched when it is first needed.
 
-    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`.
+    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. The methods raise the same errors.
 
     Raises:
-        ValueError: also in the methods: a file is missing or damaged, or holds more than tensors.
+        ValueError: a file is missing or damaged, or holds more than tensors.
         OSError: the Hub refuses.
     """
 
@@ -52,7 +51,7 @@ class CheckpointFiles:
             return path if path.is_file() else None
 
         fetch = local if folder.is_dir() else RepositoryFiles(self.name, **hub).fetch
-        self._path = cache(fetch)  # each fetch hashes the file in the Hub's cache
+        self._path = cache(fetch)  # cached, because each fetch hashes the file
         self._pickled = cache(_tensors_of_a_pickle)
 
     def config(self) -> dict[str, Any] | None:
@@ -60,7 +59,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map each tensor to its file, by the first of these files or indices that exists; `None` if none does."""
+        """Map each tensor to its file, by the first file or index in `candidates` that exists; `None` without one."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None
@@ -73,7 +72,7 @@ class CheckpointFiles:
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-        """Open each file once and return `take(open file, name)` for each tensor, by name."""
+        """Open each file once; return `take(open file, name)` for each tensor name in `places` (name -> file)."""
         values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:

@@ -1,7 +1,7 @@
 """Fetch files of a Hub repository, all from one commit, and check their hashes.
 
-Over HTTP, `huggingface_hub` 2.4 (`http_get`) checks only the size of a download. A cached file's name is its ETag,
-which is a hash of its content.
+`huggingface_hub` 2.4 checks only the size of a download over HTTP (`http_get`). It names a cached file after its ETag,
+a hash of the content, which is checked here.
 """
 
 import hashlib
@@ -23,9 +23,8 @@ from ..compat import TransportError
 
 
 class RepositoryFiles:
-    """The files of one commit of a repository, the one that the first fetched file is from.
-
-    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`.
+    """The files of one commit of a repository: the commit of the file that is fetched first. `hub` has keywords of
+    `huggingface_hub.hf_hub_download`, such as `revision`.
     """
 
     def __init__(self, repo_id: str, **hub: Any) -> None:
@@ -34,7 +33,7 @@ class RepositoryFiles:
         self._hub = hub
 
     def fetch(self, name: str) -> Path | None:
-        """Fetch a file, a second time if it is damaged; `None` if the commit does not have it.
+        """Fetch a file, and once more if it is damaged; `None` if the commit does not have it.
 
         Raises:
             ValueError: the id is no Hub id, or the file is damaged both times.
@@ -45,7 +44,7 @@ class RepositoryFiles:
         if path is None:
             return None
         if self.commit is None and "snapshots" in path.parts:
-            self.commit = path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]  # the cache may lie in one
+            self.commit = path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]  # of the last `snapshots`
             self._hub["revision"] = self.commit
         if is_whole(path):
             return path
@@ -87,10 +86,10 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a cached file has the hash that its name states; true if the name states none."""
-    if not path.is_symlink():  # in a user's folder, or a cache without links
+    """Return whether a cached file has the hash that its name states. True if the name states no hash."""
+    if not path.is_symlink():  # it is in a user's folder, or in a cache without links
         return True
-    blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
+    blob = Path(os.readlink(path))  # follow one link only: a blob shared by repositories is a link, too
     if blob.parent.name != "blobs":
         return True
     if re.fullmatch("[0-9a-f]{64}", blob.name):  # Git LFS
@@ -109,12 +108,12 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
         return Path(id_or_folder)
     try:
         return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
-    except (OSError, ValueError):  # not complete in the cache either; loading will report why
+    except (OSError, ValueError):  # not completely in the cache; loading will report why
         return None
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file from a folder, or from the commit of a Hub id that is in the cache; see `RepositoryFiles.fetch`."""
+    """Fetch a file from a folder, or from the cached commit of a Hub id; `None` if missing. Errors as in `fetch`."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

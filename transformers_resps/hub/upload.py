@@ -1,4 +1,4 @@
-"""Upload files to the Hub in one commit, all of them or none, and write the cards of heads and policies."""
+"""Upload files to the Hub, all in one commit or none, and write the model cards of heads and policies."""
 
 import re
 import time
@@ -17,7 +17,7 @@ from ..compat import TransportError
 
 LIBRARY = "transformers-resps"
 GENERAL_TAGS = ("speculative-decoding", "transformers-resps")
-# Files that publishing puts beside the weights.
+# Files that publishing writes beside the weights.
 CARD, RESULTS, METRICS, RECIPE = "README.md", "results.json", "metrics.json", "recipe.yaml"
 
 Answer = TypeVar("Answer")
@@ -30,16 +30,16 @@ _WAYS_OUT = {  # by HTTP status
     412: _CHANGED,
     429: "The Hub is busy: run the same command again later.",
 }
-_BUSY = (429, 503)  # With these the Hub did nothing and asks to try again later.
+_BUSY = (429, 503)  # HTTP status: the Hub did nothing, and asks to try again later.
 _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A place for files, with arguments of `huggingface_hub`; repository and branch are created if missing."""
+    """Where to upload, in arguments of `huggingface_hub`. Repository and branch are created if missing."""
 
     repo_id: str
-    private: bool | None = None  # of a new repository
+    private: bool | None = None  # whether a new repository is private
     token: str | bool | None = None
     revision: str | None = None
     create_pr: bool = False
@@ -50,7 +50,7 @@ class Existing:
     """Rules for files that are already in the repository."""
 
     keep: tuple[str, ...] = ()  # names that are not overwritten
-    refuse: tuple[str, ...] = ()  # names that prevent the upload: they would describe other weights
+    refuse: tuple[str, ...] = ()  # files that prevent the upload, because they describe other weights
     remove: Callable[[str], bool] = lambda name: False  # whether to delete a file that is not uploaded
 
 
@@ -62,14 +62,14 @@ def upload(
     existing: Existing = Existing(),
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Commit `files` on top of the repository's newest commit; return the URL of the new one.
+    """Commit `files` on top of the repository's newest commit; return the URL of the new commit.
 
     `files` maps paths in the repository to local paths or contents. While the Hub is busy, the upload is retried.
 
     Raises:
-        OSError: the Hub refused, or the repository changed meanwhile. Nothing was committed. A `FileExistsError` for a
-            file that `existing` refuses.
-        ConnectionError: the connection broke. Either all was committed or nothing.
+        OSError: the Hub refused, or the repository was changed meanwhile. Nothing was committed. A `FileExistsError`
+            if the repository has a file that `existing` refuses.
+        ConnectionError: the connection broke. Either all files were committed or none.
         ValueError: `repo_id` is no Hub id.
     """
     with _explained(destination.repo_id):
@@ -92,14 +92,14 @@ def upload(
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Create the repository and the branch if missing; return the full id. Errors as in `upload`."""
+    """Create the repository and branch if missing; return the repository's full id. Errors as in `upload`."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turn errors of `huggingface_hub` into ones that say whether anything was committed."""
+    """Turn errors of `huggingface_hub` into errors that say whether anything was committed."""
     try:
         yield
     except HFValidationError as error:
@@ -107,13 +107,13 @@ def _explained(repo_id: str) -> Iterator[None]:
             f"{repo_id!r} is no Hub id. It must be `owner/name`, of letters, digits, `-`, `_` and `.`."
         ) from error
     except HfHubHTTPError as error:
-        # Without a token the Hub also reports a missing repository.
+        # Without a valid token the Hub may report that the repository is missing.
         status = 401 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
         way_out = _WAYS_OUT.get(status, "Run the same command again; if it fails again, see status.huggingface.co.")
         raise OSError(
             f"The Hub refused the upload to {repo_id}, and nothing was committed: {str(error).strip()}. {way_out}"
         ) from error
-    except (TransportError, RuntimeError) as error:  # huggingface_hub wraps a broken upload of a large file
+    except (TransportError, RuntimeError) as error:  # RuntimeError: huggingface_hub's for a broken large upload
         raise ConnectionError(
             f"The connection broke while uploading to {repo_id}: {error.__cause__ or error}. Either all files were "
             "committed or none; run the same command again."
@@ -155,9 +155,8 @@ def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> An
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
-    """Upload the files that `save` writes into a folder, and `card` if the repository has none; see `upload`.
-
-    A repository with figures of other weights is refused, not cleared: it may hold their only copy.
+    """Upload the files that `save` writes into a folder, and `card` if the repository has none; see `upload`. If the
+    repository has measurements of other weights, an error is raised: deleting them could destroy the only copy.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -184,12 +183,12 @@ def shareable(config: Any) -> Any:
 
 
 def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
-    """Make a card's metadata; `details` are further fields of `ModelCardData`."""
+    """Make a model card's metadata; `details` are further fields of `ModelCardData`."""
     return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="text-generation",
         base_model=target,
-        # Weights that are used beside the unchanged target; the Hub's default is `finetune`.
+        # The weights are used together with the unchanged target. The Hub's default is `finetune`.
         base_model_relation="adapter" if target else None,
         tags=list(tags),
         **details,
@@ -197,7 +196,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """Write a card without results: metadata, the kind of `weights`, and the line that loads them."""
+    """Write a card without results: metadata, a title for the kind of `weights`, and the code `use` to load them."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
