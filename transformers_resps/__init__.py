@@ -1,6 +1,6 @@
-"""Lossless draft trees inside `generate()` of any Transformers model, shaped at every step by a policy.
+"""Lossless speculative decoding with draft trees in `generate()` of Transformers; a policy shapes each step's tree.
 
-A name is loaded when it is first used, as in Transformers: importing the package costs nothing.
+A module is imported when one of its names is first used, as in Transformers, so importing the package takes no time.
 """
 
 from importlib import import_module

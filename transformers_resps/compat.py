@@ -1,7 +1,7 @@
-"""Differences between installations (releases of Transformers, PEFT wrappers, the CPU, our extras), and the types that
-Transformers leaves out of its models, configs and caches.
+"""What differs between installations (releases of Transformers, PEFT wrappers, the CPU, optional dependencies), and
+types that Transformers lacks for its models, configs and caches.
 
-Each line about a release says when it can go.
+Code for one release says when it can be deleted.
 """
 
 import os
@@ -36,24 +36,24 @@ except ImportError:
 _DISTRIBUTION = "transformers-resps"
 _INSTALLED = Version(transformers.__version__)
 
-# `past_key_values` became `cache` in 5.24. Goes when 5.24 is the lowest release we support.
+# The argument `past_key_values` was renamed `cache` in 5.24. Delete when 5.24 is the lowest supported release.
 CACHE_KEYWORD = "cache" if Version("5.24") <= _INSTALLED else "past_key_values"
 
-# Since 5.24 recurrent layers find their states through the cache of the call. Goes with `CACHE_KEYWORD`.
+# Since 5.24 recurrent layers read their states from the cache of the call. Delete with `CACHE_KEYWORD`.
 HAS_RECURRENT_STATES = Version("5.24") <= _INSTALLED
 
-# Since 5.23 `output_hidden_states` takes a list of layers that counts the embeddings as 0; older releases leave them
-# out and count from the first layer. Goes when 5.23 is the lowest release we support.
+# Since 5.23 `output_hidden_states` takes a list of layers in which 0 means the embeddings; in older releases 0 means
+# the first layer. Delete when 5.23 is the lowest supported release.
 SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
 
 _CONFIG_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 
-# huggingface_hub raises this when a connection breaks. Goes when the lowest release we support has moved to httpx2.
+# What huggingface_hub raises when a connection breaks. Delete when the lowest supported release uses httpx2.
 TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """A filled layer of a `Cache`, with the fields of all kinds: attention, sliding attention and recurrent states."""
+    """The type of a filled layer of a `Cache`; it has the fields of attention, sliding and recurrent layers."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
@@ -73,12 +73,12 @@ class CacheLayer(Protocol):
 
 
 def cache_layers(cache: "Cache") -> list[CacheLayer]:
-    """Return the layers of a decoder's cache, typed."""
+    """Return the layers of a decoder's cache, with their type."""
     return cast(list[CacheLayer], cache.layers)
 
 
 def text_config(model: "PreTrainedModel") -> "TextConfig":
-    """Return the decoder's config, which multimodal configs nest."""
+    """Return the decoder's config, which is part of a multimodal model's config."""
     return cast("TextConfig", model.config.get_text_config())
 
 
@@ -88,16 +88,16 @@ def input_embedding(model: "PreTrainedModel") -> "nn.Embedding":
 
 
 def output_layer(model: "PreTrainedModel") -> "nn.Linear | None":
-    """Return the projection to logits, `weight` `[vocabulary, hidden]`; `None` in a model without a language head."""
+    """Return the projection to logits, `weight` `[vocabulary, hidden]`; `None` if the model has none."""
     return cast("nn.Linear | None", model.get_output_embeddings())
 
 
 def load_model(name: str, **options: Any) -> Any:
-    """Load a model that writes text from a folder or the Hub, with `options` of `from_pretrained`.
+    """Load a model that generates text from a folder or the Hub; `options` are passed to `from_pretrained`.
 
-    Classes that `AutoModelForCausalLM` does not know come with their vision and audio towers.
+    A class that `AutoModelForCausalLM` does not know is loaded with its vision and audio towers.
     """
-    from transformers import (  # only here: half a second
+    from transformers import (  # imported here, because it takes half a second
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
         AutoConfig,
@@ -111,18 +111,18 @@ def load_model(name: str, **options: Any) -> Any:
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
-FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # Limits `cpu_flags` to the names in it, so that this machine acts as a weaker one.
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # Only the flags named in it count, to test as on a weaker machine.
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags() -> set[str]:
-    """List this machine's instruction sets by Linux's names; empty where the system does not list them."""
+    """Return the CPU's instruction sets by Linux's names; empty if the system does not list them."""
     allowed = os.environ.get(FLAGS_VARIABLE)
     return _all_cpu_flags() if allowed is None else _all_cpu_flags() & set(allowed.split())
 
 
 def _all_cpu_flags() -> set[str]:
-    import torch  # only here: seconds
+    import torch  # imported here, because it takes seconds
 
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
@@ -133,12 +133,12 @@ def _all_cpu_flags() -> set[str]:
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper, or `model` itself without one."""
+    """Return the model inside a PEFT wrapper, or `model` itself if it is not wrapped."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_extra(extra: str) -> None:
-    """Raise a `ValueError` if packages of `extra`, a name in `pyproject.toml`, are missing or too old."""
+    """Raise `ValueError` if packages of `extra`, an optional dependency, are missing or too old."""
     wrong = sorted(str(needed) for needed in _packages_of(extra) if not _is_met(needed))
     if wrong:
         raise ValueError(
@@ -148,10 +148,10 @@ def check_extra(extra: str) -> None:
 
 
 def _packages_of(extra: str) -> Iterator[Requirement]:
-    """List the requirements of `extra` and of the extras that it includes."""
+    """Yield the requirements of `extra` and of the extras that it includes."""
     try:
         listed = requires(_DISTRIBUTION) or []
-    except PackageNotFoundError:  # run from a clone that is not installed: a missing package shows at its import
+    except PackageNotFoundError:  # a clone, not installed: importing a missing package fails
         return
     for needed in map(Requirement, listed):
         marker, needed.marker = needed.marker, None

@@ -1,9 +1,9 @@
-"""Draft trees: the shape that a policy asks for, the pool that a drafter scores, the tree that the target verifies.
+"""Draft trees: the shape that a policy chooses, the pool of nodes that a drafter proposes, and the verified tree.
 
-Shape legend of the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes, w nodes of
-one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q queries among
-them; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention head, F width of the features (layers
-that the head takes times the target's hidden size); a actions of a policy.
+Letters of tensor shapes in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes,
+w nodes of one drafted level, e cache entries of the levels before it, k `top_k`; s cached positions, t positions of
+one pass, q query positions among these; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention
+head, F width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ class TreeShape:
     """The size of a draft tree, which a policy chooses for each step.
 
     `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
-    `TreeShape(1, 0, 1, lookup=8)` looks up without a head.
+    `TreeShape(1, 0, 1, lookup=8)` drafts only by lookup, without a head.
 
     Args:
-        total_tokens: nodes that the target verifies, root included; at least 1.
-        depth: levels that the head drafts; a step accepts at most one token of each.
-        top_k: children of a node, and nodes of a level that get children; at least 1.
-        lookup: maximum of further nodes from the text and from memories, on top of `total_tokens`.
+        total_tokens: number of nodes that the target verifies, root included; at least 1.
+        depth: number of levels that the head drafts; a step accepts at most one token of each level.
+        top_k: number of children of a node, and of nodes per level that get children; at least 1.
+        lookup: maximum number of looked-up nodes, which are added to the `total_tokens` nodes.
 
     Raises:
         ValueError: a size is too small or not an integer.
@@ -51,16 +51,16 @@ class TreeShape:
 
     @classmethod
     def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
-        """Convert EAGLE's numbers: its 60/7/10 drafts 8 levels, an extend pass and `depth` loops in `topK_genrate`."""
+        """Convert EAGLE's numbers, whose `depth` does not count the first level: its 60/7/10 drafts 8 levels."""
         return cls(total_token, depth + 1, top_k)
 
     @classmethod
     def plain(cls) -> "TreeShape":
-        """Return the shape of a step that drafts nothing."""
+        """Return the shape of a plain step, which drafts nothing."""
         return cls(1, 0, 1)
 
     def __str__(self) -> str:
-        """Write total_tokens/depth/top_k as `8/4/2`, with lookup nodes as `8/4/2+6` or `+6`, nothing as `plain`."""
+        """Return "total_tokens/depth/top_k+lookup", such as "8/4/2+6", "8/4/2" or "+6"; "plain" for a plain step."""
         if self.is_plain:
             return "plain"
         head = f"{self.total_tokens}/{self.depth}/{self.top_k}" if self.asks_head else ""
@@ -68,7 +68,7 @@ class TreeShape:
 
     @property
     def asks_head(self) -> bool:
-        """Whether the head drafts."""
+        """Whether the head drafts in a step of this shape."""
         return self.total_tokens > 1 and self.depth > 0
 
     @property
@@ -77,7 +77,7 @@ class TreeShape:
         return not self.asks_head and self.lookup == 0
 
     def within(self, depth: int) -> "TreeShape":
-        """Cut the shape to at most `depth` levels."""
+        """Reduce the shape to at most `depth` levels, and to as many looked-up nodes."""
         if depth >= self.depth and depth >= self.lookup:
             return self
         depth = max(depth, 0)
@@ -85,23 +85,23 @@ class TreeShape:
 
 
 class Pricing(NamedTuple):
-    """Facts of a verifier that decide the cost of a target forward, beside the number of nodes."""
+    """What a target forward costs apart from its number of nodes."""
 
-    # Whether each path of a tree takes time. In the invariant mode without compiled code each path has its own keys.
+    # Whether each path of a tree costs time, as in the exact mode (`invariant`) without compiled code, where each path
+    # has its own copy of the keys.
     paths_cost: bool = False
-    # Whether padding nodes are skipped, so that rows may differ in size. The cost then depends on all nodes beside the
-    # roots, see `StepRecord.computed`.
+    # Whether no padding is computed, so that the cost depends on the nodes of all rows, see `StepRecord.computed`.
     packs_rows: bool = False
-    least_nodes: int = 1  # minimum nodes of a row; smaller trees are padded and cost the same
+    least_nodes: int = 1  # smaller trees are padded to so many nodes and cost the same
 
 
 class Branches(NamedTuple):
-    """Nodes of one row, every parent before its children."""
+    """Tree nodes of one row, without the root, every parent before its children."""
 
     tokens: Sequence[int]
     parents: Sequence[int]  # -1 is the root
-    probs: Sequence[float]  # probability of the path to each node; 0 marks a node that only shows it was looked up
-    proposers: Sequence[int] = ()  # flags of each node, see `DraftTree.proposers`; empty for lookup
+    probs: Sequence[float]  # probability of the path to each node; a node of 0 is never added, see `with_branches`
+    proposers: Sequence[int] = ()  # flags of each node, see `DraftTree.proposers`; empty if all come from lookup
 
 
 def _levels(parents: Sequence[int]) -> list[list[int]]:
@@ -116,16 +116,16 @@ def _levels(parents: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePool:
-    """Continuations of the root that a drafter proposes, every parent before its children."""
+    """The nodes that a drafter proposes below the root, every parent before its children."""
 
     tokens: Tensor  # [b, p] target vocabulary ids
     parents: Tensor  # [b, p] index of the parent in the pool; -1 is the root
-    scores: Tensor  # [b, p] fp32, cumulative log probability of the path; never above the parent's
-    levels: Tensor  # [p], 1 for children of the root
+    scores: Tensor  # [b, p] fp32 log probability of the path to each node, never above the parent's
+    levels: Tensor  # [p] level of each node; 1 for children of the root
 
     @classmethod
     def from_branches(cls, rows: Sequence[Branches]) -> "CandidatePool":
-        """Make a pool on the host from each row's nodes; shorter levels get nodes of probability 0."""
+        """Make a pool on the host from each row's nodes; shorter levels are padded with nodes of probability 0."""
         levels = [_levels(row.parents) for row in rows]
         depth = max(map(len, levels), default=0)
         widths = [max(len(row[level]) for row in levels if level < len(row)) for level in range(depth)]
@@ -145,13 +145,16 @@ class CandidatePool:
 
     @classmethod
     def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
-        """Make a pool of one chain for each row, with the probability of each prefix."""
+        """Make a pool with one chain of tokens per row; `probs` are the probabilities of its prefixes."""
         rows = zip(chains, probs, strict=True)
         return cls.from_branches([Branches(chain, range(-1, len(chain) - 1), prob) for chain, prob in rows])
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools of the same roots on the host; the first of equal nodes gets the best score, the others -inf."""
+        """Join pools for the same roots, all on the host.
+
+        If several pools have the same path, its first node gets the best score of all, and the other nodes -inf.
+        """
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -176,7 +179,7 @@ class CandidatePool:
         return cls(tokens, parents, scores, levels[order])
 
     def with_an_end(self) -> "CandidatePool":
-        """Append a child of the root with probability 0, which pads smaller trees."""
+        """Append a child of the root with probability 0, to use as padding."""
         tokens, parents, scores = (
             pad(part, (0, 1), value=value)
             for part, value in ((self.tokens, 0), (self.parents, -1), (self.scores, -inf))
@@ -184,17 +187,17 @@ class CandidatePool:
         return CandidatePool(tokens, parents, scores, pad(self.levels, (0, 1), value=1))
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Count how many of each row's tokens, from the first of `[b, m]`, form one drafted path below the root."""
+        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens are a path of the pool."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Follow the tokens `[b, m]` from the root down; returns nodes `[b, m]`, -1 once the path leaves the pool."""
+        """Return the nodes `[b, m]` along the tokens `[b, m]` from the root down; -1 where the pool lacks the path."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Find the nodes of another tree (`[b, m]`, parent -1 is the root) in this pool; -1 where one is missing."""
-        nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root last, as -1 finds it
+        """Return the index in this pool of each node of another tree, -1 if missing; `parents` -1 means the root."""
+        nodes = tokens.new_full((len(tokens), tokens.shape[1] + 1), -1)  # the root is last, so index -1 finds it
         is_there = torch.zeros_like(nodes, dtype=torch.bool)
         is_there[:, -1] = True
         for place, (token, parent) in enumerate(zip(tokens.split(1, dim=1), parents.split(1, dim=1), strict=True)):
@@ -205,7 +208,7 @@ class CandidatePool:
         return nodes[:, :-1]
 
     def discounted(self, discounts: Sequence[float]) -> "CandidatePool":
-        """Add a discount to the scores of each level, never rising with depth; deeper levels get the last one."""
+        """Add to the scores of each level its number in `discounts`, see `Policy.discounts`."""
         if not discounts:
             return self
         of_levels = self.scores.new_tensor(discounts)[(self.levels - 1).clamp(max=len(discounts) - 1)]
@@ -221,8 +224,8 @@ class CandidatePool:
 
 
 def followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
-    """Find the nodes of one row along the tokens of `path`, from a child of `root` down, as far as there are any."""
-    # On lists: every step calls it, and for so few nodes tensor operations would take longer
+    """Return the nodes of one row along the tokens of `path`, starting below `root`, until a node is missing."""
+    # Uses lists: every step calls this function, and for so few nodes tensor operations would take longer
     node, nodes = root, []
     for token in path:
         child = next((i for i, other in enumerate(tokens) if other == token and parents[i] == node and i > node), None)
@@ -235,18 +238,18 @@ def followed(tokens: list[int], parents: list[int], path: list[int], root: int) 
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """Nodes of one target forward. Node 0 is the root: the newest token, which the target's cache does not hold yet.
+    """The tree of one target forward. Node 0 is the root: the newest token, which is not in the target's cache yet.
 
     Attributes:
         tokens: `[b, n]` target vocabulary ids.
-        parents: `[b, n]` index of the parent, smaller than the node's; the root is its own parent.
+        parents: `[b, n]` index of each node's parent, smaller than the node's own; the root is its own parent.
         depths: `[b, n]` distance to the root.
-        ancestors: `[b, n, n]` bool; `[i, j]` means that j lies on the path from the root to i, i included.
-        scores: `[b, n]` fp32 cumulative log probability, the highest of any source; 0 for the root.
-        level_count: upper bound of the levels below the root, known without a transfer from the device.
-        proposers: for each row and node, flags of the sources that proposed it (`DRAFTED`, `LOOKED_UP`,
-            `REMEMBERED`); empty if all come from the drafter.
-        sizes: number of real nodes of each row; the padding at its end is never accepted. Empty without padding.
+        ancestors: `[b, n, n]` bool; `[., i, j]` is true if j is on the path from the root to i, or i itself.
+        scores: `[b, n]` fp32 log probability of the path to each node, the highest of all sources; 0 for the root.
+        level_count: upper bound on the number of levels below the root; an int, so no transfer from the device.
+        proposers: for each row and node, flags of the sources that proposed the node (`DRAFTED`, `LOOKED_UP`,
+            `REMEMBERED`); empty if all nodes come from the drafter.
+        sizes: number of real nodes of each row, which come before its padding; empty without padding.
     """
 
     tokens: Tensor
@@ -276,7 +279,7 @@ class DraftTree:
 
     @classmethod
     def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
-        """Build a tree from `[b, n]` tokens and parents; raises `ValueError` if a parent comes after its child."""
+        """Make a tree from tokens and parents `[b, n]`; raises `ValueError` if a parent comes after its child."""
         node_count = tokens.shape[1]
         order = torch.arange(node_count, device=tokens.device)
         if node_count > 1 and not bool(((parents[:, 1:] < order[1:]) & (parents[:, 1:] >= 0)).all()):
@@ -297,13 +300,13 @@ class DraftTree:
         level_count: int | None = None,
         sizes: Sequence[int] = (),
     ) -> "DraftTree":
-        """Build the tree of the newest tokens `[b]` and the best `total_tokens - 1` nodes of the pool, on its device.
+        """Make the tree of `root`, the newest tokens `[b]`, and the `total_tokens - 1` best nodes of the pool.
 
-        It is the reranking of EAGLE-2 (arXiv 2406.16858) section 4.2. Every kept node keeps its parent, even when
-        scores tie: the sort is stable, and a parent comes before its children and never scores less.
+        This is the reranking of EAGLE-2 (arXiv 2406.16858) section 4.2. The parent of a kept node is always kept, even
+        if scores tie: the sort is stable, and a parent comes before its children and never has a lower score.
 
-        `level_count` is the pool's; `None` reads it off the tensor, which traced code cannot. `sizes` are nodes of
-        each row, root included, if some rows have fewer than `total_tokens`.
+        `level_count` is the number of the pool's levels; `None` reads it from a tensor, which traced code cannot do.
+        `sizes` is the number of nodes of each row, root included, if some rows get fewer than `total_tokens`.
         """
         kept = min(total_tokens - 1, pool.tokens.shape[1])
         if kept and level_count is None:
@@ -314,7 +317,7 @@ class DraftTree:
             is_padding = torch.arange(1, kept + 1) >= torch.tensor(sizes)[:, None]
             best = best.masked_fill(is_padding, pool.tokens.shape[1] - 1)
         best = best.sort(dim=-1).values
-        # A parent's index in the tree is its rank among the kept nodes, from 1 on; -1 sorts before all: the root.
+        # A parent's index in the tree is its rank among the kept nodes, from 1 on; the root, -1, gets 0.
         parents = torch.searchsorted(best, pool.parents.gather(1, best), right=True)
         tree = cls._derive(
             torch.cat([root[:, None], pool.tokens.gather(1, best)], dim=1),
@@ -326,18 +329,18 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Derive depths and ancestors from the parents: each squaring of the relation reaches twice as far."""
+        """Compute depths and ancestors by repeated squaring of the matrix of parents; each doubles the distance."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):
-            seen = seen @ seen  # the number of ways from a node to its ancestor
+            seen = seen @ seen  # number of ways from a node to each ancestor
             if squaring > 3:
                 seen = seen.clamp_(max=1.0)  # before the numbers overflow
         ancestors = seen > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Add the nodes of another source on the host, merge equal ones, and pad rows to one length."""
+        """Add another source's nodes on the host, merge nodes with equal paths, and pad rows to the same length."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -354,7 +357,7 @@ class DraftTree:
         return DraftTree(tokens, parents, distances, ancestors, scores, max(map(max, depths)), proposers, sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
-        """Move the tree to the device of the newest tokens `[b]` in one copy, with these as its root."""
+        """Copy the tree to the device of `root`, the newest tokens `[b]`, in one transfer; these become its root."""
         if self.node_count == 1:
             return DraftTree.root_only(root)
         own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
@@ -363,9 +366,9 @@ class DraftTree:
         return replace(self, tokens=tokens, parents=parents, depths=depths, ancestors=ancestors, scores=scores)
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Pad the tree for the target's forward; acceptance needs it unpadded.
+        """Pad the tree to `node_count` nodes, for the target's forward only.
 
-        A padding node has the root's position, sees itself alone, and is seen by no other node.
+        A padding node has the root's position, attends only to itself, and no other node attends to it.
         """
         missing = node_count - self.node_count
         if missing == 0:
@@ -385,23 +388,23 @@ class DraftTree:
         return DraftTree(tokens, parents, depths, self.ancestors[own, nodes, nodes], scores, levels)
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Count how many of each row's tokens, from the first of `[b, m]`, form one drafted path below the root."""
+        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens are a path below the root."""
         rows = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
         return [len(followed(own[:size], parents, path, 0)) for size, own, parents, path in rows]
 
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Map, for each row, (node, token) to the node's first child with that token."""
+        """Return a dict per row that maps (node, token) to the node's first child with that token."""
         return first_children(self.row_sizes, self.parents.tolist(), self.tokens.tolist())
 
 
 def _itself(tokens: Tensor, node_count: int, dtype: torch.dtype) -> Tensor:
-    """Make the identity relation `[b, n, n]` for each row of `tokens`."""
+    """Return an identity matrix `[b, n, n]` for each row of `tokens`, in which each node is its own ancestor."""
     itself = torch.eye(node_count, dtype=dtype, device=tokens.device)
-    return itself.expand(len(tokens), -1, -1).contiguous()  # rows are written apart
+    return itself.expand(len(tokens), -1, -1).contiguous()  # each row is written to
 
 
 def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
-    """Compute the depths and the ancestors `[b, n, n]`, like `_derive` but faster for a few nodes on the host."""
+    """Compute depths and ancestors `[b, n, n]` from each row's parents; for few nodes faster than `_derive`."""
     depths, seen = list[list[int]](), bytearray()
     for parents in rows:
         lines, levels = [bytearray(len(parents))], [0]
@@ -419,19 +422,19 @@ def _lines(rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
 def first_children(
     sizes: Sequence[int], parents: list[list[int]], tokens: list[list[int]]
 ) -> list[dict[tuple[int, int], int]]:
-    """Map (node, token) to the first child, see `DraftTree.children`, from `[b, n]` parents and tokens."""
+    """Compute `DraftTree.children` from parents and tokens `[b, n]`."""
     return [  # reversed, so that the first of equal children wins
         {(above[node], own[node]): node for node in range(size - 1, 0, -1)}
         for size, above, own in zip(sizes, parents, tokens, strict=True)
     ]
 
 
-# Flags of `DraftTree.proposers`: the drafter, lookup in the text of the call, a memory of other texts.
+# Flags of `DraftTree.proposers`: the drafter, lookup in the text of the call, lookup in a memory of other texts.
 DRAFTED, LOOKED_UP, REMEMBERED = 1, 2, 4
 
 
 class _Nodes:
-    """One row of a tree as lists, which are faster than tensors for so few nodes."""
+    """One row of a tree, kept as lists because they are faster than tensors for so few nodes."""
 
     def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
         self.tokens, self.parents, self.scores = tokens, parents, scores
@@ -440,7 +443,10 @@ class _Nodes:
         self._children = {(parents[node], tokens[node]): node for node in nodes}
 
     def with_branches(self, more: Branches) -> "_Nodes":
-        """Add nodes that have a probability; a node without one only marks its equal, if there is one."""
+        """Add nodes; if a path exists already, keep the higher score and join the flags.
+
+        A node of probability 0 is never added; it only adds its flags if its path exists.
+        """
         new: list[int] = []  # index in this tree of each node of `more`
         all_flags = more.proposers or [LOOKED_UP] * len(more.tokens)
         for token, parent, prob, flags in zip(*more[:3], all_flags, strict=True):
@@ -467,8 +473,8 @@ class _Nodes:
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors, those of wider elements first, to a device in one transfer, since each one makes the host wait."""
+    """Copy tensors to a device in one transfer; those with larger elements must come first, for alignment."""
     joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-    joined = joined.to(device, non_blocking=device.type != "cpu")  # the host needs the values at once
+    joined = joined.to(device, non_blocking=device.type != "cpu")  # the host reads its copy immediately
     blocks = joined.split([part.numel() * part.element_size() for part in parts])
     return [block.view(part.dtype).view(part.shape) for block, part in zip(blocks, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""Recorded texts, and the simulation of any policy on them. Models run only while a text is recorded."""
+"""Records texts with a head's drafts, and simulates any policy on them. Models run only during recording."""
 
 from .fitted_policy import fitted_policy
 from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes

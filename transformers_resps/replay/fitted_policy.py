@@ -1,4 +1,4 @@
-"""Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level, for any machine."""
+"""Fits a `ThroughputPolicy` to recorded texts: calibrates a head's scores for each level, which suits any machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from ..policies.throughput import ThroughputPolicy
 from .recorded_text import RecordedText
 
 
-_PRIOR = 1.0  # Weight of the head's own probabilities, in observed nodes.
-_STEPS = 30  # Steps of Newton's method; a handful suffice.
-_MIN_SLOPE = 0.1  # Keeps a more probable path from being less likely to be accepted.
+_PRIOR = 1.0  # Weight of the prior that the head's probabilities are right, in observed nodes.
+_STEPS = 30  # Steps of Newton's method; a few are enough.
+_MIN_SLOPE = 0.1  # Positive, so that a path with a higher score never gets a lower probability.
 
 
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
-    """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts; it goes on learning.
+    """Make a `ThroughputPolicy` that starts with acceptance probabilities fitted to recorded texts.
 
     `settings` are its other arguments: sizes, and `target` and `head` from `pair_identity`. Raises `ValueError` if the
     texts are not recordings with pools of `top_k`.
@@ -31,7 +31,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
     scalings = []
-    # The error of a block's independent slots grows with every level
+    # A block head guesses its positions independently, so its error grows with every level
     most = max(LEVELS, texts[0].depth) if texts[0].block_nodes else LEVELS
     for level in range(1, most + 1):
         here = levels >= level if level == most else levels == level
@@ -40,9 +40,9 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """Fit the scaling from paths' log probabilities `[n]` under the head and whether they were accepted `[n]`.
+    """Fit a scaling to n paths: their log probabilities under the head, and whether they were accepted.
 
-    It is the maximum-likelihood fit by Newton's method, and the identity without outcomes.
+    Newton's method maximises the likelihood, with a weak prior; without paths the result is the identity.
     """
     scores = scores.double().clamp(max=MAX_SCORE)  # the same limit as in `PlattScaling`
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
@@ -57,7 +57,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """List level, score and acceptance, `[n]` each, of the nodes whose outcome the text shows."""
+    """Return levels, scores and whether accepted, `[n]` each, of the nodes whose outcome is known from the text."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

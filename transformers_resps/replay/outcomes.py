@@ -1,6 +1,6 @@
-"""Tokens and seconds of every shape at every position of recorded texts, and the fastest sequence of shapes.
+"""Tables of the tokens and seconds of every shape at every position of recorded texts; the fastest shape sequence.
 
-Tensor shapes: t positions of a text, p of all texts, n decisions, a actions, F width of the features.
+Tensor shapes: t positions of a text, p positions of all texts, n decisions, a actions, F width of the features.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,15 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Outcomes of every action at every position of a recorded text; raises `ValueError` for impossible ones."""
+    """Result of a step with every action, that is shape, at every position of a recorded text.
 
-    features: Tensor  # [t, F] input of a policy before the step at that position
+    Raises `ValueError` for impossible numbers.
+    """
+
+    features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
-    seconds: Tensor  # [t, a] seconds of the step
-    grid: ActionGrid | None = None  # the shapes of the actions, if known
+    seconds: Tensor  # [t, a] duration of the step
+    grid: ActionGrid | None = None  # the shape of each action, if known
 
     def __post_init__(self) -> None:
         length = len(self.features)
@@ -45,27 +48,27 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Outcomes of holding an action for some steps, or until the text ends: `[n]`, or `[n, a]` of every action."""
+    """Results of taking one action for several steps, or until the text ends: `[n]`, or `[n, a]` for every action."""
 
-    emitted: Tensor  # tokens of all steps
-    seconds: Tensor  # seconds of all steps
+    emitted: Tensor  # tokens of all these steps
+    seconds: Tensor  # seconds of all these steps
     mean_rates: Tensor  # mean of the steps' tokens per second (Re-SpS, equation 5)
 
     def at(self, positions: Tensor) -> "HeldOutcomes":
         return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
-        """Select one action `[n]` in each row `[n, a]`."""
+        """Select the outcomes `[n]` of one action per row from outcomes `[n, a]`."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
 
 
 class OutcomeTable:
-    """Outcomes of many recorded texts, concatenated, to train or compare policies on.
+    """Concatenated outcomes of many recorded texts, to train and compare policies.
 
-    The time with the best action at every step, the bound of any policy, comes by dynamic programming: the step at
-    position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the least over a
-    of seconds[t, a] plus the least time from there.
+    No policy is faster than the best action at every step. That time is computed by dynamic programming: a step at
+    position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the minimum over
+    a of seconds[t, a] plus the least time from t + emitted[t, a].
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
@@ -81,7 +84,7 @@ class OutcomeTable:
         self.features = torch.cat([text.features for text in texts]).cpu()  # [p, F]
         self.emitted = torch.cat([text.emitted for text in texts]).long().cpu()  # [p, a]
         self.seconds = torch.cat([text.seconds for text in texts]).double().cpu()  # [p, a]
-        self.stops = lengths.cumsum(0)  # [texts] the position after each
+        self.stops = lengths.cumsum(0)  # [texts] the position after each text
         self.starts = self.stops - lengths
         self._stop_of = self.stops.repeat_interleave(lengths)  # [p]
         self._held: dict[int, HeldOutcomes] = {}
@@ -94,7 +97,7 @@ class OutcomeTable:
         return self.emitted.shape[1]
 
     def held(self, persistence: int) -> HeldOutcomes:
-        """Compute the outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
+        """Compute the outcomes `[p, a]` of taking each action for `persistence` steps, from each position."""
         if persistence in self._held:
             return self._held[persistence]
         positions = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
@@ -117,7 +120,7 @@ class OutcomeTable:
 
     @cached_property
     def _seconds_to_end(self) -> tuple[Tensor, Tensor]:
-        """Seconds to the end of the text with one action throughout `[p, a]`, and with the best ones `[p]`."""
+        """Seconds from each position to its text's end: `[p, a]` with one action only, `[p]` with the best actions."""
         count = len(self.features)
         actions = torch.arange(self.action_count)
         is_stop = torch.zeros(count + 1, dtype=torch.bool)
@@ -126,19 +129,19 @@ class OutcomeTable:
         best = torch.zeros(count + 1, dtype=torch.float64)
         for position in reversed(range(count)):
             ends = position + self.emitted[position]
-            done = is_stop[ends]  # a step never passes its text's end, even where the next text begins there
+            done = is_stop[ends]  # the text ends there; the next text begins at the same position
             fixed[position] = self.seconds[position] + fixed[ends, actions].masked_fill(done, 0.0)
             best[position] = (self.seconds[position] + best[ends].masked_fill(done, 0.0)).min()
         return fixed[:-1], best[:-1]
 
     @property
     def fixed_seconds(self) -> Tensor:
-        """Seconds `[texts, a]` with one action throughout."""
+        """Seconds `[texts, a]` to decode each text if every step takes the same action."""
         return self._seconds_to_end[0][self.starts]
 
     @property
     def best_seconds(self) -> Tensor:
-        """Seconds `[texts]` with the best action at every step."""
+        """Least possible seconds `[texts]` to decode each text: with the best action at every step."""
         return self._seconds_to_end[1][self.starts]
 
     @property
@@ -147,5 +150,5 @@ class OutcomeTable:
 
     @cached_property
     def best_fixed_rate(self) -> float:
-        """Tokens per second of all texts with `best_fixed`."""
+        """Tokens per second over all texts if every step takes the action `best_fixed`."""
         return len(self.features) / float(self.fixed_seconds[:, self.best_fixed].sum())

@@ -1,10 +1,10 @@
-"""Outcomes of trees of any shape at every position of a recorded text.
+"""Computes how many tokens a tree of any shape emits at every position of a recorded text.
 
-A step accepts the longest path of its tree that the text follows, so one recording gives the outcome of all shapes
-without noise or exploration. It is exact for greedy decoding, and correct in distribution for sampling, because a tree
-does not depend on the target's draws.
+A step accepts the longest path of its tree that the text follows, so one recording gives the result of all shapes
+without noise or exploration. The result is exact for greedy decoding. For sampling its distribution is right, because
+a tree does not depend on the target's random draws.
 
-Tensor shapes: t positions, d levels, F features.
+Tensor shapes: t positions, D levels, K values of `top_k`, L levels of lookup, m looked-up nodes, F features.
 """
 
 from dataclasses import dataclass, replace
@@ -24,31 +24,31 @@ from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording
 
 
-_NEVER = torch.iinfo(torch.int32).max  # Rank of a token that no node has.
-_LOOKED_UP = 16  # Looked-up nodes that are ranked; no shape of a grid has more.
-_CONTEXT_BUCKET = 16  # Positions that share a cost: costs vary slowly with the context.
+_NEVER = torch.iinfo(torch.int32).max  # Rank of a token that is in no node.
+_LOOKED_UP = 16  # Number of looked-up nodes that are ranked; no shape of a grid has more.
+_CONTEXT_BUCKET = 16  # Number of positions with the same assumed costs, since costs vary slowly with the context.
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
 _SIZES = ("context_length", "spare_room")
 
 
 @dataclass(frozen=True, slots=True)
 class RankedText:
-    """A recorded text, reduced to the ranks of its tokens in the pools, which give the outcome of every shape.
+    """A recorded text, reduced to the ranks of its tokens among the head's drafts.
 
-    `ranks[., k, d - 1, l - 1]` is the rank, best first, of the text's token at level l in a pool of d levels with the
-    k-th `top_k`. A tree of n nodes holds the ranks below n - 1.
+    `ranks[., k, d - 1, l - 1]` is the rank by score, from 0, of the text's token at level l in a draft of d levels
+    with the k-th `top_k`. A tree of n nodes contains the ranks below n - 1, so the ranks show what a shape accepts.
     """
 
     FORMAT: ClassVar[int] = 3  # version of files
 
     features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
     ranks: Tensor  # [t, K, D, D] int32
-    looked_up_ranks: Tensor  # [t, K, D, m] int32 ranks of the looked-up nodes, best first, in the same pools
+    looked_up_ranks: Tensor  # [t, K, D, m] int32 ranks of the looked-up nodes in the same drafts
     lookups: Tensor  # [t, L] rank of the text's token at each level among the looked-up nodes
     proposed: Tensor  # [t] number of looked-up nodes
     top_ks: tuple[int, ...]  # the K recorded values of `top_k`
     context_length: int  # positions of the text before the first step
-    spare_room: int  # tokens that the text could have gained
+    spare_room: int  # see `record_pools`
     block_nodes: int = 0  # see `RecordedText`
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class RankedText:
         return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, *sizes)
 
     def emitted(self, shape: TreeShape) -> Tensor:
-        """Compute the tokens `[t]` of a step at each position; raises `ValueError` if `shape` was not recorded."""
+        """Return the tokens `[t]` of a step at each position; raises `ValueError` if `shape` was not recorded."""
         most_levels, nodes = self.ranks.shape[-1], self.block_nodes
         is_larger = shape.depth > most_levels or 0 < nodes < shape.total_tokens - 1
         if shape.asks_head and (shape.top_k not in self.top_ks or is_larger):
@@ -87,17 +87,17 @@ class RankedText:
 
     @property
     def _room(self) -> Tensor:
-        """Limit `[t]` of a draft's levels and of looked-up nodes."""
+        """Maximum number `[t]` of drafted levels, and of looked-up nodes, at each position."""
         return self._left - 1 + self.spare_room
 
     def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
-        """Return whether the head's tree of `shape` holds each node, `[t, m]`."""
+        """Return whether the head's tree of `shape` contains each node, `[t, m]`, given the nodes' ranks."""
         depth = self._room.clamp(max=shape.depth)  # [t]
         rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every shape of `grid`, which pays for looked-up nodes that its tree lacks."""
+        """Compute tokens and seconds of every shape of `grid`; looked-up nodes in the head's tree cost no time."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
@@ -119,7 +119,7 @@ class RankedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
-        """Load a file of this release; raises `ValueError` for any other file."""
+        """Load a saved text; raises `ValueError` if this release cannot read the file."""
         with open_recording(file, "ranks") as (opened, metadata):
             fields: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
             fields |= {name: int(metadata[name]) for name in _SIZES}
@@ -128,16 +128,16 @@ class RankedText:
 
 
 def depths_of(grid: ActionGrid) -> dict[int, int]:
-    """Return `depths` of `record_pools` for a grid: every `top_k` of its shapes, to the greatest depth."""
+    """Return the argument `depths` of `record_pools` for a grid: each `top_k` of its shapes -> the greatest depth."""
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
     return {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
 
 
 def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
-    """Rank nodes `[r, m]` below r roots in pools cut to 1, 2, ... D levels: `[r, D, m]`, see `RankedText`.
+    """Return the ranks `[r, D, m]` of m nodes below each of r roots, in the pool's first 1, 2, ... D levels.
 
-    Token -1 marks a missing node.
+    The nodes are given by `tokens` and `parents` `[r, m]`; token -1 means no node. See `RankedText` for the ranks.
     """
     scores, levels = pool.scores, pool.levels
     order, depth = torch.arange(len(levels)), int(levels[-1])
@@ -153,9 +153,10 @@ def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Look up nodes at each position, best first.
+    """Run lookup at each position.
 
-    Returns tokens and parents `[t, m]`, padded with -1, the ranks `[t, L]` of the text's tokens, and counts `[t]`.
+    Returns the nodes' tokens and parents `[t, m]`, best first, padded with -1; the rank `[t, L]` of the text's token
+    of each level among the nodes; and the number of nodes `[t]`.
     """
     lookup = Lookup()
     nodes, parents, ranks, counts = [], [], [], []

@@ -1,7 +1,7 @@
-"""Recordings of texts with the head's drafts at every position.
+"""Records a text with a head's drafts at every position.
 
-The target runs over the text once and the head drafts from every position. Then the outcome of every shape is known
-(`RankedText`), and any policy can decide again (`replay_policy`), without a model or a clock.
+The target runs over the text once, and the head drafts from every position. `RankedText` then computes the result of
+every shape, and `replay_policy` decodes the text again with any policy, without a model or a clock.
 
 Tensor shapes: t positions, p pool nodes, F features, r roots, w nodes that get children.
 """
@@ -26,29 +26,29 @@ from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import FeatureTap
 
 
-MOST_NODES = 64  # Nodes below a root in recordings of blocks, by default: the largest tree of "auto".
+MOST_NODES = 64  # Default number of recorded nodes below a root for block heads: the largest tree of "auto".
 _MAX_QUERIES = 256  # Nodes in one pass of the head.
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """A prompt and its output, with the pools drafted at each position t after the output's first token."""
+    """A prompt and its output, with the head's drafts at each position after the output's first token."""
 
-    FORMAT: ClassVar[int] = 1  # version of files, part of their names
+    FORMAT: ClassVar[int] = 1  # version of files; recorders put it into file names
 
     input_ids: Tensor  # [s] prompt and output
     prompt_length: int
     features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
-    pools: dict[int, CandidatePool]  # `top_k` -> pools of all positions, [t, p]
-    spare_room: int = 0  # tokens that the output could have gained
-    block_nodes: int = 0  # most nodes below a root in pools of blocks; 0 for other pools
+    pools: dict[int, CandidatePool]  # `top_k` -> drafts at all positions, [t, p]
+    spare_room: int = 0  # see `record_pools`
+    block_nodes: int = 0  # maximum number of nodes below a root for block heads; 0 for other heads
 
     def __len__(self) -> int:
         return len(self.features)
 
     @classmethod
     def from_recording(cls, text: "RecordedText") -> "RecordedText":
-        """Return `text` itself; `RankedText` reduces it."""
+        """Return `text` itself; the counterpart of `RankedText.from_recording`."""
         return text
 
     @property
@@ -56,7 +56,7 @@ class RecordedText:
         return max(int(pool.levels[-1]) for pool in self.pools.values())
 
     def upcoming(self, count: int) -> Tensor:
-        """Return the tokens `[t, count]` after each position's root, -1 after the text's end."""
+        """Return the `count` next tokens `[t, count]` after the root of each position; -1 after the text's end."""
         padded = torch.nn.functional.pad(self.input_ids, (0, count), value=-1)
         return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
 
@@ -70,7 +70,7 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        """Load a saved recording; raises `ValueError` for any other file."""
+        """Load a saved recording; raises `ValueError` if this release cannot read the file."""
         with open_recording(file, "tokens.") as (opened, metadata):
             get = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
@@ -96,11 +96,11 @@ def record_pools(
     spare_room: int = 0,
     block_nodes: int = MOST_NODES,
 ) -> RecordedText:
-    """Record the head's drafts at every position of prompt and output `[s]`, whoever wrote it.
+    """Record the head's drafts at every position of an output; `input_ids` `[s]` are prompt and output of any origin.
 
-    `depths` maps each `top_k` to the levels to draft; blocks are drafted whole, for trees of up to `block_nodes` nodes
-    below the root. `spare_room` are tokens that the output could have gained; 0 if it ended at `max_length`. Raises
-    `ValueError` if the output has fewer than two tokens.
+    `depths` maps each `top_k` to the number of levels to draft; block heads draft all their levels, with at most
+    `block_nodes` nodes below a root. `spare_room` is by how many tokens the output could have been longer; 0 if it
+    ended at `max_length`. Raises `ValueError` if the output has fewer than two tokens.
     """
     length = len(input_ids)
     if not 1 <= prompt_length <= length - 2 or not depths:
@@ -112,7 +112,7 @@ def record_pools(
     with FeatureTap(target, head.feature_layers) as tap, tap.record() as caught:
         target.get_decoder()(input_ids=text, use_cache=False)
     features = caught.concatenated()[:, :-1]
-    prefixes = torch.arange(prompt_length, length - 1)  # index of each root, the last token of the text so far
+    prefixes = torch.arange(prompt_length, length - 1)  # index of the root of each position, the newest token
     newest = features[0, prefixes.to(features.device) - 1].cpu()
     drafter = head.drafter(DraftCall(target))
     if drafter.drafts_at_once:
@@ -130,7 +130,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """Draft every shape after each token from `start` on."""
+    """Draft once for each of `shapes` at every length of the text from `start` on; return `top_k` -> drafts."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -149,10 +149,10 @@ def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
 
 
 class PositionPools:
-    """Drafts from many positions of a text in one pass, where each node sees its own prefix and ancestors.
+    """Drafts from many positions of a text in one pass; a mask limits each node to its prefix and its ancestors.
 
-    A head's draft depends on the prefix alone, because its cache holds true features only. `features` are `[1, s, F]`
-    of the text's positions, `tokens` `[1, s]` the token after each.
+    A head's draft depends only on the prefix, because the head's cache contains only the target's features. `features`
+    `[1, s, F]` are those of the text's positions, `tokens` `[1, s]` the token after each position.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -176,7 +176,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Yield, part by part, prefix lengths `[r]` of `prefixes` `[n]` and the pools below them."""
+        """Draft after each length in `prefixes` `[n]`; yield, in parts, the lengths `[r]` and the pools below them."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])
@@ -185,7 +185,7 @@ class PositionPools:
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """Run a level of all roots in one pass, one root after the other in a single row."""
+        """Run one level of all roots in one pass, as a single batch row with the roots' nodes one after another."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])
@@ -209,9 +209,9 @@ class PositionPools:
 
 @contextmanager
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a recording, a file with a tensor whose name begins with `needed`, and yield it with its metadata.
+    """Open a recording, which must have a tensor whose name starts with `needed`; yield the file and its metadata.
 
-    Errors of reading the file, also inside the `with` block, become a `ValueError`.
+    Errors of reading the file, also those inside the `with` block, are raised as `ValueError`.
     """
     try:
         with safe_open(file, framework="pt") as opened:

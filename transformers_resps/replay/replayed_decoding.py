@@ -1,7 +1,7 @@
-"""Decode recorded texts again without their target: the text's next token is the target's pick.
+"""Decodes a recorded text again without its target: the text's next token stands in for the target's choice.
 
-Each step runs the code of `generate`. A recording replaces the head, and a cost model the clock; the policy's own
-arithmetic takes no time.
+Each step runs the code of `generate`. The drafts come from a recording, and a cost model replaces the clock; the
+policy's own computation counts as free.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class ReplayedStep:
 
     root: int  # index of the newest token before the step
     proposal: Proposal  # the tree to verify
-    path: list[int]  # nodes that the text follows, root first
+    path: list[int]  # nodes along the text's tokens, root first
 
     @property
     def accepted(self) -> int:
@@ -36,10 +36,10 @@ class ReplayedStep:
 def replay_policy(
     text: RecordedText, policy: Policy, costs: CostModel, memories: Sequence[SuffixMemory] = ()
 ) -> SpeculationReport:
-    """Simulate `policy` on a recorded text and return the report of `generate`, without a prefill.
+    """Simulate `policy` on a recorded text; return a report like that of `generate`, but without a prefill.
 
-    Its seconds come from `costs`, its `drafted` leaves out looked-up nodes, and memories stay unchanged. Raises
-    `ValueError` if the policy asks for a shape that was not recorded.
+    The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. `memories` are not changed.
+    Raises `ValueError` if the policy chooses a shape that was not recorded.
     """
     report = SpeculationReport()
     for step in decode_again(text, policy, RecordedDrafter(text), memories):
@@ -73,9 +73,10 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
 def decode_again(
     text: RecordedText, policy: Policy, drafter: Drafter, memories: Sequence[SuffixMemory] = ()
 ) -> Iterator[ReplayedStep]:
-    """Yield the steps from the output's second token to its end; the caller lets the policy learn from each.
+    """Decode a text from its output's second token to its end and yield each step.
 
-    All drafts come from `drafter`, not from the pools of `text`; it has not yet observed the prompt's last position.
+    The caller may call `policy.observe` after each step. The head's drafts come from `drafter`, not from `text.pools`;
+    `drafter` must have observed the prompt except its last position.
     """
     unknown = text.features.new_empty(1, 1, 0)  # logits
     proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0], memories=memories))
@@ -104,7 +105,7 @@ class _OneRow:
 
 
 class RecordedDrafter(Drafter):
-    """Proposes the recorded pools of one text while it observes that text's tokens."""
+    """A drafter that returns the recorded drafts of one text."""
 
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
@@ -120,7 +121,7 @@ class RecordedDrafter(Drafter):
         raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the recorded pool, cut where the policy stops; raises `ValueError` if none fits."""
+        """Return the recorded draft down to the level where the policy stops; raises `ValueError` if not recorded."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool, most = self._text.pools.get(top_k), self._text.block_nodes

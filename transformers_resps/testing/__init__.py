@@ -1,4 +1,4 @@
-"""The lossless check: compare the output with a head and a policy to the model's own."""
+"""The lossless check: compares output with speculative decoding to output of plain decoding."""
 
 from .divergence import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
 from .lossless import LosslessReport, NotLosslessError, assert_lossless

@@ -1,8 +1,8 @@
-"""Compare the outputs of `generate` with and without a head and a policy, token for token.
+"""Compares the outputs of `generate` with and without a head and a policy, token for token.
 
-In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared,
-so only the first divergence is judged: would plain decoding, with the same random numbers, have picked either token if
-its logit were a few spacings higher? In the invariant mode any difference fails, in every dtype.
+In fp32 and fp64 they must be equal. In half precision rounding may change a token, after which the outputs cannot be
+compared, so only the first divergence counts: would plain decoding, with the same random numbers, have picked either
+token if its logit were a few spacings higher? In the exact mode (`invariant`) any difference fails, in every dtype.
 """
 
 import math
@@ -28,10 +28,10 @@ from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_diver
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Output of a call of `generate`, and the state of the random generator afterwards."""
+    """Output of a call of `generate`, and the state of the random generator after the call."""
 
-    outputs: list[Tensor]  # [t] for each prompt, up to its first end token
-    generated: Tensor  # [b, t] after the prompts, padding included
+    outputs: list[Tensor]  # [t] for each prompt: the new tokens, up to the first end token
+    generated: Tensor  # [b, t] the new tokens, padding included
     random_state: Tensor
 
 
@@ -40,9 +40,9 @@ class ModelUnderTest:
     """A model, and the head and policy that must not change its output."""
 
     model: Any  # the user's object, perhaps a PEFT model
-    head: DraftSource | None  # `None` drafts by lookup alone
+    head: DraftSource | None  # `None` drafts only by lookup
     policy: Policy | str | None
-    invariant: bool = False  # whether every call, plain ones too, runs in the invariant mode
+    invariant: bool = False  # whether every call, plain calls included, runs in the exact mode
     done: Callable[[], Any] = lambda: None  # callback after each call with the policy, to move a progress bar
 
     @property
@@ -50,7 +50,7 @@ class ModelUnderTest:
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Generate the reference: stock output, or plain decoding of the invariant mode."""
+        """Generate the reference: with unchanged Transformers, or with plain decoding in the exact mode."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):
@@ -69,7 +69,7 @@ class ModelUnderTest:
         return self._written(output.sequences, prompts), output.speculation
 
     def pick(self, text: Tensor, **settings: Any) -> int:
-        """Return the pick of plain decoding after `text` `[s]`; the random generator's state stays."""
+        """Return the token that plain decoding writes after `text` `[s]`, without changing the random generator."""
         with detached(self.model), self._forked():
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
@@ -92,14 +92,14 @@ class ModelUnderTest:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Restore the model and the global random generator afterwards."""
+        """Attach the model in evaluation mode; at the end restore it and the global random generators."""
         with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
             yield
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
-        """Set the model's own generation settings aside: no processor, no end token."""
-        holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT passes its own on
+        """Replace the model's generation settings by the defaults, without logits processors and end tokens."""
+        holders = [self.target] if self.model is self.target else [self.target, self.model]  # a PEFT model has its own
         kept = [holder.generation_config for holder in holders]
         for holder in holders:
             holder.generation_config = GenerationConfig()
@@ -117,13 +117,13 @@ class ModelUnderTest:
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
-# A low temperature accepts more drafts, and the penalty changes with every token of the text.
+# At a low temperature more drafts are accepted, and the penalty changes the logits after every token.
 PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An output that differs from the plain one."""
+    """An output that differs from plain output."""
 
     prompt: int  # index of the prompt
     seed: int  # 0 for greedy outputs
@@ -137,19 +137,19 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """Result of comparing outputs of one decoding setting."""
+    """Result of comparing outputs with one decoding setting."""
 
     name: str  # the decoding setting
     answers: int  # number of compared outputs
-    tokens: int  # tokens written with the head
-    target_forwards: int  # forwards of these tokens, counted for each row of a batch
+    tokens: int  # number of tokens written with drafting
+    target_forwards: int  # number of forwards for these tokens, counted for each row of a batch
     differences: tuple[Difference, ...]
     mismatches: tuple[str, ...] = ()  # differences of padding or random numbers, in calls with equal outputs
-    is_of_policy: bool = True  # whether the policy under test drafted, not built-in trees
+    is_of_policy: bool = True  # whether the tested policy chose the trees; false for built-in trees
 
     @property
     def accepted(self) -> bool:
-        """Whether any drafted token was accepted; otherwise plain decoding was compared with itself."""
+        """Whether any drafted token was accepted; if not, plain decoding was compared with itself."""
         return self.tokens > self.target_forwards
 
     @property
@@ -185,10 +185,10 @@ class ComparedCall:
 def compare(
     model: ModelUnderTest, name: str, batches: Sequence[Sequence[ComparedCall]], *, alone: bool = False
 ) -> TextCheck:
-    """Compare left-padded batches, each of calls with one seed and the same settings.
+    """Compare speculative with plain output for batches of calls; a batch's calls have the same seed and settings.
 
-    In half precision a batch of several calls must be greedy, because one draw cannot be judged. With `alone`, for the
-    invariant mode, the reference decodes each prompt without the others and in one chunk.
+    In half precision a batch of several calls must be greedy, because a single row's random draw cannot be repeated.
+    With `alone`, for the exact mode, the reference output is written for each prompt alone and in one chunk.
     """
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
@@ -212,7 +212,7 @@ def compare(
 
 
 def _mismatches_beside(plain: Written, own: Written) -> list[str]:
-    """List differences beside equal outputs: tokens after their ends, the state of the random generator."""
+    """If the outputs are equal, describe other differences: padding, and the random generator's state."""
     if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
     mismatches = []
@@ -224,7 +224,7 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
-    """Find and judge the first difference of two outputs `[t]`, `[t']`; `None` when they are equal."""
+    """Return the first difference of two outputs `[t]`, `[t']` and how to explain it; `None` if they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None
@@ -238,11 +238,11 @@ def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, 
 def _spacings_until_picked(
     token: int | None, model: ModelUnderTest, call: ComparedCall, plain: Tensor, divergence: Divergence
 ) -> float:
-    """Count the spacings, a power of two, by which a logit must rise before plain decoding picks `token` there."""
+    """Return by how many spacings, 0 or a power of two, a logit must rise until plain decoding picks `token`."""
     if token is None:
         return math.inf
     torch.manual_seed(call.seed)
-    if divergence.position:  # to bring the random generator to its state there
+    if divergence.position:  # bring the random generator to its state at that position
         model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": divergence.position})
     prefix = torch.cat([call.prompt, plain[: divergence.position].to(call.prompt.device)])
     spacings = 0.0

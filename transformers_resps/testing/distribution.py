@@ -1,13 +1,13 @@
-"""Test by chi-square whether sampled tokens follow the target's distribution.
+"""Tests by chi-square whether sampled tokens follow the target's distribution.
 
-Each token has its own distribution, from a plain forward over its prefix. Trees could bend it only towards or away
-from the drafted tokens, so the bins are these, best first, and the rest of the vocabulary in three pools by
+Each token has its own distribution, from a plain forward over its prefix. Wrong acceptance could only favour or
+disfavour drafted tokens. So each drafted token has a bin, best first, and the other tokens are in three bins by
 likelihood. If every token was drawn from its distribution, the counts minus their expectations are a sum of martingale
 differences, whose covariance is the sum over the tokens, and their quadratic form is asymptotically chi-square.
 
-A control shows the power of the test: it picks tokens at the same positions by a rule that is wrong here. The
-speculative sampling of Leviathan et al. (arXiv 2211.17192) keeps a drafted token with probability `min(1, p / q)`,
-which is right for tokens drawn from q, and wrong for the k best of q.
+A control shows the power of the test: it picks tokens at the same positions by a wrong rule, which the test must
+detect. The rule is that of Leviathan et al. (arXiv 2211.17192), which keeps a drafted token with probability
+`min(1, p / q)`. It is right for tokens drawn from q, and wrong for the k best tokens of q.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an output, and what target and drafter predict at its position."""
+    """One token of an output, and the predictions of target and drafter at its position."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
@@ -35,7 +35,7 @@ class Place:
 
 
 class DraftReader:
-    """Computes the distributions of a target and the drafts of its source, or of prompt lookup without one."""
+    """Computes a target's distributions, and the drafts of `source` or, if that is `None`, of prompt lookup."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target, self._source = target, source or PromptLookup()
@@ -43,14 +43,14 @@ class DraftReader:
 
     @torch.no_grad()
     def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
-        """Examine every token of `output` `[t]` after `prompt` `[s]`; the first one has no drafts."""
+        """Return a `Place` for every token of `output` `[t]` after `prompt` `[s]`; the first place has no drafts."""
         text = torch.cat([prompt, output.to(prompt.device)]).to(self._target.device)
         logits = self._target(input_ids=text[None, :-1], use_cache=False, logits_to_keep=len(output)).logits[0]
         probs, drafted = logits.float().softmax(-1).cpu(), [([], []), *self._drafted(text, len(prompt), drafts)]
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """Draft the first level after each token from `start` on but the last, with probabilities."""
+        """Draft one level after each token from `start` on except the last; return tokens and probabilities."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0
@@ -68,8 +68,8 @@ class DraftReader:
         return levels
 
 
-SIGNIFICANCE = 1e-4  # One false alarm in ten thousand examinations.
-_MIN_VARIANCE = 5.0  # A bin's count of less variance is far from normal.
+SIGNIFICANCE = 1e-4  # One false alarm in ten thousand tests.
+_MIN_VARIANCE = 5.0  # A bin whose count has less variance is far from normally distributed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class Fit:
     draws: int
     chi_square: float  # 0 if everything had to be pooled into one bin
     degrees: int  # degrees of freedom
-    total_variation: float  # half the sum of |observed - expected| shares of the bins
+    total_variation: float  # half the sum over bins of |observed - expected|, as shares of the draws
 
     @property
     def p_value(self) -> float:
-        """Probability of so large a `chi_square` if all tokens follow their distributions."""
+        """Probability of a `chi_square` at least as large if all tokens follow their distributions."""
         if self.degrees == 0:
             return 1.0
         half = torch.tensor([self.degrees / 2, self.chi_square / 2], dtype=torch.float64)
@@ -101,7 +101,7 @@ class Fit:
 
 
 def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
-    """Compare the bins of tokens `[t]` with their `probabilities` `[t, bins]`."""
+    """Test the bins `[t]` into which tokens fell against the bins' `probabilities` `[t, bins]`."""
     probabilities = probabilities.double()
     observed = torch.bincount(bins, minlength=probabilities.shape[1]).double()
     expected = probabilities.sum(0)
@@ -119,7 +119,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
 
 
 def _pooling(covariance: Tensor) -> Tensor:
-    """Merge bins of little variance with the next smallest; returns zeros and ones `[pooled, bins]`."""
+    """Merge bins with too little variance; return a matrix of 0 and 1 `[merged bins, bins]`."""
     groups = [[index] for index in range(len(covariance))]
 
     def variance(group: list[int]) -> float:
@@ -136,15 +136,15 @@ def _pooling(covariance: Tensor) -> Tensor:
     return pooling
 
 
-DRAFTED = 4  # Bins for drafted tokens, best first.
-_LIKELY = 3  # Undrafted tokens in the second pool; the first holds the likeliest one, the third the rest.
-TOKENS = 8  # Tokens of each output.
-MIN_ACCEPTED = 16  # Accepted drafts that the test needs: the control tests the statistic only.
+DRAFTED = 4  # Number of bins for drafted tokens, best first.
+_LIKELY = 3  # Number of tokens in the second bin of undrafted tokens; the first has the likeliest, the third the rest.
+TOKENS = 8  # Number of tokens of each output.
+MIN_ACCEPTED = 16  # Number of accepted drafts that the test needs; the control cannot show that any were accepted.
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionCheck:
-    """Result of the test over sampled outputs."""
+    """Result of the statistical test of sampled outputs."""
 
     answers: int
     accepted: int  # accepted drafted tokens
@@ -159,7 +159,7 @@ class DistributionCheck:
 
     @property
     def has_power(self) -> bool:
-        """Whether enough drafts were accepted, and the wrong rule was detected."""
+        """Whether enough drafts were accepted and the control's wrong rule was detected."""
         return self.accepted >= MIN_ACCEPTED and not self.control.fits
 
     @property
@@ -176,9 +176,9 @@ class DistributionCheck:
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
-    """Test the first `TOKENS` tokens of `count` outputs, over `prompts` `[s]` in turn, each with its own seed.
+    """Test the first `TOKENS` tokens of `count` outputs for `prompts` `[s]` in turn, each with its own seed.
 
-    It ignores the model's settings: temperature 1, no processors and no end token.
+    The model's generation settings are not used: temperature is 1, without logits processors and end tokens.
     """
     generator = torch.Generator().manual_seed(0)
     rows, own, wrong, accepted = [], [], [], 0
@@ -200,7 +200,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
 
 
 def bins_of(place: Place) -> Tensor:
-    """Assign a bin to every token, `[v]`."""
+    """Return the bin `[v]` of every token of the vocabulary."""
     bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
     likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
     undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]
@@ -212,7 +212,7 @@ def bins_of(place: Place) -> Tensor:
 
 
 def wrong_token(place: Place, generator: torch.Generator) -> int:
-    """Pick a token by `min(1, p / q)` on the best drafts, or else from the excess of p over q."""
+    """Try the best drafts in turn, each accepted with `min(1, p / q)`; else draw from the excess of p over q."""
     residual = place.probs.clone()
     for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
         if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):

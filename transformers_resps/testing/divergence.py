@@ -1,4 +1,4 @@
-"""Find where two outputs first differ, and judge whether rounding explains it."""
+"""Finds where two outputs first differ, and decides whether rounding explains the difference."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-# The most spacings by which rounding may move the gap between two logits. A forward over several tokens adds in
-# another order than a forward over one, and each layer rounds the difference into the residual stream, so the gap
-# moves by a few spacings rather than by one. Measured on SmolLM2-135M (30 layers, bf16), one-token decoding against
-# forwards over 4, 8, 16 and all tokens, 3,632 gaps between the two best tokens: median 0.5 spacings, 99% below 2.5,
-# the largest 6; where the best token flipped, the gap was 3 at most. In fp32, where the same gaps move by 3e-6 to
-# 1e-4, no token flipped and none is excused.
+# How far rounding may move the gap between two logits, in spacings (distances of neighbouring numbers of the dtype).
+# A forward over several tokens adds in another order than a forward over one token, and each layer rounds the
+# difference into the residual stream, so the gap moves by several spacings. Measured on SmolLM2-135M (30 layers,
+# bf16), one-token decoding against forwards over 4, 8, 16 and all tokens, 3,632 gaps between the two best tokens:
+# median 0.5 spacings, 99% below 2.5, the largest 6; where the best token changed, the gap was at most 3. In fp32 the
+# same gaps move by 3e-6 to 1e-4 and no best token changed, so no difference is excused.
 MAX_SPACINGS = 8.0
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first difference of two outputs to one prompt; logits are from a plain forward over the common part."""
+    """The first difference of two outputs for one prompt, with logits of a plain forward over the tokens before it."""
 
     position: int  # index in the output; both outputs are equal before it
     plain_token: int | None  # token of plain decoding; `None` when its output had ended
@@ -31,33 +31,33 @@ class Divergence:
     speculative_logit: float
     best_logit: float
     dtype: torch.dtype
-    # For sampling or logits processors: spacings by which the logit of either token must rise before plain decoding,
-    # with the same random numbers, picks it; the larger of both, rounded up to a power of two, infinite beyond
-    # `MAX_SPACINGS`. `None` where bare logits decide.
+    # With sampling or logits processors: by how many spacings a token's logit must rise until plain decoding, with the
+    # same random numbers, picks the token. This is the maximum over both tokens, rounded up to a power of two, and
+    # infinite above `MAX_SPACINGS`. `None` if the logits alone decide.
     needed: float | None = None
-    invariant: bool = False  # whether both were written in the invariant mode, which rounds every token alike
+    invariant: bool = False  # whether both outputs are from the exact mode (`invariant`), where rounding is the same
 
     @property
     def gap(self) -> float:
-        """Distance of the less likely token from the best logit; 0 is a perfect tie."""
+        """Best logit minus the logit of the less likely of both tokens; 0 is a perfect tie."""
         return self.best_logit - min(self.plain_logit, self.speculative_logit)
 
     @property
     def spacing(self) -> float:
         """Distance of neighbouring numbers of the model's dtype at the best logit."""
-        # Logits move with the rounding of the hidden states, which is alike for all tokens, so one scale serves all
+        # One scale is enough: logits change because hidden states are rounded, which is the same for all tokens
         return spacing_at(self.best_logit, self.dtype)
 
     @property
     def spacings(self) -> float:
-        """Spacings by which rounding must have moved logits."""
+        """By how many spacings rounding must have moved logits to explain the difference."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains it: in half precision, within `MAX_SPACINGS`, and not in the invariant mode."""
+        """Whether rounding explains the difference: half precision, at most `MAX_SPACINGS`, and not the exact mode."""
         return not self.invariant and self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
     def __str__(self) -> str:
@@ -72,10 +72,10 @@ class Divergence:
 def explain_divergence(
     model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor, *, invariant: bool = False
 ) -> Divergence | None:
-    """Compare two greedy outputs of `model` to a prompt `[s]`; returns `None` when they are equal.
+    """Return the first difference of two greedy outputs of `model` for a prompt `[s]`; `None` if they are equal.
 
-    It judges bare logits, which say nothing after sampling or logits processors. `plain_ids` `[t]` come from plain
-    `generate`, `speculative_ids` `[t']` are judged, both without prompt and padding.
+    The result is meaningless after sampling or logits processors, because it depends only on logits. `plain_ids` `[t]`
+    is the output of plain `generate`, `speculative_ids` `[t']` the output to check, both without prompt and padding.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
     position = first_difference(plain, speculative)
@@ -102,7 +102,7 @@ def explain_divergence(
 
 
 def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:
-    """Find the first index at which two outputs differ, perhaps the end of one; `None` if they are equal."""
+    """Return the first index at which two outputs differ, which may be the end of one; `None` if they are equal."""
     pairs = enumerate(zip_longest(output, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 

@@ -1,4 +1,4 @@
-"""`assert_lossless` checks that the output with a drafter and a policy is the model's own."""
+"""`assert_lossless` checks that a drafter and a policy do not change a model's output."""
 
 import platform
 import time
@@ -27,21 +27,21 @@ from .divergence import HALF_PRECISIONS
 
 @dataclass(frozen=True, slots=True)
 class LosslessReport:
-    """Result of `assert_lossless`; printed, it is a short page to paste into an issue."""
+    """Result of `assert_lossless`; `print` it to get a short text for an issue."""
 
     facts: dict[str, str]  # versions, device, dtype, threads, packing, target, head, policy, mode
     texts: tuple[TextCheck, ...]  # outputs compared token for token, one entry per decoding setting
-    distribution: DistributionCheck  # the test of sampled tokens, with its control
+    distribution: DistributionCheck  # the statistical test of sampled tokens
     seconds: float  # duration of the check
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every output equals the plain one or diverges at a near-tie, and the sampled tokens fit."""
+        """Whether every output equals plain output or diverges at a near-tie, and the statistical test passed."""
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
     def is_tested(self) -> bool:
-        """Whether drafted tokens of the policy were accepted; without them nothing was tested."""
+        """Whether any drafted token of the policy was accepted; if not, nothing was tested."""
         return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
 
     @property
@@ -76,15 +76,15 @@ class LosslessReport:
 
 
 class NotLosslessError(AssertionError):
-    """`assert_lossless` found output that is not the model's own; `report` is its `LosslessReport`."""
+    """Raised by `assert_lossless` if output differs from plain decoding; `report` is the `LosslessReport`."""
 
     def __init__(self, report: LosslessReport) -> None:
         super().__init__(str(report))
         self.report = report
 
 
-_DISTRIBUTION_OUTPUTS = 12  # Outputs per seed for the test of the distribution.
-_ENDS = 8  # Tokens of an output that serve as end tokens.
+_DISTRIBUTION_OUTPUTS = 12  # Outputs per seed for the statistical test.
+_ENDS = 8  # Number of an output's first tokens that are each tried as end token.
 
 
 def assert_lossless(
@@ -97,38 +97,40 @@ def assert_lossless(
     max_new_tokens: int = 32,
     invariant: bool = False,
 ) -> LosslessReport:
-    """Compare `generate` with a drafter and a policy to plain `generate`, and raise if it is not lossless.
+    """Compare `generate` with a drafter and a policy to plain `generate`; raise if output or distribution differ.
 
     In fp32 and fp64 all tokens, the padding after them and the random numbers must be equal. In bf16 and fp16 the
-    first divergence of each output must be a near-tie that rounding explains. The distribution of sampled tokens is
-    tested in every dtype, with the power of that test.
+    first divergence of each output must be a near-tie that rounding explains. In every dtype a statistical test checks
+    the distribution of sampled tokens, and the report says whether that test had power.
 
-    The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with and without logits
-    processors. Built-in trees that change at every step follow, also with a prompt in chunks, end tokens inside trees,
-    and a sampled batch. With `invariant=True` plain decoding of the invariant mode is the reference, no difference is
-    excused, and rows of padded and chunked batches are also compared with each prompt alone.
+    The policy is tested with greedy decoding, for single prompts and a left-padded batch, and with sampling, with and
+    without logits processors. Then built-in trees that change at every step are tested, also with a prompt in chunks,
+    end tokens inside trees, and a sampled batch. With `invariant=True` (the exact mode) the reference is plain
+    decoding in that mode, and any difference fails; rows of padded and chunked batches are also compared with output
+    for each prompt alone.
 
-    The model need not be attached; it and the global random generators are restored. Do not use it elsewhere
-    meanwhile. Its generation settings apply to the compared outputs, not to the distribution.
+    The model need not be attached. The model and the global random generators are restored at the end; do not use the
+    model elsewhere before. Its generation settings apply to the comparisons, but not to the statistical test.
 
     Args:
         model: any model that `attach` takes.
-        head: a draft head, MTP layers, an assistant, a small model, or the name of one; `None` drafts by lookup alone.
-        policy: a policy or the name of one; "auto" if there is neither head nor policy.
-        prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
-            Real prompts test more, because more drafts are accepted.
-        seeds: sampled outputs per sampling setting, over the prompts in turn; twelve times as many test the
-            distribution.
+        head: a draft head, MTP layers, an assistant, a small model, or the name of one of these; `None` drafts only by
+            lookup.
+        policy: a policy or its name; without head and policy "auto".
+        prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts that fit any
+            vocabulary. Real prompts test more, because more drafts are accepted.
+        seeds: number of outputs per sampling setting, for the prompts in turn; the statistical test has twelve times
+            as many.
         max_new_tokens: length of each compared output.
-        invariant: whether `generate(..., invariant=True)` is compared.
+        invariant: whether to test `generate(..., invariant=True)`.
 
     Raises:
-        NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference, or may not.
-        ValueError: an argument is unusable, or `generate` refuses it.
+        NotLosslessError: an `AssertionError` with the report: outputs differ, and rounding is no excuse.
+        ValueError: an argument cannot be used, or `generate` refuses it.
     """
     started = time.perf_counter()
     _check_kinds(model, policy)
-    assistants = Assistants()  # keeps what it loads
+    assistants = Assistants()  # keeps the drafters that it loads
     source = assistants.source(unwrapped(model), head)
     under_test = ModelUnderTest(model, source, AUTO if head is None and policy is None else policy, invariant)
     vocabulary = text_config(under_test.target).vocab_size
@@ -186,7 +188,7 @@ def _with_changing_trees(
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[list[ComparedCall]]:
-    """Yield each prompt once for every token of its output as an end token."""
+    """For each of the first tokens of each prompt's output, yield a call in which this token is an end token."""
     for index, prompt in enumerate(ids):
         output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
         for position, token in enumerate(output):
@@ -199,11 +201,11 @@ def _batch(prompts: list[Tensor], settings: dict[str, Any]) -> list[ComparedCall
 
 
 def _one_by_one(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[list[ComparedCall]]:
-    """Make a call for each seed, with the prompts in turn."""
+    """Make one call for each seed, using the prompts in turn."""
     return [[ComparedCall(seed % len(prompts), prompts[seed % len(prompts)], seed, settings)] for seed in range(seeds)]
 
 
-# Wide, deep, looked up, a chain, plain: each takes other masks, positions, caches and acceptance.
+# Wide and deep trees, lookup, chains and plain steps use different masks, positions, caches and acceptance.
 _SHAPES = (
     TreeShape(24, 5, 4, lookup=4),
     TreeShape.plain(),
@@ -216,7 +218,7 @@ _SHAPES = (
 
 
 class ChangingTrees(Policy):
-    """Drafts another built-in tree at every step, since the policy under test may never draft some kinds."""
+    """Drafts another built-in tree at every step, because the policy under test may never draft some kinds of tree."""
 
     needs_head = False
 
@@ -228,7 +230,7 @@ class ChangingTrees(Policy):
 
 
 def built_in_prompts(vocabulary: int) -> list[Tensor]:
-    """Make four prompts of 2 to 24 token ids: short, odd, long, and one that repeats itself."""
+    """Make four prompts of random token ids: of 2, 9 and 24 ids, and of 9 ids twice, for lookup."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (44,), generator=generator)
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
@@ -246,7 +248,7 @@ def _check_kinds(model: Any, policy: Any) -> None:
 
 
 def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
-    """Convert a prompt to token ids `[s]`, or refuse it."""
+    """Convert a prompt to token ids `[s]`; raises `ValueError` if that is not possible."""
     ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
     is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
     if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
