@@ -139,7 +139,7 @@ def _admitted(target: PreTrainedModel) -> VerifyingMode:
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Return everything that a measurement depends on; `attention` is an implementation, by default the target's."""
+    """Return what a measurement depends on; `attention` names the implementation, by default the target's."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -278,7 +278,7 @@ def _time_drafting(
 
 
 def _of_one(several: float, one: float, more: int) -> float:
-    """Return the seconds of a level, at least 0: `one` are those of one level, `several` with `more` levels added."""
+    """Return the seconds of one level, at least 0: the difference of `several` and `one`, divided by `more` levels."""
     return max(several - one, 0.0) / max(more, 1)
 
 

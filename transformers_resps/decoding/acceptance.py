@@ -3,7 +3,7 @@
 Each position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick (the argmax or a
 draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random numbers of plain
 decoding. This is lossless for any tree that was built without looking at the picks, and the same seed gives the same
-text. Accepting children, which a head chose, with probability `min(1, p/q)` is not lossless (a test shows it).
+text. Accepting chosen children with probability `min(1, p/q)` is not lossless (a test shows it).
 
 `accept` is the rule. `accept_picks` gives the same result with fewer calls, if nothing observes single tokens.
 """
@@ -137,7 +137,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
 def _next_nodes(
     children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
 ) -> list[int] | None:
-    """Return each row's child of its node that has its token; `None` if an unfinished row has no such child."""
+    """For each row, find the child of its node with its token; `None` if an unfinished row has no such child."""
     children_of_picks = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
     if any(is_live and node is None for is_live, node in zip(live, children_of_picks, strict=True)):
         return None
@@ -145,7 +145,7 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Append the same tokens to `texts`, one text for each row, as `accept` would, without calls for each token."""
+    """Append to `texts` (one for each row) the tokens that `accept` would append, with fewer calls."""
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
     for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):

@@ -77,7 +77,7 @@ class TreeDecoding:
         self._proposer = Proposer(policy, drafter, batch, lookup)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
-        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> its cache; in the end all or none
+        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> cache; finally all rows or none
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:

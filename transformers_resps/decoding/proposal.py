@@ -39,7 +39,7 @@ class Proposal:
 
     @property
     def candidates(self) -> int:
-        """Number of nodes in the pool of each row."""
+        """Number of nodes in each row's pool."""
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:

@@ -28,7 +28,7 @@ class StopConditions:
     warning_free_length: int  # Transformers warns if the text gets longer than this
 
     def are_silent(self, length: int) -> bool:
-        """Whether Transformers does not warn before the text ends or has `length` tokens."""
+        """Whether Transformers logs no warning until the text ends or has `length` tokens."""
         return self.warning_free_length == self.length or length <= self.warning_free_length
 
     @classmethod
@@ -112,7 +112,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool `[b]`: whether each decoded row goes on. Finished rows do without padding, or with `keep_padding`."""
+        """Bool `[b]`: whether each decoded row goes on. A finished row does if it is not padded, or `keep_padding`."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -152,7 +152,7 @@ class Text:
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether the processors can run on all nodes at once: stateless, and text and tree on one device."""
+        """Whether the processors can run on all nodes at once: if stateless, and with text and tree on one device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 

@@ -47,7 +47,7 @@ def attach(
         lockstep: as in `generate`; `False` lets sampled rows of a batch advance independently.
         compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
         eval_mode: run every call in evaluation mode, without dropout, even if the model is in training mode.
-        invariant: as in `generate`; with `True` the text of a call depends neither on the dtype nor on the drafts.
+        invariant: as in `generate`; with `True` the text does not depend on the drafts, even in half precision.
 
     Raises:
         ValueError: the model cannot generate, or cannot use one of the defaults.

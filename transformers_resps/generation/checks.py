@@ -206,7 +206,7 @@ def check_drafts_trees(model: Any) -> None:
 
 
 def check_effect(keywords: Keywords) -> None:
-    """Raise for keywords that have no effect in a call without draft trees, which Transformers decodes alone."""
+    """Raise for keywords that have no effect, because Transformers decodes this call without draft trees."""
     if keywords.lockstep is not None:
         raise ValueError(
             f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
@@ -558,7 +558,7 @@ def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Raise if the decoder reads token types at every step (GPT-2), unless all are 0 in a table of types."""
+    """Raise if the decoder reads token types at every step (GPT-2), unless all are 0 and `type_vocab_size` is set."""
     if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
         return
     if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
@@ -611,7 +611,7 @@ def check_room(static: StaticCache, length: int) -> None:
 
 
 def check_static(target: PreTrainedModel) -> None:
-    """Raise if the target has recurrent layers: call this for a static cache, or a model that the caller compiled."""
+    """Raise if the target has recurrent layers; called if the cache is static or the model is compiled."""
     if is_recurrent(target):
         raise ValueError(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "

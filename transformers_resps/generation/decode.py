@@ -55,7 +55,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
                 context = verifier.length
                 decoding.step()
                 pace.see(decoding.report.steps[-1], context)
-        # filled when the caller reads it, which most callers never do
+        # most callers never read the cache, so it is filled when it is read
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report

@@ -38,7 +38,7 @@ class Keywords:
     policy: Any = None  # a policy, its folder or Hub id, "auto" or "plain"
     lockstep: bool | None = None  # whether the rows of a batch advance together
     compile: CompileChoice | None = None  # whether the target's steps run compiled
-    invariant: bool | None = None  # whether the text depends neither on the dtype nor on the drafts
+    invariant: bool | None = None  # whether the text is independent of the drafts, also in half precision
 
     @staticmethod
     def saved_in(config: GenerationConfig | None) -> "Keywords":

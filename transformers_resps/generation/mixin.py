@@ -51,7 +51,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             config._from_model_config = False
         cast(Any, super()).save_pretrained(*args, **kwargs)
 
-    def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
+    def generate(  # type: ignore[override]  # the parent's is decorated; this adds keywords
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -80,7 +80,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         - `assistant_model`: drafts the trees. A `DraftHead` or another source, or its folder or Hub id. "mtp", or
           `use_mtp=True` with a policy, selects the model's own MTP layers. With a policy also a small causal model or
           an assistant of Gemma 4. The sources of a list draft one tree together. A `SuffixMemory` holds texts that
-          lookup searches; the first one of a list also stores the texts of this call. Without a policy, any other
+          lookup searches; the first memory of a list also stores the texts of this call. Without a policy, any other
           assistant runs Transformers' assisted decoding.
         - `policy`: chooses the size of each tree. An object, or the folder or Hub id of a saved policy. `None` uses
           the head's default tree. "auto" weighs every node against its cost; it keeps what it learned as long as model
@@ -92,9 +92,9 @@ class ReSpSGenerationMixin(GenerationMixin):
           prompts; on a GPU it is a CUDA graph. `True` compiles at first use, for a minute or more. With "auto" on a
           CPU another process compiles, and calls run eagerly until it is done. A call that cannot be compiled runs
           eagerly, with a warning. A `compile_config` means `True`.
-        - `invariant`: whether the text stays the same for any dtype, drafter, policy, division of the prompt into
-          chunks, and other greedy rows in the batch. It equals the text of an invariant call without head and policy,
-          not that of plain decoding, which rounds differently.
+        - `invariant`: whether the text is exactly the same, also in half precision, with any drafter and policy,
+          division of the prompt into chunks, and other greedy rows in the batch. It equals the text of an invariant
+          call without head and policy; plain decoding rounds differently.
 
         Returns:
             Token ids `[b, s + t]`, equal to those of the same call without head and policy, with the same seed; with

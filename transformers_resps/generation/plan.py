@@ -243,7 +243,7 @@ def prepare(
 
 
 class Prefiller(StrEnum):
-    """Who reads the prompt."""
+    """The code that reads the prompt."""
 
     VERIFIER = "the verifier"
     STOCK = "stock `generate`"
@@ -275,7 +275,7 @@ class Plan:
 
     @property
     def waits(self) -> bool:
-        """Whether the call itself compiles, and waits for it, if no compiled code is ready."""
+        """Whether the call waits until missing code is compiled."""
         return self.request.compile != AUTO
 
     @property

@@ -149,7 +149,7 @@ class Request:
     memories: tuple[SuffixMemory, ...] = ()  # texts that lookup searches after the call's own, in this order
     lockstep: bool | None = None  # whether the rows of a batch advance together; None: the plan decides
     compile: CompileChoice | None = None  # whether the target's steps run compiled; None: the plan decides
-    invariant: bool = False  # whether the text depends neither on the dtype nor on the drafts
+    invariant: bool = False  # whether the text is independent of the drafts, also in half precision
     eval_mode: bool = False  # whether the call runs in evaluation mode
     is_plain_throughout: bool = False  # whether nested `generate` calls are plain too
     told: Mapping[str, Any] = field(default_factory=dict)  # further arguments for Transformers' `generate`

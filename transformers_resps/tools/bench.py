@@ -266,8 +266,8 @@ def methods_of(
 ) -> list[Method]:
     """Return the methods of `config` in the order of the table.
 
-    `others` are inserted before its trees, and `trees` after them. With `compiles`, our own methods are also added
-    with compiled steps.
+    `others` are inserted before the trees of `config`, and `trees` after them. With `compiles`, our own methods are
+    also added with compiled steps.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]
     if config.invariant:

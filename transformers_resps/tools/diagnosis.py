@@ -1,4 +1,4 @@
-"""Compare how well a head agrees with its target under several readings of its file (settings), and find the best."""
+"""Compare how well a head agrees with its target under several readings (settings for its file)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,8 +9,8 @@ from ..drafting import FileReading
 
 
 _SURE = 3.0  # standard errors; a larger difference is sure. Two would be too few for the best of twenty readings
-_MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth another file
-_MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth another file
+_MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth other settings
+_MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth other settings
 _HOPELESS = 5.0  # standard errors; a reading that is worse by more than this is dropped
 _MUCH = 0.05  # share of a step's tokens; no verdict while another reading might accept that many more
 _FEW_ANSWERS = 10  # fewer answers give no verdict
@@ -25,7 +25,7 @@ class Tally:
 
     positions: int  # number of positions at which a chain of tokens was drafted
     kept: int  # drafted tokens that the target accepts
-    log_prob: float  # of the target's tokens according to the head, summed over depths, in nats
+    log_prob: float  # the head's log probability of the target's tokens, summed over depths, in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Upper bound of the tokens per position that any other reading might accept more than the best one."""
+        """Upper bound of how many more tokens per position another reading might accept than the best one."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -129,7 +129,7 @@ class Diagnosis:
         return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return how many tokens per position `score` accepts more than `over` (the configured one), and the error."""
+        """Return how many more tokens per position `score` accepts than `over` (the configured one), and the error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
 

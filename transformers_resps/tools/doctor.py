@@ -1,4 +1,4 @@
-"""`resps doctor`: find the reading of a head's file (its settings) that agrees best with the target's answers."""
+"""`resps doctor`: find the settings for a head's file with which the head agrees best with its target."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ from .diagnosis import Diagnosis, ReadingScore, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
 
 
-_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict reads at most this many answers, and tokens of each
+_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict reads up to 8 answers of 48 tokens
 _LOOK_CHARACTERS = 1 << 16  # this many characters of a file are searched for images
 _ROUND = 10  # answers between two verdicts
 _SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
@@ -134,7 +134,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Score a batch under the readings that need the features which `tap` records."""
+        """Score a batch under each reading that uses the features recorded by `tap`."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -409,7 +409,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a function that takes `answers`, or without any lets the target answer `prompts`; it moves `bar`."""
+    """Make the function that returns parts of `answers`, or of the target's answers to `prompts`; it moves `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:

@@ -63,7 +63,7 @@ class RecordedStep:
 class StepRecorder(PolicyWrapper):
     """Decides like `policy`, and records every step of a call with one prompt. A step takes microseconds longer."""
 
-    uses_lookup = True  # to record its odds, even if the policy does not use lookup
+    uses_lookup = True  # so that steps record its odds, even if the policy uses no lookup
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)

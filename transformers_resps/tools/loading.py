@@ -110,7 +110,7 @@ def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation
 
 
 def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
-    """Cut each conversation after its first user turn; without any, return up to fifty built-in questions."""
+    """Cut each conversation after its first user turn; if there are none, return built-in questions."""
     if conversations:
         return [asked for conversation in conversations if (asked := up_to(conversation, "user"))]
     texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]

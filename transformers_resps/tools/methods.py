@@ -42,7 +42,7 @@ class Method(ABC):
 
     name: str
     _: KW_ONLY
-    effort: int = 0  # work for a user; of equally fast methods the advice names that with the least
+    effort: int = 0  # how much work it is for a user; among equally fast methods, the least effort is advised
     # Whether a sampled text equals the plain one with the same seed. Transformers' assistants draw other random
     # numbers, so that only their distribution is the same.
     seed_exact: bool = True

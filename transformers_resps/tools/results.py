@@ -51,7 +51,7 @@ _EFFICIENCY = {
 
 
 class Cell(NamedTuple):
-    """One turn of a conversation, at a temperature and repeat. Each method answers it once."""
+    """One turn of a conversation, at one temperature and in one repeat. Each method answers it once."""
 
     prompt: str
     turn: int
@@ -114,7 +114,7 @@ class Summary:
     high: float
     tau: float
     efficiency: float
-    compiled_ratio: float | None  # `None` if compiled plain decoding was not measured; also the next
+    compiled_ratio: float | None  # `None`, as the next, if compiled plain decoding was not measured
     compiled_efficiency: float | None
     spread: float  # rate of the fastest repeat over that of the slowest, minus one
     temperature: float | None = 0.0  # `None` if the row covers several temperatures
@@ -140,7 +140,7 @@ def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
 
 
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
-    """Return the rate of `method` over the rate of `base` with a paired bootstrap's interval, on their common cells.
+    """Return the rate of `method` over that of `base`, on their common cells, with a paired bootstrap's interval.
 
     Each item of `processes` has the timings of one process. The bootstrap draws processes and prompts with
     replacement, the same for both methods. All turns and repeats of a prompt in a process count as one request.

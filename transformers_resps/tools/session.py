@@ -82,16 +82,16 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 class Judge:
     """Compares the answers to each prompt with those of plain decoding, and collects `unexplained` differences.
 
-    A difference is unexplained if a greedy answer differs by more than rounding; if a sampled answer differs in
-    float32 or float64, by a method that is `seed_exact`; and always in the invariant mode. A sampled text in half
-    precision may differ after a near-tie, which cannot be proved afterwards: it is counted, not judged.
+    In the invariant mode every difference is unexplained. Else it is if a greedy answer differs by more than rounding,
+    or if a sampled answer of a `seed_exact` method differs in float32 or float64. Sampled answers in half precision
+    may differ after a near-tie, which cannot be proved afterwards: they are counted, not judged.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
         self._target = target
         self._promises = {method.name for method in methods if method.seed_exact}
         self._references = {method.name: method.reference for method in methods}
-        # Method -> number of first-repeat answers that equal plain decoding, then plain decoding in the same mode
+        # Method -> how many answers of the first repeat equal plain decoding; below: plain decoding in the same mode
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
         in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
         self.same_text_invariant: Counter[str] = Counter(dict.fromkeys(in_mode, 0))
