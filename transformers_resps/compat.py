@@ -1,5 +1,5 @@
-"""What differs between installations (releases of Transformers, PEFT wrappers, the CPU, optional dependencies), and
-types that Transformers lacks for its models, configs and caches.
+"""Handles differences between installations (release of Transformers, PEFT wrapper, CPU, optional dependencies), and
+defines types that Transformers lacks for its models, configs and caches.
 
 Code for one release says when it can be deleted.
 """

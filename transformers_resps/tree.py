@@ -85,7 +85,7 @@ class TreeShape:
 
 
 class Pricing(NamedTuple):
-    """What a target forward costs apart from its number of nodes."""
+    """Facts that determine the cost of a target forward, apart from its number of nodes."""
 
     # Whether each path of a tree costs time, as in the exact mode (`invariant`) without compiled code, where each path
     # has its own copy of the keys.
