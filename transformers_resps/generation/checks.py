@@ -70,8 +70,8 @@ _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "d
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 # Arguments that change no token: Transformers passes no `labels` to the model, and drops router logits.
 NEVER_READ = frozenset(("labels", "output_router_logits"))
-# Arguments for a prompt's images, videos, sounds and embeddings. Transformers passes them only to the forwards over
-# the prompt.
+# Arguments for a prompt's images, videos, sounds and embeddings. Transformers passes none of them for new
+# tokens.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "audio_feature_lengths",
     "batch_num_images",

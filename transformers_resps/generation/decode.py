@@ -104,7 +104,7 @@ def _drafters(
         len(batch),
         # the mask also covers cached positions, which may have no tokens in the batch
         text_mask=None if mask is None or not batch.length else mask[:, mask.shape[1] - batch.length :],
-        # leave out cached positions: they have no features
+        # without cached positions, which have no features, and embeddings, which have no tokens
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
         origins=prepared.sources(),
         never_drafted=prepared.never_drafted(),
