@@ -142,7 +142,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, for a large vocabulary, only of the tokens of the nearest centroids."""
+        """Compute the logits of all tokens or, for a large vocabulary, only of those from `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))
@@ -155,7 +155,7 @@ class _Queries(StepModel):
         return tokens.gather(-1, best), scores
 
     def _nearest(self, output: Tensor) -> Tensor:
-        """Return the token ids `[b, q, d]` of the nearest centroids."""
+        """Return the ids `[b, q, d]` of the tokens that belong to the centroids nearest to each output."""
         nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
         return self._by_centroid[nearest].flatten(-2)
 

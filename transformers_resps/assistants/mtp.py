@@ -170,8 +170,8 @@ class MtpHead(TrainableSource, nn.Module):
             id_or_folder: a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the
                 original of a quantised or fine-tuned target. Only files that hold the layers are opened.
             target: the model to draft for.
-            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. Few ids make
-                the output head faster, which takes most of a draft's time in a small model.
+            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. With few ids
+                the output head is faster, and a small model spends most of a draft's time there.
             dtype: of the layers; `None` for the target's.
             keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`. Also any field of
                 `MtpConfig`, to correct the settings that are inferred from the checkpoint.
@@ -179,7 +179,7 @@ class MtpHead(TrainableSource, nn.Module):
         Raises:
             ValueError: the checkpoint has no supported MTP layers; they are quantised in an unknown way, damaged or
                 incomplete; or they do not fit `target`.
-            OSError: the Hub refuses.
+            OSError: the Hub refuses the request.
         """
         check_is_model(target)
         hub = {key: keywords.pop(key) for key in HUB & keywords.keys()}
@@ -253,7 +253,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, but with zero output projections: so it outputs the target's hidden state."""
+        """Copy the target's last layer, with output projections set to zero so that it passes on the hidden state."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -284,9 +284,8 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield ways to interpret the layers, the configured one first. The others combine feature layers one deeper
-        or shallower, which states are read first (`fed`) and later (`fed_back`), the order of embedding and hidden
-        state, the kind of norm, and own or target's output head.
+        """Yield ways to interpret the layers, the configured one first. They combine feature layers one deeper or
+        shallower with the values of `fed`, `fed_back`, `hidden_first`, `zero_centred` and `own_output_head`.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -431,13 +430,13 @@ _SMALLEST_FACTOR = 0.1  # Smallest absolute factor of the target's norm that `fr
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
-    """Return whether the target's norms multiply by 1 + weight: the weights of a new such norm are zero."""
+    """Return whether the target's norms multiply by 1 + weight: new norms of this kind have weights of zero."""
     with torch.device("cpu"):
         return not type(target.get_decoder().norm)(1).weight.any()
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Set `own_embedding` and `own_output_head` to false if the checkpoint's are only copies of the target's."""
+    """Set `own_embedding` and `own_output_head` to false where the checkpoint only has copies of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -501,7 +500,7 @@ class BoundMtp(TrainableModel):
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._patterns = [AttentionPattern.of_type(name, text) for name in types]
         has_windows = any(pattern.window is not None for pattern in self._patterns)
-        is_odd = any(config.experts) or has_windows  # experts depend on values, and windows on lengths
+        is_odd = any(config.experts) or has_windows  # the control flow of both depends on values or lengths
         self.is_compilable = config.depths == 1 and not is_odd and config.fed_back != "target"
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)

@@ -33,8 +33,8 @@ class MtpConfig:
     experts: tuple[bool, ...] = ()  # whether each layer has a mixture of experts; empty: none has
     projection_bias: bool = False
     own_norm: bool = True  # whether the layers have norms before the output head
-    own_embedding: bool = False  # whether they have embeddings; otherwise they use the target's
-    own_output_head: bool = False  # whether each has an output head; otherwise it uses the target's
+    own_embedding: bool = False  # whether the layers have their own embeddings, not the target's
+    own_output_head: bool = False  # whether the layers have their own output heads, not the target's
     draft_token_ids: tuple[int, ...] | None = None  # the tokens that can be proposed, ascending; `None` for all
 
     def __post_init__(self) -> None:
@@ -194,7 +194,7 @@ class MtpCheckpoint:
 
     Raises:
         ValueError: the checkpoint is damaged, or has no MTP layers that are supported.
-        OSError: the Hub refuses.
+        OSError: the Hub refuses the request.
     """
 
     def __init__(self, name: str, hub: dict[str, Any]) -> None:

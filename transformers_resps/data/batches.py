@@ -32,8 +32,7 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Yields batches of indices whose texts have at most `budget` tokens with padding. A longer text is a batch of its
-    own.
+    """Groups texts, by index, into batches of at most `budget` tokens with padding. A longer text is its own batch.
 
     With `shuffle`, texts of about the same length are grouped at random. Each epoch has the same batches in a new
     order.

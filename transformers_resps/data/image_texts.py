@@ -60,7 +60,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 class ImageReader:
-    """Tokenizes one after the other the parts of a text that show its `images`."""
+    """Tokenizes, one after the other, the parts of one text that show its `images`."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images

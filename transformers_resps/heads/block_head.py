@@ -1,8 +1,8 @@
 """A head that drafts a block of tokens in one pass, from the target's hidden states (its features).
 
-The positions of a block are slots. The first one, the root, holds the newest token, the others a mask token. Covers
-DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading order: the
-layers, the corrections, the head, and the head bound to one target.
+The positions of a block are slots. The first one, the root, holds the newest token, the others a mask token. The
+module covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading
+order: the layers, the corrections, the head, and the head bound to one target.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +138,7 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of previous tokens, given as target ids."""
+        """Look up the rows `[..., r]` of `tokens`, target ids of tokens before slots."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class MarkovHead(nn.Module):
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Read w paths' previous tokens; return the slot's `context` and the new states, `[b, w, r]` each."""
+        """Advance w paths by one token, with the row `before`; return `context` and new states, `[b, w, r]` each."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -169,12 +169,12 @@ class MarkovHead(nn.Module):
         return self.markov_w2.weight  # [d, r]
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of predicted tokens, given as draft ids."""
+        """Look up the rows `[..., r]` of `candidates`, draft ids of possible tokens in slots."""
         return F.embedding(candidates, self.table)
 
 
 class CandidateSelector(nn.Module):
-    """Corrects a slot's likeliest tokens by the previous token, like `MarkovHead` but with other tables (DFlash 2)."""
+    """Like `MarkovHead`, corrects the logits of a slot's likeliest tokens, but with other tables (DFlash 2)."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class CandidateSelector(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """Predicts how probably a token is accepted: the overlap of the draft's and the target's distribution."""
+    """Predicts the probability that a token is accepted: the overlap of the draft's and the target's distribution."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map slots' outputs, `[..., h]` or with previous tokens' rows `[..., h + r]`, to fp32 logits `[...]`."""
+        """Map slots' outputs `[..., h]`, or `[..., h + r]` with previous tokens' rows, to fp32 logits `[...]`."""
         return self.proj(states).squeeze(-1).float()
 
 
@@ -326,7 +326,7 @@ class BlockHead(HeadModel):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "BlockHead":
-        """Create an untrained head; arguments as in `DraftHead.from_target`, `overrides` are fields of
+        """Create an untrained head. Arguments are those of `DraftHead.from_target`; `overrides` are fields of
         `BlockHeadConfig`. By default the head has two causal layers, copied from the target's last layers where
         possible. It reads five feature layers, as in DFlash, and has a Markov correction that starts at zero.
         """
@@ -350,8 +350,8 @@ class BlockHead(HeadModel):
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:
         """Yield ways to interpret the head's file, the configured one first. The next ones combine feature layers,
-        shifted by one where the target has them, with both values of `shifted` and of `causal`. The last ones change
-        only the RoPE base or only the embedding scale.
+        unchanged or shifted by one, with both values of `shifted` and of `causal`. The last ones change only the RoPE
+        base or only the embedding scale.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
@@ -412,7 +412,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Append keys and values of committed tokens to `entries`; return their fused features, `hidden`."""
+        """Append the keys and values of committed tokens to `entries`; return the tokens' fused features, `hidden`."""
         assert hidden is not None
         self._head.write_context(hidden, Rope(*places), entries)
         return at_wanted(hidden, wanted)
@@ -524,8 +524,8 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Add the log confidence in w parents to the scores `[..., w, k]` of their children, if the head predicts one.
-        The confidence is computed from the slot's output `hidden` `[..., 1, h]` and the parents' rows `before`
+        """Add the log confidence to the scores `[..., w, k]` of w parents' children, if the head predicts a
+        confidence. The prediction reads the slot's output `hidden` `[..., 1, h]` and the parents' rows `before`
         `[..., w, r]`.
         """
         if not self._config.confidence:

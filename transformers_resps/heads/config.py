@@ -111,9 +111,9 @@ class DraftHeadConfig(HeadConfig):
         hidden_size: width h of the head.
         num_hidden_layers: number of decoder layers; published heads have one.
         head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
-        max_position_embeddings: for RoPE types that depend on it. The head reads texts of any length.
+        max_position_embeddings: used only by RoPE types that depend on it. The head reads texts of any length.
         sliding_window: number of newest positions that the head sees when it drafts; `None` for all. Old positions
-            leave in groups, so it may see up to 1/16 fewer. In training it sees all.
+            are dropped in groups, so it may see up to 1/16 fewer. In training it sees all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
         attention_bias: whether the query, key and value projections have biases.
         attention_output_bias: whether the attention's output projection has a bias.
@@ -127,14 +127,13 @@ class DraftHeadConfig(HeadConfig):
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
         owns_embedding: whether the head has its own embedding table, not the target's; needed if the widths differ.
         owns_output_head: whether the head has its own output head, not the target's.
-        norm_before_residual: whether the first layer's residual is the feature after its norm (speculators; EAGLE-3.1)
-            instead of before it.
+        norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); not with `norm_before_fc`.
-        feedback_post_norm: whether the next drafted token's input is the output after `norm` (EAGLE-3.1), not before.
+        feedback_post_norm: whether drafting the next token reads the output after `norm` (EAGLE-3.1), not before it.
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
-        mask_token_id: token of the placeholders by which a P-EAGLE head drafts in one pass; `None` for other heads.
-        parallel_levels: number of tokens that a P-EAGLE head drafts; `None` for other heads.
+        mask_token_id: token of the placeholders in a P-EAGLE head; `None` for other heads.
+        parallel_levels: number of tokens that a P-EAGLE head drafts in one pass; `None` for other heads.
         default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is drafted without a policy.
             `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
         target: name and sizes of the model the head was made for; `None` if unknown.
@@ -271,7 +270,7 @@ class BlockHeadConfig(HeadConfig):
         confidence: whether the head also predicts how probably a token is accepted (confidence head).
         confidence_with_markov: whether the confidence head also reads the previous token's row (see `MarkovHead`).
         conv_kernel_size: taps of the convolutions around attention and MLP; `None` for no convolutions.
-        conv_group_size: number of channels that share computed weights of a kernel.
+        conv_group_size: number of channels that share the computed weights of a kernel.
     """
 
     model_type = BLOCK.saved_as

@@ -103,7 +103,7 @@ class DraftAttention(nn.Module):
         queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # one rotation for both
+        if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # rotate both together
             turned = rope.turn(torch.cat([queries, keys], dim=1))
             queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
         else:
@@ -228,7 +228,8 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
             The URL of the commit.
 
         Raises:
-            OSError: the Hub refused the upload, or the connection broke. Nothing was committed.
+            OSError: the Hub refused the upload, and nothing was committed. A `ConnectionError` if the connection
+                broke: all files were committed or none.
         """
         card, message = self.plain_card(repo_id), commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
@@ -259,14 +260,14 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_beside(self.device, input_embedding(target))
 
     def packed_view(self) -> Self:
-        """Return a copy of the head that computes with packed weights, or the head itself if that is no faster. The
-        copy shares all parameters with the head. It is valid until modules are added to the head or replaced. Packing
-        happens once: the head keeps the packed weights for later calls.
+        """Return a copy of the head with weights in a layout that is fast on CPUs (packed), or the head itself if that
+        is no faster. The copy shares all parameters with the head, and is valid until modules of the head are added or
+        replaced. Packing happens once: the head keeps the packed weights for later calls.
         """
         return self._packed.view(self)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the target is ours
+    def from_pretrained(  # type: ignore[override]  # adds the argument `target`
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         target: PreTrainedModel | None = None,

@@ -112,9 +112,9 @@ def unroll(
 ) -> Tensor:
     """Predict the next `levels` tokens at every position of whole texts: `[levels, b, q, h]`, after the final norm.
 
-    At level k, slot t reads the true token t + 1 + k at position t + k and predicts token t + 2 + k. Level 0 also
-    reads the features; later levels read the output of the level before instead. Outputs that predict a token after
-    the end of the text are meaningless.
+    At level k, the slot of position t reads the true token t + 1 + k, placed at position t + k, and predicts token
+    t + 2 + k. Level 0 also reads the features; later levels read the output of the level before instead. Outputs that
+    predict a token after the end of the text are meaningless.
 
     Args:
         model: a bound head. If it has several depths, level k runs depth k, which sees only keys of that depth.

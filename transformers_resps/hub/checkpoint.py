@@ -35,7 +35,7 @@ class CheckpointFiles:
 
     Raises:
         ValueError: a file is missing or damaged, or holds more than tensors.
-        OSError: the Hub refuses.
+        OSError: the Hub refuses the request.
     """
 
     def __init__(self, name: str | os.PathLike[str], hub: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class RepositoryFiles:
 
         Raises:
             ValueError: the id is no Hub id, or the file is damaged both times.
-            OSError: the Hub refuses.
+            OSError: the Hub refuses the request.
             ConnectionError: the Hub cannot be reached, or the connection broke.
         """
         path = self._download(name, **self._hub)
@@ -113,7 +113,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file from a folder, or from the cached commit of a Hub id; `None` if missing. Errors as in `fetch`."""
+    """Fetch a file from a folder, or by `RepositoryFiles.fetch` from a Hub id's cached commit; `None` if missing."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

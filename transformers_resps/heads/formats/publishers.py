@@ -57,7 +57,7 @@ def _publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
 class PublishedConfig:
     """A published `config.json`, with the user's corrections."""
 
-    fields: dict[str, Any]  # also those of `transformer_layer_config` and `eagle_config`; no nulls
+    fields: dict[str, Any]  # merged with `transformer_layer_config` and `eagle_config`, without nulls
     corrections: dict[str, Any]  # fields that the user passed; they are also in `fields`
     publisher: Publisher  # decides what the fields mean
     source: str  # Hub id or folder, for messages

@@ -43,7 +43,7 @@ def read_checkpoint(
     Raises:
         ValueError: a file is missing, damaged, or holds more than tensors. Or the arguments are neither a name nor a
             config and a state dict.
-        OSError: the Hub refuses.
+        OSError: the Hub refuses the request.
     """
     if name is not None and tensors is None:
         found, weights = _read_files(os.fspath(name), hub)
@@ -189,7 +189,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """Return which optional parts the tensors or config state; `check_exact` reports parts without tensors."""
+    """Return which optional parts the tensors or config state. `check_exact` reports a part that has no tensors."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
@@ -326,7 +326,7 @@ class PublishedHead:
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return `fields` with `owns_...` flags, and the tensors without the borrowed parts of the target."""
+        """Return `fields` with `owns_...` flags, and the tensors without copies of the target's."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -358,7 +358,7 @@ _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Ends of c
 
 
 class WholeModelError(ValueError):
-    """A head is needed, but the checkpoint is a whole model."""
+    """Raised if a head is needed, but the checkpoint is a whole model."""
 
     model_type: str | None = None  # of the whole model
 

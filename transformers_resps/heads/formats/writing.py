@@ -214,7 +214,7 @@ def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Return whether to write all four biases: engines have one flag for all, and do not initialize missing ones."""
+    """Return whether to write biases of all projections: engines have one flag, and do not initialize missing ones."""
     return config.attention_bias or config.attention_output_bias
 
 
