@@ -1,4 +1,4 @@
-"""Who proposes tokens: the source that a user passes, the drafter of one call, and what sources of levels share."""
+"""Draft sources, which users pass and which live between calls, and drafters, which propose tokens in one call."""
 
 from .cache import DraftCache, Entries
 from .drafter import Committed, Drafter, DraftRequest

@@ -1,8 +1,8 @@
-"""A model that fills a block of slots in one pass, and the draft of the likeliest paths through it.
+"""Draft a tree with a block model, which predicts all levels in one pass over a block: one slot for each level.
 
-DDTree (arXiv 2604.12989): a path scores the sum of its tokens' log probabilities, each from its own slot. No node that
-ranks below the best B of its level is among the best B of all, so the best B of each level hold the tree. With
-corrections along each path it is DominoTree (arXiv 2607.08642), level by level.
+This is DDTree (arXiv 2604.12989): the score of a path is the sum of its tokens' log probabilities, each from the slot
+of its level. The best B nodes of all are among the best B nodes of their levels, so a level keeps only B nodes. If the
+model also corrects the scores by the path above a node, this is DominoTree (arXiv 2607.08642).
 """
 
 from abc import abstractmethod
@@ -24,27 +24,22 @@ from .text import Prefix
 
 
 class BlockSlots(NamedTuple):
-    """Outputs of a pass at the slots that predict the next D tokens.
+    """Outputs of one pass of a block model for the next D tokens."""
 
-    Attributes:
-        hidden: `[b, D, h]` the outputs that an output head multiplies.
-        logits: `[b, D, d]` fp32.
-        first: `[b, h]` the output at the root where another slot predicts the first token; `None` where it does.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    first: Tensor | None = None
+    hidden: Tensor  # [b, D, h] inputs of the output head
+    logits: Tensor  # [b, D, d] fp32
+    first: Tensor | None = None  # [b, h] output of the root's slot; `None` if this slot predicts the first token
 
 
 class Branching(NamedTuple):
-    """Candidates that may follow a node: each slot has the same m, whatever path leads there.
+    """The candidates for each of D levels, the same m candidates for all nodes of a level, and their scores.
 
     Attributes:
         candidates: `[b, D, m]` target ids.
-        scores: (a level, from 0 on; the places of its nodes among all children of the level before, `[b, w]`, `None`
-            for the root; a correction's state of the paths to their parents) -> fp32 log probabilities of the
-            candidates below each node, `[b, 1 or w, m]`, -inf for no child; the correction's state of the nodes.
+        scores: `scores(level, chosen, state)` returns fp32 log probabilities of the candidates of `level` (from 0)
+            below each of its w parents, `[b, 1 or w, m]`, -inf for no child; and a new state. `chosen` `[b, w]` are
+            the parents' indices among all their level's candidates, `None` for the root. `state` is the one that the
+            call for the level above returned, at first `None`.
     """
 
     candidates: Tensor
@@ -52,14 +47,12 @@ class Branching(NamedTuple):
 
 
 class BlockModel(StepModel):
-    """A source of blocks as it drafts for one target.
-
-    Its cache has the positions whose features are known. The root comes after them.
+    """A block model bound to one target. Its cache holds all positions with known features; the root comes next.
 
     Attributes:
-        block_levels: most tokens that a block drafts.
-        most_children: most children that a node can have.
-        patterns: the keys that a slot sees, in each layer.
+        block_levels: maximum number of tokens that a block drafts.
+        most_children: maximum number of children of a node.
+        patterns: for each layer, which keys a slot attends to.
     """
 
     block_levels: int
@@ -72,7 +65,7 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def width(self, levels: int) -> int:
-        """Count the slots of a pass that drafts so many tokens, the root's included."""
+        """Return the number of slots, the root's included, of a pass that drafts `levels` tokens."""
 
     @abstractmethod
     def fill(
@@ -87,25 +80,25 @@ class BlockModel(StepModel):
         """Run one pass over a block.
 
         Args:
-            newest: `[b, 1, h]` output of `run` at the newest tokens.
+            newest: `[b, 1, h]` output of `run` at the newest token.
             root: `[b]` the newest tokens.
-            levels: tokens to predict.
-            places: places of the block's slots.
-            entries: the text's, and room for the block's.
-            masks: for each layer, `[b or 1, 1, q, s]` bool over the entries; `None` where each slot sees all.
+            levels: number of tokens to predict.
+            places: `StepModel.places` of the block's slots.
+            entries: keys and values of the text, with room for those of the block.
+            masks: for each layer, `[b or 1, 1, q, s]` bool over the entries; `None` hides nothing.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
-        """Make the candidates of a tree below the root `[b]`. Here each slot is guessed apart, whatever its path.
+        """Return candidates and scores below the root `[b]`. By default scores do not depend on the path to a node.
 
-        `ranks` `[k]` is added to the scores of a node's k likeliest children, which are its only ones.
+        The k likeliest tokens of a level are its candidates, and `ranks` `[k]` is added to their scores.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
         return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
 
     def oldest_seen(self, length: int) -> int:
-        """Position of the oldest token that is kept: one that a slot sees is never forgotten."""
+        """Return the oldest position to keep in the cache. No slot attends to an older one."""
         if self.sliding_window is None:
             return 0
         stride = max(self.sliding_window // 16, 1)
@@ -113,20 +106,14 @@ class BlockModel(StepModel):
 
 
 class BlockPaths(NamedTuple):
-    """The best n nodes of each level below a root.
+    """The best n nodes of each of D levels below a root."""
 
-    Attributes:
-        tokens: `[b, D, n]`.
-        origins: `[b, D, n]` place of the parent among those of the level before.
-        scores: `[b, D, n]`, falling along each level; -inf after the last node.
-    """
-
-    tokens: Tensor
-    origins: Tensor
-    scores: Tensor
+    tokens: Tensor  # [b, D, n]
+    origins: Tensor  # [b, D, n] index of each node's parent in the level above
+    scores: Tensor  # [b, D, n] path scores, the best first; -inf for padding at the end of a level
 
     def pool(self, shape: TreeShape) -> CandidatePool:
-        """Make the pool of a shape's levels."""
+        """Convert to a pool with the levels and level sizes of `shape`."""
         sizes, (tokens, origins, scores) = level_sizes(shape), self
         starts = [-1, *accumulate(sizes[:-1], initial=0)][: len(sizes)]
         parts = [[part[:, level, :size] for level, size in enumerate(sizes)] for part in (tokens, origins, scores)]
@@ -136,7 +123,7 @@ class BlockPaths(NamedTuple):
 
 
 def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
-    """Find the best n nodes of each level; `above` `[b, n]` is as in `bounds`."""
+    """Find the best n nodes of each level, starting with the scores `above` `[b, n]` from `bounds`."""
     candidates, follow = branching
     chosen, state, best, scores = None, None, [], []
     for level in range(levels):
@@ -150,14 +137,15 @@ def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
 
 
 def level_sizes(shape: TreeShape) -> list[int]:
-    """Count the nodes of each level: as many as the tree may have, unless there are fewer."""
+    """Return how many nodes each level keeps: as many as the whole tree may have, or all if there are fewer."""
     most = shape.total_tokens - 1
     return [min(most, shape.top_k**level) for level in range(1, shape.depth + 1)]
 
 
 def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Make what a tree begins with: scores `[rows, n]` of a level of n places that is a root alone; and what is added
-    to the scores of a node's k likeliest children, `[k]`.
+    """Return path scores `[rows, n]` of a level with only a root, for `best_paths`; and zeros `[k]` for `branching`.
+
+    Their sizes set the size of the draft: n nodes for each level, k children for each node.
     """
     above = torch.full((rows, shape.total_tokens - 1), -torch.inf, device=device)
     above[:, 0].fill_(0.0)
@@ -165,7 +153,7 @@ def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, T
 
 
 class BlockPass(FirstPass[BlockPaths]):
-    """Reads the newest pairs, fills a block below them, and finds the best paths through it."""
+    """Runs the model over the newest pairs and a block after them, and finds the best paths through the block."""
 
     sizes = (*FirstPass.sizes, "bn", "k")
 
@@ -201,13 +189,13 @@ class BlockPass(FirstPass[BlockPaths]):
 
 
 def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
-    """Make the mask of a block's slots, `[b or 1, 1, count, count + length]`: the block, then the text."""
+    """Return a block's mask `[b or 1, 1, count, count + length]` over itself and the text; `None` hides nothing."""
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
     if seen is None and not pattern.is_causal and not is_cut:
         return None
     block = torch.ones(1, count, count, dtype=torch.bool, device=device)
-    block = block.tril() if pattern.is_causal else block  # shorter than any window
+    block = block.tril() if pattern.is_causal else block  # no window cuts it: a block is shorter than any window
     seen = torch.ones(1, 1, length, dtype=torch.bool, device=device) if seen is None else seen[:, None]
     if is_cut:
         own = torch.arange(count, device=device) + (length if ends is None else ends)  # [(b or 1,) count]
@@ -216,8 +204,9 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 
 
 class BlockDraft(Draft[BlockPaths]):
-    """Drafts all levels by the pass over a block. A shape's `top_k` is the most children of a node, and a level keeps
-    as many nodes as the tree may have. `goes_on` is not asked.
+    """Drafts all levels in one pass over a block, and never calls `goes_on`.
+
+    A node has at most `top_k` children, and a level keeps as many nodes as the whole tree may have.
     """
 
     at_once = True

@@ -1,4 +1,4 @@
-"""The KV cache of a drafter, and what the tokens of one pass attend to in it."""
+"""The KV cache of a draft model, and the object through which the tokens of one pass write to it and attend."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ _TREE_ROOM = 128  # Slots for a tree in a new cache.
 
 
 class Entries(ABC):
-    """The keys and values that the tokens of one pass attend to, and the place of their own.
+    """Stores the keys and values of one pass, and returns all keys and values that its tokens attend to.
 
-    Layers of Transformers take it as their cache, and `mask` as their attention mask.
+    Layers of Transformers get this object as their cache, and `mask` as their attention mask.
 
     Attributes:
         mask: `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where attended; `None` for plain
-            causal attention, or for attention to everything from one query.
-        first_slot: slot of the first of the s entries. Those from slot 0 on are the text's, in its order.
-        is_compileable: asked by models of Transformers.
+            causal attention, or if a single query attends to all entries.
+        first_slot: slot of the first of the s entries. Slots from 0 on hold the text, in its order.
+        is_compileable: read by models of Transformers.
     """
 
     mask: Tensor | None = None
@@ -33,40 +33,40 @@ class Entries(ABC):
 
     @abstractmethod
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
+        """Store the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from the queries `[b, heads, q, hd]` of the newest q of the t tokens; returns `[b, heads, q, hd]`."""
+        """Store keys and values of t tokens, and attend from the newest q: `[b, heads, q, hd]` -> the same shape."""
         mask = self.mask
         return attend(
             queries, *self.update(keys, values, layer), None if mask is None else mask[:, :, -queries.shape[2] :]
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Asked by models of Transformers, which get positions and a mask all the same."""
+        """Return 0. Models of Transformers ask for it, but get positions and a mask anyway."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Asked where `mask` is `None`."""
+        """Return 0. Models of Transformers ask for it if `mask` is `None`."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Asked where `mask` is `None`: the tokens of the pass alone make a causal mask, or one needs none."""
+        """Return the length and offset of a mask over the pass's own tokens. Transformers asks if `mask` is `None`."""
         return query_length, 0
 
 
 class DraftCache:
-    """Preallocated keys and values of every layer; the caller knows what each slot holds.
+    """Preallocated keys and values of every layer. The caller tracks what each slot holds.
 
-    The text has the slots 0, 1, ..., a tree negative ones, so that both lie side by side and trees stay in place while
-    the text grows. The next tree overwrites the last (EAGLE's stable keys), so dropping one costs nothing. Buffers
-    start as zeros: a masked slot may be read.
+    The text has the slots 0, 1, ..., and a draft tree the negative slots before them, so that the tree stays in place
+    while the text grows. The next tree overwrites the last one (EAGLE's stable keys), so dropping a tree costs
+    nothing. Buffers start as zeros, since attention reads masked slots, too.
 
     Args:
-        buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer that has
-            none gets them when it first writes.
-        tree_room: slots for a tree.
-        device: where masks are made; the buffers' own where there are some.
+        buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
+            buffers gets them when it first writes.
+        tree_room: number of slots for a tree.
+        device: device of the masks; ignored if there are buffers, whose device is then used.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class DraftCache:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """Keys and values of each layer in turn, those of layers that have written since included."""
+        """Keys and values of each layer in turn, for all layers that have buffers by now."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     @property
     def tree_room(self) -> int:
-        """Slots for a tree."""
+        """Number of slots for a tree."""
         return self._tree_room
 
     @property
     def capacity(self) -> int:
-        """Slots for the text."""
+        """Number of slots for the text."""
         return self._capacity
 
     def reserve(self, length: int, tree: int = 0) -> None:
-        """Make room for `length` positions of the text, which is kept, and `tree` nodes."""
+        """Grow the buffers, if needed, to hold `length` positions of the text and `tree` nodes; entries are kept."""
         more = length - self._capacity + _GROWTH if length > self._capacity else 0
         ahead = max(tree - self._tree_room, 0)
         if more or ahead:
@@ -105,7 +105,7 @@ class DraftCache:
             self._capacity, self._tree_room = self._capacity + more, self._tree_room + ahead
 
     def forget(self, count: int, length: int) -> None:
-        """Drop the first `count` positions of a text of `length`. The others move to its beginning."""
+        """Drop the first `count` of the text's `length` positions, and move the other entries to the front."""
         room = self._tree_room
         for kept in self.buffers if count < length else ():
             kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
@@ -119,30 +119,29 @@ class DraftCache:
         drafted: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Entries:
-        """Attention of one pass, which writes its keys.
+        """Return the `Entries` for one pass, which writes its keys and values into this cache.
 
-        Without `drafted` and `mask` the tokens are of a text, and none sees a later one.
+        Without `drafted` and `mask`, the pass is over tokens of the text, and attention is causal. If a layer has
+        fewer queries than keys, the queries are those of the newest tokens.
 
         Args:
-            where: the first of the slots of all rows, below 0 for a tree; or each row's own, `[b or 1, t]`.
-            end: slot after the last of the text that is seen.
-            seen: `[b or 1, end]` bool, false where a slot of the text is hidden from all tokens but its own; `None`
-                where none is.
-            drafted: `[b, t, e]` bool: which of the e newest entries of the tree each of its nodes sees.
-            mask: `[b or 1, 1, q, s]` bool over the slots from 0, or `where` if that is lower, to `end`.
-
-        Fewer queries than keys are those of the newest tokens.
+            where: slot of the first token in every row, below 0 for a tree; or each row's slots, `[b or 1, t]`.
+            end: slot after the last one of the text that is attended to.
+            seen: `[b or 1, end]` bool, false where a slot of the text is hidden from all other tokens; `None` hides
+                no slot.
+            drafted: `[b, t, e]` bool: which of the tree's e entries, in slots -e to -1, each of t nodes attends to.
+            mask: `[b or 1, 1, q, s]` bool over the slots from `min(where, 0)` to `end`.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 
     def all_seen(self, length: int) -> Tensor:
-        """`[1, length]` of true."""
+        """Return a mask `[1, length]` that is true everywhere."""
         if self._true is None:
             self._true = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's buffers, which hold entries such as these: slot i is at `tree_room + i`."""
+        """Return the layer's buffers, made like `keys` and `values` if missing. Slot i is at index `tree_room + i`."""
         if layer not in self._layers:
             slots = self._tree_room + self._capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -150,7 +149,7 @@ class DraftCache:
         return self._layers[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these, `[r]` on the cache's device."""
+        """Drop all rows except `rows`, `[r]` indices on the cache's device."""
         self._layers = {
             layer: (keys.index_select(0, rows), values.index_select(0, rows))
             for layer, (keys, values) in self._layers.items()
@@ -158,7 +157,7 @@ class DraftCache:
 
 
 class _CacheEntries(Entries):
-    """See `DraftCache.attend`. The mask is made when a layer first asks for it, since some have fewer queries."""
+    """Implements `DraftCache.attend`. The mask is made when a layer first needs it, for that layer's queries."""
 
     def __init__(
         self,
@@ -180,7 +179,10 @@ class _CacheEntries(Entries):
         return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
 
     def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
-        """`[b or 1, 1 or copies, queries, s]` of the newest tokens. A tree's is laid out for heads that share keys."""
+        """Return the newest tokens' mask `[b or 1, 1 or copies, queries, s]`; only a tree's mask has copies.
+
+        There is a copy for each of the query heads that share a key head.
+        """
         if self._made is None:
             if self._seen is None and self._is_plain(queries):
                 return None
@@ -188,7 +190,7 @@ class _CacheEntries(Entries):
         return self._made[:, :, -queries:]
 
     def _is_plain(self, queries: int) -> bool:
-        """Whether the queries see all entries, or all up to their own where they begin a text."""
+        """Whether no mask is needed: the queries attend to all entries, or causally from the text's first token on."""
         if self._drafted is not None:
             return queries == 1
         return not isinstance(self._where, Tensor) and (queries == 1 or self._where == 0)
@@ -205,7 +207,7 @@ class _CacheEntries(Entries):
         mask = order <= own
         if self._seen is not None:
             mask = mask & self._seen[:, None]
-            mask = mask | (order == own)  # with nothing to see, a hidden token would become NaN
+            mask = mask | (order == own)  # a hidden token sees itself: without any key its output would be NaN
         return mask[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Grows one tree of the tokens that may follow a text, by their odds: tokens that followed at places that end like it.
+"""Build a tree of likely next tokens from places where texts contain the present text's last tokens.
 
-Growing a tree of frequencies best first is SuffixDecoding (arXiv 2411.04975, section 4). A frequency at few places is
-no probability, so the odds of a token are the acceptance rate of tokens with like evidence.
+As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. A token's frequency at a few
+places is a poor estimate of its probability, so its odds here are the acceptance rate of tokens with similar evidence.
 """
 
 from array import array
@@ -15,32 +15,32 @@ from ..tree import Branches
 from .suffixes import SEPARATOR, Suffixes
 
 
-LONGEST_DRAFT = 16  # Levels of a tree at most.
-_MOST_PLACES = 24  # Places at most that a match is judged by.
-_MATCHES = 3  # Lengths of match that are looked at: the longest, half of it, a quarter.
-_LEAST_SHARE = 1 / 16  # Share of the places at which a token must have followed.
-_LEAST_ODDS = 0.02  # Odds that a node must have.
-_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match of each class.
-# Acceptance before anything is known, measured on the benchmarks' kind of texts:
+LONGEST_DRAFT = 16  # Maximum number of levels of a tree.
+_MOST_PLACES = 24  # Maximum number of places that are examined for a match length.
+_MATCHES = 3  # Maximum number of match lengths that are used: the longest one, half of it, and so on.
+_LEAST_SHARE = 1 / 16  # Minimum share of the places at which a token must have followed.
+_LEAST_ODDS = 0.02  # Minimum odds of a node.
+_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length of each class.
+# Acceptance rates that are assumed before any outcome is recorded, measured on texts like those of the benchmarks:
 _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # of a token that followed at the only place, by class of length;
-_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of one that followed at each of several places;
-_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of one that followed at some, by their share;
-_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # where a drafter has only others.
-_NOWHERE = -2  # Index of a node that a drafter lacks.
-_PRIOR_WEIGHT = 4.0  # Outcomes that a prior counts as.
-_MEMORY = 0.98  # Weight of a record when an outcome is added.
+_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of a token that followed at all of several places, by this class;
+_SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # if a drafter has only other tokens.
+_NOWHERE = -2  # Index of a node that the other drafter did not propose.
+_PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
+_MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome is recorded.
 
 
 def length_class(length: int) -> int:
-    """Classify a match by its tokens, at least one."""
+    """Return the class of a match of `length` tokens, at least one."""
     return bisect_right(_LENGTHS, length) - 1
 
 
 class TrackRecord:
-    """Counts how often members of each class were right. Recent outcomes weigh more.
+    """Tracks how often the members of each class were right. Recent outcomes weigh more.
 
     Args:
-        priors: share of right ones in each class, before anything is known.
+        priors: rate of each class that is assumed before any outcome is recorded.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -48,7 +48,7 @@ class TrackRecord:
         self._tried = [_PRIOR_WEIGHT] * len(priors)
 
     def rate(self, index: int) -> float:
-        """Estimate the probability that a member of a class is right."""
+        """Estimate the probability that a member of the class `index` is right."""
         return self._right[index] / self._tried[index]
 
     def add(self, index: int, right: bool) -> None:
@@ -57,9 +57,9 @@ class TrackRecord:
 
 
 def match_record() -> TrackRecord:
-    """Make a record of tokens that followed a match, by its length and the share of places at which they followed.
+    """Make the record of looked-up tokens, with a class for each match length and share of the places.
 
-    Its last classes are of tokens whose place a drafter gave to others alone, by their odds without that.
+    Its last classes are for tokens where another drafter proposed only other tokens, by their odds without this fact.
     """
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
@@ -76,37 +76,32 @@ def _class_of(length: int, count: int, places: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Texts that are searched.
+    """Texts that are searched."""
 
-    Attributes:
-        parts: the texts. They may grow between two searches.
-        record: how often tokens found in them were right.
-        proposer: their flag of `DraftTree.proposers`.
-    """
-
-    parts: Sequence[Suffixes]
-    record: TrackRecord
-    proposer: int
+    parts: Sequence[Suffixes]  # the texts, which may grow between two searches
+    record: TrackRecord  # how often tokens found in these texts were right
+    proposer: int  # the flag in `DraftTree.proposers` of nodes found in these texts
 
 
 class Remembered(Protocol):
-    """Texts of earlier calls, to which other threads may add."""
+    """Holds texts of earlier calls. Other threads may add texts."""
 
     @property
     def corpus(self) -> Corpus:
-        """The texts now."""
+        """The texts that it holds now."""
         ...
 
 
-Place = tuple["array[int]", int, int]  # tokens, where in them the text ended alike, and how many there were then
+# A text's tokens, the position after a match in them, and the number of tokens at the time of the search.
+Place = tuple["array[int]", int, int]
 
 
 class _Occurrences:
-    """Places of one corpus that end like the text, and the `depth` tokens that followed at all of them.
+    """Places in one corpus at which the text's last tokens were followed by the same `depth` tokens.
 
     Attributes:
-        corpus: the one that has the places.
-        odds: odds of the newest of these tokens.
+        corpus: the texts that contain the places.
+        odds: probability that the last of the `depth` tokens is right.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -118,7 +113,7 @@ class _Occurrences:
 
     @property
     def opposed_odds(self) -> float:
-        """Odds of the newest token if a drafter proposes only others."""
+        """Odds of the last token if another drafter proposes only other tokens in its place."""
         return self.corpus.record.rate(self._opposed_class)
 
     @property
@@ -126,14 +121,14 @@ class _Occurrences:
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
 
     def followers(self) -> "dict[int, _Occurrences]":
-        """Find the tokens that follow at more than a few places, and where each does."""
+        """Map each next token to the places where it follows, if these are at least `_LEAST_SHARE` of all."""
         if self._followers is not None:
             return self._followers
         found: dict[int, list[Place]] = {}
         for place in self._places:
             tokens, position, count = place
             at = position + self._depth
-            if at >= count:  # a match that runs into the text's end goes on by repeating itself
+            if at >= count:  # at the text's end: go on as if the tokens after the match repeated
                 at = position + self._depth % (count - position)
             found.setdefault(tokens[at], []).append(place)
         found.pop(SEPARATOR, None)
@@ -146,14 +141,14 @@ class _Occurrences:
         return self._followers
 
     def judge(self, token: int) -> "list[_Occurrences]":
-        """Record which follower was right, by the text's next `token`; returns its places, if it is one."""
+        """Record for each follower whether it is the text's next `token`; return the right follower, if any."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             record.add(below._class, own == token)
         return [followers[token]] if token in followers else []
 
     def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """Like `judge`, but only for tokens the drafter did not propose, at a node where it proposed others."""
+        """Like `judge`, but record only followers that are not among the tokens `drafted` by another drafter here."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             if own not in drafted:
@@ -162,21 +157,22 @@ class _Occurrences:
 
 
 class Continuations:
-    """A tree of tokens that may follow a text. It grows best first, as far as a caller asks.
+    """A tree of tokens that may follow a text. It grows on demand, by the likeliest node first.
 
     Args:
-        text: the text that goes on.
-        corpora: searched for its end.
-        never_drafted: tokens that end a branch.
+        text: the text to continue.
+        corpora: texts that are searched for the last tokens of `text`.
+        never_drafted: tokens that are never proposed.
         branches: whether nodes may have several children; otherwise they are a chain of the likeliest tokens.
 
     Attributes:
         tokens: token of each node, every parent before its children.
         parents: parent of each node; -1 is the text's end.
-        odds: odds that the text goes on along the whole path to each node; falling.
-        proposers: flags of the corpora that each node was found in.
-        odds_beside: odds of the nodes that a drafter does not have, 0 for others; `None` before `weigh_beside`.
-        shared: the drafter's nodes that are among these, with the odds here.
+        odds: probability of the whole path to each node, in descending order.
+        proposers: flags of the corpora in which each node was found.
+        odds_beside: odds of the nodes that another drafter did not propose, 0 for the nodes that it proposed; `None`
+            before `weigh_beside`.
+        shared: maps nodes of the other drafter that are also in this tree to their odds here.
     """
 
     def __init__(
@@ -194,13 +190,13 @@ class Continuations:
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
         self._heap: list[tuple[float, int, int, int, int, list[_Occurrences]]] | None = None
         self._pushed = 0
-        self._found = list[list[_Occurrences]]()  # of each node
-        self._drafted: dict[int, dict[int, int]] = {}  # children of a drafter's nodes
+        self._found = list[list[_Occurrences]]()  # the places of each node
+        self._drafted: dict[int, dict[int, int]] = {}  # the other drafter's node -> its children's tokens -> nodes
         self.odds_beside: list[float] | None = None
         self.shared: dict[int, float] = {}
 
     def grow(self, most: int) -> "Continuations":
-        """Grow to `most` nodes, or as many as there are, and return the tree."""
+        """Grow the tree to `most` nodes, or to all possible nodes if there are fewer, and return it."""
         if self._heap is None:
             self._heap = []
             if not self._ends:
@@ -234,9 +230,10 @@ class Continuations:
             del self._heap[1:]
 
     def weigh_beside(self, tokens: Sequence[int], parents: Sequence[int], most: int) -> None:
-        """Weigh the `most` best nodes beside those of a drafter, whose parents are -1 for the text's end.
+        """Compare the `most` best nodes with another drafter's nodes, and set `odds_beside` and `shared`.
 
-        A node is far less likely where the drafter proposes only other tokens; the record says how much.
+        Parents are -1 at the text's end. A node is far less likely if the other drafter proposes only other tokens in
+        its place; the record says how much.
         """
         self._drafted, self.shared, self.odds_beside = {}, {}, []
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
@@ -253,9 +250,9 @@ class Continuations:
             self.odds_beside.append(0.0 if node in twins else reached[node])
 
     def branches(self, most: int, least_prob: float) -> Branches:
-        """List the best nodes. Those below `least_prob` that carry no better one get no probability.
+        """Return the `most` best nodes. A node below `least_prob` gets probability 0, unless a descendant is above it.
 
-        Nodes that the drafter has, too, are kept, for a policy may cut the drafter's tree short.
+        Nodes that the other drafter proposed, too, keep theirs, since a policy may shorten the other drafter's tree.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
@@ -267,13 +264,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Learn from the tokens that the text went on with, whether or not they were proposed."""
+        """Record outcomes, given the tokens that followed the text, whether or not they were proposed."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Learn how often the nodes were right that the drafter beside them lacked."""
+        """Record how often nodes were right that the other drafter lacked, given the tokens that followed the text."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)
@@ -284,7 +281,7 @@ class Continuations:
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
-    """Find the places that end like the text, by the longest match and by shorter ones that have more places."""
+    """Find places with the text's last tokens: for the longest match, and for shorter ones that have more places."""
     searches = [(part, part.search(context)) for part in corpus.parts]
     length = max((search.longest for _, search in searches), default=0)
     found, known = list[_Occurrences](), 0

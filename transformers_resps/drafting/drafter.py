@@ -1,4 +1,4 @@
-"""The drafter of one call: a candidate generator of Transformers' own type that proposes trees, too."""
+"""The drafter of one call: a `CandidateGenerator` of Transformers that can also propose trees."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """The draft that a step asks for.
+    """The draft that a decoding step asks a drafter for.
 
     Attributes:
-        shape: up to `depth` levels, at least one, of `top_k` children per node; a lookup gives up to `lookup` nodes.
-        goes_on: decides about another level, by the levels drafted and the scores `[b, k]` of the nodes that would
-            get children; `None` drafts all levels.
-        least_prob: acceptance probability below which a node ends a lookup's chain.
+        shape: at most `depth` levels, at least one, and `top_k` children per node; at most `lookup` nodes of a lookup.
+        goes_on: decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of
+            the nodes that would get children; `None` drafts all levels.
+        least_prob: minimum acceptance probability of nodes from a lookup.
     """
 
     shape: TreeShape
@@ -29,14 +29,14 @@ class DraftRequest:
 
 
 class Committed(NamedTuple):
-    """Tokens that the text has gained, at first the prompt and the target's pick after it.
+    """Tokens that were added to the text: first the prompt and one token of the target, then those of each step.
 
     Attributes:
-        tokens: `[b, t]`. A row that gained fewer repeats its last.
-        features: `[b, t, F]` the target's, at the position before each token; a prompt has one less. `None` where no
-            drafter reads features.
-        rows: the tokens that each row gained, on the host; `None` where all rows gained t.
-        tree: the tree that held them; `None` for the prompt.
+        tokens: `[b, t]`. A row that gained fewer tokens repeats its last one.
+        features: `[b, t, F]` features of the target at the position before each token; one fewer for a prompt. `None`
+            if no drafter reads features.
+        rows: the tokens that each row gained, on the host; `None` if all rows gained t.
+        tree: the draft tree that the tokens were accepted from; `None` for the prompt.
     """
 
     tokens: Tensor
@@ -48,17 +48,17 @@ class Committed(NamedTuple):
 class Drafter(CandidateGenerator, ABC):
     """Drafts for the rows of one call.
 
-    Our loop asks it for the nodes of a tree, Transformers' assisted decoding for a chain: its best path. A subclass
-    writes `draft` and `observe`.
+    Our decoding loop asks for the nodes of a tree; Transformers' assisted decoding gets the tree's best path as a
+    chain. A subclass implements `draft`, `observe` and `keep_rows`.
 
     Attributes:
-        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
-        reads_text: whether it wants the whole text with each request; others get the newest token alone.
-        proposable_tokens: how many tokens it can propose after a node.
-        most_levels: how many levels it can draft; `None` for any number.
-        drafts_at_once: whether one pass gives all levels, so that more of them or of their nodes take next to no time.
-        built_tree: tree of the newest draft with all nodes asked for; `None` where the draft gave the pool alone.
-        chain_length: tokens of a chain, where Transformers' loop asks.
+        feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
+        reads_text: whether each request must pass the whole text instead of only the newest token.
+        proposable_tokens: number of different tokens that it can propose after a node.
+        most_levels: maximum number of levels that it can draft; `None` for no limit.
+        drafts_at_once: whether one pass drafts all levels, so that further levels or nodes take almost no time.
+        built_tree: tree of the newest draft with all requested nodes; `None` if the draft returned only a pool.
+        chain_length: number of tokens of a chain for Transformers' loop.
     """
 
     feature_layers: Sequence[int] = ()
@@ -68,21 +68,21 @@ class Drafter(CandidateGenerator, ABC):
     drafts_at_once: bool = False
     built_tree: DraftTree | None = None
     chain_length: int = 5
-    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # Asked by Transformers' loop.
-    _told = 0  # Tokens that Transformers' loop has shown.
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # Read by Transformers' loop.
+    _told = 0  # Number of tokens that Transformers' loop has passed so far.
 
     @property
     def requires_model_outputs(self) -> bool:  # type: ignore[override]
-        """Asked by Transformers' loop."""
+        """Whether Transformers' loop must pass the target's outputs."""
         return bool(self.feature_layers)
 
     @abstractmethod
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Draft the nodes below the newest token of `[b, s]`; see `get_candidates`."""
+        """Draft nodes below the newest token of `input_ids` `[b, s]`; see `get_candidates`."""
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Take in the tokens that the text has gained."""
+        """Note the tokens that were added to the text."""
 
     @overload
     def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...
@@ -95,16 +95,16 @@ class Drafter(CandidateGenerator, ABC):
     def get_candidates(
         self, input_ids: Tensor, request: DraftRequest | None = None, *, model_outputs: Any = None, **kwargs: Any
     ) -> CandidatePool | tuple[torch.LongTensor, Any]:
-        """Propose what follows.
+        """Propose the next tokens, as a tree for our loop or as a chain for Transformers' loop.
 
         Args:
-            input_ids: `[b, s]` the text, or its newest token where the drafter does not want more.
-            request: what our loop asks for; `None` asks for a chain, as Transformers does.
+            input_ids: `[b, s]` the text, or only its newest token unless `reads_text`.
+            request: what our loop asks for; `None` from Transformers' loop.
             model_outputs: outputs of the newest forward in Transformers' loop, with hidden states.
             kwargs: other arguments of Transformers' loop.
 
         Returns:
-            The nodes of a tree; or the text with a chain after it `[1, s + c]`, and no logits.
+            The nodes of a tree; or the text followed by a chain, `[1, s + c]`, and `None` in place of logits.
         """
         if request is not None:
             return self.draft(input_ids, request)
@@ -121,19 +121,19 @@ class Drafter(CandidateGenerator, ABC):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Learn how many of the newest candidates were kept.
+        """Learn how many of the newest candidates were accepted.
 
         Args:
             input_ids: `[b, s]` as in `get_candidates`.
             scores: `[b, n, v]` the target's logits, after the root and after each node.
-            num_matches: candidates that were kept, in the row that kept most.
-            committed: the new tokens, from our loop. Transformers' shows them when it asks for the next chain.
+            num_matches: number of accepted candidates in the row that accepted most.
+            committed: the new tokens, from our loop. Transformers' loop passes them with its next `get_candidates`.
         """
         if committed is not None:
             self.observe(committed)
 
     def _features(self, outputs: Any, count: int) -> Tensor | None:
-        """Take the features at the position before each of the last `count` tokens, `[1, t, F]`."""
+        """Return the target's features `[1, t, F]` at the position before each of the last `count` tokens."""
         if not self.feature_layers:
             return None
         states = outputs.hidden_states
@@ -145,20 +145,20 @@ class Drafter(CandidateGenerator, ABC):
         return torch.cat([states[layer][:, :count] for layer in self.feature_layers], dim=-1)
 
     def read(self, at_least: int = 1) -> None:
-        """Process observed tokens, if at least so many wait; a draft does so by itself."""
+        """Process the observed tokens now if at least `at_least` are unprocessed; `draft` would do it anyway."""
         return None
 
     def take_compile_seconds(self) -> float:
-        """Take the seconds spent on compiling drafts since the last call."""
+        """Return the seconds spent on compiling since this method was last called."""
         return 0.0
 
     @abstractmethod
     def keep_rows(self, rows: list[int]) -> None:
-        """Draft for these rows only, from now on."""
+        """Drop all rows of the batch except `rows`."""
 
 
 def _best_path(pool: CandidatePool) -> list[int]:
-    """Walk from the root to the likeliest of the deepest nodes that may be right; returns the tokens."""
+    """Return the tokens of the path to the likeliest node of the deepest level, ignoring nodes of probability 0."""
     tokens, parents, scores = (part[0].tolist() for part in (pool.tokens, pool.parents, pool.scores))
     levels = pool.levels.tolist()
     possible = [place for place, score in enumerate(scores) if score > -torch.inf]

@@ -1,4 +1,4 @@
-"""Keeps for each source, from call to call, its cache and its captured drafts or compiled passes."""
+"""Keeps the KV cache and the compiled or captured code of each draft source from call to call."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,19 +21,20 @@ from .step_model import StepModel
 from .text import Pairs, Prefix
 
 
-MAX_UNREAD = 64  # Tokens that may wait: their features weigh more than the keys, and one draft has to read them all.
-_EXAMPLE_SIZES = {"t": 3, "k": 4, "n": 6, "e": 7, "s": 11}  # Of a pass that is compiled; all differ.
+# Maximum number of unprocessed tokens: their features take more memory than keys, and the next draft must read them.
+MAX_UNREAD = 64
+_EXAMPLE_SIZES = {"t": 3, "k": 4, "n": 6, "e": 7, "s": 11}  # Sizes to compile a pass with; all differ.
 
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, each shape once; or compiles their passes, each once for all sizes.
+    """Captures whole drafts of one source, once for each shape; or compiles their passes, once for all sizes.
 
     Args:
-        capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere passes
-            are compiled.
-        clock: seconds.
+        capture: turns a function into one that runs in a single launch. By default it captures a CUDA graph on a GPU;
+            elsewhere nothing is captured, and passes are compiled.
+        clock: returns seconds.
     """
 
     name = "the draft head"
@@ -53,7 +54,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return WeightFingerprint(self.owner.modules, any(part.training for part in self.owner.modules))
 
     def cache(self, rows: int) -> DraftCache:
-        """Give the source's cache for a call with so many rows, at the same place as in earlier calls."""
+        """Return the source's cache for a call with `rows` rows: the one of earlier calls if it fits, or a new one."""
         model, cache = self.owner, self._cache
         self._in_batch = rows > 1
         keys = cache.buffers[0] if cache is not None and cache.buffers else None
@@ -65,14 +66,14 @@ class DraftEngine(CompileEngine[StepModel]):
     def draft(
         self, draft: Draft[Any], pairs: Pairs | None, text: Prefix, before: Root | None
     ) -> tuple[Root, CandidatePool, DraftTree | None]:
-        """Draft over the cache of this engine, see `Draft`: by one launch, by compiled passes, or eagerly.
+        """Draft like `Draft.__call__`, by a captured graph, by compiled passes, or eagerly.
 
         Returns:
-            The root, the pool and, where one launch gave it too, the tree; until the next draft.
+            The root, the pool, and the tree if a graph made it, otherwise `None`. The next draft overwrites them.
         """
         captures = self._capture is not None or self.owner.device.type == "cuda"
         count = 0 if pairs is None else pairs.tokens.shape[1]
-        # A capture is of one number of pairs, and no step leaves more than these.
+        # Each number of pairs needs its own capture. A step leaves at most one pair more than the levels it drafted.
         if captures and pairs is not None and draft.goes_on is None and count <= draft.shape.depth + 1:
             outputs = self._launched(draft, draft.tensors(pairs, text), text.cache)
             if outputs is not None:
@@ -81,7 +82,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return *draft(pairs, text, before, run_eager if is_eager else self.run_pass), None
 
     def _launched(self, draft: Draft[Any], inputs: Sequence[Tensor], cache: DraftCache) -> tuple[Tensor, ...] | None:
-        """Run a whole draft as one launch, which is captured first; `None` where that fails."""
+        """Run a whole draft as one launch, after capturing it if needed; return `None` if that fails."""
         if self.is_broken or not cache.buffers:
             return None
         kind, shape, tree_room, count = type(draft), draft.shape, cache.tree_room, len(inputs)
@@ -99,7 +100,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return outputs
 
     def run_pass(self, one: DraftPass[Given, Found], given: Given) -> Found:
-        """Run a pass by compiled code; eagerly where that fails, or is not worth a compilation."""
+        """Run a pass by compiled code; eagerly if that fails or compiling is not worthwhile."""
         cache = given.text.cache
         outputs = None if self.is_broken or not cache.buffers else self._run_compiled(one, one.tensors(given), cache)
         return one(given) if outputs is None else one.trimmed(outputs, given)
@@ -112,7 +113,7 @@ class DraftEngine(CompileEngine[StepModel]):
             return outputs
         is_ready = code.fast.is_ready(inputs, cache.buffers)
         if not is_ready:
-            if is_batch is not self._in_batch or code in self._missing:  # the rest of a batch is not worth it
+            if is_batch is not self._in_batch or code in self._missing:  # no code for a batch's last row
                 return None
             self.prepare(code, *_example(one, inputs, cache.buffers))
         return self.run(code, inputs, cache.buffers, is_ready=is_ready)
@@ -135,7 +136,7 @@ class DraftEngine(CompileEngine[StepModel]):
 
 
 def _scores(outputs: Any) -> Tensor:
-    """The path scores in the outputs of a pass, of nodes that are some."""
+    """Return the path scores in the outputs of a pass, with 0 for padding."""
     scores: Tensor = outputs[1].scores
     return scores.nan_to_num(neginf=0.0)
 
@@ -143,7 +144,7 @@ def _scores(outputs: Any) -> Tensor:
 def _example(
     one: DraftPass[Given, Found], inputs: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
+    """Return inputs and buffers whose sizes all differ, since the compiler assumes that equal sizes stay equal."""
     sizes = _EXAMPLE_SIZES | {"b": min(len(inputs[0]), 2)}
     made = []
     for part, letters in zip(inputs, one.sizes, strict=True):
@@ -151,12 +152,12 @@ def _example(
             if letter in sizes:
                 places = torch.arange(sizes[letter], device=part.device) % part.shape[dimension]
                 part = part.index_select(dimension, places)
-        made.append(torch.ones_like(part) if part.dtype == torch.bool else part)  # padding may see nothing
+        made.append(torch.ones_like(part) if part.dtype == torch.bool else part)  # all keys visible: no NaN
     return made, [part[: sizes["b"]].clone(memory_format=torch.contiguous_format) for part in buffers]
 
 
 class DraftEngines:
-    """Holds an engine for each source of a model, as long as the source lives. A copied model starts anew."""
+    """Holds an engine for each source, until the source is deleted. A copied or pickled object starts empty."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine, *, waits: bool = True) -> None:
         self._make, self._waits = make, waits
@@ -167,8 +168,9 @@ class DraftEngines:
         return DraftEngines, ()
 
     def borrow(self, source: object, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
-        """Lend the engine of a source that drafts as `model`; nothing while another call uses it, or where the model
-        cannot run as compiled code, or its angles of positions depend on the text's length.
+        """Lend the engine of `source`, which drafts as `model`.
+
+        Lend `None` while another call uses it, if the model cannot be compiled, or if `places` depend on other tokens.
         """
         if not model.is_compilable or not model.has_fixed_places:
             return nullcontext()
@@ -180,12 +182,12 @@ class DraftEngines:
 
     @property
     def readily(self) -> "DraftEngines":
-        """The same engines for a call that waits for no compiler."""
+        """The same engines, for a call that must not wait for a compiler."""
         ready = DraftEngines(self._make, waits=False)
         ready._engines, ready._lock = self._engines, self._lock
         return ready
 
     @property
     def lack_code(self) -> bool:
-        """Whether the newest call of a source would have waited for a compiler."""
+        """Whether the newest call of any source lacked compiled code because it did not wait for a compiler."""
         return any(engine.lacks_code for engine in self._engines.values())

@@ -1,4 +1,4 @@
-"""Makes a source of any `CandidateGenerator`: its chain competes for the places of a tree."""
+"""Wraps any `CandidateGenerator` of Transformers as a draft source that proposes a chain."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +20,15 @@ from .drafter import Committed, Drafter, DraftRequest
 from .source import DraftCall, DraftSource
 
 
-_LONGEST_CHAIN = 24  # Candidates of a generator that are looked at.
-_FIRST_RATE = 0.6  # Acceptance of a token before anything is known.
+_LONGEST_CHAIN = 24  # Maximum number of a generator's candidates that are used.
+_FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recorded.
 
 
 class ForeignSource(DraftSource):
-    """A candidate generator that drafts for one text at a time. It is not kept alive.
+    """Drafts with a candidate generator, for one text at a time. It holds only a weak reference to the generator.
 
     Args:
-        generator: asked for candidates before each step that wants some.
+        generator: called before each step that asks for a draft.
     """
 
     calls_generate = True
@@ -79,11 +79,11 @@ class ForeignSource(DraftSource):
 
 
 class ForeignDrafter(Drafter):
-    """Drafts a chain of one text.
+    """Drafts a chain for one text.
 
     Args:
-        generator: asked for candidates.
-        record: how often its tokens were right, by their place in the chain.
+        generator: called for candidates.
+        record: how often its tokens were right, by their position in the chain.
         vocabulary: number of token ids of the target.
     """
 
@@ -96,7 +96,7 @@ class ForeignDrafter(Drafter):
         self._chain: list[int] = []
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Ask for a chain of at most `depth` nodes, on the host."""
+        """Ask the generator for a chain, and return its first `depth` nodes on the host."""
         with _Named(self._generator, "drafted"):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
         self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
@@ -105,12 +105,12 @@ class ForeignDrafter(Drafter):
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
-        """Ignore it: the text comes with each request."""
+        """Do nothing, since each request passes the whole text."""
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Tell the generator, and the record, how much of the newest chain was right, as far as it was verified."""
+        """Record which tokens of the newest chain were right, and tell the generator how many of those verified."""
         chain, self._chain = self._chain, []
         if not chain or committed is None or committed.tree is None:
             return
@@ -125,13 +125,13 @@ class ForeignDrafter(Drafter):
             self._generator.update_candidate_strategy(cast(Any, input_ids), cast(Any, own), min(matches, len(nodes)))
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Ignore it: there is one row."""
+        """Do nothing, since there is only one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """Take the candidates after the text.
+        """Return the candidates after the text.
 
         Raises:
-            ValueError: they do not follow it, or are no tokens.
+            ValueError: the generator's result does not begin with the text, or has no valid token ids.
         """
         name, length = type(self._generator).__name__, input_ids.shape[1]
         if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:
@@ -149,7 +149,7 @@ class ForeignDrafter(Drafter):
 
 
 class _Named:
-    """Names the generator in errors that are raised inside the `with` block."""
+    """Adds the generator's name to errors that are raised inside the `with` block."""
 
     def __init__(self, generator: CandidateGenerator, what: str) -> None:
         self._told = f"{type(generator).__name__} failed when it {what}"

@@ -1,6 +1,6 @@
-"""The kinds of drafters that have weights: all that they differ in outside of their own classes, a row for each.
+"""A table of the kinds of drafters with weights: a row lists all that other modules need to know about one kind.
 
-Most classes stand in rooms below this one, so a row names them, and imports them when they are needed.
+Most of their classes are in packages that import this one, so a row holds the names of classes and imports them late.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,58 +12,47 @@ from .source import DraftSource
 
 
 class Reference(str):
-    """A name in this package, `module:name`."""
+    """The name of an object in this library, as `module:name`."""
 
     __slots__ = ()
 
     def load(self) -> Any:
-        """Import what it names."""
+        """Import the object."""
         module, name = self.split(":")
         return getattr(import_module(f"..{module}", __package__), name)
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """One kind of drafter.
+    """One kind of drafter."""
 
-    Attributes:
-        source: its `DraftSource`.
-        saved_as: `model_type` in the config.json that it writes; empty where Transformers writes it.
-        marks: parts of a `model_type` or a class in the config.json of other publishers.
-        is_in: whether tensors, under `bare_names`, are such a drafter's; `None` where the config.json says it.
-        loaded_as: `model_type` of models of Transformers that draft as this kind.
-        new: word that asks the trainer for a new one; `None` where it is not trained.
-        objective: how it is trained, an `Objective`.
-        unroll: runs it over whole texts for a diagnosis: as `unroll`, without its keywords.
-        records: whether its pools can be recorded, to train policies on them.
-        exports: layouts of other engines in which it can be written.
-    """
-
-    source: Reference
-    saved_as: str = ""
-    marks: tuple[str, ...] = ()
+    source: Reference  # its `DraftSource` class
+    saved_as: str = ""  # `model_type` in the config.json that we write; empty if Transformers writes it
+    marks: tuple[str, ...] = ()  # parts of the `model_type` or class name in other publishers' config.json
+    # Whether tensors, by their `bare_names`, are of this kind; `None` if config.json decides.
     is_in: Callable[[Mapping[str, Any]], bool] | None = None
-    loaded_as: tuple[str, ...] = ()
-    new: str | None = None
-    objective: Reference | None = None
+    loaded_as: tuple[str, ...] = ()  # `model_type`s of Transformers' models that draft as this kind
+    new: str | None = None  # word that asks the trainer for an untrained one; `None` if this kind is never trained
+    objective: Reference | None = None  # its training objective, an `Objective`
+    # Function that runs a drafter over whole texts to diagnose it, with the positional arguments of `unroll`.
     unroll: Reference | None = None
-    records: bool = False
-    exports: tuple[str, ...] = ()
+    records: bool = False  # whether its pools can be recorded, to train policies on them
+    exports: tuple[str, ...] = ()  # layouts of other engines in which it can be written
 
     @property
     def name(self) -> str:
-        """The name of its class."""
+        """The name of its source class."""
         return self.source.split(":")[1]
 
 
-SHAPING = ("fc.weight", "layers.0.self_attn.q_proj.weight")  # ends of names of tensors whose shapes tell kinds apart
+SHAPING = ("fc.weight", "layers.0.self_attn.q_proj.weight")  # name endings of tensors whose shapes decide the kind
 _PREFIXES = ("mtp_dspark.", "model.", "draft_model.")
-# Beginnings of names that only tensors of block heads have.
+# Beginnings of tensor names that occur only in block heads.
 _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidate_selector.", "encoder.fc.")
 
 
 def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Strip prefixes from the names of tensors, and leave out what a config or the target says."""
+    """Strip publishers' prefixes from tensor names, and drop tensors that the config or the target determines."""
     found = {}
     for name, tensor in tensors.items():
         while name.startswith(_PREFIXES):
@@ -74,14 +63,14 @@ def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_eagle(tensors: Mapping[str, Any]) -> bool:
-    """Whether a layer reads embedding and feature side by side, or has the norms and placeholders of EAGLE-3."""
+    """Whether the first layer reads the embedding concatenated with the feature, or names are those of EAGLE-3."""
     fused, query = (tensors.get(name) for name in SHAPING)
     is_wide = fused is not None and query is not None and query.shape[1] == 2 * fused.shape[0]
     return is_wide or any("mask_hidden" in name for name in tensors) or "layers.0.hidden_norm.weight" in tensors
 
 
 def _is_block(tensors: Mapping[str, Any]) -> bool:
-    """Whether fused features are normed at the top. Block heads that cannot be read count, too."""
+    """Whether tensor names are those of a block head, also of a variant that we cannot load."""
     return "hidden_norm.weight" in tensors or any(name.startswith(_OF_BLOCKS) for name in tensors)
 
 
@@ -118,15 +107,15 @@ MTP = DrafterKind(
 )
 GEMMA = DrafterKind(Reference("assistants:GemmaAssistant"), loaded_as=("gemma4_assistant", "gemma4_unified_assistant"))
 CAUSAL = DrafterKind(Reference("assistants:CausalDrafter"))
-KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # the first one that fits
+KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # in the order in which they are tried
 
 
 def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> DrafterKind:
-    """Find the kind of head in a checkpoint; by default EAGLE-3's, whose reader names what is missing.
+    """Return the kind of head in a checkpoint. If none fits, return EAGLE, whose reader then says what is missing.
 
     Args:
-        config: config.json.
-        tensors: by their published names. Only names count, and the shapes of names that end as `SHAPING`.
+        config: contents of config.json.
+        tensors: tensors by published name. Only the names are read, and the shapes of tensors listed in `SHAPING`.
     """
     saved = next((kind for kind in KINDS if kind.saved_as and kind.saved_as == config.get("model_type")), None)
     names = bare_names(tensors)
@@ -134,15 +123,15 @@ def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Draf
 
 
 def kind_of_model(model_type: str | None) -> DrafterKind:
-    """The kind as which a model of Transformers drafts."""
+    """Return the kind of drafter that a Transformers model of this `model_type` becomes."""
     return next((kind for kind in KINDS if model_type in kind.loaded_as), CAUSAL)
 
 
 def kind_of(source: DraftSource) -> DrafterKind:
-    """The kind of a source that has a row.
+    """Return the kind of a source.
 
     Raises:
-        StopIteration: it has none.
+        StopIteration: the source is of no kind in `KINDS`.
     """
     names = {parent.__name__ for parent in type(source).__mro__}
     return next(kind for kind in KINDS if kind.name in names)

@@ -1,4 +1,4 @@
-"""Several drafters whose nodes compete for the places of one tree."""
+"""Combine several drafters into one, so that the best nodes of all of them form one tree."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from .drafter import Committed, Drafter, DraftRequest
 
 
 def together(drafters: Sequence[Drafter]) -> Drafter | None:
-    """Make one drafter that asks all in their order; `None` for none."""
+    """Combine drafters into one that asks them in this order; return `None` if there are none."""
     if len(drafters) < 2:
         return drafters[0] if drafters else None
     return MixedDrafter(drafters)
 
 
 class MixedDrafter(Drafter):
-    """Merges what several drafters propose below the same roots; see `CandidatePool.merged`.
+    """Merges the pools of several drafters below the same roots; see `CandidatePool.merged`.
 
     Args:
-        drafters: at least two. Committed tokens come with the features of all layers that any of them reads.
+        drafters: at least two. Committed tokens must come with the features of every layer that any drafter reads.
     """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
@@ -44,14 +44,14 @@ class MixedDrafter(Drafter):
             drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
 
     def _apart(self, committed: Committed) -> Sequence[Committed]:
-        """Give each drafter the tokens with the features that it reads."""
+        """Return the committed tokens once for each drafter, with only the features that it reads."""
         states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
         known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
         read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]
         return [committed._replace(features=torch.cat(own, dim=-1) if own else None) for own in read]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Merge the pools of all drafters on the host."""
+        """Draft with all drafters, and merge their pools on the host."""
         return CandidatePool.merged([drafter.draft(input_ids, request).on_host() for drafter in self._drafters])
 
     def read(self, at_least: int = 1) -> None:

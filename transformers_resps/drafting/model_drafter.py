@@ -1,4 +1,4 @@
-"""Drafts with a model of its own, level by level or by blocks, for one call of `generate`."""
+"""The drafter of one call that runs a draft model, level by level or block by block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +18,15 @@ from .text import DraftText
 
 
 class ModelDrafter(Drafter):
-    """Drafts candidate pools with one model.
+    """Drafts candidate pools with one draft model.
 
     Args:
-        model: drafts for the call's target.
-        batch_size: rows decoded together.
-        prompt_mask: `[b, s]`, 0 where the prompt is padding, of the positions that it reads: those whose features it
-            gets, or all tokens; `None` when there is none.
+        model: draft model, bound to the call's target.
+        batch_size: number of rows decoded together.
+        prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
+            features if it reads features, otherwise all; `None` without padding.
         engine: lent to this call; `None` drafts without compiled code.
-        verifier: of the call, for a model that attends to what the target keeps.
+        verifier: the call's verifier, for a model that attends to the target's cache.
         feature_layers: see `Drafter`.
     """
 
@@ -46,21 +46,18 @@ class ModelDrafter(Drafter):
         self.most_levels = model.most_levels
         cache = model.cache(verifier) if engine is None else engine.cache(batch_size)
         self._text = DraftText(model, cache, batch_size, prompt_mask)
-        self._root: Root | None = None  # of the tokens that were read last
+        self._root: Root | None = None  # results for the tokens that the model processed last
 
     @property
     def waiting(self) -> int:
-        """Committed tokens that have not been read."""
+        """Number of committed tokens that the model has not processed."""
         return self._text.waiting
 
     def observe(self, committed: Committed) -> None:
-        """Take in committed tokens. They are read when a draft needs them or enough of them wait, so plain steps cost
-        the model almost nothing.
-        """
+        """Queue committed tokens. The model processes them before a draft or in `read`, so plain steps cost little."""
         self._text.add(committed)
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Draft below the newest token, see `Drafter.draft`."""
         draft: Draft[Any]
         if isinstance(self._model, BlockModel):
             draft = BlockDraft(self._model, request.shape)
@@ -75,9 +72,10 @@ class ModelDrafter(Drafter):
         return pool
 
     def read(self, at_least: int = 1) -> None:
-        """Extend the cache by the tokens committed since it was last read, in one pass, if `at_least` wait.
+        """Process all queued tokens in one pass, if there are at least `at_least`.
 
-        Without features the tokens of a text may all wait: who does not ask for a draft pays for no reading.
+        A model that reads no features does so only if `at_least` is 1: its queue is small, and without a draft its
+        passes would be wasted.
         """
         if self.waiting >= at_least and (at_least == 1 or self._model.reads_features):
             pairs, text = self._text.take()
@@ -88,6 +86,6 @@ class ModelDrafter(Drafter):
         return 0.0 if self._engine is None else self._engine.take_compile_seconds()
 
     def keep_rows(self, rows: list[int]) -> None:
-        order = torch.tensor(rows, device=self._model.device)  # one write
+        order = torch.tensor(rows, device=self._model.device)  # one copy to the device
         self._text.keep_rows(rows, order)
         self._root = None if self._root is None else self._root.of_rows(order)

@@ -1,6 +1,6 @@
-"""The passes of a draft, each one function of tensors, and a whole draft as a loop over them.
+"""The forward passes of a draft model, each a function of tensors, and the loop over passes that makes a draft.
 
-Eager code calls a pass, compiled code is the same function, and a captured draft is the whole loop.
+The same function runs eagerly and compiled, and a CUDA graph captures the whole loop.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ from .step_model import StepModel
 from .text import Pairs, PlaceWindow, Positions, Prefix
 
 
-FEWEST = 2  # Tokens, children or slots of a compiled pass: a size of one would be compiled apart.
+FEWEST = 2  # Minimum number of tokens, children or slots in a compiled pass: size 1 would need code of its own.
 
 
 class BelowText(Protocol):
-    """Inputs of a pass below a text."""
+    """Inputs of a pass that attends to a text."""
 
     @property
     def text(self) -> Prefix: ...
@@ -33,10 +33,11 @@ Found = TypeVar("Found")
 
 
 class DraftPass(ABC, Generic[Given, Found]):
-    """One pass of a model, which eager code calls; and the same as a function of tensors, which is compiled.
+    """One pass of a draft model, both as a call on objects for eager code and as a function of tensors to compile.
 
     Attributes:
-        sizes: for each tensor a letter for each dimension: `b` are rows, `1` and `*` are fixed, others change.
+        sizes: for each input tensor, one letter for each dimension: `b` for rows, `1` and `*` for sizes that never
+            change, other letters for sizes that change from call to call.
     """
 
     sizes: ClassVar[Sequence[str]]
@@ -55,36 +56,36 @@ class DraftPass(ABC, Generic[Given, Found]):
 
     @abstractmethod
     def tensors(self, given: Given) -> list[Tensor]:
-        """List the inputs of `of_tensors`, filled up where a size that changes is below `FEWEST`."""
+        """Return the input tensors of `of_tensors`, padded if a size that changes is below `FEWEST`."""
 
     @abstractmethod
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> Found:
-        """Run the pass over the listed tensors."""
+        """Run the pass on the tensors that `tensors` returns."""
 
     @abstractmethod
     def trimmed(self, found: Found, given: Given) -> Found:
-        """Drop the nodes that `tensors` has added."""
+        """Remove the nodes that `tensors` added as padding from the results."""
 
 
 class RunPass(Protocol):
-    """Runs a pass: by its call, or by other code that does the same."""
+    """Runs a pass eagerly, or by compiled code with the same results."""
 
     def __call__(self, one: DraftPass[Given, Found], given: Given) -> Found: ...
 
 
 def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
-    """Call a pass."""
+    """Run a pass without compiled code."""
     return one(given)
 
 
 def text_of_tensors(
     model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
 ) -> tuple[Pairs, Prefix]:
-    """Lay out pairs and their text in a cache by tensors, so that the text's length is a value.
+    """Make `Pairs` and their `Prefix` from tensors alone: the text's length is a value in them, not a size.
 
-    `tensors` are features `[b, t, F]`, tokens, slots and positions `[b, t]` of the pairs; then `[b or 1, s]` bool,
-    false where a slot of the text is padding, and any value after the text. A row with fewer pairs begins with any
-    values, whose slot is the cache's last one, which no text may reach. `ahead` positions after the text are needed.
+    `tensors` are the pairs' features `[b, t, F]`, tokens, slots and positions `[b, t]`; then `[b or 1, s]` bool, false
+    where a slot of the text is padding, with any value after the text. A row with fewer pairs begins with arbitrary
+    ones in the cache's last slot, which no text may reach. `ahead` counts the positions needed after the text.
     """
     features, tokens, slots, positions, shown = tensors
     width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
@@ -96,17 +97,17 @@ def text_of_tensors(
 
 
 def filled_up(part: Tensor) -> Tensor:
-    """Repeat the last token of `[b, t, ...]` where there are too few."""
+    """Pad `[b, t, ...]` to at least `FEWEST` tokens by repeating the last one."""
     return part if part.shape[1] >= FEWEST else part[:, -1:].expand(-1, FEWEST, *part.shape[2:])
 
 
 def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
-    """Read pairs by all depths, after the root `before`, if any."""
+    """Run all depths of the model over the pairs, and return the new root; `before` is the last one, if any."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
     wanted = newest if model.depths == 1 else slice(None)
     hidden = None if features is None else model.fuse(features)
-    outputs: list[Tensor] = []  # a call of `list[Tensor]` would break the graph
+    outputs: list[Tensor] = []  # `list[Tensor]()` would break the compiled graph
     carried: list[Tensor] = []
     paired = None if hidden is None else hidden[:, newest]
     for depth in range(model.depths):
@@ -124,9 +125,9 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
 
 
 def one_later(states: Tensor, where: int | Tensor) -> Tensor:
-    """Take `[b, t, h]` the states before each of t tokens from `[b, 1 + t, h]`, the one before all and those at them.
+    """Return the state before each of t tokens, `[b, t, h]`; `states` `[b, 1 + t, h]` has one more before the first.
 
-    A row that has fewer tokens repeats slots, so the state before is that of the slot before.
+    A row with fewer tokens repeats slots, so the state before a token is found by the slot before its slot.
     """
     if not isinstance(where, Tensor):
         return states[:, :-1]
@@ -136,29 +137,20 @@ def one_later(states: Tensor, where: int | Tensor) -> Tensor:
 
 
 class LevelNodes(NamedTuple):
-    """The nodes that go through a model for one more level.
+    """Inputs of a pass over drafted nodes, which drafts one more level."""
 
-    Attributes:
-        nodes: n of them, the newest level first; its w scores say that the first w get children.
-        itself: `[b or 1, k, k]` bool: what each of the k nodes of the next level sees of that level.
-        positions: of the levels of the nodes, the first level first.
-        text: below which they stand.
-        depth: runs over them.
-        is_last: whether no child gets children.
-    """
-
-    nodes: Frontier
-    itself: Tensor
-    positions: Positions
-    text: Prefix
-    depth: int = 0
-    is_last: bool = False
+    nodes: Frontier  # n nodes, the newest level first; the first w, which have scores, get children
+    itself: Tensor  # [b or 1, k, k] bool: which nodes of their own level the k nodes of the next level attend to
+    positions: Positions  # one position for each level of the nodes, the first level first
+    text: Prefix  # the text before the tree
+    depth: int = 0  # index of the model's depth that runs over the nodes
+    is_last: bool = False  # whether the new level is the last one
 
 
 class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
-    """One pass over nodes, which see only the text and their ancestors.
+    """Runs a depth of the model over nodes, which attend to the text and their ancestors, and drafts their children.
 
-    It gives `[b, n, h]`, what their children are paired with, `None` at the last level; and one more level.
+    Returns the hidden states that children are paired with, `[b, n, h]`, `None` for the last level; and the new level.
     """
 
     sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
@@ -181,7 +173,7 @@ class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
         assert hidden is not None
         (rows, width, entries), length = visible.shape, text.length
         count, seen = max(width, FEWEST), text.shown(length).expand(rows, length)
-        if width == entries:  # as many entries as tokens would be compiled apart: some are added that no node sees
+        if width == entries:  # equal sizes would need code of their own: add entries that no node attends to
             visible = F.pad(visible, (0, count + 1 - width))
         return [
             filled_up(tokens),
@@ -204,7 +196,7 @@ class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
 
 
 def _lone(growth: Growth) -> Growth:
-    """The best child of a single node, from a growth that was filled up to `FEWEST` nodes."""
+    """Reduce the new level of a single node, which was padded to `FEWEST` nodes, to that node's best child."""
     assert growth.frontier is not None
     tokens, scores, hidden, visible = growth.frontier
     hidden = None if hidden is None else hidden[:, :1]
@@ -215,7 +207,7 @@ def _lone(growth: Growth) -> Growth:
 
 
 class First(NamedTuple):
-    """The newest pairs of a text, the root before them, and the shape to draft below them."""
+    """Inputs of a first pass: a text and its newest pairs, the root before them, and the shape to draft below them."""
 
     pairs: Pairs
     text: Prefix
@@ -227,21 +219,21 @@ Grown = TypeVar("Grown", bound=NamedTuple)
 
 
 class FirstPass(DraftPass[First, tuple[Root, Grown]]):
-    """Reads the newest pairs, and drafts what their output alone decides."""
+    """Runs the model over the newest pairs, and drafts all levels that need no further pass."""
 
     sizes: ClassVar[Sequence[str]] = ("bt*", "bt", "bt", "bt", "bs")
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """List tensors that say by their sizes, at least `fewest`, how much is drafted."""
+        """Return tensors for `below` whose sizes, at least `fewest`, set the size of the draft."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
-        """Draft below a root; without a shape so that the code serves all shapes."""
+        """Draft below a root. Compiled code passes no shape, since it serves all shapes."""
 
     @abstractmethod
     def ahead(self, shape: TreeShape | None) -> int:
-        """Count the positions after the text that `below` takes."""
+        """Return the number of positions after the text that `below` needs."""
 
     def __call__(self, given: First) -> tuple[Root, Grown]:
         root = read(self.model, given.pairs, given.text, given.before)
@@ -259,14 +251,14 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
         pairs, text = text_of_tensors(self.model, cache, tensors[:5], self.ahead(None))
         root = read(self.model, pairs, text)
         grown = self.below(root, text, None, *tensors[5:])
-        return Root(root.tokens.clone(), root.output), grown  # no part of an input
+        return Root(root.tokens.clone(), root.output), grown  # an output must not be a view of an input
 
     def trimmed(self, found: tuple[Root, Grown], given: First) -> tuple[Root, Grown]:
         return found
 
 
 class SproutPass(FirstPass[Growth]):
-    """Reads the newest pairs, and drafts the first level below them."""
+    """Runs the model over the newest pairs, and drafts the first level below them."""
 
     sizes = (*FirstPass.sizes, "kk")
 
@@ -284,39 +276,31 @@ class SproutPass(FirstPass[Growth]):
 
 
 class Draft(ABC, Generic[Grown]):
-    """How a model drafts the pool of one shape: a first pass, and what follows it.
+    """Drafts pools of one shape with a model, by a first pass and further passes."""
 
-    Attributes:
-        at_once: whether the first pass gives all levels.
-        model: drafts.
-        shape: levels and children that the model drafts, at most as many as were asked for.
-        first: the first pass.
-        ahead: positions after the text that a draft takes.
-        tree_room: entries of the cache that a draft takes.
-        level_sizes: nodes of each level of the pool.
-        goes_on: see `DraftRequest`; `None` too where it is not asked.
-    """
-
-    at_once: ClassVar[bool]
+    at_once: ClassVar[bool]  # whether the first pass drafts all levels
     model: StepModel
-    shape: TreeShape
+    shape: TreeShape  # the requested shape, reduced to the levels and children that the model can draft
     first: FirstPass[Grown]
-    ahead: int
-    tree_room: int
-    level_sizes: list[int]
-    goes_on: Callable[[int, Tensor], bool] | None = None
+    ahead: int  # number of positions after the text that a draft needs
+    tree_room: int  # number of cache slots that a draft needs
+    level_sizes: list[int]  # number of nodes in each level of the pool
+    goes_on: Callable[[int, Tensor], bool] | None = None  # see `DraftRequest`; also `None` if it is never called
 
     @abstractmethod
     def __init__(self, model: Any, shape: TreeShape) -> None: ...
 
     @abstractmethod
     def pool(self, root: Root, grown: Grown, text: Prefix, run: RunPass) -> CandidatePool:
-        """Make the pool of what the first pass gave."""
+        """Complete the pool, given the result `grown` of the first pass."""
 
     def __call__(
         self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
-        """Read the newest pairs of a text, if any, after the root `before`, and draft below them by `run`."""
+        """Run the model over the newest pairs of a text, and draft below them; without pairs draft below `before`.
+
+        `before` is the root before the pairs, and `run` executes each pass.
+        """
         if pairs is not None:
             root, grown = run(self.first, First(pairs, text, before, self.shape))
         else:
@@ -326,10 +310,10 @@ class Draft(ABC, Generic[Grown]):
         return root, self.pool(root, grown, text, run)
 
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Draft as a function of the tensors of `text_of_tensors`, without a decision on values in between.
+        """Draft as a function of the tensors of `text_of_tensors` that a CUDA graph can capture.
 
-        All slots of the cache are looked at: the shape, the number of pairs and the cache fix every size. Returns the
-        root's output `[b, 1, h]`, then the tensors of `CandidatePool` without its levels and of `DraftTree`.
+        Attention covers all slots of the cache, so the shape, the number of pairs and the cache fix every size.
+        Returns the root's output `[b, 1, h]`, the tensors of `CandidatePool` but its levels, and those of `DraftTree`.
         """
         *pair_tensors, shown = tensors
         shown = shown.expand(-1, cache.capacity)
@@ -340,14 +324,14 @@ class Draft(ABC, Generic[Grown]):
         return root.output, pool.tokens, pool.parents, pool.scores, *ranked
 
     def tensors(self, pairs: Pairs, text: Prefix) -> list[Tensor]:
-        """List the inputs of `of_tensors`."""
+        """Return the input tensors of `of_tensors`."""
         rows = len(pairs.tokens)
         assert pairs.features is not None
         slots, positions = (part.expand(rows, -1) for part in (pairs.slots, pairs.positions.numbers))
         return [pairs.features, pairs.tokens, slots, positions, text.shown(text.cache.capacity)]
 
     def found(self, outputs: Sequence[Tensor], newest: Tensor) -> tuple[Root, CandidatePool, DraftTree]:
-        """Make root, pool and tree of the outputs of `of_tensors`, below the `newest` tokens `[b]`."""
+        """Convert the outputs of `of_tensors` to the root, pool and tree below the `newest` tokens `[b]`."""
         output, pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
         tree = DraftTree(tokens, parents, depths, ancestors, scores, min(self.shape.depth, tokens.shape[1] - 1))
         pool = CandidatePool(pool_tokens, pool_parents, pool_scores, numbered(self.level_sizes))
@@ -355,14 +339,14 @@ class Draft(ABC, Generic[Grown]):
 
 
 class LevelDraft(Draft[Growth]):
-    """Drafts level by level, one pass each; several depths draft a level each."""
+    """Drafts level by level, one pass for each level. If a model has several depths, each drafts one level."""
 
     at_once = False
 
     def __init__(
         self, model: StepModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None
     ) -> None:
-        # What ranks lower in its level is never kept.
+        # A node is never kept unless it is among the best `total_tokens - 1` nodes of its level.
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), model.proposable_tokens)
         depth = min(shape.depth, model.depths) if model.depths > 1 else shape.depth
         self.model, self.shape = model, TreeShape(shape.total_tokens, depth, top_k)
@@ -382,17 +366,17 @@ class LevelDraft(Draft[Growth]):
 
 
 class _Depths:
-    """Drafts level m + 1 by depth m, over the nodes of levels 1 to m.
+    """Drafts level m + 1 with the model's depth m, which runs over the nodes of levels 1 to m.
 
-    A depth has entries of its own, so the nodes above a level go through it, too. It pairs them with what the depth
-    before carries on from their parents.
+    Each depth has its own keys and values, so it must run over the nodes of all levels above. It pairs each node with
+    the hidden state that the depth before returned at the node's parent.
     """
 
     def __init__(self, one: LevelPass, root: Root, text: Prefix) -> None:
         self._pass, self._root, self._text = one, root, text
-        self._above: list[Frontier] = []  # the newest level first, as all that follows
-        self._origins: list[Tensor] = []  # [b, w] of each level but the first, the places of its nodes' parents
-        self._carried: list[Tensor] = []  # [b, w, h] of each level, by the depth before
+        self._above: list[Frontier] = []  # the newest level first, as in the lists below
+        self._origins: list[Tensor] = []  # [b, w] for each level but the first: its nodes' parents, by index
+        self._carried: list[Tensor] = []  # [b, w, h] for each level: hidden states from the depth before
 
     def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
         levels, width = [frontier, *self._above], frontier.tokens.shape[1]
@@ -412,6 +396,6 @@ class _Depths:
 
     @staticmethod
     def visible(levels: Sequence[Frontier]) -> Tensor:
-        """`[b, w * levels, w * levels]` bool: no node sees those of later levels."""
+        """Return `[b, w * levels, w * levels]` bool: which nodes each node attends to, none of later levels."""
         width = levels[0].tokens.shape[1]
         return torch.cat([F.pad(one.visible, (width * later, 0)) for later, one in enumerate(levels)], dim=1)

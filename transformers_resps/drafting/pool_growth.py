@@ -1,6 +1,6 @@
-"""A pool that grows level by level: which nodes get children, and what these see.
+"""Grow a candidate pool level by level: choose the nodes that get children, and the nodes that each one attends to.
 
-`grow_pool` knows no drafter; `sprout` and `branch` make its levels from a model's outputs.
+`grow_pool` works for any drafter; `sprout` and `branch` make its levels from the outputs of a draft model.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,15 @@ from .step_model import StepModel
 
 
 class Root(NamedTuple):
-    """A model's results for the newest tokens, below which it drafts.
+    """A model's results for the newest tokens, below which it drafts."""
 
-    Attributes:
-        tokens: `[b]`.
-        output: `[b, 1, h]` of depth 0.
-        hidden: `[b, 1, h]` what depth 0 paired them with; `None` where it reads no hidden states.
-        carried: `[b, 1, h]` of each depth, what the next one pairs the next token with; empty for a single depth.
-    """
-
-    tokens: Tensor
-    output: Tensor
-    hidden: Tensor | None = None
-    carried: tuple[Tensor, ...] = ()
+    tokens: Tensor  # [b] the newest tokens
+    output: Tensor  # [b, 1, h] output of depth 0
+    hidden: Tensor | None = None  # [b, 1, h] hidden states paired with the tokens; `None` if the model reads none
+    carried: tuple[Tensor, ...] = ()  # for each depth [b, 1, h], for the next depth to pair; empty for a single depth
 
     def of_rows(self, rows: Tensor) -> "Root":
-        """The root of some rows."""
+        """Select the given rows."""
         tokens, output, *carried = (part.index_select(0, rows) for part in (*self[:2], *self.carried))
         return Root(tokens, output, None if self.hidden is None else self.hidden.index_select(0, rows), tuple(carried))
 
@@ -41,9 +34,9 @@ class Frontier(NamedTuple):
     Attributes:
         tokens: `[b, w]`.
         scores: `[b, w]` path scores, as in the pool.
-        hidden: `[b, w, h]` what they are paired with: the parent's output; `None` where the model reads none.
-        visible: `[b, w, w + e]` bool: which drafted entries a node sees; of its own level itself, then its ancestors
-            in the earlier levels, the newest level first.
+        hidden: `[b, w, h]` hidden states paired with the nodes, from their parents; `None` if the model reads none.
+        visible: `[b, w, w + e]` bool: which drafted entries each node attends to: in its own level only itself, then
+            its ancestors among the e entries of earlier levels, the newest level first.
     """
 
     tokens: Tensor
@@ -53,22 +46,15 @@ class Frontier(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """One more level.
+    """One more level of a pool."""
 
-    Attributes:
-        tokens: `[b, w, k]` the children of each node of a frontier.
-        scores: `[b, w, k]` path scores, as in the pool.
-        best: `[b, k]` which of the `w * k` children get children next; `None` where none or all do.
-        frontier: the children that get children next; `None` where none do.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    best: Tensor | None
-    frontier: Frontier | None
+    tokens: Tensor  # [b, w, k] the children of each node of a frontier
+    scores: Tensor  # [b, w, k] path scores, as in the pool
+    best: Tensor | None  # [b, k] which of the w * k children get children next; `None` if none or all do
+    frontier: Frontier | None  # the children that get children next; `None` if none do
 
 
-# (frontier, its level, whether its children are the last) -> one more level
+# (frontier, its level, whether the new level is the last one) -> the new level
 RunLevel = Callable[[Frontier, int, bool], Growth]
 
 
@@ -78,9 +64,10 @@ def grow_pool(
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] | None = None,
 ) -> CandidatePool:
-    """Join the `first` level and the levels that `run` drafts after it, up to `depth` in all.
+    """Let `run` draft levels below the `first` one, up to `depth` levels in all, and return them as a pool.
 
-    `goes_on` decides whether a level gets children, by the levels drafted and the scores `[b, w]` of its best nodes.
+    `goes_on` decides whether to draft another level, given the number of levels and the scores `[b, w]` of the best
+    nodes of the last one.
 
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best nodes of a level, by path probability, get children; all
     children are candidates.
@@ -114,16 +101,16 @@ def branch(
     is_last: bool,
     depth: int = 0,
 ) -> Growth:
-    """Draft the children of a frontier, and choose which get children.
+    """Draft the children of a frontier, and choose the k children that get children next.
 
     Args:
-        model: drafts.
+        model: the draft model.
         frontier: w nodes.
-        output: `[b, w, h]` of `depth` at these nodes.
-        hidden: `[b, w, h]` what their children are paired with.
-        itself: `[b or 1, k, k]` bool, what each of the k nodes of the next level sees of that level.
-        is_last: whether no child gets children.
-        depth: index of the pass that gave the output.
+        output: `[b, w, h]` outputs of `depth` at these nodes.
+        hidden: `[b, w, h]` hidden states to pair their children with.
+        itself: `[b or 1, k, k]` bool: which nodes of their own level the k nodes of the next level attend to.
+        is_last: whether the children are the last level.
+        depth: index of the depth that made the output.
     """
     top_k = itself.shape[2]
     tokens, scores = model.children(output, top_k, depth)
@@ -140,12 +127,12 @@ def branch(
 
 
 def _joined(levels: list[Growth]) -> CandidatePool:
-    """The tokens and scores of all levels, one after the other, and which nodes they hang from."""
+    """Concatenate the levels to a pool, and find the parent of each node."""
     first = levels[0].tokens
-    order = torch.arange(-1, first.shape[-1], device=first.device)  # the root, and the nodes of the first level
+    order = torch.arange(-1, first.shape[-1], device=first.device)  # indices of the root (-1) and the first level
     sizes = [level.tokens.shape[1:].numel() for level in levels]
     parents = [order[:1, None], order[1:, None]]
-    bests = [level.best for level in levels[1:-1] if level.best is not None]  # of the last none got children
+    bests = [level.best for level in levels[1:-1] if level.best is not None]  # the last has no children
     if bests:
         starts = list(accumulate(sizes))[: len(bests)]  # where their levels begin
         parents += [own[..., None] for own in torch._foreach_add(bests, starts)]
@@ -156,5 +143,5 @@ def _joined(levels: list[Growth]) -> CandidatePool:
 
 
 def numbered(sizes: list[int]) -> Tensor:
-    """The level of each node of a pool, 1 for the first, from the sizes of its levels."""
+    """Return the level of each node of a pool, from 1 on, given the number of nodes in each level."""
     return torch.tensor([level for level, size in enumerate(sizes, start=1) for _ in range(size)])

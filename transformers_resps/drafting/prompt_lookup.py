@@ -1,4 +1,4 @@
-"""Prompt lookup: draft the tokens that followed where this text, or a remembered one, ended like this before.
+"""Prompt lookup: draft the tokens that followed earlier occurrences of the text's last tokens, also in other texts.
 
 The index grows with the text and is never rebuilt; a query costs microseconds.
 """
@@ -21,16 +21,16 @@ from .source import DraftCall, DraftSource
 from .suffixes import Suffixes
 
 
-_SEEN_NODES = 16  # Nodes whose odds a policy sees.
-_STRIDE = 3  # Tokens between two places at which a record learns.
+_SEEN_NODES = 16  # Number of nodes whose odds a policy gets.
+_STRIDE = 3  # A record learns from every third position of the text.
 
 
 class Lookup:
-    """Proposes continuations of one text, and records how often they are right, used or not.
+    """Proposes continuations of one text, and records how often they are right, whether or not they are used.
 
     Args:
-        never_drafted: tokens that end a continuation, such as placeholders of an image; none follows them.
-        memories: searched as well.
+        never_drafted: tokens that are never proposed, such as placeholders of an image; nothing follows them.
+        memories: hold other texts that are searched.
         branches: whether continuations may branch; otherwise they are a chain.
     """
 
@@ -45,18 +45,18 @@ class Lookup:
         self._text = Suffixes()
         self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
-        self._judged: tuple[int, Continuations] | None = None  # the place that the record learns at next
+        self._judged: tuple[int, Continuations] | None = None  # position to learn from next, and the proposals there
 
     @property
     def length(self) -> int:
-        """Tokens of the text it has seen."""
+        """Number of tokens of the text so far."""
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens, and record whether the continuations found before them were right.
 
-        The record learns at places a few tokens apart, so it does not depend on the steps that wrote the text. The
-        prompt was not written by the target, and is no evidence.
+        The record learns from positions at a fixed distance, so it does not depend on the number of tokens in each
+        step. It does not learn from the prompt, which the target did not write.
         """
         if self._found is not None:
             self._found.judge_beside(tokens)
@@ -78,7 +78,7 @@ class Lookup:
 
     @property
     def found(self) -> Continuations:
-        """Continuations of the text."""
+        """Likely continuations of the text, searched at the first use after a change."""
         if self._found is None:
             corpora = [self._own, *(memory.corpus for memory in self._memories)]
             self._found = Continuations(self._text, corpora, self._never_drafted, branches=self._branches)
@@ -86,7 +86,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Odds of the best nodes, falling; once weighed beside a drafter's, of the nodes that it lacks."""
+        """Odds of the best nodes, in descending order; after `weigh_beside` of the nodes that the drafter lacks."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -94,12 +94,11 @@ class Lookup:
 
 
 class LookupDrafter(Drafter):
-    """Holds a `Lookup` for each row of a batch. Observed tokens are indexed when a proposal is asked for.
+    """Holds a `Lookup` for each row of a batch. Observed tokens are indexed before the next proposal.
 
     Args:
-        pads: padding tokens before each row's prompt.
-        origins: tokens that each row's text is written from, such as an encoder's, in which a match may lie, too;
-            `None` for none.
+        pads: number of padding tokens before each row's prompt.
+        origins: for each row, source tokens to search before the text, such as an encoder's input; `None` for none.
         never_drafted: see `Lookup`.
         memories: see `Lookup`.
         branches: see `Lookup`.
@@ -135,15 +134,15 @@ class LookupDrafter(Drafter):
 
     @property
     def odds(self) -> list[list[float]]:
-        """Odds of every row, see `Lookup.odds`."""
+        """`Lookup.odds` of every row."""
         self.read()
         return [lookup.odds for lookup in self._lookups]
 
     def weigh_beside(self, pool: CandidatePool, most: int) -> CandidatePool:
-        """Weigh `most` nodes of each row beside another drafter's pool, which is on the host.
+        """Compare the `most` best nodes of each row with another drafter's pool, which must be on the host.
 
         Returns:
-            That pool. Nodes that were looked up, too, have the better score.
+            The pool, in which a node that the lookup found, too, has the better of the two scores.
         """
         self.read()
         scores = pool.scores.tolist()
@@ -156,16 +155,16 @@ class LookupDrafter(Drafter):
 
     @property
     def shared(self) -> list[list[int]]:
-        """Nodes of the other drafter that were looked up, too, by row; see `weigh_beside`."""
+        """For each row, the nodes of the other drafter that the lookup found, too; see `weigh_beside`."""
         return [list(lookup.found.shared) for lookup in self._lookups]
 
     def branches(self, request: DraftRequest) -> list[Branches]:
-        """List at most `lookup` nodes of each row."""
+        """Return at most `request.shape.lookup` nodes of each row."""
         self.read()
         return [lookup.found.branches(request.shape.lookup, request.least_prob) for lookup in self._lookups]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Make a pool of `branches`, on the host."""
+        """Return the pool of `branches`, on the host."""
         return CandidatePool.from_branches(self.branches(request))
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -176,10 +175,10 @@ class LookupDrafter(Drafter):
 
 
 class PromptLookup(DraftSource):
-    """Looks up the text so far; every call has this source.
+    """The source of prompt lookup, which every call has.
 
     Args:
-        memories: searched as well.
+        memories: hold other texts that are searched.
     """
 
     def __init__(self, memories: Sequence[Remembered] = ()) -> None:
@@ -198,11 +197,11 @@ class PromptLookup(DraftSource):
     def drafter(self, call: DraftCall) -> LookupDrafter:
         pads = [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask)
         told: dict[str, Any] = {"origins": call.origins, "never_drafted": call.never_drafted}
-        branches = not call.target.config.is_encoder_decoder  # whose decoders count positions by their place
+        branches = not call.target.config.is_encoder_decoder  # their positions are indices: only a chain fits
         return LookupDrafter(pads, **told, memories=self._memories, branches=branches)
 
 
 def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:
-    """Average the odds of rows that advance on their own, weighted by `row_weights`."""
+    """Average the odds of each rank over rows that advance on their own, weighted by `row_weights`."""
     columns = zip_longest(*rows, fillvalue=0.0)
     return [sum(map(mul, row_weights, chances)) / len(rows) for chances in columns]

@@ -1,4 +1,4 @@
-"""Sources: what a user passes as `assistant_model`. One lives between calls, and makes the drafter of each."""
+"""Draft sources, which a user passes as `assistant_model`. A source lives between calls and makes their drafters."""
 
 import os
 from abc import ABC, abstractmethod
@@ -24,15 +24,14 @@ class DraftCall:
 
     Attributes:
         target: the model that is drafted for.
-        verifier: the call's, for a source that attends to the target's entries.
+        verifier: the call's verifier, for a source that attends to the target's cache.
         rows: number of texts that are decoded together.
-        text_mask: `[b, s]`, 0 where the prompt is padding, over positions whose tokens are known; `None` where nothing
-            is padded.
-        paired_mask: the same over positions whose features are known.
-        origins: for each row the tokens that its text is written from, such as an encoder's; `None` for none.
-        never_drafted: tokens that stand for something else, such as an image.
-        engines: lend compiled code; `None` where nothing runs compiled.
-        ends: closed at the end of the call; gives back what a drafter borrows.
+        text_mask: `[b, s]`, 0 where the prompt is padding, over positions with known tokens; `None` without padding.
+        paired_mask: the same over positions with known features.
+        origins: for each row, source tokens of its text, such as an encoder's input; `None` for none.
+        never_drafted: tokens that must not be drafted, such as placeholders of an image.
+        engines: lend compiled code; `None` if nothing runs compiled.
+        ends: closed at the end of the call, and then returns what the drafter borrowed.
     """
 
     target: PreTrainedModel
@@ -46,18 +45,18 @@ class DraftCall:
     ends: ExitStack = field(default_factory=ExitStack)
 
     def engine(self, source: "DraftSource", model: StepModel) -> DraftEngine | None:
-        """Borrow an engine for a source that drafts as `model`, until the call ends."""
+        """Borrow the engine of `source`, which drafts as `model`, until the call ends; `None` if there is none."""
         return None if self.engines is None else self.ends.enter_context(self.engines.borrow(source, model))
 
 
 class DraftSource(ABC):
-    """Drafts for a target.
+    """Proposes tokens for a target: makes a `Drafter` for each call.
 
     Attributes:
-        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
-        before_deepstack: whether these are read before image features are added to them.
-        reads_target: whether it attends to the target's entries, and reads the newest features alone.
-        calls_generate: whether drafting may call `generate` of the target, which is then plain.
+        feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
+        before_deepstack: whether it reads these hidden states before image features are added to them.
+        reads_target: whether it attends to the target's cache, and reads only the newest features.
+        calls_generate: whether drafting may call the target's `generate`, which must then decode without drafts.
     """
 
     before_deepstack: bool = False
@@ -70,56 +69,56 @@ class DraftSource(ABC):
 
     @property
     def own_modules(self) -> list[nn.Module]:
-        """Modules of its own."""
+        """Modules of the source itself, without the target's."""
         return [self] if isinstance(self, nn.Module) else []
 
     @property
     @abstractmethod
     def default_shape(self) -> TreeShape:
-        """Tree that is used when `generate` gets no policy."""
+        """Tree shape that is used if `generate` gets no policy."""
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Refuse, before any work, a target that it cannot draft for as both are now.
+        """Check, before any work of a call, that the source can draft for the target now.
 
         Raises:
-            ValueError: it belongs to another target, or is on another device.
+            ValueError: the source was made for another target, or is on another device.
         """
         return None
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash its weights: 16 hexadecimal digits."""
+        """Return a hash of its weights: 16 hexadecimal digits."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Identify the source, for files that are trained or measured with it: JSON values."""
+        """Return JSON values that identify the source in files that were trained or measured with it."""
 
     @abstractmethod
     def drafter(self, call: DraftCall) -> Drafter:
         """Make the drafter of one call.
 
         Raises:
-            ValueError: it cannot draft for such a call.
+            ValueError: the source cannot draft for this call.
         """
 
 
 class LevelSource(DraftSource):
-    """A source that goes level by level: bound to a target it is a `StepModel`."""
+    """A source that runs a draft model: `bind` makes the `StepModel` that drafts for a target."""
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
-        """Refuse a target that it was not made for.
+        """Check that the source was made for this target.
 
         Raises:
-            ValueError: names both models, and what differs.
+            ValueError: it was made for another target; the message names both, and what differs.
         """
 
     @abstractmethod
     def bind(self, target: PreTrainedModel) -> StepModel:
-        """Bind the source to a target that it drafts for.
+        """Return the model that drafts for `target`.
 
         Raises:
-            ValueError: it belongs to another target, or is on another device.
+            ValueError: the source was made for another target, or is on another device.
         """
 
     def prepare(self, target: PreTrainedModel) -> None:
@@ -133,23 +132,23 @@ class LevelSource(DraftSource):
 
 @dataclass(frozen=True, slots=True)
 class FileReading(ABC):
-    """One way to read the file of a source: its fields are overrides of `loader.from_pretrained`."""
+    """One way to interpret a source's files: its fields are arguments of `from_pretrained` of the class `loader`."""
 
     loader: ClassVar[str]
 
     @property
     @abstractmethod
     def told(self) -> dict[str, str]:
-        """Name and value of each field in a table."""
+        """Names and values of the fields, as words for a table."""
 
 
 class TrainableSource(LevelSource):
-    """A module with weights of its own, which borrows the rest from its target.
+    """A source that can be trained: a module with weights of its own, which uses further weights of its target.
 
     Attributes:
-        vocab_size: tokens of its target.
+        vocab_size: size of the target's vocabulary.
         target: known parts of its target's identity, see `target_identity`.
-        depths: number of layers that draft a level each; 1 drafts any number of levels.
+        depths: number of layers that draft one level each; 1 if one layer drafts any number of levels.
     """
 
     target: dict[str, Any]
@@ -161,12 +160,12 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
-        """Bind the source to a target that it drafts for, see `LevelSource.bind`.
+        """Return the model that drafts for `target`, see `LevelSource.bind`.
 
         Args:
-            target: the model that it drafts for.
-            forward: computes a pass in place of packed copies of the weights: the module itself, or what training
-                wraps it in.
+            target: the model to draft for.
+            forward: computes passes in training: the module itself, or a wrapper of it. `None` computes them with
+                packed copies of the weights.
         """
 
     @property
@@ -177,44 +176,44 @@ class TrainableSource(LevelSource):
     @property
     @abstractmethod
     def output_heads(self) -> list[nn.Module]:
-        """Output heads of its own; empty where it borrows the target's."""
+        """Output heads of the source itself; empty if it uses the target's."""
 
     @classmethod
     @abstractmethod
     def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
-        """Make a new one for `target`, which is to be trained over so many levels.
+        """Make an untrained source for `target`.
 
         Args:
-            target: the model that it drafts for.
+            target: the model to draft for.
             draft_token_ids: target ids of the tokens that it can propose, `[d]`; `None` for all.
-            levels: tokens that it drafts one after the other in training.
-            fields: of its config.
+            levels: number of consecutive tokens that it drafts in training.
+            fields: fields of its config.
         """
 
     @abstractmethod
     def plain_card(self, repo_id: str) -> str:
-        """Write a card for a repository that has none: what it is, its target, and how to load it."""
+        """Return a model card for a repository without one: what the source is, its target, and how to load it."""
 
     @abstractmethod
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write it to a folder, made if missing, from which `from_pretrained` reads it."""
+        """Write the source to a folder, created if missing, for `from_pretrained`."""
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Take the weights that `save_pretrained` wrote while it was trained.
+        """Load the weights that `save_pretrained` wrote during training.
 
         Raises:
-            ValueError: they are of a module with other sizes or settings.
+            ValueError: the folder is of a module with other sizes or settings.
         """
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Load all that its files hold, also weights that it borrows from its target instead."""
+        """Return the source with all weights of its files, also weights that it normally takes from its target."""
         return self
 
     @abstractmethod
     def readings(self, target: PreTrainedModel, whole: Self, *, has_images: bool) -> Iterator[FileReading]:
-        """Yield the configured reading of the `whole` source, then the others that this target has layers for."""
+        """Yield ways to interpret the files of `whole`: first the configured one, then others that fit the target."""
 
     @abstractmethod
     def read_as(self, reading: FileReading, target: PreTrainedModel, whole: Self) -> Self:
-        """Make the source by another reading, with the weights of the `whole` one, shared and not copied."""
+        """Return the source as another `reading` interprets its files; it shares the weights of `whole`."""

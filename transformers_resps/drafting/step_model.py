@@ -1,4 +1,4 @@
-"""A source that goes level by level, bound to one target: its passes over committed tokens and over levels."""
+"""The interface of a draft model that is bound to one target: its passes over committed tokens and drafted nodes."""
 
 from abc import ABC, abstractmethod
 
@@ -9,36 +9,36 @@ from ..verifying.verifier import Verifier
 from .cache import DraftCache, Entries
 
 
-# The positions of `[b, t]` that get an output: a slice, or `[b, q]` positions of each row.
+# The tokens of `[b, t]` that get an output: a slice, or `[b, q]` indices in each row.
 Wanted = slice | Tensor
-# What a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each.
+# Tensors that a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each.
 Places = tuple[Tensor, ...]
-_WINDOW_PARTS = 16  # The oldest of so many parts of a sliding window leaves as a whole.
+_WINDOW_PARTS = 16  # A sliding window moves in steps of this fraction of its length.
 
 
 def at_wanted(states: Tensor, wanted: Wanted) -> Tensor:
-    """Take the wanted positions of `[b, t, n]`: `[b, q, n]`."""
+    """Select the wanted tokens: `[b, t, n]` -> `[b, q, n]`."""
     if isinstance(wanted, slice):
         return states[:, wanted]
     return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class StepModel(ABC):
-    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if any.
+    """A draft model bound to one target. It runs over tokens, each paired with the hidden state before it, if any.
 
-    A new kind of drafter writes `modules`, `run` and `logits`, and what of the rest differs from the defaults.
+    A new kind of drafter implements `modules`, `run` and `logits`, and overrides other defaults that do not fit.
 
-    Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden state is that of depth -1.
-    With one depth it drafts any number of levels: a node then reads its parent's output.
+    Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden states count as depth -1.
+    A model with a single depth drafts any number of levels, and pairs a node with its parent's output.
 
     Attributes:
-        depths: passes with their own weights that draft one level each; 1 for any number of levels.
+        depths: number of passes with weights of their own, which draft one level each; 1 for any number of levels.
         reads_features: whether it pairs tokens with hidden states.
-        has_fixed_places: whether `places` of a position do not depend on the other positions.
-        counts_padding: whether its positions may count a prompt's padding, as where only distances matter.
-        sliding_window: how many of a text's newest positions it sees at most; `None` for all. It counts padding.
+        has_fixed_places: whether the `places` of a position do not depend on the other positions.
+        counts_padding: whether positions may include a prompt's padding, for instance if only distances matter.
+        sliding_window: maximum number of newest positions that it attends to, padding included; `None` for all.
         is_compilable: whether its passes may run as compiled or captured code.
-        proposable_tokens: how many tokens it can propose after a node.
+        proposable_tokens: number of different tokens that it can propose after a node.
         device: device of its inputs.
         dtype: dtype of its hidden states.
     """
@@ -55,7 +55,7 @@ class StepModel(ABC):
 
     @property
     def most_levels(self) -> int | None:
-        """The most levels that a draft can have; `None` for any number."""
+        """Maximum number of levels of a draft; `None` for no limit."""
         return self.depths if self.depths > 1 else None
 
     @property
@@ -76,12 +76,12 @@ class StepModel(ABC):
         """Run one depth over tokens.
 
         Args:
-            depth: from 0 on.
+            depth: index of the depth, from 0 on.
             tokens: `[b, t]` target vocabulary ids.
-            hidden: `[b, t, h]` the state before each token; `None` if it reads none.
-            places: `places` of the tokens' positions.
-            entries: what the tokens attend to.
-            wanted: the tokens whose output is asked for.
+            hidden: `[b, t, h]` the hidden state before each token; `None` if the model reads none.
+            places: result of `places` for the tokens' positions.
+            entries: keys and values that the tokens attend to; takes those of the tokens.
+            wanted: the tokens whose outputs are returned.
 
         Returns:
             `[b, q, h]` outputs at the wanted tokens.
@@ -89,39 +89,40 @@ class StepModel(ABC):
 
     @abstractmethod
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
+        """Compute logits from a depth's outputs: `[b, q, h]` -> fp32 `[b, q, d]`."""
 
     def fuse(self, features: Tensor) -> Tensor:
-        """`[b, t, F]` features of the target -> `[b, t, h]` hidden states of depth -1."""
+        """Compute hidden states of depth -1 from the target's features: `[b, t, F]` -> `[b, t, h]`."""
         return features
 
     def places(self, positions: Tensor) -> Places:
-        """Compute what `run` needs to know of positions `[b or 1, t]`."""
+        """Compute the tensors that `run` needs for positions `[b or 1, t]`."""
         return ()
 
     def cache(self, verifier: Verifier | None) -> DraftCache:
-        """Make the cache of one call, whose target is verified by `verifier`."""
+        """Make the cache of one call; `verifier` is for models that attend to the target's cache."""
         return DraftCache(device=self.device)
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
-        """Propose the `top_k` likeliest tokens after each output, at most `proposable_tokens`: target ids and fp32 log
-        probabilities, `[b, q, k]`.
+        """Return target ids and fp32 log probabilities, `[b, q, k]` each, of the likeliest tokens after each output.
+
+        `top_k` must not exceed `proposable_tokens`.
         """
         scores, draft_ids = self.logits(output, depth).log_softmax(dim=-1).topk(top_k, dim=-1)
         return self.target_ids(draft_ids), scores
 
     def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor | None:
-        """Give what the next token is paired with, by the output and what it was paired with, `[b, q, h]` each."""
+        """Return the states to pair the next tokens with, given this pass's outputs and `hidden`; all `[b, q, h]`."""
         return output if self.reads_features else None
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary ids of any shape -> target ids."""
+        """Convert draft vocabulary ids of any shape to target ids."""
         return draft_ids
 
     def oldest_seen(self, length: int) -> int:
-        """Position of the oldest token that is seen after a text of `length`.
+        """Return the position of the oldest token that may be attended to after a text of `length`.
 
-        It changes every few tokens only, because a cache is moved then.
+        It changes only every few tokens, because each change moves the cache.
         """
         window = self.sliding_window or length
         stride = max(window // _WINDOW_PARTS, 1)
@@ -129,20 +130,19 @@ class StepModel(ABC):
 
 
 class TrainableModel(StepModel):
-    """A model whose logits are a normed output times the rows of an output head: what training reads."""
+    """A model whose logits are normed outputs times the weight of an output head; training uses these parts."""
 
     @abstractmethod
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
-        """`[..., h]` outputs of a depth -> what its output head multiplies."""
+        """Norm a depth's outputs `[..., h]` for its output head."""
 
     @abstractmethod
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """`[..., h]` normed outputs of a depth -> fp32 `[..., d]`."""
+        """Compute logits from a depth's normed outputs: `[..., h]` -> fp32 `[..., d]`."""
 
     @abstractmethod
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Weight `[d, h]` of a depth's output head, and its bias `[d]`, if any."""
+        """Return the weight `[d, h]` of a depth's output head, and its bias `[d]`, if any."""
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
         return self.normed_logits(self.normed(output, depth), depth)

@@ -1,4 +1,4 @@
-"""Remembers texts of earlier calls, and drafts what followed there where they end like the present text."""
+"""Remembers texts of earlier calls, and drafts tokens that followed occurrences of the present text's last tokens."""
 
 import json
 import os
@@ -30,25 +30,25 @@ from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
 
 FORMAT = "suffix memory 1"
 _METADATA = "transformers_resps"  # Key of the metadata in the safetensors file.
-_KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # Metadata of a file beside its format.
-# The ending of a file that is being saved; such a file of so many seconds was left by a process that died.
+_KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # Keys of a file's metadata beside its format.
+# Suffix of a file while it is written; if it is older than these seconds, the process that wrote it has died.
 _UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0
-_NODES = 8  # Nodes of the default tree.
-_LARGE = 16384  # More tokens than these are sorted in a thread.
-_RATIO = 3  # A segment is merged with all newer ones if it is at most so many times as large.
-_CONVERSATIONS = 64  # Conversations whose next turn is recognised by its beginning.
-_SLACK = 16  # A full memory forgets one of so many parts at once.
+_NODES = 8  # Number of nodes of the default tree.
+_LARGE = 16384  # Segments with more tokens together are merged in a thread.
+_RATIO = 3  # A segment is merged with all newer ones if it has at most three times their tokens.
+_CONVERSATIONS = 64  # Number of conversations whose next turn is recognised by its beginning.
+_SLACK = 16  # A full memory forgets a sixteenth of its tokens at once.
 
 
 class SuffixMemory(DraftSource):
-    """Remembers the texts that calls wrote, and drafts the tokens that followed where a text ends like one of them.
+    """Remembers the texts of calls, and drafts tokens that followed occurrences of a text's last tokens in them.
 
-    It holds its users' texts as token ids, in memory and in the files that `save` writes: whoever may call with a
-    memory can read what it remembers, since drafts and time betray it. Threads may share one.
+    It holds users' texts as token ids, in RAM and in the files that `save` writes. Anyone who can run calls with this
+    memory can find out what it remembers, from drafts and their timing. Threads may share a memory.
 
     Args:
-        max_tokens: tokens that it remembers; the oldest are forgotten first.
-        remember: "answers" of each call, or "all": the prompts, too.
+        max_tokens: maximum number of remembered tokens; the oldest are forgotten first.
+        remember: "answers" remembers what calls generate, "all" also their prompts.
 
     Raises:
         ValueError: an argument has another type or is out of range.
@@ -64,18 +64,18 @@ class SuffixMemory(DraftSource):
         self._max_tokens, self._remember = max_tokens, remember
         self._segments: tuple[Suffixes, ...] = ()  # the oldest first; none of them grows
         self._record = match_record()
-        self._vocab_size: int | None = None  # of the targets that it drafts for, once there was one
-        self._largest = -1  # token that it was given
-        self._added, self._ages = 0, list[int]()  # tokens so far, and when each age ended
-        self._conversations: list[array[int]] = []  # that it holds, by their newest turns
-        self._lock = Lock()  # held to change what is above, not to read it nor to sort
+        self._vocab_size: int | None = None  # of the targets, once there was one
+        self._largest = -1  # the largest token id that was added
+        self._added, self._ages = 0, list[int]()  # number of tokens ever added, now and at the end of each age
+        self._conversations: list[array[int]] = []  # the remembered conversations, up to their newest turn
+        self._lock = Lock()  # held while the fields above change, but not to read them or to sort
         self._merging = False
 
     def __repr__(self) -> str:
         return f"SuffixMemory({len(self)} of {self._max_tokens} tokens)"
 
     def __len__(self) -> int:
-        """Count the remembered tokens, with one for the end of each text."""
+        """Count the remembered tokens, and one more for the end of each text."""
         return sum(map(len, self._segments))
 
     def __bool__(self) -> bool:
@@ -105,11 +105,11 @@ class SuffixMemory(DraftSource):
         return {"name_or_path": "suffix memory"}
 
     def drafter(self, call: DraftCall) -> Drafter:
-        """Make a prompt lookup that searches the memory, too."""
+        """Make a prompt lookup that also searches this memory."""
         return PromptLookup([self]).drafter(call)
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Refuse a target of another vocabulary than those before; see `DraftSource.prepare`."""
+        """Raise a `ValueError` if the target's vocabulary does not fit earlier targets or the remembered tokens."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -124,10 +124,10 @@ class SuffixMemory(DraftSource):
         """Remember texts, the newest last: token ids such as `tokenizer(texts)["input_ids"]`.
 
         Raises:
-            ValueError: a text is a string, or has a token that no vocabulary or not that of the targets holds.
+            ValueError: a text is a string, or has a token id that is invalid or outside the targets' vocabulary.
         """
         if isinstance(texts, str):
-            texts = [texts]  # which is refused
+            texts = [texts]  # refused by `_as_tokens`
         joined, largest = array("I"), -1
         for tokens in map(_as_tokens, texts):
             if tokens:
@@ -141,7 +141,7 @@ class SuffixMemory(DraftSource):
             self._check(largest, self._vocab_size)
             self._largest = max(self._largest, largest)
             self._segments, self._added = (*self._segments, young), self._added + len(joined)
-            if len(self) > self._max_tokens:  # some more than needed, so that it is seldom done
+            if len(self) > self._max_tokens:  # forget more than needed, so that it is seldom done
                 self._forget(len(self) - self._max_tokens + self._max_tokens // _SLACK)
             while not self._merging and (chosen := self._to_merge()):
                 if sum(map(len, chosen)) > _LARGE:
@@ -151,7 +151,7 @@ class SuffixMemory(DraftSource):
                     self._replace(chosen, _joined(chosen))
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Add the texts of a call, by the memory's `remember`. A conversation adds only its newest turns."""
+        """Add a call's answers, also its prompts if "all" are remembered; of known conversations only new turns."""
         if self._remember == "answers":
             self.add(answers)
             return
@@ -160,15 +160,15 @@ class SuffixMemory(DraftSource):
             lengths = [(_shared(text, one), one) for one in self._conversations]
             known, last = max(lengths, key=itemgetter(0), default=(0, text))
             if known < len(text):
-                self.add([text[max(known - LONGEST_MATCH, 0) :]])  # with what stands before
+                self.add([text[max(known - LONGEST_MATCH, 0) :]])  # known tokens first, to match
                 with self._lock:
                     others = [one for one in self._conversations if one is not last or known < len(one)]
                     self._conversations = [*others, text][-_CONVERSATIONS:]
 
     def advance(self, keep: int) -> None:
-        """Begin another age, such as the next weights of a model in training, and forget the texts of old ages.
+        """End the current age, and forget all texts but those of the `keep` newest ages that have ended.
 
-        Only the `keep` newest ages that have ended are kept.
+        An age holds the texts between two calls of `advance`, such as those of one set of weights during training.
 
         Raises:
             ValueError: `keep` is no integer, or negative.
@@ -182,7 +182,7 @@ class SuffixMemory(DraftSource):
                 self._forget(len(self) - self._added + self._ages[0])
 
     def clear(self) -> None:
-        """Forget all texts, and how often they were right."""
+        """Forget all texts, and the record of how often their tokens were right."""
         with self._lock:
             self._segments, self._record, self._largest = (), match_record(), -1
             self._conversations = []
@@ -195,10 +195,10 @@ class SuffixMemory(DraftSource):
             )
 
     def _forget(self, surplus: int) -> None:
-        """Drop the `surplus` oldest tokens, and the rest of their last text."""
+        """Drop the `surplus` oldest tokens, and the rest of the text in which the last of them is."""
         if surplus <= 0:
             return
-        self._conversations = []  # which may be gone
+        self._conversations = []  # their texts may be dropped
         kept = list(self._segments)
         while kept and len(kept[0]) <= surplus:
             surplus -= len(kept.pop(0))
@@ -207,7 +207,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Choose the newest segments, from one that is not much larger than the rest on: so there are always few."""
+        """Return the newest segments, from the first that is not much larger than the newer ones, to keep them few."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):
@@ -215,14 +215,14 @@ class SuffixMemory(DraftSource):
         return ()
 
     def _replace(self, chosen: tuple[Suffixes, ...], merged: Suffixes) -> None:
-        """Put the merged segment in the place of the chosen ones, unless they were forgotten meanwhile."""
+        """Replace the chosen segments by the merged one, unless any of them was forgotten meanwhile."""
         kept = self._segments
         first = next((at for at, one in enumerate(kept) if one is chosen[0]), len(kept))
         if kept[first : first + len(chosen)] == chosen:
             self._segments = (*kept[:first], merged, *kept[first + len(chosen) :])
 
     def _merge_large(self) -> None:
-        """Merge in a thread, while others draft from the old segments and add further ones."""
+        """Merge segments while there are some to merge. Other threads may search and add segments meanwhile."""
         while True:
             with self._lock:
                 chosen = self._to_merge()
@@ -234,14 +234,14 @@ class SuffixMemory(DraftSource):
                 self._replace(chosen, merged)
 
     def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write all texts to one file, readable by its owner alone. It replaces an older one at once or not at all.
+        """Write all texts to one file that only its owner can read. It replaces an existing file atomically.
 
         Args:
-            path: of the file.
-            tokenizer: of the texts, which `load` asks for.
+            path: path of the file.
+            tokenizer: tokenizer of the texts; `load` needs the same one.
 
         Raises:
-            OSError: the file cannot be written; an older one is as it was.
+            OSError: the file cannot be written; an existing file is unchanged.
         """
         segments, path = self._segments, Path(path)
         told = {"format": FORMAT, "max_tokens": self._max_tokens, "remember": self._remember}
@@ -259,16 +259,16 @@ class SuffixMemory(DraftSource):
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
-            finally:  # it is gone where it has replaced the older one
+            finally:  # after a success there is none, since it was renamed
                 Path(file.name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Self:
-        """Read what `save` wrote.
+        """Load a memory that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no file.
-            ValueError: it is none of a memory, is damaged, or was written with another tokenizer.
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no memory, is damaged, or was written with another tokenizer.
         """
         told = _told(path)
         if told is None:
@@ -296,7 +296,7 @@ class SuffixMemory(DraftSource):
 
     @staticmethod
     def is_saved_in(path: str | os.PathLike[str]) -> bool:
-        """Whether a file is a memory, and so holds users' texts."""
+        """Whether a file is a saved memory, and therefore holds users' texts."""
         return _told(path) is not None
 
 
@@ -308,7 +308,7 @@ def _joined(segments: Sequence[Suffixes]) -> Suffixes:
 
 
 def _shared(one: "array[int]", other: "array[int]") -> int:
-    """Count the tokens that both begin with."""
+    """Return the length of the longest common beginning of two texts."""
     count = min(len(one), len(other))
     differing = np.flatnonzero(np.array(one[:count]) != np.array(other[:count]))
     return int(differing[0]) if len(differing) else count

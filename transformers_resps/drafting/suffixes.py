@@ -1,7 +1,7 @@
-"""Finds where texts had the same words before: their positions, sorted by the tokens before each.
+"""Find earlier occurrences of a text's last tokens, by an index of positions sorted by the tokens before them.
 
-Positions whose text ends like the present one are one run of that order, and a longer match is a narrower run inside
-it: a suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
+Positions after the same tokens are one range of this order, and those of a longer match are a narrower range inside.
+The index is a suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
 """
 
 from array import array
@@ -12,34 +12,34 @@ from struct import pack
 import numpy as np
 
 
-LONGEST_MATCH = 32  # Tokens of a context that are compared.
+LONGEST_MATCH = 32  # Maximum number of tokens of a context that are compared.
 LARGEST_TOKEN = 2**31 - 1
-SEPARATOR = 2**32 - 1  # Stands between two texts: no match reaches across it.
+SEPARATOR = 2**32 - 1  # Separates two texts: no match reaches across it.
 _BYTES = 4  # Bytes of a token.
 _MOST_BYTES = LONGEST_MATCH * _BYTES
-_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # Appended to a context, comes after all that begin with it.
-_NEAR = 4  # Positions beside a run that are looked at one by one, before a search.
-_FEW = 64  # Tokens that are inserted one by one; more are sorted at once.
-_STRIDE = 128  # Positions between two marks.
+_BEYOND = b"\xff" * (_MOST_BYTES + 1)  # A context with this appended is sorted after all that begin with the context.
+_NEAR = 4  # Number of positions beside a range that are compared one by one before a binary search.
+_FEW = 64  # Up to this many tokens are inserted one by one; more are sorted at once.
+_STRIDE = 128  # Distance of two marks in the order.
 _INTEGER = np.dtype(array("I").typecode)
 
 
 class Suffixes:
-    """A growing text, or several with `SEPARATOR` between them: 12 to 14 bytes a token.
+    """An index of a growing text, or of several with `SEPARATOR` between them. It takes 12 to 14 bytes for each token.
 
-    Threads may share one that no longer grows.
+    Threads may share an index that no longer grows.
 
     Attributes:
         tokens: tokens of all texts.
-        order: positions with a token before them and one after, sorted by the tokens before them.
+        order: positions between two tokens, sorted by the tokens before them.
     """
 
     def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
         self.tokens = array("I")
-        self._backwards = bytearray()  # the tokens, newest first and big-endian: bytes compare as contexts do
+        self._backwards = bytearray()  # the tokens, newest first and big-endian, so that bytes sort like tokens
         self.order = array("I")
-        self._marks = list[bytes]()  # what stands before each 128th of them, of many that were sorted at once
-        self._newest: tuple[bytes, int] | None = None  # the end of the text and its place, once it was searched for
+        self._marks = list[bytes]()  # contexts of every 128th position of a long order; empty after single insertions
+        self._newest: tuple[bytes, int] | None = None  # context of the text's end and its index in the order, if known
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -47,22 +47,22 @@ class Suffixes:
 
     @property
     def context(self) -> bytes:
-        """The end of the text, its newest token first, as `search` takes it."""
+        """The text's last tokens as bytes, the newest token first, for `search`."""
         if self._newest is None:
             context = bytes(self.before(len(self.tokens)))
             self._newest = context, self.find(context)
         return self._newest[0]
 
     def before(self, position: int) -> bytearray:
-        """Give the context before a position, its newest token first."""
+        """Return the context of a position: up to `LONGEST_MATCH` tokens before it, as bytes, the newest first."""
         start = len(self._backwards) - _BYTES * position
         return self._backwards[start : start + _MOST_BYTES]
 
     def extend(self, tokens: "Sequence[int] | array[int]") -> None:
-        """Append tokens to the text, and their positions to the order."""
+        """Append tokens to the text, and insert their positions into the order."""
         first, count = len(self.tokens), len(tokens)
         self.tokens.extend(tokens)
-        room = len(self._backwards) - _BYTES * first  # in front of the text
+        room = len(self._backwards) - _BYTES * first  # unused bytes in front of the text
         if room < _BYTES * count:
             spare = max(_BYTES * count, len(self._backwards)) - room if first else _BYTES * count
             self._backwards[:0] = bytes(spare)
@@ -81,9 +81,9 @@ class Suffixes:
             self.order.insert(place, position)
 
     def without_first(self, count: int) -> "Suffixes":
-        """Keep the texts that begin after the first `count` tokens, without sorting them anew.
+        """Return an index of the texts that begin after the first `count` tokens, without sorting again.
 
-        The separator before them stays: the tokens before it decide the order of no match.
+        The separator before these texts stays. The tokens before it can be dropped, since no match reaches them.
         """
         tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self.order))
         first = max(count - 1, 0)
@@ -100,7 +100,7 @@ class Suffixes:
             self._marks = [bytes(self.before(position)) for position in self.order[::_STRIDE]]
 
     def find(self, wanted: "bytes | bytearray") -> int:
-        """Find the place of a context in the order: among the marks first, which compare faster."""
+        """Return the index in `order` where a context belongs. Marks are searched first, since they compare faster."""
         first, last = 0, len(self.order)
         if self._marks:
             mark = bisect_left(self._marks, wanted)
@@ -108,21 +108,21 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Search the texts for places that end like a context."""
+        """Search the texts for occurrences of the newest tokens of a context."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)
 
     def begins(self, position: int, wanted: bytes) -> bool:
-        """Whether the context before a position begins with the wanted bytes."""
+        """Whether the context of a position begins with the wanted bytes."""
         return self._backwards.startswith(wanted, len(self._backwards) - _BYTES * position)
 
 
 class Search:
-    """Positions of some texts around the place of a context.
+    """A search for shorter and shorter matches of a context in an index.
 
     Attributes:
-        longest: how many of the context's newest tokens were found side by side, with a token after them.
+        longest: number of tokens in the longest match: the context's newest tokens, found with a token after them.
     """
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
@@ -130,13 +130,13 @@ class Search:
     def __init__(self, text: Suffixes, context: bytes, place: int) -> None:
         self._text, self._context = text, context
         self._first = self._last = place
-        neighbours = text.order[max(place - 1, 0) : place + 1]  # nothing else begins more alike
+        neighbours = text.order[max(place - 1, 0) : place + 1]  # they hold the longest match
         self.longest = max((_alike(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":
-        """Find positions after the `length` newest tokens: at most `most`, spread evenly.
+        """Return at most `most` positions, spread evenly, after occurrences of the context's `length` newest tokens.
 
-        The next length that is asked for must be shorter: its run holds this one.
+        Each call must pass a shorter length than the call before, whose range of positions it extends.
         """
         text, order, wanted = self._text, self._text.order, self._context[: _BYTES * length]
         first, last = self._first, self._last
@@ -149,18 +149,18 @@ class Search:
 
 
 def _alike(one: bytes, other: bytearray) -> int:
-    """Count the tokens that two contexts both begin with."""
+    """Return the number of tokens in the longest common beginning of two contexts."""
     shared = min(len(one), len(other))
     differing = int.from_bytes(one[:shared]) ^ int.from_bytes(other[:shared])
     return shared // _BYTES if not differing else (8 * shared - differing.bit_length()) // (8 * _BYTES)
 
 
 def _sorted(tokens: np.ndarray) -> np.ndarray:
-    """Sort all positions but the first by the tokens before them: by the newest one, then two, four and so on."""
+    """Return all positions but the first, sorted by the tokens before them: by one token, then by two, by four, ..."""
     count = len(tokens)
     ranks = np.zeros(count, np.int64)
     ranks[1:] = tokens[:-1]
-    ranks[1:] += 1  # nothing stands before the first
+    ranks[1:] += 1  # rank 0: no token is before the first position
     step, order = 1, np.arange(count)
     while step <= LONGEST_MATCH:
         before = np.zeros(count, np.int64)

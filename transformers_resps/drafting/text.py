@@ -1,4 +1,4 @@
-"""The texts of one call as a drafter reads them: tokens that wait, their slots in its cache, and their positions."""
+"""The texts of one call for a draft model: tokens that it has not processed, their cache slots and positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from .drafter import Committed
 from .step_model import Places, StepModel
 
 
-_POSITIONS = 256  # Positions in a row whose places are computed at once.
+_POSITIONS = 256  # Minimum number of consecutive positions whose places are computed at once.
 
 
 class PlaceWindow:
-    """The places of many positions in a row, and their numbers, computed once for the many passes that read them."""
+    """Computes `StepModel.places` of many consecutive positions at once, and keeps them for later passes."""
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
@@ -26,23 +26,23 @@ class PlaceWindow:
         self._places: Places = ()
 
     def places(self, every: range | Tensor, wanted: slice) -> Places:
-        """The places of the `wanted` ones of some positions: `[b or 1, t, any]` each."""
+        """Return the places of the part `wanted` of the positions `every`: `[b or 1, t, any]` each."""
         if not isinstance(every, Tensor) and self._model.has_fixed_places:
             wanted, every = self._within(every, wanted), self._known
-        if every is not self._newest:  # the last position may decide about all of them
+        if every is not self._newest:  # all at once, since the last position may affect the places of all others
             positions = every if isinstance(every, Tensor) else self._count(every)
             self._newest, self._places = every, self._model.places(positions)
         return tuple(part[:, wanted] for part in self._places)
 
     def numbers(self, every: range | Tensor, wanted: slice) -> Tensor:
-        """The `wanted` ones of some positions: `[b or 1, t]`."""
+        """Return the part `wanted` of the positions `every` as a tensor `[b or 1, t]`."""
         if isinstance(every, Tensor):
             return every[:, wanted]
         wanted = self._within(every, wanted)
         return self._numbers[:, wanted]
 
     def _within(self, every: range, wanted: slice) -> slice:
-        """Find positions in a row among the known ones."""
+        """Return the slice of the known positions that are the part `wanted` of `every`; computes missing ones."""
         if not self._known or every.start < self._known.start or every.stop > self._known.stop:
             self._known = range(every.start, max(every.stop, every.start + _POSITIONS))
             self._numbers = self._count(self._known)
@@ -54,7 +54,7 @@ class PlaceWindow:
 
 
 class Positions(NamedTuple):
-    """Positions of some tokens: the `wanted` ones of `every`, which are in a row or `[b or 1, t]`."""
+    """Positions of some tokens: the part `wanted` of `every`, a range or a tensor `[b or 1, t]`."""
 
     window: PlaceWindow
     every: range | Tensor
@@ -62,16 +62,16 @@ class Positions(NamedTuple):
 
     @property
     def places(self) -> Places:
-        """Places that the model computes from them."""
+        """The model's `StepModel.places` of these positions."""
         return self.window.places(self.every, self.wanted)
 
     @property
     def numbers(self) -> Tensor:
-        """`[b or 1, t]`."""
+        """The positions as a tensor `[b or 1, t]`."""
         return self.window.numbers(self.every, self.wanted)
 
     def part(self, start: int, stop: int) -> "Positions":
-        """Some of them."""
+        """Select the positions from index `start` to `stop` of these."""
         return self._replace(wanted=slice(self.wanted.start + start, self.wanted.start + stop))
 
 
@@ -79,14 +79,14 @@ class Prefix:
     """A text in a cache, and the positions after it.
 
     Args:
-        cache: holds the text's entries, and room for those of a tree.
-        length: slots of the cache that are seen as text.
+        cache: holds the text's keys and values, and has room for a tree.
+        length: number of cache slots that the text may use.
         ahead: positions after the text.
-        rows: where each row has entries; `None` where `seen` and `ends` are known.
+        rows: the slots that each row uses; `None` if `seen` and `ends` are passed.
 
     Attributes:
-        seen: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
-        ends: `[b or 1, 1]` the slot after each row's text; `None` where that is `length` of all.
+        seen: `[b or 1, length]` bool, true where a slot may be attended to; `None` if all may.
+        ends: `[b or 1, 1]` the slot after each row's text; `None` if it is `length` for all rows.
     """
 
     def __init__(
@@ -114,36 +114,29 @@ class Prefix:
         return self._rows.ends(self.cache.device)
 
     def seen_at(self, depth: int) -> Tensor | None:
-        """`seen` for the entries of one depth: depth k has none of a text's first k tokens."""
+        """Return `seen` for the entries of one depth: depth k has no entries for a text's first k tokens."""
         if depth == 0:
             return self.seen
         seen = self.cache.all_seen(self.length) if self.seen is None else self.seen
         return seen & (seen.cumsum(-1) > depth)
 
     def shown(self, length: int) -> Tensor:
-        """`[b or 1, length or 1]` bool: as `seen`, but never `None`, and with any value after the text."""
+        """Return a mask like `seen`, `[b or 1, length or 1]`, never `None`; values after the text are arbitrary."""
         seen = None if self._rows is None else self._rows.visible(length, self.cache.device)
         return self.cache.all_seen(1) if seen is None else seen
 
 
 class Pairs(NamedTuple):
-    """Tokens that a model reads, the newest of a text.
+    """The newest tokens of a text, which a model processes next, and the features that they are paired with."""
 
-    Attributes:
-        tokens: `[b, t]`. A row that has fewer than others repeats some.
-        features: `[b, t, F]` they are paired with; `None` where the model reads none.
-        where: slots they go to: the first of them in all rows, or each row's own, `[b or 1, t]`.
-        positions: their positions.
-    """
-
-    tokens: Tensor
-    features: Tensor | None
-    where: int | Tensor
+    tokens: Tensor  # [b, t]; a row with fewer tokens repeats some
+    features: Tensor | None  # [b, t, F]; `None` if the model reads none
+    where: int | Tensor  # the slot of the first token in all rows, or the slots of each row, [b or 1, t]
     positions: Positions
 
     @property
     def slots(self) -> Tensor:
-        """`[b or 1, t]` the slots as a tensor."""
+        """The slots of the tokens, `[b or 1, t]`."""
         if isinstance(self.where, Tensor):
             return self.where
         stop = self.where + self.tokens.shape[1]
@@ -152,7 +145,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """Committed tokens `[b, t]` that the model has not read, and the features `[b, t, F]` they are paired with."""
+    """Committed tokens `[b, t]` that the model has not processed, and the features `[b, t, F]` paired with them."""
 
     tokens: Tensor
     features: Tensor | None
@@ -166,20 +159,20 @@ class _Waiting:
         return _Waiting(self.tokens[:, :most].index_select(0, order.to(self.tokens.device)), features, counts)
 
     def without_first(self, count: int) -> "_Waiting":
-        """The tokens after the first `count`, of rows that gained alike."""
+        """Drop the first `count` tokens. All rows must have equally many."""
         features = None if self.features is None else self.features[:, count:]
         return _Waiting(self.tokens[:, count:], features, [own - count for own in self.counts])
 
 
 class DraftText:
-    """Owns the texts of a call for one model: tokens that wait to be read, and a cache of those it has read.
+    """Holds the texts of a call for one draft model: tokens that wait to be processed, and a cache of the others.
 
     Args:
-        model: reads them.
-        cache: for their entries.
-        rows: decoded together.
-        prompt_mask: `[b, s]`, 0 where the prompt is padding, of the positions that it reads: those whose features it
-            gets, or all tokens; `None` when there is none.
+        model: the draft model.
+        cache: for the keys and values of processed tokens.
+        rows: number of rows decoded together.
+        prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
+            features if it reads features, otherwise all; `None` without padding.
     """
 
     def __init__(self, model: StepModel, cache: DraftCache, rows: int, prompt_mask: Tensor | None) -> None:
@@ -187,42 +180,42 @@ class DraftText:
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(model.device))
         self._window = PlaceWindow(model)
         self._waiting: list[_Waiting] = []
-        self._forgotten = 0  # positions before slot 0
+        self._forgotten = 0  # number of dropped positions before slot 0
 
     @property
     def waiting(self) -> int:
-        """Tokens that wait to be read."""
+        """Number of tokens that wait to be processed."""
         return sum(part.tokens.shape[1] for part in self._waiting)
 
     def add(self, committed: Committed) -> None:
-        """Let committed tokens wait."""
+        """Queue committed tokens until the model processes them."""
         tokens, features, rows, _ = committed
         if not self._model.reads_features:
             features = None
         elif features is not None:
-            tokens = tokens[:, -features.shape[1] :]  # the first token of a text has nothing before it
+            tokens = tokens[:, -features.shape[1] :]  # the first token of a text has no features before it
         counts = [tokens.shape[1]] * len(tokens) if rows is None else list(map(len, rows))
         self._waiting.append(_Waiting(tokens, features, counts))
 
     def keep_rows(self, rows: list[int], order: Tensor) -> None:
-        """Forget all rows but these; `order` has them on the model's device."""
+        """Drop all rows except `rows`; `order` holds the same indices on the model's device."""
         self._rows = len(rows)
         self._waiting = [part.of_rows(rows, order) for part in self._waiting]
         self._slots.keep_rows(rows)
         self._cache.keep_rows(order)
 
     def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
-        """Give slots to all tokens that wait, and hand them out to be read; `None` where there are none.
+        """Assign slots to all waiting tokens, and return them, or `None` if there are none, and the text.
 
         Args:
-            ahead: positions after the text that the draft takes.
-            tree: entries of the cache that it takes.
+            ahead: number of positions after the text that the draft needs.
+            tree: number of cache slots that the draft needs.
         """
         self._forget()
         model, device = self._model, self._model.device
         counts, width = [part.counts for part in self._waiting], self.waiting
         start, is_even = self._slots.length, self._slots.stays_even(counts)
-        # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
+        # Rotary attention depends on distances alone, so slots can serve as positions although they count padding.
         pads = None if model.counts_padding else self._slots.pads
         where: int | Tensor = start
         every: range | Tensor
@@ -248,7 +241,7 @@ class DraftText:
         return Pairs(tokens, _joined(features) if features else None, where, here), text
 
     def _forget(self) -> None:
-        """Drop what no row sees after the tokens that wait."""
+        """Drop tokens that no row attends to any more after the waiting ones."""
         if self._model.sliding_window is None:
             return
         ends, length = self._slots.row_ends(self._rows), self._slots.length
@@ -264,7 +257,7 @@ class DraftText:
             self._forgotten += count + skipped
 
     def _skip(self, count: int) -> int:
-        """Drop up to `count` of the first tokens that wait, as far as all rows gained alike. Returns how many."""
+        """Drop up to `count` of the first waiting tokens, while all rows have equally many; return how many."""
         left = count
         for at, part in enumerate(self._waiting):
             dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
@@ -276,5 +269,5 @@ class DraftText:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Join tokens or features of `[b, t, ...]`, without a copy of a lone part."""
+    """Concatenate tensors `[b, t, ...]` along t; a single tensor is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
