@@ -1,8 +1,8 @@
-"""SDPA for heads that share keys: the attention of a target while it verifies trees.
+"""The target's attention over trees: SDPA in which heads that share keys (GQA) read them together.
 
 With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-`enable_gqa` reads them once for each head. Here these heads become queries of one head, which gives the same up to
-rounding. A lone token gains most: one layer of SmolLM2 in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead
+`enable_gqa` reads them once for each head. Here such heads become queries of one head, with the same result up to
+rounding. Single tokens gain most: one layer of SmolLM2 in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead
 of 0.59, three nodes in each of eight rows after 250 positions 0.36 ms instead of 0.55. Not timed on accelerators.
 """
 
@@ -25,31 +25,31 @@ from .masks import additive
 
 
 STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # attention implementations by name
-# Mask rows begin at multiples of so many elements: PyTorch's memory-efficient kernel needs 8, older releases 16, and
-# copies any other mask (`preprocess_mask` in ATen's `attention.cpp`).
+# Each row of a mask begins at a multiple of this number of elements. PyTorch's memory-efficient kernel needs 8, in
+# older releases 16, and copies any other mask (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
-_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result, and that only `sdpa` knows
+_OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result and that `attend` lacks
 
 
 class PackedNodes:
-    """Packs some nodes of several rows into one row of a forward.
+    """Packs some nodes of several rows into one row, so that a forward need not compute the others, such as padding.
 
-    `places` `[r]` are the indices of these nodes among all `rows * count`; `are_computed` `[b, n]` is true for them.
+    `places` `[r]` are the packed nodes' indices among all `rows * count`; `are_computed` `[b, n]` is true for them.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
         self._places, self._size = places, (rows, count)
-        order = torch.arange(places.shape[0], device=places.device)  # `len` would fix the size of what is compiled
+        order = torch.arange(places.shape[0], device=places.device)  # `len` would compile this size as a constant
         self._orders = places.new_zeros(rows * count).scatter(0, places, order)
         of_all = torch.zeros(rows * count, dtype=torch.bool, device=places.device)
         self.are_computed = of_all.scatter(0, places, True).view(rows, count)
 
     def together(self, states: Tensor) -> Tensor:
-        """`[b, n, ...]` -> `[1, r, ...]`."""
+        """Pick the packed nodes: `[b, n, ...]` -> `[1, r, ...]`."""
         return states.flatten(0, 1).index_select(0, self._places)[None]
 
     def apart(self, states: Tensor) -> Tensor:
-        """`[1, r, ...]` -> `[b, n, ...]`; other nodes get arbitrary values."""
+        """Move packed nodes back to their rows: `[1, r, ...]` -> `[b, n, ...]`; others get arbitrary values."""
         return states[0].index_select(0, self._orders).view(*self._size, *states.shape[2:])
 
 
@@ -64,10 +64,10 @@ def grouped_attention(
     resps_packed: "PackedNodes | None" = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute Transformers' `sdpa`, by `attend` where `sdpa` would copy keys; see `attend` for shapes.
+    """Compute the same as Transformers' `sdpa`, by `attend` where that is faster; for shapes see `attend`.
 
-    An `attention_mask` of `None` is causal. With `resps_packed` the query holds nodes of several rows,
-    `[1, heads, r, hd]`, but keys and mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
+    An `attention_mask` of `None` means causal. With `resps_packed` the query `[1, heads, r, hd]` holds packed nodes,
+    while keys and mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
     """
     if resps_packed is not None:
         whole = resps_packed.apart(query.transpose(1, 2)).transpose(1, 2)
@@ -75,7 +75,7 @@ def grouped_attention(
         return resps_packed.together(attended), None
     shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
-    causal = attention_mask is None and query.shape[2] > 1  # by an argument of `sdpa`, which would count heads as rows
+    causal = attention_mask is None and query.shape[2] > 1  # `attend` cannot: heads are further queries there
     is_ours = shares or attends_natively(query, key, value, attention_mask)
     if not is_ours or odd or causal or (attention_mask is not None and attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
@@ -90,10 +90,10 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Compute SDPA with heads that share keys as queries of one head: `[b, heads, q, hd]`, like the query.
+    """Compute SDPA, with heads that share keys as queries of one head; return `[b, heads, q, hd]`, like the query.
 
     `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads that share keys, q,
-    t]`, and copied where the second size is 1; `None` shows everything. `scaling` is `hd ** -0.5` when `None`.
+    t]`; a second size of 1 is repeated, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -114,7 +114,7 @@ def attend(
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
     """Repeat a mask `[b, 1 or sharing, q, t]` for the heads that share keys: `[b, 1, sharing * q, t]`.
 
-    Rows of a copy begin at multiples of `alignment` elements.
+    If the mask is copied, its rows begin at multiples of `alignment` elements.
     """
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
@@ -129,11 +129,11 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 @contextmanager
 def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Let a target of `sdpa` attend by `grouped_attention` inside the `with` block.
+    """Let a target with `sdpa` attention use `grouped_attention` inside the `with` block.
 
-    Layers look up the name in their config at each forward, so it changes only for forwards over trees: prompts, and
-    other users of the target, attend by `sdpa` bit for bit. Calls in other threads may see either name, with equal
-    results up to rounding. FlashAttention keeps its name and learns to take trees.
+    At each forward, layers look up their attention's name in the config. We change it only around forwards over trees,
+    so that prompts, and other users of the target, still get `sdpa` bit for bit. Threads that run the target meanwhile
+    may see either name, with equal results up to rounding. FlashAttention keeps its name, see `_take_trees`.
     """
     config = target.config.get_text_config()
     if is_flash(config._attn_implementation):
@@ -148,7 +148,7 @@ def is_flash(attention: str) -> bool:
 
 
 def _take_trees(attention: str) -> None:
-    """Teach a registered FlashAttention to take trees. It keeps its name, which other threads may use meanwhile."""
+    """Wrap a registered FlashAttention so that it accepts trees' masks; other threads may go on using its name."""
     function: Any = ALL_ATTENTION_FUNCTIONS[attention]
     if getattr(function, "func", None) is not _flash_or_tree:
         AttentionInterface.register(attention, partial(_flash_or_tree, function))
@@ -164,6 +164,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Run `flash`, which takes only padding masks `[b, s]`, or `grouped_attention` where each node has a mask."""
+    """Run `grouped_attention` if the mask is a tree's, of 4 dimensions, else `flash`, which takes only `[b, s]`."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

@@ -1,6 +1,6 @@
-"""The target's caches while they hold trees: space after the entries, keeping a path, copies of recurrent states.
+"""Work on Transformers' caches that hold trees: grow in place, keep an accepted path, crop, pick and copy rows.
 
-Together with `slots` the only module that touches the inside of Transformers' caches.
+Apart from `slots`, most code that touches the inside of these caches is here.
 """
 
 import copy
@@ -18,13 +18,13 @@ from ..compat import CacheLayer, cache_layers
 
 
 _SPARE = 256  # positions allocated beyond what is needed
-_MAX_SHARING = 8  # layers of one buffer: more would move faster, but a buffer that grows exists twice
+_MAX_SHARING = 8  # layers of a buffer: with more, nodes move faster, but a growing buffer exists twice
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A copy of a filled layer whose entries are the front of a larger buffer, so that a forward copies no past.
+    """A cache layer whose entries are the front of a larger buffer, so that a forward does not copy earlier entries.
 
-    Other code may shorten it or replace its tensors like those of a stock layer.
+    Other code may crop it or replace its tensors, as with a `DynamicLayer`.
     """
 
     buffer: "SharedBuffer"
@@ -32,7 +32,7 @@ class PreallocatedLayer(DynamicLayer):
     def __init__(self, stock: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         _fill(self, stock.keys, stock.values)
-        self._shown: Tensor | None = None  # the keys as they were last seen in the buffer
+        self._shown: Tensor | None = None  # the view of the buffer that was last set as `keys`
 
     def stock(self) -> DynamicLayer:
         layer = DynamicLayer()
@@ -61,11 +61,11 @@ class PreallocatedLayer(DynamicLayer):
 
     @property
     def is_preallocated(self) -> bool:
-        """Whether the entries lie in the buffer: other code may have replaced them."""
+        """Whether the entries still lie in the buffer; other code may have replaced them."""
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Show the entries in this layer's part of a buffer, `[b, kv heads, size, hd]`, which holds copies of them."""
+        """Make this layer's entries views of its part of a buffer, `[b, kv heads, size, hd]`, which holds copies."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -76,9 +76,9 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """The entries of several layers, `[layers, b, kv heads, size, hd]`, so that accepted nodes move in all at once.
+    """Holds the entries of several layers, `[layers, b, kv heads, size, hd]`, to move accepted nodes in all at once.
 
-    `size` positions leave space after the entries. Layers differ in length at most, and values may have another `hd`.
+    `size` exceeds the length of every layer. Layers may differ in length only; values may have another `hd` than keys.
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
@@ -90,11 +90,11 @@ class SharedBuffer:
             layer.move_to(self, keys, values)
 
     def grow(self, length: int) -> None:
-        """Move all layers to larger buffers, together where they still can."""
+        """Move all layers to new buffers for at least `length` positions; layers that differ get separate ones."""
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """All keys and values, `[layers, b, kv heads, s, hd]`; `None` if some lie elsewhere or lengths differ."""
+        """All keys and all values, `[layers, b, kv heads, s, hd]`; `None` if a layer left or lengths differ."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -103,7 +103,7 @@ class SharedBuffer:
 
 
 def preallocate(cache: Cache) -> None:
-    """Let the layers of a filled cache that attend to everything grow in place."""
+    """Replace all `DynamicLayer`s with entries by `PreallocatedLayer`s, which grow in place."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length():
             cache.layers[index] = PreallocatedLayer(layer)
@@ -111,14 +111,14 @@ def preallocate(cache: Cache) -> None:
 
 
 def restore_stock_layers(cache: Cache) -> None:
-    """Undo `preallocate`: the caller may reuse the cache."""
+    """Undo `preallocate`, because the caller may reuse the cache."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PreallocatedLayer):
             cache.layers[index] = layer.stock()
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield each entry of filled layers once, in few writable views `[layers, b, kv heads, s, hd]`."""
+    """Yield all keys and values of filled layers, as few writable views `[layers, b, kv heads, s, hd]`."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -130,7 +130,7 @@ def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
 
 
 def _allocate(layers: list[Any], length: int) -> None:
-    """Move layers to shared buffers for `length` positions and more; entries of a buffer have one kind and order."""
+    """Move layers to new buffers for at least `length` positions; layers with equal shapes and dtypes share some."""
     alike = defaultdict(list)
     for layer in layers:
         kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
@@ -142,7 +142,7 @@ def _allocate(layers: list[Any], length: int) -> None:
 
 
 def _fill(layer: Any, keys: Any, values: Any) -> None:
-    """Fill a layer without `lazy_initialization`, which makes empty tensors that wait for an accelerator."""
+    """Fill a layer without `lazy_initialization`, whose empty tensors make the host wait for an accelerator."""
     layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     layer.keys, layer.values = keys, values
 
@@ -157,12 +157,12 @@ def _copied(states: list[Tensor], length: int) -> Tensor:
 
 
 def holds_state(layer: Any) -> bool:
-    """Whether a cache layer holds a recurrent or convolution state, perhaps beside keys and values."""
+    """Whether a cache layer holds a recurrent or convolution state; it may hold keys and values, too."""
     return hasattr(layer, "recurrent_states")
 
 
 def settle_recorded(layer: Any) -> None:
-    """Cut a layer's convolution states to what the next token needs, if its owner let it record more."""
+    """Cut a layer's convolution states to the size that the next token needs, if `record_past` let them grow."""
     if not layer.record_past:
         return
     layer.record_past = False
@@ -178,7 +178,7 @@ _RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLay
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The caller's cache, by its name in any release of Transformers; `None` without."""
+    """Return the cache among the arguments of `generate`, by its old or new name; `None` if there is none."""
     return arguments.get("cache", arguments.get("past_key_values"))
 
 
@@ -204,7 +204,7 @@ def check_cache(cache: Cache) -> None:
 
 
 def record_windows(cache: Cache) -> None:
-    """Let sliding layers keep what leaves their window until the next `crop`; states are never recorded."""
+    """Let sliding layers keep entries that leave their window until the next `crop`; cut convolution states."""
     for layer in cache.layers:
         if holds_state(layer):
             settle_recorded(layer)
@@ -213,14 +213,14 @@ def record_windows(cache: Cache) -> None:
 
 
 def stop_recording(cache: Cache) -> None:
-    """Let sliding layers forget at once what leaves their window, as in stock: the caller may reuse the cache."""
+    """Let sliding layers drop entries as soon as these leave the window, which is Transformers' default."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
 
 
 def crop_to(cache: Cache, length: int) -> None:
-    """Forget all but the first `length` positions of each layer; a forward may have been interrupted."""
+    """Cut each layer to its first `length` positions; after an interrupted forward, layers may differ in length."""
     layers = cache_layers(cache)
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
@@ -229,21 +229,21 @@ def crop_to(cache: Cache, length: int) -> None:
 
 
 def cached_length(cache: Cache) -> int:
-    """Positions the cache has seen."""
+    """Number of positions that the cache has seen; sliding layers may have dropped some of them."""
     return int(cache.get_seq_length())
 
 
 def crop(cache: Cache, count: int) -> None:
-    """Forget the keys and values of the newest `count` positions; states stay.
+    """Drop the keys and values of the newest `count` positions; recurrent states stay.
 
-    Sliding layers then forget what has left their window, also with 0.
+    Sliding layers also drop the entries that `record_windows` let them keep, even if `count` is 0.
     """
     for layer in cache_layers(cache):
         _crop_entries(layer, count)
 
 
 def _crop_entries(layer: CacheLayer, count: int) -> None:
-    """Forget the newest `count` keys and values of a layer, which may hold a state beside them, or nothing else."""
+    """Drop the newest `count` keys and values of a layer, unless it holds only a recurrent state."""
     if not holds_state(layer):
         layer.crop(-count)
     elif isinstance(layer, DynamicLayer):
@@ -251,7 +251,7 @@ def _crop_entries(layer: CacheLayer, count: int) -> None:
 
 
 def visible_length(cache: Cache, layer_index: int) -> int:
-    """Past positions that layer `layer_index` still shows to a new token."""
+    """Number of cached positions that a new token attends to in layer `layer_index`."""
     states = _states(cache_layers(cache)[layer_index])
     window = window_of(cache, layer_index)
     kept = states[0].shape[-2] if states else 0
@@ -259,7 +259,7 @@ def visible_length(cache: Cache, layer_index: int) -> int:
 
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of these positions, `[b, kv heads, visible length, hd]` each; the layer must hold some."""
+    """Keys and values `[b, kv heads, visible length, hd]` that a new token attends to in a layer, which has some."""
     layer = cache_layers(cache)[layer_index]
     start = layer.keys.shape[-2] - visible_length(cache, layer_index)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
@@ -272,21 +272,21 @@ def window_of(cache: Cache, layer_index: int) -> int | None:
 
 
 def has_windows(cache: Cache) -> bool:
-    """Whether a layer slides."""
+    """Whether any layer has a sliding window."""
     return any(window_of(cache, index) is not None for index in range(len(cache.layers)))
 
 
 def _states(layer: CacheLayer) -> tuple[Tensor, Tensor] | None:
-    """Keys and values `[b, heads, s, hd]`; `None` for a layer that holds none (yet, or because it shares)."""
+    """Keys and values `[b, heads, s, hd]`; `None` if a layer has none, yet or because it uses another layer's."""
     keys = getattr(layer, "keys", None)
     return None if keys is None or not keys.numel() else (keys, layer.values)
 
 
 def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = False) -> None:
-    """Keep only the accepted path among the last `node_count` positions of a cache.
+    """Keep only the accepted path of a tree, whose nodes are the last `node_count` positions of a cache.
 
-    `path` `[b, m]` are ascending node indices, the root first. With `is_front` every path is known to hold the first
-    nodes, so that nothing moves. Rotary positions were applied by depth, so a moved entry needs no rotation.
+    `path` `[b, m]` holds ascending node indices, the root first. `is_front` says that every path is the first m nodes,
+    so that no entry moves. Keys were rotated by depth, so a moved key needs no new rotation.
     """
     kept = path.shape[1]
     if 1 < kept < node_count and not is_front:
@@ -296,20 +296,20 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
 
 
 def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
-    """Keep the accepted path of each row, for rows that end at different slots.
+    """Keep only each row's accepted path of a tree, for rows that end at different slots.
 
-    A layer with full attention holds the entry of slot i at i. In a sliding layer all rows end where the layer ends,
-    whatever their slots.
+    A layer with full attention holds the entry of slot i at index i. A sliding layer holds its rows right-aligned: all
+    end where the layer ends.
 
-    `path` and `slots` `[b, m]` are the kept nodes, the root first, and their slots, none above the present one; a row
-    that keeps fewer repeats its last. The cache keeps `length` positions, as many as the longest row.
+    `path` `[b, m]` holds the kept nodes, the root first, and `slots` `[b, m]` their new slots, which are never later
+    than the old ones. A row with fewer nodes repeats its last. The cache keeps `length` positions, the longest row's.
     """
     surplus = cached_length(cache) - length
     counts = slots[:, -1] + 1 - slots[:, 0]
     rows = torch.arange(len(path), device=path.device)[:, None]
     layers = cache_layers(cache)
     full = [layer for index, layer in enumerate(layers) if window_of(cache, index) is None]
-    for part in entries_of(full):  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
+    for part in entries_of(full):  # whole entries: `gather` and `scatter_` of single numbers take six times as long
         own, to, nodes = (index.to(part.device) for index in (rows, slots, path))  # layers may lie on several devices
         part[:, own, :, to] = part[:, own, :, nodes + (part.shape[-2] - node_count)]
     for index, layer in enumerate(layers):
@@ -322,7 +322,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
-    """Forget all rows but `rows`, whose longest has `length` positions."""
+    """Drop all rows of a cache except `rows`; the longest of these has `length` positions."""
     order, layers = torch.tensor(rows), cache_layers(cache)
     for layer in layers:
         states = _states(layer)
@@ -339,7 +339,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
 
 
 def copied_row(cache: Cache, row: int, length: int) -> Cache:
-    """Copy the first `length` entries of one row into a stock cache; for sliding layers see `compact_ragged`."""
+    """Copy one row of `length` entries into a cache of Transformers' layers; for sliding ones see `compact_ragged`."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
@@ -364,7 +364,7 @@ def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
 
 
 def joined_rows(caches: list[Cache]) -> Cache:
-    """Join the rows of caches of one length, in the first cache."""
+    """Concatenate the rows of caches of equal length in the first cache, and return it."""
     for own, *others in zip(*map(cache_layers, caches), strict=True):
         rows = [own, *others]
         if holds_state(own):
@@ -379,27 +379,27 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """Gather the last `most` entries of every row: those before the tree, then `counts` nodes of its path."""
+    """Gather the last `most` entries of every row: entries before the tree, then the row's `counts` path nodes."""
     past = states.shape[-2] - node_count
-    order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; past on: the path
+    order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; nodes from `past` on
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
     return states.gather(2, _along_positions(torch.where(order < past, order.clamp(min=0), past + nodes), states))
 
 
 def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
-    """Give a layer other entries `[b, heads, s, hd]`; a sliding layer gets the last of `length` positions."""
+    """Replace a layer's entries by `states` `[b, heads, s, hd]`, in a sliding layer the last of `length` positions."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length
 
 
 def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
-    """Expand positions `[b, m]` to an index into `[b, heads, s, hd]`."""
+    """Expand positions `[b, m]` to an index with which `gather` reads `[b, heads, s, hd]`."""
     return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
 
 
 def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
-    """Gather the path's entries of `[layers, b, heads, s, hd]` to the front of the tree, from slot `start` on."""
+    """Move the path's entries in `[layers, b, heads, s, hd]` to the slots from `start` on, where the tree begins."""
     slots = path.to(states.device) + start
     if len(path) == 1:
         kept = states.index_select(3, slots[0])

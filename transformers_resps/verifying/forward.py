@@ -1,8 +1,8 @@
-"""The target's forward over prompts and trees; hooks catch the hidden states that a head reads, its features.
+"""Run the target over prompts and trees, and catch features: the hidden states that a draft head reads.
 
-Hooks also work inside stock `generate`, which runs prompts that hold more than tokens. `output_hidden_states` of
-Transformers leaves hooks in the model that cannot be pickled, keeps all layers in releases before 5.23, and gives the
-last layer only after the final norm.
+Hooks catch them, also while Transformers' `generate` reads a prompt with images or sounds. `output_hidden_states`
+would leave hooks in the model that cannot be pickled, keep all layers in releases before 5.23, and give the last layer
+only after the final norm.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from .cache import crop
 from .masks import Masks
 
 
-# The tap of this thread's forward, and the states it has caught: two threads may share a target.
+# The `FeatureTap` of this thread's forward, and the states that it has caught; threads may share a target.
 _recording: ContextVar[tuple["FeatureTap", dict[int, Tensor]] | None] = ContextVar("resps_features", default=None)
 # The `position_ids` that the text decoder got in each forward of this thread.
 _seen_positions: ContextVar[list[Tensor | None] | None] = ContextVar("resps_positions", default=None)
@@ -40,12 +40,11 @@ class TargetOutputs(Protocol):
 
 
 class FeatureTap:
-    """Catches hidden states of `target` by hooks, which exist inside `with` and catch only during `record`.
+    """Catches hidden states of `target` by hooks, which are installed inside a `with` block and work during `record`.
 
-    `layers` are ascending, in the `output_hidden_states` convention: j is the input of layer j. The number of layers
-    means the last one's output before the final norm, and one more the output of that norm. With `before_deepstack` j
-    is the output of layer j - 1, before DeepStack adds features of images to it. Raises a `ValueError` if the target
-    lacks one.
+    `layers` are ascending indices as in `output_hidden_states`: j is the input of layer j. With L layers, L is the
+    last layer's output before the final norm, and L + 1 the output of that norm. With `before_deepstack`, j is the
+    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks an index.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -78,7 +77,7 @@ class FeatureTap:
 
     @contextmanager
     def record(self) -> Iterator["Features"]:
-        """Catch the features of the forward that runs inside, or of several over chunks of a prompt."""
+        """Catch the features of the forward inside the `with` block, or of several forwards over a prompt's chunks."""
         features = Features(self._layers)
         token = _recording.set((self, features.caught))
         try:
@@ -89,7 +88,7 @@ class FeatureTap:
     def _entering(
         self, index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> None:
-        """Catch a layer's input. `keywords` is missing, and the states not ours, while a thread removes its hook."""
+        """Catch a layer's input. PyTorch omits `keywords` for a hook that another thread is just removing."""
         if keywords is not None:
             self._catch(index, arguments[0] if arguments else keywords["hidden_states"])
 
@@ -101,19 +100,19 @@ class FeatureTap:
     def _catch(self, index: int, states: Tensor) -> None:
         tap, caught = _recording.get() or (None, {})
         if tap is self:
-            before = caught.get(index)  # an earlier chunk's
+            before = caught.get(index)  # of earlier chunks
             caught[index] = states if before is None else torch.cat([before, states], dim=1)
 
 
 class Features:
-    """The hidden states of one forward, or of a prompt in chunks."""
+    """The hidden states of one forward, or of all forwards over a prompt's chunks."""
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
-        self.caught: dict[int, Tensor] = {}
+        self.caught: dict[int, Tensor] = {}  # layer -> [b, t, h]
 
     def concatenated(self) -> Tensor:
-        """Join the layers, shallow to deep: `[b, t, F]`. Raises a `ValueError` where a layer gave none."""
+        """Concatenate the hidden states of all layers: `[b, t, F]`. Raises a `ValueError` if a layer gave none."""
         missing = [layer for layer in self.layers if layer not in self.caught]
         if missing:
             raise ValueError(
@@ -132,7 +131,7 @@ def _note_positions(module: nn.Module, arguments: tuple[Any, ...], keywords: dic
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """Find the text decoder's layers: its outermost `ModuleList` of their number. A vision tower may have as many.
+    """Find the text decoder's layers: the outermost `ModuleList` in the decoder with `num_hidden_layers` modules.
 
     Raises a `ValueError` if there is none.
     """
@@ -147,16 +146,16 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the caller compiled a module, by `compile()` or `torch.compile`, or its `forward`."""
+    """Whether the caller compiled a module or its `forward`, by `module.compile()` or `torch.compile`."""
     compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 class TargetForward:
-    """Runs the target over `cache` and catches the hidden states of `layers`, inside `with`; see `FeatureTap`.
+    """Runs the target with `cache`, and catches the hidden states of `layers` inside a `with` block; see `FeatureTap`.
 
-    `layers` is `None` without a head. Raises a `ValueError` where the caller compiled the target and the head reads a
-    state that its outputs lack.
+    `layers` is `None` without a draft head. Raises a `ValueError` if the caller compiled the target and the head reads
+    a hidden state that the target's outputs lack.
     """
 
     def __init__(
@@ -178,7 +177,7 @@ class TargetForward:
     def of(
         cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False
     ) -> "TargetForward":
-        """Make the forward of a decoder-only target over a new cache that grows."""
+        """Make the forward of a decoder-only target with a new dynamic cache."""
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         return cls(target, layers, cache, before_deepstack=before_deepstack)
 
@@ -191,27 +190,26 @@ class TargetForward:
         self.stop_catching()
 
     def stop_catching(self) -> None:
-        """Catch no features from now on."""
+        """Remove the hooks, so that no more features are caught."""
         if self._tap is not None:
             self._tap.__exit__()
 
     def read(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
-        """Run over tokens and positions `[b, t]` of a prompt; return the outputs and the features."""
+        """Run the target over a prompt's tokens and positions `[b, t]`; return the outputs and the features."""
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
         return outputs, features
 
     def catch(self, run: Callable[[], Result]) -> tuple[Result, Features]:
-        """Return the result of `run` and the features of its forwards, over a target that is not compiled."""
+        """Call `run`; return its result and the features of its forwards. The target must not be compiled."""
         with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
             return run(), features
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Let `run` read a prompt, in one forward or in chunks; return its result and the features.
+        """Let `run` read a prompt, in one forward or in chunks; return its result, the features and the positions.
 
-        The third result are the positions `[..., t]` that the text decoder got in the last forward, or `None`: they
-        may differ from those of `generate` (PaliGemma counts from 1). Raises a `ValueError` if the caller compiled the
-        target, which then ignores hooks.
+        The text decoder got these positions `[..., t]`, or `None`, in the last forward; they may not be `generate`'s
+        (PaliGemma counts from 1). Raises a `ValueError` if the caller compiled the target, which then ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -229,15 +227,15 @@ class TargetForward:
         return outputs, features, seen[-1] if seen else None
 
     def verify(self, tokens: Tensor, mask: Masks, positions: Tensor, **options: Any) -> tuple[TargetOutputs, Features]:
-        """Run over the nodes `[b, n]` of a tree; return the outputs and the features."""
+        """Run the target over the nodes `[b, n]` of a tree; return the outputs and the features."""
         with use_gqa_attention(self.target):
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Run only these rows from now on; the owner of the cache cuts the cache."""
+        """Drop what this object holds of other rows. The verifier drops them from the cache."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
-        """Name a forward's inputs as the target does."""
+        """Return the inputs of a forward as keyword arguments of the target."""
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return inputs | {CACHE_KEYWORD: self.cache}
 
@@ -253,9 +251,9 @@ class TargetForward:
 
 
 class EncoderDecoderForward(TargetForward):
-    """Runs the decoder of an encoder-decoder over its `self_attention_cache`, after the encoder has read the source.
+    """Runs the decoder of an encoder-decoder with its `self_attention_cache`; the encoder has run before.
 
-    `encoder_outputs` and `encoder_mask`, `[b, source]` or `None`, come from stock `generate`.
+    `encoder_outputs` and `encoder_mask`, `[b, source]` or `None`, come from Transformers' `generate`.
     """
 
     def __init__(
@@ -273,7 +271,7 @@ class EncoderDecoderForward(TargetForward):
     def of_first(
         cls, target: PreTrainedModel, encoder_outputs: ModelOutput, encoder_mask: Tensor | None
     ) -> "EncoderDecoderForward":
-        """Make the forward for the first row's source, over new caches that grow."""
+        """Make a forward for the first row of the encoder's batch, with new dynamic caches."""
         config = target.config.get_text_config(decoder=True)
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         forward = cls(target, cache, encoder_outputs, encoder_mask)
@@ -281,7 +279,7 @@ class EncoderDecoderForward(TargetForward):
         return forward
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Like `TargetForward`; a decoder that gets no positions counts slots."""
+        """See `TargetForward.read_by`; if the decoder got no positions, the cache slots are its positions."""
         outputs, features, positions = super().read_by(run)
         if positions is None:
             positions = torch.arange(int(self.cache.get_seq_length()), device=self.target.device)[None]
@@ -303,36 +301,36 @@ class EncoderDecoderForward(TargetForward):
 
 
 def counts_slots(target: PreTrainedModel) -> bool:
-    """Whether a decoder counts slots of its cache in place of positions, so that only chains get the right ones."""
+    """Whether an encoder-decoder takes cache slots as positions, which are wrong for trees but right for chains."""
     takes = signature(target.forward).parameters
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
 def skips_positions(target: PreTrainedModel) -> bool:
-    """Whether layers without own keys skip positions whose logits are not kept, as in Gemma 4."""
+    """Whether layers that share another layer's keys skip positions whose logits are not kept, as in Gemma 4."""
     return bool(getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
-    """Whether the target can return these hidden states: the last layer's only comes after the final norm."""
+    """Whether the target's outputs have these hidden states; they lack the last layer's before the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 
 def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Index the hidden states of these layers among the target's outputs; see `gives_hidden_states`."""
+    """Return the indices of these layers' hidden states in the target's `hidden_states` output."""
     return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
 
 
 def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
-    """Make the keyword with which a forward returns the hidden states at these indices."""
+    """Return the keyword argument that makes a forward return the hidden states at these indices."""
     return {"output_hidden_states": layers if SELECTS_HIDDEN_STATES else True} if layers else {}
 
 
 def wait_for(states: Tensor) -> None:
-    """Wait until an accelerator has computed `states` `[b, t, any]`: else the clock measures a launch.
+    """Wait until an accelerator has computed `states` `[b, t, any]`, since the clock would time the launch only.
 
-    After the target's forward, acceptance waits anyway. Nothing waits for a draft: the forward is launched meanwhile,
-    and the rest of the draft counts as verifying.
+    The target's forward needs no such wait, since acceptance reads its logits. Drafts get none: the target's forward
+    is launched while they run, and the rest of their time counts as verifying.
     """
     if states.device.type != "cpu":
         states[0, -1, 0].item()

@@ -1,4 +1,4 @@
-"""Verify trees over a dynamic cache, which grows: the way of eager calls."""
+"""Verify trees with a dynamic cache, which grows at each step: the mode of calls without compiled code."""
 
 from typing import Self
 
@@ -24,13 +24,13 @@ from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
 
 class TreeVerifier(Verifier):
-    """Verifies trees over a dynamic cache: a tree's entries follow the text's, and the accepted ones move up."""
+    """Verifies trees with a dynamic cache: a tree is appended to the text, then accepted nodes move next to it."""
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         super().__init__(forward, rows)
         self._mixers = RecurrentMixers(forward.target, forward.cache)
         self.reads_paths = bool(self._mixers)
-        self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
+        self._newest_nodes = 0  # nodes of the newest tree, with padding; 0 once it was kept or undone
 
     @classmethod
     def of(
@@ -41,7 +41,7 @@ class TreeVerifier(Verifier):
         *,
         before_deepstack: bool = False,
     ) -> Self:
-        """Make a verifier for unpadded prompts of one length, over a new cache; for `layers` see `FeatureTap`."""
+        """Make a verifier with a new cache, for unpadded prompts of equal length; for `layers` see `FeatureTap`."""
         forward = TargetForward.of(target, layers or None, before_deepstack=before_deepstack)
         return cls(forward, RowEnds(forward, torch.arange(prompt_length, device=target.device)[None]))
 
@@ -60,7 +60,7 @@ class TreeVerifier(Verifier):
         preallocate(self.forward.cache)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run one forward over the tree. A lone root gets plain decoding's mask."""
+        """Run one forward over the tree. If it has only a root, the mask is that of plain decoding."""
         if tree.node_count == 1 and (self.rows.slots.is_even or not has_windows(self.forward.cache)):
             mask: Masks = self.rows.prompt_mask(self.length + 1)
         else:
@@ -77,7 +77,7 @@ class TreeVerifier(Verifier):
         return tree_attention_mask(target.config, self.forward.cache, prefix_mask, tree, target.dtype, ends)
 
     def _roots(self) -> Tensor | float:
-        """The positions of the coming roots, `[..., b, 1]`, or one number for all."""
+        """The positions of the next tree's roots, `[..., b, 1]`, or one number for all rows."""
         return (self.length if self.rows.slots.is_even else self.rows.slots.ends(self.device)) + self.rows.shift
 
     def target_entries(self) -> TargetEntries:
@@ -112,7 +112,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """Leave a stock cache. With recurrent layers a verified lone root stays, since no state can forget it."""
+        """See `Verifier.close`. With recurrent layers, a verified tree of only a root stays: states cannot undo it."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)
@@ -120,7 +120,7 @@ class TreeVerifier(Verifier):
 
 
 class GrowingMode(VerifyingMode):
-    """Verifies over a cache that grows, without compiled code."""
+    """Verifies trees with a dynamic cache, without compiled code."""
 
     def __str__(self) -> str:
         return "growing cache"

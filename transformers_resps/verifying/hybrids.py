@@ -1,8 +1,8 @@
-"""The recurrent layers of a hybrid target while it verifies trees.
+"""Verify trees with hybrid targets, whose recurrent layers (mixers) keep a state.
 
-Nodes meet in attention, which has the tree's mask, and in the convolution and the scan of each mixer. Our functions
-replace these two, and compute all paths of a tree at once. No state changes before a path is accepted: then the values
-that the functions noted at its nodes advance the states of all layers at once, without the mixers' projections.
+In a mixer, tokens affect each other only by its convolution and its scan. For a tree our functions replace both, and
+compute all paths at once without changing a state. They note the values that each node contributes. When a path is
+accepted, the noted values of its nodes advance the states of all layers at once, without the mixers' projections.
 Related: STree (arXiv 2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
 """
 
@@ -25,8 +25,8 @@ from .lending import Change, lent
 from .masks import HYBRID_TYPES, RECURRENT_TYPES, layer_types
 
 
-# Class of a mixer -> its folder in `transformers.models`. These go on from a given state over several tokens, and pass
-# keywords of a forward on to convolution and scan; others may ignore the state, as some stock mixers do.
+# Class of a supported mixer -> its folder in `transformers.models`. These mixers continue from a given state with
+# several tokens, and pass a forward's keywords on to convolution and scan. Other mixers may ignore the state.
 _MIXERS = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
     "Qwen3_5GatedDeltaNet": "qwen3_5",
@@ -46,7 +46,7 @@ _MIXERS = {
 }
 
 _MAMBA_1 = "has Mamba-1 layers, whose scan of several tokens starts without the state before them"
-# model_type -> what it cannot do.
+# model_type -> why it cannot verify trees.
 _REFUSED = {
     "mamba": _MAMBA_1,
     "falcon_mamba": _MAMBA_1,
@@ -63,12 +63,12 @@ _STATEFUL_TYPES = RECURRENT_TYPES | HYBRID_TYPES.keys()
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the target has layers with a state that cannot be taken back."""
+    """Whether the target has recurrent layers, whose state cannot be rolled back."""
     return bool(getattr(model, "_is_stateful", False) or layer_types(model) & _STATEFUL_TYPES)
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """The mixers that can compute trees, by the index of their cache layer."""
+    """Map the cache layer's index of each mixer that can compute trees to the mixer."""
     found: list[Any] = [module for module in model.modules() if _is_known(module)]
     return {mixer.layer_idx: mixer for mixer in found}
 
@@ -101,17 +101,17 @@ def _is_known(module: nn.Module) -> bool:
 
 
 class LayerStates(NamedTuple):
-    """The states of a recurrent layer, for b rows."""
+    """The states of one recurrent layer, for b rows."""
 
     convolution: Tensor  # [b, c, kernel]
     recurrence: Tensor | None  # [b, heads, k, v]; `None` for a short convolution
 
 
 class _Updates(NamedTuple):
-    """Updates `[..., n, any]` of nodes to states S `[..., k, v]`, in float32.
+    """The changes that n nodes make to a state S `[..., k, v]`: keys, values and decays `[..., n, any]` in float32.
 
-    After the path to node i a state is e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the path's nodes
-    j. Related: STree (arXiv 2505.14969), section 4.
+    After the path to node i the state is e^decay_i S + sum of e^(decay_i - decay_j) key_j value_j over the path's
+    nodes j. Related: STree (arXiv 2505.14969), section 4.
     """
 
     keys: Tensor
@@ -119,16 +119,16 @@ class _Updates(NamedTuple):
     decays: Tensor
 
     def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
-        """Gather the updates along a path `[b, m]`; nodes that are not kept change nothing. Layers come first."""
+        """Pick the updates, `[layers, b, ...]`, of a path's nodes `[b, m]`; nodes that are not kept change nothing."""
         index = path[None, :, None, :, None]
         keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
 
     def write(self, states: Iterable[Tensor]) -> None:
-        """Advance the states of several layers in place, one by one since they are large. All nodes are one path."""
+        """Advance the states of several layers in place by all updates, which form one path."""
         whole = self.decays[..., -1:, :]
         keys, fading = (self.keys * (whole - self.decays).exp()).mT, whole.exp().mT
-        for key, value, fade, state in zip(keys, self.values, fading, states, strict=True):
+        for key, value, fade, state in zip(keys, self.values, fading, states, strict=True):  # one by one: large
             torch.addcmul(key @ value, state, fade, out=state)
 
 
@@ -139,10 +139,10 @@ _REPLACED = (
 
 
 class WholeTree:
-    """A tree that mixers compute in one forward of the target: each node once, and no state changes.
+    """Computes a tree in the mixers during one forward of the target: each node once, and no state changes.
 
-    The replaced scans and convolutions get it as the keyword `resps_tree`; see `reading_trees`. `depths` `[b, n]` and
-    `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` are each layer's before the tree.
+    The functions that replace scans and convolutions get it as the keyword `resps_tree`; see `reading_trees`. `depths`
+    `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` are each layer's before the tree.
     """
 
     def __init__(self, depths: Tensor, ancestors: Tensor, states: Mapping[int, LayerStates]) -> None:
@@ -154,9 +154,9 @@ class WholeTree:
         self._updates: dict[int, _Updates] = {}
 
     def enter(self, layer: int) -> Tensor:
-        """Enter a layer, and return its state before the convolution."""
+        """Remember which layer runs now, and return its convolution state."""
         self._inside, state = layer, self._states[layer].convolution
-        if state.device != self._depths.device:  # layers lie on several
+        if state.device != self._depths.device:  # layers lie on several devices
             self._ancestors, self._depths = (part.to(state.device) for part in (self._ancestors, self._depths))
             self._places = {}
         return state
@@ -172,14 +172,14 @@ class WholeTree:
         return state
 
     def convolve(self, inputs: Tensor) -> Tensor:
-        """Note and return the next input of a convolution, `[b, c, n]`."""
+        """Note the input `[b, c, n]` of the running layer's convolution, and return it."""
         self._inputs[self._inside] = inputs
         return inputs
 
     def convolved(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
     ) -> Tensor:
-        """Convolve each node with the nodes before it on its path and the state: `[b, c, n]`."""
+        """Compute the convolution of each node over the state and the node's path: `[b, c, n]`."""
         state = self._states[self._inside].convolution
         index = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
         before = torch.cat([state.to(inputs.dtype), inputs], dim=-1)
@@ -191,7 +191,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Index each node's window, `[b, n, kernel]`, in a state of `size` entries followed by the nodes."""
+        """Index the inputs `[b, n, kernel]` of each node's convolution in `size` state entries and then the nodes."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
@@ -201,7 +201,7 @@ class WholeTree:
         return self._places[kernel, size]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> Any:
-        """Compute a gated delta rule, or Kimi's: `[b, n, heads, v]`, and the unchanged state."""
+        """Compute the scan of a gated delta rule, or Kimi's; return `[b, n, heads, v]` and the unchanged state."""
         queries, keys = (_unit(part, value.shape[-2]) for part in (query, key))
         decays = g.float() if g.dim() == keys.dim() else g.float()[..., None]
         output = self._scan(queries * query.shape[-1] ** -0.5, keys, value.float(), decays, beta.float()[..., None])
@@ -220,10 +220,10 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Compute a scan of Mamba-2: `[b, n, heads, v]`, and the unchanged state.
+        """Compute the scan of Mamba-2; return `[b, n, heads, v]` and the unchanged state.
 
-        Stock clamps the time steps of several tokens, but not of one. Plain decoding runs token by token, so a tree's
-        time steps are not clamped.
+        Transformers clamps time steps when it runs several tokens, but not for one token. Plain decoding runs token by
+        token, so a tree's time steps are not clamped.
         """
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
@@ -242,18 +242,18 @@ class WholeTree:
         *,
         has_values_first: bool = False,
     ) -> Tensor:
-        """Query the state after each node's path, `[b, n, heads, v]`; all inputs are `[b, n, heads, any]`.
+        """Multiply each node's query with the state after the node's path: `[b, n, heads, v]`.
 
-        A node turns a state S, in float32, into e^decay S + key value, or with rates into e^decay S + key (rate
-        (value - key e^decay S)). Sources: Gated Delta Networks (arXiv 2412.06464), equation 10; Transformers are SSMs
-        (arXiv 2405.21060), section 6.
+        All inputs are `[b, n, heads, any]`. A node turns a state S, in float32, into e^decay S + key value, or with
+        rates into e^decay S + key (rate (value - key e^decay S)). Sources: Gated Delta Networks (arXiv 2412.06464),
+        equation 10; Transformers are SSMs (arXiv 2405.21060), section 6.
         """
         state = (self._recurrence.mT if has_values_first else self._recurrence).float()
         queries, keys, values, decays = (part.transpose(1, 2) for part in (queries, keys, values, decays))
         with _without_autocast(state.device.type):
             decays = self._ancestors.to(decays.dtype) @ decays
             between, fading = _between(decays, self._ancestors), decays.exp()
-            if rates is not None:  # values without what the state, and the nodes before, hold for their keys
+            if rates is not None:  # subtract what state and earlier nodes hold for the same keys
                 rates = rates.transpose(1, 2)
                 wanted, overlap = rates * (values - (keys * fading) @ state), rates * _products(keys, keys, between)
                 values = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
@@ -263,9 +263,9 @@ class WholeTree:
         return outputs.transpose(1, 2)
 
     def noted(self, layer: int) -> list[Tensor]:
-        """Return the inputs `[b, any, n]` of a layer's convolution and the `_Updates` of its scan, if it has one.
+        """Return the noted inputs `[b, any, n]` of a layer's convolution, and its scan's `_Updates` if it has a scan.
 
-        Raises a `ValueError` if the mixer computes in another way than its class does.
+        Raises a `ValueError` if the mixer did not call the functions that we replaced.
         """
         if layer not in self._inputs or (self._states[layer].recurrence is not None) != (layer in self._updates):
             raise ValueError(
@@ -275,35 +275,35 @@ class WholeTree:
 
 
 def _unit(parts: Tensor, heads: int) -> Tensor:
-    """Scale `[..., n, any heads, k]` to length 1, and repeat it for `heads`."""
+    """Scale vectors `[..., n, any heads, k]` to length 1, and repeat them for `heads` heads."""
     states = parts.float()
     return _for_heads(states * torch.rsqrt((states * states).sum(-1, keepdim=True) + 1e-6), heads)
 
 
 def _for_heads(parts: Tensor, heads: int) -> Tensor:
-    """Repeat `[..., any heads, k]` for `heads`."""
+    """Repeat each head of `[..., any heads, k]` until there are `heads`."""
     return parts if parts.shape[-2] == heads else parts.repeat_interleave(heads // parts.shape[-2], dim=-2)
 
 
 def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
-    """Subtract the decays `[..., n, any]` of a node's ancestors from its own: `[..., n, n, any]`; others get -inf."""
+    """Subtract from each node's decay its ancestors': `[..., n, any]` -> `[..., n, n, any]`, elsewhere -inf."""
     return (decays.unsqueeze(-2) - decays.unsqueeze(-3)).masked_fill_(~ancestors.unsqueeze(-1), float("-inf"))
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Multiply nodes `[..., n, k]` with their ancestors, decayed: `[..., n, n]`."""
+    """Multiply nodes `left` with ancestors `right`, `[..., n, k]` each, decayed by `between`: `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
-    return (fading.mul_(right.unsqueeze(-3)) @ left.unsqueeze(-1)).squeeze(-1)  # large: no further copy
+    return (fading.mul_(right.unsqueeze(-3)) @ left.unsqueeze(-1)).squeeze(-1)  # in place, since it is large
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Turn autocast off: in plain steps, no operation that it casts multiplies states."""
+    """Turn autocast off, because the operations of plain decoding on states are not cast either."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-# Name in a modelling file -> the method that computes a whole tree in its place.
+# Function in a modelling file of Transformers -> the method that replaces it for a tree.
 _READERS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": WholeTree.convolved,
     "torch_chunk_gated_delta_rule": WholeTree.delta_rule,
@@ -313,7 +313,7 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Replaces a scan or a convolution: computes a whole tree when it gets one, else calls the original."""
+    """Replaces a scan or a convolution: computes a tree if it gets one, else calls the original function."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads
@@ -325,9 +325,9 @@ class _TreeReader:
 
 
 def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Let some mixers compute trees inside `with`, by a `_TreeReader` for each scan in their modelling files.
+    """Replace scans and convolutions in these mixers' modelling files by `_TreeReader`s inside a `with` block.
 
-    Hooks reach only modules, and a scan is a function between two projections.
+    Hooks cannot do this, since they reach only modules, and a scan is a function.
     """
     files = {type(mixer).__module__: sys.modules[type(mixer).__module__] for mixer in mixers}
     return lent.holding(
@@ -341,7 +341,7 @@ def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 class WholeTreeCache(Cache):
-    """The cache of a forward over a whole tree: layers with keys, and the states of `tree`."""
+    """The cache of a forward over a tree: keys and values in `layers`, and the unchanging states of `tree`."""
 
     def __init__(self, layers: list[Any], tree: WholeTree) -> None:
         super().__init__(layers=layers)
@@ -364,10 +364,10 @@ class WholeTreeCache(Cache):
 
 
 class StateKinds:
-    """Groups recurrent layers with states of the same sizes, which advance together.
+    """Groups recurrent layers with states of equal sizes, to advance the states of a group together.
 
-    Over slots a group's states lie in one tensor as well: `[layers, b, c, kernel]` and, unless the layers are short
-    convolutions, `[layers, b, heads, k, v]`. Raises a `ValueError` where a mixer has left no state in the `cache`.
+    A group's states can be stacked: `[layers, b, c, kernel]` and, unless the layers are short convolutions, `[layers,
+    b, heads, k, v]`. Raises a `ValueError` if a mixer left no state in `cache`.
     """
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
@@ -382,15 +382,15 @@ class StateKinds:
 
     @property
     def sizes(self) -> list[str]:
-        """The dimensions of these tensors by letters, b for the rows."""
+        """The dimensions of the stacked states, a character each: b for rows, a dot for a fixed size."""
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
-        """The states of each layer in a cache."""
+        """Return the states of each layer in a cache, not copied."""
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """Copy the states in a cache."""
+        """Copy and stack the states in a cache."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]
@@ -400,7 +400,7 @@ class StateKinds:
         return found
 
     def give_back(self, tensors: Sequence[Tensor], cache: Cache, rows: slice) -> None:
-        """Let a cache hold copies of the states of some rows."""
+        """Copy the states of some rows from stacked states, `tensors`, to a cache."""
         for layer, states in self.by_layer(tensors).items():
             held: Any = cache.layers[layer]
             held.conv_states[0] = states.convolution[rows].clone()
@@ -408,7 +408,7 @@ class StateKinds:
                 held.recurrent_states[0] = states.recurrence[rows].clone()
 
     def by_layer(self, tensors: Sequence[Tensor]) -> dict[int, LayerStates]:
-        """The states of each layer, as views."""
+        """Return the states of each layer, as views of stacked states."""
         found: dict[int, LayerStates] = {}  # dynamo knows no `dict[int, LayerStates]()`
         parts = iter(tensors)
         for layers, is_scanned in self._kinds:
@@ -418,16 +418,16 @@ class StateKinds:
         return found
 
     def noted(self, tree: WholeTree) -> list[Tensor]:
-        """Stack what a tree has noted for all layers of each kind: `[layers, b, ...]`."""
+        """Stack what `tree` has noted for the layers of each group: `[layers, b, ...]`."""
         found: list[Tensor] = []
         for layers, _ in self._kinds:
             found += [torch.stack(part) for part in zip(*[tree.noted(layer) for layer in layers], strict=True)]
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance the states of each layer in place, by the notes of a tree along its kept path `[b, m]`.
+        """Advance each layer's states in place along the accepted path `[b, m]` of a tree; see `noted`.
 
-        A row that keeps fewer nodes repeats its last.
+        A row with fewer accepted nodes repeats its last one.
         """
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
@@ -453,14 +453,14 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets the mixers of a target, if any, compute trees over a cache that grows, inside `with`."""
+    """Lets the mixers of a target, if it has any, compute trees with a dynamic cache inside a `with` block."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
         self._mixers = known_mixers(target)
         self._readers = reading_trees(self._mixers.values())
         self._kinds: StateKinds | None = None
-        self._noted: list[Tensor] = []  # of the newest tree, until it is kept or dropped
+        self._noted: list[Tensor] = []  # by the newest tree, until `keep` or `drop`
 
     def __bool__(self) -> bool:
         return bool(self._mixers)
@@ -474,7 +474,7 @@ class RecurrentMixers:
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
-        """Yield further arguments for the forward over a tree. A lone root advances the states, as in a plain step."""
+        """Yield extra arguments for the forward over a tree: none for a root alone, which advances the states."""
         self.drop()
         if not self._mixers or tree.node_count == 1:
             yield {}

@@ -1,4 +1,4 @@
-"""Attributes that calls change and then restore: names of attention, scans of mixers, training modes."""
+"""Change shared attributes during a call, then restore them: names of attention, scans of mixers, training modes."""
 
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,12 @@ from torch.nn import Module
 
 
 class Change(NamedTuple):
-    """Replaces an attribute by `make(own value)`. Of running calls the largest `rank` wins, then the newest."""
+    """Sets attribute `name` of `owner` to `make(original value)`."""
 
     owner: Any
     name: str
     make: Callable[[Any], Any]
-    rank: int = 0
+    rank: int = 0  # if calls overlap, the change of the highest rank wins, then the newest
 
 
 class _Value(NamedTuple):
@@ -31,9 +31,9 @@ class _Loan:
 
 
 class Lent:
-    """Changes attributes for calls that may overlap in threads.
+    """Changes attributes during calls that may overlap in threads.
 
-    The last call to end restores the first value, unless other code has set another one meanwhile.
+    The last call that ends restores the original value, unless other code has set the attribute meanwhile.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Lent:
 
     @contextmanager
     def holding(self, *changes: Change) -> Iterator[None]:
-        """Keep these changes inside the `with` block."""
+        """Apply these changes inside the `with` block."""
         values = list[_Value]()
         with self._lock:
             for owner, name, make, rank in changes:
@@ -71,7 +71,7 @@ lent = Lent()  # one for the process, like the modules and models that its threa
 
 @contextmanager
 def evaluation_mode(*models: Module | None) -> Iterator[None]:
-    """Keep all layers of `models` out of training mode inside the `with` block; `None` is skipped."""
+    """Set all modules of `models` to evaluation mode inside the `with` block; skip models that are `None`."""
     modules: Iterable[Module] = (module for model in models if model is not None for module in model.modules())
     with lent.holding(*(Change(module, "training", lambda own: False) for module in modules)):
         yield

@@ -1,6 +1,6 @@
-"""Positions of a tree's nodes, and the masks of the keys that they see in each type of layer.
+"""Compute the positions of a tree's nodes, and the attention mask of each layer type.
 
-A new type of attention needs a name in `ATTENTION_TYPES`, and a field of `AttentionPattern` with its rule in `mask`.
+To support a new type of attention, add its name to `ATTENTION_TYPES`, and a field that `AttentionPattern.mask` reads.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from ..tree import DraftTree
 from .cache import cached_length, window_of
 
 
-# Layer types, by their names in a config's `layer_types`, that attend by an `AttentionPattern`.
+# Layer types (names in a config's `layer_types`) whose attention an `AttentionPattern` describes.
 ATTENTION_TYPES = frozenset(("full_attention", "sliding_attention"))
-# Layer types that keep a state in place of keys and values.
+# Layer types with a recurrent state instead of keys and values.
 RECURRENT_TYPES = frozenset(("linear_attention", "conv", "mamba"))
-# Layer types with a state beside keys and values -> the type whose mask their attention asks for.
+# Layer types with both a recurrent state and attention -> the layer type whose mask their attention gets.
 HYBRID_TYPES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
-# Layer types that mix no tokens.
+# Layer types that compute each token by itself.
 FEED_FORWARD_TYPES = frozenset(("mlp", "moe"))
-# Names of the number of learned positions in configs: Whisper's, LED's, all others'.
+# Config fields that hold the number of learned positions: in Whisper, in LED, in all others.
 _TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 
 # The additive mask of a target's forward, or a dict of them by layer type; `None` where the target needs none.
@@ -30,35 +30,36 @@ Masks = Tensor | dict[str | None, Tensor | None] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """Which keys of a text a query sees, by the positions of both; equal for all layers of one type."""
+    """Which keys a query sees, given the positions of both; the same for all layers of one type."""
 
-    window: int | None = None  # newest positions that a query sees, its own included; `None` for all
+    window: int | None = None  # number of positions that a query sees, up to its own; `None`: all
     is_causal: bool = True  # whether a query sees no later position
 
     @classmethod
     def of_type(cls, layer_type: str, config: PretrainedConfig) -> "AttentionPattern":
-        """Make the pattern of a layer type from a text config alone; `attention_patterns` asks the cache as well."""
+        """Make the pattern of a layer type from a text config; unlike `attention_patterns`, without a cache."""
         return cls(config.sliding_window if layer_type == "sliding_attention" else None)
 
     def mask(self, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Make the bool mask of the keys that queries see, from their positions, which broadcast to `[..., q, s]`.
+        """Make the bool mask `[..., q, s]`, true where a query sees a key; the positions of both broadcast to it.
 
-        `seen` is true where padding and a tree hide nothing, with later keys hidden; `None` goes by positions alone.
+        `seen` is a mask that already hides padding, other branches and later keys, to which the window is added.
+        Without it only the positions decide.
         """
         if seen is None:
             seen = keys <= queries if self.is_causal else torch.ones_like(queries - keys, dtype=torch.bool)
         return seen if self.window is None else seen & (queries - keys < self.window)
 
     def cuts(self, length: int) -> bool:
-        """Whether the window hides any key of a text of this length."""
+        """Whether the window hides any key in a text of `length` tokens."""
         return self.window is not None and length > self.window
 
 
 def additive(seen: Tensor, dtype: torch.dtype, *, past: int = 0, hidden: float | None = None) -> Tensor:
     """Turn a bool mask into an additive one: 0 where seen, else `hidden`, by default the dtype's minimum.
 
-    `past` more keys, which all queries see, come first. Targets never get bool masks: eager attention would add them
-    to the scores, and show everything.
+    Columns for `past` more keys, which all queries see, come first. Targets get no bool masks, because eager attention
+    would add them to the scores, which hides nothing.
     """
     mask = seen.new_zeros(*seen.shape[:-1], past + seen.shape[-1], dtype=dtype)
     mask[..., past:].masked_fill_(~seen, torch.finfo(dtype).min if hidden is None else hidden)
@@ -71,12 +72,12 @@ def layer_types(model: PreTrainedModel) -> set[str]:
 
 
 def unknown_layer_types(model: PreTrainedModel) -> set[str]:
-    """The types of the target's layers that our masks do not know."""
+    """The types of the target's layers for which this module has no masks."""
     return layer_types(model) - ATTENTION_TYPES - RECURRENT_TYPES - FEED_FORWARD_TYPES - {"hybrid"}
 
 
 def attention_patterns(config: PretrainedConfig, cache: Cache) -> dict[str | None, AttentionPattern | None]:
-    """Find the pattern of each layer type, by the name under which layers ask for their mask.
+    """Find the pattern of each layer type, by the name with which the target looks up that type's mask.
 
     The pattern is `None` for layers without attention. A config without types has one pattern, under the key `None`.
     """
@@ -98,10 +99,10 @@ def tree_attention_mask(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Masks:
-    """Make the additive mask of a tree whose entries will follow those of a cache.
+    """Make the additive mask of a tree whose keys will be appended to a cache.
 
-    `prefix_mask` `[b, s]` is 0 where a slot is empty or holds padding, `None` without such slots. `ends` `[b, 1]` are
-    the slots after each row's last entry, `None` when all rows end with the cache.
+    `prefix_mask` `[b, s]` is 0 where a cache slot is empty or holds padding; `None` without such slots. `ends`
+    `[b, 1]` is the first slot after each row's text; `None` if all rows end where the cache ends.
 
     Returns `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
     """
@@ -120,14 +121,14 @@ def _tree_mask(
     dtype: torch.dtype,
     ends: Tensor | None,
 ) -> Tensor:
-    """Make the mask of one pattern. Windows count slots, as in Transformers: a node's slot is its place as text."""
+    """Make the mask of one pattern. Windows count slots, as in Transformers; a node's is its row's end plus depth."""
     (rows, count), device = tree.tokens.shape, tree.tokens.device
     visible = past if pattern.window is None else min(past, pattern.window - 1)
     is_cut = pattern.cuts(past + count)
     if prefix_mask is None and not is_cut:
         return additive(tree.ancestors, dtype, past=visible)[:, None]
     past_slots = torch.arange(past - visible, past, device=device).expand(rows, -1)
-    if ends is not None and pattern.window is not None:  # rows end where the layer ends, see `compact_ragged`
+    if ends is not None and pattern.window is not None:  # this layer holds rows right-aligned, see `compact_ragged`
         past_slots = past_slots + ends - past
     if prefix_mask is None:
         seen = torch.ones_like(past_slots, dtype=torch.bool)
@@ -142,15 +143,15 @@ def _tree_mask(
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
-    """Position ids `[..., b, n]` of the nodes, from those of the roots: `[..., b, 1]`, or one number for all."""
+    """Compute the nodes' position ids `[..., b, n]` from the roots', `[..., b, 1]` or one number for all rows."""
     return tree.depths + root_positions
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """Find the largest position that a node may take; `None` without a limit. `root_position` is the first tree's.
+    """Find the largest position that a node may have, or `None` without a limit; `root_position` is the first root's.
 
-    Tables of learned positions end. 'longrope' switches the frequencies of a whole forward as soon as one position
-    passes the original context; plain decoding does so one token at a time.
+    One limit is the end of a table of learned positions. The other is the original context with 'longrope': one
+    position beyond it changes the frequencies of all tokens of a forward, while plain decoding runs them one by one.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)
@@ -161,7 +162,7 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
 
 
 def longrope_boundary(config: PretrainedConfig) -> int | None:
-    """Find the first position at which 'longrope' switches the frequencies of a forward; `None` for other ropes."""
+    """Find the first position for which 'longrope' switches to its long frequencies; `None` for other RoPE types."""
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":

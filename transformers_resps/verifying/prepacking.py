@@ -1,7 +1,7 @@
-"""Linear layers with prepacked weights, fast for few rows, as in a tree's forward or a head's level.
+"""Linear layers with prepacked weights, which multiply few rows fast, such as the nodes of a tree.
 
-On a CPU `torch.nn.Linear` lays its weights out again at every call, so in float32 the 2 to 64 rows of a tree cost two
-to four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
+On a CPU `torch.nn.Linear` reorders its weights at every call, so in float32 the 2 to 64 rows of a tree cost two to
+four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
 oneDNN keeps weights in its own blocked layout, where a row's result hardly depends on the number of rows: on AVX2
 never, on AVX-512 in some sizes (docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed
 layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
@@ -20,7 +20,7 @@ from ..compilation.pages import collapse
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# oneDNN chooses its layout for so many rows; none was faster for 1 to 256 rows.
+# oneDNN chooses the layout for this number of rows; no other number made 1 to 256 rows faster.
 _ROWS = 8
 
 
@@ -36,7 +36,7 @@ class PackedWeight:
         return PackedWeight, ()  # oneDNN tensors cannot be pickled or copied: a copy is packed anew
 
     def blocks(self, weight: Tensor) -> Tensor | None:
-        """`weight` in oneDNN's layout; `None` where it cannot be packed."""
+        """Return `weight` in oneDNN's layout, or `None` if it cannot be packed."""
         if weight is not self._weight or weight.data_ptr() != self._place or weight._version != self._version:
             return self._pack(weight)
         return self._blocks
@@ -60,8 +60,8 @@ class PrepackedLinear(nn.Linear):
     packed: PackedWeight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute what `nn.Linear` does, up to rounding."""
-        weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; none if parametrised
+        """Compute the same as `nn.Linear`, up to rounding."""
+        weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; `None` if parametrised
         if (
             weight is None
             or torch.compiler.is_compiling()
@@ -93,9 +93,9 @@ class PackedWeights:
         return PackedWeights, ()
 
     def view(self, module: Module) -> Module:
-        """Make a twin of `module` that multiplies by packed weights and shares parameters, buffers and hooks.
+        """Make a copy of `module` that multiplies by packed weights, and shares its parameters, buffers and hooks.
 
-        The twin has the layers of this moment. Returns `module` itself where no weight can be packed.
+        Later changes of `module`'s layers do not reach the copy. Returns `module` itself if no weight can be packed.
         """
         kept: dict[str, PackedWeight] = {}
         twin = self._view(module, "", kept)
@@ -115,16 +115,17 @@ class PackedWeights:
 
 
 def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Module:
-    """Make a module with the state of `module`, as unpickling does."""
+    """Make a module of another class with the attributes of `module`, some of them `changed`, as unpickling does."""
     twin = module_class.__new__(module_class)
     twin.__setstate__(vars(module) | changed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return twin
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Make the product with a weight `[n, m]`, packed where that is faster: `[..., m]` -> `[..., n]`, in its dtype.
+    """Make a function `[..., m]` -> `[..., n]` that multiplies by a weight `[n, m]`, packed where that is faster.
 
-    It computes no gradients, and the weight must not change while it is used. `bias` is `[n]`, in the weight's dtype.
+    The function computes no gradients, and the weight must not change while the function is used. `bias` is `[n]`;
+    bias and input have the weight's dtype.
     """
     if not _can_prepack(weight):
         return lambda input: F.linear(input, weight, bias)
@@ -173,14 +174,7 @@ def prepack(module: Module) -> Module:
 
 
 def unprepack(module: Module) -> Module:
-    """Undo `prepack`, and free the memory of the packed copies.
-
-    Args:
-        module: a module that was prepacked; changed in place.
-
-    Returns:
-        `module`, its linear layers now `nn.Linear`.
-    """
+    """Undo `prepack` in place, free the memory of the packed copies, and return `module`."""
     for layer in module.modules():
         if type(layer) is PrepackedLinear:
             del layer.packed
@@ -195,12 +189,12 @@ def is_prepacked(module: nn.Module) -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16: otherwise oneDNN computes by a slow reference path."""
+    """Whether the CPU has bfloat16 instructions; without them oneDNN uses slow reference code."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    """Whether oneDNN packs a weight. An inference tensor has no version, so its copy could grow stale."""
+    """Whether a weight can be packed. An inference tensor has no version, so its packed copy could become stale."""
     return (
         (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
         and weight.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""The cache that a call hands back, equal to plain decoding's: all rows as long as the longest.
+"""Make the cache that `generate` returns, equal to plain decoding's: all rows are as long as the longest.
 
-Plain decoding runs the target over the padding of a row that has ended. Here the row's entries are copied when it
-ends, and its padding is run only when a caller looks at the cache, which most never do.
+After a row has ended, plain decoding runs the target over the row's padding. Here the row's entries are copied when it
+ends, and the target runs over its padding only if the caller reads the cache, which most callers never do.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from .hybrids import is_recurrent
 
 @dataclass(frozen=True, slots=True)
 class EndedRow:
-    """A row's own cache, and the position `[planes]` of its next token."""
+    """The cache of one row that has ended, and the position `[planes]` of its next token."""
 
     cache: Cache
     position: Tensor
 
     def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
-        """Run the next tokens `[1, t]` like plain decoding, one by one where layers are recurrent."""
+        """Run the target over the row's next tokens `[1, t]`, one by one if it has recurrent layers."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
         for part in ahead.split(1 if is_recurrent(target) else len(ahead)):
@@ -47,10 +47,10 @@ class EndedRow:
 def whole_cache(
     target: PreTrainedModel, rows: Sequence[EndedRow], tokens: Tensor, prompt_mask: Tensor | None
 ) -> Cache:
-    """Join the caches of b rows, after running each row up to the length of the longest. The caches are used up.
+    """Run the target over the missing padding of each shorter row, then join the caches of all b rows.
 
-    `target` is in evaluation mode. `tokens` `[b, any]` are the ends of prompts and answers with their padding.
-    `prompt_mask` `[b, s]` is 0 where the prompt has padding.
+    The rows' caches must not be used afterwards. `target` is in evaluation mode. `tokens` `[b, any]` are the last
+    tokens of prompt and answer, with padding. `prompt_mask` `[b, s]` is 0 where the prompt has padding.
     """
     longest = max(cached_length(row.cache) for row in rows)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def whole_cache(
             missing = longest - cached_length(row.cache)
             if not missing:
                 continue
-            own = tokens[index : index + 1, tokens.shape[1] - 1 - missing : -1]  # no cache has read the newest
+            own = tokens[index : index + 1, tokens.shape[1] - 1 - missing : -1]  # no cache holds the newest token
             mask = None if prompt_mask is None else prompt_mask[index : index + 1]
             row.read(target, own.to(target.device), None if mask is None else mask.to(target.device))
         return joined_rows([row.cache for row in rows])
@@ -80,7 +80,7 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
 
 
 def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
-    """Replace the entries of a static cache by those of a dynamic one, for which it is long enough."""
+    """Replace the entries of a static cache by those of a dynamic cache, which must not be longer."""
     layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
     for layer, filled in layers:
         if getattr(filled, "keys", None) is None:
@@ -96,10 +96,10 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """A cache that takes its layers from the cache that `make` returns, when it is first looked at."""
+    """A cache that takes its layers from the cache that `make` returns, when they are first read."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
-        self._make, self._lock = make, Lock()  # a call in another thread may overwrite the entries, and asks first
+        self._make, self._lock = make, Lock()  # another thread's call may read `layers`, too, before it reuses buffers
         self.offloading, self.layer_class_to_replicate = False, None
 
     @cached_property
@@ -112,13 +112,13 @@ class _Unread:
             return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the filled layers."""
+        """Return what copies and pickles hold: the filled layers."""
         return {"layers": self.layers, "offloading": False, "layer_class_to_replicate": None}
 
 
 class UnreadDynamicCache(_Unread, DynamicCache):  # type: ignore[misc,override]  # `layers` are an attribute there
-    """A `DynamicCache` that is filled when it is first looked at."""
+    """A `DynamicCache` that is filled when its layers are first read."""
 
 
 class UnreadStaticCache(_Unread, StaticCache):  # type: ignore[misc,override]
-    """A `StaticCache` that is filled when it is first looked at."""
+    """A `StaticCache` that is filled when its layers are first read."""

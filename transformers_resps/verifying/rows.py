@@ -1,4 +1,4 @@
-"""The cache slots of each row of a batch, and the slot and position at which each row goes on."""
+"""Track which cache slots each row of a batch fills, and the slot and position of each row's next token."""
 
 import sys
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from .masks import last_position
 
 
 class SlotMap:
-    """Rows of entries from slot 0 on, in the order of their texts, the prompt's padding first.
+    """Which cache slots each row fills: slots from 0 on, first by the prompt's padding, then by the text in order.
 
     No row has a gap: a shorter row does not see the slots after its end, and its next entries overwrite them.
-    `padding` `[b, s]` is 0 where the prompt has padding. All rows have `length` entries already.
+    `padding` `[b, s]` is 0 where the prompt has padding. All rows begin with `length` entries.
     """
 
     def __init__(self, padding: Tensor | None, length: int = 0) -> None:
@@ -31,11 +31,11 @@ class SlotMap:
 
     @property
     def pads(self) -> Tensor | None:
-        """`[b, 1]` the slots of padding before each row's prompt; `None` where there is none."""
+        """Number of padding slots before each row's prompt, `[b, 1]`; `None` without padding."""
         return None if self._padding is None else self._padding.logical_not().sum(dim=1, keepdim=True)
 
     def extend(self, counts: Sequence[int]) -> None:
-        """Give each row `counts` further entries, one number per row."""
+        """Append `counts[i]` entries to each row i."""
         if self._ends is None and min(counts) == max(counts):
             self.length += counts[0]
             return
@@ -48,25 +48,24 @@ class SlotMap:
         self._copied_ends = None
 
     def forget(self, count: int) -> None:
-        """Drop the first `count` slots, which every row fills, and move the others to the front."""
+        """Drop the first `count` slots, which all rows have filled, and renumber the others from 0."""
         ends = self._ends or [self.length]
         if self._padding is not None:
             self._padding = self._padding[:, count:] if count < self._padding.shape[1] else None
         self._end_at([end - count for end in ends])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
         if self._padding is not None:
             self._padding = self._padding[list(rows)]
         if self._ends is not None:
             self._end_at([self._ends[row] for row in rows])
 
     def row_ends(self, rows: int) -> list[int]:
-        """The slot after the last entry of each row, on the host."""
+        """The slot after each of the `rows` rows, as a list."""
         return self._ends or [self.length] * rows
 
     def ends(self, device: torch.device) -> Tensor:
-        """The slot after each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
+        """The slot after each row, as a tensor: `[b, 1]`, or `[1, 1]` if it is the same for all rows."""
         if self._ends is None:
             return torch.full((1, 1), self.length, device=device)
         if self._copied_ends is None or self._copied_ends.device != device:
@@ -74,14 +73,14 @@ class SlotMap:
         return self._copied_ends
 
     def stays_even(self, blocks: Sequence[Sequence[int]]) -> bool:
-        """Whether all rows end at the same slot, now and after each of these blocks; see `take`."""
+        """Whether all rows end at the same slot, now and after each of these blocks is added; see `take`."""
         return self.is_even and all(min(counts) == max(counts) for counts in blocks)
 
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
-        """Add blocks of entries, each with one number per row; return the slots of these t entries and `ahead` more.
+        """Append blocks of entries, and return their slots and the next `ahead` slots.
 
-        The slots are `[b, t + ahead]`, or `[1, t + ahead]` where all rows are equal. A row with fewer entries in a
-        block repeats the slot of its last.
+        A block gives the number of its entries in each row. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if all
+        rows are equal. A row with fewer entries in a block than another row repeats the slot of its last entry.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -102,9 +101,9 @@ class SlotMap:
         return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
-        """`[b, length]` bool, true where a row may attend to a slot; `None` if it may everywhere.
+        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if it may to all.
 
-        Slots after the longest row's end are visible: the caller is about to fill them for every row.
+        Slots after the longest row are visible, because the caller is about to fill them for every row.
         """
         if self._padding is None and self._ends is None:
             return None
@@ -116,7 +115,7 @@ class SlotMap:
         return seen
 
     def unpadded(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """`[rows, length]` bool, false where a slot holds padding. Further rows are copies of the last."""
+        """Make a bool mask `[rows, length]`, false where a slot holds padding; surplus rows repeat the last one."""
         if self._padding is None:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
@@ -124,19 +123,19 @@ class SlotMap:
 
 
 class RowEnds:
-    """The slots and the positions at which the rows of a batch go on.
+    """The cache slot and the position of each row's next token.
 
-    `positions` of the prompt are `[b or 1, s]`, or `[planes, b or 1, s]` where a token has several positions; s counts
-    the cached tokens, too. `mask` `[b, s]` is 0 where the prompt has padding.
+    `positions` are those of the whole prompt, cached tokens included: `[b or 1, s]`, or `[planes, b or 1, s]` if a
+    token has several positions (M-RoPE). `mask` `[b, s]` is 0 where the prompt has padding.
     """
 
-    # The `shifts`, each row's positions minus its slots in each plane, as one number, `[b, 1]` or `[planes, b, 1]`.
-    # Some targets count in floats, and get floats.
+    # Each row's positions minus its slots, in each plane: one number if all are equal, else `[b, 1]` or
+    # `[planes, b, 1]`. They are floats for targets with float positions.
     shift: float | Tensor
 
     def __init__(self, forward: TargetForward, positions: Tensor, mask: Tensor | None = None) -> None:
         target = forward.target
-        # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
+        # The target's device; if that is "meta" (offloaded weights), the device of the caller's text.
         self.device = positions.device if target.device.type == "meta" else target.device
         self.positions = positions.to(self.device)
         self.slots = SlotMap(None if mask is None else mask.to(self.device), cached_length(forward.cache))
@@ -145,27 +144,27 @@ class RowEnds:
 
     @property
     def prompt_length(self) -> int:
-        """Positions of the prompt, padding included."""
+        """Number of positions of the prompt, padding included."""
         return self.positions.shape[-1]
 
     @property
     def length(self) -> int:
-        """Positions of the longest row."""
+        """Number of positions of the longest row."""
         return max(self.ends)
 
     @property
     def ends(self) -> list[int]:
-        """Positions of each row."""
+        """Number of positions of each row, padding included."""
         return self.slots.row_ends(len(self.shifts))
 
     @property
     def roots(self) -> list[list[float]]:
-        """The position of each row's coming root, in each plane."""
+        """The position of each row's next root (the row's newest token), in each plane."""
         return [[end + shift for shift in shifts] for end, shifts in zip(self.ends, self.shifts, strict=True)]
 
     @property
     def levels_left(self) -> int:
-        """Levels below the root that the target's positions allow."""
+        """How many levels a tree may have below its root, until the target's positions end."""
         return (
             sys.maxsize if self.last_position is None else max(self.last_position - int(max(map(max, self.roots))), 0)
         )
@@ -174,16 +173,15 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Let each row go on after the last of the prompt's positions, in each plane."""
+        """Number each row's next tokens from the last of the prompt's `positions` on, in each plane."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 
     def expand(self, rows: int) -> None:
-        """Repeat the positions for this number of rows."""
+        """Repeat the prompts' positions, so that they serve `rows` rows."""
         self._shift_by(self.shifts * (rows // len(self.shifts)))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
         self.slots.keep_rows(rows)
         self._shift_by([self.shifts[row] for row in rows])
 
@@ -196,18 +194,18 @@ class RowEnds:
             self.shift = torch.tensor(shifts, device=self.device)
 
     def prompt_mask(self, length: int) -> Tensor | None:
-        """Make the mask `[b, length]` that `generate` would pass; `None` when all positions count."""
+        """Make the attention mask `[b, length]` that `generate` would pass; `None` if nothing is masked."""
         visible = self.slots.visible(length, self.device)
         return None if visible is None else visible.long()
 
 
 def leading_pads(padding: Tensor) -> list[int]:
-    """Count the leading padding of each row; `padding` `[b, s]` is 0 where a slot holds padding."""
+    """Count the padding tokens at the start of each row; `padding` `[b, s]` is 0 where a slot holds padding."""
     leading: list[int] = padding.int().argmax(dim=-1).tolist()
     return leading
 
 
 def _stretched(mask: Tensor, length: int) -> Tensor:
-    """The first `length` columns of a bool mask, true where it has none."""
+    """Cut a bool mask to its first `length` columns, or extend it by columns of true."""
     missing = length - mask.shape[1]
     return mask[:, :length] if missing <= 0 else torch.cat([mask, mask.new_ones(len(mask), missing)], dim=1)

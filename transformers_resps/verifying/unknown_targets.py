@@ -1,4 +1,4 @@
-"""Tries whether a target of an architecture that no test compares attends to a tree as to the same texts."""
+"""Check, for an architecture without tests, that a tree gets the same logits as its paths as plain texts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +15,21 @@ from .masks import last_position
 from .verifier import Verifier
 
 
-# model_type of every architecture that tests/lossless/test_architectures.py compares.
+# model_type of every architecture that tests/lossless/test_architectures.py tests.
 COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
+_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # of the largest logit; a node that sees its siblings differs far more
 
 
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
-    """Compare a two-branch tree with plain forwards over its tokens, unless tests compare the architecture.
+    """Raise a `ValueError` if the target fails on a tree of two branches, or its logits differ from plain forwards'.
 
-    An encoder-decoder has to verify a chain. `make_forward` makes the target's forward without a head, for one row and
-    over a new cache that grows. Raises a `ValueError` where it fails or its logits differ.
+    Architectures in `COMPARED` pass unless they use FlashAttention. An encoder-decoder gets a chain. `make_forward`
+    makes the target's forward for one row, without a draft head and with a new dynamic cache.
     """
     target = make_forward().target
     config = target.config.get_text_config()
@@ -52,10 +52,10 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 
 @torch.no_grad()
 def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
-    """Measure the largest difference of logits between tree and text, and the largest logit.
+    """Return the largest difference between the logits of a tree and of the same text, and the largest logit.
 
-    The tree is root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. An
-    encoder-decoder gets a chain, and keeps 0, 1, 2. A short table of positions may shorten the prompt of four tokens.
+    Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, and one more
+    token verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has four tokens, if they fit.
     """
     vocabulary, most = target.config.get_text_config().vocab_size, last_position(target.config, 0)
     length = 4 if most is None else max(1, min(4, most - 4))  # the chain's five nodes follow
@@ -79,7 +79,7 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
     """Compute the logits `[1, t, v]` of tokens `[1, t]` after a prompt, one by one like plain decoding.
 
-    Mamba-2 reads several at once with other time steps.
+    If one forward read several tokens, Mamba-2 would use other time steps.
     """
     logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
@@ -91,9 +91,9 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
 
 
 def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
-    """Compare the bits of a tree and a prompt with those of the same tokens in parts, unless tests compare them.
+    """Raise a `ValueError` if logits in the `invariant=True` mode depend on the other tokens of a forward.
 
-    `make_verifier` makes the verifier of `invariant=True` over a new cache, from `position_ids` `[1, s]`.
+    Architectures in `COMPARED` pass. `make_verifier` makes the mode's verifier from `position_ids` `[1, s]`.
     """
     model_type = target.config.get_text_config(decoder=True).model_type
     if model_type in COMPARED:
@@ -114,9 +114,9 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Try the tree of `_tree_error` after 80 tokens, if they fit: the last 16 lie beyond the first block of keys."""
+    """Compare a prompt and the tree of `_tree_error` with the same tokens in chunks and node by node."""
     most = last_position(target.config, 0)
-    length = 80 if most is None else min(80, most - 4)
+    length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)
     prompt, nodes, path = tokens[None, :length], tokens[None, length:], [0, 2, 4]
     positions = torch.arange(length, device=target.device)[None]

@@ -1,4 +1,4 @@
-"""The target's side of decoding a batch: read the prompt, then verify trees and keep their accepted paths."""
+"""The interface of verifiers, which run the target: they read prompts, verify trees and keep the accepted paths."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -27,30 +27,30 @@ from .slots.engine import SlotEngine
 
 @dataclass(frozen=True, slots=True)
 class TargetEntries:
-    """The target's kept keys and values between two steps, for drafters; valid until the next forward.
+    """The target's cached keys and values, which some drafters read between steps; valid until the next forward.
 
-    Each kind of layers (`config.layer_types`; "full_attention" where the config names none) has the entries of its
-    last layer that does not share another's keys.
+    A kind is a name in `config.layer_types`, or "full_attention" if there are none. Its entries are those of its last
+    layer with keys of its own.
     """
 
     states: dict[str, tuple[Tensor, Tensor]]  # kind -> keys and values, [b, kv heads, s, hd] each
-    # Kind -> [b, 1, 1, s], 0 where the coming root, which has no entry yet, may look, else the dtype's minimum.
+    # Kind -> additive mask [b, 1, 1, s]: 0 at the keys that the next tree's root attends to, else the dtype's minimum.
     masks: dict[str, Tensor]
-    positions: Tensor  # [b or 1, 1] of the coming roots, or [planes, b or 1, 1]
+    positions: Tensor  # of the next tree's roots: [b or 1, 1], or [planes, b or 1, 1]
 
 
 class Verifier(ABC):
-    """Owns the target's cache while a batch is decoded, and knows where every row ends.
+    """Runs the target over trees, owns its cache during a call, and knows the length of every row.
 
-    Use it in `with`: at the end, even after an interruption, the cache is a stock one and holds only kept entries.
+    Use it in `with`: at the end, even after an exception, the cache has Transformers' layers and only kept entries.
     """
 
-    is_compiled: bool = False  # whether steps run compiled
+    is_compiled: bool = False  # whether forwards over trees run compiled
     reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         self.forward, self.rows = forward, rows
-        self._is_unsettled = False  # whether an interruption would leave the cache at an unknown length
+        self._is_unsettled = False  # whether the cache has an unknown length, because `generate` reads the prompt
 
     def __enter__(self) -> Self:
         self.forward.__enter__()
@@ -64,32 +64,32 @@ class Verifier(ABC):
 
     @property
     def length(self) -> int:
-        """Positions of the longest row."""
+        """Number of positions of the longest row."""
         return self.rows.length
 
     @property
     def levels_left(self) -> int:
-        """Levels below the root that the target's positions allow."""
+        """How many levels a tree may have below its root, until the target's positions end."""
         return self.rows.levels_left
 
     @property
     def pricing(self) -> Pricing:
-        """The pricing of the newest step, or of the next one."""
+        """The facts that decide the cost of the newest step; before any step, of the first one."""
         return Pricing()
 
     @property
     def device(self) -> torch.device:
-        """The device of trees."""
+        """The device on which trees must be."""
         return self.rows.device
 
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """Read the tokens of the prompt that the cache lacks; return the last logits, and each forward's features.
+        """Run the target over the prompt's uncached tokens; return the last logits, and each forward's features.
 
-        `tokens` `[b, t]` are the end of the prompt, with at least one token that the cache lacks. `chunk_size` are
-        tokens of one forward; `None` reads all at once. `options` are `logits_to_keep` of the target's forward. The
-        logits are `[b, any, v]`. Raises a `ValueError` if the target's cache cannot hold a tree.
+        `tokens` `[b, t]` are the end of the prompt, and include all uncached tokens; there is at least one.
+        One forward reads `chunk_size` tokens of each row; `None` reads all at once. `options` go to the target
+        (`logits_to_keep`). The logits are `[b, any, v]`. Raises a `ValueError` if the cache cannot hold a tree.
         """
         read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, options))
         self.start(len(tokens))
@@ -103,11 +103,11 @@ class Verifier(ABC):
         return outputs.logits, features
 
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
-        """Let stock `generate` read the part of the prompt that the cache lacks, with images, sounds or embeddings.
+        """Let Transformers' `generate` read a prompt with images, sounds or embeddings; return the same as `prefill`.
 
-        `run` reads it into the cache, and returns the outputs of the last forward. The result is that of `prefill`.
-        Raises a `ValueError` if the target reads more or fewer positions than the prompt has, or passes none to its
-        decoder.
+        `run` reads the uncached part of the prompt, of `rows` rows, into the cache, and returns the outputs of its
+        last forward. Raises a `ValueError` if the cache then has more or fewer positions than the prompt, or if the
+        target passes no positions to its decoder.
         """
         self._is_unsettled = True
         outputs, features, positions = self.forward.read_by(run)
@@ -126,7 +126,7 @@ class Verifier(ABC):
         return outputs.logits, [features]
 
     def start(self, rows: int) -> None:
-        """Prepare a prompt of this number of rows for trees."""
+        """Prepare the cache for trees of `rows` rows; raise a `ValueError` if it cannot hold trees."""
         check_cache(self.forward.cache)
         self.rows.expand(rows)
         self._begin_steps()
@@ -135,56 +135,55 @@ class Verifier(ABC):
     def _begin_steps(self) -> None: ...
 
     def take_compile_seconds(self) -> float:
-        """Return and reset the seconds of compiling forwards."""
+        """Return the seconds spent on compiling since the last call of this method."""
         return 0.0
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Compute logits `[b, n or more, v]` and features of all nodes, padding last; `keep` or `undo` must follow."""
+        """Run the target over a tree; return logits `[b, n or more, v]` and features of its nodes, then of padding.
+
+        The caller must call `keep` or `undo` before the next tree.
+        """
 
     @abstractmethod
     def undo(self) -> None:
-        """Forget the newest tree."""
+        """Drop all nodes of the newest tree, as if it had not been verified."""
 
     @abstractmethod
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        """Keep the accepted nodes of the newest tree, and forget its others.
+        """Keep the accepted nodes of the newest tree in the cache, and drop its other nodes.
 
-        `path` `[b, m]` are node indices, ascending, the root first; a row that keeps fewer repeats its last. `paths`
-        are the same on the host, without repetitions.
+        `path` `[b, m]` holds the indices of the accepted nodes, ascending from the root; a row with fewer nodes
+        repeats its last one. `paths` holds the same as lists, without repetitions.
         """
 
     @abstractmethod
     def keep_rows(self, rows: list[int]) -> None:
-        """Decode only these rows from now on."""
+        """Drop all other rows from the batch."""
 
     @abstractmethod
     def target_entries(self) -> TargetEntries:
-        """Return the kept keys and values. The newest tree was kept or undone."""
+        """Return the cached keys and values. The newest tree must have been kept or undone."""
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows end at the same position."""
         return len(set(self.rows.ends)) == 1
 
     def ended_row(self, row: int) -> EndedRow:
-        """Copy the kept entries of one row."""
+        """Copy one row's part of the cache, and the position of its next token."""
         return EndedRow(self._row_cache(row, self.rows.ends[row]), torch.tensor(self.rows.roots[row]).view(-1))
 
     def _row_cache(self, row: int, length: int) -> Cache:
         return copied_row(self.forward.cache, row, length)
 
     def unread_cache(self) -> Cache | None:
-        """Return the cache that `close` would leave, but filled only when it is looked at: the verifier's last use.
-
-        `None` means that the cache of the call holds everything already.
-        """
+        """Return a cache that is filled when it is first read, or `None` to use the call's own. Then only `close`."""
         return None
 
     def close(self) -> None:
-        """Leave only kept entries in the cache, in stock layers: the caller may reuse it.
+        """Leave only kept entries in the cache, in Transformers' layers, so that the caller can reuse it.
 
-        If stock `generate` was interrupted in the prompt, its entries stay.
+        If `prefill_by` was interrupted, all entries stay, since their number is unknown.
         """
         if not self._is_unsettled:
             crop_to(self.forward.cache, self.length)
@@ -192,11 +191,11 @@ class Verifier(ABC):
 
 
 class VerifyingMode(ABC):
-    """A way to verify trees: makes the verifier of a call, and says how its costs are measured and kept apart."""
+    """A way to verify trees: makes the verifier of each call, and tells calibration how to time this way."""
 
-    attention: ClassVar[str | None] = None  # name of its attention implementation; `None` for the target's
-    keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that ask for it
-    is_stock: ClassVar[bool] = True  # whether stock `generate` does its plain decoding
+    attention: ClassVar[str | None] = None  # its attention implementation; `None`: the target's own
+    keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that select this mode
+    is_stock: ClassVar[bool] = True  # whether plain decoding in this mode is Transformers' own `generate`
 
     def verifier(
         self,
@@ -209,23 +208,23 @@ class VerifyingMode(ABC):
     ) -> Verifier:
         """Make the verifier of one call. For `position_ids` and `attention_mask` of the prompt see `RowEnds`.
 
-        `engine` is the target's, lent to this call; with `None` steps run eagerly. `gives_back` says whether the cache
-        of `forward` has to hold all kept entries at the end.
+        `engine` compiles the target's forwards; with `None` they run eagerly. With `gives_back` the cache of `forward`
+        must hold all kept entries at the end.
         """
         return self.compose(forward, RowEnds(forward, position_ids, attention_mask), engine, gives_back)
 
     @abstractmethod
     def compose(self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool) -> Verifier:
-        """Make a verifier for these rows."""
+        """Make the verifier of one call; see `verifier`."""
 
 
 Read = Callable[[Tensor, int], tuple[Tensor, Features]]
 
 
 def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: Read) -> tuple[Tensor, list[Features]]:
-    """Read the end `[b, t]` of a prompt in chunks, which extend the rows; return the last logits, and all features.
+    """Read a prompt's uncached tokens in chunks, and count them in `rows`; return the last logits and all features.
 
-    `read` takes a chunk and its first position, and returns its last logits and its features.
+    `tokens` `[b, t]` are the prompt's end. `read` gets a chunk and its first position; it returns logits and features.
     """
     tokens, end = tokens.to(rows.device), rows.prompt_length
     offset, features = end - tokens.shape[1], []
@@ -238,7 +237,7 @@ def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: 
 
 
 def layers_by_kind(forward: TargetForward, cache: Cache) -> dict[str, int]:
-    """Map each kind of layers to the last one with entries in a cache; a layer that shares another's has none."""
+    """Map each layer type to the index of its last layer with keys of its own in a cache."""
     kinds = getattr(forward.target.config.get_text_config(decoder=True), "layer_types", None)
     named = zip(cache.layers, kinds or ["full_attention"] * len(cache.layers), strict=False)
     return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}
