@@ -151,10 +151,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools for the same roots, all on the host.
-
-        If several pools have the same path, its first node gets the best score of all, and the other nodes -inf.
-        """
+        """Join pools of the same roots on the host; the first of equal paths gets the best score, the others -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -443,10 +440,7 @@ class _Nodes:
         self._children = {(parents[node], tokens[node]): node for node in nodes}
 
     def with_branches(self, more: Branches) -> "_Nodes":
-        """Add nodes; if a path exists already, keep the higher score and join the flags.
-
-        A node of probability 0 is never added; it only adds its flags if its path exists.
-        """
+        """Add nodes, or merge them with nodes of equal path; nodes of probability 0 only add flags to equal paths."""
         new: list[int] = []  # index in this tree of each node of `more`
         all_flags = more.proposers or [LOOKED_UP] * len(more.tokens)
         for token, parent, prob, flags in zip(*more[:3], all_flags, strict=True):

@@ -70,10 +70,7 @@ class AcceptanceModel:
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return the number to add to each level's scores as a correction.
-
-        The numbers never rise with depth, so that parents rank before their children.
-        """
+        """Return corrections to add to each level's scores; they never rise, so that parents rank before children."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:

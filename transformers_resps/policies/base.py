@@ -44,8 +44,7 @@ class Observation:
         can_draft: whether there is a head or another drafter, not only lookup.
         drafts_at_once: whether one pass drafts all levels. If so, `grow` is not called, and width and depth are free.
         most_levels: maximum number of levels; `None` for no maximum.
-        row_count: number of rows that are decoded.
-        device_type: device of the target, such as "cpu".
+        device_type: type of the target's device, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
         shared: callable for `size`: for each row, the indices of the drafted nodes that lookup also proposes.
     """

@@ -46,9 +46,7 @@ class CostTable(CostModel):
         identity: device, dtype, threads, versions, target, attention and head for which the table is valid.
         overhead: seconds of a step outside the forwards of target and head: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with Transformers' attention and cache.
-        verify_range: like `verify`, with the first and third quartile of the measurements.
-        draft_range: like `draft`, with quartiles.
-        plain_range: like `plain`, with quartiles.
+        verify_range: like `verify`, with first and third quartiles; `draft_range` and `plain_range` likewise.
         draft_start: nodes per level -> fixed seconds of a draft, whatever its depth; 0 in older tables, which lack it.
 
     Raises:
@@ -117,7 +115,6 @@ class CostTable(CostModel):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON; replaces an existing file atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".tmp")

@@ -240,10 +240,7 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Compute the gain of the looked-up nodes again, now that the head's nodes are known.
-
-        A node that lookup and head both propose gets the head's probability, the others that of lookup alone.
-        """
+        """Compute the looked-up nodes' gain again, now with the head's probability of nodes that both propose."""
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -476,10 +473,7 @@ class ThroughputMemory:
         self._price += _NEWEST * (price - self._price)
 
     def asks_head(self, lookup_hit: float) -> bool:
-        """Decide whether to draft with the head, because it pays or is due for a probe.
-
-        With probability `lookup_hit` the first looked-up token is right, and the head then gains nothing.
-        """
+        """Decide whether to draft with the head, which gains nothing if lookup is right (probability `lookup_hit`)."""
         pays = self._gains[self.head_was_right] * (1.0 - lookup_hit) > self._price
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 

@@ -15,10 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Result of a step with every action, that is shape, at every position of a recorded text.
-
-    Raises `ValueError` for impossible numbers.
-    """
+    """Results of a step with each action (shape) at each position of a text; raises `ValueError` if impossible."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text

@@ -119,10 +119,7 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that determines the forward's cost.
-
-        These are the nodes of one row, padding included; without padding, one root and the other nodes of all rows.
-        """
+        """Number of nodes that sets the forward's cost: of one row or, without padding, of all rows with one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
@@ -167,7 +164,6 @@ class SpeculationReport:
     """The steps of one call of `generate`, with their tokens and seconds.
 
     Attributes:
-        batch_size: number of rows decoded together.
         steps: one record per step; the first is the prefill, a plain step over the whole prompt.
         answers: the new token ids of each row, padded after a row's end.
         compile_seconds: seconds spent on compiling or capturing forwards, which no step includes.
@@ -202,7 +198,6 @@ class SpeculationReport:
 
     @property
     def accepted_by_source(self) -> Proposed:
-        """Numbers of accepted tokens of all rows, by source."""
         return Proposed(*map(sum, zip(*(step.proposed for step in self.steps), strict=True)))
 
     @property

@@ -201,7 +201,6 @@ def _batch(prompts: list[Tensor], settings: dict[str, Any]) -> list[ComparedCall
 
 
 def _one_by_one(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[list[ComparedCall]]:
-    """Make one call for each seed, using the prompts in turn."""
     return [[ComparedCall(seed % len(prompts), prompts[seed % len(prompts)], seed, settings)] for seed in range(seeds)]
 
 

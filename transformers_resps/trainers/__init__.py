@@ -1,4 +1,4 @@
-"""Trainers of draft heads and policies, in the manner of TRL."""
+"""Trainers for draft heads and policies, with the conventions of TRL."""
 
 from .features import FrozenTarget
 from .head_config import DraftHeadTrainingConfig

@@ -1,4 +1,4 @@
-"""The base of both trainers: a product beside the checkpoints, clean interruption and resumption, checked settings."""
+"""The base class of both trainers: writes the result, handles interruption and resumption, and checks settings."""
 
 import json
 import logging
@@ -40,11 +40,12 @@ _UNMEASURED = Existing(refuse=(RESULTS,))
 
 
 class ArtefactTrainer(Trainer):
-    """Trains a head or a policy into the folder `OUTPUT_DIR/artefact_name`, and pushes that folder alone to the Hub.
+    """Trains a head or policy, writes it to `OUTPUT_DIR/artefact_name`, and pushes only that folder to the Hub.
 
     A finished run writes the folder with its settings (`recipe.yaml`), its size and later evaluations
-    (`metrics.json`). Until then each checkpoint writes its state into `OUTPUT_DIR/artefact_name-unfinished` and pushes
-    it, unless `hub_strategy="end"`. Transformers' trainer would push weights in training precision and a pickle.
+    (`metrics.json`). Before that, each checkpoint writes the current head or policy to
+    `OUTPUT_DIR/artefact_name-unfinished` and, unless `hub_strategy="end"`, pushes it. Transformers' own trainer would
+    push weights in training precision and a pickle.
     """
 
     artefact_name: ClassVar[str]
@@ -57,42 +58,40 @@ class ArtefactTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback):
                 callback.on_train_end(self.args, self.state, self.control)  # restores its signal handler
-        self.remove_callback(JITCheckpointCallback)  # it saves in the middle of a step, which resumes differently
+        self.remove_callback(JITCheckpointCallback)  # it saves in the middle of a step, so a resumed run would differ
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the current head or policy into `folder`, in the form that is served."""
+        """Write the current head or policy to `folder`, in the form and precision for decoding."""
         raise NotImplementedError
 
     def plain_card(self, repo_id: str) -> str:
-        """Return the card of a repository that has no other."""
+        """Return a minimal model card, for a repository without a card."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
-        """Return the `metrics.json` of a finished run, with its size in `training`."""
+        """Return the content of `metrics.json` for a finished run; `training` holds the size of the run."""
         return {"training": {"steps": self.state.global_step}}
 
     def models(self) -> dict[str, str | None]:
-        """Return the folders and Hub ids of the models, for `recipe.yaml`."""
+        """Return the folders or Hub ids of the models that the run started from, for `recipe.yaml`."""
         return {}
 
     @property
     def steps_per_update(self) -> int:
-        """Optimiser steps that belong together: an interrupted run stops after the last of them."""
+        """Number of optimiser steps per update; an interrupted run stops at the end of an update."""
         return 1
 
     @property
     def artefact_folder(self) -> Path:
-        """Folder of a finished run's product."""
         return Path(str(self.args.output_dir)) / self.artefact_name
 
     @property
     def unfinished_folder(self) -> Path:
-        """Folder of an unfinished run's newest state."""
         return _unfinished(self.artefact_folder)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run reached `max_steps`, or early stopping ended it; true before `train`."""
+        """Whether the run reached `max_steps` or was ended by early stopping; also true before `train`."""
         return self.state.global_step >= self.state.max_steps or any(
             isinstance(callback, EarlyStoppingCallback)
             and callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -102,10 +101,10 @@ class ArtefactTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as in Transformers, then write `artefact_folder`.
 
-        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete one in `output_dir`.
-        SIGINT and SIGTERM save a checkpoint, then raise `KeyboardInterrupt` or `SystemExit`.
+        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete checkpoint in
+        `output_dir`. SIGINT and SIGTERM save a checkpoint, then raise `KeyboardInterrupt` or `SystemExit`.
         """
-        if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
+        if resume_from_checkpoint is True:  # the newest checkpoint may be incomplete after a kill
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, str):
             self._timing.resume(resume_from_checkpoint)
@@ -124,7 +123,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """Restore a run that has taken all its steps before; Transformers would take one more."""
+        """Restore a run that already took its last step, else return `None`; Transformers would take one more step."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -139,12 +138,11 @@ class ArtefactTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Create the scheduler as in Transformers, after fitting a schedule that is longer than the run."""
         fit_schedule(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the served form of the head or policy; without a folder into `artefact_folder` of a finished run."""
+        """Write the head or policy for decoding to `output_dir`; a finished run needs none, see `artefact_folder`."""
         if _internal_call:  # a checkpoint, in training precision
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
@@ -166,22 +164,23 @@ class ArtefactTrainer(Trainer):
             ]  # no card or metrics of an earlier run
             try:
                 push_folder(folder, self.args, message, files=files)
-            except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
+            except OSError as error:  # not worth losing hours of training: the next checkpoint is pushed, too
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: `_save_checkpoint` pushes instead."""
+        """Do nothing, because `_save_checkpoint` pushes."""
 
-    def push_to_hub(  # type: ignore[override]  # only those of Trainer's parameters that apply to a folder
+    def push_to_hub(  # type: ignore[override]  # without Trainer's other parameters, which do not apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
     ) -> Any:
-        """Push `artefact_folder` to `args.hub_model_id` in one commit, with a plain card if there is none.
+        """Push `artefact_folder` to `args.hub_model_id` in one commit and return the commit's URL.
 
-        `where` replaces `token`, `revision` or `private` of `args`. Returns the commit's URL, in one process.
+        A repository without a card gets a minimal card. `where` replaces `token`, `revision` or `private` of `args`.
+        With several processes, only the main process pushes; the others return `None`.
 
         Raises:
             ValueError: the run has not finished.
-            OSError: the Hub refused, the connection broke, or the repository was published with measurements.
+            OSError: the Hub refused, the connection broke, or the repository already holds published measurements.
         """
         self._check_finished("pushed")
         if not self.is_world_process_zero():
@@ -191,7 +190,7 @@ class ArtefactTrainer(Trainer):
         return push_folder(self.artefact_folder, self.args, commit_message or "End of training", card=card, **where)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training, so that a refusal costs no work."""
+        """Create the repository before training, so that no training is lost if the Hub refuses."""
         if self.is_world_process_zero():
             self.hub_model_id: Any = make_unmeasured_repository(self.args)
 
@@ -213,7 +212,7 @@ def _unfinished(folder: Path) -> Path:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside this one, then move its files here, so that a kill leaves no partial file."""
+    """Call `write` with a temporary folder, then move its files to `folder`, so that a kill leaves no partial file."""
     unfinished = _unfinished(folder)
     with written(unfinished):
         write(unfinished)
@@ -225,17 +224,17 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json` of a head or policy, or update it."""
+    """Write `metrics` to `metrics.json` in a head's or policy's folder, and keep other values of an existing file."""
     file = folder / METRICS
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
 
 
-_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Suffixes of settings of one machine or run.
+_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Ends of the names of settings for one machine or run.
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
-    """Write `recipe.yaml`: the models of a run, folders by name only, and its settings that are no defaults."""
+    """Write `recipe.yaml`: a run's models (of local folders only the name) and its settings that are not defaults."""
     settings: dict[str, Any] = {}
     for field in fields(args):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -260,7 +259,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def written(place: str | Path) -> Iterator[None]:
-    """Turn any error of writing a run's files into an `OSError` that names the place, the fault and the way on."""
+    """Raise errors of writing a run's files in the `with` block as `OSError`s that say where, why and what to do."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -272,7 +271,7 @@ def written(place: str | Path) -> Iterator[None]:
 
 
 def destination_of(args: TrainingArguments, **where: Any) -> Destination:
-    """Return the repository of a run; `where` replaces its `token`, `revision` and `private`."""
+    """Return the Hub repository of a run; `where` replaces `token`, `revision` and `private` of `args`."""
     return Destination(
         args.hub_model_id or Path(str(args.output_dir)).absolute().name,
         private=where.get("private", args.hub_private_repo),
@@ -282,7 +281,7 @@ def destination_of(args: TrainingArguments, **where: Any) -> Destination:
 
 
 def make_unmeasured_repository(args: TrainingArguments) -> str:
-    """Make the repository of a run and return its id; refuse one published with measurements."""
+    """Create a run's repository and return its id; raises `OSError` if it already holds published measurements."""
     return make_repository(destination_of(args), _UNMEASURED)
 
 
@@ -295,7 +294,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or `files` of it, in one commit and return its URL; `card` is used if there is none."""
+    """Upload a folder, or only its `files`, in one commit, with `card` if there is none; return the commit's URL."""
     content: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file for file in (_files(folder) if files is None else files)
     }
@@ -306,13 +305,13 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """Find the newest complete checkpoint: it has `trainer_state.json`, its last file."""
+    """Return the newest checkpoint with `trainer_state.json`, which is written last; `None` if there is none."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Refuse an output folder whose checkpoints were trained on other inputs; `facts` maps inputs to hashes."""
+    """Raise `ValueError` if `folder` has a checkpoint with other `facts` (input -> hash); else save `facts` there."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -324,11 +323,11 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".tmp")
     new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    new.replace(file)  # a kill or a full disk leaves the old one
+    new.replace(file)  # after a kill or with a full disk, the old file remains
 
 
 class InterruptionCallback(TrainerCallback):
-    """Saves a checkpoint and stops all processes at the same step after one received a signal."""
+    """After one process received a signal, saves a checkpoint and stops all processes at the same step."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -347,10 +346,10 @@ class InterruptionCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM save a checkpoint and stop `trainer` after a multiple of `steps`.
+    """On the first SIGINT or SIGTERM, save a checkpoint and stop `trainer` at the next multiple of `steps` steps.
 
-    Then it raises `KeyboardInterrupt`, or `SystemExit` with status 143. A second signal stops at once. Slurm and
-    Kubernetes send SIGTERM before they kill a process. Outside Python's main thread nothing changes.
+    Then raise `KeyboardInterrupt` or, for SIGTERM, `SystemExit` with status 143. A second signal stops immediately.
+    Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's main thread, signals do as before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -387,8 +386,8 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """Shorten warmup and decay in `args` in proportion, with a warning, if together they exceed the run."""
-    # Transformers would begin in the middle of the decay
+    """If warmup and decay in `args` take more steps than the run, shorten both in proportion, with a warning."""
+    # Transformers would start in the middle of the decay
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
     if not isinstance(decay, int) or warmup + decay <= steps:
@@ -411,10 +410,10 @@ _SECONDS = "seconds.json"
 
 
 class TimingCallback(TrainerCallback):
-    """Counts the seconds of training in every checkpoint, so that a resumed run continues the count."""
+    """Counts the seconds of training and saves them with every checkpoint, so that a resumed run goes on counting."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds: float | None = 0.0  # `None` if the checkpoint of the resumed run lacks them
+        self.seconds: float | None = 0.0  # `None` after resuming from a checkpoint without them
         self._clock, self._last = clock, clock()
 
     def resume(self, checkpoint: str | Path) -> None:
@@ -441,7 +440,7 @@ class TimingCallback(TrainerCallback):
 
 
 def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
-    """Refuse an argument of another type."""
+    """Raise `ValueError` if the argument `name` is of none of the types `kinds`."""
     if not isinstance(value, kinds):
         needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise ValueError(
@@ -450,7 +449,7 @@ def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
 
 
 def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: str) -> None:
-    """Refuse an invalid setting of a trainer; `needed` describes a valid one."""
+    """Raise `ValueError` if a setting of a trainer is not valid; `needed` describes valid values."""
     if not is_valid:
         raise ValueError(
             f"`{name}` is {getattr(config, name)!r}, but it must be {needed}. See `{type(config).__name__}`."
@@ -458,12 +457,12 @@ def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: 
 
 
 def check_count(config: TrainingArguments, name: str, least: int, otherwise: str = "") -> None:
-    """Refuse a setting that is no whole number of at least `least`; `otherwise` names an alternative."""
+    """Raise `ValueError` if a setting is not an int of at least `least`; `otherwise` is added to the message."""
     value = getattr(config, name)
     check_setting(config, name, isinstance(value, int) and value >= least, f"a whole number from {least}{otherwise}")
 
 
 def check_mapping(config: TrainingArguments, name: str) -> None:
-    """Refuse a setting that is neither `None` nor keyword arguments."""
+    """Raise `ValueError` if a setting is neither a dict nor `None`."""
     value = getattr(config, name)
     check_setting(config, name, value is None or isinstance(value, dict), "a dict or None, in a recipe a mapping")

@@ -1,4 +1,4 @@
-"""Draw anchors of training blocks, and compute the losses of a block head's corrections."""
+"""Draws the training positions (anchors) of a block head, and computes the losses of its corrections."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,10 @@ from .losses import Teacher
 
 
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw a share of the possible roots of blocks; a share of 1 takes all, without random numbers.
+    """Draw a share of the positions that can be the root of a block; a share of 1 takes all without random numbers.
 
-    A root is `predicted` (`[b, t]` bool) together with the next token. Returns positions `[b, m]`, and `[b, m]` bool
-    whether each is a root or padding.
+    A position can be a root if its token and the next token are `predicted` (`[b, t]` bool). Returns positions
+    `[b, m]`, and `[b, m]` bool, false for padding.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
     counts = (may.sum(-1, keepdim=True) * share).ceil().long()
@@ -24,10 +24,10 @@ def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contexts_of(
     correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
 ) -> Tensor:
-    """Compute the factors `[k, n, r]` of a correction's table after the true tokens.
+    """Compute the vectors `[k, n, r]` whose products with a correction's table correct the logits of n blocks.
 
-    `hidden` `[k, n, h]` are outputs that predict the tokens of n paths, `before` `[k, n]` the true token before each,
-    and `first` `[n, h]` the output of the root's slot, if that predicts nothing.
+    `hidden` `[k, n, h]` are the outputs that predict level k, `before` `[k, n]` the true tokens before that level, and
+    `first` `[n, h]` the outputs at the root if these predict no token.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
@@ -48,10 +48,10 @@ def selection_loss(
     chunk_size: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute the cross entropy `[n]` of a selector's scores of each slot's candidates; their logits get no gradient.
+    """Compute the cross entropy `[n]` of a selector's scores of the likeliest tokens with the target's probabilities.
 
-    It is weighted by the target's probability of all candidates. `contexts` `[n, r]` come from `contexts_of`; see
-    `soft_cross_entropy` for the others, of one level.
+    These are not renormalised over the likeliest tokens. The head's logits get no gradient. `contexts` `[n, r]` come
+    from `contexts_of`; the other arguments are those of `soft_cross_entropy`, for one level.
     """
     losses = []
     for start in range(0, max(len(hidden), 1), chunk_size):
@@ -74,9 +74,9 @@ def shared_probability(
     bias: Tensor | None = None,
     added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute the overlap of head and target, 1 - L1 / 2, fp32 `[n]`: the label of a confidence head.
+    """Compute the overlap of head and target, 1 - L1 / 2, fp32 `[n]`, which a confidence head learns to predict.
 
-    See `soft_cross_entropy` for the arguments, of one level. Source: DSpark (arXiv 2607.05147).
+    The arguments are those of `soft_cross_entropy`, for one level. Source: DSpark (arXiv 2607.05147).
     """
     shares = []
     for start in range(0, max(len(hidden), 1), chunk_size):

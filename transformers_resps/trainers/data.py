@@ -1,4 +1,4 @@
-"""Turn datasets in TRL's columns into batches of texts, or into the target's recorded answers."""
+"""Turns datasets with TRL's columns into batches of texts, or into recordings of the target's answers."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ from .rollouts import LiveRollouts, ReplayRollouts
 
 
 def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
-    """Refuse a dataset, the argument `name`, of a class that cannot be prepared."""
+    """Raise `ValueError` if the argument `name` is not a dataset of a supported class."""
     import datasets
 
     if isinstance(dataset, Mapping):
@@ -58,15 +58,15 @@ def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
 
 
 def is_streamed(rows: Any) -> bool:
-    """Whether a dataset is iterated once and has no length."""
+    """Whether a dataset has no length and is only iterated."""
     return not hasattr(rows, "__len__")  # needs no import of `datasets`
 
 
-_COUNTED_TEXTS = 4096  # Texts of a stream that a draft vocabulary is counted over.
+_COUNTED_TEXTS = 4096  # Number of a stream's first texts in which tokens are counted for a draft vocabulary.
 
 
 class HeadTexts:
-    """Prepares datasets for one target, and makes batches of a token budget of them."""
+    """Prepares datasets for one target, and makes batches with a limited number of tokens."""
 
     def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
         context = context_of(target)
@@ -79,7 +79,7 @@ class HeadTexts:
         self._max_length: int = args.max_length or context
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
-        self.tokenizer = load_tokenizer(target, processing_class)  # `None` suffices for token ids
+        self.tokenizer = load_tokenizer(target, processing_class)  # `None` is enough for datasets of token ids
         self._target, self._processing_class = target, processing_class
         self.processor: ProcessorMixin | None = None  # `None` until a dataset has images
 
@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize and mask a dataset, the argument `name`; for evaluation also a dict of them."""
+        """Tokenize a dataset and mask what has no loss; for evaluation also a dict of datasets. Errors say `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -107,7 +107,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """Wrap a prepared dataset; with `feature_cache_dir` it includes the target's features."""
+        """Wrap a prepared dataset for a loader; with `feature_cache_dir`, rows include the target's features."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -117,10 +117,10 @@ class HeadTexts:
     def loader(
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
     ) -> DataLoader[Any]:
-        """Make batches of up to `tokens_per_batch` tokens, in random or fixed order."""
+        """Return a loader of batches of at most `tokens_per_batch` tokens; `shuffle` has no effect on a stream."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out like rows
+        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share like rows
             return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **options)
         batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
         return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **options)
@@ -132,12 +132,12 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:
-    """Yield the examples that a draft vocabulary is counted over: all of a dataset, or the first of a stream."""
+    """Yield the examples in which tokens are counted for a draft vocabulary: all, or the first ones of a stream."""
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def questions_in(rows: Any) -> set[str]:
-    """Collect the first user turns of a prepared dataset or of several; a stream gives none."""
+    """Return the first user turns of a prepared dataset, or of a dict of them; empty for a stream."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
     questions = () if rows is None or is_streamed(rows) else rows["question"]
@@ -146,10 +146,10 @@ def questions_in(rows: Any) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPrompts:
-    """Distinct prompts, in the order of their dataset."""
+    """The distinct prompts of a dataset, in its order."""
 
     tokens: dict[str, Tensor]  # hash of a prompt -> its token ids [s]
-    first_questions: set[str]  # texts of the first user turns, by which a benchmark recognises them
+    first_questions: set[str]  # texts of the first user turns, by which a benchmark recognises training prompts
 
     @property
     def longest(self) -> int:
@@ -157,10 +157,10 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Tokenize the prompts of a dataset, the argument `name`.
+        """Tokenize the prompts of a dataset; errors call it `name`.
 
-        Its column is `prompt` (a string, without a chat template, or messages) or `messages`, which are used up to the
-        last question.
+        Its column is `prompt` (a string, without a chat template, or messages) or `messages` (used up to the last
+        question).
         """
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
@@ -188,7 +188,7 @@ class PolicyPrompts:
 
 
 def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
-    """Return a prompt's tokens `[s]` and its first question."""
+    """Return a prompt's token ids `[s]` and its first question."""
     if isinstance(value, str) and column == "prompt" and value.strip():
         return tensor(tokenizer(value)["input_ids"]), value
     messages = as_messages(value, None)
@@ -213,7 +213,7 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and records each answer in `folder` unless it is there."""
+    """Lets an attached target answer prompts, and records each answer in `folder`; existing files are reused."""
 
     target: Any
     head: DraftHead | BlockHead
@@ -224,7 +224,7 @@ class AnswerRecorder(Generic[Recorded]):
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record the prompts `[s]` whose answer has at least two tokens; several processes share them out."""
+        """Record the answers to prompts `[s]`, except answers of one token; several processes share the work."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ class AnswerRecorder(Generic[Recorded]):
 
     @cached_property
     def _made_with(self) -> str:
-        """Hash everything that changes a recording, such as the target's weights."""
+        """Hash of everything that changes a recording, such as the target's weights."""
         recording: Any = self.recording
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
         kept = [self.head.fingerprint(), recording.__name__, recording.FORMAT, sorted(self.depths.items())]
@@ -275,11 +275,11 @@ class AnswerRecorder(Generic[Recorded]):
         return self.recording.from_recording(pools)
 
 
-_USUAL_CONTEXT = 256  # Positions that are assumed before there are prompts.
+_USUAL_CONTEXT = 256  # Assumed number of positions if there are no prompts.
 
 
 class PolicyData:
-    """Holds a trainer's prompts, by argument, and makes recordings and costs when first needed."""
+    """Keeps the prompts of each dataset argument; makes recordings and measures costs when first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -303,13 +303,13 @@ class PolicyData:
         self._replays.pop(name, None)
 
     def check_has(self, name: str, use: str) -> None:
-        """Refuse `use` without a dataset."""
+        """Raise `ValueError` if the dataset `name` is missing; `use` says what needs it."""
         if name not in self.prompts:
             raise ValueError(f"`{name}` is missing, but {use} needs prompts. Pass a dataset of them.")
 
     @cached_property
     def costs(self) -> CostTable:
-        """Costs of steps on this machine, kept in `OUTPUT_DIR/costs.json`; one process measures while others wait."""
+        """Costs of steps on this machine, from `OUTPUT_DIR/costs.json`; if missing, one process measures them."""
         file = self._folder / "costs.json"
         with self._args.main_process_first(desc="measuring what steps cost"):
             if not file.is_file():
@@ -320,28 +320,28 @@ class PolicyData:
 
     @property
     def usual_context(self) -> int:
-        """Positions in the middle of the answer to a prompt of median length."""
+        """Number of positions at the middle of the answer to a prompt of median length."""
         lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
         return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
 
     @property
     def training(self) -> dict[str, Any]:
-        """Number of texts, dtype and device, for `metrics.json`."""
+        """Number of texts, dtype and device of the training, for `metrics.json`."""
         target = self.pair.target
         where = {"dtype": str(target.dtype).removeprefix("torch."), "device": device_name(target.device)}
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
-        """Collect the first questions of these datasets; missing datasets are skipped."""
+        """Return the first questions of the datasets `names`; missing datasets are skipped."""
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:
-        """Count the prompts of a dataset that are in `train_dataset`, too."""
+        """Return how many prompts of a dataset are also in `train_dataset`."""
         learned = self.prompts.get("train_dataset")
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
-        """Compute the outcome of every shape of `grid` at every position of the answers."""
+        """Compute the result of every shape of `grid` at every position of the answers to a dataset's prompts."""
         if name not in self._replays:
             most = max(shape.total_tokens - 1 for shape in grid.shapes)
             texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))
@@ -361,7 +361,7 @@ class PolicyData:
         return LiveRollouts(self.pair.target, self.pair.head, prompts, **options)
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
-        """Hash all that a policy over `grid` learns from; a checkpoint needs the same to resume."""
+        """Hash all inputs of training a policy over `grid`; a run resumes only with the same hashes."""
         longest = max(prompts.longest for prompts in self.prompts.values())
         seconds = [[self.costs.step_seconds(shape, context) for shape in grid.shapes] for context in (0, longest)]
         return {

@@ -1,4 +1,4 @@
-"""Compute the target's features, hidden states and picks that a head learns from, or keep them on disk."""
+"""Computes the target's outputs from which a head learns (features, hidden states, best tokens), or caches them."""
 
 import hashlib
 import inspect
@@ -26,8 +26,8 @@ from ..verifying.forward import FeatureTap
 from .losses import Teacher
 
 
-_PICK_CHUNK = 512  # Positions whose full logits are alive at once.
-_SAME = 0.02  # Share of the largest feature that half precision may round away.
+_PICK_CHUNK = 512  # Number of positions whose full logits are in memory at once.
+_SAME = 0.02  # Largest difference of equal features, as a share of the largest feature, due to half precision.
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,14 @@ class TargetFeatures:
 
     features: Tensor  # [b, t, F]
     hidden: Tensor  # [b, t, target hidden] after the target's final norm: the input of its output head
-    picks: Tensor  # [b, t] the target's most likely token after each wanted position; 0 elsewhere
+    picks: Tensor  # [b, t] the target's most likely next token at each wanted position; 0 at others
 
 
 class FrozenTarget:
-    """The target that a head learns from, in evaluation mode and without gradients; not part of the trained module.
+    """Runs the target from which a head learns, in evaluation mode and without gradients.
 
-    See `DraftHeadConfig` for `feature_layers` and `before_deepstack`.
-
-    Raises:
-        ValueError: the model has no output head.
+    It is not part of the trained module. See `DraftHeadConfig` for `feature_layers` and `before_deepstack`. Raises
+    `ValueError` if the model has no output head.
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -73,13 +71,13 @@ class FrozenTarget:
         predicted: Tensor | None = None,
         image_inputs: dict[str, Tensor] | None = None,
     ) -> TargetFeatures:
-        """Run the target over right-padded texts `[b, t]`; causal attention keeps the padding out without a mask.
+        """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        `predicted` `[b, t]` are the tokens whose picks are wanted; `None` for all, which takes a fifth longer. See
-        `collate` for `image_inputs`.
+        `predicted` `[b, t]` are the tokens to predict: only before them is the target's best token computed. `None`
+        computes it everywhere, which takes a fifth longer. See `collate` for `image_inputs`.
 
         Raises:
-            ValueError: the target attends to an answer after images in both directions.
+            ValueError: with images, the target's attention is not causal.
         """
         if image_inputs and not self._is_known_causal:
             self._check_causal(input_ids, image_inputs)
@@ -87,14 +85,14 @@ class FrozenTarget:
         return TargetFeatures(features, hidden, self._picks(hidden, predicted))
 
     def _outputs(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the features, and the decoder's output after its final norm."""
+        """Return the features and the decoder's output after its final norm."""
         decoder = self.model.get_decoder()
         tap = FeatureTap(self.model, self.feature_layers, before_deepstack=self.before_deepstack)
         with tap, tap.record() as features:
             if not image_inputs:
                 hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 return features.concatenated(), hidden
-            outputs = list[Any]()  # not every class returns its decoder's output
+            outputs = list[Any]()  # not every model returns its decoder's output
             hook = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
             try:
                 inputs = cast_for(self.model, image_inputs) | self._kept_logits
@@ -105,7 +103,7 @@ class FrozenTarget:
         return features.concatenated(), outputs[-1].last_hidden_state
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
-        """Refuse a target whose features depend on later tokens, which `generate` does not have yet."""
+        """Raise `ValueError` if features depend on later tokens, which `generate` does not know yet."""
         other = input_ids.clone()
         other[:, -1] = (other[:, -1] == 0).long()
         before, after = (self._outputs(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
@@ -118,10 +116,10 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Take the argmax over the whole vocabulary; scale and soft cap are monotone and left out."""
+        """Return the best token over the whole vocabulary; scale and soft cap do not change it and are not applied."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
-            wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
+            wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token
         rows = hidden[wanted].to(self._output.weight.dtype)
         best = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
         picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
@@ -129,23 +127,23 @@ class FrozenTarget:
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
-        """Return the distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
+        """Return the target's distribution over `token_ids` `[d]`, given its hidden states `[n, target hidden]`."""
         bias = getattr(self._output, "bias", None)
         bias = None if bias is None else bias[token_ids]
         return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)
 
 
-_BLOCK = 64  # Texts per file.
-_DTYPE = torch.bfloat16  # Half the disk of fp32, and the dtype of served heads.
+_BLOCK = 64  # Number of texts per file.
+_DTYPE = torch.bfloat16  # Takes half as much disk as fp32, and is the dtype in which heads are saved.
 _MAX_OPEN_FILES = 256
-_TOKENS_PER_FORWARD = 4096  # Tokens in a batch of the target, padding included.
+_TOKENS_PER_FORWARD = 4096  # Number of tokens in a batch of the target, padding included.
 
 
 class CachedFeatures(PreparedTexts):
     """Texts with the target's outputs on disk, so that training does not run the target.
 
-    Missing outputs are computed when the object is made. Each block of texts has a safetensors file named by a hash of
-    its content, so a killed run continues, and texts added at the end of a dataset are computed alone.
+    Missing outputs are computed when the object is made. Each block of 64 texts has a safetensors file, named by a
+    hash of the texts. So a killed run continues, and if texts are appended to a dataset, only these are computed.
     """
 
     def __init__(
@@ -154,7 +152,7 @@ class CachedFeatures(PreparedTexts):
         super().__init__(rows)
         self._folder, self._target, self._collate = Path(folder), target, collator
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Files of another target or dtype must have other names
+        # Files for another target or dtype need other names
         model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
         identity: dict[str, Any] = {"layers": target.feature_layers, "dtype": str(_DTYPE), "target": model}
         identity |= {"before_deepstack": True} if target.before_deepstack else {}
@@ -214,7 +212,7 @@ class CachedFeatures(PreparedTexts):
                 for name, dtype in (("features", _DTYPE), ("hidden", _DTYPE), ("picks", torch.int32)):
                     states = getattr(outputs, name)[index, : lengths[row]]
                     tensors[f"{row}.{name}"] = states.to("cpu", dtype).contiguous()
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes write to the same folder
         try:
             save_file(tensors, partial)
             partial.replace(path)

@@ -1,4 +1,4 @@
-"""The settings of `DraftHeadTrainer`, and whether bf16 autocast pays on this machine."""
+"""The settings of `DraftHeadTrainer`, and whether bf16 autocast is faster on this machine."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +26,10 @@ _LEAST = {
 
 @dataclass
 class DraftHeadTrainingConfig(TrainingArguments):
-    """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` and those of EAGLE-3's training-time test.
+    """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` plus settings for training draft heads.
 
-    Batches are filled up to `tokens_per_batch`; `per_device_train_batch_size` and `per_device_eval_batch_size` are
-    refused.
+    `tokens_per_batch` sets the batch size; `per_device_train_batch_size` and `per_device_eval_batch_size` raise
+    `ValueError`.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
     """
@@ -104,16 +104,16 @@ class DraftHeadTrainingConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and prefers_bf16(use_cpu=self.use_cpu)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # Transformers refuses bf16 on a CPU unless it is asked for
+            self.use_cpu = True  # Transformers refuses bf16 on a CPU unless `use_cpu` is set
         optim, self.optim = self.optim, OptimizerNames.ADAMW_TORCH if self.optim == MUON else self.optim
         super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
         self.optim = MUON if optim == MUON else self.optim
         self.remove_unused_columns = False
         self.label_names = ["labels"]
         accelerator: Any = self.accelerator_config
-        accelerator.dispatch_batches = False  # batches of a stream differ in size: no process can cut them for all
+        accelerator.dispatch_batches = False  # a stream's batches differ in size, so no process can split them for all
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
+            self.ddp_find_unused_parameters = False  # the wrapper does not see that later levels use parameters
         self._check()
 
     def _check(self) -> None:
@@ -136,15 +136,15 @@ class DraftHeadTrainingConfig(TrainingArguments):
         check_setting(self, "model_init_kwargs", has_own, "without `draft_vocab_size`, a setting of its own")
 
 
-_UNITS = {"avx512_bf16", "amx_bf16"}  # Instructions that multiply bf16; other CPUs convert to fp32 and back.
+_UNITS = {"avx512_bf16", "amx_bf16"}  # CPU instructions that multiply bf16; other CPUs convert to fp32 and back.
 
 
 def prefers_bf16(*, use_cpu: bool = False) -> bool:
-    """Return whether the training device multiplies bf16 in hardware; only then autocast is faster than fp32."""
+    """Return whether the training device multiplies bf16 in hardware; otherwise autocast is no faster than fp32."""
     if use_cpu or not torch.accelerator.is_available():
         return bool(_UNITS & cpu_flags())
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.backends.mps.is_available():
-        return False  # emulated before M3, and no faster than fp32 after
+        return False  # emulated before M3, and no faster than fp32 on M3 and later
     return bool(is_torch_bf16_gpu_available())

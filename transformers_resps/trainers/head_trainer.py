@@ -1,4 +1,4 @@
-"""Train a draft head on a target's own distribution; `objectives` computes the loss of a batch."""
+"""Trains a draft head on a target's probabilities; the loss of a batch is in `objectives`."""
 
 import copy
 import logging
@@ -38,31 +38,30 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trains a `DraftHead`, `BlockHead` or `MtpHead` on a target's outputs, by soft cross entropy of all draft levels.
+    """Trains a `DraftHead`, `BlockHead` or `MtpHead`: soft cross entropy with the target's probabilities, all levels.
 
-    The signature is TRL's `SFTTrainer`'s plus the target. Datasets have the columns `messages`; `prompt` and
-    `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
-    chat template; only the assistant's turns, or completions, are learned.
+    The arguments are those of TRL's `SFTTrainer` plus the target. A dataset has the column `messages`, or `prompt` and
+    `completion`, or `text`, or `input_ids` with `assistant_masks` or `completion_mask`. Conversations are formatted
+    with the tokenizer's chat template. Only the assistant's turns, or the completions, have a loss.
 
-    Checkpoints hold the head alone and load with its `from_pretrained`. A finished run writes `OUTPUT_DIR/head` in
-    bf16, with the fingerprints of its prompts.
+    A checkpoint contains only the head, which the head's `from_pretrained` loads. A finished run writes the head in
+    bf16 to `OUTPUT_DIR/head`, with hashes of its prompts.
 
     Args:
-        model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the layers that came with the target;
-            `None` for a new head, whose draft vocabulary is counted over the training data.
-        args: the settings; by default they write into `TARGET-head`.
+        model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the target's own MTP layers; `None` for
+            a new head, whose draft vocabulary is the most frequent tokens of the training data.
+        args: the settings; the default writes to the folder `TARGET-head`.
         train_dataset: a `Dataset`, or an `IterableDataset`, which needs `max_steps`.
-        eval_dataset: held-out texts: a dataset or a dict of several.
+        eval_dataset: held-out texts: a dataset or a dict of datasets.
         processing_class: the target's tokenizer; by default loaded from the target's folder or repository.
-        callbacks: see Transformers.
-        peft_config: trains adapters, for instance `LoraConfig`, which are merged into the saved head.
+        peft_config: for example a `LoraConfig`: trains adapters, which are merged into the saved head.
         target: the model to draft for, or its folder or Hub id; it is neither trained nor saved.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
         ValueError: the head was made for another target, or an argument cannot be used.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; for blocks DFlash (arXiv 2602.06036) section 3.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; for block heads DFlash (arXiv 2602.06036) section 3.
     """
 
     args: DraftHeadTrainingConfig
@@ -86,7 +85,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         set_seed(args.seed)
         loaded = as_target(target, cast(Any, args.target_init_kwargs))
         if isinstance(target, str) and loaded.dtype is torch.float32 and args.device.type == "cpu":
-            prepack(loaded)  # a sixth faster in fp32; a caller's model is not changed
+            prepack(loaded)  # a sixth faster in fp32; a model of the caller stays unchanged
         settings: dict[str, Any] = cast(Any, args.model_init_kwargs) or {}
         head: Any = model
         if isinstance(model, str):
@@ -100,7 +99,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         if head is None:
             examples = [] if rows is None else counted_examples(rows)
             head = new_head(loaded, examples, self.tokenizer, args, **settings)
-        elif rows is not None:  # refuses a head that could learn nothing
+        elif rows is not None:  # raises if the head could learn nothing
             vocabulary_of(unwrapped(head), counted_examples(rows))
         self._origin: str = unwrapped(head).name_or_path  # folder or Hub id; empty for a new head
         if peft_config is not None:
@@ -118,7 +117,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the step's number of predicted tokens
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
         self.target = FrozenTarget(loaded, self.head.feature_layers, before_deepstack=self.head.before_deepstack)
         self._objective = objective(self.target, args)
@@ -130,7 +129,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         whole = self.accelerator.unwrap_model(self.model)
         if isinstance(whole, TrainableSource):
             whole.load_checkpoint(resume_from_checkpoint, self.target.model)
-        else:  # a head in adapters, which a checkpoint holds alone
+        else:  # with PEFT, a checkpoint contains only the adapters
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -148,11 +147,11 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     @property
     def head(self) -> Any:
-        """The head in training, without wrappers of adapters or processes."""
+        """The head in training, without wrappers for adapters or several processes."""
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
-        """Return the tokens that the head can propose, with their share of the training answers."""
+        """Return the tokens that the head can propose, and their share of all tokens of the training answers."""
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,9 +165,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of all levels, per predicted token of the optimiser step."""
+        """Compute the loss of all levels, divided by the number of predicted tokens in the optimiser step."""
         if model.training:
-            self._speed.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
+            self._speed.start(self.state.global_step)  # not earlier, because a resumed run knows its step only here
         loss, losses, hits, predicted = self._loss(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
@@ -193,12 +192,12 @@ class DraftHeadTrainer(ArtefactTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as in Transformers, and add agreement per level and tau of the default tree."""
+        """Evaluate as in Transformers; add the agreement with the target per level, and tau of the default tree."""
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics, _ = self._meters["eval"].summary(self._over_processes)
-        if self.args.tau_texts:  # in every process, since each compares the best metric
+        if self.args.tau_texts:  # in every process, since each keeps track of the best metric
             started = time.monotonic()
             metrics |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
         cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in metrics.items()})
@@ -208,7 +207,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as in Transformers; after training also write `metrics.json` beside the head."""
+        """Evaluate as in Transformers; after training also write `metrics.json` to the head's folder."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
@@ -240,7 +239,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
     def _tau(self, texts: Any) -> float:
-        """Simulate tau of the default tree on some texts, evenly spread over their lengths."""
+        """Simulate tau of the default tree on `tau_texts` of the texts, of evenly spread lengths."""
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -259,7 +258,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the loss alone: logits of a whole batch would not fit into memory."""
+        """Return only the loss, because the logits of a whole batch would not fit into memory."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
@@ -286,7 +285,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._train_texts, shuffle=True)
 
     def _positions(self, texts: PreparedTexts | StreamedBatches) -> int:
-        """Count the positions of all epochs and processes, padding included."""
+        """Return the number of positions of the run, over all epochs and processes, padding included."""
         args = self.args
         if isinstance(texts, PreparedTexts) and args.max_steps <= 0:
             return int(args.num_train_epochs * sum(texts.lengths))
@@ -316,7 +315,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self.head.plain_card(repo_id)
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the head in bf16, and the fingerprints of the prompts it learned from."""
+        """Write the head in bf16, and hashes of the prompts that it was trained on."""
         save_head(self.accelerator.unwrap_model(self.model), folder)
         earlier = training_prompts_of(self._origin) if self._origin else None
         streamed = self._train_texts.questions if isinstance(self._train_texts, StreamedBatches) else set()
@@ -325,7 +324,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:
-    """Refuse wrong arguments before anything is loaded."""
+    """Raise `ValueError` for wrong arguments, before anything is loaded."""
     check_type("args", args, DraftHeadTrainingConfig)
     if model is not None and not isinstance(model, str):
         if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), TrainableSource):
@@ -364,7 +363,7 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the output rows of a head, or refuse a choice that cannot work."""
+    """Freeze the head's output rows if `is_frozen`; raises `ValueError` if this head does not allow the choice."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -384,7 +383,7 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a copy of a head to `folder` in `dtype`, with adapters merged."""
+    """Write a copy of a head to `folder` in `dtype`, with its adapters merged into its weights."""
     head = copy.deepcopy(model)
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
@@ -396,7 +395,7 @@ _MEASURED = "1.6 after 150,000, 1.8 after 390,000, 1.9 after 560,000"  # SmolLM2
 
 
 def warn_if_small(tokens: int) -> bool:
-    """Warn if a run over `tokens` positions is too small for a useful head; return whether it is."""
+    """Warn, and return true, if a run over `tokens` positions is too small for a useful head."""
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
@@ -411,9 +410,9 @@ def warn_if_small(tokens: int) -> bool:
 
 
 class LevelMeter:
-    """Sums loss and top-1 agreement with the target's pick, by level, since the last reset.
+    """Sums, for each level since the last reset, the loss and how often the head's best token is the target's.
 
-    A pick outside the draft vocabulary is a miss, as when decoding.
+    If the target's best token is outside the draft vocabulary, it counts as a miss, as it is one in decoding.
     """
 
     def __init__(self, levels: int) -> None:
@@ -425,12 +424,12 @@ class LevelMeter:
         self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
-        """Add a batch: its loss, hits and predicted tokens of each level `[k]`, and its number of tokens."""
+        """Add a batch: losses, hits and predicted tokens of each level `[k]`, and the batch's number of tokens."""
         self._sums += torch.stack([losses, hits, predicted]).detach().to("cpu", torch.float64)
         self._tokens += tokens
 
     def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
-        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ... (levels from 1), and the tokens of all batches."""
+        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ... by level, and the number of tokens of all batches."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -441,13 +440,13 @@ class LevelMeter:
 
 
 class RunSpeed:
-    """Measures the speed between two lines of metrics, and the time that is left."""
+    """Measures the speed between two lines of metrics and estimates the remaining time."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None  # seconds and step
 
     def start(self, step: int) -> None:
-        """Note when the first measured step begins; later calls do nothing."""
+        """Start the clock at the first call; later calls do nothing."""
         self._since = self._since or (time.monotonic(), step)
 
     def pause(self, seconds: float) -> None:
@@ -455,7 +454,7 @@ class RunSpeed:
             self._since = self._since[0] + seconds, self._since[1]
 
     def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """Return `tokens_per_second` and `minutes_left` after `tokens` since the last line; empty after no step."""
+        """Return `tokens_per_second` and `minutes_left`, given the tokens since the last call; empty before a step."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

@@ -1,4 +1,4 @@
-"""Load the target, the tokenizer and the head of a training, or make a new head."""
+"""Loads the target, tokenizer and head for training, or makes a new head."""
 
 import copy
 import sys
@@ -29,17 +29,17 @@ from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
-_ODD_SHARE = 0.01  # Share of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones.
+_ODD_SHARE = 0.01  # A fine-tune's tokenizer may use this share of ids for other tokens, such as reserved ids.
 
 
 def default_folder(target: Any, artefact_name: str) -> str:
-    """Name the folder of a run without `args` after its target, as TRL does."""
+    """Return the output folder for a run without `args`, named after its target, as in TRL."""
     name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
     return f"{Path(name).name or 'target'}-{artefact_name}"
 
 
 def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """Return the target, or load it by its name, by default in its own dtype."""
+    """Return `target`, or load it if it is a folder or Hub id, by default in the dtype of its checkpoint."""
     if not isinstance(target, str):
         check_type("target", target, PreTrainedModel)
         if isinstance(target, TrainableSource):
@@ -55,7 +55,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Refuse a folder or Hub id that holds a draft head; `hub` is as in `holds_head`."""
+    """Raise `ValueError` if a folder or Hub id holds a draft head; `hub` is as in `holds_head`."""
     if holds_head(target, **hub):
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
@@ -64,25 +64,25 @@ def check_target_name(target: str, **hub: Any) -> None:
 
 
 def context_of(target: PreTrainedModel) -> int:
-    """Return the most positions that a target reads."""
+    """Return the maximum number of positions that a target can read."""
     return getattr(text_config(target), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """Return the given tokenizer, or the processor's; without one, the target's own, if there is any."""
+    """Return the given tokenizer or processor's tokenizer, checked to fit the target; by default the target's own."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)
     tokenizer: Any = getattr(processing_class, "tokenizer", None) if is_processor else processing_class
     check_type("processing_class", tokenizer, PreTrainedTokenizerBase)
     if is_processor and tokenizer.chat_template is None:
-        tokenizer = copy.copy(tokenizer)  # the caller's is not changed
+        tokenizer = copy.copy(tokenizer)  # the caller's tokenizer stays unchanged
         tokenizer.chat_template = processing_class.chat_template
     own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
     if own is not None:
         ids, ours = tokenizer.get_vocab(), own.get_vocab()
         is_other = sum(ids.get(token) != number for token, number in ours.items()) > _ODD_SHARE * len(ours)
-    else:  # no tokenizer lies beside the target, so only its end tokens can be compared
+    else:  # the target has no tokenizer, so only its end tokens can be compared
         special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), end_tokens(target)
         is_other = bool(special and ends) and not special & ends
     if is_other:
@@ -95,16 +95,16 @@ def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> Pre
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:
-    """Collect the ids that end a text from the target's configs."""
+    """Return the ids of end tokens in the target's configs."""
     token_ids: set[int] = set()
     for config in (text_config(target), target.generation_config):
-        ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
+        ids = getattr(config, "eos_token_id", None)  # missing in the text configs of Qwen-VL and GLM-V
         token_ids |= {ids} if isinstance(ids, int) else set(ids or ())
     return token_ids
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load a head by name, see `load_head`; an error names `argument`."""
+    """Load a head by name, see `load_head`; if it is a whole model, the error mentions `argument`."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
@@ -121,10 +121,10 @@ def new_head(
     args: DraftHeadTrainingConfig,
     **init_kwargs: Any,
 ) -> TrainableSource:
-    """Make a float32 head for `target` of the kind in `args`, with the config fields `init_kwargs`.
+    """Make a float32 head for `target`, of the kind `args.new_head`, with the config fields `init_kwargs`.
 
-    Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
-    (`draft_vocab_size` 0). End tokens and special tokens are always in it.
+    Its draft vocabulary is the most frequent tokens of the answers in `examples`, always with end tokens and special
+    tokens. If `args.draft_vocab_size` is 0, it is the whole vocabulary, and `examples` are not read.
     """
     everything = text_config(target).vocab_size
     ids = None
@@ -137,9 +137,9 @@ def new_head(
 
 
 def holds_head(name: str, **hub: Any) -> bool:
-    """Return whether the config in a folder or at a Hub id has names or fields that only heads have.
+    """Return whether a folder or Hub id holds a draft head, by names and fields that only heads have in their config.
 
-    `hub` are its `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
+    `hub` may be `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
     """
     config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     names = [config.get("model_type"), *(config.get("architectures") or ())]
@@ -149,7 +149,7 @@ def holds_head(name: str, **hub: Any) -> bool:
 
 
 def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Select the loading arguments that say where the files are."""
+    """Select those loading arguments that say where the files are."""
     return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
@@ -158,7 +158,7 @@ def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | N
         return None
     try:
         return AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError):  # the target was loaded from elsewhere, or has none
+    except (OSError, ValueError):  # the target was not loaded from there, or has no tokenizer
         return None
 
 
@@ -186,7 +186,7 @@ class Pair:
         tokenizer: Any,
         args: PolicyTrainingConfig,
     ) -> "Pair":
-        """Load target and head if given by name, the target to the device of `args`, and attach the target."""
+        """Make a pair: load target and head if they are names, the target to `args.device`, and attach the target."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

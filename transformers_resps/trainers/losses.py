@@ -1,4 +1,4 @@
-"""The loss of all levels of EAGLE-3's training-time test (arXiv 2503.01840 section 3.2), see `heads.unrolled`."""
+"""The cross-entropy loss of EAGLE-3's training-time test (arXiv 2503.01840 section 3.2), see `heads.unrolled`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 from ..verifying.prepacking import packed_linear
 
 
-_CACHED_ROWS = 32  # Positions whose fp32 logits stay in a CPU's cache between two passes over them.
+_CACHED_ROWS = 32  # The fp32 logits of so many positions stay in a CPU's cache.
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The target's distribution over the draft vocabulary, in factored form."""
+    """The target's distribution over the draft vocabulary, kept as hidden states and output rows to save memory."""
 
     hidden: Tensor  # [n, h] the target's last hidden state after its final norm
     weight: Tensor  # [d, h] the target's output rows of the draft vocabulary
@@ -24,7 +24,7 @@ class Teacher:
     bias: Tensor | None = None  # [d] bias of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Compute the probabilities of some rows, fp32 `[c, d]`, renormalised over the draft vocabulary."""
+        """Return the probabilities fp32 `[c, d]` at the positions `rows`, normalised over the draft vocabulary."""
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
@@ -45,23 +45,23 @@ def soft_cross_entropy(
     bias: Tensor | None = None,
     added: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the cross-entropy of every level's logits against the target's probabilities.
+    """Compute the cross entropy of every level's logits with the target's probabilities.
 
-    Gradients are formed with the logits, as in fused linear losses. Under autocast to bf16 the head's products are in
-    bf16, the teacher's in its own dtype, and sums over the draft vocabulary in fp32.
+    Gradients are computed together with the logits, chunk by chunk, as in fused linear losses. Under autocast to bf16
+    the head's logits are computed in bf16, the teacher's in its own dtype, and sums over the draft vocabulary in fp32.
 
     Args:
-        hidden: `[k, n, h]` normed hidden states of the k levels that predict the same n tokens.
+        hidden: `[k, n, h]` normed hidden states of the k levels, which predict the same n tokens.
         weight: `[d, h]` the head's output rows.
         teacher: the target's distribution at the n tokens.
-        row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
-        chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
-        bias: `[d]` of borrowed output rows, if they have one; not trained.
+        row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a token out.
+        chunk_size: number of positions whose logits are in memory at once, as 2 fp32 buffers `[chunk_size, d]`.
+        bias: `[d]` bias of the output rows, if they are the target's and have one; it is not trained.
         added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
 
     Returns:
-        The weighted sum; without gradient, over rows of non-zero weight, each level's unweighted sum `[k]` and its
-        count `[k]` of rows whose best token is the target's.
+        The weighted sum; and, without gradient and only for non-zero weights, each level's unweighted sum `[k]` and
+        how often `[k]` its best token is the target's best token.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]
@@ -82,7 +82,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the products of `pairs`, alternately states and rows, to the logits."""
+        """Compute the loss; `pairs` holds states and output rows alternately, and the logits sum their products."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
         grads = [
             torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None
@@ -123,7 +123,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the fp32 cross-entropy `[c]` and whether `best` is the likeliest; overwrites `logits` with slopes."""
+    """Return the fp32 cross entropy `[c]` and whether `best` has the highest logit; write gradients into `logits`."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()
@@ -137,16 +137,17 @@ def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tens
 
 
 def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split `[c, d]` into views that fit into a CPU's cache."""
+    """Split `rows` `[c, d]` into views that fit into a CPU's cache."""
     parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
     return parts
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Choose the slots that a batch's losses need, the same number q in every text of `shape` (b, t).
+    """Choose the positions (slots) that a batch's losses need, the same number q in each text of a batch `(b, t)`.
 
-    `rows` `[m]` is the text of each predicted token, `slots` `[k, m]` the slot that predicts it, by level; below 0
-    counts as 0. Returns the slots `[b, q]` of each text, ascending, and the index `[k, m]` of `slots` among them.
+    `rows` `[m]` is the text of each predicted token, and `slots` `[k, m]` the position that predicts it at each level;
+    numbers below 0 count as 0. Returns the chosen positions `[b, q]`, ascending, and the index `[k, m]` of `slots` in
+    them.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

@@ -1,9 +1,9 @@
-"""Muon for the matrices, AdamW for everything else, in one optimiser: one state dict, one schedule.
+"""One optimiser with Muon for matrices and AdamW for the other parameters, with one state dict and one schedule.
 
-`torch.optim.Muon` takes matrices only and multiplies in bfloat16, by the iteration on every device: for a matrix
-`[m, n]`, m <= n, that is `5 (4 m^2 n + 2 m^3)` operations. Through eigenvalues it is `4 m^2 n + 2 m^3` and some 9 m^3
-for these, in float32: half as many where m = n, a third where n = 3 m. Trained on a CPU, a draft head's matrices took
-1.25 times as long with `torch.optim.Muon` where the CPU multiplies bfloat16, 6.5 times elsewhere.
+`torch.optim.Muon` takes only matrices. On every device it iterates in bfloat16, which takes `5 (4 m^2 n + 2 m^3)`
+operations for a matrix `[m, n]`, m <= n. With eigenvalues it takes `4 m^2 n + 2 m^3` operations, plus some 9 m^3 for
+the eigenvalues, in float32: half as many if m = n, a third if n = 3 m. To update a draft head's matrices on a CPU,
+`torch.optim.Muon` took 1.25 times as long if the CPU multiplies bfloat16, and 6.5 times as long if not.
 """
 
 from collections.abc import Iterable
@@ -15,18 +15,18 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # The quintic of Keller Jordan, "Muon" (2024).
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Coefficients of the polynomial in Keller Jordan, "Muon" (2024).
 _ITERATIONS = 5
-_SMALLEST = 1e-7  # A matrix of zeros is divided by this norm.
+_SMALLEST = 1e-7  # Lower limit of the norm by which a matrix is divided.
 _MOMENTUM = 0.95  # Decay rate of Nesterov's momentum.
-_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # Parts of names of matrices with a row for each token.
+_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # In the names of matrices with a row for each token.
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return a matrix `[m, n]` with the same singular vectors and values near 1, by five Newton-Schulz steps.
+    """Return a matrix `[m, n]` with the same singular vectors and singular values near 1, by five Newton-Schulz steps.
 
-    On a CPU the steps run on the eigenvalues of the smaller Gram matrix, in float32; on CUDA in bfloat16. A matrix
-    that is not finite stays so.
+    On a CPU the steps are applied to the eigenvalues of the smaller Gram matrix, in float32; on CUDA to matrices in
+    bfloat16. If the input is not finite, neither is the result.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
@@ -49,15 +49,15 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def _has_eigenvalues(matrix: Tensor) -> bool:
-    """Return whether to compute eigenvalues: on a GPU they take longer than the iteration."""
+    """Return whether to use eigenvalues: not on a GPU, where they take longer than the iteration."""
     return matrix.device.type == "cpu" and bool(matrix.norm().isfinite())
 
 
 class Muon(Optimizer):
-    """Orthogonalised momentum for groups with `matrices=True`, AdamW for the others.
+    """Updates parameter groups with `matrices=True` by Muon (orthogonalised momentum), other groups by AdamW.
 
-    Muon's update has a root mean square of 0.2, so one rate fits both kinds; `betas` and `eps` are AdamW's. The weight
-    decay is decoupled, for all parameters of two and more dimensions.
+    Muon's update has a root mean square of 0.2, so that one learning rate fits both; `betas` and `eps` are for AdamW.
+    The weight decay is decoupled and applies to all parameters with at least two dimensions.
 
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
     """
@@ -74,7 +74,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # trainers pass none
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # trainers pass no closure
         for group in self.param_groups:
             update = self._muon if group["matrices"] else self._adamw
             for parameter in group["params"]:
@@ -105,7 +105,7 @@ class Muon(Optimizer):
 
 
 def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
-    """Make Muon for a model's trained matrices; vectors, and matrices with a row for each token, go to AdamW."""
+    """Make the optimiser of a model; vectors and matrices with a row for each token are updated by AdamW."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Objectives of training a head: levels that read each other, or blocks that are filled at once."""
+"""Training objectives for draft heads, whose levels read earlier levels, and block heads, which draft in one pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from .losses import Teacher, pack, soft_cross_entropy
 
 
 class Loss(NamedTuple):
-    """The loss of a batch, and its hits."""
+    """The loss of a batch, and how often the head agrees with the target."""
 
     total: Tensor  # weighted sum over all levels and tokens
-    losses: Tensor  # [k] sum of each level
-    hits: Tensor  # [k] how often the best token is the target's pick
-    predicted: Tensor  # [k] tokens that are predicted, in the draft vocabulary or not
+    losses: Tensor  # [k] unweighted sum of each level
+    hits: Tensor  # [k] how often the head's best token is the target's best token
+    predicted: Tensor  # [k] number of predicted tokens, including those outside the draft vocabulary
 
 
 class Objective(ABC):
-    """Trains a head for a target."""
+    """Computes the loss of a kind of head for a target."""
 
     def __init__(self, target: FrozenTarget, args: DraftHeadTrainingConfig) -> None:
         self.target, self.levels, self.decay = target, args.ttt_steps, args.ttt_step_decay
@@ -39,7 +39,7 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
-        """Refuse a head that cannot be trained with these settings."""
+        """Raise `ValueError` if the head cannot be trained with these settings."""
 
     @abstractmethod
     def __call__(
@@ -47,13 +47,13 @@ class Objective(ABC):
     ) -> Loss:
         """Compute the loss of right-padded texts `[b, t]` over the `predicted` tokens, `[b, t]` bool.
 
-        `model` is the head in the wrappers of training, whose gradient hooks wait for its forward; `read` are the
-        target's outputs.
+        `model` is the head in the wrappers of distributed training, whose gradient hooks need a call of its forward;
+        `read` are the target's outputs.
         """
 
 
 class LevelObjective(Objective):
-    """EAGLE-3's training-time test: all levels predict every token."""
+    """Computes the loss of EAGLE-3's training-time test, in which every level predicts every token."""
 
     @staticmethod
     def check(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
@@ -89,10 +89,11 @@ class LevelObjective(Objective):
 
 
 class BlockObjective(Objective):
-    """Blocks below anchors, which are drawn anew for every batch, and all taken in evaluation.
+    """Computes the loss of a block head at random root positions; evaluation takes all possible positions.
 
-    A slot learns the target's distribution, with what its correction adds after the true token before; DFlash's decay
-    exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. A block ends with its answer.
+    Each position of a block learns the target's distribution. A correction, if the head has one, gets the true token
+    before the position. DFlash's decay exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. Positions
+    after the end of an answer have no loss.
 
     Source: DFlash (arXiv 2602.06036) section 3, DSpark (arXiv 2607.05147).
     """
@@ -148,7 +149,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the losses of outputs `[n, h]` after tokens `[n]`, see `soft_cross_entropy`, with all parts."""
+        """Call `soft_cross_entropy` for n outputs of one level; add the losses of selector and confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         total, losses, hits = soft_cross_entropy(
@@ -172,7 +173,7 @@ class BlockObjective(Objective):
 
 
 def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
-    """Yield the levels that share an output head, and its rows."""
+    """Yield each group of levels that share an output head, with that head's rows and bias."""
     if model.depths == 1:
         yield list(range(levels)), model.output_rows()
     else:
@@ -180,7 +181,7 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
 
 
 def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
-    """Find the objective that trains a head; raises `ValueError` if these settings cannot."""
+    """Return the objective for a kind of head; raises `ValueError` if the settings do not fit the head."""
     reference = kind_of(head).objective
     assert reference is not None
     objective: type[Objective] = reference.load()

@@ -27,10 +27,10 @@ _LEAST = {
 
 @dataclass
 class PolicyTrainingConfig(TrainingArguments):
-    """Settings of `PolicyTrainer` and `fit_policy`: `TrainingArguments` and those of policy optimisation.
+    """Settings of `PolicyTrainer` and `fit_policy`: `TrainingArguments` plus settings of policy optimisation.
 
-    An update answers or replays `per_device_train_batch_size` prompts, then takes `num_ppo_epochs * num_mini_batches`
-    optimiser steps on the outcomes. `max_steps` and `save_steps` are whole updates.
+    An update decodes or replays `per_device_train_batch_size` prompts, then takes `num_ppo_epochs * num_mini_batches`
+    optimiser steps on the results. `max_steps` and `save_steps` must be multiples of that number of steps.
 
     Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """
@@ -62,7 +62,7 @@ class PolicyTrainingConfig(TrainingArguments):
     vf_coef: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
     gamma: float = field(
         default=0.0,
-        # The code of Re-SpS sets 0.95, but ends an episode after every decision, which is the same as 0
+        # The code of Re-SpS sets 0.95 but ends an episode after every decision, so its effective value is 0
         metadata={"help": "PPO: weight of the next decision of the same text; 0, as in effect in Re-SpS, for none."},
     )
     lam: float = field(default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if gamma is 0."})
@@ -92,7 +92,7 @@ class PolicyTrainingConfig(TrainingArguments):
     max_steps: int = field(default=800, metadata={"help": "Optimiser steps of the run, in whole updates."})
     per_device_train_batch_size: int = field(
         default=8,
-        # The code of Re-SpS cuts after 64 decisions, about 8 outputs; whole texts can be repeated after a resume
+        # The code of Re-SpS ends an update after 64 decisions, about 8 outputs; whole texts allow an exact resume
         metadata={"help": "Prompts per update."},
     )
     save_steps: float = field(default=80, metadata={"help": "Steps between two checkpoints, in whole updates."})
@@ -137,13 +137,13 @@ class PolicyTrainingConfig(TrainingArguments):
         return self.num_ppo_epochs * self.num_mini_batches
 
     def _check_updates(self) -> None:
-        """Part of an update cannot be resumed exactly, so no run and no checkpoint ends in one."""
+        """Raise `ValueError` if the run or a checkpoint would end inside an update, as that cannot be resumed."""
         saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # an enum by now
         check_setting(self, "save_strategy", saves != "epoch", "'steps', 'best' or 'no': an epoch ends in an update")
         for name in ("max_steps", {"steps": "save_steps", "best": "eval_steps"}.get(saves, "max_steps")):
             steps = getattr(self, name)
             if 0 < steps < 1:
-                steps = math.ceil(self.max_steps * steps)  # as Transformers reads a share
+                steps = math.ceil(self.max_steps * steps)  # Transformers takes a number below 1 as a share
             below = int(steps) // self.steps_per_update * self.steps_per_update
             nearest = " or ".join(str(near) for near in (below, below + self.steps_per_update) if near)
             needed = f"whole updates of {self.steps_per_update} steps (num_ppo_epochs x num_mini_batches): {nearest}"

@@ -1,4 +1,4 @@
-"""Train a policy on prompts, in the manner of TRL, with its own recordings and measurements."""
+"""Trains a policy on prompts, with the conventions of TRL; records the answers and measures the costs itself."""
 
 import copy
 import logging
@@ -50,7 +50,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 class RolloutTrainer(ArtefactTrainer):
     """Trains a `ReSpSPolicy` in place on existing rollouts.
 
-    `eval_rollouts` are held-out replayed texts, for `evaluate`; see `PolicyTrainer` for `reward_func`.
+    `evaluate` uses `eval_rollouts`, recorded held-out texts. See `PolicyTrainer` for `reward_func`.
     """
 
     args: PolicyTrainingConfig
@@ -89,7 +89,7 @@ class RolloutTrainer(ArtefactTrainer):
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Yield numbers, as many as prompts: each update collects its own decisions."""
+        """Load only numbers, as many as an epoch needs, because each update collects its own decisions."""
         numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
         return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
 
@@ -122,12 +122,12 @@ class RolloutTrainer(ArtefactTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Compare the policy with the best fixed tree and the oracle on all held-out texts.
 
-        `eval_dataset` are prompts for a `PolicyTrainer`, otherwise `ReplayRollouts`; `None` for those of the trainer.
-        After training the result is written to `metrics.json` in the policy's folder.
+        `eval_dataset` holds prompts for a `PolicyTrainer`, `ReplayRollouts` for a `RolloutTrainer`; `None` uses the
+        trainer's own. After training the result is written to `metrics.json` in the policy's folder.
 
         Returns:
-            `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on the training
-            texts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, with the 95%
+            `tokens_per_second`; `best_fixed_tokens_per_second`, for the fixed tree that is fastest on the training
+            texts (with live rollouts, on the held-out texts); `gain_over_best_fixed`, the ratio of both, with its 95%
             interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the
             number of chosen trees; `held_out_texts`.
         """
@@ -140,14 +140,14 @@ class RolloutTrainer(ArtefactTrainer):
         return metrics
 
     def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
-        """Compare like `evaluate`, without logging."""
+        """Compare as `evaluate` does, without logging."""
         held_out, training = eval_dataset or self.eval_rollouts, self.rollouts
         if held_out is None:
             raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass `eval_rollouts`.")
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Compare the policy in use on held-out texts with the fixed shape that is fastest on `searched`."""
+        """Compare the policy, with the settings for decoding, with the fixed shape that is fastest on `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -161,7 +161,7 @@ class RolloutTrainer(ArtefactTrainer):
         )
 
     def judge(self, comparison: "PolicyComparison") -> None:
-        """Warn once if the policy does not pay, and write the verdict to its `metrics.json`."""
+        """Warn once if the policy is not worth using; after training, write the verdict to its `metrics.json`."""
         if not self.is_world_process_zero():
             return
         if not self._has_warned:
@@ -183,35 +183,34 @@ def _collate(steps: list[int]) -> dict[str, Tensor]:
 class PolicyTrainer(RolloutTrainer):
     """Trains a Re-SpS policy for a target and its head on your prompts; `fit_policy` fits the policy "auto".
 
-    The target answers the prompts once, and the outcomes of every tree at every position are recorded
+    The target answers the prompts once, and the result of every tree at every position is recorded
     (`OUTPUT_DIR/replay`). The costs of steps are measured on this machine (`OUTPUT_DIR/costs.json`). Then the policy
-    learns from both without decoding, or by decoding with `args.live_rollouts`. Existing recordings and costs are
-    reused, so a stopped run continues with `train(resume_from_checkpoint=True)` and ends like an uninterrupted one.
+    learns from both without decoding; with `args.live_rollouts` it learns by decoding. Recordings and costs are
+    reused, so a stopped run continues with `train(resume_from_checkpoint=True)`, with the result of an unstopped run.
 
-    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`,
-    `metrics.json` beside it compares it with the best fixed tree, and a warning appears if it is no better.
+    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`, it is
+    compared with the best fixed tree: the result is in `metrics.json` there, and a warning says if it is no better.
 
-    Each update logs `tokens_per_second`; `reward` if it is not the default; `entropy` in nats; `distinct_actions`, the
-    number of actions that are the likeliest somewhere; on recorded texts `gain_regret`, the tokens per step lost
-    against the best actions, and `oracle_regret`, the time lost against the fastest sequence of shapes, as a share of
-    its time; live `dropped`, the decisions left out because the clock jumped.
+    Each update logs `tokens_per_second`; `reward` if `reward_func` is not the default; `entropy` in nats; and
+    `distinct_actions`, the number of actions that are the likeliest at some position. On recorded texts it also logs
+    `gain_regret`, the tokens per step lost against the best actions, and `oracle_regret`, the time lost against the
+    fastest sequence of shapes, as a share of the latter's time. Live rollouts log `dropped`, the number of decisions
+    ignored because the clock jumped.
 
     Args:
-        model: "resps" for a new policy over the trees that can pay on this machine; or a `ReSpSPolicy`, guarded or
-            not, or its folder or Hub id. It is trained in place.
-        args: the settings.
+        model: "resps" for a new policy with the trees that can pay on this machine; or a `ReSpSPolicy`, in a guard or
+            not, or its folder or Hub id. The policy is trained in place.
         train_dataset: a `datasets.Dataset` with a column `prompt` (a string, without a chat template, or messages) or
             `messages` (used up to the last question).
         eval_dataset: held-out prompts, in the same columns.
         processing_class: the target's tokenizer; `None` loads it from the target's folder or repository.
-        callbacks: added to the usual ones.
         target: the model that decodes, attached or not, or its folder or Hub id.
-        head: its draft head or block head, or the folder or Hub id of it.
+        head: the target's draft head or block head, or its folder or Hub id.
         reward_func: the objective. "tokens_per_second": total tokens over total seconds. "mean_rate": mean of the
-            steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of keywords
-            `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens, seconds and mean tokens per second of
-            an action while it is held), `rate` (tokens per second of the policy) and `persistence` (steps that an
-            action is held).
+            steps' tokens per second, as in Re-SpS. Or a function that returns a tensor with one reward per outcome. It
+            gets the keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens, seconds and mean
+            tokens per second while an action is kept), `rate` (tokens per second of the policy) and `persistence`
+            (number of steps for which an action is kept).
         kwargs: passed to `transformers.Trainer`.
     """
 
@@ -250,9 +249,9 @@ class PolicyTrainer(RolloutTrainer):
         super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **datasets, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Record missing answers, then train; see `ArtefactTrainer.train`.
+        """Record missing answers, then train as `ArtefactTrainer.train` does.
 
-        With `resume_from_checkpoint=True` a run that was stopped before its first checkpoint begins anew.
+        If there is no checkpoint yet, `resume_from_checkpoint=True` starts from the beginning.
 
         Raises:
             ValueError: a checkpoint in the output folder was trained on other inputs, or `train_dataset` is missing.
@@ -287,7 +286,7 @@ class PolicyTrainer(RolloutTrainer):
         return self.data.pair.names
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy, guarded if it came so, and hashes of its prompts."""
+        """Write the policy, in a guard if it had one before, and hashes of its prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
         (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
@@ -303,18 +302,18 @@ def fit_policy(
     target: PreTrainedModel | str,
     head: DraftHead | BlockHead | str,
 ) -> BaselineGuard:
-    """Fit the policy "auto" to your prompts: how often the head's drafts are accepted, for any machine.
+    """Fit the policy "auto" to your prompts: how likely the head's drafts are accepted. The result fits any machine.
 
-    The target answers the prompts once, and the head's drafts are recorded in `OUTPUT_DIR/replay`, where existing
-    recordings are reused. The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an
-    `eval_dataset` it is compared with the best fixed tree at the costs of this machine (`OUTPUT_DIR/costs.json`):
-    `metrics.json` holds the result of `PolicyTrainer.evaluate`, and a warning appears if the policy is no better.
+    The target answers the prompts once, and the head's drafts are recorded in `OUTPUT_DIR/replay`; existing recordings
+    are reused. The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`
+    it is compared with the best fixed tree, with costs of this machine (`OUTPUT_DIR/costs.json`): `metrics.json` holds
+    the same values as `PolicyTrainer.evaluate` returns, and a warning says if the policy is no better.
 
-    `model` is "auto", or a `ThroughputPolicy` whose sizes are kept, guarded or not, or its folder or Hub id. `args`
+    `model` is "auto", or a `ThroughputPolicy` whose sizes are kept, in a guard or not, or its folder or Hub id. `args`
     gives `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments.
 
     Raises:
-        OSError: `args.push_to_hub` is set, and the Hub refused, or the repository was published with measurements.
+        OSError: with `args.push_to_hub`, the Hub refused or the repository already holds published measurements.
     """
     args = args or PolicyTrainingConfig(default_folder(target, "policy"))
     check_type("args", args, PolicyTrainingConfig)
@@ -326,9 +325,9 @@ def fit_policy(
     data.check_has("train_dataset", "fitting")
     begun.check_identity(**data.pair.identity)
     if args.push_to_hub and args.should_save:
-        make_unmeasured_repository(args)  # a refusal costs no work
+        make_unmeasured_repository(args)  # early, so that no work is lost if the Hub refuses
 
-    # The depths of the policy's drafts, and of the fixed trees in the comparison
+    # Deep enough for the policy's drafts and for the fixed trees of the comparison
     depths = dict.fromkeys(sorted({*_TOP_KS, *begun.widths}), max(_DEPTH, sizes["depth"]))
     texts = data.record("train_dataset", RecordedText, depths)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
@@ -353,13 +352,13 @@ def fit_policy(
     return policy
 
 
-_DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of fixed trees that a fitted policy is compared with.
+_DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees with which a fitted policy is compared.
 
 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay held-out texts with a learning copy of a policy and with the best fixed tree of `searched`."""
+    """Replay held-out texts with a copy of a policy, which learns on, and with the best fixed tree of `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -378,13 +377,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """Return a policy, or load it by folder or Hub id, without its guard, and whether it had one."""
+    """Return a policy, loaded if `model` is a folder or Hub id, without its guard, and whether it had a guard."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy over the shapes that could pay here, at `context` positions."""
+    """Make a Re-SpS policy with the shapes that could pay on this machine after `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -410,19 +409,19 @@ class PolicyComparison:
     """Timings of the same held-out texts with a policy and with one fixed tree."""
 
     own: Sequence[Timing]  # each text with the policy
-    fixed: Sequence[Timing]  # each text with the best fixed tree of the training texts
+    fixed: Sequence[Timing]  # each text with the fixed tree that is fastest on the training texts
     oracle_seconds: float  # least possible seconds of all texts
-    distinct_actions: int  # number of trees that the policy chose
-    learned_prompts: int = 0  # number of held-out prompts that it was trained on
+    distinct_actions: int  # number of different trees that the policy chose
+    learned_prompts: int = 0  # number of held-out prompts on which the policy was trained
 
     @property
     def gain(self) -> float:
-        """Speed over the best fixed tree's."""
+        """Ratio of the policy's tokens per second to those of the best fixed tree."""
         return rate(self.own) / rate(self.fixed)
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """The middle 95% of `gain` over texts drawn with replacement."""
+        """The 95% bootstrap interval of `gain`, with texts drawn with replacement."""
         return bootstrap_interval([self.own], [self.fixed])
 
     def metrics(self) -> dict[str, float]:
@@ -440,12 +439,12 @@ class PolicyComparison:
 
     @property
     def is_slower(self) -> bool:
-        """Whether it is slower than the best fixed tree beyond chance."""
+        """Whether the policy is significantly slower than the best fixed tree."""
         return self.interval[1] < 1.0
 
     @property
     def doubts(self) -> list[str]:
-        """Reasons why the policy is not worth more than the best fixed tree; empty if it is."""
+        """Reasons why the policy was not shown to be better than the best fixed tree; empty if it was."""
         low, high = self.interval
         reasons = []
         if low <= 1.0:
@@ -463,7 +462,7 @@ class PolicyComparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence for the card."""
+        """The result in one sentence, for the model card."""
         if self.doubts:
             opening = f"{1 - self.gain:.0%} slower, do not use it" if self.is_slower else "Not shown to pay"
             return f"{opening}: {'; '.join(self.doubts)}."
@@ -474,7 +473,7 @@ class PolicyComparison:
         )
 
     def warn(self) -> bool:
-        """Warn of `doubts`; return whether there are any."""
+        """Warn if there are `doubts`, and return whether there are any."""
         if self.doubts:
             logger.warning("Compared on held-out texts: %s", self.verdict)
         return bool(self.doubts)

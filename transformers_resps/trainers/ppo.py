@@ -1,4 +1,4 @@
-"""Update a Re-SpS policy, with the maths of policy optimisation as pure functions.
+"""Updates of a Re-SpS policy; the maths of policy optimisation are pure functions.
 
 Tensor shapes: n decisions, a actions.
 
@@ -21,7 +21,7 @@ RewardFunc = Callable[..., Tensor]
 
 
 class Update:
-    """Decides over some texts, values the outcomes, and computes the loss of each minibatch.
+    """One update: collects decisions on some texts, computes their rewards, and computes the loss of each minibatch.
 
     The update's number and the seed determine all random numbers, so that a resumed run repeats them.
     """
@@ -30,7 +30,7 @@ class Update:
         self, number: int, policy: ReSpSPolicy, rollouts: Rollouts, reward_func: RewardFunc, args: PolicyTrainingConfig
     ) -> None:
         self.number, self._args = number, args
-        is_exact = args.objective == "full_information"  # then there is nothing to explore
+        is_exact = args.objective == "full_information"  # nothing to explore: all results are known
         texts, generator = args.per_device_train_batch_size, seeded(args.seed, number, 0)
         decisions = rollouts.collect(policy, texts, args.persistence, generator, greedy=is_exact)
         with torch.no_grad():
@@ -38,13 +38,13 @@ class Update:
         likeliest = logits.argmax(-1)
 
         def rewards(outcomes: HeldOutcomes, attained: HeldOutcomes) -> Tensor:
-            # The best policy is at least as fast as the best fixed shape: a lower rate would mislead the first updates
+            # The best policy is at least as fast as the best fixed shape; a lower rate would mislead early updates
             rate = max(float(attained.emitted.sum() / attained.seconds.sum()), rollouts.best_fixed_rate)
             return rewards_of(reward_func, outcomes, rate, args.persistence)
 
         taken, every = rewards(decisions.outcomes, decisions.outcomes), None
         if decisions.all_outcomes is not None:
-            # At the rate of the likeliest actions, which are taken in use, at the visited positions
+            # Uses the rate of the likeliest actions at the visited positions, because decoding takes these actions
             every = rewards(decisions.all_outcomes, decisions.all_outcomes.of_actions(likeliest))
             self._gains = relative_gains(every)
         if not is_exact:
@@ -65,7 +65,7 @@ class Update:
             self.metrics["dropped"] = decisions.dropped
 
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, float]:
-        """Return the loss of this update's minibatch at `step`, and the mean entropy in nats."""
+        """Return the loss of the minibatch number `step` of this update, and the mean entropy in nats."""
         args, decisions = self._args, self._decisions
         epoch, part = divmod(step, args.num_mini_batches)
         order = torch.randperm(len(decisions), generator=seeded(args.seed, self.number, 1 + epoch))
@@ -88,15 +88,15 @@ class Update:
 
 
 def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
-    """Make a random generator that depends on these three numbers alone."""
+    """Make a random generator whose state depends only on these three numbers."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + update) * 1_009 + purpose) % 2**63)
 
 
 def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
-    """Value outcomes in tokens per step: their tokens minus the tokens that the policy emits in the same time.
+    """Return rewards in tokens per step: emitted tokens minus the tokens that the policy emits in the same time.
 
-    Maximising the sum at the policy's own rate maximises total tokens over total seconds (Dinkelbach 1967); the mean
-    of per-step rates, the reward of Re-SpS, has another maximum.
+    Maximising the sum of these rewards, with `rate` the policy's tokens per second, maximises total tokens over total
+    seconds (Dinkelbach 1967). The reward of Re-SpS, the mean of per-step rates, has another maximum.
     """
     return (emitted - rate * seconds) / persistence
 
@@ -110,7 +110,7 @@ REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "
 
 
 def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
-    """Return a reward function, or find it by name."""
+    """Return the reward function that `reward` is or names; raises `ValueError` if there is none."""
     func = REWARD_FUNCS.get(reward) if isinstance(reward, str) else reward
     if not callable(func):
         raise ValueError(
@@ -121,7 +121,7 @@ def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """Compute fp64 rewards of outcomes `[n]` or `[n, a]`."""
+    """Call a reward function on outcomes `[n]` or `[n, a]`; return fp64 rewards, or raise if they are not valid."""
     keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
@@ -137,7 +137,7 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
     """Compute generalised advantage estimates `[n]` from rewards, the critic's values and ends of texts, each `[n]`.
 
-    `discount` is gamma, `decay` lambda. Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
+    `discount` is gamma, `decay` is lambda. Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """
     advantages = torch.zeros_like(rewards)
     following, next_value = rewards.new_zeros(()), values.new_zeros(())
@@ -151,19 +151,19 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay
 
 
 def standardized(values: Tensor) -> Tensor:
-    """Shift and scale `[n]` to mean 0 and deviation 1; equal values, or one alone, give 0."""
+    """Shift and scale values `[n]` to mean 0 and standard deviation 1; equal values, or a single one, become 0."""
     centred = values - values.mean()
     return centred / (centred.square().mean().sqrt() + 1e-8)
 
 
 def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Compute PPO's objective to maximise, a scalar, from three tensors `[n]` (arXiv 1707.06347, equation 7)."""
+    """Compute PPO's objective, a scalar to maximise, from three tensors `[n]` (arXiv 1707.06347, equation 7)."""
     ratios = (log_probs - old_log_probs).exp()
     return torch.min(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Compute the entropy of logits `[n, a]` in nats, `[n]`."""
+    """Compute the entropy `[n]`, in nats, of the distributions with logits `[n, a]`."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
@@ -174,18 +174,18 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def relative_gains(action_gains: Tensor) -> Tensor:
-    """Scale gains of every action `[n, a]` to mean 0 in each row and deviation 1 over all.
+    """Shift and scale gains of actions `[n, a]` to mean 0 in each row and standard deviation 1 over all rows.
 
-    The entropy bonus then weighs the same whatever a token is worth, so the policy stays uncertain enough to follow
-    when the rate changes.
+    The weight of the entropy bonus then does not depend on the scale of gains, so that the policy stays uncertain
+    enough to adapt when the rate changes.
     """
     relative = action_gains - action_gains.mean(-1, keepdim=True)
     return relative / (relative.square().mean().sqrt() + 1e-8)
 
 
 def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
-    """Compute the mean gain under the policy, a scalar to maximise, from logits and gains of every action `[n, a]`.
+    """Compute the policy's expected gain, a scalar to maximise, from logits and gains of all actions `[n, a]`.
 
-    With known outcomes of all actions the policy gradient is exact and needs neither samples nor a critic.
+    Because the gains of all actions are known, the policy gradient is exact and needs neither samples nor a critic.
     """
     return (logits.softmax(-1) * action_gains).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Sources of the decisions that a policy learns from: replayed texts, or timed decoding.
+"""Collects the decisions from which a policy learns, on recorded texts or by timed decoding.
 
 Tensor shapes: n decisions, a actions, F width of the features.
 """
@@ -27,16 +27,16 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Decisions in the order of their texts and steps."""
+    """Decisions of a policy and their results, ordered by text and step."""
 
     features: Tensor  # [n, F]
     actions: Tensor  # [n]
     log_probs: Tensor  # [n] log probabilities of the actions when they were taken
-    outcomes: HeldOutcomes  # [n] outcomes of the actions
-    ends: Tensor  # [n] bool, the last decision of a text
-    all_outcomes: HeldOutcomes | None = None  # [n, a] outcomes of every action, if known
+    outcomes: HeldOutcomes  # [n] results of the actions
+    ends: Tensor  # [n] bool, true for the last decision of a text
+    all_outcomes: HeldOutcomes | None = None  # [n, a] results of every action, if known
     oracle_seconds: float | None = None  # least possible seconds of these texts, if known
-    dropped: int = 0  # decisions left out because the clock had jumped or stood still
+    dropped: int = 0  # number of decisions left out because the clock jumped or stood still
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -54,7 +54,7 @@ class Decisions:
 
     @property
     def oracle_regret(self) -> float | None:
-        """Time lost against the fastest sequence of shapes, as a share of its time."""
+        """Time lost against the fastest sequence of shapes, as a share of that sequence's time."""
         if self.oracle_seconds is None:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
@@ -63,11 +63,11 @@ class Decisions:
 class Rollouts(ABC):
     """A source of decisions: `ReplayRollouts` or `LiveRollouts`."""
 
-    knows_all_outcomes = False  # whether decisions have the outcome of every action
+    knows_all_outcomes = False  # whether decisions come with the result of every action
 
     @property
     def best_fixed_rate(self) -> float:
-        """Tokens per second of the best fixed shape on all texts; 0 if unknown."""
+        """Tokens per second over all texts with the best fixed shape; 0 if unknown."""
         return 0.0
 
     @abstractmethod
@@ -78,14 +78,15 @@ class Rollouts(ABC):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Decide over `texts` texts or all, chosen by `generator`, which lives on the CPU.
+        """Decode or replay `texts` random texts, or all if there are fewer, and return the decisions of `policy`.
 
-        The network of `policy` decides, greedily or by drawing; its own persistence and sampling are ignored.
+        Each decision is kept for `persistence` steps. It is the likeliest action if `greedy`, else drawn by
+        `generator`, which is on the CPU. The persistence and sampling in `policy.config` are ignored.
         """
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`, or take the likeliest without a generator; adds log probabilities."""
+    """Draw actions `[n]` from logits `[n, a]`, or take the likeliest if there is no generator; add their log probs."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
@@ -95,7 +96,7 @@ def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float
 
 
 class ReplayRollouts(Rollouts):
-    """Rollouts on recorded texts: no model runs, and the same seed gives the same decisions."""
+    """Collects decisions on recorded texts: no model runs, and the same seed gives the same decisions."""
 
     knows_all_outcomes = True
 
@@ -125,7 +126,7 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Decide over the texts of these indices side by side, see `collect`; without a generator greedily."""
+        """Decide on the texts with indices `texts`, all at once; without a generator take the likeliest actions."""
         self._check(policy)
         held = self.table.held(persistence)
         positions, stops = self.table.starts[texts], self.table.stops[texts]
@@ -172,9 +173,9 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """Decides with a policy's network, holds each decision, and credits every step to its decision.
+    """Decides with a policy's network, keeps each decision for some steps, and stores the steps' records with it.
 
-    The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
+    The code of Re-SpS instead assigns a step to the next decision, and adds an observation of zeros once per text.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -193,15 +194,15 @@ class DecisionRecorder(Policy):
         self.decisions[-1].records.append(record)
 
 
-_JUMP = 10.0  # Factor over a shape's usual seconds that shows that the machine slept or the clock was set.
-_REMEMBERED = 64  # Steps per shape in its usual seconds.
+_JUMP = 10.0  # A step that takes this many times its shape's usual seconds shows that the clock jumped.
+_REMEMBERED = 64  # Number of newest steps per shape from which its usual seconds are computed.
 
 
 class LiveRollouts(Rollouts):
-    """Rollouts from real decoding by an attached model, timed on this machine.
+    """Collects decisions by decoding with an attached model, timed on this machine.
 
-    The code of Re-SpS leaves drafting out of a step's time, which makes deep trees look free: pass
-    `includes_drafting=False` for ablations only. `generation` is passed to `generate`, for example `max_new_tokens`.
+    With `includes_drafting=False` a step's time excludes drafting, as in the code of Re-SpS, which makes deep trees
+    look free; use it only for ablations. `generation` is passed to `generate`, for example `max_new_tokens`.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ class LiveRollouts(Rollouts):
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
-        """Collect as in `Rollouts`; raises `ValueError` if no time is plausible."""
+        """Collect decisions as in `Rollouts`; raises `ValueError` if no decision has a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
         kept: list[_Decision] = []
         times: list[list[float]] = []  # seconds of each decision's steps
@@ -269,7 +270,7 @@ class LiveRollouts(Rollouts):
         )
 
     def _decode(self, index: int, recorder: DecisionRecorder) -> list[_Decision]:
-        """Decode a prompt and return the decisions that shaped a step."""
+        """Decode prompt number `index` and return the decisions that were used for at least one step."""
         prompt = self._prompts[index][None].to(self._target.device)
         mask = torch.ones_like(prompt)
         self._target.generate(
