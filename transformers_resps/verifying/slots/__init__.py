@@ -1,1 +1,1 @@
-"""Texts in static buffers, compiled or eager steps over them, and a reader of prompts."""
+"""Verify trees with keys and values in static buffers, in which token i of a text has slot i; compiled or eagerly."""

@@ -1,6 +1,6 @@
-"""Buffers in the order of the text that live from call to call: the entry at place i of a row's text lies in slot i.
+"""Static buffers of keys and values, kept from call to call: token i of a row's text has slot i.
 
-A tree's nodes lie in the slots after the text, and the accepted ones move to their places.
+A tree's nodes are written to the slots after the text; accepted nodes then move to the slots of their places in it.
 """
 
 from collections import Counter
@@ -20,9 +20,9 @@ from ..cache import replace_entries
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's buffers, `[b, kv heads, capacity, hd]`, in a forward that writes the slots `written` `[b, n]`.
+    """A cache layer for one forward, over one layer's buffers `[b, kv heads, capacity, hd]`.
 
-    The forward sees the first `size` slots.
+    The forward writes its entries to the slots `written` `[b, n]`, and sees the first `size` slots.
     """
 
     is_compileable = True
@@ -33,7 +33,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write entries `[b, kv heads, n, hd]`; return the visible ones, `[b, kv heads, slots, hd]`."""
+        """Write entries `[b, kv heads, n, hd]`; return the entries of the visible slots, `[b, kv heads, size, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             self._write(buffer, states)
         keys, values = (buffer[:, :, : self._size] for buffer in self._buffers)
@@ -49,7 +49,7 @@ class SlotLayer(CacheLayerMixin):
         """Do nothing: the buffers exist."""
 
     def get_seq_length(self) -> int:
-        """Zero: the forward gets its positions and masks."""
+        """Return 0, since the forward gets its positions and masks as arguments."""
         return 0
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
@@ -62,28 +62,31 @@ class SlotLayer(CacheLayerMixin):
 
 
 def row_index(slots: Tensor) -> Tensor:
-    """The row of each of these slots `[b, n]`."""
+    """Return the row index of each slot, `[b, n]` like `slots`."""
     return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
 class SlotBuffers:
-    """The buffers of all layers of a target, as large as any call needed so far; kept from call to call."""
+    """The buffers of all layers of a target, kept from call to call, and as large as the largest call needed.
+
+    A part is the keys or the values of one layer.
+    """
 
     def __init__(self) -> None:
         self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts of equal sizes move at once
         self._rooms: list[Tensor] = []  # views of the stores: keys and values of the first layer, the second, ...
-        self._rows = 0  # first rows, which are in use
+        self._rows = 0  # number of rows in use, from the first on
         self._parts: dict[int | None, list[Tensor]] = {}
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Let a cache read these buffers: if it lives until they are overwritten, it copies its entries first."""
+        """Remember an unread cache; if it still lives when these buffers are overwritten, it is filled before."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
         cache, self._unread = None if self._unread is None else self._unread(), None
         if cache is not None:
-            len(cache.layers)  # a look fills it
+            len(cache.layers)  # reading `layers` fills it
 
     @property
     def size(self) -> int:
@@ -91,9 +94,9 @@ class SlotBuffers:
         return self._rooms[0].shape[2] if self._rooms else 0
 
     def parts(self, row: int | None = None) -> list[Tensor]:
-        """Keys and values `[b or 1, kv heads, slots, hd]` of each layer in turn, of one `row` if it is given.
+        """Return each layer's keys, then its values, `[b, kv heads, slots, hd]`, or only those of one `row`.
 
-        The tensors are the same each time.
+        Repeated calls return the same tensors.
         """
         if row not in self._parts:
             rows = slice(self._rows) if row is None else slice(row, row + 1)
@@ -101,7 +104,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide at least `size` slots for parts like `kinds`, `[any, kv heads, any, hd]`; new ones hold zeros."""
+        """Provide `rows` rows of at least `size` slots, for parts of the shapes of `kinds`; new buffers hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -117,10 +120,10 @@ class SlotBuffers:
         self._use(rows)
 
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
-        """Copy the entries of dynamic layers, in which rows have `length` positions.
+        """Copy the entries of a dynamic cache of `length` positions to the first slots.
 
-        `parts` are keys and values `[b, kv heads, s, hd]` in turn, only the last ones in a sliding layer. `orders` are
-        the positions, ascending, whose entries go to the first slots of each row. Surplus rows are copies of the last.
+        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`, in a sliding layer only the last ones.
+        `orders` lists for each row the positions to copy, ascending. Surplus rows are copies of the last row.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):
             first = length - part.shape[2]
@@ -130,26 +133,26 @@ class SlotBuffers:
                 buffer[row, :, stop - len(kept) : stop] = part[min(row, len(part) - 1), :, kept - first]
 
     def clear(self) -> None:
-        """Zero all entries: values of an overflow would reach a text from a slot that no node sees."""
+        """Set all entries to zero: a NaN or infinite value would reach texts even from a slot that the mask hides."""
         self._settle()
         for store in self._stores:
             store.zero_()
 
     def grow(self, size: int) -> None:
-        """Move to buffers of `size` slots."""
+        """Copy all entries to new buffers of `size` slots."""
         before = self.parts()
         self.reserve(before, self._rows, size)
         for buffer, part in zip(self.parts(), before, strict=True):
             buffer[:, :, : part.shape[2]] = part
 
     def move(self, slots: Tensor, to: Tensor) -> None:
-        """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all parts."""
+        """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all layers."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         for store in self._stores:
             store[:, rows, :, to] = store[:, rows, :, slots]
 
     def keep_rows(self, rows: list[int], length: int | None = None) -> None:
-        """Forget all rows but these, and all but their first `length` slots."""
+        """Move these rows' first `length` slots to the front, and drop all other rows."""
         if rows != list(range(len(rows))):
             order = torch.tensor(rows)
             for part in self.parts():
@@ -158,12 +161,12 @@ class SlotBuffers:
         self._use(len(rows))
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
-        """Copy the entries in `slots` `[b, s]`, on the host, of the rows from `first` on.
+        """Copy the entries in `slots` `[b, s]`, a tensor on the CPU, of the b rows from `first` on.
 
-        Returns keys and values `[b, kv heads, s, hd]` in turn.
+        Returns each layer's keys, then values, `[b, kv heads, s, hd]`.
         """
         of_rows, length = slice(first, first + len(slots)), slots.shape[1]
-        if bool((slots == torch.arange(length)).all()):  # nothing to gather, and one copy
+        if bool((slots == torch.arange(length)).all()):  # one copy, and no gathering
             return [part[of_rows, :, :length].clone(memory_format=torch.contiguous_format) for part in self.parts()]
         found = []
         for part in self.parts():
@@ -177,7 +180,7 @@ class SlotBuffers:
 
 
 def _no_view(part: Tensor) -> Tensor:
-    """Make a tensor of the same memory on a CPU: compiled code would look for the base of a view."""
+    """Return, on a CPU, a tensor of the same memory that is no view: compiled code would look up a view's base."""
     if part.device.type != "cpu":
         return part
     storage, start = part.untyped_storage(), part.storage_offset()
@@ -185,20 +188,20 @@ def _no_view(part: Tensor) -> Tensor:
 
 
 def filled(cache: Cache) -> list[int]:
-    """List the layers that hold entries; a layer that shares another's keys has none."""
+    """List the indices of layers with entries; a layer that uses another layer's keys has none."""
     return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
 
 
 def parts_of(cache: Cache) -> list[Tensor]:
-    """List keys and values of each layer that holds some, in turn."""
+    """List the keys, then the values, of each layer with entries."""
     layers = cache_layers(cache)
     return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Replace the entries of a cache's dynamic layers by those of `length` positions; a layer may hold nothing yet.
+    """Replace the entries of the layers `indices` of a dynamic cache by `parts`; these layers may be empty.
 
-    `parts` are keys and values `[b, kv heads, s, hd]` in turn.
+    `parts` are each layer's keys, then values, `[b, kv heads, length, hd]`.
     """
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None

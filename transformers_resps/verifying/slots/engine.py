@@ -1,4 +1,4 @@
-"""The one owner of a target's compiled and captured forwards over slots, and of its buffers."""
+"""Compile or capture a target's forwards over static buffers, and own this code and these buffers."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -15,12 +15,12 @@ from .buffers import SlotBuffers
 from .forwards import SlotForward, steps_kind
 
 
-_BUFFER_SIZES = "b.s."  # dimensions of a buffer by letters, as in `SlotForward.sizes`
-_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # nodes of captured graphs; beyond, multiples of 64
+_BUFFER_SIZES = "b.s."  # dimensions of a buffer, as in `SlotForward.sizes`
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # numbers of nodes in captured graphs; above, multiples of 64
 
 
 class SlotEngine(CompileEngine[PreTrainedModel]):
-    """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
+    """Compiles or captures the forwards of one target over static buffers, and owns these buffers."""
 
     name = "the target's forward"
     duration = "A small model takes less than a minute on two cores."
@@ -32,7 +32,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
     @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
-        """Make a dynamic cache of one token, which shows how the target's layers keep entries."""
+        """Return a dynamic cache of one token, which shows the shapes and dtypes of the target's entries."""
         kind = target.dtype, target.device
         if self._pattern is None or self._pattern[0] != kind:
             cache = DynamicCache(config=target.config.get_text_config(decoder=True))
@@ -49,31 +49,31 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether code for such steps is stored, by another process or by a call that waited."""
+        """Whether compiled code for steps of one row, or of a batch, is stored on disk."""
         name = _code_name(steps_kind(target, is_batch=is_batch), is_batch)
         with self.borrow(target) as lent:
             return lent is not None and lent.packages.have(name)
 
     def identity(self, target: PreTrainedModel) -> str | None:
-        """Return the name of the target among packages; `None` while another call has the engine."""
+        """Return the name under which the target's code is stored; `None` while another call uses the engine."""
         with self.borrow(target) as lent:
             return None if lent is None else lent.packages.identity
 
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or eagerly where that fails. If buffers are one row's, `row` is its index."""
+        """Run a forward by compiled code, or eagerly if that fails. If `buffers` are one row's, `row` is its index."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
-            outputs = self.run_packaged(code, inputs, buffers)  # asks for no attention by its name
+            outputs = self.run_packaged(code, inputs, buffers)  # looks up no attention by name
             if outputs is None:
                 with forward.running():
                     outputs = self.run(code, inputs, buffers)
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Find the code, one for a single row and one for several; a graph serves one row, and one head's features."""
+        """Find or make the code of a forward: separate for one row and a batch, for each `row`, and for features."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
 
 
 def _code_name(kind: str, is_batch: bool) -> str:
-    """Name a forward's code alike in every process."""
+    """Name a forward's code for storage; the name is the same in every process."""
     return f"{kind}, {'a batch' if is_batch else 'one row'}"
 
 
@@ -113,9 +113,9 @@ LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two
 
 
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Pad the nodes of `rows` trees of `count`: on CUDA, where each size is captured, to few sizes.
+    """Return the number of nodes to which each of `rows` trees of `count` nodes is padded.
 
-    On a CPU one code serves all sizes from two nodes on.
+    On CUDA there are few such numbers, since each is captured. On a CPU the same code serves all from two nodes on.
     """
     if device.type != "cuda":
         return max(count, 2, -(-LEAST_ROWS // rows))
@@ -123,5 +123,5 @@ def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
 
 
 def _centred_logits(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Subtract the mean, which softmax ignores."""
+    """Subtract each row's mean from the logits, which does not change their softmax."""
     return outputs[0] - outputs[0].mean(dim=-1, keepdim=True)

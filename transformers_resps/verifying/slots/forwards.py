@@ -1,4 +1,4 @@
-"""The forward of a target over slots, as functions of tensors of few sizes, which can be compiled or captured."""
+"""A target's forward over static buffers, as a function of tensors that can be compiled or captured."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from .buffers import SlotLayer, row_index
 
 
 class _PackedSlotLayer(SlotLayer):
-    """A slot layer for `PackedInputs`: `written` `[2, r]` are the slots and the rows of the nodes."""
+    """A slot layer for `PackedInputs`: `written` `[2, r]` are the slots and the rows of the packed nodes."""
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
@@ -26,7 +26,7 @@ class _PackedSlotLayer(SlotLayer):
 
 
 class SlotInputs(NamedTuple):
-    """A tree or a part of a prompt, and its place. Node i lies in the slot i after the root's place."""
+    """The inputs of a forward over a tree or a part of a prompt. Node i is written to slot i after the root's slot."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
@@ -37,19 +37,19 @@ class SlotInputs(NamedTuple):
 
 
 class PackedInputs(NamedTuple):
-    """`SlotInputs` of rows whose trees differ in size, without computing their padding."""
+    """Like `SlotInputs`, but only the nodes in `packed` are computed: no padding, if trees differ in size."""
 
     tokens: Tensor
     depths: Tensor
     ancestors: Tensor
     roots: Tensor
     seen: Tensor
-    packed: Tensor  # [r], the computed nodes, by their indices among the `b * n` of all rows
-    kept: Tensor  # [k], the computed nodes that get logits
+    packed: Tensor  # [r], indices of the computed nodes among the `b * n` of all rows
+    kept: Tensor  # [k], indices in `packed` of the nodes whose logits are computed
 
 
-PACKED_STEPS = "packed steps"  # the kind of forwards over `PackedInputs`
-# Dimensions of the inputs by letters, which mark sizes that change from call to call (b only in batches).
+PACKED_STEPS = "packed steps"  # `kind` of forwards over `PackedInputs`
+# Dimensions of each input, a character each: letters are sizes that change from call to call (b only in batches).
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
@@ -57,14 +57,13 @@ _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
-    Features are outputs of the forward (Transformers' `output_hidden_states`), since compiled code cannot gain and
-    lose hooks. It returns the hidden states of `feature_layers`, which never include the last layer's before the final
-    norm; `None` returns all, so that one code serves every head. `cache` has dynamic layers, filled with anything.
-    `options` are the caller's for `torch.compile`.
+    It returns the hidden states of `feature_layers` by `output_hidden_states`, since compiled code cannot gain hooks;
+    the last layer's before the final norm are never asked for. `None` returns all layers', so that one code serves
+    every draft head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
     """
 
     is_invariant = False
-    is_captured = False  # true: on any device, with any options
+    is_captured = False  # whether it is captured on any device, with any options
     kind = "steps"
     sizes: Sequence[str] = _SIZES
     layer = SlotLayer
@@ -88,7 +87,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs` or `PackedInputs`, and buffers; return logits, and hidden states for each place."""
+        """Take the `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -102,7 +101,7 @@ class SlotForward:
         return self.run(tokens, slots, by_planes(positions), masks, buffers, inputs.kept, **options)
 
     def features(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], layers: list[int]) -> dict[int, Tensor]:
-        """Pick the hidden states `[b, n, h]` of some layers from the function's outputs for these inputs."""
+        """Pick the hidden states `[b, n, h]` of these layers from the function's outputs for these inputs."""
         caught = {layer: outputs[1 + self.places.index(min(layer, self._last))] for layer in layers}
         if self._inputs is SlotInputs:
             return caught
@@ -111,20 +110,20 @@ class SlotForward:
         return {layer: nodes.apart(states) for layer, states in caught.items()}
 
     def noted(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Pick the tensors that advance states of recurrent layers from the function's outputs."""
+        """Pick from the function's outputs the tensors that advance the states of recurrent layers."""
         return outputs[1 + len(self.places) :]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the target attend by the attention that the function needs."""
+        """Give the target the attention that the function needs, inside a `with` block."""
         with use_gqa_attention(self.target):
             yield
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the function eagerly: logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
+        """Run the function eagerly; return logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
 
-        Packed rows give `[1, k, v]` and `[1, r, h]`. `buffers` are keys and values of each layer, `[b, kv heads,
-        slots, hd]`, to which the tree's are written.
+        Packed rows give `[1, k, v]` and `[1, r, h]`. The keys and values of the nodes are written to `buffers`, which
+        are each layer's keys, then values, `[b, kv heads, slots, hd]`.
         """
         with self.running():
             return self.function(*inputs, *buffers)
@@ -133,8 +132,8 @@ class SlotForward:
 class HybridForward(SlotForward):
     """The forward of a target with recurrent layers.
 
-    Their states follow the `SlotInputs`, see `StateKinds`, and do not change. The tensors that advance them follow the
-    hidden states among the outputs, see `noted`.
+    The function also takes these layers' states, after the `SlotInputs`, and does not change them; see `StateKinds`.
+    It also returns, after the hidden states, the tensors that later advance the states; see `noted`.
     """
 
     kind = "hybrid steps"
@@ -145,7 +144,7 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs`, states and buffers."""
+        """Take the `SlotInputs`, then states, then buffers."""
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)
@@ -157,15 +156,16 @@ class HybridForward(SlotForward):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let mixers compute whole trees, too."""
+        """Also replace the mixers' scans, see `reading_trees`."""
         with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
 
 def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
-    """Whether steps over a batch compute no padding: they pack real nodes in one row, which only attention unpacks.
+    """Whether steps over a batch skip padding: real nodes are packed in one row, which only attention unpacks.
 
-    Layers must pass keywords of the forward on to attention; graphs of an accelerator have a fixed number of nodes.
+    Layers must pass the forward's keywords on to attention. Captured graphs have a fixed number of nodes, so only CPUs
+    pack.
     """
     attention = target.config.get_text_config()._attn_implementation
     is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
@@ -173,7 +173,7 @@ def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
 
 
 def steps_kind(target: PreTrainedModel, *, is_batch: bool) -> str:
-    """Return the `kind` of the forward for steps of one row, or of several."""
+    """Return the `SlotForward.kind` that runs steps of one row, or of a batch."""
     if is_recurrent(target):
         return HybridForward.kind
     return PACKED_STEPS if packs_rows(target, is_batch=is_batch) else SlotForward.kind
@@ -185,9 +185,9 @@ def _laid_out(
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
-    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each kind of layers.
+    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each layer type.
 
-    Nodes with false `are_computed` `[b, n]` see nothing, which costs least.
+    Where `are_computed` `[b, n]` is false, a node sees nothing, which costs least.
     """
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
@@ -211,7 +211,7 @@ def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
 
 
 def by_planes(positions: Tensor) -> Tensor:
-    """Order positions for targets: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` with several planes."""
+    """Arrange positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` if several."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -219,11 +219,11 @@ def by_planes(positions: Tensor) -> Tensor:
 def _run(
     target: PreTrainedModel, cache: Cache, read: list[int], kind: type[SlotLayer]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Make a function that runs the target over the first `size` slots of buffers, with masks by kinds of layers.
+    """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    It returns the logits of the `kept` nodes, and the hidden states at the places `read`.
+    The function returns the logits of the `kept` nodes, then the hidden states with the indices `read`.
     """
-    # A layer that shares another's keys has no buffers. Other layers are replaced, since they hold the prompt.
+    # `None` where a layer gets buffers at each forward; a layer that uses another's keys needs none, and stays.
     placeholders = [
         None if getattr(layer, "keys", None) is not None else _StatesAlone() if holds_state(layer) else layer
         for layer in cache.layers
@@ -264,6 +264,6 @@ def _run(
 
 
 class _StatesAlone:
-    """A cache layer with states and no keys."""
+    """A cache layer of a recurrent layer without keys; the states themselves are in the `WholeTree`."""
 
     is_compileable = supports_early_init = False

@@ -1,4 +1,4 @@
-"""Read prompts by compiled code, in parts, over the slots in which their trees will be verified."""
+"""Read prompts in parts, by the compiled code that verifies trees, into the same buffers."""
 
 import torch
 from torch import Tensor
@@ -14,16 +14,17 @@ from .steps import SlotSteps, apart
 from .texts import SlotTexts, filled_up, rounded_up
 
 
-_PART = 256  # Most tokens that compiled code reads at once: with more, masks hide too many of the pairs it computes.
-# Tokens and slots of a part are multiples of these: a product is prepared once for each of few sizes.
+_PART = 256  # Most tokens of a part: in larger ones, masks would hide too many of the pairs that are computed.
+# Tokens and slots of a part are multiples of these, since each new size costs time to prepare its products.
 _PART_STEP, _PART_WINDOW = 4, 32
 _PACKED_STEP = 16  # Tokens of several rows, packed into one row, are a multiple of this.
 
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
-    """Whether compiled code can read the prompt: on a CPU, with one distance of positions from slots in each row.
+    """Whether compiled code can read the prompt: on a CPU, if position minus slot is constant in each row.
 
-    Recurrent layers need stock scans, and where 'longrope' switches frequencies, one forward has to read everything.
+    Recurrent layers need Transformers' scans. With 'longrope' the whole prompt decides the frequencies, so one forward
+    has to read it.
     """
     target = forward.target
     if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:
@@ -35,7 +36,7 @@ def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
 
 
 class PartReader:
-    """Reads prompts by the compiled code of steps, and returns only the last logits."""
+    """Reads prompts by the compiled code of `SlotSteps`, and returns only the last token's logits."""
 
     def __init__(self, forward: TargetForward, texts: SlotTexts, steps: SlotSteps) -> None:
         self._forward, self._texts, self._steps = forward, texts, steps
@@ -56,13 +57,13 @@ class PartReader:
         return logits, features
 
     def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
-        """Make the inputs for a part `[b, t]` of the prompt, from position `start` on; it keeps its last logits."""
+        """Make the inputs for a part `[b, t]` of a prompt from position `start` on; only the last logits are kept."""
         ends, visible = self._texts.rows, self._texts.visible
         rows, width = tokens.shape
         count = apart(rounded_up(width, _PART_STEP), rows)
         size = rounded_up(start + count + 1, _PART_WINDOW)
         seen, places = visible(size), torch.arange(start, start + count)
-        # Padding sees itself, and has the position of a token: some targets have no other positions.
+        # Padding attends to itself, and gets the position of a real token: some targets have no other positions.
         first = visible(ends.prompt_length).int().argmax(dim=1, keepdim=True)
         depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
         is_own = torch.eye(count, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Run a target's steps over the slots of a batch: compiled or not, with recurrent layers or without."""
+"""Run a target over trees with static buffers: compiled or not, with recurrent layers or without."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .texts import SlotTexts, filled_up
 
 
 class RowStates:
-    """The states of recurrent layers for the rows of the buffers."""
+    """The states of all recurrent layers, for each row of the buffers."""
 
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
         self._kinds = kinds
@@ -30,34 +30,33 @@ class RowStates:
         self._kinds.advance(self._kinds.by_layer(self.tensors), self.noted, path)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
         kept = torch.tensor(rows, device=self.tensors[0].device)
         self.tensors = [part.index_select(1, kept) for part in self.tensors]
 
     def give_back(self, cache: Cache, rows: slice) -> None:
-        """Give a cache copies of the states of some rows."""
+        """Copy the states of some rows to a cache."""
         self._kinds.give_back(self.tensors, cache, rows)
 
 
 class VerifyingSteps(ABC):
-    """Runs a target over trees whose rows lie in slots."""
+    """Runs a target over trees with static buffers."""
 
-    pricing: Pricing = Pricing()  # of the newest step, or of the next one
+    pricing: Pricing = Pricing()  # see `Verifier.pricing`
     states: RowStates | None = None  # `None` before `begin`, and without recurrent layers
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Prepare for trees after the prompt, which the cache holds if it was read there; the rows are known."""
+        """Prepare for trees, when the number of rows is known. If the prompt was read to `cache`, it is there."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run over a tree, see `Verifier.verify`; padding rows and nodes may follow in the result."""
+        """Run the target over a tree, see `Verifier.verify`; results may have further rows and nodes, of padding."""
 
 
 class SlotSteps(VerifyingSteps):
-    """Runs steps in the normal mode, compiled where an engine is lent, with the caller's options for `torch.compile`.
+    """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    With `follows_parts` the same code has read the prompt.
+    `options` are the caller's for `torch.compile`. `follows_parts` says that the same code has read the prompt.
     """
 
     _over_slots: SlotForward
@@ -76,7 +75,7 @@ class SlotSteps(VerifyingSteps):
     def begin(self, cache: Cache) -> None:
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
         target = self._forward.target
-        # a graph would keep all that it gives
+        # A captured graph keeps its outputs in memory, so it returns only the layers that are read.
         layers = None if self._texts.rows.device.type == "cpu" else self._forward.layers
         given = target, self._texts.pattern, layers, self._options
         if is_recurrent(target):
@@ -92,7 +91,7 @@ class SlotSteps(VerifyingSteps):
         return _unpacked(logits[0], tree) if self.pricing.packs_rows else logits, features
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Features]:
-        """Run the forward over `PackedInputs` if `pricing` packs rows, else `SlotInputs`: logits and features."""
+        """Run over `PackedInputs` if `pricing.packs_rows`, else over `SlotInputs`; return logits and features."""
         states = () if self.states is None else self.states.tensors
         given, buffers = [*inputs, *states], self._texts.buffers.parts()
         if self._engine is None:
@@ -106,7 +105,7 @@ class SlotSteps(VerifyingSteps):
         return outputs[0], features
 
     def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
-        """Make the inputs of a forward over `tree`, padded to the buffers' rows and to few sizes."""
+        """Make the inputs of a forward over `tree`, padded to the number of the buffers' rows and to few sizes."""
         texts, device = self._texts, self._texts.rows.device
         beside = LEAST_ROWS if self.pricing.packs_rows else texts.count
         count = self._apart(padded_count(device, tree.node_count, beside))
@@ -123,12 +122,12 @@ class SlotSteps(VerifyingSteps):
         self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def _apart(self, count: int, *others: int) -> int:
-        """Find a number from `count` on, apart from `others` and the rows if a step may be compiled first."""
+        """Return `count`, or, if code may be compiled with it, the next number unequal to `others` and the rows'."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 def apart(count: int, *others: int) -> int:
-    """Find the smallest number from `count` on that is not in `others`: equal example sizes become one symbol."""
+    """Find the smallest number from `count` on that is not in `others`: the compiler takes equal sizes for one."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)
 
 

@@ -1,4 +1,4 @@
-"""Slots of each row's text and its newest tree, in few sizes for compiled code."""
+"""Track which slots of the buffers each row's text and newest tree fill, in few sizes for compiled code."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,16 +24,16 @@ SPARE = 16
 
 
 def windowed(count: int) -> int:
-    """Round a number of needed slots up to what a forward sees."""
+    """Round a number of needed slots up to a multiple of `WINDOW`, which a forward sees."""
     return rounded_up(count, WINDOW)
 
 
 class SlotTexts:
-    """The texts of a batch in buffers: the entry at place i of a row's text lies in slot i, a tree's nodes follow it.
+    """The texts of a batch in buffers: token i of a row's text has slot i, and a tree's nodes have the slots after it.
 
-    `pattern` is a filled cache, which shows how the target's layers keep entries. With `has_padding` the prompt's
-    padding has slots, too; else every text begins at slot 0. For `window` see `windowed`. The buffers have `count`
-    rows, the decoded ones and copies of the last; 0 before `begin`.
+    `pattern` is a filled cache, which shows the shapes of the target's entries. With `has_padding` the prompt's
+    padding has slots, too; else every text begins at slot 0. `window` rounds up how many slots a forward sees. The
+    buffers have `count` rows: the decoded rows, then copies of the last one; 0 before `begin`.
     """
 
     roots: Tensor  # [count, 1], slots of the newest tree's roots
@@ -43,12 +43,12 @@ class SlotTexts:
     ) -> None:
         self.rows, self.buffers, self.pattern, self.count = rows, buffers, pattern, 0
         self._has_padding, self._window = has_padding, window
-        self._hidden: list[int] = []  # of each row, positions of its prompt that have no slots
+        self._hidden: list[int] = []  # for each row, how many positions of its prompt have no slots
         self._seen: dict[int, Tensor] = {}  # slots -> which of them hold no padding
         self._numbers = torch.empty(0, dtype=torch.long, device=rows.device)
 
     def begin(self, cache: Cache) -> None:
-        """Reserve buffers for the prompt, and fill them with the entries that a cache holds."""
+        """Reserve buffers for the prompt, and copy the entries of `cache` to them."""
         end, length = self.rows.prompt_length, self.rows.length
         self.count, self._hidden = len(self.rows), [end - len(order) for order in self.orders(end)]
         self.buffers.reserve(parts_of(self.pattern), self.count, windowed(end + WINDOW) + SPARE)
@@ -57,25 +57,25 @@ class SlotTexts:
 
     @property
     def places(self) -> list[int]:
-        """Taken slots of each row; the coming root lies in the next one."""
+        """Number of filled slots of each row, which is also the slot of the next tree's root."""
         return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
 
     def orders(self, length: int) -> list[Tensor]:
-        """The positions of each row, among the first `length`, whose entries fill its first slots."""
+        """For each row, which of the first `length` positions have slots, in the order of the slots."""
         if self._has_padding:
             return [torch.arange(length)] * len(self.rows)
         seen = self.rows.slots.unpadded(length, len(self.rows), torch.device("cpu"))
         return [row.nonzero().flatten() for row in seen]
 
     def visible(self, size: int) -> Tensor:
-        """`[count, size]` bool, true where a slot holds no padding."""
+        """Return a bool mask `[count, size]`, true where a slot holds no padding."""
         if size not in self._seen:
             slots = self.rows.slots if self._has_padding else SlotMap(None)
             self._seen[size] = slots.unpadded(size, self.count, self.rows.device)
         return self._seen[size]
 
     def reserve(self, count: int) -> int:
-        """Provide at least `count` slots; return how many the forward sees."""
+        """Grow the buffers to at least `count` slots if needed; return how many slots the forward sees."""
         size = self._window(count)
         if size > self.buffers.size:
             self.buffers.grow(2 * size + SPARE)
@@ -90,7 +90,7 @@ class SlotTexts:
     def nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return tokens, depths, ancestors and roots of the next tree, padded to the buffers' rows and `count` nodes.
 
-        The roots `[rows, 1 + planes]` are their slots and positions.
+        The roots `[rows, 1 + planes]` hold each root's slot, then its positions.
         """
         own = [[place, *planes] for place, planes in zip(self.places, self.rows.roots, strict=True)]
         roots = torch.tensor(filled_up(own, self.count))
@@ -104,17 +104,17 @@ class SlotTexts:
         return tokens, depths, ancestors, roots
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        """Move the accepted nodes to the ends of the texts, without waiting for the device; see `Verifier.keep`."""
-        if any(nodes[-1] >= len(nodes) for nodes in paths):  # else they lie there
+        """Append the accepted nodes to the texts, without waiting for the device; see `Verifier.keep`."""
+        if any(nodes[-1] >= len(nodes) for nodes in paths):  # else all are in place
             ranks = pad((path[:, 1:] != path[:, :-1]).cumsum(dim=1), (1, 0))
             self.buffers.move(self.roots + path, self.roots + ranks)
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Forget all rows but these; return the rows that the buffers keep.
+        """Drop all other rows; return the rows that the buffers keep, filled up with copies of the last one.
 
-        On a CPU a batch keeps two at least, since code for one row is compiled apart; elsewhere it keeps their number,
-        for its graphs.
+        On a CPU a batch keeps at least two rows, since one row has separate code. On other devices the number of rows
+        stays, for captured graphs.
         """
         self.rows.keep_rows(rows)
         self._hidden = [self._hidden[row] for row in rows]
@@ -124,7 +124,7 @@ class SlotTexts:
         return kept
 
     def give_back(self, cache: Cache, rows: slice, length: int) -> None:
-        """Give a cache the first `length` positions of some rows, in the cache's order."""
+        """Copy the first `length` positions of some rows to a cache, in the cache's order with padding."""
         positions = torch.arange(length)
         orders = self.orders(length)[rows]
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
@@ -132,7 +132,7 @@ class SlotTexts:
 
 
 def filled_up(rows: list[Row], count: int) -> list[Row]:
-    """Repeat the last row until there are `count`."""
+    """Repeat the last item until there are `count` items."""
     return rows + rows[-1:] * (count - len(rows))
 
 
@@ -143,5 +143,5 @@ def with_rows(part: Tensor, count: int) -> Tensor:
 
 
 def rounded_up(count: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """Round `count` up to a multiple of `step`."""
     return -(-count // step) * step

@@ -1,4 +1,4 @@
-"""A verifier over slots, composed of texts in buffers, steps over them, and a reader of prompts."""
+"""Verify trees with static buffers: the verifier combines texts in buffers, steps over trees, and a prompt reader."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,16 +22,16 @@ from .texts import SlotTexts, windowed, with_rows
 
 
 class PromptReader(Protocol):
-    """Reads the end `[b, t]` of a prompt into slots; see `Verifier.prefill`."""
+    """Reads the end `[b, t]` of a prompt into the buffers; see `Verifier.prefill`."""
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]: ...
 
 
 class SlotVerifier(Verifier):
-    """Verifies trees over buffers in the order of the text.
+    """Verifies trees with static buffers, in which token i of a text has slot i.
 
-    Without a `reader`, prompts are read into the cache of `forward`, and moved. If it `gives_back`, that cache holds
-    all kept entries at the end.
+    Without a `reader`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
+    `close` copies all kept entries to that cache.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """Read the end of the prompt, see `Verifier.prefill`; a reader returns only the last logits."""
+        """See `Verifier.prefill`; a reader returns only the logits of the last token."""
         if self._reader is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
@@ -67,7 +67,7 @@ class SlotVerifier(Verifier):
         self.reads_paths = self._steps.states is not None
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run over the tree, and cut off the padding of rows and nodes."""
+        """See `Verifier.verify`; rows and nodes of padding are cut off here."""
         logits, features = self._steps.verify(tree)
         rows, count = tree.tokens.shape
         parts = [logits, *features.caught.values()]
@@ -80,7 +80,7 @@ class SlotVerifier(Verifier):
         return 0.0 if self._engine is None else self._engine.take_compile_seconds()
 
     def undo(self) -> None:
-        """Do nothing: the next tree overwrites the newest one."""
+        """Do nothing, because the next tree overwrites the newest one."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         path = with_rows(path, self._texts.count)
@@ -106,11 +106,11 @@ class SlotVerifier(Verifier):
             self._steps.states.give_back(cache, rows)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled from the buffers, no later than the next call writes to them."""
+        """Return a cache that is filled when it is first read, or else before the next call overwrites the buffers."""
         if not self._texts.count or not self.length or not self.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
-        mode = torch.is_inference_mode_enabled()  # of this call, and not of who looks
+        mode = torch.is_inference_mode_enabled()  # of this call, not of the later reader
 
         def make() -> Cache:
             with torch.inference_mode(mode):
@@ -123,7 +123,7 @@ class SlotVerifier(Verifier):
         return unread
 
     def close(self) -> None:
-        """Give the kept entries back to the cache; rows that differ in length have no further use."""
+        """Copy the kept entries to the cache, unless rows differ in length: no caller could use such a cache."""
         if self._gives_back and self._texts.count and self.length and self.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
@@ -148,10 +148,10 @@ class SlotVerifier(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SlotMode(VerifyingMode):
-    """Verifies over slots, with the engine's compiled code or without."""
+    """Verifies trees with static buffers, by compiled code if the call has an engine."""
 
     options: dict[str, Any] | None = None  # the caller's for `torch.compile`
-    stock_reads: bool = False  # whether stock `generate` reads the prompt
+    stock_reads: bool = False  # whether Transformers' `generate` reads the prompt
 
     def __str__(self) -> str:
         return "slots"
