@@ -1,7 +1,7 @@
 """Handles differences between installations (release of Transformers, PEFT wrapper, CPU, optional dependencies), and
 defines types that Transformers lacks for its models, configs and caches.
 
-Code for one release says when it can be deleted.
+Comments say when code for a release can be deleted.
 """
 
 import os

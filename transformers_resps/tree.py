@@ -77,7 +77,7 @@ class TreeShape:
         return not self.asks_head and self.lookup == 0
 
     def within(self, depth: int) -> "TreeShape":
-        """Reduce the shape to at most `depth` levels, and to as many looked-up nodes."""
+        """Reduce the shape to at most `depth` levels and at most `depth` looked-up nodes."""
         if depth >= self.depth and depth >= self.lookup:
             return self
         depth = max(depth, 0)
@@ -212,7 +212,6 @@ class CandidatePool:
         return replace(self, scores=self.scores + of_levels)
 
     def on_host(self) -> "CandidatePool":
-        """Copy the pool to the host in one transfer."""
         if self.tokens.device.type == "cpu":
             return self
         host = torch.device("cpu")
@@ -326,7 +325,7 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Compute depths and ancestors by repeated squaring of the matrix of parents; each doubles the distance."""
+        """Compute depths and ancestors by squaring the matrix of parents, which doubles the distance each time."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):

@@ -64,7 +64,7 @@ class AcceptanceModel:
         return self._drafts >= _ENOUGH
 
     def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
-        """Estimate the acceptance of paths of `level` nodes from their log probabilities under the head."""
+        """Estimate how likely each path of `level` nodes is accepted, from its log probability under the head."""
         calibrated, factor = self.scalings[min(level, len(self.scalings)) - 1], self._factors.product(level)
         exp = math.exp if calibrated.is_identity else calibrated
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
@@ -115,7 +115,7 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """A ratio of two decaying sums for each level; a new level starts with `weight` outcomes of the ratio above it."""
+    """A ratio of two decaying sums per level; a new level starts as if `weight` outcomes had the ratio of the last."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight

@@ -37,8 +37,7 @@ class ActionGrid:
     def paper(cls) -> "ActionGrid":
         """Return the 177 actions of Re-SpS (arXiv 2601.12212), section 4.1.
 
-        Of 180 combinations the paper's filter drops three, depth 3 and top_k 8 with 80, 96 and 128 nodes, although a
-        head could fill these trees.
+        The paper's filter drops three of 180 (depth 3, top_k 8, 80 or more nodes), although a head could fill them.
         """
         return cls(
             tuple(
@@ -74,7 +73,7 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes that are faster than plain steps if every draft is accepted, given `seconds` per step."""
+        """Keep the shapes that are faster than plain steps if every draft is accepted; `seconds` prices a step."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

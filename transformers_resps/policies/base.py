@@ -71,7 +71,7 @@ class Observation:
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Return how many nodes lookup adds to a step: at most `most` per row, of at least this probability."""
+        """Return how many nodes lookup adds to a step: at most `most` per row, each of at least `least_prob`."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])

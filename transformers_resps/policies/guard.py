@@ -368,7 +368,7 @@ class ExplorationBudget:
 class HeadAccount:
     """Decides from earlier calls with as many rows whether a head saves more time than its pass over the prompt takes.
 
-    A head that does not is skipped for one call, then for exponentially more calls after each failed retry. The
+    A head that saves less is skipped for one call, then for exponentially more calls after each failed retry. The
     estimate assumes that a text gets as long as it may. Few texts do, but skipping a useful head costs far more than
     its pass over a prompt.
     """

@@ -151,7 +151,7 @@ class ThroughputPolicy(SavedPolicy):
         return self._widths.choose(width) if paths_cost else width
 
     def _look_up(self, observation: Observation) -> int:
-        """Choose how many looked-up nodes to verify; return the number of the row with the most."""
+        """Choose how many looked-up nodes each row verifies; return the largest of these numbers."""
         step = self._step
         self.least_lookup_prob = 0.0
         step.has_looked = self._memory.looks_up(step.rate * self.costs.look_seconds)
@@ -185,7 +185,7 @@ class ThroughputPolicy(SavedPolicy):
     def _best_of_both(self, worth: Sequence[float]) -> tuple[int, float, int]:
         """Choose how many drafted and how many looked-up nodes to verify; they compete by expected tokens.
 
-        Returns the number of drafted nodes, what they gain on top of the looked-up nodes, and the number of those.
+        Returns the number of drafted nodes, their gain on top of looked-up nodes, and the number of looked-up nodes.
         """
         step = self._step
         if not step.competes:
@@ -240,7 +240,7 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Compute the looked-up nodes' gain again, now with the head's probability of nodes that both propose."""
+        """Compute the gain of looked-up nodes again; those that the head proposes, too, get the head's probability."""
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -391,7 +391,7 @@ class _Step:
         return min(levels, 1) if self.drafts_at_once else levels
 
     def left_at(self, level: int) -> list[float]:
-        """Return `factors` times P(lookup is wrong at this level): elsewhere the head's nodes gain nothing."""
+        """Return `factors` times P(lookup is wrong at this level); where lookup is right, the head gains nothing."""
         if not self.chains:
             return self.factors
         hits = [chain[level - 1] if level <= len(chain) else 0.0 for chain in self.chains]
@@ -406,7 +406,7 @@ class _Step:
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
-        """Average the rows' first probabilities, their second ones and so on, weighted by `row_weights`."""
+        """Average the first probabilities of all rows, the second probabilities and so on, by `row_weights`."""
         if len(rows) == 1:
             return rows[0]
         weights = self.row_weights or [1.0] * len(rows)

@@ -67,7 +67,7 @@ class RankedText:
         return cls(text.features, ranks, looked_up_ranks, lookups, proposed, top_ks, *sizes)
 
     def emitted(self, shape: TreeShape) -> Tensor:
-        """Return the tokens `[t]` of a step at each position; raises `ValueError` if `shape` was not recorded."""
+        """Return the number of tokens `[t]` of a step at each position; raises `ValueError` for unrecorded shapes."""
         most_levels, nodes = self.ranks.shape[-1], self.block_nodes
         is_larger = shape.depth > most_levels or 0 < nodes < shape.total_tokens - 1
         if shape.asks_head and (shape.top_k not in self.top_ks or is_larger):

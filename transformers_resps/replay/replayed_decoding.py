@@ -22,7 +22,7 @@ from .recorded_text import RecordedText
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One step of decoding a text again."""
+    """One step of a recorded text that is decoded again."""
 
     root: int  # index of the newest token before the step
     proposal: Proposal  # the tree to verify

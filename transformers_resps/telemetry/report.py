@@ -27,7 +27,7 @@ class RowCounts(tuple[int, ...]):
 
 
 class Timed(Protocol):
-    """Anything with tokens and seconds."""
+    """The type of any object with tokens and seconds."""
 
     @property
     def tokens(self) -> int: ...
@@ -119,7 +119,7 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets the forward's cost: of one row or, without padding, of all rows with one root."""
+        """Nodes that decide the forward's cost: of one row or, without padding, of all rows but with only one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
@@ -178,7 +178,7 @@ class SpeculationReport:
 
     @property
     def emitted_total(self) -> int:
-        """New tokens of all rows."""
+        """Number of new tokens of all rows."""
         return sum(step.emitted_total for step in self.steps)
 
     @property
@@ -187,13 +187,13 @@ class SpeculationReport:
 
     @property
     def tau(self) -> float:
-        """Mean acceptance length: new tokens per row and target forward, prefill included, without finished rows."""
+        """Mean acceptance length: new tokens per target forward and unfinished row, prefill included."""
         forwards = sum(step.decoded_rows for step in self.steps)
         return self.emitted_total / forwards if forwards else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
-        """`tau`, by vLLM's name."""
+        """The same as `tau`, under vLLM's name."""
         return self.tau
 
     @property
@@ -210,7 +210,7 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two about forwards.
+        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two more fields.
 
         The prefill does not count as a step. Every verified node except the root counts as a draft token.
         """
@@ -229,7 +229,6 @@ class SpeculationReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary and every step as JSON values."""
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
         names = ("batch_size", *totals, "reason")
         summary: dict[str, Any] = {name: getattr(self, name) for name in names}

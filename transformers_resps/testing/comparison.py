@@ -174,7 +174,7 @@ class TextCheck:
 
 @dataclass(frozen=True, slots=True)
 class ComparedCall:
-    """One call of `generate`."""
+    """One call of `generate` that is compared."""
 
     index: int  # of the prompt
     prompt: Tensor  # [s]
@@ -224,7 +224,7 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
-    """Return the first difference of two outputs `[t]`, `[t']` and how to explain it; `None` if they are equal."""
+    """Return the first difference of two outputs `[t]`, `[t']`, with `needed` spacings; `None` if they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None

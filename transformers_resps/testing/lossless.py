@@ -110,13 +110,13 @@ def assert_lossless(
     for each prompt alone.
 
     The model need not be attached. The model and the global random generators are restored at the end; do not use the
-    model elsewhere before. Its generation settings apply to the comparisons, but not to the statistical test.
+    model during the check. Its generation settings apply to the comparisons, but not to the statistical test.
 
     Args:
         model: any model that `attach` takes.
         head: a draft head, MTP layers, an assistant, a small model, or the name of one of these; `None` drafts only by
             lookup.
-        policy: a policy or its name; without head and policy "auto".
+        policy: a policy or its name; if both `head` and `policy` are `None`, "auto".
         prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts that fit any
             vocabulary. Real prompts test more, because more drafts are accepted.
         seeds: number of outputs per sampling setting, for the prompts in turn; the statistical test has twelve times

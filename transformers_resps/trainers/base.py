@@ -142,7 +142,7 @@ class ArtefactTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the head or policy for decoding to `output_dir`; a finished run needs none, see `artefact_folder`."""
+        """Write the head or policy for decoding to `output_dir`; if omitted, to the folder of a finished run."""
         if _internal_call:  # a checkpoint, in training precision
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
@@ -349,7 +349,7 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
     """On the first SIGINT or SIGTERM, save a checkpoint and stop `trainer` at the next multiple of `steps` steps.
 
     Then raise `KeyboardInterrupt` or, for SIGTERM, `SystemExit` with status 143. A second signal stops immediately.
-    Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's main thread, signals do as before.
+    Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's main thread this has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

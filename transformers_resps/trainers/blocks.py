@@ -26,8 +26,8 @@ def contexts_of(
 ) -> Tensor:
     """Compute the vectors `[k, n, r]` whose products with a correction's table correct the logits of n blocks.
 
-    `hidden` `[k, n, h]` are the outputs that predict level k, `before` `[k, n]` the true tokens before that level, and
-    `first` `[n, h]` the outputs at the root if these predict no token.
+    `hidden` `[k, n, h]` are the outputs that predict the tokens of k levels, `before` `[k, n]` the true tokens before
+    these, and `first` `[n, h]` the outputs at the root if these predict no token.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":

@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize a dataset and mask what has no loss; for evaluation also a dict of datasets. Errors say `name`."""
+        """Tokenize a dataset and mask what has no loss; for evaluation also a dict of datasets. Errors name `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -157,11 +157,7 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Tokenize the prompts of a dataset; errors call it `name`.
-
-        Its column is `prompt` (a string, without a chat template, or messages) or `messages` (used up to the last
-        question).
-        """
+        """Tokenize the prompts of a dataset with the columns that `PolicyTrainer` takes; errors call it `name`."""
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
             raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")

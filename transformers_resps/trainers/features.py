@@ -73,8 +73,8 @@ class FrozenTarget:
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        `predicted` `[b, t]` are the tokens to predict: only before them is the target's best token computed. `None`
-        computes it everywhere, which takes a fifth longer. See `collate` for `image_inputs`.
+        `predicted` `[b, t]` marks the tokens for which the target's best token is computed; `None` computes all, which
+        takes a fifth longer. See `collate` for `image_inputs`.
 
         Raises:
             ValueError: with images, the target's attention is not causal.

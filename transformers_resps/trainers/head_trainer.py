@@ -38,7 +38,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trains a `DraftHead`, `BlockHead` or `MtpHead`: soft cross entropy with the target's probabilities, all levels.
+    """Trains a `DraftHead`, `BlockHead` or `MtpHead` by soft cross entropy with the target's probabilities.
 
     The arguments are those of TRL's `SFTTrainer` plus the target. A dataset has the column `messages`, or `prompt` and
     `completion`, or `text`, or `input_ids` with `assistant_masks` or `completion_mask`. Conversations are formatted
@@ -412,7 +412,7 @@ def warn_if_small(tokens: int) -> bool:
 class LevelMeter:
     """Sums, for each level since the last reset, the loss and how often the head's best token is the target's.
 
-    If the target's best token is outside the draft vocabulary, it counts as a miss, as it is one in decoding.
+    If the target's best token is outside the draft vocabulary, this counts as a miss, as in decoding.
     """
 
     def __init__(self, levels: int) -> None:

@@ -82,7 +82,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the loss; `pairs` holds states and output rows alternately, and the logits sum their products."""
+        """Compute the loss; `pairs` alternates states and output rows, whose products are added up to the logits."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
         grads = [
             torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None

@@ -110,7 +110,7 @@ REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "
 
 
 def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
-    """Return the reward function that `reward` is or names; raises `ValueError` if there is none."""
+    """Return the reward function with this name, or `reward` itself; raises `ValueError` if it is not callable."""
     func = REWARD_FUNCS.get(reward) if isinstance(reward, str) else reward
     if not callable(func):
         raise ValueError(

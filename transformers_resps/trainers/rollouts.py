@@ -86,7 +86,7 @@ class Rollouts(ABC):
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`, or take the likeliest if there is no generator; add their log probs."""
+    """Draw actions `[n]` from logits `[n, a]`, or without a generator take the likeliest; also return log probs."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
