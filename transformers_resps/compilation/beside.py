@@ -1,7 +1,7 @@
 """Compile a model in another process, so that no call waits for a compiler.
 
-The process loads the checkpoint, compiles the functions of a call, and leaves packages where later calls of all
-processes look. It outlives this process.
+The process loads the checkpoint, compiles the functions that calls use, and stores the code in the folder where calls
+of all processes look for it. It may run longer than this process.
 """
 
 import logging
@@ -17,13 +17,13 @@ from .packages import FOLDER_VARIABLE, packages_folder
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# Beside two busy threads the process gets a fourth of a core, and a call takes 1.3 times as long; at 5 it took 1.4.
+# Beside two busy threads the process then gets a fourth of a core, and calls take 1.3 times as long, with 5 1.4 times.
 _NICENESS = 6
 _RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli import main; raise SystemExit(main())"
 
 
 class CompilerProcess:
-    """Starts at most one compiling process for one model, among all processes of a user."""
+    """Starts a process that compiles one model, unless any process of this user has started one."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -32,16 +32,16 @@ class CompilerProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process runs now, and takes time from calls."""
+        """Whether the process runs now, which slows down calls."""
         if self._process is not None and self._process.poll() is not None:
             self._see_end(self._process.returncode)
         return self._process is not None
 
     def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
-        """Run `resps compile` in a process, unless one runs, or an earlier one ended or failed.
+        """Start `resps compile` in a process, unless one runs, or was started earlier with the same `arguments`.
 
         `identity` is the model's `ModulePackages.identity`; `checkpoint` is its folder or Hub id, empty if it was made
-        in memory. Further arguments of the command follow.
+        in memory; `arguments` are further arguments of the command.
         """
         if self.is_running or arguments in self._asked:
             return

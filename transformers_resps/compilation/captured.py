@@ -1,4 +1,4 @@
-"""A function whose launches a CUDA graph repeats, captured once for each size of its inputs."""
+"""Run a function as a CUDA graph, which is captured once for each size of its inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,23 +13,23 @@ _WARM_UPS = 3  # Runs before a capture, in which libraries choose kernels and al
 
 
 class CapturedFunction:
-    """Captures a graph at the first call with inputs of some sizes, and replays it with one launch later.
+    """Captures a CUDA graph at the first call with inputs of new sizes, and replays it at later calls in one launch.
 
-    `function` maps tensors to tensors on one CUDA device, without gradients, host reads and branches on values. All
-    else that it reads must keep its address. The next call with inputs of the same sizes overwrites the outputs.
+    `function` maps tensors to tensors on one CUDA device, without gradients, reads by the host, or branches on values.
+    Other tensors that it reads must keep their addresses. The next call with the same sizes overwrites the outputs.
     """
 
     def __init__(self, function: Callable[..., Outputs]) -> None:
         self._function = function
         self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]] = {}
-        self._addresses: list[int] = []  # of the buffers, which graphs have fixed
-        # Graphs of one function share memory: they never run together.
+        self._addresses: list[int] = []  # of the buffers that the captured graphs use
+        # Graphs of one function share memory, since they never run at the same time.
         self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
-        """Run `function(*inputs, *buffers)` by a graph, which is captured first where sizes are new.
+        """Run `function(*inputs, *buffers)` by a graph, which is captured first if the sizes are new.
 
-        Inputs are copied to where the graph reads; buffers are read and written in place.
+        Inputs are copied into the graph's own input tensors; buffers are read and written in place.
         """
         if not self.is_ready(inputs, buffers):
             addresses = [part.data_ptr() for part in buffers]

@@ -1,7 +1,8 @@
-"""Compile a function with its weights inside, once for all sizes of its inputs.
+"""Compile a function once for all sizes of its inputs, with the weights as constants of the code.
 
-Inductor lays the weights out for few rows and puts them into the graph ("freezing"): SmolLM2's forward in bfloat16
-then runs near the memory limit of a CPU. The weights are constants from then on: see `WeightFingerprint`.
+Inductor makes the weights constants and stores them in a layout that is fast for few rows ("freezing"): SmolLM2's
+forward in bfloat16 then nearly reaches a CPU's memory bandwidth. If weights change, code must be compiled again: see
+`WeightFingerprint`.
 """
 
 import logging
@@ -21,17 +22,17 @@ from .pages import collapse
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# Inductor's settings, patched in: as options of `torch.compile` they come too late, after weights became constants.
-# Multiplying layers of the same input at once takes a twelfth off a step of SmolLM2, and calling kernels from C++ on a
-# CPU a seventh. The threshold keeps values that many layers read, such as the cosines of positions: by default every
-# head of every layer computes them anew.
+# Inductor's settings. They are patched in, since options of `torch.compile` apply only after weights became constants.
+# Joining linear layers with the same input takes a twelfth off a step of SmolLM2, and calling kernels from C++ on CPUs
+# a seventh (`cpp_wrapper` below). The threshold stores values that many layers read, such as cosines of positions: by
+# default every head of every layer computes them again.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
-# Round after every operator. Fused operators pass on unrounded values, and outputs decide which operators are fused:
-# Gemma 3 rounded otherwise when its hidden states were outputs.
+# Round after every operator, as eager code does. Fused operators pass on unrounded values, and which operators are
+# fused depends on the outputs: Gemma 3 gave other values when its hidden states were outputs, too.
 _AS_EAGER = {"emulate_precision_casts": True}
 
-# Errors of `torch.export` and AOTInductor. They trace less than `torch.compile`, which is then tried.
+# Errors of `torch.export` and AOTInductor. They support fewer functions than `torch.compile`, which is tried next.
 _UNPACKAGED = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 # For each tensor, the dimensions whose sizes change from call to call.
@@ -41,15 +42,15 @@ _Function: TypeAlias = Callable[..., Outputs]
 
 
 class CompiledFunction:
-    """Compiles `function` at the first call; sizes in `dynamic` dimensions may then change at every call.
+    """Compiles `function` at the first call. Sizes of `dynamic` dimensions may then change at every call.
 
     Compiled code does not check the weights (see `_guards_on_inputs`): drop the object when they change.
 
-    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists dimensions
-    of each input, `dynamic_buffers` of every buffer; a size of 1 is compiled apart from all others. `options` are
-    keywords of `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes,
-    under `name`. With `is_invariant` a row must get the same bits whatever rows stand beside it: every operator then
-    rounds its result in low precision, as eager code does.
+    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists dimensions of
+    each input whose sizes may change, `dynamic_buffers` those of every buffer; size 1 gets code of its own. `options`
+    are keywords of `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes,
+    under `name`. With `is_invariant`, the bits of a row must not depend on the other rows: every operator then rounds
+    its result in low precision, as eager code does.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class CompiledFunction:
         self._compiled: dict[tuple[_Sizes, Hashable], _Function] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
-        """Run `function(*inputs, *buffers)`; compile it first where sizes are new."""
+        """Run `function(*inputs, *buffers)`; compile it first if the sizes are new."""
         key, tensors = self._key(inputs), [*(_dense(part) for part in inputs), *buffers]
         code = self._compiled.get(key)
         if code is not None and _serves(code, tensors):
@@ -93,14 +94,14 @@ class CompiledFunction:
     def run_packaged(
         self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Hashable | None = None
     ) -> Outputs | None:
-        """Run packaged code, which is never traced again; `None` where none serves these sizes.
+        """Run packaged code, which never compiles again; return `None` if there is none for these sizes.
 
         `settings` are the present `callers_settings`, if the caller knows them.
         """
         code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
             return None
-        tensors = [*(part.contiguous() for part in inputs), *buffers]  # No guard checks strides.
+        tensors = [*(part.contiguous() for part in inputs), *buffers]  # Packaged code does not check strides.
         return code(*tensors) if code.fits(tensors) else None
 
     def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[_Function, Outputs]:
@@ -109,7 +110,7 @@ class CompiledFunction:
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
                     torch._dynamo.mark_dynamic(part, dimension)
-        # The default is made anew each time, since `torch.compile` takes the filter out of it.
+        # The default is a new dict each time, since `torch.compile` removes the filter from the dict.
         options = self._options or {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
         settings = self._inductor | {"cpp_wrapper": tensors[0].device.type == "cpu"}
@@ -117,7 +118,7 @@ class CompiledFunction:
             return compiled, compiled(*tensors)
 
     def _compile_package(self, tensors: Sequence[Tensor], sizes: DynamicSizes, setting: str) -> "_Packaged":
-        """Compile for later processes as well."""
+        """Compile a package, which later processes can load, too."""
         assert self._packages is not None
         outputs: list[Outputs] = []
 
@@ -134,7 +135,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load code for these sizes that returns such `outputs`; return whether a package had it."""
+        """Load a package for these sizes, whose results are nested like `outputs`; return whether there was one."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False
@@ -146,7 +147,7 @@ class CompiledFunction:
         return True
 
     def discard(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], reason: str) -> None:
-        """Forget the code that was loaded for these sizes, and remove its package for this reason."""
+        """Drop the code that was loaded for these sizes, and remove its package with a warning that says why."""
         assert self._packages is not None
         self._compiled.pop(self._key(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
@@ -165,11 +166,11 @@ class CompiledFunction:
         return code is not None and _serves(code, [*inputs, *buffers])
 
     def _key(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> tuple[_Sizes, Hashable]:
-        """Make the key under which calls share code."""
+        """Return the key of the code for these inputs."""
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> _Sizes:
-        """List all sizes, with 2 for any size above 1 that may change."""
+        """Return all sizes of the inputs, with 2 for any size above 1 that may change."""
         all_sizes = []
         for part, dimensions in zip(inputs, self._dynamic, strict=True):
             sizes = list(part.shape)
@@ -179,7 +180,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """Write the key for other processes, without inference mode: packaged code serves in both modes."""
+        """Return the key as text for other processes, without inference mode: packaged code works in both modes."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -242,7 +243,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Give a tensor the strides of a new one: a view's may differ where a size is 1, and code would compile again."""
+    """Return a tensor with contiguous strides. A view's may differ where a size is 1, and code would compile again."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -251,7 +252,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch's settings that compiled code depends on and no guard checks; as slow as a few operators."""
+    """Return PyTorch's settings that compiled code depends on but does not check; as slow as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
@@ -264,10 +265,10 @@ def callers_settings(device_type: str) -> tuple[Hashable, ...]:
 
 
 def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Keep only the guards on inputs.
+    """Return for each guard (a check before compiled code runs) whether to keep it: only guards on inputs are kept.
 
-    Hundreds of guards on modules take as long as a layer. Others check how many classes of models Transformers knows:
-    after one more, PyTorch would compile anew inside a step, and without freezing.
+    Hundreds of guards on modules take as long as a layer. Others check how many model classes Transformers has loaded:
+    after one more, PyTorch would compile again inside a step, and without freezing.
     """
     of_tensors = torch.compiler.keep_tensor_guards_unsafe(guards)
     return [kept or guard.guard_type == "SHAPE_ENV" for kept, guard in zip(of_tensors, guards, strict=True)]
@@ -276,8 +277,8 @@ def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
 def _with_own_code(function: _Function) -> _Function:
     """Copy a function and its code object.
 
-    `torch.compile` finds compiled code by the code object, which closures of one `def` share, and by guards. With so
-    few guards one model would run with another's weights, and a call under autocast without it.
+    `torch.compile` finds compiled code by code object, which all closures of one `def` share, and by guards. With so
+    few guards, one model would run code with another model's weights, or a call under autocast code without it.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()

@@ -1,7 +1,7 @@
-"""Keep the compiled code of a model or a head from call to call, check it, and run without it after a fault.
+"""Keep the compiled code of a model or a draft head from call to call, check it, and run eagerly after a fault.
 
-One call uses an engine at a time. Code is forgotten when weights change, and its first run must give the eager
-function's values. What cannot be compiled runs eagerly, after one warning.
+Only one call at a time uses an engine. Code is dropped when weights change, and its first run must give the values of
+the eager function. A function that cannot be compiled runs eagerly, after one warning.
 """
 
 import logging
@@ -34,7 +34,7 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
-    """A function of tensors, and the compiled one that runs in its place."""
+    """A function of tensors, and the compiled or captured function that replaces it."""
 
     function: Callable[..., Outputs]  # the eager function
     fast: CompiledFunction | CapturedFunction
@@ -44,18 +44,18 @@ class Code:
 
 
 class CompileEngine(ABC, Generic[Owner]):
-    """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew."""
+    """Lends, checks, times and drops compiled code. A copied or pickled engine starts without code."""
 
     name: ClassVar[str]  # of the code, in warnings
     duration: ClassVar[str]  # how long compiling takes, in a warning
-    owner: Owner  # while the engine is lent: code finds its owner here, so that it keeps none alive
+    owner: Owner  # set only while the engine is lent; code reads it here, and so does not keep the owner alive
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._codes: dict[Hashable, Code] = {}
         self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
         self._packages: ModulePackages | None = None
-        self._settings: Hashable | None = None  # the caller's, once a call has asked for them
+        self._settings: Hashable | None = None  # `callers_settings` of this call, once they were read
         self._untaken_seconds = 0.0
         self._warned: set[str] = set()
         self._waits = True  # whether this call waits for a compiler
@@ -78,9 +78,9 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Lend the engine, without code for other weights, or `None` while another call uses it.
+        """Lend the engine, or `None` while another call uses it; code for other weights than the present is dropped.
 
-        With `waits` false, the caller gets only code that is ready, and waits for no compiler.
+        If `waits` is false, the call gets only code that is ready, and never waits for a compiler.
         """
         if not self._lock.acquire(blocking=False):
             yield None
@@ -106,7 +106,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
-        """Return the code of a key, which is made once for the present weights."""
+        """Return the code stored under `key`; make it first if there is none for the present weights."""
         if key not in self._codes:
             self._fingerprint = self._fingerprint or self.fingerprint()
             self._codes[key] = make()
@@ -118,7 +118,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def packages(self) -> ModulePackages:
-        """Code that any process made for the present weights."""
+        """Packages of the present weights, made by any process."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
@@ -127,7 +127,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def run(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False
     ) -> Outputs | None:
-        """Run code, which is prepared first where sizes are new; return `None` where that fails.
+        """Run code, after preparing it if sizes are new; return `None` if that fails or would wait for a compiler.
 
         `is_ready` is true if the caller knows that the code is ready.
         """
@@ -145,7 +145,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Outputs | None:
-        """Run code that is never traced again; return `None` where there is none yet, or it fails."""
+        """Run packaged code, which never compiles again; return `None` if there is none yet, or it fails."""
         if self.is_broken or not isinstance(code.fast, CompiledFunction):
             return None
         self._settings = self._settings or callers_settings(inputs[0].device.type)
@@ -158,8 +158,8 @@ class CompileEngine(ABC, Generic[Owner]):
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         """Compile or capture for inputs of these sizes; give up if values differ from those of eager code."""
         with self.preparing():
-            # Eager code runs first: Transformers then adds hooks, which must be compiled, too, and a fault of the
-            # function itself is no fault of the compiler.
+            # Eager code runs first: Transformers then adds hooks, which must be compiled, too; and an error of the
+            # function itself is raised here, and not taken for an error of the compiler.
             outputs = code.function(*inputs, *buffers)
             expected = code.compared(outputs)
             if isinstance(code.fast, CompiledFunction):
@@ -182,7 +182,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def _difference(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], expected: Tensor
     ) -> str | None:
-        """Run compiled code, and say how it fails or differs from the `expected` values; `None` if it does not."""
+        """Run compiled code; describe its error or its difference from the `expected` values, `None` if none."""
         try:
             difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
         except FAULTS as fault:
@@ -191,7 +191,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Count the seconds inside the `with` block as compiling."""
+        """Count the time inside the `with` block as compile time."""
         started, before = self._clock(), self._untaken_seconds
         try:
             yield
@@ -203,7 +203,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return seconds
 
     def warn(self, reason: str) -> None:
-        """Warn once for each reason that eager code runs."""
+        """Log that eager code runs, once for each reason."""
         self.obstacle = reason
         if reason not in self._warned:
             self._warned.add(reason)
@@ -234,7 +234,7 @@ def described(fault: Exception) -> str:
 
 
 # Relative difference that rounding may cause. SmolLM2's logits in bfloat16 differ by 0.02 to 0.06; with a matrix of
-# another layer by 0.16, with a hidden token by 0.19, and with positions off by one by 0.10, almost like rounding.
+# the wrong layer by 0.16, with one token masked by 0.19, and with positions off by one by 0.10, almost like rounding.
 _NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
@@ -242,7 +242,7 @@ _LOW_PRECISION_NORM_TOLERANCE = 0.1
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
     """Say how far compiled values are from eager ones; `None` if rounding in the weights' `dtype` explains it.
 
-    The norm of all values counts: in low precision a single value may be far off.
+    The norm over all values is compared, since in low precision a single value may be far off.
     """
     difference, scale = (float(part.float().norm()) for part in (fast - expected, expected))
     if difference <= _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) * max(scale, 1.0):
@@ -251,21 +251,21 @@ def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | No
 
 
 def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether a tensor was made in this call's mode: inference mode, or not.
+    """Whether a tensor was made in inference mode if this call runs in it, and outside it if the call does not.
 
-    PyTorch compiles anew for tensors of the other mode, and refuses to write inference tensors outside the mode.
+    PyTorch compiles again for tensors of the other mode, and refuses to write inference tensors outside the mode.
     """
     return tensor.is_inference() == torch.is_inference_mode_enabled()
 
 
-_SAMPLED = 4  # Values of each tensor that a fingerprint holds: a write through `.data` leaves no other trace.
+_SAMPLED = 4  # Values of each tensor in a fingerprint. Only they reveal a write through `.data`.
 
 
 class WeightFingerprint:
-    """Compares addresses, versions and some values of a module's parameters and buffers, its mode, and any `setting`.
+    """Shows by `==` whether a module has changed: addresses, versions and some values of its tensors, or its mode.
 
     Compiled code holds weights as constants or by their addresses, and would ignore `load_state_dict`, `.to(...)`, a
-    merged adapter or a switch to training.
+    merged adapter or a switch to training. Any `setting` is compared, too.
     """
 
     def __init__(self, module: nn.Module, *setting: object) -> None:
@@ -290,7 +290,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of each tensor in the CPU's memory: copies from other devices would take long."""
+    """Return the first values of each tensor in CPU memory; other devices are left out, since copies would be slow."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():

@@ -1,8 +1,8 @@
 """Choose the kernels that packaged code calls, by timing all that this machine can run.
 
-Our kernels are in `native.cpp`; "onednn" is PyTorch's own. The instruction set decides what can run, not what is fast:
-on two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took the time of one; with
-AVX512-BF16 alone they were no slower. So a model's products are timed when it is compiled.
+Our kernels are in `native.cpp`; "onednn" means PyTorch's own. The instruction set decides which kernels can run, but
+not which are fast: on two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took the
+time of one; with AVX512-BF16 alone they were no slower. So a model's matrix products are timed when it is compiled.
 """
 
 import ctypes
@@ -47,16 +47,17 @@ _FLAGS = ("-shared", "-fPIC", "-fopenmp", "-std=c++20", "-O3", "-Wno-psabi")
 
 _ROWS = (1, 4, 16, 64, 256)  # Numbers of rows at which each product is timed.
 _NODES = (1, 8, 128)  # Numbers of nodes at which attention is timed.
-_LENGTH = 512  # Keys that attention is timed with.
+_LENGTH = 512  # Number of keys for which attention is timed.
 _WORK = 2**31  # Upper limit of a trial, in multiply-adds.
 _BYTES = 2**26  # Upper limit of a trial, in bytes of weights: more than any cache holds.
 _REPEATS = 3  # Repeats of a trial; fewer after `_SECONDS`.
 _SECONDS = 2.0
-_WORTH = log(1.2)  # A further kernel must save a sixth at some number of rows: oneDNN needs a copy of the weights.
+# A second kernel must save a sixth at some number of rows, since oneDNN needs a copy of the weights.
+_WORTH = log(1.2)
 
 
 class Choice(NamedTuple):
-    """Names the kernel of a product by its rows: vectors for few, tiles for more, the library for most."""
+    """Gives the kernel for a number of rows: our vector kernel for few, our tile kernel for more, oneDNN for most."""
 
     tiles_from: int  # least number of rows for AMX's tiles
     library_from: int  # least number of rows for oneDNN; 1 or `NEVER` for attention
@@ -67,7 +68,7 @@ class Choice(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The choices of one package."""
+    """The kernels that one package calls."""
 
     linear: Choice
     attention: Choice
@@ -81,7 +82,7 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True)
 class Products:
-    """The sizes of all products of a program."""
+    """The sizes of all matrix products of a program."""
 
     linear: tuple[tuple[int, int], ...]  # inputs and outputs of each linear layer
     attention: tuple[tuple[int, int, int], ...]  # heads, key heads and head width of each attention
@@ -120,7 +121,7 @@ def demanded_kernel() -> str | None:
 def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
     """Choose the kernels of a program by timing its products.
 
-    With `alike`, a row must get the same bits whatever rows stand beside it: then one of our kernels serves all.
+    With `alike`, the bits of a row must not depend on the other rows: then one of our kernels computes all products.
     """
     ours, demanded = our_kernels(), demanded_kernel()
     if not ours or (demanded is not None and not (alike and demanded == ONEDNN)):
@@ -143,7 +144,7 @@ class Trial:
         self._weights = torch.ones(_BYTES // 2, dtype=torch.bfloat16)
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
-        """Make a function for each kernel that multiplies rows by as many of the layers' weights as a trial takes."""
+        """Return a function for each kernel that multiplies rows by as many of the layers' weights as limits allow."""
         calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
         place, left = 0, min(_BYTES // 2, _WORK // rows)
         while left > 0 and len(calls) > known:
@@ -167,7 +168,7 @@ class Trial:
         return {name: partial(run, name) for name in self.names}
 
     def attention(self, heads: int, key_heads: int, width: int, nodes: int) -> dict[str, Callable[[], object]]:
-        """Make a function for each kernel that attends from the nodes of one row to `_LENGTH` keys."""
+        """Return a function for each kernel that attends from `nodes` nodes of one text to `_LENGTH` keys."""
         query = torch.ones(1, heads, nodes, width, dtype=torch.bfloat16)
         size = key_heads * _LENGTH * width
         count = max(min(len(self._weights) // (8 * size), _WORK // (query.numel() * _LENGTH * 8)), 1)
@@ -186,7 +187,7 @@ class Trial:
 
 @torch.no_grad()
 def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] = time.perf_counter) -> Kernels:
-    """Time each kernel with these products, and choose."""
+    """Time each kernel with these products, and return the kernels to use."""
     timed = partial(_timed, clock=clock, end=clock() + _SECONDS)
     linear = fastest({rows: timed(trial.linear(products.linear, rows)) for rows in _ROWS})
     attention = Choice(linear.tiles_from, NEVER)
@@ -198,9 +199,9 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 
 
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
-    """Choose from the seconds of each kernel for ascending numbers of rows.
+    """Return the kernel for each number of rows, given each kernel's seconds at ascending numbers of rows.
 
-    A second kernel, ours or the library's, must save `_WORTH`.
+    A second kernel, ours or oneDNN's, is used only if it saves at least `_WORTH`.
     """
 
     def of_ours(tiles_from: int) -> dict[int, float]:
@@ -224,7 +225,7 @@ def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], end: float) -> dict[str, float]:
-    """Return the least seconds of each call. Calls run in turn, since other programs may compute meanwhile."""
+    """Return the shortest time of each call. Calls alternate, so that other programs disturb all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(_REPEATS):
         for name, call in calls.items() if not repeat or clock() < end else ():
@@ -236,9 +237,9 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Compile `native.cpp` alone into a library, once in a process, which takes some seconds.
+    """Compile `native.cpp` into a library of its own, once in a process, which takes some seconds.
 
-    Tests pass a macro to define. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
+    `defined` is a macro to define, for tests. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
     """
     found = compiler()
     if found is None:
@@ -261,9 +262,10 @@ def run_linear(
     is_gated: bool = False,
     tiles_from: int = NEVER,
 ) -> None:
-    """Multiply bf16 rows `[r, i]` by packed weights into `result` `[r, o]`, like packaged code; all are contiguous.
+    """Multiply bf16 `rows` `[r, i]` by packed weights like packaged code, and write the products to `result` `[r, o]`.
 
-    `packed` is from `pack_linear`, or with `is_gated` from `pack_gated`. For `tiles_from` see `Choice`.
+    `packed` is from `pack_linear`, or with `is_gated` from `pack_gated`. Tensors are contiguous. For `tiles_from` see
+    `Choice`.
     """
     places = [None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (rows, packed, bias, result)]
     sizes = map(ctypes.c_int64, (*rows.shape, result.shape[-1]))
@@ -273,9 +275,10 @@ def run_linear(
 def run_attention(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, result: Tensor, *, tiles_from: int = NEVER
 ) -> None:
-    """Attend to all keys like packaged code, into `result` `[1, q, heads, hd]`; all are bf16 and contiguous.
+    """Attend to all keys like packaged code, and write `result` `[1, q, heads, hd]`.
 
-    `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`. For `tiles_from` see `Choice`.
+    `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`; all tensors are bf16 and contiguous.
+    For `tiles_from` see `Choice`.
     """
     places = [ctypes.c_void_p(part.data_ptr()) for part in (query, key, value, result)]
     heads, count, width = query.shape[1:]

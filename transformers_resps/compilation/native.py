@@ -1,8 +1,8 @@
 """Linear layers and attention in bfloat16 for packaged code, on CPUs with AVX512-BF16, with AMX or without.
 
-oneDNN reads weights as fast, but each call takes about 20 us between other work and with cold caches: a sixth of
-SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long. `native.cpp` is
-compiled into the code that calls it, and computes each row in the same way whatever rows stand beside it. `kernels.py`
+oneDNN reads weights as fast, but each call has an overhead of about 20 us between other work and with cold caches: in
+all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long.
+`native.cpp` is compiled into the code that calls it; the bits of a row do not depend on the other rows. `kernels.py`
 chooses the kernel for each number of rows.
 """
 
@@ -21,14 +21,14 @@ from torch.nn import functional
 from .kernels import NEVER, SOURCE, Choice, Kernels, Products, chosen_kernels, our_kernels
 
 
-_BLOCK = 32  # Outputs whose weights lie together, as in `native.cpp`.
+_BLOCK = 32  # Number of outputs whose weights are stored together, as in `native.cpp`.
 _STEP = 32  # A head's width is a multiple of this.
 _Operator: TypeAlias = torch._ops.OpOverload
 
 
 @torch.library.custom_op("resps::pack_linear", mutates_args=())
 def pack_linear(weights: Sequence[Tensor]) -> Tensor:
-    """Lay out the weights `[o, i]` of layers with the same input for `bf16_linear`; `i` is even.
+    """Rearrange the weights `[o, i]` of layers with the same input for `bf16_linear`; `i` must be even.
 
     The result is `[blocks, i / 2, 32, 2]`: blocks of 32 outputs, padded by zeros, with pairs of neighbouring inputs.
     """
@@ -51,10 +51,10 @@ def bf16_linear(
     tiles_from: int,
     library_from: int,
 ) -> Tensor:
-    """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, by weights of `pack_linear`.
+    """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, with `packed` weights.
 
-    `bias` is `[width]`. `weight` `[width, i]` is for oneDNN, and `None` where it never multiplies. For the last two
-    arguments see `Choice`.
+    `packed` is from `pack_linear`, `bias` is `[width]`. `weight` `[width, i]` is for oneDNN, and `None` if oneDNN is
+    never used. For the last two arguments see `Choice`.
     """
     return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 
@@ -66,7 +66,10 @@ def _(rows: Tensor, packed: Tensor, bias: Tensor | None, weight: Tensor | None, 
 
 @torch.library.custom_op("resps::pack_gated", mutates_args=())
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Lay out two weights `[o, i]` like `pack_linear`, half of each block from the gate. `o` is a multiple of 16."""
+    """Rearrange two weights `[o, i]` like `pack_linear`; half of each block is from `gate`, half from `up`.
+
+    `o` must be a multiple of 16.
+    """
     halves = [part.unflatten(0, (-1, _BLOCK // 2)) for part in (gate, up)]
     return _packed(torch.stack(halves, dim=1).flatten(0, 2))
 
@@ -82,7 +85,7 @@ def bf16_gated(
 ) -> Tensor:
     """Compute `silu(gate(rows)) * up(rows)` `[..., width]`, up to rounding, with weights of `pack_gated`.
 
-    `weight` is `[2 * width, i]`, the gate's first; for all else see `bf16_linear`.
+    `weight` is `[2 * width, i]`, the gate's first; for the other arguments see `bf16_linear`.
     """
     both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, _BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
@@ -100,8 +103,8 @@ def bf16_attention(
     """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding, as `[b, q, heads, vd]`.
 
     `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`. `mask`, `[b or 1,
-    1 or heads that share keys, q, t]`, is added to the scores; `None` shows everything. A query that sees nothing gets
-    zeros. `tiles_from` is set when the code is compiled; see `Choice`, for which queries that share keys are rows.
+    1 or heads that share keys, q, t]`, is added to the scores; `None` hides nothing. A query without a visible key
+    gets zeros. `tiles_from` is set when the code is compiled; see `Choice`: queries that share keys count as rows.
     """
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, key.shape[1], 1, 1)
@@ -126,19 +129,19 @@ def bf16_block_attention(
     scale: float,
     tiles_from: int = NEVER,
 ) -> Tensor:
-    """Attend from the nodes of a tree to blocks of 64 keys, in packaged code only: `[b, n, heads, vd]`.
+    """Attend from the nodes of a tree to blocks of 64 keys, and return `[b, n, heads, vd]`; only for packaged code.
 
-    The bits of a node's result depend only on the node's own text.
+    The bits of a node's result depend only on the node's own text, up to the node.
 
     Args:
         query: `[b, heads, n, hd]`.
         key: `[b, kv heads, t, hd]`. All nodes share its first blocks.
         value: `[b, kv heads, t, vd]`.
-        mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: of each node over the shared blocks, then of each
-            node of a group over the group's block. A node that sees nothing gets zeros.
-        nodes: `[b, g, 4]`, the nodes of each group; any node where the mask shows nothing.
-        slots: `[b, g, 64]`, the slots of the keys in each group's block, in the order of the text.
-        sinks: `[heads]` scores that take a share of each node's weights.
+        mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: first for each node over the shared blocks, then
+            for each node of a group over the group's own block. A node without a visible key gets zeros.
+        nodes: `[b, g, 4]`, the nodes of each group; arbitrary where the mask hides all keys.
+        slots: `[b, g, 64]`, the slots of the keys in each group's own block, in the order of the text.
+        sinks: `[heads]` attention sinks: scores that take a share of each node's weights; `None` for none.
         scale: factor of the scores.
         tiles_from: as in `bf16_attention`.
     """
@@ -151,7 +154,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 
 def native_operators() -> Mapping[_Operator, list[str]]:
-    """Map the operators that C++ calls without PyTorch's dispatcher to their source: the first has it for all."""
+    """Map operators that C++ code calls without PyTorch's dispatcher to their C++ source; the first has all of it."""
     operators = torch.ops.resps
     first, *others = (
         operators.bf16_linear,
@@ -163,7 +166,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether to call our operators of attention, which are faster only in packaged code. Masks may be boolean."""
+    """Whether to call our attention operators, which are faster only in packaged code. `mask` may be boolean here."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()
@@ -175,14 +178,15 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def keeps_rows_apart(dtype: torch.dtype) -> bool:
-    """Whether packaged code in this dtype calls our kernels, which compute each row alone."""
+    """Whether packaged code in this dtype calls our kernels: with them a row's bits do not depend on other rows."""
     return dtype is torch.bfloat16 and bool(our_kernels())
 
 
 def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
-    """Replace a program's linear layers in place, one operator for all layers of an input, and return the kernels.
+    """Make a program call our operators, changing it in place, and return the kernels chosen for it.
 
-    `alike` says whether a row must get the same bits whatever rows stand beside it.
+    All linear layers with the same input become one operator. With `alike`, the bits of a row must not depend on the
+    other rows.
     """
     graph = program.graph
     by_input = _layers(program) if our_kernels() else {}
@@ -207,7 +211,7 @@ def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
 
 
 def _layers(program: ExportedProgram) -> dict[tuple[Node, bool], list[Node]]:
-    """Find the layers that `bf16_linear` can serve, by their input and whether they have a bias."""
+    """Return the layers that `bf16_linear` can replace, grouped by their input and whether they have a bias."""
     signature = program.graph_signature
     weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
     by_input: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
@@ -230,7 +234,7 @@ def _call(graph: Graph, operator: _Operator, *arguments: Argument, **keywords: A
 
 
 def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
-    """Pass the choice to an operator of attention, or replace it by PyTorch's, which takes no blocks."""
+    """Set `tiles_from` of our attention operator, or replace the operator by PyTorch's, which takes no blocks."""
     takes_blocks = node.target is torch.ops.resps.bf16_block_attention.default
     if choice.library_from > 1 or takes_blocks:
         node.args = (*node.args[: 8 if takes_blocks else 5], choice.tiles_from)
@@ -258,7 +262,7 @@ def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
 
 
 def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
-    """Replace `silu(gate(x)) * up(x)` by one operator; return whether the graph has it."""
+    """Replace `silu(gate(x)) * up(x)` by one operator; return false if the layers are not used in this way."""
     if len(layers) != 2 or any(len(layer.users) != 1 or len(layer.all_input_nodes) > 2 for layer in layers):
         return False
     aten, operators = torch.ops.aten, torch.ops.resps
@@ -282,14 +286,14 @@ def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
 
 
 def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Argument:
-    """Join the weights for oneDNN; `None` where it never multiplies."""
+    """Return the joined weights for oneDNN; `None` if oneDNN is never used."""
     if choice.library_from == NEVER or len(weights) == 1:
         return None if choice.library_from == NEVER else weights[0]
     return _call(graph, torch.ops.aten.cat.default, weights)
 
 
 def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
-    """Replace layers of the same input by one operator, at the place of the first."""
+    """Replace layers with the same input by one operator, at the first layer's place in the graph."""
     weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
     widths = [_value(weight).shape[0] for weight in weights]
     operators, aten = torch.ops.resps, torch.ops.aten

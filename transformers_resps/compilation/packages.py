@@ -1,10 +1,10 @@
 """Keep compiled code for later processes, as packages in the user's cache folder.
 
-A package holds no weights, but recipes by which the loading process makes the code's constants of a module's weights.
-It takes a few megabytes, however large the model is.
+A package holds no weights, so it takes only a few megabytes. It holds recipes: how the process that loads it makes the
+code's constants from a module's weights.
 
-A package is native code. It is loaded only from a folder that belongs to this user and that no other user may write,
-if its bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
+A package is native code. It is loaded only if its folder belongs to this user and no other user may write it, if its
+bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
 """
 
 import hashlib
@@ -43,32 +43,32 @@ from .parts import ProgramPart, UncuttableError, exported_part, parts_of, weight
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-FOLDER_VARIABLE = "RESPS_COMPILED_CODE"  # Names another folder, or 0 for none.
-KEPT = 20  # Packages that are kept; the least recently used one goes first.
+FOLDER_VARIABLE = "RESPS_COMPILED_CODE"  # Environment variable: another folder, or 0 to keep no packages.
+KEPT = 20  # Maximum number of packages; the least recently used one is removed first.
 
 _FORMAT = 2
-# Files of this library that compiled functions run: a change in any other file compiles nothing again.
+# Files of this library whose code may be in packages. After a change in any other file, packages stay valid.
 _TRACED = ("compat.py", "compilation", "drafting", "heads", "tree.py", "verifying")
 _CODE, _MANIFEST = "code.pt2", "package.json"
 _NAME_LENGTH = 24  # Hexadecimal digits of a digest.
-_IN_WORDS = "model"  # Entry that describes a module and must not match: the same module may have another name.
-_SAMPLED = 4  # Values of each weight in a folder's name; the manifest has the digest of all.
-_compiling = Lock()  # Inductor's settings and its constant folding are global.
+_IN_WORDS = "model"  # Entry with a module's name. It need not match, since the same module may have another name.
+_SAMPLED = 4  # Values of each weight that a folder's name depends on; the manifest has a digest of all values.
+_compiling = Lock()  # Held while compiling, since Inductor's settings and its constant folding are global.
 
 _Json: TypeAlias = Any  # a value that JSON can hold
 _Manifest: TypeAlias = dict[str, _Json]
 
 
 class PackagingError(RuntimeError):
-    """Code cannot outlive its process."""
+    """Code cannot be kept for later processes."""
 
 
 class UnfitPackageError(RuntimeError):
-    """A package is damaged, or was made for something else."""
+    """A package is damaged, or was made for another module, machine or setting."""
 
 
 def packages_folder() -> Path | None:
-    """Return `RESPS_COMPILED_CODE`, or a folder in the Hugging Face cache; `None` where packages are off."""
+    """Return the folder that `RESPS_COMPILED_CODE` names, or one in the Hugging Face cache; `None` to keep no code."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen is None:
         return Path(HF_HOME) / "transformers-resps" / "compiled"
@@ -87,7 +87,7 @@ class StoredPackage:
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
-    """List all packages in a folder, the last used first; unreadable ones are damaged."""
+    """List all packages in a folder, the last used first; a package that cannot be read has the model "damaged"."""
     packages = []
     for path in folder.glob("*/*"):
         about = (_manifest(path) or {}).get("identity", {})
@@ -109,25 +109,25 @@ def remove_packages(packages: Sequence[StoredPackage]) -> None:
 
 @dataclass(frozen=True)
 class CompileJob:
-    """A function to compile, and how."""
+    """A function to compile, and the options for it."""
 
     function: Callable[..., Sequence[Tensor]]
     tensors: Sequence[Tensor]  # an example of its arguments
     dynamic: Sequence[Sequence[int]]  # for each argument, the dimensions whose sizes may change
     config: Mapping[str, _Json]  # inductor's settings
-    alike: bool  # whether a row must get the same bits whatever rows stand beside it
+    alike: bool  # whether the bits of a row must not depend on the other rows
 
 
 class ModulePackages:
-    """Compiles, keeps and loads the code of one module, in which its weights are constants.
+    """Compiles, keeps and loads code of one module, with the module's weights as constants.
 
-    `module` returns the module while its code is compiled or loaded, so that nothing here keeps it alive. `name` is
-    for warnings.
+    `module` is called to get the module when code is compiled or loaded, so that this object does not keep the module
+    alive. `name` is for warnings.
     """
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
         self._module, self._name = module, name
-        self._about = _about(module())  # before any code runs, since modules then attend by other names
+        self._about = _about(module())  # read now: running code changes names of attention in configs
 
     @property
     def identity(self) -> str:
@@ -135,7 +135,7 @@ class ModulePackages:
         return _digest_of({name: value for name, value in self._about.items() if name != _IN_WORDS})
 
     def have(self, code: str) -> bool:
-        """Whether code of this name is kept, for any sizes."""
+        """Whether a package of the function `code` is kept, for any sizes."""
         folder = packages_folder()
         paths = [] if folder is None else (folder / self.identity).glob("*")
         return any((_manifest(path) or {}).get("identity", {}).get("code") == code for path in paths)
@@ -161,10 +161,11 @@ class ModulePackages:
         shutil.rmtree(path, ignore_errors=True)
 
     def compile(self, code: str, setting: str, job: CompileJob) -> "PackagedCode":
-        """Compile the function `code`, keep its package and load it. Code that cannot be kept serves this process.
+        """Compile a function, keep its package under the name `code`, and return the loaded code.
 
-        `setting` describes the caller's sizes and settings. Raises a `PackagingError` if the code limits sizes that
-        are no input's, or has constants that are not made of the weights.
+        `setting` describes the caller's sizes and settings. If the package cannot be written, this only logs a
+        warning. Raises a `PackagingError` if the code limits a size that no input has, or has constants that are not
+        made from the weights.
         """
         identity = self._identity(code, setting)
         about = f"Compiling {self._name}"
@@ -215,7 +216,7 @@ class ModulePackages:
 
 
 class _LoadedPart(NamedTuple):
-    """The code of a part."""
+    """The loaded code of one part of a program."""
 
     run: Callable[[list[Tensor]], list[Tensor]]
     inputs: list[int]  # indices into the program's inputs, followed by the outputs of all earlier parts
@@ -223,9 +224,10 @@ class _LoadedPart(NamedTuple):
 
 
 class PackagedCode:
-    """Runs the code of a package, with constants made of the weights of `module`.
+    """Runs the code of a package, with constants made from the weights of `module`.
 
-    Raises an `UnfitPackageError` if it is damaged, belongs to another user, or was made for another `identity`.
+    Raises an `UnfitPackageError` if the package is damaged, can be changed by another user, or was made for another
+    `identity`.
     """
 
     def __init__(self, path: Path, identity: dict[str, str], module: nn.Module) -> None:
@@ -249,7 +251,7 @@ class PackagedCode:
                 recipes = manifest["codes"][call["code"]]["recipes"]
                 constants = {name: _made(recipe, own) for name, recipe in recipes.items()}
                 loader = _loader(Path(folder) / str(call["code"]))
-                # Into the active buffer, all of them, without copies.
+                # The flags mean: into the active buffer, all constants, without copies.
                 loader.load_constants(constants, False, True, True)
                 collapse(constants.values())
                 self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], constants))
@@ -273,7 +275,7 @@ def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
 
 
 def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manifest:
-    """Write a function's code to `path`, moving `bar` with each part; return its entries for the manifest."""
+    """Compile a function and write its code to `path`; return its manifest entries. Each part advances `bar`."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
@@ -285,13 +287,13 @@ def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manif
         writer, weights = _Writer(path, job.config, job.alike), _named(module)
         try:
             return writer.write_parts(program, parts_of(program), weights, bar)
-        except UncuttableError:  # The new archive replaces what was written of some parts.
+        except UncuttableError:  # A new archive replaces the one that may hold some parts.
             return writer.write_whole(program, weights)
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the code of one program into the archive `path`."""
+    """Compiles one program and writes its code into the archive `path`."""
 
     path: Path
     config: Mapping[str, _Json]
@@ -307,7 +309,7 @@ class _Writer:
     def write_parts(
         self, program: ExportedProgram, parts: Sequence[ProgramPart], weights: Mapping[str, Tensor], bar: Any
     ) -> _Manifest:
-        """Write the parts of a program, and the code of equal parts once."""
+        """Compile and write each part of a program, but equal parts only once."""
         bar.total = 1 + len({part.likeness for part in parts})
         places = {node: place for place, node in enumerate(_inputs(program))}
         sizes = {
@@ -338,7 +340,10 @@ class _Writer:
     def write_code(
         self, program: ExportedProgram, weights: Mapping[str, Tensor], archive: zipfile.ZipFile, number: int
     ) -> tuple[_Manifest, list[list[int]]]:
-        """Compile a program into folder `number`; return its recipes for constants and its kernels, and its limits."""
+        """Compile a program into folder `number` of the archive.
+
+        Return its manifest entry, with recipes of constants and names of kernels, and its limits of sizes.
+        """
         kernels, recipes = use_native(program, alike=self.alike), _Recipes(weights)
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
             path = Path(folder) / _CODE
@@ -349,7 +354,7 @@ class _Writer:
                     **self.config,
                     "aot_inductor.package_constants_in_so": False,
                     "aot_inductor.custom_ops_to_c_shims": native_operators(),
-                    # A function, since inductor copies its settings, and would copy a method's object.
+                    # A lambda, since inductor copies its settings; copying a method would copy its object, too.
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
             )
@@ -367,7 +372,7 @@ def _inputs(program: ExportedProgram) -> list[Node]:
 
 
 def _limits(program: ExportedProgram) -> list[list[int]]:
-    """Return input, dimension, least and most of each size that the code limits, as some kernels do."""
+    """Return (input, dimension, minimum, maximum) for each input size that the code limits, as some kernels do."""
     known, limits = {}, []
     for number, node in enumerate(_inputs(program)):
         for index, size in enumerate(node.meta["val"].shape):
@@ -395,7 +400,7 @@ class _Program(nn.Module):
 
 
 class _Recipes:
-    """Notes how inductor makes constants from weights: a recipe is a weight's name, or an operator with arguments."""
+    """Records how inductor makes constants from weights: a recipe is a weight's name or an operator with arguments."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._names = {_place(weight): name for name, weight in weights.items()}
@@ -404,14 +409,14 @@ class _Recipes:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note what inductor folds inside the `with` block."""
+        """Record which constants inductor folds inside the `with` block, and how."""
         from torch._inductor.constant_folding import ConstantFolder
 
         stock = ConstantFolder.add_node_replacement
 
         def add_node_replacement(folder: ConstantFolder, node: Node, tensor: Tensor) -> None:
             stock(folder, node, tensor)
-            with suppress(PackagingError):  # Later folding may remove this constant.
+            with suppress(PackagingError):  # This constant needs no recipe if later folding removes it.
                 self._folded[id(tensor)] = weakref.ref(tensor), self._of_node(node, folder.fetch_attr)
 
         ConstantFolder.add_node_replacement = add_node_replacement  # type: ignore[method-assign, assignment]
@@ -421,7 +426,7 @@ class _Recipes:
             ConstantFolder.add_node_replacement = stock  # type: ignore[method-assign]
 
     def note_constants(self, graph: Graph) -> None:
-        """Note the tensors that the code reads; inductor's last pass over a graph."""
+        """Record the constants that the code reads. Runs as inductor's last pass over a graph."""
         assert graph.owning_module is not None
         interpreter = torch.fx.Interpreter(graph.owning_module)
         for node in graph.find_nodes(op="get_attr"):
@@ -466,7 +471,7 @@ class _Recipes:
 
 
 def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
-    """Make a constant, or an argument of its operators, by a recipe."""
+    """Return the constant, or the argument of an operator, that a recipe describes."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):
@@ -494,7 +499,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 
 def sealed(manifest: _Manifest) -> _Manifest:
-    """Add its own digest to a manifest."""
+    """Return the manifest with a digest of its entries added."""
     return manifest | {"seal": _digest_of(manifest)}
 
 
@@ -516,7 +521,7 @@ def _check_private(path: Path) -> None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Describe everything that a module's code depends on, but the function and most values of the weights."""
+    """Describe all that a module's code depends on, except the function and most values of the weights."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part)) for name, part in _named(module).items()
     }
@@ -577,7 +582,7 @@ def _configs(module: nn.Module) -> list[str]:
 
 
 def _sources(module: nn.Module) -> list[str]:
-    """Return the bytecode of all modules, which patches may change, without Transformers' hooks, which come and go."""
+    """Return the bytecode of all modules' forwards and hooks, since users may patch them; Transformers' hooks vary."""
     marks = set()
     for part in module.modules():
         own = [vars(part).get("forward"), *part._forward_hooks.values(), *part._forward_pre_hooks.values()]
@@ -592,7 +597,7 @@ def _sources(module: nn.Module) -> list[str]:
 
 
 def _sampled_values(weight: Tensor) -> list[str]:
-    """Return the first values of a weight in the CPU's memory: copies from other devices would take long."""
+    """Return the first values of a weight in CPU memory, none of other devices, since copies would be slow."""
     if weight.device.type != "cpu" or not weight.numel():
         return []
     first = weight[(0,) * (weight.dim() - 1)] if weight.dim() else weight[None]

@@ -1,7 +1,7 @@
 """Move tensors into huge pages of Linux: with pages of 4 KiB, a CPU that reads weights waits for page addresses.
 
-`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
-memory that is not yet written begin in one. Where the kernel refuses, memory stays in small pages.
+`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes
+memory that was never written use huge pages from the start. If the kernel refuses, memory stays in small pages.
 """
 
 import ctypes
@@ -19,20 +19,20 @@ from torch import Tensor
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-HUGE = 2 << 20  # Bytes of a huge page, and the multiple at which it begins.
+HUGE = 2 << 20  # Bytes of a huge page, whose address is a multiple of this number.
 _HUGEPAGE, _COLLAPSE = 14, 25  # Advice codes of madvise(2).
-_ALONE = 32 << 20  # Bytes from which glibc's malloc maps a block alone, and returns it alone.
-_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors of a machine, or a control group, without memory.
+_ALONE = 32 << 20  # Bytes from which glibc's malloc maps a block separately, and unmaps it when it is freed.
+_MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors if the machine, or the control group, has no free memory.
 
 
 class Kernel:
-    """Asks Linux about memory. Without `proc` and `sys` in `root` there are no huge pages."""
+    """Asks Linux about memory, and advises it. Without `proc` and `sys` in `root`, it finds no huge pages."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
 
     def has_huge_pages(self) -> bool:
-        """Whether huge pages have 2 MiB, and are not turned off."""
+        """Whether huge pages are turned on, and have 2 MiB."""
         is_off = "[never]" in _text_of(self._settings / "enabled")
         return not is_off and _text_of(self._settings / "hpage_pmd_size").strip() == str(HUGE)
 
@@ -62,10 +62,10 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Copy tensors into huge pages that they fill at least by half; return the bytes in huge pages now.
+    """Move tensors into huge pages that they fill at least by half; return the number of bytes moved.
 
-    Values and addresses stay. Other memory in such a page moves with them, and its holes are filled with zeros.
-    Tensors on other devices, in files or in shared memory stay.
+    Values and addresses stay the same. Other memory within such a page moves, too, and its unused parts become zeros.
+    Tensors on other devices, in files or in shared memory are not moved.
     """
     pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
     if not pages:
@@ -99,7 +99,7 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
 
 
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
-    """Return the addresses, ascending, of huge pages that these tensors would fill at least by half."""
+    """Return the ascending addresses at which huge pages would be filled at least by half with these tensors."""
     filled = Counter[int]()
     in_memory = (one for one in tensors if one.device.type == "cpu" and (one.is_mkldnn or one.layout is torch.strided))
     for start, stop in set(map(_span, in_memory)):

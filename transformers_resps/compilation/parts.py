@@ -1,6 +1,6 @@
-"""Cut an exported program into parts, so that equal ones are compiled once: a decoder's layers share their code.
+"""Cut an exported program into parts, so that equal parts are compiled once: a decoder's layers share their code.
 
-Compiling is mostly Python over each node of a graph, and a decoder's graph repeats one layer's.
+Most of the compile time is Python code that visits each node of a graph, and a decoder's graph repeats one layer.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 
-_LEAST_EQUAL = 3  # Equal parts; with fewer, one piece compiles as fast.
+_LEAST_EQUAL = 3  # Minimum number of equal parts; with fewer, the whole program compiles as fast.
 _NUMBERED = re.compile(r"(.*)\.(\d+)")
 
 
@@ -37,7 +37,7 @@ class ProgramPart:
 def parts_of(program: ExportedProgram) -> list[ProgramPart]:
     """Cut a program into the nodes before its layers, each layer, and the nodes after them.
 
-    Raises an `UncuttableError` if it has no equal layers, or they pass on more than tensors.
+    Raises an `UncuttableError` if no layers are equal, or if one passes on sizes or the memory of an input.
     """
     graph, weights = program.graph, set(weight_names(program))
     stretches = [(nodes, [*_missing_sizes(nodes), *nodes]) for nodes in _stretches(graph)]
@@ -59,9 +59,9 @@ def parts_of(program: ExportedProgram) -> list[ProgramPart]:
 
 
 def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
-    """Export a part as a program, with numbers for names of its weights.
+    """Export a part as a program, in which weights are named by numbers.
 
-    Raises an `UncuttableError` if it cannot be traced alone, for instance if a size that may change is 1 in the
+    Raises an `UncuttableError` if the part cannot be traced alone, for instance if a size that may change is 1 in the
     example.
     """
     graph, module, copies = Graph(), nn.Module(), dict[Node, Node]()
@@ -124,7 +124,7 @@ def _stretches(graph: Graph) -> Iterator[list[Node]]:
 
 
 def _layer_of(node: Node) -> tuple[str, int] | None:
-    """Return the outermost list of modules in which a node was traced, and its index there."""
+    """Return the name of the outermost list of modules in which a node was traced, and the module's index there."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = _NUMBERED.fullmatch(path)
         if match is not None:
@@ -133,18 +133,18 @@ def _layer_of(node: Node) -> tuple[str, int] | None:
 
 
 def _asserts(node: Node) -> bool:
-    """Whether a node only checks values: compiled code does not."""
+    """Whether a node only checks values, which compiled code leaves out."""
     return "_assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
 def _external(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes outside that these nodes use."""
+    """Return the other nodes that these nodes use."""
     inside = set(nodes)
     return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in inside))
 
 
 def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes outside, in order, that compute sizes for these nodes."""
+    """Return the other nodes, in order, that compute sizes for these nodes."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:
@@ -164,7 +164,10 @@ def _storage(node: Node) -> int | None:
 
 
 def _likeness(nodes: Sequence[Node], inputs: Sequence[Node], weights: Sequence[Node], outputs: Sequence[Node]) -> str:
-    """Describe what nodes compute. Sizes that may change are numbered in order of appearance."""
+    """Describe the computation of nodes; equal computations have equal descriptions.
+
+    Sizes that may change are numbered in order of appearance.
+    """
     names = {node: f"%{number}" for number, node in enumerate((*inputs, *weights, *nodes))}
     calls = [f"{node.target} {torch.fx.map_arg((node.args, node.kwargs), names.get)}" for node in nodes]
     values, sizes = [node.meta["val"] for node in (*inputs, *weights)], dict[str, str]()
