@@ -8,7 +8,7 @@ from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy
-from transformers_resps.tools.inspect import Recorder
+from transformers_resps.tools.inspect import StepRecorder
 from transformers_resps.tree import DraftTree, TreeShape
 
 
@@ -29,7 +29,7 @@ def test_a_silent_policy_needs_all_and_claims_nothing() -> None:
 
 def test_what_a_policy_tells_goes_through_every_wrapper() -> None:
     costs = RunningCosts()
-    policy = BaselineGuard(Recorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
+    policy = BaselineGuard(StepRecorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
     assert not policy.needs_head and policy.probes_head and policy.costs is costs
     changed = costs.rescaled(2.0)
     policy.adopt_costs(changed)
@@ -59,4 +59,4 @@ def test_a_wrapper_that_changes_nothing_decides_as_the_wrapped_policy() -> None:
 
 
 def test_a_recorder_looks_up_whatever_its_policy_does() -> None:
-    assert Recorder(FixedPolicy(TreeShape(4, 2, 2))).uses_lookup
+    assert StepRecorder(FixedPolicy(TreeShape(4, 2, 2))).uses_lookup
