@@ -1,8 +1,8 @@
-// Operators of bfloat16 for AVX512-BF16, with or without AMX, put into the C++ of packaged code by native.py, which says
-// what they compute. kernels.py also compiles them alone, to time and to test them. From `tiles_from` rows on, AMX's
-// tiles multiply, if the process may use them: a row gets the same bits whatever others there are, but other bits by
-// tiles. Inductor declares what it finds here with "extern", inside extern "C": so a declaration comes first, and no
-// template.
+// Operators for bfloat16 with AVX512-BF16, with or without AMX. native.py puts them into the C++ of packaged code, and
+// says what they compute. kernels.py also compiles them alone, to time and to test them. From `tiles_from` rows on,
+// AMX's tiles multiply, if the process may use them. A row's bits do not depend on the other rows, but tiles give other
+// bits than vectors. Inductor puts "extern" before this file, inside extern "C": so a declaration must come first, and
+// there can be no templates.
 AOTITorchError aoti_torch_cpu_bf16_linear(
     AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, AtenTensorHandle* weight, int64_t width,
     int64_t tiles_from, int64_t library_from, AtenTensorHandle* result);
@@ -19,17 +19,17 @@ AOTITorchError aoti_torch_cpu_bf16_linear(
 #define RESPS_INLINE static inline __attribute__((always_inline))
 
 enum {
-    LANES = 16,  // floats of a vector, and pairs of weights of a line of 64 bytes
-    SUMS = 24,  // vectors at once: with what is multiplied they fill the registers
-    NARROW = 2,
-    BLOCK = NARROW * LANES,  // outputs whose weights lie together
-    BLOCK_ROWS = SUMS / NARROW,  // read a block at once
-    WIDE = 4,
+    LANES = 16,  // floats in a vector; pairs of weights in a cache line of 64 bytes
+    SUMS = 24,  // sums in vector registers at the same time; together with the factors they fill all registers
+    NARROW = 2,  // vectors in a block
+    BLOCK = NARROW * LANES,  // outputs whose weights are stored together
+    BLOCK_ROWS = SUMS / NARROW,  // rows that are multiplied with a block at the same time
+    WIDE = 4,  // vectors in a tile
     TILE = WIDE * LANES,  // keys that are read together
-    TILE_ROWS = SUMS / WIDE,  // queries look at a tile at once
-    AHEAD = 96 * LANES * 2,  // of the weights that are multiplied, those to fetch: 6 KiB later
-    LINES = 16,  // of a tile, each of 64 bytes: rows, or pairs of weights
-    DEEP = 2 * LINES,  // inputs that one product of tiles takes
+    TILE_ROWS = SUMS / WIDE,  // queries that attend to a tile at the same time
+    AHEAD = 96 * LANES * 2,  // distance of the weights to prefetch from those in use: 6 KiB
+    LINES = 16,  // lines of 64 bytes in an AMX tile: rows, or pairs of weights
+    DEEP = 2 * LINES,  // inputs in one product of AMX tiles
 };
 
 typedef uint16_t Bf16;
@@ -44,7 +44,7 @@ RESPS_INLINE __m512 resps_wide(__m256i read) {
 
 RESPS_INLINE __m512 resps_rounded(__m512 values) { return resps_wide((__m256i)_mm512_cvtneps_pbh(values)); }
 
-// e to the power of what is at most 0, by a polynomial of degree 5 (relative error below 3e-6).
+// e to the power of numbers that are at most 0, by a polynomial of degree 5 (relative error below 3e-6).
 RESPS_INLINE __m512 resps_exp(__m512 power) {
     const __m512 two = _mm512_mul_ps(_mm512_max_ps(power, _mm512_set1_ps(-200)), _mm512_set1_ps(1.44269504f));
     const __m512 whole = _mm512_roundscale_ps(two, 0), rest = _mm512_sub_ps(two, whole);
@@ -57,16 +57,16 @@ RESPS_INLINE __m512 resps_exp(__m512 power) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-// Adds the products of `count` rows with a block [pairs, vectors * LANES, 2] to sums [count, vectors]. For each pair so
-// many lines are fetched, from `next` on. The numbers are constants where this is inlined. Each sum is taken in the
-// order of its pairs, so it is the same whatever other rows there are.
+// Adds the products of `count` rows with a block [pairs, vectors * LANES, 2] to sums [count, vectors]. Each pair also
+// prefetches `fetched` lines, from `next` on. These numbers are constants wherever this is inlined. A sum is computed
+// in the order of the pairs, so its bits do not depend on the other rows.
 RESPS_INLINE void resps_multiply(
     __m512* sums, const int count, const int vectors, const Bf16* rows, int64_t stride, const Bf16* block,
     int64_t pairs, const Bf16* next, const int fetched) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
         __m512bh read[WIDE];
         for (int v = 0; v < vectors; ++v) {
-            // to the second cache: the nearest is too small
+            // into the L2 cache: L1 is too small
             if (v < fetched) __builtin_prefetch(next + (pair * fetched + v) * LANES * 2, 0, 2);
             read[v] = (__m512bh)_mm512_loadu_si512(block + (pair * vectors + v) * LANES * 2);
         }
@@ -81,7 +81,7 @@ RESPS_INLINE void resps_multiply(
     }
 }
 
-// Call `function` with a constant number of rows.
+// Calls `function` with `count` rows as a constant.
 #define RESPS_BY_SIX(function, count, ...)                   \
     switch (count) {                                         \
         case 1: function(1, __VA_ARGS__); break;             \
@@ -104,8 +104,8 @@ RESPS_INLINE void resps_multiply(
 
 // ---- tiles
 
-// Registers of 16 lines of 64 bytes. A product adds rows [lines, 16 pairs] times weights [16 pairs, 16, 2], as they lie
-// in a block, to sums [lines, 16]. Tests emulate them.
+// AMX tiles are registers of 16 lines of 64 bytes. A product adds rows [lines, 16 pairs] times weights [16 pairs, 16,
+// 2], in the layout of a block, to sums [lines, 16]. Tests emulate the tiles.
 #ifdef RESPS_EMULATES_TILES
 
 typedef struct { char lines[8][LINES][64]; } RespsTiles;
@@ -150,20 +150,20 @@ static void resps_tile_release(void) {}
 
 enum { TILE_DATA = 18, ASK_FOR_STATE = 0x1023 };  // of Linux's `arch_prctl`
 
-// Linux gives a process tiles when it asks for them, and again if oneDNN has asked before.
+// A Linux process may use tiles after it has asked for them. It may ask again, for instance if oneDNN has asked before.
 static int resps_has_tiles(void) {
-    static int has = -1;  // threads that ask at once get the same answer
+    static int has = -1;  // no lock: threads that ask at the same time get the same answer
     if (has < 0) has = __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
     return has;
 }
 
-// Of each thread and each call: oneDNN compares what it finds with what it needs, and finds nothing when we are done.
+// Configures the tiles of this thread, in each call: we release them at its end, and oneDNN checks before each use.
 static void resps_set_tiles(const uint8_t* lines) {
     struct __attribute__((packed)) { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t lines[16]; } set;
     __builtin_memset(&set, 0, sizeof set);
     set.palette = 1;
     for (int i = 0; i < 8; ++i) set.bytes[i] = 64, set.lines[i] = lines[i];
-    __asm__ volatile("" : : "r"(&set) : "memory");  // GCC does not know how much of it is read
+    __asm__ volatile("" : : "r"(&set) : "memory");  // GCC does not know how many bytes are read
     _tile_loadconfig(&set);
 }
 
@@ -175,7 +175,7 @@ static void resps_set_tiles(const uint8_t* lines) {
 
 #endif
 
-// GCC's loads of tiles do not tell what they read: without this it may write later what they shall find.
+// GCC does not know which memory tile loads read: without this barrier it may delay writes until after the loads.
 #define RESPS_WRITTEN __asm__ volatile("" : : : "memory")
 
 static __thread int resps_set;  // how many lines this thread's tiles have; 0 for none
@@ -195,7 +195,7 @@ static void resps_release_tiles(void) {
     resps_set = 0;
 }
 
-// Puts the products of up to 32 rows with a block of weights [depth / 2, BLOCK, 2] into [rows, BLOCK] sums.
+// Writes the products of up to 32 rows with a block of weights [depth / 2, BLOCK, 2] to `sums` [rows, BLOCK].
 static void resps_multiply_block(
     float* sums, int count, const Bf16* rows, int64_t depth, const Bf16* weights, int fetches) {
     const int first = count < LINES ? count : LINES, second = count - first;
@@ -229,7 +229,7 @@ static void resps_multiply_block(
     }
 }
 
-// Adds the products of up to 16 rows [count, depth] with a block [depth / 2, TILE, 2] to sums [count, TILE].
+// Adds the products of up to 16 rows [count, depth] with a block [depth / 2, TILE, 2] to `sums` [count, TILE].
 static void resps_add_products(
     float* sums, int64_t written, int count, const Bf16* rows, int64_t stride, const Bf16* block, int64_t depth) {
     resps_prepare_tiles(count, count);
@@ -266,8 +266,8 @@ typedef struct {
     const Bf16 *rows, *packed, *bias;
     Bf16* result;
     int64_t count, depth, width;
-    int is_gated;  // whether the first half of a block is the gate's, and the other what it gates
-    int64_t tiles_from;  // rows
+    int is_gated;  // whether a block's first half has weights of the gate, and its second half those that are gated
+    int64_t tiles_from;  // least number of rows for tiles
 } RespsLinear;
 
 // silu(gate) * up, rounded as PyTorch does after each operator.
@@ -279,7 +279,7 @@ RESPS_INLINE __m512 resps_gated(__m512 gate, __m512 up) {
     return _mm512_mul_ps(resps_rounded(_mm512_mul_ps(input, share)), resps_rounded(up));
 }
 
-// Writes the results of a row and a block.
+// Writes the results for one row and one block.
 RESPS_INLINE void resps_write(const RespsLinear* of, int64_t row, int64_t block, const __m512* sums) {
     if (of->is_gated) {
         Bf16* result = of->result + row * of->width + block * LANES;
@@ -307,7 +307,7 @@ RESPS_INLINE void resps_linear_rows(
     for (int i = 0; i < count; ++i) resps_write(of, row + i, block, sums + i * NARROW);
 }
 
-// Memory takes as long for a block as for two tiles of rows with it: while these are the only ones, they fetch ahead.
+// Reading a block from memory takes as long as multiplying it with two tiles of rows, so the first two prefetch it.
 static void resps_linear_tiles(const RespsLinear* of, int64_t block) {
     __m512 sums[2 * LINES * NARROW];
     for (int64_t row = 0; row < of->count; row += 2 * LINES) {
@@ -318,12 +318,13 @@ static void resps_linear_tiles(const RespsLinear* of, int64_t block) {
     }
 }
 
-// A block stays in a near cache while groups of rows go over it. Memory takes as long for one as twelve to twenty rows
-// do, so it must not rest: the first two groups fetch a half of the next block each, and a lone one what comes soon.
+// A block stays in a near cache while groups of rows are multiplied with it. Reading a block from memory takes as long
+// as multiplying it with twelve to twenty rows, so memory must not idle: the first two groups prefetch one half each of
+// the next block, and a single group prefetches weights a few KiB ahead.
 static void resps_linear_vectors(const RespsLinear* of, int64_t block) {
     const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const Bf16* weights = of->packed + block * BLOCK * of->depth;
-    for (int64_t group = 0; group < groups; ++group) {  // of about as many rows each
+    for (int64_t group = 0; group < groups; ++group) {  // groups have about equally many rows
         const int64_t row = of->count * group / groups;
         const int count = (int)(of->count * (group + 1) / groups - row);
         if (groups == 1) {
@@ -349,7 +350,7 @@ static void resps_linear(const RespsLinear* of) {
     }
 }
 
-// silu(gate) * up of rows [count, 2 * width] that hold both. The width is a multiple of LANES.
+// Computes silu(gate) * up for rows [count, 2 * width] that hold gate and up. The width is a multiple of LANES.
 static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < count; ++row) {
@@ -366,8 +367,8 @@ static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t wi
 // ---- attention
 
 enum {
-    MOST_QUERIES = 60,  // that read a tile of keys while it is in the nearest cache
-    MEMBERS = 4,  // nodes of a path that read a tile of its own together, at most
+    MOST_QUERIES = 60,  // maximum number of queries that read a tile of keys while it is in the L1 cache
+    MEMBERS = 4,  // maximum number of nodes in a group, which reads a tile of its own
 };
 
 typedef struct {
@@ -375,46 +376,47 @@ typedef struct {
     int64_t batch, head, place;  // strides
 } RespsStates;
 
-// Of a draft tree: after keys that all nodes read where they lie, tiles that the nodes of one path read alone.
+// Groups of nodes of a draft tree. All nodes read the shared keys; a group also reads a tile of keys of its own path.
 typedef struct {
-    int64_t count;  // of groups of nodes, each with a tile of its own
-    const int64_t *nodes, *slots;  // [batch, count, MEMBERS], and where the keys of the tile lie [batch, count, TILE]
-    const Bf16* masks;  // [batch, count * MEMBERS, TILE], the rows of a batch some distance apart
-    int64_t masks_batch;
-    const Bf16* sinks;  // [heads], scores that take a share of each query's weight; or none
+    int64_t count;  // number of groups
+    const int64_t *nodes, *slots;  // [batch, count, MEMBERS], and the slots of own tiles' keys [batch, count, TILE]
+    const Bf16* masks;  // [batch, count * MEMBERS, TILE]
+    int64_t masks_batch;  // stride of `masks` between the rows of a batch
+    const Bf16* sinks;  // [heads], scores that take a share of each query's weight; or null
 } RespsGroups;
 
 typedef struct {
-    RespsStates query, key, value, mask;  // no mask: everything is seen
+    RespsStates query, key, value, mask;  // without a mask all keys are visible
     RespsGroups own;
     Bf16* result;
     float scale;
-    int64_t mask_heads;  // of the mask that are one key head's; 0 where all key heads have the same
+    int64_t mask_heads;  // heads of the mask for each key head; 0 if all key heads have the same mask
     int64_t batch, heads, key_heads, count, length, width, value_width;
-    int64_t sharing, blocks, shared, tiles, padded;  // heads of one head of keys, blocks of queries, tiles, columns
-    int by_tiles;  // of AMX
+    // Query heads for each key head, blocks of queries, shared tiles of keys, all tiles of keys, columns of outputs.
+    int64_t sharing, blocks, shared, tiles, padded;
+    int by_tiles;  // whether AMX's tiles multiply
 } RespsAttention;
 
-// What queries have seen of some keys: weighted values, the largest score, and the sum of all weights.
+// Attention of queries to a part of the keys: weighted sums of values, the largest score, and the sum of all weights.
 typedef struct {
     float *outputs, *most, *total;
 } RespsSeen;
 
-// What one thread works with: queries of heads that share keys, those of a node one after another.
+// The data of one thread: queries of heads that share keys, ordered by node.
 typedef struct {
     Bf16 *queries, *keys, *values, *weights;
     RespsSeen of_tile, of_all;
-    int64_t batch, key_head, node, nodes;  // the first one, and how many
-    int count;
-    int rows[MOST_QUERIES + 1];  // where the queries of each node begin, and the last one's end
-    const Bf16* masks[MOST_QUERIES];  // of each query, its own
-    const Bf16* shown[MOST_QUERIES];  // what these say of the tile in hand
-    int64_t written[MOST_QUERIES];  // where the result of each goes
+    int64_t batch, key_head, node, nodes;  // `node` is the first node, `nodes` the number of nodes
+    int count;  // number of queries
+    int rows[MOST_QUERIES + 1];  // index of the first query of each node, and the number of all queries
+    const Bf16* masks[MOST_QUERIES];  // mask of each query
+    const Bf16* shown[MOST_QUERIES];  // the part of each mask for the present tile
+    int64_t written[MOST_QUERIES];  // index of each query's result
 } RespsQueries;
 
 RESPS_INLINE float resps_exp_of(float power) { return _mm512_cvtss_f32(resps_exp(_mm512_set1_ps(power))); }
 
-// [16 keys, 16 pairs] -> [16 pairs, 16 keys].
+// Transposes pairs of numbers: [16 keys, 16 pairs] -> [16 pairs, 16 keys].
 RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
     __m512i twos[LANES], fours[LANES];
     for (int i = 0; i < LANES; i += 2) {
@@ -439,10 +441,10 @@ RESPS_INLINE void resps_transpose(const __m512i* rows, __m512i* columns) {
     }
 }
 
-// Where a key or value of a tile stands: one after another, or as a path of a tree has them.
+// The slot of a tile's key: from `slots` for a path of a tree; without `slots` keys are contiguous.
 RESPS_INLINE int64_t resps_slot(const int64_t* slots, int64_t key) { return slots ? slots[key] : key; }
 
-// Keys as a block [width / 2, TILE, 2].
+// Rearranges the keys of a tile to a block [width / 2, TILE, 2].
 static void resps_pack_keys(
     Bf16* packed, const Bf16* keys, const Bf16* next, const int64_t* slots, int64_t stride, int64_t width,
     int64_t count) {
@@ -463,7 +465,7 @@ static void resps_pack_keys(
     }
 }
 
-// Values as blocks [TILE / 2, TILE, 2], each of TILE of their `width`; the last one may end earlier.
+// Rearranges the values of a tile to blocks [TILE / 2, TILE, 2], one for each TILE columns; the last may have fewer.
 static void resps_pack_values(
     Bf16* packed, const Bf16* values, const Bf16* next, const int64_t* slots, int64_t stride, int64_t width,
     int64_t count) {
@@ -490,7 +492,7 @@ static void resps_pack_values(
     }
 }
 
-// Whether any of `count` keys is seen. A mask hides by infinity, by the dtype's minimum or by half of that.
+// Whether the mask shows any of `count` keys. It hides a key by -inf, by the dtype's minimum or by half of the minimum.
 RESPS_INLINE int resps_sees(const Bf16* mask, int64_t count) {
     for (int64_t place = 0; place < count; place += LANES) {
         const __mmask16 read = resps_lanes(count - place);
@@ -500,10 +502,10 @@ RESPS_INLINE int resps_sees(const Bf16* mask, int64_t count) {
     return 0;
 }
 
-// What is hidden has a score of half the dtype's minimum or less, and no weight beside what is seen.
+// A hidden key has a score of half the dtype's minimum or less, and so no weight beside a visible key.
 #define RESPS_LEAST (-3e38f)
 
-// What some queries make of the scores [count, TILE] of a tile of `keys`.
+// Computes the softmax weights of some queries for a tile with `keys` keys, from the scores [count, TILE] in `sums`.
 RESPS_INLINE void resps_weigh(
     const int count, const RespsAttention* of, const RespsQueries* at, int row, int64_t keys, const __m512* sums) {
     for (int i = 0; i < count; ++i) {
@@ -556,7 +558,7 @@ static void resps_look_by_tiles(int count, const RespsAttention* of, const Resps
     }
 }
 
-// The queries from `row` to `end` look at the tile in hand.
+// Lets the queries from `row` to `end` attend to the present tile.
 static void resps_look(const RespsAttention* of, const RespsQueries* at, int row, int end, int64_t keys) {
     const int most = of->by_tiles ? LINES : TILE_ROWS, first = row, all = end - row, groups = (all + most - 1) / most;
     for (int group = 0; group < groups; ++group) {
@@ -574,7 +576,7 @@ RESPS_INLINE const Bf16* resps_own_mask(const RespsAttention* of, int64_t batch,
     return of->own.masks + batch * of->own.masks_batch + member * TILE;
 }
 
-// Whether a node reads any tile of its own path.
+// Whether a node sees any key in the own tile of a group.
 static int resps_asks(const RespsAttention* of, int64_t batch, int64_t node) {
     const int64_t members = of->own.count * MEMBERS;
     for (int64_t member = 0; member < members; ++member) {
@@ -584,7 +586,7 @@ static int resps_asks(const RespsAttention* of, int64_t batch, int64_t node) {
     return 0;
 }
 
-// Takes the queries of an item that see anything. The results of others are zeros.
+// Copies the queries of an item that have a visible key, and writes zeros as the results of its other queries.
 static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item) {
     const int64_t block = item % of->blocks, every = of->sharing * of->count, first = every * block / of->blocks;
     at->key_head = item / of->blocks % of->key_heads;
@@ -613,13 +615,13 @@ static void resps_begin(const RespsAttention* of, RespsQueries* at, int64_t item
     }
 }
 
-// Where keys or values begin that the queries of an item read.
+// The first of the keys or values that the queries of an item read.
 RESPS_INLINE const Bf16* resps_start(const RespsAttention* of, const RespsStates* states, int64_t item) {
     const int64_t head = item / of->blocks;
     return states->start + head / of->key_heads * states->batch + head % of->key_heads * states->head;
 }
 
-// Whether any query looks at a tile. The next one is fetched while this one is read.
+// Attends to a shared tile, prefetching the next one; returns whether any query sees a key of the tile.
 static int resps_shared_tile(const RespsAttention* of, RespsQueries* at, int64_t item, int64_t tile) {
     const int64_t key = tile * TILE, keys = resps_least(of->length - key, TILE);
     int is_seen = !of->mask.start;
@@ -641,7 +643,7 @@ static int resps_shared_tile(const RespsAttention* of, RespsQueries* at, int64_t
     return 1;
 }
 
-// The nodes of a group look at the tile of their path.
+// Lets the nodes of a group attend to the group's own tile.
 static void resps_own_tile(const RespsAttention* of, RespsQueries* at, int64_t item, int64_t group) {
     int first[MEMBERS], end[MEMBERS], is_seen = 0;
     for (int i = 0; i < MEMBERS; ++i) {
@@ -667,7 +669,8 @@ static void resps_own_tile(const RespsAttention* of, RespsQueries* at, int64_t i
     }
 }
 
-// Softmax in one pass over keys (Milakov and Gimelshein 2018, section 3.1): tile by tile, always in the same order.
+// Merges the attention to one tile, `seen`, into the attention to all tiles before: softmax in one pass over the keys
+// (Milakov and Gimelshein 2018, section 3.1), always in the same order of tiles.
 static void resps_merge(const RespsAttention* of, const RespsQueries* at, const RespsSeen* seen) {
     const RespsSeen* all = &at->of_all;
     for (int first = 0; first < at->count; first += LANES) {
@@ -706,7 +709,7 @@ static void resps_begin_all(const RespsAttention* of, const RespsQueries* at) {
     __builtin_memset(at->of_all.outputs, 0, at->count * of->padded * sizeof *at->of_all.outputs);
 }
 
-// Writes the results of queries that have seen all that they may.
+// Writes the results of queries after their last tile.
 static void resps_end(const RespsAttention* of, const RespsQueries* at) {
     for (int row = 0; row < at->count; ++row) {
         Bf16* result = of->result + at->written[row] * of->value_width;
@@ -723,13 +726,13 @@ RESPS_INLINE RespsSeen resps_seen_at(float* place, int64_t rows, int64_t padded)
     return seen;
 }
 
-// Every thread takes as many tiles as the others, one after the other over all rows, heads and blocks of queries. What
-// is seen of a tile is merged in the order of the tiles, whoever looked at it: so the number of threads changes no bit.
-// The queries that a thread begins or ends with may be another's, too. Of these each tile's is kept, and the first
-// thread of theirs merges it.
+// An item is one block of queries of one key head in one row, with all its tiles. The tiles of all items, in order, are
+// split evenly among the threads. Results of tiles are merged in the order of the tiles, whichever thread computed
+// them, so the number of threads changes no bit. If several threads share an item, they keep the result of each tile,
+// and the first of these threads merges all of them.
 static int resps_attend_to_all(const RespsAttention* of) {
     const int64_t threads = omp_get_max_threads(), rows = resps_least(of->sharing * of->count, MOST_QUERIES);
-    const int64_t seen = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // floats
+    const int64_t seen = (rows * (of->padded + 2) + LANES - 1) / LANES * LANES;  // number of floats
     const int64_t halves = (rows * of->width + TILE * (of->width + of->padded) + LINES * TILE) / 2;
     const int64_t own = 2 * seen + (halves + LANES - 1) / LANES * LANES;
     const int64_t items = of->batch * of->key_heads * of->blocks, tiles = items * of->tiles;
@@ -756,7 +759,7 @@ static int resps_attend_to_all(const RespsAttention* of) {
             shared = is_whole ? 0 : memory + threads * own + resps_least(owner, item) * of->tiles * seen;
             resps_begin(of, &at, item);
             if (is_whole) resps_begin_all(of, &at);
-            int is_first = is_whole && !of->own.sinks;  // what is merged with nothing stays as it is
+            int is_first = is_whole && !of->own.sinks;  // the first tile needs no merging
             for (; tile < end; ++tile) {
                 const int is_shared = tile - start < of->shared, is_all = is_first && is_shared;
                 at.of_tile = is_whole ? scratch : resps_seen_at(shared + (tile - start) * seen, rows, of->padded);
@@ -784,7 +787,8 @@ static int resps_attend_to_all(const RespsAttention* of) {
     return 1;
 }
 
-// As few as there may be, or some more that all threads can share: to merge what another saw takes as long as to see it.
+// The number of blocks of queries: the fewest possible, or a few more if items then divide evenly among the threads.
+// Threads that share an item must merge its tiles, which takes as long as attending to them.
 static int64_t resps_blocks(const RespsAttention* of) {
     const int64_t rows = of->sharing * of->count, threads = omp_get_max_threads(), items = of->batch * of->key_heads;
     const int64_t fewest = (rows + MOST_QUERIES - 1) / MOST_QUERIES;
@@ -806,7 +810,7 @@ static int resps_attend(RespsAttention* of, int64_t tiles_from) {
 
 #ifdef RESPS_ALONE
 
-// ---- what kernels.py calls
+// ---- functions that kernels.py calls
 
 int resps_run_alone(
     const void* rows, const void* packed, const void* bias, void* result, int64_t count, int64_t depth, int64_t width,
@@ -817,7 +821,7 @@ int resps_run_alone(
     return 1;
 }
 
-// Of one row, whose states are contiguous; without a mask.
+// Attends in one row, with contiguous states and without a mask.
 int resps_attend_alone(
     const void* query, const void* key, const void* value, void* result, int64_t heads, int64_t key_heads,
     int64_t count, int64_t length, int64_t width, float scale, int64_t tiles_from) {
@@ -835,7 +839,7 @@ int resps_attend_alone(
 
 #else
 
-// ---- what inductor calls
+// ---- functions that inductor's code calls
 
 enum { MOST_DIMENSIONS = 8 };
 
@@ -905,14 +909,14 @@ static int resps_read(AtenTensorHandle tensor, RespsStates* states, int64_t** si
         aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_data_ptr(tensor, &start)) {
         return 0;
     }
-    int64_t steps[3];  // a size of 1 is shown again and again
+    int64_t steps[3];  // a dimension of size 1 is broadcast
     for (int i = 0; i < 3; ++i) steps[i] = (*sizes)[i] > 1 ? strides[i] : 0;
     const RespsStates read = {(const Bf16*)start, steps[0], steps[1], steps[2]};
     *states = read;
     return strides[3] == 1 || (*sizes)[3] == 1;
 }
 
-// What both kinds of attention read and write, but for the mask.
+// Reads the inputs that both kinds of attention have, without the mask, and makes their result.
 static AOTITorchError resps_prepare_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, double scale, RespsAttention* of,
     AtenTensorHandle* result) {
@@ -949,7 +953,7 @@ AOTITorchError aoti_torch_cpu_bf16_attention(
     return resps_attend(&of, tiles_from) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
-// Contiguous numbers [batch, any, width].
+// Reads contiguous integers [batch, count, width]; returns 0 if sizes or strides differ.
 static int resps_read_numbers(
     AtenTensorHandle tensor, int64_t batch, int64_t count, int64_t width, const int64_t** start) {
     void* read;
