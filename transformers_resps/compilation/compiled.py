@@ -259,7 +259,7 @@ def callers_settings(device_type: str) -> tuple[Hashable, ...]:
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.fp32_precision,  # PyTorch's common getter raises where these two differ
+        torch.backends.cuda.matmul.fp32_precision,  # PyTorch's common getter raises if these two differ
         torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
     )
 
@@ -278,7 +278,7 @@ def _with_own_code(function: _Function) -> _Function:
     """Copy a function and its code object.
 
     `torch.compile` finds compiled code by code object, which all closures of one `def` share, and by guards. With so
-    few guards, one model would run code with another model's weights, or a call under autocast code without it.
+    few guards, a model would run code with another model's weights, and autocast would have no effect.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()

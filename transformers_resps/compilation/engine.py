@@ -78,7 +78,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Lend the engine, or `None` while another call uses it; code for other weights than the present is dropped.
+        """Lend the engine, or `None` while another call uses it. Code that was compiled for other weights is dropped.
 
         If `waits` is false, the call gets only code that is ready, and never waits for a compiler.
         """
@@ -251,7 +251,7 @@ def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | No
 
 
 def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether a tensor was made in inference mode if this call runs in it, and outside it if the call does not.
+    """Whether a tensor is an inference tensor exactly if this call runs in inference mode.
 
     PyTorch compiles again for tensors of the other mode, and refuses to write inference tensors outside the mode.
     """
@@ -262,7 +262,9 @@ _SAMPLED = 4  # Values of each tensor in a fingerprint. Only they reveal a write
 
 
 class WeightFingerprint:
-    """Shows by `==` whether a module has changed: addresses, versions and some values of its tensors, or its mode.
+    """Records a module's state, so that `==` detects changes of its mode or its tensors.
+
+    Tensors are compared by address, version and some values.
 
     Compiled code holds weights as constants or by their addresses, and would ignore `load_state_dict`, `.to(...)`, a
     merged adapter or a switch to training. Any `setting` is compared, too.

@@ -103,7 +103,7 @@ def bf16_attention(
     """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding, as `[b, q, heads, vd]`.
 
     `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`. `mask`, `[b or 1,
-    1 or heads that share keys, q, t]`, is added to the scores; `None` hides nothing. A query without a visible key
+    1 or heads / kv heads, q, t]`, is added to the scores; `None` hides nothing. A query without a visible key
     gets zeros. `tiles_from` is set when the code is compiled; see `Choice`: queries that share keys count as rows.
     """
     if mask is not None and mask.shape[1] > 1:

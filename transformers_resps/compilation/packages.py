@@ -103,7 +103,7 @@ def remove_packages(packages: Sequence[StoredPackage]) -> None:
     """Remove packages, and the folders that they leave empty."""
     for package in packages:
         shutil.rmtree(package.path, ignore_errors=True)
-        with suppress(OSError):  # It holds other packages.
+        with suppress(OSError):  # the folder is not empty
             package.path.parent.rmdir()
 
 
@@ -194,7 +194,7 @@ class ModulePackages:
                 try:
                     Path(partial).rename(path)
                 except OSError:
-                    if not path.is_dir():  # If it is, another process was faster.
+                    if not path.is_dir():  # if it exists, another process was faster
                         raise
             remove_packages(stored_packages(path.parent.parent)[KEPT:])
         except OSError as fault:
@@ -504,7 +504,7 @@ def sealed(manifest: _Manifest) -> _Manifest:
 
 
 def _manifest(path: Path) -> _Manifest | None:
-    """Read the manifest of a package; `None` where it is damaged."""
+    """Read the manifest of a package; return `None` if it is damaged."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         seal = manifest.pop("seal")
@@ -582,7 +582,7 @@ def _configs(module: nn.Module) -> list[str]:
 
 
 def _sources(module: nn.Module) -> list[str]:
-    """Return the bytecode of all modules' forwards and hooks, since users may patch them; Transformers' hooks vary."""
+    """Return the bytecode of all modules' forwards and hooks, which users may patch, without Transformers' hooks."""
     marks = set()
     for part in module.modules():
         own = [vars(part).get("forward"), *part._forward_hooks.values(), *part._forward_pre_hooks.values()]

@@ -62,7 +62,7 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Move tensors into huge pages that they fill at least by half; return the number of bytes moved.
+    """Move tensors into huge pages that they fill at least by half; return the bytes that now lie in them.
 
     Values and addresses stay the same. Other memory within such a page moves, too, and its unused parts become zeros.
     Tensors on other devices, in files or in shared memory are not moved.

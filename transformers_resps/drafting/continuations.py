@@ -32,7 +32,7 @@ _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome i
 
 
 def length_class(length: int) -> int:
-    """Return the class of a match of `length` tokens, at least one."""
+    """Return the class of a match, which is a repetition of the text's last `length` tokens, at least one."""
     return bisect_right(_LENGTHS, length) - 1
 
 
@@ -252,7 +252,7 @@ class Continuations:
     def branches(self, most: int, least_prob: float) -> Branches:
         """Return the `most` best nodes. A node below `least_prob` gets probability 0, unless a descendant is above it.
 
-        Nodes that the other drafter proposed, too, keep theirs, since a policy may shorten the other drafter's tree.
+        Nodes that the other drafter proposed, too, keep their probability, since a policy may shorten that tree.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside

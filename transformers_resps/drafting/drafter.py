@@ -82,7 +82,7 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Note the tokens that were added to the text."""
+        """Take note of tokens that were added to the text."""
 
     @overload
     def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...

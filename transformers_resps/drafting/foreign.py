@@ -110,7 +110,7 @@ class ForeignDrafter(Drafter):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Record which tokens of the newest chain were right, and tell the generator how many of those verified."""
+        """Record which tokens of the newest chain were right, and tell the generator how many were."""
         chain, self._chain = self._chain, []
         if not chain or committed is None or committed.tree is None:
             return

@@ -1,6 +1,6 @@
 """A table of the kinds of drafters with weights: a row lists all that other modules need to know about one kind.
 
-Most of their classes are in packages that import this one, so a row holds the names of classes and imports them late.
+Most of their classes are in packages that import this one, so a row holds class names and imports on demand.
 """
 
 from collections.abc import Callable, Mapping

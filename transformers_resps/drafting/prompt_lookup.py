@@ -86,7 +86,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Odds of the best nodes, in descending order; after `weigh_beside` of the nodes that the drafter lacks."""
+        """Odds of the best nodes, in descending order; after `weigh_beside`, only of nodes the other drafter lacks."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)

@@ -195,7 +195,7 @@ class SuffixMemory(DraftSource):
             )
 
     def _forget(self, surplus: int) -> None:
-        """Drop the `surplus` oldest tokens, and the rest of the text in which the last of them is."""
+        """Drop the `surplus` oldest tokens, and the rest of a text that would otherwise be cut."""
         if surplus <= 0:
             return
         self._conversations = []  # their texts may be dropped
@@ -207,7 +207,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Return the newest segments, from the first that is not much larger than the newer ones, to keep them few."""
+        """Return the segments to merge: all from the first that is not much larger than its successors together."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):

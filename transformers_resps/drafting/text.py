@@ -205,7 +205,7 @@ class DraftText:
         self._cache.keep_rows(order)
 
     def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
-        """Assign slots to all waiting tokens, and return them, or `None` if there are none, and the text.
+        """Assign cache slots to all waiting tokens; return these tokens (`None` if there are none) and the text.
 
         Args:
             ahead: number of positions after the text that the draft needs.
