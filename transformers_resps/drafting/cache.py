@@ -190,7 +190,7 @@ class _CacheEntries(Entries):
         return self._made[:, :, -queries:]
 
     def _is_plain(self, queries: int) -> bool:
-        """Whether no mask is needed: the queries attend to all entries, or causally from the text's first token on."""
+        """Whether no mask is needed: a query attends to all entries, or the pass is causal and begins at slot 0."""
         if self._drafted is not None:
             return queries == 1
         return not isinstance(self._where, Tensor) and (queries == 1 or self._where == 0)

@@ -148,7 +148,7 @@ class _Occurrences:
         return [followers[token]] if token in followers else []
 
     def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """Like `judge`, but record only followers that are not among the tokens `drafted` by another drafter here."""
+        """Like `judge`, but record only followers that are missing in `drafted`, another drafter's proposals here."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             if own not in drafted:

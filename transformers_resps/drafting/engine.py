@@ -69,7 +69,7 @@ class DraftEngine(CompileEngine[StepModel]):
         """Draft like `Draft.__call__`, by a captured graph, by compiled passes, or eagerly.
 
         Returns:
-            The root, the pool, and the tree if a graph made it, otherwise `None`. The next draft overwrites them.
+            The root, the pool, and the tree if a graph made it, otherwise `None`. They are valid until the next draft.
         """
         captures = self._capture is not None or self.owner.device.type == "cuda"
         count = 0 if pairs is None else pairs.tokens.shape[1]

@@ -15,7 +15,7 @@ from .step_model import StepModel
 
 
 class Root(NamedTuple):
-    """A model's results for the newest tokens, below which it drafts."""
+    """A draft model's results for the newest token of each row, below which it drafts a tree."""
 
     tokens: Tensor  # [b] the newest tokens
     output: Tensor  # [b, 1, h] output of depth 0
