@@ -1,1 +1,1 @@
-"""The exact mode: its attention, experts, steps, prompts and refusals, and how many rows its kernels need."""
+"""The exact mode (`invariant=True`): its attention, experts, steps and errors, and how many rows its kernels need."""

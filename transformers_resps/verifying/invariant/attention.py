@@ -1,13 +1,13 @@
 """Attention whose result for a token depends only on its own text, not on the other tokens of the forward.
 
-A kernel chooses by the shape of the whole problem in which order it sums the keys of a row, and in low precision
-another order may give another text. Here the keys lie in blocks that begin at fixed places of the text, and PyTorch's
-kernel gets each block as a problem of one size. A softmax over the log-sum-exps of the blocks, in float64, joins their
-results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
+A kernel chooses by the shape of the whole problem in which order it sums a row's keys, and in low precision another
+order may change the text. Here the keys are cut into blocks of one size at fixed places of the text, and PyTorch's
+kernel computes each block by itself. A softmax over the log-sum-exps of the blocks, in float64, joins their results,
+as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-All nodes of a tree share the blocks that end before its root. A block after this border is gathered for each path,
-from the text and the path's nodes, for nodes of that path only. So a node gets the bits that it would get as text,
-alone or in a long prompt.
+All nodes of a tree share the blocks that end before its root; the place after them is the border. A later block is
+gathered for each path by itself, from the text and the path's nodes, and only nodes of that path query it. So a node
+gets the same bits as a token of plain text, alone or in a long prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,47 +28,47 @@ from ..masks import AttentionPattern, additive
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
-LENT = (STOCK, GROUPED, INVARIANT)  # names that a target of `sdpa` has while calls in other threads run it
+LENT = (STOCK, GROUPED, INVARIANT)  # attention of an `sdpa` target, perhaps changed by other threads' calls
 BLOCK = 64  # keys of a block
 _ROWS = 4  # nodes that query a path's block together
-# PyTorch's kernel on a CPU takes 32 query rows at a time, and MKL multiplies a rest of one to three in another order,
-# one to seven with `MKL_CBWR=COMPATIBLE`.
+# Query rows are filled up to a multiple of this. PyTorch's CPU kernel takes 32 rows at a time, and MKL sums the last
+# one to three rows (one to seven with `MKL_CBWR=COMPATIBLE`) in another order.
 _MULTIPLE = 8
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layout for the last nodes of a tree: few serve all trees, whose values stay on the device."""
+    """Sizes of a layout for the last nodes of a tree. The host knows them; the tree's values stay on the device."""
 
-    asking: int  # the last nodes, which this forward computes; earlier ones lie in their slots already
-    blocks: int  # shared blocks
-    levels: int  # most blocks that a path has after the border; see `levels_below`
+    asking: int  # number of last nodes, which this forward computes; earlier nodes' entries are in their slots
+    blocks: int  # number of shared blocks
+    levels: int  # largest number of blocks that a path has after the border; see `levels_below`
 
 
 def levels_below(place: int, depth: int) -> int:
-    """Count the blocks that hold the nodes of a tree, from its root's place in the text and its depth."""
+    """Count the blocks that a tree's nodes touch, given its root's place in the text and its depth."""
     return (place % BLOCK + depth) // BLOCK + 1
 
 
 class BlockLayout(NamedTuple):
-    """Blocks of buffers that the nodes of a tree, or the tokens of a prompt, attend to, in the order of the text.
+    """Which blocks of keys the nodes of a tree, or the tokens of a prompt, attend to.
 
-    The entry of place i of the text lies in slot i, and that of node i in the slot i after the root's place.
+    Token i of the text has slot i in the buffers, and node i the slot i after the root's place in the text.
     """
 
     shared: Tensor  # [blocks, BLOCK], places of the blocks that all nodes share
-    ends: Tensor  # [b, n], the place where these blocks end for a node
+    ends: Tensor  # [b, n], the first place in these blocks that is hidden from a node
     order: Tensor  # [any], the real nodes, which come first; padding nodes get a copy of the last one's result
     groups: Tensor  # [b, g, _ROWS], nodes of one path that query one of its blocks together
     places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
     slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
     starts: Tensor  # [b, g], place of the block's first entry
-    asked: Tensor  # [levels, b, n], index of a node in its row's groups, for each path's block that it queries; or -1
+    asked: Tensor  # [levels, b, n], index of a node in its row's groups, for each block of its path; or -1
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
-        """Lay out tokens at `depths` `[b, n]` after the places `roots` `[b, 1]` as text: all blocks are shared.
+        """Make the layout of text at `depths` `[b, n]` after places `roots` `[b, 1]`: all blocks are shared.
 
-        All tensors are on the host. For `least` see `of_tree`; its groups and levels are empty here.
+        All tensors are on the CPU. For `least` see `of_tree`; here its groups and levels are empty.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
@@ -79,10 +79,10 @@ class BlockLayout(NamedTuple):
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "BlockLayout":
-        """Lay out a `DraftTree` below the places `roots` `[b, 1]`. All tensors are on the host.
+        """Make the layout of a `DraftTree` whose roots have the places `roots` `[b, 1]`. All tensors are on the CPU.
 
-        There are at least `least` blocks, groups and levels: compiled code gets two, since sizes of 0 and 1 would be
-        compiled apart.
+        There are at least `least` blocks, groups and levels. Compiled code gets two of each, since sizes of 0 and 1
+        would need code of their own.
         """
         rows = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
         read = [_RowLayout(*row) for row in rows]
@@ -98,19 +98,19 @@ class BlockLayout(NamedTuple):
 
     @classmethod
     def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "BlockLayout":
-        """Lay out the last nodes of a tree like `of_tree`, without a transfer from the device."""
+        """Make the layout of a tree's last nodes like `of_tree`, but on the device, without a transfer to the host."""
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
         places, first, levels = roots + depths, count - sizes.asking, sizes.levels
         is_padding = (depths == 0) & (order > 0)
         is_leaf = (ancestors.sum(dim=1) == 1) & ~is_padding
         ranks = is_leaf.cumsum(dim=1) - 1
-        path = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1)).clamp(min=0)  # its first one
-        block = (places - border) // BLOCK  # after the border
+        path = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1)).clamp(min=0)  # the first one
+        block = (places - border) // BLOCK  # counted from the border
         level = torch.arange(levels, device=depths.device)[:, None]
         is_silent = is_padding | (order < first)
         is_silent = ((level > block[:, None]) | is_silent[:, None]).flatten(1)  # [b, levels * n]
-        cell = (path[:, None] * levels + level).flatten(1)  # a block of a path
+        cell = (path[:, None] * levels + level).flatten(1)  # index of a path's block
         members = (cell[..., None] == torch.arange(count * levels, device=cell.device)) & ~is_silent[..., None]
         needed = _rounded_up(members.sum(dim=1), _ROWS)
         before = (needed.cumsum(dim=1) - needed).gather(1, cell)
@@ -137,19 +137,19 @@ class BlockLayout(NamedTuple):
         return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
-        """Turn the nodes from `count` on into padding, which sees nothing in compiled code."""
+        """Turn the nodes from `count` on into padding; in compiled code they then see nothing."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 class _RowLayout:
-    """The `BlockLayout` of one row in Python numbers, which for few nodes are faster than tensors."""
+    """The `BlockLayout` of one row as Python lists, which are faster than tensors for few nodes."""
 
     def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
         border, own = root // BLOCK * BLOCK, root % BLOCK
         self.groups, self.places = list[list[int]](), list[list[int]]()
-        self.paths, self.starts = list[list[int]](), list[int]()  # paths: `[g, n + 1]` nodes, filled up with roots
+        self.paths, self.starts = list[list[int]](), list[int]()  # `[g, n + 1]` path nodes, then roots
         count = len(depths)
         nodes = [node for node, depth in enumerate(depths) if depth or not node]  # without padding
         paths = {node: list(compress(range(count), ancestors[node])) for node in nodes}
@@ -187,7 +187,7 @@ class _RowLayout:
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """List the nodes of `paths` `[b, g]`, numbered by their leaves: `[b, g, n + 1]`, filled up with roots."""
+    """List the nodes of `paths` `[b, g]`: `[b, g, n + 1]`, filled up with roots. Path i ends at the i-th leaf."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
@@ -197,9 +197,9 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 
 
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
-    """List the slots of blocks that begin at the places `starts` `[b, g]` on paths of `nodes` `[b, g, n + 1]`.
+    """List the slots of blocks that begin at the places `starts` `[b, g]`, on paths with `nodes` `[b, g, n + 1]`.
 
-    After the end of a path the root's slot is repeated, which the mask hides.
+    After a path's end the root's slot is repeated; the mask hides these repetitions.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -223,14 +223,14 @@ def _filled_up(part: Tensor, dim: int) -> Tensor:
 
 
 class _QueryRows(NamedTuple):
-    """Query rows of one layer type: the heads of some nodes that share keys, one after another."""
+    """The query rows of one kernel call: for some nodes, the heads that share a key head, one after another."""
 
     heads: Tensor  # [any * b * kv heads * rows], indices into the queries [b * n * heads, hd]
     mask: Tensor  # [blocks, 1 or b * kv heads, rows, BLOCK], additive
-    step: int = 0  # heads from one key head's first row to the next one's, if the rows need not be copied; else 0
+    step: int = 0  # if rows need no copy: heads from a key head's first row to that of the next; else 0
 
     def gathered(self, queries: Tensor, key_heads: int) -> Tensor:
-        """Pick the rows, `[blocks or 1, b * kv heads, rows, hd]`: 1 where all blocks get the same."""
+        """Pick the query rows `[blocks or 1, b * kv heads, rows, hd]`; 1 if all blocks get the same rows."""
         count, size, distance = self.mask.shape[2], queries.shape[1], queries.stride(0)
         if self.step:
             return queries.as_strided((1, key_heads, count, size), (0, self.step * distance, distance, 1))
@@ -238,31 +238,31 @@ class _QueryRows(NamedTuple):
 
 
 class _OwnReads(NamedTuple):
-    """Query rows of groups and the blocks of their paths."""
+    """The query rows of all groups, and the entries of their paths' blocks."""
 
     rows: _QueryRows
     entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' entries among [b * kv heads * slots]
-    places: Tensor  # [levels * rows * b * kv heads], the rows over shared blocks among [g, rows, b * kv heads]
-    is_missing: Tensor | None  # [levels, rows, b * kv heads], rows without a block; `None` where all have one
+    places: Tensor  # [levels * rows * b * kv heads], indices into [g, rows, b * kv heads], in the shared rows' order
+    is_missing: Tensor | None  # [levels, rows, b * kv heads], true for rows without a block; `None` if there are none
 
     def gathered(self, states: Tensor) -> Tensor:
-        """Gather `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
+        """Gather the blocks' entries `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
         entries = states.flatten(0, 2).index_select(0, self.entries)
         return entries.view(-1, states.shape[0] * states.shape[1], BLOCK, states.shape[3])
 
 
 class _LayerReads(NamedTuple):
-    """Query rows of a layer type over shared blocks and, if there are groups, over their own."""
+    """The query rows of a layer type over shared blocks and, if there are groups, over the groups' blocks."""
 
     shared: _QueryRows
-    order: Tensor  # [b * n * heads], sorts the results [rows * b * kv heads] by nodes
+    order: Tensor  # [b * n * heads], indices that sort the results [rows * b * kv heads] by nodes
     own: _OwnReads | None
 
 
 class BlockReads:
-    """Query rows and masks of a layout on the device, made once for all equal layers of a forward.
+    """Makes the query rows and masks of a layout, once for all equal layers of a forward.
 
-    `places` `[b, n]` are the nodes' places in the text, and `dtype` is the queries'.
+    `places` `[b, n]` are the nodes' places in the text; `dtype` is that of the queries.
     """
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
@@ -283,14 +283,14 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of keys up to the `last` place."""
+        """Make the additive mask of queries at `places`: they see keys up to the place `last`, if the pattern does."""
         seen = pattern.mask(places, keys, keys <= last)
-        # Kernels on a GPU multiply scores by log2(e): the minimum itself would become infinite there, and they give a
-        # block without any key the log-sum-exp 0.
+        # Half the dtype's minimum, since kernels on a GPU multiply scores by log2(e). The minimum would become
+        # infinite there, and a block with only infinite scores would get the log-sum-exp 0.
         return additive(seen, self._dtype, hidden=torch.finfo(self._dtype).min / 2)
 
     def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
-        """Lay out the entries for layers of this mask, these heads and buffers of `slots` slots."""
+        """Make, or find again, the reads of layers with this mask, these heads and buffers of `slots` slots."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -333,7 +333,7 @@ class BlockReads:
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _QueryRows:
-        """Make query rows of nodes `[any, b, r]` with masks `[any, b, r, BLOCK]`; heads that share keys adjoin."""
+        """Make query rows of `nodes` `[any, b, r]` with a mask `[any, b, r, BLOCK]`; heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # later heads fill up its rows
@@ -360,11 +360,12 @@ def invariant_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over buffers by the layout in `resps_reads`, or by `grouped_attention` in a forward of another thread.
+    """Compute attention over buffers block by block, by the layout in `resps_reads`.
 
     `query` is `[b, heads, n, hd]`. `key` and `value` are `[b, kv heads, slots, hd]`, the nodes' own entries included;
     `hd` of values may be smaller. `attention_mask` is from `BlockReads.mask`, `scaling` is `hd ** -0.5` when `None`,
-    and `s_aux` `[heads]` are scores of attention sinks. There is no dropout, since the mode is for evaluation.
+    and `s_aux` `[heads]` are scores of attention sinks. Dropout is ignored. Another thread's forward, which passes no
+    `resps_reads`, gets `grouped_attention`.
 
     Returns `[b, n, heads, hd of values]`, and `None` for the weights.
     """
@@ -407,7 +408,7 @@ def _shared_entries(states: Tensor, blocks: int) -> Tensor:
 def _attended(
     queries: Tensor, rows: _QueryRows, entries: list[Tensor], scaling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend to each block of keys and values, `[blocks, b * kv heads, BLOCK, hd]`; values may be narrower.
+    """Compute attention within each block of keys and values, `[blocks, b * kv heads, BLOCK, hd or less]`.
 
     Returns the log-sum-exps `[blocks, rows, b * kv heads]` and the results `[blocks, rows, b * kv heads, hd]`, in the
     order in which a CPU's kernel writes them.
@@ -422,7 +423,7 @@ def _attended(
             asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
         )
         return sums.transpose(1, 2), attended.transpose(1, 2)
-    # The one kernel with a mask that is chosen by the size of heads, not by the number of rows (`cutlassF.h`).
+    # The only kernel that takes a mask and is chosen by the size of heads, not by the number of rows (`cutlassF.h`).
     mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
     attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         asking, keys, values, mask, True, scale=scaling
@@ -431,7 +432,7 @@ def _attended(
 
 
 def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the results of groups into the order of the rows over shared blocks."""
+    """Sort the results of groups into the order of the rows over shared blocks."""
     levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], states.shape[-2:]
     states = states.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)
@@ -439,12 +440,12 @@ def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Te
 
 
 def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Sum the parts `[blocks, ...]` with their weights, one after another, in float64."""
+    """Multiply the parts `[blocks, ...]` by their weights and sum them one after another, in float64."""
     return _widened(parts).mul_(weights[..., None]).sum(dim=0)
 
 
 def _widened(parts: Sequence[Tensor]) -> Tensor:
-    """Join the parts `[blocks, ...]` in float64."""
+    """Concatenate the parts `[blocks, ...]` in float64."""
     if len(parts) == 1:
         return parts[0].double()
     joined = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:], dtype=torch.float64)
@@ -456,7 +457,7 @@ def _widened(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _weights(sums: Tensor, sinks: Tensor | None, sharing: int) -> Tensor:
-    """Weigh each block by the log-sum-exps of its scores `[blocks, rows, b * kv heads]`, in float64."""
+    """Compute each block's weight, in float64, from the log-sum-exps of its scores, `[blocks, rows, b * kv heads]`."""
     if sinks is None:
         return sums.softmax(dim=0, dtype=torch.float64)
     _, count, key_heads = sums.shape
@@ -471,9 +472,9 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Let a target of `sdpa`, or one that knows only `eager`, attend by `invariant_attention` inside `with`.
+    """Let the target attend by `invariant_attention` inside a `with` block. Only one thread at a time may do so.
 
-    One thread may do so at a time. It outranks `use_gqa_attention` of other threads, which knows no `BlockReads`.
+    It has priority over `use_gqa_attention` in other threads, whose attention takes no `BlockReads`.
     """
     with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield

@@ -1,6 +1,6 @@
-"""Refuse calls that the exact mode cannot serve, by name and before any work; compose the verifiers of all others.
+"""Raise for calls that the exact mode (`invariant=True`) cannot serve, and make the verifiers of all others.
 
-Whether the caller's processors, criteria or layers read the clock or other rows cannot be seen (docs/same-text.md).
+Callers' processors, criteria or layers that read the clock or other rows cannot be noticed (docs/same-text.md).
 """
 
 import logging
@@ -44,7 +44,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]  # the part of the call that is refused, and the way out
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-TRIED_DEVICES = ("cpu",)  # where the mode has run. For GPUs it is written: tests/lossless/test_gpu.py, `make gpu`
+TRIED_DEVICES = ("cpu",)  # where the mode has run; for GPUs see tests/lossless/test_gpu.py and `make gpu`
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -117,7 +117,7 @@ def _of_call(
 
 
 def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
-    """Refuse autocast inside the model's forward, which only dtypes show: `Accelerator.prepare` leaves it there."""
+    """Raise a `ValueError` if the entries' dtype shows autocast inside the forward, as after `Accelerator.prepare`."""
     dtypes = {str(part.dtype) for part in parts_of(engine.pattern(model))}
     odd = sorted(dtypes - {str(model.dtype)})
     if odd:
@@ -133,9 +133,9 @@ def _holds(kind: type, given: Iterable[Any] | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class InvariantMode(VerifyingMode):
-    """Verifies over slots so that the logits of a node are those of its text, whatever else is in the forward."""
+    """Verifies trees so that a node's logits depend only on its own text, not on the other tokens of a forward."""
 
-    target_engine: SlotEngine  # the target's, lent to a call or not
+    target_engine: SlotEngine  # the target's engine, even if another call uses it
     code: ModelCode  # shared by all calls of the model
     needs: RowNeeds
     compiles: bool = False  # whether steps run compiled
@@ -163,12 +163,12 @@ class InvariantMode(VerifyingMode):
 
 
 class InvariantCalls:
-    """Remembers how the `invariant=True` calls of one model ran, which caches they filled, and their code."""
+    """Remembers how the `invariant=True` calls of one model ran, the caches that they filled, and their code."""
 
     def __init__(self, engine: SlotEngine) -> None:
         self._engine, self.code, self._row_classes = engine, ModelCode(), RowClasses()
-        self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # positions
-        self._first = dict[str, Any]()  # how the first one ran
+        self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # cache -> filled positions
+        self._first = dict[str, Any]()  # settings of the first call
         self._warned = set[str]()
         self._has_same_bits = False  # whether that was checked
 
@@ -180,10 +180,10 @@ class InvariantCalls:
         media: Sequence[str] = (),
         compile: bool | str | None = None,
     ) -> None:
-        """Refuse a target or a call whose text would depend on its drafts, by a `ValueError`.
+        """Raise a `ValueError` for a target or a call whose text could depend on its drafts.
 
-        Warn, once for each, of settings that round otherwise than those of the first call. `setting` maps the name of
-        a generation setting to the value that `generate` resolves. `media` names the arguments that hold images,
+        Warn once of each setting that may change rounding and differs from the first call's. `setting` maps the name
+        of a generation setting to the value that `generate` resolves. `media` names the arguments that hold images,
         sounds or embeddings of prompts.
         """
         call = _of_call(setting, arguments, media, compile)
@@ -218,13 +218,13 @@ class InvariantCalls:
         return needs
 
     def note(self, cache: Cache, is_invariant: bool) -> None:
-        """Note that a call has filled a cache, in this mode or not."""
+        """Remember whether the call that filled a cache ran in this mode."""
         self._filled.pop(cache, None)
         if is_invariant:
             self._filled[cache] = cached_length(cache)
 
     def _check_cache(self, cache: Any) -> None:
-        """Refuse a cache with entries that this mode has not computed; a cropped one serves."""
+        """Raise a `ValueError` if a cache has entries that this mode did not compute; cropped caches are accepted."""
         if cache is not None and cached_length(cache) > self._filled.get(cache, 0):
             raise ValueError(
                 f"`invariant=True` goes on from a cache that only such calls of this model have filled, and this "

@@ -1,8 +1,8 @@
-"""Mixtures of experts in which the result of a token does not depend on the tokens beside it.
+"""Compute mixtures of experts so that a token's result does not depend on the other tokens of a forward.
 
-The other tokens of a forward decide how many rows an expert gets, and another number of rows may round otherwise. Here
-an expert's rows are filled up to a number that rounds alike, and a token adds the results of its experts in its own
-order. Transformers' modules of experts look up their function at each forward, so they can be given this one.
+The other tokens decide how many rows an expert gets, and another number of rows may round differently. Here each
+expert's rows are filled up to a number that rounds alike, and the results of a token's experts are added in the
+token's own order. Transformers' expert modules look up their function at each forward, so that we can replace it.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
 def multiply_segments(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
-    """Multiply each segment of `rows` `[s, i]` by its own weight, of `[experts, i, o]`, into a new `[s, o]`.
+    """Multiply each expert's segment of `rows` `[s, i]` by the expert's weight, of `[experts, i, o]`: `[s, o]`.
 
-    It is one operator, so that compiled code need not know the segments. `ends` `[experts]` are the ends of the
-    segments, in order. Each product has a multiple of `least` rows: a shorter segment takes rows beside it along, and
-    their results are dropped.
+    This is one operator, so that compiled code need not know the segments. `ends` `[experts]` are the ends of the
+    segments, in order. Each product has a multiple of `least` rows: adjacent rows fill up a segment, and their results
+    are dropped.
     """
     padded = functional.pad(rows, (0, 0, 0, -len(rows) % least))
     products, start = [rows.new_empty(0, weights.shape[2])], 0
@@ -52,10 +52,10 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """Compute a module with Transformers' `use_experts_implementation`, up to rounding like its implementations.
+    """Compute a module that has Transformers' `use_experts_implementation`; results are Transformers' up to rounding.
 
-    `hidden_states` and the result are `[n, h]`; each token has k experts and their weights, `[n, k]`. Products of
-    `least` rows, or a multiple, round alike.
+    `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's experts
+    and their weights. Products of a multiple of `least` rows round each row alike.
     """
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
@@ -75,7 +75,7 @@ def invariant_experts(
     else:
         rows = experts.act_fn(projected(rows, "up_proj"))
     rows = projected(rows, "down_proj")
-    if getattr(experts, "has_post_expert_norm", False):  # not in the first releases that we support
+    if getattr(experts, "has_post_expert_norm", False):  # only in later releases
         rows = experts.post_expert_norm(rows)
     results = rows[order.argsort()].unflatten(0, top_k_index.shape) * top_k_weights[..., None]
     # One after the other: `sum` may group its terms by the number of rows.
@@ -85,9 +85,9 @@ def invariant_experts(
 
 @contextmanager
 def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]:
-    """Let a target with `has_invariant_experts` compute them by `invariant_experts` inside `with`.
+    """Let the target compute its experts by `invariant_experts` inside a `with` block; see `has_invariant_experts`.
 
-    The name changes for one forward, as in `use_gqa_attention`; calls in other threads may see either name.
+    The config's name of the experts' function changes for one forward; calls in other threads may see either name.
     """
     config, name = target.config.get_text_config(decoder=True), f"resps_invariant_{least}"
     ExpertsInterface.register(name, partial(invariant_experts, least=least))
@@ -119,7 +119,7 @@ class RoutedLayer(nn.Module):
         self.in_features, self.out_features = sizes
 
     def forward(self, states: Tensor) -> Tensor:
-        """Join the results of `run` that are floating point."""
+        """Concatenate the floating-point results of `run`."""
         results = self._run(states.flatten(0, -2))
         parts = [part for part in ([results] if isinstance(results, Tensor) else results) if part.is_floating_point()]
         joined = torch.cat(parts, dim=-1)
@@ -127,10 +127,10 @@ class RoutedLayer(nn.Module):
 
 
 def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
-    """Yield the parts of mixtures whose kernels must be tried, for a target with `has_invariant_experts`.
+    """Yield the names and parts of the target's mixtures whose kernels must be tried; see `has_invariant_experts`.
 
-    They are the products and the activation of an expert, routers that are no linear layers, and the whole mixture,
-    with a number of rows, `least`, that serves on any machine.
+    The parts are the products and the activation of one expert, each router that is no linear layer, and the whole
+    mixture, computed with products of `least` rows, which suit any machine.
     """
     config = target.config.get_text_config(decoder=True)
     for prefix, block in target.named_modules():
@@ -143,7 +143,7 @@ def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, Ro
                 yield from ((f"{prefix}.{name}", layer) for layer in _of_expert(part))
             elif isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(part, nn.Linear):
                 yield f"{prefix}.{name}", RoutedLayer(_router(part, block), (weight.shape[1], weight.shape[0]), weight)
-        if not isinstance(block, GradientCheckpointingLayer):  # a decoder layer attends, too
+        if not isinstance(block, GradientCheckpointingLayer):  # a decoder layer has attention, too
             yield prefix, RoutedLayer(_mixture(block, target, least), (config.hidden_size, config.hidden_size))
 
 
@@ -174,7 +174,7 @@ def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tenso
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
-    """Whether a module asks the interface for the name in `config`, and has unquantized weights."""
+    """Whether a module looks up its function by the name in `config`, and its weights are whole and not quantized."""
     if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")) or module.config is not config:
         return False
     is_whole: bool = module.down_proj.dtype.itemsize > 1  # quantized weights have one byte at most

@@ -1,4 +1,4 @@
-"""The target's forward over slots in which a node's result depends only on its own text."""
+"""A target's forward over static buffers in which a node's result depends only on its own text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .experts import use_invariant_experts
 
 
 class _FiniteSlotLayer(SlotLayer):
-    """A slot layer that replaces float16 overflow by 0: NaN would reach nodes that do not see it."""
+    """A slot layer that replaces overflow in float16 by 0: a NaN would reach even nodes that do not see its slot."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if key_states.dtype is torch.float16:
@@ -25,7 +25,7 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 class InvariantInputs(NamedTuple):
-    """A tree or a part of a prompt, and its place; a `BlockLayout` follows among a forward's tensors."""
+    """The inputs of a forward over a tree or a part of a prompt. The tensors of a `BlockLayout` follow them."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
@@ -35,14 +35,14 @@ class InvariantInputs(NamedTuple):
 
 
 class PartInputs(NamedTuple):
-    """A part of one row's tree: the last n nodes, which this forward computes, of t; earlier ones are cached."""
+    """The inputs of a forward over the last n of t nodes of one row; earlier nodes are in the buffers already."""
 
     tokens: Tensor  # [1, n]
     depths: Tensor  # [1, t]
     ancestors: Tensor  # [1, t, t], see `DraftTree`
     roots: Tensor  # see `SlotInputs`
-    blocks: Tensor  # any values: their number is `Sizes.blocks`
-    levels: Tensor  # any values: their number is `Sizes.levels`
+    blocks: Tensor  # any values; their number is `Sizes.blocks`
+    levels: Tensor  # any values; their number is `Sizes.levels`
 
 
 _INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
@@ -51,7 +51,7 @@ _INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.",
 class InvariantForward(SlotForward):
     """Computes nodes so that each result depends only on the node's own text.
 
-    One thread at a time runs a target, by `lock`. Experts fill up their rows to `least_rows`, or a multiple.
+    With `lock`, one thread at a time runs the target. Experts multiply a multiple of `least_rows` rows.
     """
 
     is_invariant = True
@@ -88,7 +88,7 @@ class InvariantForward(SlotForward):
 
 
 class PartForward(InvariantForward):
-    """Computes some nodes of a tree, and their layout, without host reads, so that it can be captured."""
+    """Computes some nodes of a tree, and also their layout on the device, so that it can be captured."""
 
     is_captured = True
 

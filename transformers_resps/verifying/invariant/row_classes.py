@@ -1,6 +1,6 @@
-"""How many rows a layer needs, so that a row gets the same bits whatever other rows stand beside it.
+"""Find how many rows a layer must get, so that a row has the same bits whatever other rows are computed with it.
 
-A kernel chooses its loops by the whole problem: it may sum a lone row in another order than two rows, the last three
+A kernel chooses its loops by the whole problem: it may sum a single row in another order than two rows, the last three
 rows of seven in another order than the first four, or rows at the end of a thread's share in another order than the
 rows inside. No documentation says when, so this module tries the kernels of the machine.
 """
@@ -22,17 +22,17 @@ from .attention import BLOCK, BlockLayout, BlockReads, Sizes, invariant_attentio
 from .experts import routed_layers
 
 
-_CANDIDATES = (16, 8, 4, 2, 1)  # each divides its predecessors: the largest of several layers serves all
+_CANDIDATES = (16, 8, 4, 2, 1)  # each divides those before it, so the largest that a layer needs serves all layers
 _COUNTS = (*range(1, 10), 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 49, 64, 65, 100, 128, 200, 512)
-_FEWEST = 48  # rows tried at least, where products are expensive
-_MOST_WORK = 2**29  # multiplications of a product over more rows
-_TRIED = 12  # rows of each count: one shows another order of its sum with a probability of 0.5 or more (measured)
+_FEWEST = 48  # the least number of rows to try, where products are expensive
+_MOST_WORK = 2**29  # the most multiplications of a product over more rows
+_TRIED = 12  # rows tried of each count: each shows another order of its sum with probability 0.5 or more (measured)
 # Distances by which rows move in forwards with a fixed number of rows: kernels group rows by powers of two.
 _SHIFTS = (1, 2, 4, 8, 15)
 _APART = 13  # shift of rows from their place in the whole sample: no multiple of a kernel's sizes
-_TRIED_VALUES = 2**14  # of an activation or attention: one in 1,000 shows another way to compute it (measured)
-_SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
-_PLACES = 256  # tokens of the text that attention is tried with
+_TRIED_VALUES = 2**14  # tried of an activation or attention: one in 1,000 shows another computation (measured)
+_SCALE = 3  # standard deviation of samples: in bfloat16 the two computations of gelu differ at -5 only
+_PLACES = 256  # tokens of the text with which attention is tried
 _CHAINS = (*range(1, 37), 128, _PLACES)  # lengths of chains: a kernel groups the rows of their heads by 32
 # Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice the nodes of "auto",
 # and few enough that weights, not products, take the time in float32, too.
@@ -45,11 +45,11 @@ def least_rows(
     counts: Sequence[int] = _COUNTS,
     starts: Callable[[int], Sequence[int]] = lambda count: (0,),
 ) -> int | None:
-    """Find the number of rows, 1, 2, 4, 8 or 16, whose multiples get the same bits beside any others, or `None`.
+    """Find the least of 1, 2, 4, 8 and 16 such that products of any multiple of it round rows alike; else `None`.
 
     Args:
-        answer: computes these rows of one sample together: `[len(rows), ...]`. They are rows of a matrix, or nodes of
-            a chain, which depend on the nodes before them.
+        answer: computes a range of rows of one sample together: `[len(rows), ...]`. These are rows of a matrix, or
+            nodes of a chain, which depend on the nodes before them.
         counts: numbers of rows to try; the sample has as many as the largest, a multiple of 16.
         starts: first rows to try for a count; a chain begins at 0.
     """
@@ -65,9 +65,9 @@ def least_rows(
 
 
 def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
-    """Whether `count` rows computed together get the same bits at other places and beside other rows.
+    """Whether a row that is computed with exactly `count` rows gets the same bits at any place and beside any rows.
 
-    For `answer` see `least_rows`; `starts` are multiples of `count` from which rows are moved.
+    For `answer` see `least_rows`. `starts` are the first rows of the ranges that are tried, also shifted.
     """
     for start in starts:
         known = torch.cat([answer(range(first, first + count)) for first in (start, start + count)])
@@ -95,18 +95,18 @@ def kernel_settings() -> dict[str, Hashable]:
 class RowNeeds:
     """How many rows of one target must be computed together."""
 
-    forward: int  # nodes of a forward in all its rows, or a divisor of their number
-    is_exact: bool = False  # whether a forward has exactly this number, of one row
+    forward: int  # must divide the number of nodes of a forward, in all rows together
+    is_exact: bool = False  # whether a forward must have exactly this number of nodes, all of one row
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """The strictest needs on a device: forwards of an exact number of rows."""
+        """Return the strictest needs on a kind of device: forwards of an exact number of rows."""
         *_, last = _ways(device)
         return last
 
 
 def _ways(device: torch.device) -> Iterator[RowNeeds]:
-    """Yield the needs that may hold on a device, the cheapest first."""
+    """Yield the needs that kernels of a kind of device may have, the cheapest first."""
     if device.type == "cpu":
         yield RowNeeds(_CANDIDATES[0])
         yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
@@ -115,7 +115,7 @@ def _ways(device: torch.device) -> Iterator[RowNeeds]:
 
 
 class RowClasses:
-    """Finds the rows that a target's kernels need on this machine, and remembers them for each kind of layer.
+    """Finds how many rows a target's kernels need on this machine, and remembers this for each kind of layer.
 
     A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
     """
@@ -127,15 +127,15 @@ class RowClasses:
         """Find how many rows a forward of a target must have: 1 to 16, or 16 exactly, and on a GPU 32 exactly.
 
         In float64, whose rounding changes no token, 1 is enough. The first call costs about as much as a prompt of 60
-        tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` where a layer, or
-        attention, has no such number.
+        tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` if no such number serves
+        a layer or attention.
         """
         if target.dtype is torch.float64:
             return RowNeeds(1)
         return self._needs(target, _parts)
 
     def needs_of_experts(self, target: PreTrainedModel) -> RowNeeds:
-        """Return the `needs` where PyTorch's kernels multiply only the experts."""
+        """Return the `needs` of the experts alone, for code in which our kernels compute all else."""
         return self._needs(target, _routed_parts)
 
     def _needs(
@@ -167,18 +167,18 @@ class RowClasses:
 
 
 class _RowwisePart(ABC):
-    """A part of the target whose rows are independent except for the kernel's rounding."""
+    """A part of the target in which rows affect each other only by a kernel's rounding."""
 
     remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
-    shows_order = True  # whether its bits depend on the order of a sum
+    shows_order = True  # whether another order of a sum could change its results
 
     @property
     @abstractmethod
     def kind(self) -> Hashable:
-        """A key that parts with the same kernels share."""
+        """A key that is the same for parts with the same kernels."""
 
     def rows(self, way: RowNeeds) -> int | None:
-        """Find how many rows the part needs; `None` where even `way` does not help."""
+        """Find how many rows the part needs; `None` if the needs `way` do not suffice."""
         if not way.is_exact:
             return self.least_rows()
         return way.forward if self.keeps_rows(way.forward) else None
@@ -242,7 +242,7 @@ class _Layer(_RowwisePart):
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`, for each of which a linear layer has a result near 0.
+        """Draw rows `[size, inputs]`; a linear layer gives each one result near 0.
 
         Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
@@ -263,7 +263,7 @@ class _Layer(_RowwisePart):
 
 @dataclass(frozen=True)
 class _Attention(_RowwisePart):
-    """`invariant_attention` over chains of tokens, anywhere in a text."""
+    """`invariant_attention` over chains of tokens that begin anywhere in a text."""
 
     heads: int
     kv_heads: int
@@ -287,7 +287,7 @@ class _Attention(_RowwisePart):
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
 
     def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
-        """Make a function that attends for tokens of a sample, as a prompt and as a tree; NaN if these differ."""
+        """Make a function that attends for tokens of a sample as a prompt and as a tree; NaN if the results differ."""
         states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.device, self.dtype)
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
@@ -356,7 +356,7 @@ def _parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
 
 
 def _sizes(layer: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, also below an adapter; 0 for other modules."""
+    """Return the input and output size of a linear layer, or of one with an adapter; 0 for other modules."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)

@@ -1,4 +1,4 @@
-"""Verify trees in the exact mode: the logits of a node are those of its text, whatever else is in the forward."""
+"""Verify trees in the exact mode (`invariant=True`): a node's logits depend only on its own text."""
 
 import sys
 from collections.abc import Callable, Hashable
@@ -31,24 +31,24 @@ _PLACE = 100  # Tokens of the text before these chains.
 
 
 class ModelCode:
-    """Guards the forwards of one model: one thread runs them, and compiled code rounds every text in one way.
+    """Checks that the compiled code of one model rounds each text in one way; holds the lock of the model's forwards.
 
-    `lock` guards the name of the target's attention. `sample` holds tokens of a prompt, since compiled and eager code
-    differ more over tokens that are no text. `compared` are rows and kernel settings of code that was checked.
+    `lock` guards the name of the target's attention. The checks run over `sample`, tokens of a prompt, since compiled
+    and eager code differ more over random tokens. `compared` holds the rows and kernel settings of checked code.
     """
 
     def __init__(self) -> None:
         self.lock, self.sample = Lock(), list[int]()
-        self._weights: object = None  # of the code that was compared
+        self._weights: object = None  # changes with the weights of the checked code
         self.compared: set[Hashable] = set()
         self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
 
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        """Check once, for each compiled code and its weights, that it rounds every text in one way.
+        """Check once, for each compiled code and its weights, that the code rounds each text in one way.
 
-        `rows` are those of the engine's code. `answers` computes logits `[t, v]` of a chain after the sample, and of
-        chains that begin like it. Raises a `ValueError` if the code rounds a node by the nodes beside it, or otherwise
-        than code that was checked before.
+        `rows` is the code's number of rows. `answers` computes the logits `[t, v]` of a chain after the sample, and of
+        shorter chains with the same tokens. Raises a `ValueError` if a node's rounding depends on the nodes beside it,
+        or differs from that of code that was checked before.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}
@@ -66,7 +66,7 @@ class ModelCode:
         self.compared.add((rows, *settings))
 
     def refuse(self, target: PreTrainedModel, what: str) -> NoReturn:
-        """Raise a `ValueError` about compiled code that rounds `what`."""
+        """Raise a `ValueError` that compiled code rounds `what`."""
         raise ValueError(
             f"{type(target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, in bfloat16, "
             "on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
@@ -81,9 +81,9 @@ def _run(
     buffers: list[Tensor],
     row: int = 0,
 ) -> tuple[Tensor, Features]:
-    """Run a forward over slots; return logits and features. For `row` see `SlotEngine.forward`.
+    """Run a forward over static buffers; return logits and features. For `row` see `SlotEngine.forward`.
 
-    Raises a `RuntimeError` if it cannot be compiled: eagerly it would round otherwise.
+    Raises a `RuntimeError` if the forward cannot be compiled, since eager code would round differently.
     """
     if engine is None:
         outputs, features = forward.catch(lambda: over_slots(inputs, buffers))
@@ -100,21 +100,21 @@ def _run(
 
 
 class InvariantSteps(VerifyingSteps):
-    """Runs trees, and chunks of prompts, so that the logits of a node are those of its text.
+    """Runs a target over trees and chunks of prompts so that a node's logits depend only on its own text.
 
-    A row's text begins at slot 0, without padding. Where an engine is lent, compiled code multiplies by our kernels,
-    which compute each row alone.
+    A row's text begins at slot 0, without padding. With an `engine`, compiled code multiplies by our kernels, which
+    compute each row by itself.
     """
 
     def __init__(
         self, forward: TargetForward, texts: SlotTexts, needs: RowNeeds, code: ModelCode, engine: SlotEngine | None
     ) -> None:
         self.forward, self.texts, self.needs, self.engine, self._code = forward, texts, needs, engine, code
-        self.pricing = Pricing(paths_cost=engine is None)  # to our kernels a path is some more rows
-        # features are outputs of compiled code, else hooks catch them
+        self.pricing = Pricing(paths_cost=engine is None)  # our kernels compute paths as further rows
+        # compiled code returns features, else hooks catch them
         layers: list[int] | None = [] if engine is None else None
         self._over_slots = InvariantForward(code.lock, needs.forward, forward.target, texts.pattern, layers)
-        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # stock layers take longer for more rows
+        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # others take longer for more rows
 
     def begin(self, cache: Cache) -> None:
         self.texts.buffers.clear()
@@ -122,7 +122,7 @@ class InvariantSteps(VerifyingSteps):
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
     def largest_chunk(self, rows: int) -> int:
-        """Most tokens of each row that one forward reads."""
+        """The largest number of a prompt's tokens in each row that one forward reads."""
         return _CHUNK if self.engine is None else _tried(rows)[-1]
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
@@ -143,11 +143,11 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), texts.buffers.parts())
 
     def step(self, rows: int) -> int:
-        """Return the number that must divide the nodes of each row."""
+        """Return the number that must divide each row's number of nodes."""
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
-        """Pad a number of nodes of each row to a multiple of `step`, by default the one that kernels need."""
+        """Round each row's number of nodes up to a multiple of `step`, by default the one that kernels need."""
         step = step or self.step(rows)
         if self.engine is None:
             return rounded_up(max(nodes, -(-self._fewest // rows)), step)
@@ -155,7 +155,7 @@ class InvariantSteps(VerifyingSteps):
         return count + step * (count == rows)  # code compiled for equal sizes assumes that they stay equal
 
     def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> BlockLayout:
-        """Lay out a chain, or a tree with `ancestors`; nodes from `count` on are padding."""
+        """Make the layout of a chain, or of a tree if `ancestors` are given; nodes from `count` on are padding."""
         is_compiled = self.engine is not None
         least = 2 if is_compiled else 0
         if ancestors is None:
@@ -165,7 +165,7 @@ class InvariantSteps(VerifyingSteps):
         return layout.of_nodes(count, compiled=is_compiled)
 
     def check_code(self, rows: int, sample: Tensor | None = None) -> None:
-        """Check the compiled code for `rows`, see `ModelCode.check`; `sample` is a prompt, if none is known yet."""
+        """Check the compiled code for `rows` rows, see `ModelCode.check`; keep a prompt `sample` if there is none."""
         if self.engine is not None:
             if sample is not None and not self._code.sample:
                 self._code.sample = sample[: 2 * _PLACE].tolist()
@@ -178,7 +178,7 @@ class InvariantSteps(VerifyingSteps):
         return answers[0], answers[1:] + [self._answer(count, buffers, is_chain=False) for count in _TRIED]
 
     def _trial_buffers(self, rows: int, count: int) -> list[Tensor]:
-        """Fill buffers with the first tokens of the sample in each row, and with space for `count` more."""
+        """Make buffers that hold the sample's first tokens in each row, and have space for `count` more."""
         buffers, nodes = SlotBuffers(), torch.arange(_PLACE).expand(rows, -1)
         size = windowed(_PLACE + self.count(count, rows, 1)) + SPARE
         buffers.reserve(parts_of(self.texts.pattern), rows, size)
@@ -187,7 +187,7 @@ class InvariantSteps(VerifyingSteps):
         return buffers.parts()
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
-        """Compute the logits `[count, v]` of a chain by compiled code, laid out as chain or tree; rows are equal."""
+        """Compute a chain's logits `[count, v]` by compiled code, in a chain's or a tree's layout; rows are equal."""
         rows = len(buffers[0])
         parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self.count(count, rows, 1))
@@ -196,7 +196,7 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), buffers)[0][0, :count]
 
     def _trial_inputs(self, depths: Tensor, place: int) -> InvariantInputs:
-        """Make the inputs of the sample's tokens, repeated, at `depths` `[b, n]` below a place."""
+        """Make inputs at `depths` `[b, n]` after a place in the text; the sample's tokens are repeated there."""
         places, ends, sample = place + depths, self.texts.rows, self._code.sample
         tokens = torch.tensor(sample)[places % len(sample)]
         last = sys.maxsize if ends.last_position is None else ends.last_position
@@ -207,7 +207,7 @@ class InvariantSteps(VerifyingSteps):
 
 
 class ExactSteps(VerifyingSteps):
-    """Runs forwards of one row and a fixed number of nodes, where kernels depend on whole shapes.
+    """Runs forwards of one row and a fixed number of nodes, for kernels that round by the whole shape of a problem.
 
     Larger trees take several forwards. `chunks` reads prompts, eagerly.
     """
@@ -224,7 +224,7 @@ class ExactSteps(VerifyingSteps):
         self._chunks.begin(cache)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run over parts of each row's tree; the nodes before a part lie in their slots."""
+        """Run over each row's tree in parts; entries of nodes before a part are in their slots already."""
         forward, texts, step = self._chunks.forward, self._chunks.texts, self._nodes
         self.pricing = self.pricing._replace(least_nodes=step)
         count = rounded_up(tree.node_count, step)
@@ -238,7 +238,7 @@ class ExactSteps(VerifyingSteps):
                 inputs, buffers = PartInputs(*nodes, roots[own], blocks, levels), texts.buffers.parts(row)
                 logits, features = _run(forward, self._over_slots, self._engine, inputs, buffers, row)
                 caught = features.caught
-                if self._engine is not None and rows * count > step:  # a graph writes to the same place again
+                if self._engine is not None and rows * count > step:  # the graph will overwrite its outputs
                     logits, caught = logits.clone(), {layer: part.clone() for layer, part in caught.items()}
                 read.append((logits, caught))
 
@@ -251,18 +251,18 @@ class ExactSteps(VerifyingSteps):
 
 
 def doubled(count: int) -> int:
-    """Round a number of needed slots up to a power of two: few sizes, since each is captured by itself."""
+    """Round a number of needed slots up to a power of two, to have few sizes, since each is captured by itself."""
     return max(1 << (count - 1).bit_length(), WINDOW)
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Lengths of the chains that try compiled code; the last ones are as long as parts of a prompt."""
+    """Return the lengths of chains with which compiled code is checked; the last are as long as chunks of prompts."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
 
 class TextReader:
-    """Reads prompts as chains of tokens, over the slots and by the steps of their trees.
+    """Reads prompts as chains of tokens into the buffers, by the same steps that run trees.
 
     `is_compiled` says whether trees run compiled, even if prompts do not.
     """
@@ -271,7 +271,7 @@ class TextReader:
         self._steps, self._is_compiled = steps, is_compiled
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]:
-        """Read the end `[b, t]` of the prompt, in chunks that suit the machine."""
+        """Read the end `[b, t]` of the prompt, in chunks of at most the size that kernels here can take."""
         steps, ends, rows = self._steps, self._steps.texts.rows, len(tokens)
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
@@ -293,14 +293,14 @@ class TextReader:
         return torch.stack(logits), [features]
 
     def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Read rows in chunks; return the last logits `[1, v]` of each, and the features `[b, length, h]`."""
+        """Read rows in chunks; return each row's last logits `[1, v]`, and the features `[b, length, h]`."""
         logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
         read = [self.read_chunk(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
         joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read each row's next tokens; return the features. Rows that end here get their `logits` `[1, v]`."""
+        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` of rows that end in it."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)
@@ -329,23 +329,23 @@ class TextReader:
 
 
 class _PromptTexts:
-    """The new tokens of each row's prompt, without padding.
+    """The uncached tokens of each row's prompt, without padding.
 
     `tokens` `[b, any]` are the ends of the prompts; `position_ids`, `[b or 1, s]` or `[planes, b or 1, s]`, belong to
-    the whole prompts. `orders` list each row's text among the s positions; the first `known` positions are cached. If
-    only one row's buffers are written, `row` is its index.
+    the whole prompts. `orders` lists for each row which of the s positions hold no padding; the first `known`
+    positions are cached. If only one row's buffers are written, `row` is its index.
     """
 
     def __init__(
         self, tokens: Tensor, position_ids: Tensor, orders: list[Tensor], known: int, row: int | None = None
     ) -> None:
-        self.row, self.length = row, position_ids.shape[-1] - known  # new positions, padding included
+        self.row, self.length = row, position_ids.shape[-1] - known  # uncached positions, with padding
         self._orders = [order[order >= known] for order in orders]
-        self.counts = list(map(len, self._orders))  # new tokens of each row, after the first `starts`
+        self.counts = list(map(len, self._orders))  # uncached tokens of each row, after `starts`
         self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
         longest = torch.arange(max(self.counts), device=tokens.device)
         index = torch.stack([order[longest.clamp(max=len(order) - 1)] for order in self._orders])
-        # `[b, t]` and `[..., b, t]`; a row that has fewer repeats its last
+        # `[b, t]` and `[..., b, t]`; a row with fewer tokens repeats its last one
         self.tokens = tokens.gather(1, index - (position_ids.shape[-1] - tokens.shape[1]))
         self.positions = position_ids.expand(*position_ids.shape[:-2], len(tokens), -1).gather(
             -1, index.expand(*position_ids.shape[:-2], -1, -1)
@@ -353,7 +353,7 @@ class _PromptTexts:
         self._known = known
 
     def padded(self, states: Tensor) -> Tensor:
-        """Spread states `[b, t or more, h]` of the tokens to their places in the prompts: `[b, length, h]`."""
+        """Move the tokens' states `[b, t or more, h]` to their places in the padded prompts: `[b, length, h]`."""
         places = torch.arange(self._known, self._known + self.length, device=states.device)
         index = torch.stack([torch.searchsorted(order, places, right=True) for order in self._orders]) - 1
         return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
