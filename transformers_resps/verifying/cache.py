@@ -53,7 +53,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` positions."""
+        """Drop the newest `-tokens_to_remove` positions; the argument is negative, as in Transformers."""
         was_preallocated = self.is_preallocated
         super().crop(tokens_to_remove)
         if was_preallocated:
@@ -204,7 +204,7 @@ def check_cache(cache: Cache) -> None:
 
 
 def record_windows(cache: Cache) -> None:
-    """Let sliding layers keep entries that leave their window until the next `crop`; cut convolution states."""
+    """Let sliding layers keep entries that leave their window until the next `crop`; recurrent layers keep nothing."""
     for layer in cache.layers:
         if holds_state(layer):
             settle_recorded(layer)
@@ -259,7 +259,7 @@ def visible_length(cache: Cache, layer_index: int) -> int:
 
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[b, kv heads, visible length, hd]` that a new token attends to in a layer, which has some."""
+    """Keys and values `[b, kv heads, visible length, hd]` that a new token attends to; the layer must hold some."""
     layer = cache_layers(cache)[layer_index]
     start = layer.keys.shape[-2] - visible_length(cache, layer_index)
     return layer.keys[:, :, start:], layer.values[:, :, start:]

@@ -232,7 +232,7 @@ class TargetForward:
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop what this object holds of other rows. The verifier drops them from the cache."""
+        """Keep only these rows of an encoder's outputs, if there are any; the verifier cuts the cache."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
         """Return the inputs of a forward as keyword arguments of the target."""
@@ -327,7 +327,7 @@ def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
 
 
 def wait_for(states: Tensor) -> None:
-    """Wait until an accelerator has computed `states` `[b, t, any]`, since the clock would time the launch only.
+    """Wait until an accelerator has computed `states` `[b, t, any]`; otherwise the clock would time only the launch.
 
     The target's forward needs no such wait, since acceptance reads its logits. Drafts get none: the target's forward
     is launched while they run, and the rest of their time counts as verifying.

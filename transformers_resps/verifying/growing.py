@@ -112,7 +112,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. With recurrent layers, a verified tree of only a root stays: states cannot undo it."""
+        """See `Verifier.close`. With recurrent layers a verified lone root is kept: states cannot be rolled back."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Map the cache layer's index of each mixer that can compute trees to the mixer."""
+    """Return the mixers that can compute trees, by the index of their cache layer."""
     found: list[Any] = [module for module in model.modules() if _is_known(module)]
     return {mixer.layer_idx: mixer for mixer in found}
 
@@ -191,7 +191,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Index the inputs `[b, n, kernel]` of each node's convolution in `size` state entries and then the nodes."""
+        """Index each node's convolution inputs, `[b, n, kernel]`, in `size` state entries that the nodes follow."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]

@@ -19,7 +19,7 @@ class SlotMap:
     """
 
     def __init__(self, padding: Tensor | None, length: int = 0) -> None:
-        self.length = length  # of the longest row
+        self.length = length  # number of entries of the longest row
         self._padding = None if padding is None else padding.bool()
         self._ends: list[int] | None = None  # `None` while all rows end together
         self._copied_ends: Tensor | None = None  # `[b, 1]` on the device that asked last
@@ -101,7 +101,7 @@ class SlotMap:
         return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
-        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if it may to all.
+        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if these are all slots.
 
         Slots after the longest row are visible, because the caller is about to fill them for every row.
         """
@@ -164,7 +164,7 @@ class RowEnds:
 
     @property
     def levels_left(self) -> int:
-        """How many levels a tree may have below its root, until the target's positions end."""
+        """How many levels below its root a tree may have, up to the target's largest position."""
         return (
             sys.maxsize if self.last_position is None else max(self.last_position - int(max(map(max, self.roots))), 0)
         )
@@ -173,7 +173,7 @@ class RowEnds:
         return len(self.shifts)
 
     def go_on_from(self, positions: Tensor) -> None:
-        """Number each row's next tokens from the last of the prompt's `positions` on, in each plane."""
+        """Give each row's next token the position after the last of the prompt's `positions`, in each plane."""
         shifts = positions[..., -1] + 1 - self.prompt_length
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 

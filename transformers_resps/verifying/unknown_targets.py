@@ -114,7 +114,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Compare a prompt and the tree of `_tree_error` with the same tokens in chunks and node by node."""
+    """Whether a prompt and the tree of `_tree_error` get the same bits as the same tokens in chunks and one by one."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)

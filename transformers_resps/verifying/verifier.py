@@ -69,7 +69,7 @@ class Verifier(ABC):
 
     @property
     def levels_left(self) -> int:
-        """How many levels a tree may have below its root, until the target's positions end."""
+        """How many levels below its root a tree may have, up to the target's largest position."""
         return self.rows.levels_left
 
     @property
@@ -159,7 +159,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all other rows from the batch."""
+        """Keep only these rows of the batch, and drop all others."""
 
     @abstractmethod
     def target_entries(self) -> TargetEntries:
@@ -177,7 +177,10 @@ class Verifier(ABC):
         return copied_row(self.forward.cache, row, length)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled when it is first read, or `None` to use the call's own. Then only `close`."""
+        """Return a cache that is filled when it is first read, or `None` if the call's own cache must serve.
+
+        Afterwards only `close` may be called.
+        """
         return None
 
     def close(self) -> None:

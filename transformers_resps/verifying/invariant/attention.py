@@ -66,7 +66,7 @@ class BlockLayout(NamedTuple):
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
-        """Make the layout of text at `depths` `[b, n]` after places `roots` `[b, 1]`: all blocks are shared.
+        """Make the layout of text tokens at `depths` `[b, n]` after places `roots` `[b, 1]`: all blocks are shared.
 
         All tensors are on the CPU. For `least` see `of_tree`; here its groups and levels are empty.
         """
@@ -227,7 +227,7 @@ class _QueryRows(NamedTuple):
 
     heads: Tensor  # [any * b * kv heads * rows], indices into the queries [b * n * heads, hd]
     mask: Tensor  # [blocks, 1 or b * kv heads, rows, BLOCK], additive
-    step: int = 0  # if rows need no copy: heads from a key head's first row to that of the next; else 0
+    step: int = 0  # if rows need no copy, number of heads between two key heads' first rows; else 0
 
     def gathered(self, queries: Tensor, key_heads: int) -> Tensor:
         """Pick the query rows `[blocks or 1, b * kv heads, rows, hd]`; 1 if all blocks get the same rows."""
@@ -283,14 +283,14 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of queries at `places`: they see keys up to the place `last`, if the pattern does."""
+        """Make the additive mask of queries at `places`, which see the keys of `pattern` up to the place `last`."""
         seen = pattern.mask(places, keys, keys <= last)
         # Half the dtype's minimum, since kernels on a GPU multiply scores by log2(e). The minimum would become
         # infinite there, and a block with only infinite scores would get the log-sum-exp 0.
         return additive(seen, self._dtype, hidden=torch.finfo(self._dtype).min / 2)
 
     def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
-        """Make, or find again, the reads of layers with this mask, these heads and buffers of `slots` slots."""
+        """Return what layers with this mask and these heads read of buffers with `slots` slots; they all share it."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -317,7 +317,7 @@ class BlockReads:
         return order.index_select(0, asked).permute(2, 0, 3, 1).flatten()
 
     def _entries(self, kv_heads: int, slots: int) -> Tensor:
-        rows = self._places.shape[0]  # `len` would fix the size of what is compiled
+        rows = self._places.shape[0]  # `len` would compile this size as a constant
         first = torch.arange(rows * kv_heads, device=self._places.device).view(rows, kv_heads, 1, 1) * slots
         return (self.layout.slots[:, None] + first).permute(2, 0, 1, 3).flatten()
 
@@ -327,7 +327,7 @@ class BlockReads:
         asked = asked.expand(-1, -1, sharing, -1, kv_heads)
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads)
         head = torch.arange(sharing, device=device)[:, None, None]
-        fillers = asked.clamp(min=0) // _ROWS * (-_ROWS * sharing % _MULTIPLE)  # of the groups before
+        fillers = asked.clamp(min=0) // _ROWS * (-_ROWS * sharing % _MULTIPLE)  # filler rows of earlier groups
         index = (asked.clamp(min=0) * sharing + fillers + head) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 1) for part in (index, asked < 0))
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
@@ -336,7 +336,7 @@ class BlockReads:
         """Make query rows of `nodes` `[any, b, r]` with a mask `[any, b, r, BLOCK]`; heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
-        if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # later heads fill up its rows
+        if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # one node, with later heads as filler
             return _QueryRows(nodes, _filled_up(mask.expand(-1, -1, sharing, -1), 2), step=sharing)
         head = torch.arange(heads, device=nodes.device).view(kv_heads, 1, sharing)
         first = (torch.arange(rows, device=nodes.device)[:, None] * count + nodes) * heads

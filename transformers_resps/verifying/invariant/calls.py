@@ -44,7 +44,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]  # the part of the call that is refused, and the way out
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-TRIED_DEVICES = ("cpu",)  # where the mode has run; for GPUs see tests/lossless/test_gpu.py and `make gpu`
+TRIED_DEVICES = ("cpu",)  # where the mode has run; it is written for GPUs, too: tests/lossless/test_gpu.py
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -170,7 +170,7 @@ class InvariantCalls:
         self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # cache -> filled positions
         self._first = dict[str, Any]()  # settings of the first call
         self._warned = set[str]()
-        self._has_same_bits = False  # whether that was checked
+        self._has_same_bits = False  # whether `check_same_bits` has passed
 
     def admit(
         self,

@@ -45,7 +45,7 @@ def least_rows(
     counts: Sequence[int] = _COUNTS,
     starts: Callable[[int], Sequence[int]] = lambda count: (0,),
 ) -> int | None:
-    """Find the least of 1, 2, 4, 8 and 16 such that products of any multiple of it round rows alike; else `None`.
+    """Find the least of 1, 2, 4, 8 and 16 rows such that products over any multiple round rows alike; else `None`.
 
     Args:
         answer: computes a range of rows of one sample together: `[len(rows), ...]`. These are rows of a matrix, or

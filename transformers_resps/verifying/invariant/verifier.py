@@ -66,7 +66,7 @@ class ModelCode:
         self.compared.add((rows, *settings))
 
     def refuse(self, target: PreTrainedModel, what: str) -> NoReturn:
-        """Raise a `ValueError` that compiled code rounds `what`."""
+        """Raise a `ValueError` that says that compiled code rounds `what`."""
         raise ValueError(
             f"{type(target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, in bfloat16, "
             "on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."
@@ -114,7 +114,7 @@ class InvariantSteps(VerifyingSteps):
         # compiled code returns features, else hooks catch them
         layers: list[int] | None = [] if engine is None else None
         self._over_slots = InvariantForward(code.lock, needs.forward, forward.target, texts.pattern, layers)
-        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # others take longer for more rows
+        self._fewest = LEAST_ROWS if is_prepacked(forward.target) else 1  # else more rows take longer
 
     def begin(self, cache: Cache) -> None:
         self.texts.buffers.clear()
@@ -165,7 +165,7 @@ class InvariantSteps(VerifyingSteps):
         return layout.of_nodes(count, compiled=is_compiled)
 
     def check_code(self, rows: int, sample: Tensor | None = None) -> None:
-        """Check the compiled code for `rows` rows, see `ModelCode.check`; keep a prompt `sample` if there is none."""
+        """Check compiled code for `rows` rows, see `ModelCode.check`. The first prompt becomes the code's sample."""
         if self.engine is not None:
             if sample is not None and not self._code.sample:
                 self._code.sample = sample[: 2 * _PLACE].tolist()

@@ -66,14 +66,14 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
-            outputs = self.run_packaged(code, inputs, buffers)  # looks up no attention by name
+            outputs = self.run_packaged(code, inputs, buffers)  # stored code looks up no attention by name
             if outputs is None:
                 with forward.running():
                     outputs = self.run(code, inputs, buffers)
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Find or make the code of a forward: separate for one row and a batch, for each `row`, and for features."""
+        """Find or make a forward's code. One row and a batch, each `row` and other feature layers have their own."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:

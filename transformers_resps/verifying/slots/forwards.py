@@ -37,7 +37,7 @@ class SlotInputs(NamedTuple):
 
 
 class PackedInputs(NamedTuple):
-    """Like `SlotInputs`, but only the nodes in `packed` are computed: no padding, if trees differ in size."""
+    """Like `SlotInputs`, but only the nodes in `packed` are computed, and not the padding of smaller trees."""
 
     tokens: Tensor
     depths: Tensor
@@ -58,8 +58,8 @@ class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
     It returns the hidden states of `feature_layers` by `output_hidden_states`, since compiled code cannot gain hooks;
-    the last layer's before the final norm are never asked for. `None` returns all layers', so that one code serves
-    every draft head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
+    the last layer's states before the final norm are never asked for. `None` returns all states, so that one code
+    serves every head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
     """
 
     is_invariant = False

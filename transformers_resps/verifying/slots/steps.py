@@ -46,7 +46,7 @@ class VerifyingSteps(ABC):
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Prepare for trees, when the number of rows is known. If the prompt was read to `cache`, it is there."""
+        """Prepare for trees, when the number of rows is known. `cache` holds the prompt, unless a reader follows."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -122,12 +122,12 @@ class SlotSteps(VerifyingSteps):
         self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count`, or, if code may be compiled with it, the next number unequal to `others` and the rows'."""
+        """Return `count`, or, if a step may be the first to be compiled, a number that no other size equals."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 def apart(count: int, *others: int) -> int:
-    """Find the smallest number from `count` on that is not in `others`: the compiler takes equal sizes for one."""
+    """Find the smallest number from `count` on that is not in `others`: the compiler would merge equal sizes."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)
 
 
