@@ -68,7 +68,7 @@ _PLOT = "ratios.svg"  # file in the folder of the results
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of one benchmark, described by `resps bench --help`. `methods=None` means all choices."""
+    """The settings of one benchmark, described by `resps bench --help`. `methods=None` selects all methods."""
 
     choices: ClassVar[Mapping[str, str]] = BENCH_METHODS
 
@@ -122,7 +122,7 @@ def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
 
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
-    """Measure and report; return 1 if an answer differs from plain by more than rounding, 130 after Ctrl-C, else 0."""
+    """Run the benchmark; return 1 if an answer differs from plain decoding beyond rounding, 130 after Ctrl-C, or 0."""
     start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
@@ -169,7 +169,7 @@ def start(config: BenchConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """A target, with the head, policies and draft model; all were checked to fit the target."""
+    """The models of one benchmark: a target, and a head, policies and draft model that were checked to fit it."""
 
     target: Any
     tokenizer: Any
@@ -200,7 +200,7 @@ class BenchModels:
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
-    """Load policies; returns a map from the name in the table to the policy, or to "auto"."""
+    """Load policies by folder, Hub id or "auto"; return a dict from the name in the results to the policy."""
     policies_by_name: dict[str, Policy | str] = {}
     known: set[str | Path] = set()
     counts = Counter(map(short_name, names))
@@ -266,8 +266,8 @@ def methods_of(
 ) -> list[Method]:
     """Return the methods of `config` in the order of the table.
 
-    `others` are inserted before the trees of `config`, and `trees` after them. With `compiles`, our own methods are
-    also added with compiled steps.
+    `others` are inserted before the trees of `config`, and `trees` after them. With `compiles`, each method of this
+    package is also listed with compiled steps.
     """
     modes: list[Callable[[Generate], Generate]] = [lambda method: method]
     if config.invariant:
@@ -291,7 +291,7 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Answer all prompts, and call `after` with each prompt and its runs; return `False` if Ctrl-C stopped it."""
+    """Answer all prompts, and call `after` with each prompt and its timed answers; return `False` after Ctrl-C."""
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
             for prompt, runs in session.run(bar.update):
@@ -305,7 +305,7 @@ def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None])
 
 
 def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Return the entry `settings` of the results. Figures in one table must have equal settings."""
+    """Return the entry `settings` of the results. Only results with equal settings can share a table."""
     return {
         "methods": config.chosen,
         "shapes": [f"tree {shape}" for shape in config.shapes],

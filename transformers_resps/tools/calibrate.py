@@ -10,10 +10,10 @@ from ..policies.costs import CostTable, Range
 from .loading import load_source, load_target
 
 
-_MIN_SPREAD = 0.1  # plain forwards; a smaller spread of repeats changes no conclusion
+_MIN_SPREAD = 0.1  # in units of a plain forward; repeats that differ by less change no conclusion
 _IMPOSSIBLE = 3.0  # if a forward takes this many times as long as a larger one, other processes disturbed it
 _NODES = (2, 4, 8)  # tree sizes in the verdict
-_PAYS_BELOW = 1.6  # plain forwards that verifying a tree may cost if drafting is to save time
+_PAYS_BELOW = 1.6  # drafting can save time if verifying a tree costs less than this many plain forwards
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def _milliseconds(seconds: float, spread: Range | None) -> str:
 
 
 def what_must_be_accepted(table: CostTable) -> str:
-    """Say how many drafted tokens must be accepted for drafting to pay, or that the measurement is too noisy."""
+    """Return a text: how many drafted tokens must be accepted to save time, or that the costs are too noisy."""
     context = min(table.verify)
     plain = table.plain_seconds(context)
     costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in _NODES}
@@ -81,7 +81,7 @@ def what_must_be_accepted(table: CostTable) -> str:
 
 
 def _contradiction(table: CostTable) -> float:
-    """Return the largest ratio of one forward's seconds to those of a forward that is as large or larger."""
+    """Return the largest ratio of a forward's seconds to those of one with as much work or more; above 1 is noise."""
     cells = [(context, nodes, taken) for context, row in table.verify.items() for nodes, taken in row.items()]
     cells += [(context, 1, taken) for context, taken in table.plain.items()]
     return max(

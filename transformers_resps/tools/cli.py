@@ -27,10 +27,10 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return 0, or 1 if it found a fault, 2 if it could not run, 130 after Ctrl-C."""
+    """Run a subcommand and return the exit status: 0, 1 if it found a fault, 2 if it failed, 130 after Ctrl-C."""
     args = make_parser().parse_args(arguments)
     try:
-        if args.command == "bench":  # now, since loading uses the CPUs
+        if args.command == "bench":  # measure the load now: later it would include this process loading PyTorch
             args.load = quiet.checked_load("accept_noise" in args)
         if "torch" not in sys.modules:
             print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-_FLAGS = {  # option of a command -> pairs: words in the library's errors, and words for the command line
+_FLAGS = {  # option of a command -> (words in the library's error messages, words that replace them)
     "invariant": (
         ("pass `invariant=False`", "leave out `--invariant`"),
         ("leave out `invariant=True`", "leave out `--invariant`"),
@@ -61,7 +61,7 @@ _FLAGS = {  # option of a command -> pairs: words in the library's errors, and w
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
-    """Replace keywords of the library in an error message by options of the command."""
+    """Rewrite an error message: replace Python arguments such as `compile=True` by options such as `--compile`."""
     for option in _FLAGS.keys() & vars(args).keys():
         for keyword, flag in _FLAGS[option]:
             message = message.replace(keyword, flag)

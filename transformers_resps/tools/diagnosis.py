@@ -1,4 +1,4 @@
-"""Compare how well a head agrees with its target under several readings (settings for its file)."""
+"""Compare how well a head agrees with its target under several "readings": interpretations of its checkpoint."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,17 +11,17 @@ from ..drafting import FileReading
 _SURE = 3.0  # standard errors; a larger difference is sure. Two would be too few for the best of twenty readings
 _MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth other settings
 _MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth other settings
-_HOPELESS = 5.0  # standard errors; a reading that is worse by more than this is dropped
-_MUCH = 0.05  # share of a step's tokens; no verdict while another reading might accept that many more
+_HOPELESS = 5.0  # standard errors; an interpretation that is worse by more than this is dropped
+_MUCH = 0.05  # no verdict while another interpretation might accept this share of a step's tokens more
 _FEW_ANSWERS = 10  # fewer answers give no verdict
-_DROPPING_ANSWERS = 8  # fewer answers drop no reading
+_DROPPING_ANSWERS = 8  # with fewer answers no interpretation is dropped
 _SETTLING_ANSWERS = 20  # fewer answers do not end the diagnosis, since chance often decides
 _STRANGER = 0.05  # agreement at depth 1; with less, the head was not made for this target
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The scores of one answer under one reading, summed over the answer's positions."""
+    """The scores of one answer under one interpretation of the checkpoint, summed over the answer's positions."""
 
     positions: int  # number of positions at which a chain of tokens was drafted
     kept: int  # drafted tokens that the target accepts
@@ -30,7 +30,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class ReadingScore:
-    """How well a head agrees with its target under one reading."""
+    """How well a head agrees with its target under one interpretation of its checkpoint."""
 
     reading: FileReading
     agreement: tuple[float, ...]  # per depth: share of positions at which head and target pick the same token
@@ -53,13 +53,13 @@ class ReadingScore:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The scores of all readings, and the verdict.
+    """The scores of all interpretations of a checkpoint ("readings"), and which one is best.
 
-    A reading is better than another if, beyond noise, it accepts more tokens, or as many and the target's tokens are
+    One is better than another if significantly more tokens are accepted, or as many but the target's tokens are
     likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
     """
 
-    scores: tuple[ReadingScore, ...]  # the reading configured in the file is first
+    scores: tuple[ReadingScore, ...]  # the configured interpretation is first
 
     @property
     def configured(self) -> ReadingScore:
@@ -67,7 +67,7 @@ class Diagnosis:
 
     @cached_property
     def best(self) -> ReadingScore:
-        """The best reading; of equally good readings, the one with the fewest changes to the configured reading."""
+        """The best interpretation; of equally good ones, the one that changes the fewest settings of the config."""
         best = self.configured
         for score in sorted(self.scores, key=lambda score: (score.accepted, score.log_prob)):
             if self._is_better(score, best):
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Upper bound of how many more tokens per position another reading might accept than the best one."""
+        """Upper bound, at three standard errors, of the tokens per position that another interpretation may gain."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -101,19 +101,19 @@ class Diagnosis:
 
     @property
     def is_settled(self) -> bool:
-        """Whether more answers would hardly change the best reading."""
+        """Whether more answers would hardly change which interpretation is best."""
         others = (score for score in self.scores if score is not self.best)
         enough = self.answers >= _SETTLING_ANSWERS
         return enough and not any(self._might_be_better(score, self.best) for score in others)
 
     @property
     def has_evidence(self) -> bool:
-        """Whether there are enough answers for a verdict: no other reading might be much better than the best."""
+        """Whether the answers suffice for a verdict: no other interpretation could be much better than the best."""
         return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH * (1 + self.best.accepted)
 
     @property
     def worth_following(self) -> tuple[FileReading, ...]:
-        """The configured reading, and all readings not far worse than the best one; with few answers, all readings."""
+        """The interpretations to test further: the configured one and all close to the best; with few answers, all."""
         if self.answers < _DROPPING_ANSWERS:
             return tuple(score.reading for score in self.scores)
         kept = [self.configured]
@@ -129,7 +129,7 @@ class Diagnosis:
         return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return how many more tokens per position `score` accepts than `over` (the configured one), and the error."""
+        """Return the gain of `score` over `over` (default: configured) in tokens per position, and its error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
 
@@ -138,30 +138,30 @@ class Diagnosis:
         return self._mean(nats, score)
 
     def _mean(self, differences: list[float] | list[int], score: ReadingScore) -> tuple[float, float]:
-        """Return the mean per position of `differences`, one for each answer, and its standard error over answers."""
+        """Divide the sum of `differences` (one per answer) by the number of positions; return this and its error."""
         answers, mean = len(differences), sum(differences) / score.positions
         spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, score.tallies, strict=True))
         return mean, math.sqrt(spread * answers / (answers - 1)) / score.positions
 
     @property
     def is_healthy(self) -> bool:
-        """Whether no other reading is better than the configured one beyond noise."""
+        """Whether no other interpretation is significantly better than the configured one."""
         return self.best is self.configured
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The best reading's keywords for `from_pretrained` of its `loader`; empty if the head is healthy."""
+        """Keywords for `from_pretrained` that select the best interpretation; empty if it is the configured one."""
         changes = self._changes(self.best)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     @property
     def _passed(self) -> str:
-        """The overrides as text, in the form of keyword arguments."""
+        """Format `overrides` as Python keyword arguments."""
         return ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
 
     @property
     def verdict(self) -> str:
-        """The result in one or two sentences, which say so if there is too little evidence."""
+        """The result in one or two sentences; if there is too little evidence, they say so."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
         finding = self._finding(accepted)
         if self.has_evidence:

@@ -40,14 +40,14 @@ from .diagnosis import Diagnosis, ReadingScore, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
 
 
-_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict reads up to 8 answers of 48 tokens
+_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict uses up to 8 answers of 48 tokens
 _LOOK_CHARACTERS = 1 << 16  # this many characters of a file are searched for images
 _ROUND = 10  # answers between two verdicts
 _SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
 _LONG_TOKENS = 256  # tokens per answer with `--thorough`
 
 DEPTHS = 4
-_BATCH_TOKENS = 1024  # maximum per forward, since its logits are all in memory at once
+_BATCH_TOKENS = 1024  # maximum number of tokens in a forward, since all their logits are in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,16 @@ class LabelledText:
 
     tokens: Tensor  # [t] prompt and answer
     prompt_length: int
-    shown: dict[str, Tensor] = field(default_factory=dict)  # inputs of the forward for the prompt's images
+    shown: dict[str, Tensor] = field(default_factory=dict)  # arguments of the forward for the prompt's images
 
     def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
-        """Return `shown` as inputs of the target's forward over `tokens`, in its dtype and on its device."""
+        """Return the image arguments of a forward over `tokens`, in the target's dtype and on its device."""
         whole = cast_for(target, self.shown)
         names = {name for name in whole if name.endswith("token_type_ids")}
         return whole | {name: whole[name][:, : len(self.tokens)] for name in names}
 
 
-# Function of (number of the first answer, end, maximum number of new tokens) that returns these answers.
+# source(first, end, most) returns the answers number `first` to `end` - 1, of at most `most` new tokens each.
 Source = Callable[[int, int, int], list[LabelledText]]
 
 
@@ -73,7 +73,7 @@ Source = Callable[[int, int, int], list[LabelledText]]
 def write_answers(
     target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
 ) -> list[LabelledText]:
-    """Let `target` answer prompts `[t]` by greedy search, in batches."""
+    """Let `target` answer prompts `[s]` by greedy search, `batch` prompts at once."""
     ends = end_ids(target)
     answers = []
     for first in range(0, len(prompts), batch):
@@ -91,11 +91,11 @@ def write_answers(
 
 
 class Probe:
-    """Scores a head under several readings, on answers that `add` takes in parts.
+    """Scores a head under several interpretations of its checkpoint ("readings"), on answers passed to `add`.
 
-    Nothing is generated: at depth k the head reads the answer's text up to there, and instead of the target's features
-    its own output, as in the training-time test of EAGLE-3 (arXiv 2503.01840, section 3.2). The first of `readings` is
-    the configured one; `None` means all readings. Raises a `ValueError` if the head is for another target.
+    Nothing is generated: head and target predict at existing tokens. Beyond the first depth the head reads its own
+    outputs in place of features, as in EAGLE-3's training-time test (arXiv 2503.01840, section 3.2). `readings`
+    begins with the configured one; `None` means all. Raises a `ValueError` if the head is for another target.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Probe:
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
-        """Score more answers, at the tokens that the target wrote; answers that are too short are ignored."""
+        """Compare the head's predictions with the target's on more `answers`; skip those that are too short."""
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
@@ -134,7 +134,7 @@ class Probe:
                         self._add(batch, tap)
 
     def _add(self, batch: "_ScoredTexts", tap: FeatureTap) -> None:
-        """Score a batch under each reading that uses the features recorded by `tap`."""
+        """Run the target over a batch, and score each interpretation whose features `tap` records."""
         tokens = batch.tokens.to(self._target.device)
         given = {}
         if batch.shown is not None:
@@ -148,7 +148,7 @@ class Probe:
                 self._score(trial, torch.cat(caught, dim=-1), batch, picks.to(device))
 
     def _score(self, trial: "_TriedReading", features: Tensor, batch: "_ScoredTexts", picks: Tensor) -> None:
-        """Score a batch under one reading, and add the results to `trial`; `picks` are the target's argmax."""
+        """Score a batch with the head of `trial`, and add the scores to `trial`; `picks` are the target's argmax."""
         drafter, draft_ids, depths = trial.drafter, trial.head.draft_token_ids, self._depths
         start = int(batch.scored.any(0).int().argmax())  # the first scored position
         scored = batch.scored[:, start:].to(features.device)
@@ -174,7 +174,7 @@ class Probe:
         self._trials = [trial for trial in self._trials if trial.reading in readings]
 
     def diagnosis(self) -> Diagnosis:
-        """Compare the readings on all answers so far; raise `ValueError` unless `is_ready`."""
+        """Compare the interpretations on all answers passed to `add`; raise `ValueError` unless `is_ready`."""
         tallied = len(self._trials[0].tallies)
         if not self.is_ready:
             raise ValueError(
@@ -186,7 +186,7 @@ class Probe:
 
 @dataclass(slots=True)
 class _TriedReading:
-    """The head as one reading interprets its file, with the results so far."""
+    """The head under one interpretation of its checkpoint (`reading`), with the results so far."""
 
     reading: FileReading
     head: TrainableSource
@@ -196,7 +196,7 @@ class _TriedReading:
 
     @classmethod
     def of(cls, target: PreTrainedModel, reading: FileReading, head: TrainableSource) -> "_TriedReading":
-        # weights are not prepacked: that would copy them for each reading, and saves no time for so many rows
+        # weights are not prepacked: that would copy them for each interpretation, and saves no time in large batches
         return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
 
     def score(self) -> ReadingScore:
@@ -206,15 +206,15 @@ class _TriedReading:
 
 @dataclass(frozen=True, slots=True)
 class _ScoredTexts:
-    """A batch of answers. They are padded on the right, where causal attention never looks."""
+    """A right-padded batch of answers; it needs no mask, because causal attention ignores later positions."""
 
     tokens: Tensor  # [b, t]
-    scored: Tensor  # [b, t] bool: positions that predict tokens of the answer at all depths
+    scored: Tensor  # [b, t] bool: positions from which the tokens at all depths are in the answer
     shown: LabelledText | None = None  # the answer, if the batch is a single answer about images
 
 
 def _batches(answers: list[LabelledText], depths: int) -> Iterator[_ScoredTexts]:
-    """Batch answers of similar length, up to `_BATCH_TOKENS` tokens. Each answer about images is a batch alone."""
+    """Yield batches of at most `_BATCH_TOKENS` tokens; each answer to a prompt with images is a batch of its own."""
     yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     others = [answer for answer in answers if not answer.shown]
     for rows in TokenBudgetBatches([len(answer.tokens) for answer in others], _BATCH_TOKENS, shuffle=False):
@@ -230,7 +230,7 @@ def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
 
 
 class Allowance:
-    """A time limit, from which `answers` computes how many answers can still be read."""
+    """A time limit for scoring answers; `answers` estimates how many more can be scored before it."""
 
     def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -238,13 +238,13 @@ class Allowance:
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:
-        """Measure the `with` block, which reads `tokens` tokens."""
+        """Measure the seconds per token of the `with` block, which scores `tokens` tokens."""
         start = self._clock()
         yield
         self._per_token = (self._clock() - start) / tokens
 
     def answers(self, tokens: int) -> int:
-        """Return how many answers of `tokens` tokens can still be read, at the speed of the last measurement."""
+        """Return how many answers of `tokens` tokens can be scored in the remaining time, at the measured speed."""
         seconds = self._per_token * tokens
         left = max(self._end - self._clock(), 0.0)
         return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
@@ -260,10 +260,10 @@ def refined(
     has_images: bool = False,
     allowance: Allowance | None = None,
 ) -> Iterator[Diagnosis]:
-    """Diagnose `head` on few short answers, then on more and longer answers; yields each diagnosis.
+    """Diagnose `head` on a few short answers from `source`, then on more and longer ones; yield each diagnosis.
 
-    The first diagnosis drops readings that are far worse. If later answers are longer, the first ones do not count any
-    more. Ends when more answers would change nothing, after `count` answers, or when the time limit is reached.
+    After the first, interpretations of the checkpoint that score far worse are dropped. If later answers are longer,
+    the first answers are discarded. Ends when the result is settled, after `count` answers, or at the time limit.
     """
     probe, start, has_verdict = Probe(target, head, has_images=has_images), 0, False
     allowance = allowance or Allowance()
@@ -299,7 +299,7 @@ def refined(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C inside the `with` block: schedulers send it before they kill a process."""
+    """Raise `KeyboardInterrupt` for SIGTERM inside the `with` block; schedulers send SIGTERM before a kill."""
     if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
         yield
         return
@@ -315,9 +315,9 @@ def interruptible() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print how well the head agrees with its target under each reading.
+    """Print how well the head agrees with its target under each interpretation of its checkpoint.
 
-    Returns 1 if another reading is better than the configured one, 130 after Ctrl-C or SIGTERM, else 0.
+    Returns 1 if another interpretation is better than the configured one, 130 after Ctrl-C or SIGTERM, else 0.
     """
     if not sys.stderr.isatty():  # do not write bars into a log
         transformers_logging.disable_progress_bar()
@@ -361,7 +361,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Lines:
-    """Replaces a progress bar if there is no terminal: prints a line to stderr after every tenth of the answers."""
+    """Progress for logs: prints a line to stderr after every tenth of the answers, where a terminal shows a bar."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._said = total, 0, 0
@@ -373,7 +373,7 @@ class Lines:
         return None
 
     def update(self, n: int) -> None:
-        """Move by `n` answers; after the first verdict `n` may be negative."""
+        """Add `n` to the number of finished answers; `n` is negative if answers are scored again."""
         self._done += n
         self._said = min(self._said, self._done)
         if self._done > self._said and 10 * (self._done - self._said) >= self._total:
@@ -385,7 +385,7 @@ class Lines:
 
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Convert a diagnosis to JSON values; the best reading is first."""
+    """Convert a diagnosis to JSON values; the best interpretation of the checkpoint is first."""
     scores = sorted(diagnosis.scores, key=lambda score: -score.accepted)
     return {
         "verdict": diagnosis.verdict,
@@ -409,7 +409,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Make the function that returns parts of `answers`, or of the target's answers to `prompts`; it moves `bar`."""
+    """Return a function that returns some of `answers`, or generates some if that is empty, and updates `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -443,7 +443,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
-    """Cut each conversation after its first assistant turn; conversations without such a turn are dropped."""
+    """Tokenize each conversation up to its first assistant turn; drop conversations without such a turn."""
     found = []
     for conversation in conversations:
         turns = up_to(conversation, "assistant")
@@ -485,7 +485,7 @@ def about_images(
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
-    """Print the verdict, and a table with the best reading first; `tried` counts dropped readings too."""
+    """Print the verdict and a table of scores, the best first; `tried` interpretations were tested, some dropped."""
     print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
@@ -503,7 +503,7 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
 
 
 def row(score: ReadingScore, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
-    """Format the table's line of one reading."""
+    """Format the table's line for one interpretation of the checkpoint."""
     marks = (">" if score is diagnosis.configured else " ") + ("*" if score is diagnosis.best else " ")
     numbers = "".join(f"{share:9.3f}" for share in score.agreement)
     told = "  ".join(f"{score.reading.told[name]:{width}}" for name, width in widths.items())

@@ -41,13 +41,13 @@ _Json: TypeAlias = dict[str, Any]  # an object of the page's data
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One step after the prefill, of one row. The first four fields are copied from its `Observation`."""
+    """One decoding step after the prefill. The first four fields are copied from the policy's `Observation`."""
 
     context_length: int
     step: int
     room: int
     prefix_accept_probs: list[float]
-    chosen: TreeShape  # the policy's choice, before it is cut
+    chosen: TreeShape  # the shape that the policy chose; the tree may be smaller
     levels: int = 0  # number of levels that the head drafted
     tree: DraftTree = field(init=False)
     path: list[int] = field(init=False)  # accepted nodes, root first
@@ -55,15 +55,15 @@ class RecordedStep:
 
     @property
     def sources(self) -> list[str]:
-        """The source of each node: "head", "lookup", "memory", or "both" for several; "root" for the root."""
+        """What proposed each node: "head", "lookup", "memory", or "both" for several of these; the first is "root"."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 
 
 class StepRecorder(PolicyWrapper):
-    """Decides like `policy`, and records every step of a call with one prompt. A step takes microseconds longer."""
+    """A policy that returns the choices of `policy`, and records every step of a call with one prompt."""
 
-    uses_lookup = True  # so that steps record its odds, even if the policy uses no lookup
+    uses_lookup = True  # so that steps record how likely lookup is, even if the policy uses no lookup
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
@@ -171,7 +171,7 @@ def facts_of(target: PreTrainedModel, head: DraftSource | None, policy: Policy, 
 
 
 def _name(model: object, known: str | None) -> str:
-    """Return a model's Hub id, or the last part of its path, or the name of its class."""
+    """Return the Hub id `known`, its last part if it is a path, or the name of the model's class if it is `None`."""
     name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
@@ -216,7 +216,7 @@ def _totals(examination: Examination) -> dict[str, float]:
 
 
 def _same_text(examination: Examination, decode: Decode) -> _Json:
-    """Say whether the texts are equal, or where they first differ."""
+    """Return the page's entry on whether both texts are equal, or where they first differ."""
     position, divergence = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
@@ -297,7 +297,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
 
 
 def _mark_sources(step: _Json) -> None:
-    """Set the source of each accepted token to that of its node: tokens and nodes are in the same order."""
+    """Copy the source of each accepted node to its token; both are listed in the same order."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":
@@ -309,7 +309,7 @@ def _finite(value: float) -> float | None:
 
 
 def page(data: _Json) -> str:
-    """Return an HTML page that shows `page_data`, and needs no other file, network or font.
+    """Return an HTML page that shows `data`, made by `page_data`. The page loads no other file.
 
     No text in the data can run as code: the JSON is escaped so that it cannot close its script element, the script
     inserts values as text only, and a content security policy allows only this style and script, by their hashes.
@@ -378,7 +378,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Whether both texts are equal or differ by rounding. Sampled texts in half precision may always differ."""
+    """Return whether both texts are equal or may differ by rounding, as sampled texts in half precision always may."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

@@ -23,7 +23,7 @@ from ..verifying.prepacking import prepack
 from .cli import shape
 
 
-# Names of folders that say nothing, since every training run has them.
+# Folder names that do not identify a model, since every training run has them.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
 
 # Every task with every subject gives fifty questions, which any chat model answers at some length.
@@ -48,7 +48,7 @@ def default_device() -> str:
 
 
 def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
-    """Load a target. The defaults are a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
+    """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32."""
     device = device or default_device()
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     target = load_model(name, dtype=chosen)
@@ -56,7 +56,7 @@ def load_target(name: str, dtype: str | None, device: str | None = None, *, pack
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
-    """Load a drafter of any kind from a folder, a Hub id or "mtp". Attaches the target, which keeps the drafter."""
+    """Load a drafter of any kind from a folder, a Hub id or "mtp", and attach it to `target`, which then keeps it."""
     assistants: Assistants = attach(target).speculation_state.assistants
     named = name if name is None or revision is None else load_drafter(name, target, revision=revision)
     return assistants.source(target, named)
@@ -65,7 +65,7 @@ def load_source(name: str | None, target: Any, revision: str | None = None) -> D
 def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
     """Return a fixed tree for numbers, a saved policy for a folder or Hub id, or "auto" unchanged.
 
-    `None` gives the head's default tree, or "auto" if there is no head. Raises a `ValueError` for unknown names.
+    For `None` return the head's default tree, or "auto" without a head. Raises a `ValueError` for unknown names.
     """
     if text is None and head is not None:
         return FixedPolicy(head.default_shape)
@@ -76,7 +76,7 @@ def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Parse a shape such as `8,4,2`; `None` for a folder or a text without commas, else raises `ValueError`."""
+    """Parse a shape such as `8,4,2`; return `None` for a folder or without commas; else raise `ValueError`."""
     if "," not in text or Path(text).exists():
         return None
     try:
@@ -110,7 +110,7 @@ def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation
 
 
 def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
-    """Cut each conversation after its first user turn; if there are none, return built-in questions."""
+    """Cut each conversation after its first user turn; if `conversations` is empty, return built-in questions."""
     if conversations:
         return [asked for conversation in conversations if (asked := up_to(conversation, "user"))]
     texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
@@ -118,6 +118,6 @@ def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conve
 
 
 def up_to(conversation: Conversation, role: str) -> Conversation:
-    """Return a conversation up to its first turn of `role`; empty if it has no such turn."""
+    """Return a conversation up to and with its first turn of `role`, or an empty list without such a turn."""
     roles = [message["role"] for message in conversation]
     return conversation[: roles.index(role) + 1] if role in roles else []

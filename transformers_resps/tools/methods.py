@@ -28,7 +28,7 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGL
 
 
 class Answer(NamedTuple):
-    """What a method returns. If it does not count target forwards, a hook at the target's layers does."""
+    """What a method returns. If it does not report the target's forwards, a hook on the target counts them."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
@@ -42,11 +42,11 @@ class Method(ABC):
 
     name: str
     _: KW_ONLY
-    effort: int = 0  # how much work it is for a user; among equally fast methods, the least effort is advised
+    effort: int = 0  # work for a user to set it up; of equally fast methods, the one with the least is advised
     # Whether a sampled text equals the plain one with the same seed. Transformers' assistants draw other random
     # numbers, so that only their distribution is the same.
     seed_exact: bool = True
-    reference: str = PLAIN  # name of the method whose texts it must reproduce: plain decoding in the same mode
+    reference: str = PLAIN  # method with which its texts must agree: plain decoding in the same mode
 
     @property
     def reports_steps(self) -> bool:
@@ -57,12 +57,12 @@ class Method(ABC):
     def prepare(
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
-        """Return the function to time. It answers the prompt `[1, s]`, and copies the answer to the host."""
+        """Return the function to time, which answers the prompt `[1, s]` and copies the answer to the host."""
 
 
 @dataclass(frozen=True)
 class Generate(Method):
-    """Decodes by `generate` with further keywords."""
+    """A method that calls `generate` with the given keywords."""
 
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
@@ -114,17 +114,17 @@ def plain() -> Generate:
 
 
 def compiled(method: Generate) -> Generate:
-    """Return a copy of one of our methods with compiled forwards."""
+    """Return a copy of a method of this package with compiled forwards."""
     return replace(method, name=method.name + COMPILED, keywords={**method.keywords, "compile": True})
 
 
 def plain_steps() -> Generate:
-    """Return plain decoding by our step loop, which can be compiled and invariant."""
+    """Return plain decoding by this package's step loop, which also runs compiled or in the invariant mode."""
     return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
 def invariant(method: Generate) -> Generate:
-    """Return a copy of one of our methods, compiled or not, in the invariant mode."""
+    """Return a copy of a method of this package, compiled or not, in the invariant mode."""
     reference = (COMPILED_PLAIN if "compile" in method.keywords else PLAIN) + INVARIANT
     keywords = {**method.keywords, "invariant": True}
     return replace(method, name=method.name + INVARIANT, keywords=keywords, reference=reference)
@@ -190,7 +190,7 @@ class Bench:
         self._end_ids = end_ids(target)
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
-        """Compile plain decoding; return why it cannot be compiled, or `None` if it can."""
+        """Try to compile plain decoding; return the reason if that fails, else `None`."""
         self.decode(prompt, compiled(plain_steps()), max_new_tokens=2)
         engine = self.target.speculation_state.slot_engine
         return None if engine.is_compiled else str(engine.obstacle)
@@ -204,7 +204,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """Time an answer, with `repeat` as the seed. If anything compiled during the answer, answer again."""
+        """Time an answer of `method`, with `repeat` as the seed. If something compiled meanwhile, time it again."""
         most = max_new_tokens or self.max_new_tokens
         while True:
             answer, run = self._decode(prompt, method, repeat, temperature, most)
@@ -234,10 +234,10 @@ class Bench:
 
     @contextmanager
     def _forwards_noted(self, method: Method) -> Iterator[list[float]]:
-        """Yield a list that gets the start time of each forward; it stays empty if the method reports its steps.
+        """Record the start time of each target forward in the yielded list, unless the method reports its steps.
 
-        Such a method may compile its layers, and would compile the hook with them. The hook is on the first layer,
-        since another library may run the layers without the model.
+        A method that reports its steps may compile the target's layers, and would compile the hook too. The hook is
+        on the first layer, since another library may run the layers without calling the model.
         """
         begun: list[float] = []
         if method.reports_steps:

@@ -1,4 +1,4 @@
-"""Draw bars with intervals as SVG, for `resps bench --plot` and for the pages with figures."""
+"""Draw bar charts with confidence intervals as SVG, for `resps bench --plot` and for the pages with figures."""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,7 +11,7 @@ _LABELS, _UNIT, _ROW = 430, 130, 22  # pixels: width of labels, width of a ratio
 
 
 def ratios(results: dict[str, Any]) -> str:
-    """Draw each method's speed relative to plain decoding: for all prompts, then for each dataset and temperature."""
+    """Return an SVG of each method's speed relative to plain decoding: overall, then per dataset and temperature."""
     summaries = {ALL: results["summaries"][ALL]} | results["summaries"]
     several = len(results["settings"]["temperatures"]) > 1
     values = [
@@ -27,7 +27,7 @@ def ratios(results: dict[str, Any]) -> str:
 
 
 def bars(values: Sequence[tuple[str, Interval]], title: str) -> str:
-    """Draw a bar with label and interval for each ratio, and a line at 1."""
+    """Return an SVG with a labelled bar and interval for each ratio in `values`, and a line at ratio 1."""
     most = max(1.2, *(value.high for _, value in values))
     unit = min(_UNIT, 420 / most)
     height, width, one = 44 + _ROW * len(values), _LABELS + unit * most + 60, _LABELS + unit

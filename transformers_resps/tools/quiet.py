@@ -16,7 +16,7 @@ class BusyMachineError(ValueError):
 
 
 def checked_load(accept_noise: bool) -> float | None:
-    """Return how many CPUs other processes use; raise as `check_load` does unless noise is accepted."""
+    """Return how many CPUs other processes use; raise `BusyMachineError` if too many, unless `accept_noise`."""
     load = other_load()
     if not accept_noise:
         check_load(load)
@@ -26,7 +26,7 @@ def checked_load(accept_noise: bool) -> float | None:
 def other_load(seconds: float = 1.0) -> float | None:
     """Return how many CPUs other processes use while this one waits for `seconds`; `None` if unknown.
 
-    The load average would also count the last run of this command, so it is only the fallback without /proc/stat.
+    The load average would also count the last run of this command, so it is used only where /proc/stat is missing.
     """
     counters = Path("/proc/stat")
     if not counters.exists():
@@ -43,7 +43,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 
 def check_load(load: float | None) -> None:
-    """Raise `BusyMachineError` if other processes use more than `MAX_LOAD` CPUs; `None` means unknown."""
+    """Raise `BusyMachineError` if other processes use `load` CPUs, more than `MAX_LOAD`; `None` (unknown) passes."""
     if load is not None and load > MAX_LOAD:
         raise BusyMachineError(
             f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "

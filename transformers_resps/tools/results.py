@@ -134,16 +134,16 @@ def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hasha
 
 
 def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
-    """Return the rate of `method` over the rate of `base`, on the cells that both have answered."""
+    """Return the tokens per second of `method` divided by those of `base`, on the turns that both answered."""
     own, other = (rate(requests) for requests in _paired(timings, method, base))
     return own / other
 
 
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
-    """Return the rate of `method` over that of `base`, on their common cells, with a paired bootstrap's interval.
+    """Return the tokens per second of `method` over those of `base`, on common turns, with a bootstrap interval.
 
     Each item of `processes` has the timings of one process. The bootstrap draws processes and prompts with
-    replacement, the same for both methods. All turns and repeats of a prompt in a process count as one request.
+    replacement, the same ones for both methods. A prompt's turns and repeats in one process are drawn together.
     """
     own, other = zip(*(_paired(timings, method, base) for timings in processes), strict=True)
     value = rate(chain.from_iterable(own)) / rate(chain.from_iterable(other))
@@ -151,7 +151,7 @@ def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str)
 
 
 def _paired(timings: Sequence[AnswerTiming], method: str, base: str) -> list[list[Timing]]:
-    """Sum tokens and seconds for each prompt, for both methods; prompts are sorted by name."""
+    """Sum tokens and seconds of each prompt, sorted by name, over the turns that both methods answered."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     prompts = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -165,7 +165,7 @@ def tau_of(timings: Iterable[AnswerTiming]) -> float:
 
 
 def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
-    """Make the table's row of one method, compared with plain decoding over all prompts and repeats."""
+    """Compute the table row of `method`: its speed and its ratio to plain decoding, over all prompts and repeats."""
     own = [m for m in timings if m.method == method]
     speed, tau = compare([timings], method, PLAIN), tau_of(own)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
@@ -181,7 +181,7 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
 
 
 def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
-    """Return one method's entry in `steps` of the results: mean size of a tree, and seconds per token."""
+    """Return one method's entry in `steps` of the results: mean tree size, and seconds per token by part of a step."""
     answers = [run.steps for run in runs]
     tokens, seconds = sum(run.timing.tokens for run in runs), sum(run.timing.seconds for run in runs)
     decoding = [step for steps in answers for step in steps[1:]]
@@ -202,7 +202,7 @@ def summary_rows(
 ) -> dict[str, Any]:
     """Return two parts of the results: `summaries` (rows by dataset and temperature) and `pooled` (rows over all).
 
-    `timings` has only cells that every method answered. Rows are in the order of `names`; rows of `estimates` follow.
+    `timings` has only turns that every method answered. Rows are in the order of `names`, then those of `estimates`.
     """
     every = [*timings, *estimates]
     summaries: dict[str, list[dict[str, Any]]] = {}
@@ -245,7 +245,7 @@ def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
 
 
 def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large; but not before eight answers."""
+    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large and there are eight answers."""
     answers = sum(m.method == PLAIN for m in timings)
     if answers < _MIN_ANSWERS:
         return
@@ -267,13 +267,13 @@ class Standing:
     """Speed of one method, compared with plain decoding and with the fastest method."""
 
     name: str
-    effort: int  # how much work the method is for a user; larger is more
+    effort: int  # how much work it is for a user to set up this method; a rank
     to_plain: Interval  # rate over the rate of plain decoding
     to_fastest: Interval  # rate over the rate of the fastest method
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """Say which method to use. `verify_cost` is the cost of verifying `NAMED_NODES` nodes, in plain steps."""
+    """Return advice on which method to use. `verify_cost`: cost of verifying `NAMED_NODES` nodes, in plain steps."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -287,9 +287,9 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
 
 
 def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
-    """Say which method to use; `standings` has every method but plain decoding, on this number of `prompts`.
+    """Return advice on which method to use, from the `standings` of all methods except plain decoding.
 
-    A ratio counts as no difference if 1 is inside its 95% interval. A single prompt gives no interval.
+    A ratio whose 95% interval contains 1 counts as no difference. `prompts` is their number; one has no interval.
     """
     if prompts < 2:
         little = "one prompt says" if prompts else "no prompt was answered, which says"
@@ -329,7 +329,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Return the table: a row for each dataset, temperature and method, with estimates in italics."""
+    """Return the results as a Markdown table, by dataset, temperature and method, with estimates in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     left = ["dataset", *(["temperature"] if several else []), "method"]
     told = {
@@ -354,7 +354,7 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def _efficiency_cells(row: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the cells of the columns `names` of `_EFFICIENCY`; empty if unknown or estimated."""
+    """Format the values of `row` for the columns `names`; values that are unknown or estimated become empty."""
     told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
     return ["" if value is None else f"{value:.2f}" for value in told]
 
@@ -378,7 +378,7 @@ def method_cell(row: dict[str, Any]) -> str:
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
     """Return how many answers equal those of plain decoding in the same mode, as "9 of 10".
 
-    Empty with several temperatures, since the results do not count their answers apart.
+    Return "" if several temperatures were measured, because the results have only one count for all of them.
     """
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""

@@ -41,7 +41,7 @@ from .loading import load_policy, load_source, load_target
 
 MAX_BODY_BYTES = 32 << 20
 _DEFAULT_NEW_TOKENS = 1024  # for requests without a limit, as in Transformers' server
-_SHUTDOWN_SECONDS = 60.0  # time for the running step
+_SHUTDOWN_SECONDS = 60.0  # at shutdown, how long to wait for the running step
 _MOST_MEMORIES = 64  # each holds up to a million tokens, of 12 bytes each
 _NO_KEY = (None, b"", b"Bearer", b"Bearer none")  # clients without a key send "Bearer none"
 _CLIENT_LEFT = 499  # nginx's HTTP status for this; only logs show it
@@ -50,7 +50,7 @@ _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
 
 
 class ClientLeftError(Exception):
-    """Raised inside `generate` to end a call whose client has disconnected."""
+    """Raised inside `generate` to stop it because the client has disconnected."""
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class Exchange:
         return "plain" if self.report is None else "speculative"
 
     def leave(self) -> None:
-        """Record that the client disconnects. After a complete answer this does not count as leaving."""
+        """Record that the client has disconnected, and set `has_left` unless its answer was complete."""
         self.has_left |= not self.over.is_set()
         self.over.set()
 
@@ -91,9 +91,9 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 
 
 class _Watch(StoppingCriteria):
-    """A streamer, or with beam search a stopping criterion, that ends a call when its client has disconnected.
+    """A streamer (for beam search, a stopping criterion) that stops `generate` after the client has disconnected.
 
-    It passes tokens on to the request's streamer, but passes the end on only in `finish`, after the report is made.
+    It forwards tokens to the request's own `streamer`, but signals the end only in `finish`, after the report is made.
     """
 
     def __init__(self, streamer: Any, over: Event) -> None:
@@ -102,7 +102,7 @@ class _Watch(StoppingCriteria):
         self.has_tokens = False
 
     def start(self) -> None:
-        """Begin a call of `generate`, whose first `put` is the prompt."""
+        """Prepare for a call of `generate`, which puts the prompt before new tokens."""
         self._expects_prompt = True
         self.check()
 
@@ -119,7 +119,7 @@ class _Watch(StoppingCriteria):
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if not is_prompt:
             self.has_tokens = True
-        elif self._has_prompt:  # an earlier call has put the prompt and then raised
+        elif self._has_prompt:  # an earlier call of `generate` put the prompt and then raised
             return
         self._has_prompt = True
         if self._streamer is not None:
@@ -134,7 +134,7 @@ class _Watch(StoppingCriteria):
 
 
 class Memories:
-    """Keeps one `SuffixMemory` for each API key and model, so that no caller's texts draft another caller's answers.
+    """Keeps one `SuffixMemory` of earlier texts per API key and model, so that callers never draft from others' texts.
 
     Only the most recently used memories are kept. Requests without a key have no memory.
     """
@@ -155,7 +155,7 @@ class Memories:
 
 
 class RequestModel:
-    """Wraps an attached model for one request: Transformers' server calls this `generate`; all else is the model's."""
+    """Wraps an attached model for one request. It replaces `generate`; other attributes are the model's."""
 
     def __init__(
         self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
@@ -166,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return token ids `[1, s + t]`. A request that trees do not support is decoded plainly, unless invariant."""
+        """Return prompt and answer `[1, s + t]`. Decode plainly what trees do not support; in invariant mode raise."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -221,7 +221,7 @@ class RequestModel:
 
 
 class OneAtATime(utils.GenerateManager):
-    """Runs the requests for all models one by one in one thread, since they share random generator and cores."""
+    """Runs the requests to all models one by one in one thread, since they share the random generator and cores."""
 
     def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
         cast(Any, super()).__init__()
@@ -244,7 +244,7 @@ class OneAtATime(utils.GenerateManager):
         return RequestModel(model, _exchange.get(), self._figures, self._memories)
 
     def drain(self) -> None:
-        """Wait for all waiting and running requests; those whose client has disconnected end at once."""
+        """Wait until all requests have ended; requests whose client has disconnected end at once."""
         self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
 
 
@@ -327,7 +327,7 @@ class AttachedModels(model_manager.ModelManager):
         return model
 
     def target_of(self, name: Any) -> str:
-        """Return the target for the name in a request; `None` is allowed if only one target is served."""
+        """Return the target that a request names; `name` may be `None` if only one target is served."""
         if name is None and len(self.names) == 1:
             name = self.names[0]
         if not isinstance(name, str) or name not in self._targets:
@@ -345,7 +345,7 @@ class AttachedModels(model_manager.ModelManager):
 
 
 def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
-    """Map names to targets: the targets' own names, the names for clients, and unique names of folders."""
+    """Return a dict from every accepted name to its target: own names, names in `served`, and unique folder names."""
     folders = Counter(PurePath(target).name for target in targets)
     names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
     return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
@@ -381,7 +381,7 @@ _TEXTS = ("text", "input_text", "output_text")  # types of the text parts of a m
 
 
 class _Handler(utils.BaseHandler):
-    """Base class of the endpoints. It rejects unsupported fields by name, and adds `metrics` to every answer."""
+    """Base class of the endpoints. It raises an error that names unsupported fields, and adds `metrics` to answers."""
 
     needs: str  # name of the field with the prompt
     reads: frozenset[str]  # names of further supported fields
@@ -419,7 +419,7 @@ class _Handler(utils.BaseHandler):
         return asked or target, model, processor
 
     def _check_tools(self, body: dict[str, Any], template: str) -> None:
-        """Raise for tools and tool calls if the chat template would leave them out."""
+        """Raise if the request has tools or tool calls that the chat template would ignore."""
         turns = [turn for turn in body[self.needs] if isinstance(turn, dict)]
         called = any(turn.get("tool_calls") or turn.get("type") == "function_call" for turn in turns)
         for name, is_asked in (("tools", body.get("tools")), ("tool_calls", called)):
@@ -429,7 +429,7 @@ class _Handler(utils.BaseHandler):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
-        """Convert messages as Transformers does, but raise for parts that Transformers would leave out."""
+        """Convert messages as Transformers does, but raise if Transformers would silently drop a part of them."""
         read = utils.BaseHandler.get_processor_inputs_from_messages
         for message in messages:
             content = message.get("content")
@@ -498,7 +498,7 @@ class ResponseHandler(_Handler, response.ResponseHandler):
 
 
 def _checked_policy(policy: Any) -> str | None:
-    """Return the policy of a request, or raise: a request must not make the server load a folder or repository."""
+    """Return a request's policy; raise unless it is built in, since requests must not make the server load files."""
     if policy not in (None, "auto", "plain"):
         raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
     return policy
@@ -538,7 +538,7 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 class Figures:
-    """Counts requests, tokens and forwards since the start; as text it is in Prometheus' format."""
+    """Counts requests, tokens and forwards since the server's start; `str()` formats the counts for Prometheus."""
 
     _HELP = {
         "resps_requests_total": "Requests, by what came of them.",
@@ -649,7 +649,7 @@ class Door:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                exchange.over.set()  # after every complete answer, the server reports a disconnect too
+                exchange.over.set()  # the ASGI server reports a disconnect also after a complete answer
             await send(message)
 
         try:

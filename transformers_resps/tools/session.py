@@ -70,7 +70,7 @@ def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
 
 
 def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Raise `ValueError` if a prompt's fingerprint is in `others`; `what` describes these in the message."""
+    """Raise `ValueError` if the fingerprint of a dialogue is in `others`; the message calls the others `what`."""
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
@@ -80,11 +80,11 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 
 
 class Judge:
-    """Compares the answers to each prompt with those of plain decoding, and collects `unexplained` differences.
+    """Compares answers with plain decoding's, and collects differences that must not occur in `unexplained`.
 
-    In the invariant mode every difference is unexplained. Else it is if a greedy answer differs by more than rounding,
-    or if a sampled answer of a `seed_exact` method differs in float32 or float64. Sampled answers in half precision
-    may differ after a near-tie, which cannot be proved afterwards: they are counted, not judged.
+    In the invariant mode no answer may differ. Otherwise greedy answers may differ by rounding, but sampled answers
+    of a `seed_exact` method must not differ in float32 or float64. Sampled answers in half precision may differ after
+    a near-tie, which cannot be proved afterwards, so equal answers are only counted.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
@@ -128,9 +128,9 @@ def _is_same(run: Run, other: Run) -> bool:
 
 
 class Session:
-    """Answers every conversation with every method, at every temperature and with every seed of `repeats`.
+    """Answers every conversation with every method, at every temperature and with every seed below `repeats`.
 
-    All methods answer the same prompt: it contains the answers of the method `base` to the earlier turns, at the same
+    All methods answer the same prompt, with the method `base`'s own answers to the earlier turns, at the same
     temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn would not
     fit into the target's context.
     """
@@ -181,10 +181,10 @@ class Session:
         self.bench.target.speculation_state.policy_cache.clear()
 
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt with its runs, in the order of `methods`; call `done` after each answer.
+        """Yield each prompt with its timed answers, in the order of `methods`; call `done` after each answer.
 
-        The methods answer in an order that is shuffled for each repeat and conversation, the same in every session. So
-        no method always runs after the same other method, which may leave the machine fast or slow.
+        The order in which methods run is shuffled for each repeat and conversation, equally in every session, because
+        a method may leave the machine faster or slower for the next method.
         """
         for repeat in self._repeats:
             for dialogue in self.dialogues:

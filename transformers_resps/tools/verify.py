@@ -13,7 +13,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; return 1 if an output differs from plain decoding, 2 if no draft was accepted, else 0."""
+    """Print the report; return 1 if an output differs from plain decoding's, 2 if no draft was accepted, else 0."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = load_source(args.head, target, args.revision)
