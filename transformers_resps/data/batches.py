@@ -32,13 +32,13 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Groups texts, by index, into batches of at most `budget` tokens with padding. A longer text is its own batch.
+    """Yields lists of text indices, each a batch of at most `budget` tokens, padding included, or one longer text.
 
-    With `shuffle`, texts of about the same length are grouped at random. Each epoch has the same batches in a new
+    With `shuffle`, texts of similar length are grouped at random, once; each epoch has the same batches in another
     order.
     """
 
-    batch_size = None  # Accelerate reads it; batches differ in size
+    batch_size = None  # Accelerate reads this attribute; batches differ in size
 
     def __init__(self, lengths: Sequence[int], budget: int, *, seed: int = 0, shuffle: bool = True) -> None:
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
@@ -88,7 +88,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """Return a row as an `Example`, whose `loss_mask` may include the first two tokens."""
+        """Return row number `index` as an `Example`; its `loss_mask` may include the first two tokens."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
@@ -96,7 +96,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield up to `count` rows, evenly spread over their lengths."""
+        """Yield up to `count` rows, evenly spaced in the order of length."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))

@@ -28,7 +28,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     complete rows.
 
     Raises:
-        ValueError: a row has none of these fields, or content that is not text. Or a JSONL line is not JSON in UTF-8.
+        ValueError: a row has none of these fields, its content is not text, or a JSONL line is not JSON in UTF-8.
     """
     path = Path(path)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
@@ -118,7 +118,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 
 def _is_truncated(error: json.JSONDecodeError) -> bool:
-    """Return whether the file ends within a string, within an escape (up to six characters), or between tokens."""
+    """Return whether a JSON error is due to a cut file: it is in a string, or at most six characters from the end."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
@@ -160,7 +160,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check messages; a string becomes one message of `role`, if given. The caller adds the row to error messages."""
+    """Return checked messages; convert a string to one message of `role`. Errors name no row: callers add it."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
@@ -177,8 +177,8 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
-    """Check messages with `images` images and split each content into parts; errors as in `as_messages`. If no part is
-    an image, all images are put before the text of the first user turn, as in TRL.
+    """Check messages and split each content into parts. If no part is an image, put `images` image parts before the
+    text of the first user turn, as in TRL. Errors are those of `as_messages`; also an image in an assistant's turn.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)

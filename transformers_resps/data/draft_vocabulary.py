@@ -15,15 +15,15 @@ class DraftVocabulary:
     """The tokens that a head can propose."""
 
     token_ids: Tensor  # [d] target ids, ascending
-    coverage: float  # their share of the tokens in answers: an upper bound of acceptance
+    coverage: float  # share of the answers' tokens that are in it: an upper bound of acceptance
 
 
 def choose_draft_vocabulary(
     examples: Iterable[Example], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """Choose the ids `always` and the most frequent tokens of assistant turns, `draft_vocab_size` in total.
+    """Choose `draft_vocab_size` token ids: all of `always`, then the most frequent tokens of the assistant's turns.
 
-    Of equally frequent tokens the lowest ids are chosen: in byte-pair vocabularies low ids tend to be frequent.
+    Among equally frequent tokens, low ids are preferred: in byte-pair vocabularies they tend to be frequent.
 
     Raises:
         ValueError: `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or a token id
@@ -48,7 +48,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
-    """Return an existing head's draft vocabulary. Raises a `ValueError` if it covers no answer of the examples."""
+    """Return a head's draft vocabulary; raise `ValueError` if none of the examples' answer tokens is in it."""
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)
     if coverage == 0:
@@ -60,7 +60,7 @@ def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVo
 
 
 def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
-    """Count how often the assistant wrote each token, `[v]`."""
+    """Count how often each token of the vocabulary occurs in the assistant's turns, `[v]`."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for number, example in enumerate(examples):
         example.check_ids(vocab_size, number)

@@ -1,4 +1,4 @@
-"""Process texts with images by the target's processor, which returns tokens in place of each image, and pixels.
+"""Process texts with images by the target's processor, which inserts tokens for each image and returns pixels.
 
 Only the processor knows how many tokens an image takes, so it is needed to prepare a dataset. Prepared datasets keep
 the images. Pixels are large, so they are computed again for each batch.
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-# Columns that a prepared dataset with images has in addition.
+# Further columns of a prepared dataset with images.
 IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
 # Values of the last four columns in a row without images.
 NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
@@ -23,9 +23,9 @@ NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The images of a text, and those parts of the text that show images."""
+    """The images of one text, and the parts of the text that contain images."""
 
-    images: list[Any]  # in the order in which the text shows them
+    images: list[Any]  # in the order of the text
     texts: list[str]  # parts, rendered by the chat template with a placeholder for each image
     counts: list[int]  # number of images in each part
     starts: list[int]  # index of each part's first token
@@ -40,7 +40,7 @@ class Pictures:
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
 
     def before(self, place: int) -> "Pictures | None":
-        """Keep the parts that begin before token `place`, and their images; `None` if there are none."""
+        """Return only the parts that begin before token number `place`, with their images; `None` if none does."""
         kept = sum(start < place for start in self.starts)
         if not kept:
             return None
@@ -49,18 +49,18 @@ class Pictures:
 
     @property
     def columns(self) -> tuple[list[str], list[int], list[int], str]:
-        """The values of `IMAGE_COLUMNS` after the images."""
+        """The values of `IMAGE_COLUMNS` except its first column, the images."""
         return self.texts, self.counts, self.starts, self.key
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """List the images of a row. Its column `images` has a list, one image, or `None`."""
+    """Return the images of a row as a list. Its column `images` may hold a list, one image, or `None`."""
     images = row["images"]
     return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
 
 
 class ImageReader:
-    """Tokenizes, one after the other, the parts of one text that show its `images`."""
+    """Tokenizes the parts of one text that contain images, one after the other, and collects its `Pictures`."""
 
     def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
         self._processor, self._images = processor, images
@@ -70,7 +70,7 @@ class ImageReader:
         self._digest = hashlib.sha256()
 
     def tokens_of(self, text: str, count: int, start: int, room: int) -> list[int] | None:
-        """Tokenize a part with `count` images that begins at token `start`; `None` if it is longer than `room`."""
+        """Tokenize the part at token `start`, with `count` images; return `None` if it has more than `room` tokens."""
         shown = sum(self._counts)
         read = _read(self._processor, [text], [self._images[shown : shown + count]])
         tokens: list[int] = read["input_ids"][0].tolist()
@@ -92,14 +92,14 @@ class ImageReader:
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
-    """Run the processor, without adding special tokens, as in TRL: chat templates have already written them."""
+    """Run the processor without adding special tokens, since the chat template already added them; as in TRL."""
     padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
 
 
 def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
-    """Return the image arguments of the target's forward for a batch; `{}` if no row has images. Token types are
-    right-padded to `[b, length]`. Other tensors are the processor's output for the whole batch.
+    """Return the image arguments of the target's forward for a batch; `{}` if no row has images. Token type ids are
+    right-padded to `[b, length]`; other tensors are the processor's output for all images of the batch.
     """
     parts, texts, images = list[tuple[int, int]](), list[str](), list[list[Any]]()
     for row, shown in enumerate(rows):
@@ -130,7 +130,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """Return `processing_class`, or load the target's processor; `None` if neither can process images."""
+    """Return `processing_class` or, if it is missing, the target's processor; `None` if it cannot process images."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

@@ -1,8 +1,8 @@
-"""Turn a dataset with TRL's columns into token ids and a mask of the tokens that a head learns from.
+"""Turn a dataset with TRL's columns into token ids, and a mask of the tokens that a head learns to predict.
 
 Transformers and TRL find the assistant's tokens by `{% generation %}` marks, but most chat templates have none. Here
-the assistant's tokens are those by which a turn extends the rendered text. The package `datasets` belongs to the extra
-`train`, so it is imported only inside functions.
+a conversation is rendered without and with each assistant turn: the added text is the assistant's. The package
+`datasets` belongs to the extra `train`, so it is imported only inside functions.
 """
 
 import json
@@ -48,19 +48,19 @@ class Example:
 
     @property
     def predicted(self) -> Tensor:
-        """Which of the assistant's tokens a head can predict, `[t]` bool: never the first two tokens of a text."""
+        """`loss_mask` without the first two tokens of the text, which a head cannot predict; `[t]` bool."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """A row for `collate`: `input_ids`, `loss_mask` (from `predicted`) and, if there are any, `pictures`."""
+        """The example as a row for `collate`: `input_ids`, `loss_mask` (from `predicted`), and `pictures` if any."""
         shown = {} if self.pictures is None else {"pictures": self.pictures}
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise a `ValueError` that names text `number` if it is empty or has an id outside the vocabulary."""
+        """Raise `ValueError` if the text is empty or has an id outside the vocabulary; the message says `number`."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -77,18 +77,18 @@ class _Piece:
 
     text: str
     is_learned: bool
-    images: int = 0  # number of images in it
-    is_raw: bool = False  # whether the tokenizer adds special tokens: no chat template did
+    images: int = 0  # number of images in the part
+    is_raw: bool = False  # whether the tokenizer must add special tokens, because no chat template was used
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Tokenize a conversation, and mark the answers. Raises a `ValueError` if the chat template rewrites turns."""
+    """Tokenize a conversation and mark its answers; raise `ValueError` if the chat template changes earlier turns."""
     return _joined(_pieces(conversation, tokenizer, 0, {}), tokenizer, max_length)
 
 
 def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
-    """Render a conversation with a tokenizer or processor and split it into questions and answers. Messages before
-    index `learn_from` belong to the question. `template` has further arguments for the chat template.
+    """Render a conversation with a tokenizer or processor, and split the text into questions and answers. Messages
+    before index `learn_from` are never answers. `template` has further arguments for the chat template.
     """
     pieces: list[_Piece] = []
     render = partial(renderer.apply_chat_template, tokenize=False, **template)
@@ -111,7 +111,7 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
 
 
 def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: ImageReader | None = None) -> Example:
-    """Tokenize pieces and join them, up to `max_length` or the first piece whose images do not fit."""
+    """Tokenize and join pieces; cut at `max_length`, or before the first piece whose images do not fit."""
     ids: list[int] = []
     mask: list[bool] = []
     for piece in pieces:
@@ -303,7 +303,7 @@ class _Reader:
     max_length: int
 
     def example_of(self, row: Row) -> tuple[Example, bool]:
-        """Return the example of a row, and whether only its first answer is used."""
+        """Return the example made from a row, and whether it is cut after the first answer."""
         if self.column == "input_ids":
             return _tokenized(row, self.max_length), False
         images = images_of(row) if "images" in row else None
@@ -354,8 +354,8 @@ def _template(row: Row) -> Row:
 
 
 def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
-    """Drop assistant turns before the first question, and split messages into questions and answers. If the template
-    rewrites earlier turns, only the part up to the first answer is used, and the second result is true.
+    """Drop assistant turns before the first question, and split the rest into questions and answers. If the template
+    changes earlier turns, keep only the part up to the first answer, and return true as the second result.
     """
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)

@@ -20,7 +20,7 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write hashes of the first user turns `texts`, and the `earlier` hashes of a head that training started from."""
+    """Write the hashes of first user turns, `texts`, and `earlier` hashes, of the head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
         json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
@@ -28,7 +28,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """Load the hashes in a folder; `None` if there is no file. Raises a `ValueError` if the file is damaged."""
+    """Load the hashes stored in a folder; return `None` without a file, raise `ValueError` if it is damaged."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
@@ -41,7 +41,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Load the hashes of a head or policy, given by folder or Hub id. Without a file, warn and return `None`."""
+    """Load the hashes stored with a head or policy, a folder or Hub id; if there are none, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         logger.warning(
