@@ -1,4 +1,4 @@
-"""Measure how long decoding steps take: `calibrate` makes a `CostTable`, which is valid only on this machine."""
+"""Measure how long decoding steps take on this machine, and store the seconds in a `CostTable`."""
 
 import hashlib
 import json
@@ -139,7 +139,7 @@ def _admitted(target: PreTrainedModel) -> VerifyingMode:
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
-    """Return what a measurement depends on; `attention` names the implementation, by default the target's."""
+    """Describe all that measured seconds depend on: hardware, versions, models, and the name of the `attention`."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -250,7 +250,7 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
 ) -> tuple[dict[int, float], dict[int, _Measured]]:
-    """Measure drafting for each width; returns the fixed seconds of a draft, and the seconds of each of its levels."""
+    """For each width of tree levels, measure the fixed seconds of a draft, and the seconds of one more level."""
     layers = source.feature_layers
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, _Measured]()
@@ -285,7 +285,7 @@ def _of_one(several: float, one: float, more: int) -> float:
 def _time_overhead(
     target: PreTrainedModel, source: DraftSource | None, room: int, keywords: Mapping[str, Any]
 ) -> float:
-    """Return the median seconds that a step spends outside forwards, from a short answer within `room` positions."""
+    """Generate a short answer within `room` positions; return a step's median seconds outside forwards."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
@@ -308,7 +308,7 @@ def _time_overhead(
 
 
 class _Stopwatch:
-    """Measures repeated runs. It calls `done` after each measurement, to move a progress bar."""
+    """Measures the seconds of a repeated function, and calls `done` after each measurement to move a progress bar."""
 
     def __init__(self, clock: Callable[[], float], done: Callable[[], Any]) -> None:
         self._clock, self._done = clock, done

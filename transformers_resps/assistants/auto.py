@@ -21,7 +21,7 @@ CAME_ALONG = "mtp"  # Name to pass instead of a folder or Hub id: loads the MTP 
 
 
 class AutoDraftHead:
-    """Loads a draft head of any kind, recognised by its tensors; see `from_pretrained`."""
+    """Loads a draft head of any kind: `from_pretrained` recognises the kind by its tensors."""
 
     @staticmethod
     def from_pretrained(
@@ -67,7 +67,7 @@ def load_drafter(
 
 
 def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableSource:
-    """Load a head that can be trained or diagnosed. From the checkpoint of a whole model, load its MTP layers.
+    """Load a head that can be trained or diagnosed; from the checkpoint of a whole model, load its MTP layers.
 
     Raises:
         ValueError: as in `from_pretrained` of the head's class. A `WholeModelError` if a model has no MTP layers.
@@ -83,7 +83,7 @@ def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableS
 
 
 def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
-    """Make the source that drafts with a model or candidate generator. Raises a `ValueError` if it cannot draft."""
+    """Wrap a model or candidate generator in a `DraftSource`; `ValueError` if it cannot draft for `target`."""
     if isinstance(model, CandidateGenerator):
         return ForeignSource(model)
     source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)

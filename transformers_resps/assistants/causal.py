@@ -96,7 +96,7 @@ def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> Any:
-    """Load the vocabulary in a model's `tokenizer.json`, from its folder or the Hub's cache; `None` without one."""
+    """Load the vocabulary from `tokenizer.json` in the model's folder or the Hub's cache; `None` if it is missing."""
     name = model.config.name_or_path or ""
     path: Any = Path(name) / "tokenizer.json"
     if not path.is_file():
@@ -156,7 +156,7 @@ class _Steps(StepModel):
         return at_wanted(states, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of the tokens that the target also has, with the scale and cap of the model's config."""
+        """Compute logits of the tokens that the target also has, scaled and capped as the model's config says."""
         config, logits = self._config, self._output(output).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
         logits = logits / getattr(config, "logits_scaling", 1.0)
@@ -164,7 +164,7 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Make one mask, or one for each layer type. `None` means plain causal attention."""
+        """Make an attention mask for all layers, or a dict with one for each layer type; `None` means plain causal."""
         mask = entries.mask
         patterns = {name: pattern for name, pattern in self._patterns.items() if pattern is not None}
         if all(pattern.window is None for pattern in patterns.values()):
@@ -180,7 +180,7 @@ class _Steps(StepModel):
 
 
 class _Shown(Entries):
-    """A cache for one pass over a whole text: returns the given keys and values."""
+    """Replaces a cache in a single pass over a whole text: `update` returns the new keys and values unchanged."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -191,8 +191,8 @@ class _Shown(Entries):
 
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
-    """Raise a `ValueError` if tokens have other logits in a tree's branches than in a plain text. Without this check,
-    a wrong mask or scale would go unnoticed and only lower acceptance.
+    """Raise a `ValueError` if `model` computes other logits for a tree than for each of its branches as a plain text.
+    A wrong mask or scale would else go unnoticed and only lower acceptance.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]

@@ -1,8 +1,7 @@
 """Draft with Google's assistants of Gemma 4, such as `google/gemma-4-E4B-it-assistant`.
 
-An assistant has no keys and values: at every level it attends to the target's, from the position of the root (the
-newest token). A node knows its path only through its hidden state. So the nodes of a tree do not see each other, and
-no cache is needed.
+An assistant has no keys and values of its own: all nodes of a tree attend to the target's, from the position of the
+root (the newest token). A node gets information of its ancestors only by its hidden state, so no cache is needed.
 
 Transformers' own loop differs in two ways. It also shows the assistant the keys of the first rejected token, and it
 accepts the assistant's likeliest tokens as if they had been sampled. Here only what the target picks is accepted.
@@ -32,7 +31,7 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The index that means the output of the target's final norm; see `FeatureTap`."""
+        """The index by which `FeatureTap` returns the output of the target's final norm."""
         return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
@@ -70,7 +69,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
 
 
 class _OfTarget(Entries):
-    """Holds the target's keys and values, which the assistant's layers read."""
+    """Gives the assistant's layers the target's keys and values."""
 
     def __init__(self, kept: TargetEntries) -> None:
         self.kept = kept
@@ -80,7 +79,7 @@ class _OfTarget(Entries):
 
 
 class _TargetCache(DraftCache):
-    """Stores nothing of its own: returns the target's keys and values, arranged once for each length of the text."""
+    """Returns the target's keys and values, prepared once for each length of the text, and stores no others."""
 
     def __init__(self, verifier: Verifier) -> None:
         super().__init__(device=verifier.device)

@@ -1,4 +1,4 @@
-"""Sources that draft with a model that Transformers has loaded."""
+"""Base class of drafters that use a model of Transformers."""
 
 from abc import abstractmethod
 from typing import Any, Self
@@ -13,8 +13,8 @@ from ..tree import TreeShape
 
 
 class LoadedModel(LevelSource):
-    """A source that drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for it. The
-    source does not keep the model alive, because it holds only a weak reference.
+    """Drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for this target. Only a weak
+    reference to the model is held, so it may be deleted.
     """
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:

@@ -39,7 +39,7 @@ from .mtp_layouts import MtpCheckpoint, MtpConfig, Stored
 
 
 class MtpLayer(nn.Module):
-    """One MTP layer: a projection of embedding and hidden state, then a decoder layer of the target's class."""
+    """One MTP layer: projects the concatenated embedding and hidden state, then runs a decoder layer."""
 
     def __init__(self, target: PreTrainedModel, config: MtpConfig, depth: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class MtpLayer(nn.Module):
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """Copy the target's config with all layers of this depth's type: a layer looks up its type by its number."""
+    """Copy the target's config, and set all layer types to that of MTP layer number `depth`."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -284,8 +284,8 @@ class MtpHead(TrainableSource, nn.Module):
         self.load_state_dict(saved.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "MtpHead", *, has_images: bool) -> Iterator[MtpReading]:
-        """Yield ways to interpret the layers, the configured one first. They combine feature layers one deeper or
-        shallower with the values of `fed`, `fed_back`, `hidden_first`, `zero_centred` and `own_output_head`.
+        """Yield ways to interpret the checkpoint, the configured one first. They combine the feature layer, and the
+        layers beside it, with all values of `fed`, `fed_back`, `hidden_first`, `zero_centred`, `own_output_head`.
         """
         settings, last = self.settings, target.config.get_text_config().num_hidden_layers
         layer = last if settings.feature_layer is None else settings.feature_layer
@@ -323,12 +323,12 @@ class MtpHead(TrainableSource, nn.Module):
         return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
 
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
-        """Return whether the norms in the file multiply by 1 + weight instead of weight."""
+        """Return whether the norms in the checkpoint multiply by 1 + weight instead of weight."""
         stated = self.settings.zero_centred
         return _is_zero_centred(target) if stated is None else stated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the layers in the form that `from_pretrained` reads, with the tensor names of the checkpoint."""
+        """Write the layers to a folder for `from_pretrained`, under the tensor names of their checkpoint."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -358,7 +358,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The configured layer or the target's last one. The number of layers plus one means after the final norm."""
+        """Index of the target layer to read: the configured one or the last; one more means after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -436,7 +436,7 @@ def _is_zero_centred(target: PreTrainedModel) -> bool:
 
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
-    """Set `own_embedding` and `own_output_head` to false where the checkpoint only has copies of the target's."""
+    """Set `own_embedding` or `own_output_head` to false if the checkpoint's tensor is a copy of the target's."""
 
     def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
@@ -450,7 +450,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Copies of the output heads' rows for the draft vocabulary, renewed when the weights change."""
+    """Keeps copies of the output heads' weight rows for the draft vocabulary; copies again when the weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -459,7 +459,7 @@ class KeptRows:
         return KeptRows, ()
 
     def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from `[..., h]` to one depth's logits `[..., d]` of the tokens `ids`."""
+        """Return a function that maps outputs `[..., h]` of one MTP layer to logits `[..., d]` of the tokens `ids`."""
         weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if depth not in self._kept or self._kept[depth][0] != version:
@@ -472,8 +472,8 @@ _GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on th
 
 
 class BoundMtp(TrainableModel):
-    """MTP layers together with the target's parts that they use; made by `MtpHead.bind`. `layers` are the module's own
-    or packed copies. `forward`, if given, is called instead, like `MtpHead.forward`.
+    """MTP layers together with the target's parts that they use; made by `MtpHead.bind`. `layers` are those of the
+    head, or copies with packed weights. A `forward` with the signature of `MtpHead.forward` replaces that method.
     """
 
     def __init__(
@@ -516,7 +516,7 @@ class BoundMtp(TrainableModel):
         return self._final_norm(features).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
-        """Return RoPE's cosine and sine for each layer type, then the positions `[b or 1, t, 1]`."""
+        """Return a tuple: RoPE's cosine and sine of each layer type, and last the positions `[b or 1, t, 1]`."""
         like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
         angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
         return (*(part for pair in angles for part in pair), positions[..., None])
@@ -530,7 +530,7 @@ class BoundMtp(TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Run the MTP layer of one depth, and its norm unless `fed_back` is "before"."""
+        """Run MTP layer number `depth`, and then its norm, except if `fed_back` is "before"."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
         positions = places[-1]
         options: dict[str, Any] = {}
@@ -580,7 +580,7 @@ class BoundMtp(TrainableModel):
 
 
 def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
-    """Return for each layer type the keywords to call `rotary` with; empty if the target has no RoPE."""
+    """Return the keywords with which to call `rotary`, for each layer type; nothing if the target has no RoPE."""
     types = [config.layer_type(depth) for depth in range(config.depths)]
     if rotary is None:
         return {}
@@ -589,13 +589,13 @@ def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]
 
 
 def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Find the tokens that are the first of their text, because they see only themselves: `[b or 1, t, 1]` bool."""
+    """Find the first token of each text, the one that sees only itself: bool `[b or 1, t, 1]`."""
     return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Mask the keys of the text that are outside the window; return `None` for a single query without a mask.
-    `positions` `[b or 1, t, 1]` are cache slots. The tree is in slots below 0, always within the window.
+    """Mask the text's keys that lie outside the window; return `None` for a single query without a mask.
+    `positions` `[b or 1, t, 1]` are cache positions. The tree's are below 0, and always within the window.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -607,7 +607,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Keys and values for a single query without a mask: those of the tree, and of the text within the window."""
+    """Returns for a single query without a mask only the keys and values of the tree and of the window."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window

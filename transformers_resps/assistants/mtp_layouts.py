@@ -108,7 +108,7 @@ _COMPARED = 64  # Number of rows that are compared to recognise a copy.
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The names of the tensors in a checkpoint that one of our tensors is made of. A tensor is stored whole, as two
+    """The names in a checkpoint of the tensors that together make one of our tensors. It is stored whole, as two
     halves of its rows, or as one part for each expert.
     """
 
@@ -149,7 +149,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Map our names of MTP tensors to those in a checkpoint whose target has `layer_count` layers."""
+    """Map our name of each MTP tensor to its `names` in a checkpoint whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -182,13 +182,13 @@ def _canonical(name: str, layer_count: int) -> str | None:
 
 
 def names_mtp(config: dict[str, Any]) -> bool:
-    """Return whether a config states MTP layers, alone or together with their target."""
+    """Return whether a config says that its checkpoint has MTP layers, with or without their target."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return config.get("model_type") == MTP.saved_as or any(part.get(key) for part in parts for key in _DEPTHS)
 
 
 class MtpCheckpoint:
-    """MTP layers in a checkpoint of their target, or saved alone.
+    """Reads MTP layers from a checkpoint of their target, or from one that holds them alone.
 
     `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`.
 
@@ -255,7 +255,7 @@ class MtpCheckpoint:
             )
 
     def check_target(self, target: dict[str, Any]) -> None:
-        """Raise a `ValueError` if a target, given by its `target_identity`, has other sizes."""
+        """Raise a `ValueError` if sizes in a target's `target_identity` differ from those of the checkpoint."""
         wrong = [
             f"{key} {self.stated(key)} (the target: {target[key]})"
             for key in ("hidden_size", "vocab_size")
@@ -277,7 +277,7 @@ class MtpCheckpoint:
         return self._config.get("model_type") == MTP.saved_as
 
     def config(self) -> MtpConfig:
-        """Infer from the model family what the layers compute, and from the tensors which parts they have."""
+        """Infer the `MtpConfig`: from the model family what the layers compute, from the tensors which parts exist."""
         if self.is_alone:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
@@ -330,8 +330,8 @@ class MtpCheckpoint:
         return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
     def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
-        """Take one stored tensor out of `found`; multiply an FP8 tensor by its scales. Transformers' `Fp8Dequantize`
-        refuses an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
+        """Pop a tensor from `found`, multiplied by its scales if it is in FP8. Transformers' `Fp8Dequantize` refuses
+        an incomplete last block, which DeepSeek-V3's `kv_a_proj_with_mqa` has.
         """
         tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
         if tensor.dtype != torch.float8_e4m3fn:

@@ -37,7 +37,7 @@ class Acceptance:
 
     @property
     def is_front(self) -> bool:
-        """Whether every row kept nodes 0 to m - 1 of the tree."""
+        """Whether every row accepted exactly the tree's first m nodes."""
         return all(path == list(range(self.path.shape[1])) for path in self.paths)
 
     @property
@@ -48,13 +48,13 @@ class Acceptance:
 
     @classmethod
     def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
-        """Make the tensors from the nodes and tokens of each row, with one copy to the device."""
+        """Make an `Acceptance` from each row's kept nodes and picked tokens, with one copy to the device."""
         filled = torch.tensor([_filled(paths), _filled(picks)], device=device)
         return cls(filled[0], filled[1], paths, picks, list(map(len, paths)))
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make the tensors from the nodes and tokens of each row, without a copy if the picks are on the device."""
+        """Make an `Acceptance` from each row's kept nodes and tokens; no copy if `picks.tokens` is on the device."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -87,7 +87,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Append the target's picks to every decoded row. `reached` is as in `accept`; only rows in lockstep fill it."""
+    """Append the target's tokens to every decoded row. `reached` is as in `accept`, and filled only in lockstep."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
@@ -137,7 +137,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
 def _next_nodes(
     children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
 ) -> list[int] | None:
-    """For each row, find the child of its node with its token; `None` if an unfinished row has no such child."""
+    """For each row, find the child of `nodes[row]` with `tokens[row]`; `None` if a live row has no such child."""
     children_of_picks = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
     if any(is_live and node is None for is_live, node in zip(live, children_of_picks, strict=True)):
         return None
@@ -145,7 +145,7 @@ def _next_nodes(
 
 
 def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
-    """Append to `texts` (one for each row) the tokens that `accept` would append, with fewer calls."""
+    """Append the tokens that `accept` would append to `texts`, one `Text` per row, but with fewer calls."""
     paths, picked = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, picked)
     for row, (text, path, own) in enumerate(zip(texts, paths, picked, strict=True)):
@@ -207,12 +207,12 @@ class Picks:
 
     @classmethod
     def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
-        """Make picks that are computed only when `at` is called."""
+        """Make `Picks` that compute a node's token only when `at` is called."""
         return cls(tree.children(), None, logits, pick=pick)
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Copy the tree and the picks (`processed`, or the argmax) to the host, with one wait for the target."""
+        """Copy the tree and the target's tokens (`processed.tokens` or the argmax) to the host, with one wait."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -248,7 +248,7 @@ class ProcessedPicks:
         return cls(draws.pick(scores, tree.depths[0]), raw, scores, draws)
 
     def settle(self, tokens: list[int]) -> None:
-        """Rewind the random generator to the state after the committed `tokens`; raise if one cannot be drawn."""
+        """Rewind the random generator to its state after the committed `tokens`; raise if one is -1 (NaN scores)."""
         if self.draws is None:
             return
         if min(tokens) < 0:
@@ -260,7 +260,7 @@ class ProcessedPicks:
 
 
 class Draws:
-    """Random numbers for `count` levels of a tree, drawn as plain sampling would draw them.
+    """Draws random numbers for `count` levels of a tree as plain sampling would.
 
     `torch.multinomial` takes the token with the largest p / e, where e is drawn for every token from the exponential
     distribution of mean 1 (ATen, `multinomial` in native/Distributions.cpp, a single sample). As e does not depend on
@@ -290,7 +290,7 @@ class Draws:
 
 @cache
 def draws_alike(device: torch.device, vocabulary: int) -> bool:
-    """Try whether `Draws` and `torch.multinomial` draw the same tokens on a device; restores the generator."""
+    """Test whether `Draws` and `torch.multinomial` draw the same tokens on a device; leave the generator unchanged."""
     generator = _generator(device)
     if generator is None:
         return False
@@ -319,7 +319,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether to pick at all nodes at once: not on a CPU, where it saves no waiting, nor if draws would differ."""
+    """Whether to pick tokens at all nodes at once: not on a CPU, where this saves nothing, nor if draws differ."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -327,7 +327,7 @@ _BLOCK = 256
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Compute the argmax of logits `[r, v]` by blocks: twice as fast as PyTorch's `argmax` for bfloat16 on a CPU."""
+    """Compute the argmax of logits `[r, v]` in blocks, twice as fast as `torch.argmax` for bfloat16 on a CPU."""
     size = math.gcd(logits.shape[1], _BLOCK)
     if size == 1:
         return logits.argmax(-1)
@@ -338,7 +338,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """Return the logits `[r, v]` at `nodes[i]` of `rows[i]`, from `[b, n, v]`; a view if all nodes are the same."""
+    """From logits `[b, n, v]`, take those at node `nodes[i]` of row `rows[i]` for each of r indices i: `[r, v]`."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

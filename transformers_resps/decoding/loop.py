@@ -25,7 +25,7 @@ Phase = Literal["draft", "verify", "rest"]
 
 
 class StepClock:
-    """Measures the seconds of each phase of a step; tests pass a fake `now`."""
+    """Measures how many seconds each phase of a step takes. Tests pass a fake clock as `now`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
@@ -35,7 +35,7 @@ class StepClock:
         self._last, self.seconds = self._now(), {"draft": 0.0, "verify": 0.0, "rest": 0.0}
 
     def lap(self, phase: Phase) -> None:
-        """Add the time since the last lap to a phase."""
+        """Add the time since the last `lap` or `start` to a phase."""
         now = self._now()
         self.seconds[phase] += now - self._last
         self._last = now
@@ -81,7 +81,7 @@ class TreeDecoding:
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
-        """Read the prompt `[b, s]` by `read`, see `Verifier.prefill`, and commit the first token. This is step 0."""
+        """Step 0: run the target over the prompt with `read` (see `Verifier.prefill`); append the first token."""
         self._clock.start()
         logits, features = read(self.batch.input_ids)
         proposal = Proposal.plain(self._root)
@@ -138,14 +138,14 @@ class TreeDecoding:
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Move seconds of compiling from the step to the whole call: else the policy would avoid that size of tree."""
+        """Count seconds of compiling for the call, not the step: else the policy would avoid this size of tree."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.leave_out("draft", drafting)
         self._clock.leave_out("verify", verifying)
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Read the tokens that the target picks, or only wait for the target, so that the clock sees its forward."""
+        """Copy the target's tokens to the host if possible, else wait for its logits, so that the clock is right."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -160,13 +160,13 @@ class TreeDecoding:
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """Keep the cache entries of the nodes that were accepted before an error, as plain decoding would."""
+        """After an error, keep the cache entries of the nodes accepted before it, as plain decoding would."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, tree: DraftTree, logits: Tensor, acceptance: Acceptance, features: Features) -> None:
-        """Keep the accepted nodes in the target's cache, and pass their tokens and features to the drafters."""
+        """Keep only the accepted nodes in the target's cache, and give their tokens and features to the drafters."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
@@ -184,7 +184,7 @@ class TreeDecoding:
         self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
 
     def _keep_ended(self) -> None:
-        """Copy the cache of rows that have just ended to `ended`, before these rows are dropped or get padding."""
+        """Copy the cache of rows that have just ended into `self.ended`, before later steps drop or pad these rows."""
         if self.batch.finished and not self.ended and self._verifier.is_even:
             return  # the cache itself still holds all rows
         for row, place in self.batch.ended.items():
@@ -222,7 +222,7 @@ class TreeDecoding:
         return record
 
     def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
-        """Count each row's accepted tokens that form a path in the pool; in lockstep, only the lowest count."""
+        """Count each row's accepted tokens that form a path in the pool; in lockstep, return only the lowest count."""
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
         matches = iter(pool.drafted_match(acceptance.picks))

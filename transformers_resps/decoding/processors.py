@@ -48,7 +48,7 @@ STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether the result of a processor for a row depends on that row alone, judged by the name of its class."""
+    """Whether the processor has one of the class `names` and so treats each row without looking at other rows."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # a repetition penalty may store a prompt length for each row
@@ -68,7 +68,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
-        """Whether all processors are stateless, and cheap to run at rejected nodes."""
+        """Whether all processors are stateless, and cheap enough to run also at nodes that will be rejected."""
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Make the tree of a step, live or on recorded texts: the policy chooses its size, drafter and lookup its nodes."""
+"""Make the tree of a step: the policy chooses the tree's size, drafter and lookup propose its nodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..tree import CandidatePool, DraftTree, Pricing, TreeShape
 
 
 class DecodedRows(Protocol):
-    """The part of a `Batch` that a `Proposer` reads."""
+    """Protocol with the part of a `Batch` that a `Proposer` reads."""
 
     @property
     def in_lockstep(self) -> bool: ...
@@ -43,7 +43,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count the accepted nodes by their source, in rows that `gained` tokens; `paths` start with the root."""
+        """Count accepted nodes by who drafted them, in rows where `gained` is true; `paths` begin at the root."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -52,7 +52,7 @@ class Proposal:
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":
-        """Make a tree of the root `[b]` alone."""
+        """Make a proposal whose tree has only the root `[b]`, as in a plain step."""
         return cls(TreeShape.plain(), DraftTree.root_only(root))
 
 
@@ -73,7 +73,7 @@ class Proposer:
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Pass the committed tokens to drafter and lookup; see `Drafter.update_candidate_strategy`."""
+        """Tell drafter and lookup which tokens were committed; arguments as in `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
                 text = self._text(drafter, committed.tokens[:, -1])
@@ -81,7 +81,7 @@ class Proposer:
         self._newest_features = None if committed.features is None else committed.features[:, -1]
 
     def _text(self, drafter: Drafter, root: Tensor) -> Tensor:
-        """Return the text `[b, s]` if the drafter reads it, else the root: joining the text at each step is slow."""
+        """Return the text `[b, s]` if the drafter reads it; else only the root, since joining the text is slow."""
         return self._rows.input_ids if drafter.reads_text else root[:, None]
 
     def take_compile_seconds(self) -> float:
@@ -145,7 +145,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Build the tree of the pool's best nodes on the pool's device; without a pool, of the root on the host."""
+        """Build a tree of the pool's best nodes, on its device; without a pool, a tree of the root on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

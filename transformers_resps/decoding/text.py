@@ -1,7 +1,7 @@
-"""The texts that a call writes: `Text` appends tokens, `Batch` knows which rows are still decoded.
+"""The texts that a call writes: `Text` appends tokens, `Batch` tracks which rows are still decoded.
 
-Each token makes the same calls (processors, criteria, streamer) as in plain decoding. Rows in lockstep share one
-`Text`. In a ragged batch each row has its own `Text`, so that no row waits for another.
+Each token makes the same calls (processors, criteria, streamer) as in plain decoding. Rows in lockstep gain
+equally many tokens per step and share one `Text`. Otherwise each row has its own `Text`, and none waits for another.
 """
 
 import math
@@ -28,12 +28,12 @@ class StopConditions:
     warning_free_length: int  # Transformers warns if the text gets longer than this
 
     def are_silent(self, length: int) -> bool:
-        """Whether Transformers logs no warning until the text ends or has `length` tokens."""
+        """Whether Transformers logs no warning of excessive length before the text ends or has `length` tokens."""
         return self.warning_free_length == self.length or length <= self.warning_free_length
 
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
-        """Read the criteria; returns `None` if anything but end tokens and a maximum length may end a text."""
+        """Read end tokens and maximum length from `criteria`; return `None` if other criteria may end a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]
         if not lengths or len(lengths) + len(tokens) < len(criteria):
@@ -100,7 +100,7 @@ class Text:
 
     @property
     def input_ids(self) -> Tensor:
-        """Prompts and answers `[b, s]`, joined on access."""
+        """Prompts and answers `[b, s]`. Reading it joins the tokens that were appended one by one."""
         if self._ahead:
             ahead = torch.cat(self._ahead).to(self._ids.device)
             self._ids, self._ahead = torch.cat([self._ids, ahead[None]], dim=1), []
@@ -112,7 +112,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool `[b]`: whether each decoded row goes on. A finished row does if it is not padded, or `keep_padding`."""
+        """Bool `[b]`: false for each decoded row that has finished and only gets padding which need not be decoded."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -142,22 +142,22 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the row's next `count` tokens are the argmax of their logits, and nothing observes single tokens."""
+        """Whether the next `count` tokens are plain argmaxes, and no streamer or criterion has to see each of them."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether `pick` can give the next `count` tokens of the row without reading the text before them."""
+        """Whether `pick` can choose the row's next `count` tokens from logits alone, without the text before them."""
         processor = self._tree_processor
         reads_scores = processor is not None and not processor.reads_texts
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether the processors can run on all nodes at once: if stateless, and with text and tree on one device."""
+        """Whether the processors can run on all nodes at once: they are stateless, and text and tree on one device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
     def ends_with(self, token: int, count: int) -> bool:
-        """Whether the text ends with `token`, the last of `count` new tokens that are not appended yet."""
+        """Whether `token`, the last of `count` new tokens that are not appended yet, ends the text."""
         conditions = self.stop_conditions
         assert conditions is not None
         return token in conditions.token_ids or self.length + count >= conditions.length
@@ -167,7 +167,7 @@ class Text:
         return conditions is not None and conditions.are_silent(self.length + count)
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return raw and processed scores `[n, v]` of one row's tree from logits `[1, n or more, v]`, padding last."""
+        """Return raw and processed scores `[n, v]` of one row's tree; logits `[1, n or more, v]` may have padding."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         read = self.input_ids if self._tree_processor.reads_texts else self._ids  # avoids joining an unread text
@@ -191,7 +191,7 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Pick tokens `[any]` from logits `[any, v]` of any rows with these settings, if `picks_by_scores` is true."""
+        """Pick one token per row of logits `[any, v]` with this text's settings; `picks_by_scores` must be true."""
         scores = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         return self._picked(self._logits_processor(cast(torch.LongTensor, self._ids), cast(Any, scores)))
 
@@ -225,7 +225,7 @@ class Text:
 
 
 class Batch:
-    """All rows of a call: one text with all rows in lockstep, or one text for each row."""
+    """All rows of a call: one `Text` in which all rows gain equally many tokens per step, or one `Text` per row."""
 
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
@@ -264,7 +264,7 @@ class Batch:
 
     @property
     def row_weights(self) -> list[float]:
-        """Value of one more token of each decoded row, 1.0 on average.
+        """How much one more token in each decoded row is worth, 1.0 on average; slow rows have higher values.
 
         It is the derivative of a soft minimum of the lengths, since the batch ends with its slowest row.
         """
@@ -288,14 +288,14 @@ class Batch:
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
-        """Return counts of all rows of the call from `counts` of the decoded rows, with 0 for all other rows."""
+        """Expand `counts`, one for each decoded row, to one for each row of the call: 0 for rows no longer decoded."""
         every_row = [0] * len(self._texts)
         for index, count in zip(self._decoded, counts, strict=True):
             every_row[index] = count
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """Stop decoding finished rows, see `Text.drop_finished`; `None` also if the whole batch is finished."""
+        """Do `Text.drop_finished` for the batch; return `None` also if the whole batch is finished."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
@@ -314,13 +314,13 @@ class Batch:
         return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
 
     def answers(self, start: int) -> list[list[int]]:
-        """Return the tokens of all rows from position `start`; a row that ended is padded."""
+        """Return the tokens of all rows from position `start`, with rows that ended early padded."""
         found: list[list[int]] = self.input_ids[:, start:].tolist()
         return found
 
     @property
     def input_ids(self) -> Tensor:
-        """Prompts and answers `[b, s]`; a row that ended is padded."""
+        """Prompts and answers `[b, s]`, with rows that ended early padded."""
         if self.in_lockstep:
             return self._texts[0].input_ids
         longest = max(text.length for text in self._texts)

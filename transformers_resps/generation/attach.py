@@ -89,7 +89,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Attach `model` inside the `with` block. Learned costs, loaded heads and compiled code are kept after it."""
+    """Attach `model` inside the `with` block. The model keeps learned costs, loaded heads and compiled code."""
     inner = unwrapped(model)
     was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)
@@ -102,7 +102,7 @@ def attached(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def detached(model: Model) -> Iterator[Model]:
-    """Detach `model` inside the `with` block, and restore its state afterwards."""
+    """Detach `model` inside the `with` block, then attach it again with its defaults and all that it has learned."""
     inner = unwrapped(model)
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
@@ -118,7 +118,7 @@ def detached(model: Model) -> Iterator[Model]:
 
 
 def _check_generate(model: Any) -> None:
-    """Raise if the model has no `generate`, or if a mixin in front of its class would not change its `generate`."""
+    """Raise if the model has no `generate`, or if adding the mixin to its class would not change `model.generate`."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"Got a {type(model).__name__} of `torch.compile`, whose `generate` runs the model inside it as it is. "
@@ -153,14 +153,14 @@ def _add_mixin(model: Any) -> None:
 
 
 def _remove_mixin(model: Any) -> None:
-    """Restore the model's original class, unless a user wrote the class with the mixin."""
+    """Restore the model's original class; do nothing if the mixin was not added by `attach` but by a user's class."""
     if vars(type(model)).get("__reduce_ex__") is _reduce:
         model.__class__ = type(model).__mro__[2]
 
 
 @functools.cache
 def _attached_class(base: type) -> type:
-    """Make a subclass of the mixin and `base`. It has the name and module of `base`: saving a model reads them."""
+    """Make a subclass of the mixin and `base`, with the name and module of `base`, which `save_pretrained` stores."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (ReSpSGenerationMixin, base), names | {"__reduce_ex__": _reduce})
 

@@ -129,7 +129,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Raise for keywords of a wrong type or that contradict each other; `are_defaults` says that `attach` got them."""
+    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` is true for those of `attach`."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -206,7 +206,7 @@ def check_drafts_trees(model: Any) -> None:
 
 
 def check_effect(keywords: Keywords) -> None:
-    """Raise for keywords that have no effect, because Transformers decodes this call without draft trees."""
+    """Raise if keywords would have no effect, because Transformers decodes this call without draft trees."""
     if keywords.lockstep is not None:
         raise ValueError(
             f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
@@ -225,7 +225,7 @@ def check_effect(keywords: Keywords) -> None:
 
 
 def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
-    """Raise if the policy needs a head that the call lacks, or never uses the memory that the call has."""
+    """Raise if the policy needs a head but the call has none, or never searches the `SuffixMemory` of the call."""
     if not has_head and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
@@ -239,7 +239,7 @@ def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
 
 
 def check_sources(sources: Sequence[DraftSource]) -> None:
-    """Raise if a source has active dropout, or if one source reads features before deepstack and another after it."""
+    """Raise if a source has active dropout, or if sources disagree about `before_deepstack`, see `DraftHeadConfig`."""
     for source in sources:
         for module in source.own_modules:
             _check_draws(module, module.modules())
@@ -276,7 +276,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
 def setting_of(
     name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> Any:
-    """Return a setting from the call's keywords, else its config, else the model's generation config, else `None`."""
+    """Look up a setting in the call's `arguments`, else its `config`, else the model's config, else return `None`."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
 
@@ -319,7 +319,7 @@ def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
 
 
 def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
-    """Raise for inputs that this model cannot read, before the costly forward over images or sounds."""
+    """Raise early, before the costly forward over images or sounds, if the model cannot read the inputs."""
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
     _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
     for name in _PIXELS:
@@ -419,7 +419,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Return why an encoder-decoder cannot verify drafts, if a trial forward would not show it; else `None`."""
+    """Return why an encoder-decoder cannot verify drafts, for reasons that a trial forward cannot find; or `None`."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -456,7 +456,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Raise for missing weights, and for layers whose output for one node depends on the other nodes of the tree."""
+    """Raise if weights are missing, or if a layer's output for one node depends on the other nodes of the tree."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
@@ -512,7 +512,7 @@ def _path(model: Module, module: Module) -> str:
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Raise if `generate` has set `synced_gpus`: then all ranks must run the same number of forwards."""
+    """Raise if `synced_gpus` is true, since then all ranks must run equally many forwards, which trees cannot do."""
     if synced_gpus:
         raise _refusal(
             "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
@@ -520,7 +520,7 @@ def check_synced(synced_gpus: bool | None) -> None:
 
 
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Raise for arguments of wrong shapes, or that a forward over a tree does not pass on (`cross_attention_mask`)."""
+    """Raise if an argument has a wrong shape, or cannot be used in a tree's forward, like `cross_attention_mask`."""
     _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
     if not target.config.is_encoder_decoder:  # its encoder has read them
         _check_token_types(target, model_kwargs.get("token_type_ids"))
@@ -611,7 +611,7 @@ def check_room(static: StaticCache, length: int) -> None:
 
 
 def check_static(target: PreTrainedModel) -> None:
-    """Raise if the target has recurrent layers; called if the cache is static or the model is compiled."""
+    """Raise if the target has recurrent layers, which cannot verify trees with a static cache or when compiled."""
     if is_recurrent(target):
         raise ValueError(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
@@ -620,7 +620,7 @@ def check_static(target: PreTrainedModel) -> None:
 
 
 def check_compiles(obstacle: str | None) -> None:
-    """Raise if `obstacle` prevents the compiled steps of an invariant call: eager steps would round differently."""
+    """Raise if an invariant call cannot run compiled, as `obstacle` says: eager steps would round differently."""
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
 

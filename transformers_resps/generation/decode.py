@@ -70,7 +70,7 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
 
 
 def _compile_beside(plan: Plan, state: SpeculationState) -> None:
-    """Start another process that compiles the code that was missing in this call."""
+    """Start a process that compiles the code that this call lacked, for later calls."""
     target = plan.prepared.target
     identity = state.slot_engine.identity(target)
     if identity is None:
@@ -84,7 +84,7 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
 
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
-    """Make the call's verifier. It may borrow compiled code, which `stack` returns at the end of the call."""
+    """Make the verifier, which runs the target over trees. Closing `stack` frees compiled code that it borrows."""
     engine, prepared = state.slot_engine, plan.prepared
     if plan.warns:
         engine.warn(str(plan.why_eager))
@@ -125,7 +125,7 @@ def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationRepor
 
 
 def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
-    """Return the function that reads the prompt `[b, s]`."""
+    """Return the function that runs the target over the prompt `[b, s]`: the verifier's, or Transformers' own."""
     prepared, kwargs = plan.prepared, plan.prepared.model_kwargs | plan.prompt_options
     if plan.prefiller is Prefiller.VERIFIER:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
@@ -137,7 +137,7 @@ def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, 
 
 
 def _returned_cache(prepared: Prepared, ended: dict[int, EndedRow], tokens: Tensor) -> Cache:
-    """Return the cache that plain decoding would return: of all rows, and static if the caller asked for that."""
+    """Return the cache that plain decoding would return: with all rows, and static if the caller asked for that."""
     cache, static = prepared.model_kwargs[CACHE_KEYWORD], prepared.static
     if not ended:
         return cache if static is None else fill_static(static, cache)

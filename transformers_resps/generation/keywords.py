@@ -21,18 +21,18 @@ MTP: Literal["mtp"] = "mtp"  # `assistant_model="mtp"`: the MTP layers in the ta
 USE_MTP = "use_mtp"  # Transformers' keyword for MTP layers
 # Keywords that a `generation_config` may hold, and their types in JSON.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
-# True compiles at the first step. "auto" compiles in another process on a CPU.
+# `compile=True` compiles at the first step; "auto" on a CPU compiles in another process while decoding goes on.
 CompileChoice = bool | Literal["auto"]
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value is a folder or a Hub id, and not a word such as "auto"."""
+    """Whether a value names a folder or a Hub id: a string or path, but not the word "auto" or "plain"."""
     return isinstance(value, str | os.PathLike) and value not in (AUTO, PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
 class Keywords:
-    """The assistant, and the keywords that speculation adds to `generate`; `None` if the caller left one out."""
+    """The assistant and the keywords that speculation adds to `generate`. A keyword is `None` if it was not passed."""
 
     assistant_model: Any = None  # a source, its folder or Hub id, a list of them, or an assistant of Transformers
     policy: Any = None  # a policy, its folder or Hub id, "auto" or "plain"
@@ -42,7 +42,7 @@ class Keywords:
 
     @staticmethod
     def saved_in(config: GenerationConfig | None) -> "Keywords":
-        """Read the keywords in a `generation_config`. It cannot hold an `assistant_model`."""
+        """Read the keywords stored in a `generation_config`, which has no field for an `assistant_model`."""
         said = {name: getattr(config, name, None) for name in CONFIG_KEYWORDS}
         for name, kind in CONFIG_KEYWORDS.items():
             if not isinstance(said[name], kind | None):
@@ -59,26 +59,26 @@ class Keywords:
 
     @property
     def sources(self) -> list[DraftSource]:
-        """The assistants that are a `DraftSource`, without their PEFT wrappers."""
+        """The `assistants` that are instances of `DraftSource`, without PEFT wrappers."""
         return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether Transformers' assisted decoding runs the call: the assistant is a model, and no policy is given."""
+        """Whether Transformers' own assisted decoding runs: the assistant is a plain model, and no policy is given."""
         is_model = isinstance(self.assistant_model, Module) and not self.sources
         return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
-        """Whether models of Transformers draft trees in this call: with a policy, or in a list.
+        """Whether assistants that are models of Transformers draft trees: a policy or a list of assistants is given.
 
-        Candidate generators always draft trees, since the `generate` of Transformers takes none.
+        A `CandidateGenerator` always drafts trees, since Transformers' own `generate` does not accept such an object.
         """
         asks = self.policy is not None or isinstance(self.assistant_model, list | tuple | CandidateGenerator)
         return asks and not self.is_plain
 
     def loaded(self, load: Callable[[Any], Any]) -> Self:
-        """Replace every assistant by what `load` returns for it."""
+        """Return a copy in which every assistant is replaced by `load(assistant)`."""
         given = self.assistant_model
         if isinstance(given, list | tuple):
             return replace(self, assistant_model=[load(one) for one in given])
@@ -99,7 +99,7 @@ _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", de
 
 @dataclass(frozen=True, slots=True)
 class SpeculationDefaults(Keywords):
-    """The keywords of `attach`, used by every call that leaves them out, such as the calls of TRL's trainers."""
+    """The keywords of `attach`: defaults for `generate` calls that do not pass them, such as TRL's trainers'."""
 
     eval_mode: bool = False  # run every call in evaluation mode, even while the model trains
 

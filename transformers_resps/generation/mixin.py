@@ -38,13 +38,13 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     @cached_property
     def speculation_state(self) -> SpeculationState:
-        """What this model keeps between calls."""
+        """Defaults, loaded assistants, learned costs and compiled code that this model keeps between calls."""
         return SpeculationState()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, and let a later load keep our settings in the `generation_config`.
+        """Save as `PreTrainedModel` does, so that loading keeps our settings in the `generation_config`.
 
-        Transformers 5.24 drops unknown settings when it loads a config whose `_from_model_config` is true.
+        Transformers 5.24 would drop unknown settings on loading if `_from_model_config` were true in that config.
         """
         config = self.generation_config
         if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):

@@ -31,7 +31,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 
 class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
-    """Output of `generate` for an encoder-decoder, see `SpeculativeOutput`.
+    """Output of `generate` for an encoder-decoder, with the same additions as `SpeculativeOutput`.
 
     `speculation` is an attribute and not an item of the dict, since Whisper's `generate` splits all items by row.
     """
@@ -44,7 +44,7 @@ class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
 def output(
     prepared: Prepared, batch: Batch, report: SpeculationReport, cache: Cache | None
 ) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
-    """Make the return value of `generate`: token ids `[b, s + t]`, or an output with a report and the cache."""
+    """Make the return value of `generate`: token ids `[b, s + t]`, or an output object with report and cache."""
     if prepared.streamer is not None:
         prepared.streamer.end()  # as in Transformers, not after an error
     if not prepared.returns_dict:

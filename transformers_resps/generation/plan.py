@@ -57,7 +57,7 @@ NO_CODE_YET = "no code lies ready"  # the reason for eager steps while another p
 
 @dataclass(frozen=True)
 class Prepared:
-    """The arguments of Transformers' decoding method. If the cache was `static`, `model_kwargs` has a dynamic copy."""
+    """Arguments of Transformers' decoding method. `model_kwargs` has a dynamic copy of a `static` cache."""
 
     target: PreTrainedModel
     input_ids: Tensor
@@ -75,12 +75,12 @@ class Prepared:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Mask `[b, s]` over cached positions and prompt; `None` without padding."""
+        """Mask `[b, s]` over cached positions and prompt; `None` if there is no padding."""
         return self.model_kwargs["attention_mask"]
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions `[b or 1, s]`, or `[planes, b or 1, s]` for a token with several positions (M-RoPE)."""
+        """Positions `[b or 1, s]`, or `[planes, b or 1, s]` if each token has several positions (M-RoPE)."""
         return self.model_kwargs["position_ids"]
 
     @property
@@ -89,13 +89,13 @@ class Prepared:
         return holds_more_than_tokens(self.model_kwargs)
 
     def forward(self, sources: Sequence[DraftSource]) -> TargetForward:
-        """Make the forward of the target that also returns the features that the sources read."""
+        """Return a wrapper that runs the target and also returns the hidden states (features) that `sources` read."""
         layers = sorted({layer for source in sources for layer in source.feature_layers})
         before = any(source.before_deepstack for source in sources if source.feature_layers)
         return TargetForward(self.target, layers or None, self.cache, before_deepstack=before)
 
     def sources(self) -> list[list[int]] | None:
-        """Return the tokens of each row that an encoder has read; `None` if lookup cannot use them."""
+        """For each row, return the encoder's input tokens, where lookup may search; `None` if it cannot use them."""
         return None
 
     def never_drafted(self) -> frozenset[int]:
@@ -110,7 +110,7 @@ class Prepared:
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, and may reuse it."""
+        """Whether the caller passed the cache, and so may use it again after the call."""
         given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
         return bool(getattr(given, "_is_user_defined", False))
 
@@ -150,7 +150,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedEncoderDecoder(Prepared):
-    """The prepared arguments of an encoder-decoder, after its encoder has read `source`."""
+    """The arguments of the decoding method of an encoder-decoder, whose encoder has already read `source`."""
 
     source: Tensor | None  # [b or fewer, ...]
 
@@ -164,14 +164,14 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def position_ids(self) -> Tensor:
-        """Places `[1, s]` in the cache, since the decoder computes its positions from them."""
+        """Indices `[1, s]` in the cache, from which the decoder computes its positions."""
         past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
         known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, or gets one of several rows: both are treated alike."""
+        """Whether the caller passed the cache, or receives one of several rows, which needs the same care."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -243,7 +243,7 @@ def prepare(
 
 
 class Prefiller(StrEnum):
-    """The code that reads the prompt."""
+    """Which code runs the target over the prompt."""
 
     VERIFIER = "the verifier"
     STOCK = "stock `generate`"
@@ -253,7 +253,7 @@ class Prefiller(StrEnum):
 class Plan:
     """All choices about how one call is decoded.
 
-    Only one choice is made later: a step runs eagerly while another call uses the compiled code.
+    One choice is made later, at each step: it runs eagerly if another call is using the compiled code.
     """
 
     request: Request
@@ -290,13 +290,13 @@ class Plan:
         return Batch(list(texts), drops_finished=self.drops_finished)
 
     def __str__(self) -> str:
-        """Join the mode, who reads the prompt, how rows advance, the number of sources, and why steps run eagerly."""
+        """Summarise in one line: mode, prefiller, how rows advance, number of sources, why steps run eagerly."""
         rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
         return " | ".join(map(str, (self.mode, self.prefiller, rows, len(self.sources), compiled)))
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how a checked call is decoded; `state` knows which compiled code is ready.
+    """Choose how a checked call is decoded; `state` is asked which compiled code is ready.
 
     Raises:
         ValueError: the call asks for options that exclude each other, or that its target does not support.
@@ -399,7 +399,7 @@ def _has_to_read(prepared: Prepared) -> bool:
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
-    """Return whether all rows advance in lockstep, and whether finished rows are left out of later steps."""
+    """Return whether all rows gain equally many tokens per step, and whether later steps leave out finished rows."""
     if len(prepared.input_ids) == 1:
         return True, False
     reason = _lockstep_reason(prepared)
@@ -409,9 +409,9 @@ def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
 
 
 def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether rows advance in lockstep: if there is a `reason`, or if the caller asks for it.
+    """Whether all rows gain the same number of tokens per step: required by a `reason`, or chosen by `lockstep`.
 
-    If the caller says nothing, sampled rows do, since plain sampling draws the random numbers of all rows together.
+    With `lockstep=None` only sampled rows do so, since plain sampling draws random numbers for all rows together.
     """
     check_lockstep(lockstep, reason)
     return reason is not None or (do_sample if lockstep is None else lockstep)
@@ -421,7 +421,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Return which part of the call requires lockstep, since it may see all rows at once; `None` if no part does."""
+    """Say which part of the call needs all rows to have equal length, as it may read all at once; else `None`."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

@@ -1,4 +1,4 @@
-"""Resolve the keywords of a `generate` call to a `Request`; the state that a model keeps between calls."""
+"""Combine a call's keywords with their defaults into a `Request`; hold the state of a model between calls."""
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -73,7 +73,7 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Return the source for a tool's argument `head`: a source, a model, a folder or Hub id of either, or `None`.
+        """Make a `DraftSource` of the argument `head` of a tool: a source, a model, a folder or Hub id, or `None`.
 
         Raises:
             ValueError, OSError: `head` is anything else, does not exist, or cannot draft for this target.
@@ -86,7 +86,7 @@ class Assistants:
 
 
 class SpeculationState:
-    """What a model keeps for speculation from `attach` to `detach`. A copy or pickle keeps only the defaults."""
+    """State that a model has for speculation from `attach` to `detach`. A copy or pickle has only the defaults."""
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
         self.defaults = defaults or SpeculationDefaults()  # the keywords of `attach`
@@ -100,7 +100,7 @@ class SpeculationState:
         self._verified_trees = set[bool]()  # checked attentions: True for FlashAttention, else False
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
-        """Check that the model verifies draft trees correctly, once for each attention; see `check_tree_attention`."""
+        """Check, once for each attention implementation, that the model verifies trees; see `check_tree_attention`."""
         reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
         if reads_by_flash not in self._verified_trees:
             check_tree_attention(make_forward)
@@ -125,12 +125,12 @@ class GenerateCall(NamedTuple):
 
     @property
     def media(self) -> list[str]:
-        """Names of the given arguments for images, sounds or embeddings of the prompts."""
+        """Names of the passed arguments that hold images, sounds or embeddings of the prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
     @property
     def drafts_for_another(self) -> bool:
-        """Whether Transformers' assisted decoding makes this call, to let the assistant draft."""
+        """Whether the caller is Transformers' assisted decoding, and this model is the assistant that drafts."""
         return bool(getattr(self.config, "is_assistant", False))
 
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
@@ -142,7 +142,7 @@ class GenerateCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A resolved call of `generate`: made by `resolve`, checked by `admitted`, then decoded."""
+    """The settings of one `generate` call, with all defaults applied: made by `resolve`, checked by `admitted`."""
 
     policy: Policy | str = PLAIN  # a name before `admitted`; "plain" if Transformers decodes
     sources: tuple[DraftSource, ...] = ()  # empty if lookup alone drafts
@@ -156,12 +156,12 @@ class Request:
 
     @property
     def is_stock(self) -> bool:
-        """Whether Transformers decodes, plainly or with an assistant."""
+        """Whether Transformers' own code decodes this call, without or with its assisted decoding."""
         return self.policy == PLAIN
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request; for the `with` block, yield a copy that has the loaded policy.
+        """Check the request, and yield a copy in which a policy's name is replaced by the loaded policy.
 
         Raises:
             ValueError: the request asks for something that trees do not support.
@@ -191,7 +191,7 @@ class Request:
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Return the policy, checked against target and head. If it is borrowed, `stack` returns it after the call."""
+        """Return the policy after checking it. A policy from the cache is borrowed; closing `stack` gives it back."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
@@ -210,7 +210,7 @@ class Request:
 def resolve(
     call: GenerateCall, own: GenerationConfig | None, attached: SpeculationDefaults, load: Callable[..., Any]
 ) -> Request:
-    """Resolve a call. A keyword is taken from the call, else its config, else the model's `own` config, else `attach`.
+    """Make a `Request`: each keyword is from the call, else its config, else the model's `own` config, else `attach`.
 
     `load` is `Assistants.load` of this target.
 

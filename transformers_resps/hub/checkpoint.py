@@ -31,7 +31,7 @@ def tensor_of(file: Any, name: str) -> Tensor:
 class CheckpointFiles:
     """The files of a Hub id or folder, each fetched when it is first needed.
 
-    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. The methods raise the same errors.
+    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. All methods may raise these errors.
 
     Raises:
         ValueError: a file is missing or damaged, or holds more than tensors.
@@ -59,7 +59,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map each tensor to its file, by the first file or index in `candidates` that exists; `None` without one."""
+        """Map tensor names to file names, read from the first candidate (file or index) that exists; else `None`."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None
@@ -72,7 +72,7 @@ class CheckpointFiles:
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-        """Open each file once; return `take(open file, name)` for each tensor name in `places` (name -> file)."""
+        """Compute `take(open file, tensor name)` for every tensor of `places` (name -> file); open each file once."""
         values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:

@@ -23,7 +23,7 @@ from ..compat import TransportError
 
 
 class RepositoryFiles:
-    """The files of one commit of a repository: the commit of the file that is fetched first. `hub` has keywords of
+    """Fetches files of a repository, all from the commit of the first fetched file. `hub` holds keyword arguments of
     `huggingface_hub.hf_hub_download`, such as `revision`.
     """
 
@@ -33,7 +33,7 @@ class RepositoryFiles:
         self._hub = hub
 
     def fetch(self, name: str) -> Path | None:
-        """Fetch a file, and once more if it is damaged; `None` if the commit does not have it.
+        """Download a file, again if it is damaged; return its local path, or `None` if the commit has no such file.
 
         Raises:
             ValueError: the id is no Hub id, or the file is damaged both times.
@@ -86,7 +86,7 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a cached file has the hash that its name states. True if the name states no hash."""
+    """Return whether the content of a cached file has the hash in its name; true if its name is no hash."""
     if not path.is_symlink():  # it is in a user's folder, or in a cache without links
         return True
     blob = Path(os.readlink(path))  # follow one link only: a blob shared by repositories is a link, too
@@ -103,7 +103,7 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Find a local folder, or the snapshot of a Hub id in the cache; `None` if there is neither."""
+    """Return the path of a local folder, or of a Hub id's snapshot in the cache; `None` if neither exists."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
@@ -113,7 +113,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file from a folder, or by `RepositoryFiles.fetch` from a Hub id's cached commit; `None` if missing."""
+    """Return a file's path in a folder or in the commit of a Hub id that is in the cache; `None` if missing."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

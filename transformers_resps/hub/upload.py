@@ -36,7 +36,7 @@ _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where to upload, in arguments of `huggingface_hub`. Repository and branch are created if missing."""
+    """Where to upload, as arguments of `huggingface_hub`. A missing repository or branch is created."""
 
     repo_id: str
     private: bool | None = None  # whether a new repository is private
@@ -50,7 +50,7 @@ class Existing:
     """Rules for files that are already in the repository."""
 
     keep: tuple[str, ...] = ()  # names that are not overwritten
-    refuse: tuple[str, ...] = ()  # files that prevent the upload, because they describe other weights
+    refuse: tuple[str, ...] = ()  # names of files that forbid the upload, because they describe other weights
     remove: Callable[[str], bool] = lambda name: False  # whether to delete a file that is not uploaded
 
 
@@ -92,14 +92,14 @@ def upload(
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Create the repository and branch if missing; return the repository's full id. Errors as in `upload`."""
+    """Create the repository and branch if missing; return the repository's full id. Raises the errors of `upload`."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turn errors of `huggingface_hub` into errors that say whether anything was committed."""
+    """Convert errors of `huggingface_hub` in the `with` block to errors that say whether anything was committed."""
     try:
         yield
     except HFValidationError as error:
