@@ -53,7 +53,7 @@ TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """The type of a filled layer of a `Cache`; it has the fields of attention, sliding and recurrent layers."""
+    """The type of a filled layer of a `Cache`, with the fields of attention, sliding and recurrent layers together."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
@@ -111,7 +111,7 @@ def load_model(name: str, **options: Any) -> Any:
     return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
-FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # Only the flags named in it count, to test as on a weaker machine.
+FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # If set, other CPU flags are ignored, to test as on a weaker CPU.
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

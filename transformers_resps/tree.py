@@ -125,7 +125,7 @@ class CandidatePool:
 
     @classmethod
     def from_branches(cls, rows: Sequence[Branches]) -> "CandidatePool":
-        """Make a pool on the host from each row's nodes; shorter levels are padded with nodes of probability 0."""
+        """Make a pool on the CPU from each row's nodes; shorter levels are padded with nodes of probability 0."""
         levels = [_levels(row.parents) for row in rows]
         depth = max(map(len, levels), default=0)
         widths = [max(len(row[level]) for row in levels if level < len(row)) for level in range(depth)]
@@ -151,7 +151,7 @@ class CandidatePool:
 
     @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
-        """Join pools of the same roots on the host; the first of equal paths gets the best score, the others -inf."""
+        """Join pools of the same roots on the CPU; of equal paths the first gets the best score, others get -inf."""
         levels = torch.cat([pool.levels for pool in pools])
         order = levels.sort(stable=True).indices
         new_places = order.argsort().tolist()
@@ -184,12 +184,12 @@ class CandidatePool:
         return CandidatePool(tokens, parents, scores, pad(self.levels, (0, 1), value=1))
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens are a path of the pool."""
+        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens form a path in the pool."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Return the nodes `[b, m]` along the tokens `[b, m]` from the root down; -1 where the pool lacks the path."""
+        """Return the nodes `[b, m]` that match the tokens `path` `[b, m]`; -1 from the first missing node on."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class CandidatePool:
         return nodes[:, :-1]
 
     def discounted(self, discounts: Sequence[float]) -> "CandidatePool":
-        """Add to the scores of each level its number in `discounts`, see `Policy.discounts`."""
+        """Return a copy with the numbers of `Policy.discounts` added to the scores, one number per level."""
         if not discounts:
             return self
         of_levels = self.scores.new_tensor(discounts)[(self.levels - 1).clamp(max=len(discounts) - 1)]
@@ -325,7 +325,7 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Compute depths and ancestors by squaring the matrix of parents, which doubles the distance each time."""
+        """Compute depths and ancestors; each squaring of the parent matrix doubles the distance that it covers."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):
@@ -336,7 +336,7 @@ class DraftTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Add another source's nodes on the host, merge nodes with equal paths, and pad rows to the same length."""
+        """Return, on the CPU, this tree with another source's nodes; equal paths are merged and short rows padded."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -353,7 +353,7 @@ class DraftTree:
         return DraftTree(tokens, parents, distances, ancestors, scores, max(map(max, depths)), proposers, sizes)
 
     def below(self, root: Tensor) -> "DraftTree":
-        """Copy the tree to the device of `root`, the newest tokens `[b]`, in one transfer; these become its root."""
+        """Copy the tree to the device of `root` in one transfer; the tokens `root` `[b]` become the copy's root."""
         if self.node_count == 1:
             return DraftTree.root_only(root)
         own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
@@ -384,7 +384,7 @@ class DraftTree:
         return DraftTree(tokens, parents, depths, self.ancestors[own, nodes, nodes], scores, levels)
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens are a path below the root."""
+        """Return, for each row of `tokens` `[b, m]`, how many of its first tokens form a path below the root."""
         rows = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
         return [len(followed(own[:size], parents, path, 0)) for size, own, parents, path in rows]
 
@@ -466,7 +466,7 @@ class _Nodes:
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to a device in one transfer; those with larger elements must come first, for alignment."""
+    """Copy tensors to a device in one transfer; tensors with larger elements must come first, for alignment."""
     joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     joined = joined.to(device, non_blocking=device.type != "cpu")  # the host reads its copy immediately
     blocks = joined.split([part.numel() * part.element_size() for part in parts])

@@ -26,7 +26,7 @@ _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # 
 
 @dataclass(frozen=True, slots=True)
 class PlattScaling:
-    """Calibrates by `sigmoid(intercept + slope * logit(p))`, p a path's probability (Platt 1999; arXiv 1706.04599)."""
+    """Corrects a path's probability p to `sigmoid(intercept + slope * logit(p))` (Platt 1999; arXiv 1706.04599)."""
 
     intercept: float = 0.0
     slope: float = 1.0
@@ -60,7 +60,7 @@ class AcceptanceModel:
 
     @property
     def is_confident(self) -> bool:
-        """Whether enough outcomes were observed, while decoding or by the fit of the scalings."""
+        """Whether enough outcomes were observed: while decoding, or when the scalings were fitted."""
         return self._drafts >= _ENOUGH
 
     def probabilities(self, scores: Sequence[float], level: int) -> list[float]:
@@ -70,11 +70,11 @@ class AcceptanceModel:
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def discounts(self, depth: int) -> list[float]:
-        """Return corrections to add to each level's scores; they never rise, so that parents rank before children."""
+        """Return a number to add to the scores of each level; it never rises with depth, so parents rank first."""
         return list(accumulate((math.log(max(self._factors.product(level + 1), 1e-9)) for level in range(depth)), min))
 
     def hit_rate(self, level: int) -> float:
-        """Probability that nodes of `level` include the right token if their parent was right."""
+        """Estimate the probability that a level includes the right token, given that the level above it does."""
         return self._hits.at(level)
 
     def reach(self, depth: int) -> list[float]:
@@ -84,8 +84,8 @@ class AcceptanceModel:
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
         """Estimate how likely the children of a level's nodes would be accepted, for at most three children per node.
 
-        In recordings of two heads the first child has a share of 0.5 to 0.9 of the hits of all children, which rises
-        with the mean probability of the nodes above it. The next two children have shares of 0.16 and 0.075.
+        In recordings of two heads 50 to 90% of the accepted children are first children; this share rises with the
+        mean probability of their parents. Second children are 16% and third children 7.5% of the accepted children.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
@@ -115,7 +115,7 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """A ratio of two decaying sums per level; a new level starts as if `weight` outcomes had the ratio of the last."""
+    """A ratio of two decaying sums per level; a new level starts with `weight` outcomes of the ratio above it."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight

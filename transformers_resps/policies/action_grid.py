@@ -54,7 +54,7 @@ class ActionGrid:
 
     @classmethod
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
-        """Combine all numbers to shapes, keep the possible ones, and add a plain step.
+        """Make a shape of every combination of the numbers, keep the possible shapes, and add a plain step.
 
         A shape is possible if it has at least one node per level, and, without the root, at most as many nodes as the
         head proposes: `top_k + (depth - 1) * top_k ** 2`.
@@ -73,7 +73,7 @@ class ActionGrid:
         return ActionGrid(tuple(shape for shape in self.shapes if shape.depth <= levels))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
-        """Keep the shapes that are faster than plain steps if every draft is accepted; `seconds` prices a step."""
+        """Keep the shapes that are faster than plain steps if all drafts are accepted; `seconds` gives step times."""
         plain = seconds(TreeShape.plain())
         most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
         kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]

@@ -34,7 +34,7 @@ class PolicyCache:
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Lend the kept policy of this head and key; if there is none, or another thread has it, make one."""
+        """Yield the policy that is kept for this head and key; if none is kept or another thread uses it, make one."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:
@@ -46,5 +46,5 @@ class PolicyCache:
         self._policies.clear()
 
     def __reduce__(self) -> tuple[type["PolicyCache"], tuple[()]]:
-        """Copy or pickle as an empty cache, so that the copy of a target learns anew."""
+        """Make every copy and pickle an empty cache, so that a copied target starts with new policies."""
         return PolicyCache, ()

@@ -31,22 +31,22 @@ class Observation:
         features: `[b, F]`, in the target's dtype: the target's hidden states at the newest processed position, from
             the layers that the drafter reads, concatenated; `None` if the drafter reads none.
         context_length: number of positions in the sequence so far, padding included.
-        step: number of the decision in this call of `generate`, from 0.
+        step: index of the decision about a step (`choose`) in this call of `generate`, from 0.
         room: number of tokens that the sequence may still gain; a deeper tree is cut.
         prefix_accept_probs: runs prompt lookup and returns, for the best 16 nodes in falling order, the probability
             that the path to the node is accepted; `[]` if nothing matches. For a ragged batch it returns the mean over
-            rows, weighted by `row_weights`; in lockstep, the minimum. While `size` runs for a policy with
-            `weighs_lookup`, it returns only nodes that the drafter did not propose, which are less likely.
+            rows, weighted by `row_weights`; if all rows accept equally many tokens, the minimum. While `size` runs
+            with `weighs_lookup`, nodes that the drafter proposed are left out and the other probabilities are lowered.
         prompt_seconds: seconds that head and lookup spent on the prompt; no `StepRecord` contains them.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
         pricing: what a step costs apart from its nodes.
         can_draft: whether there is a head or another drafter, not only lookup.
-        drafts_at_once: whether one pass drafts all levels. If so, `grow` is not called, and width and depth are free.
+        drafts_at_once: whether one pass drafts all levels. Then `grow` is not called; larger drafts take no longer.
         most_levels: maximum number of levels; `None` for no maximum.
         device_type: type of the target's device, such as "cpu".
         row_accept_probs: like `prefix_accept_probs`, for each row; `None` if all rows get equally many nodes.
-        shared: callable for `size`: for each row, the indices of the drafted nodes that lookup also proposes.
+        shared: a function for `size`; returns, for each row, the indices of drafted nodes that lookup also proposes.
     """
 
     features: Tensor | None
@@ -67,7 +67,7 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """Number of nodes by which the cost of a step grows if each row gets one more node."""
+        """Nodes that one more node per batch row adds to the cost: the number of rows, or 1 if padding is computed."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
@@ -104,7 +104,7 @@ class Policy(ABC):
         weighs_lookup: whether `size` compares looked-up nodes with drafted ones. A looked-up node that the drafter did
             not propose then gets a lower probability, and a node that both propose counts once.
         discounts: number per level that is added to the scores of its nodes before the best nodes are picked. The
-            numbers never rise with depth; levels beyond the last number use the last. `size` gets the sums.
+            numbers never rise with depth; levels beyond the last number use the last. `size` gets the new scores.
         costs: the step costs that the policy learns, which `BaselineGuard` uses, too; `None` if it learns none.
         target_identity: the target that the policy was trained for, from `pair_identity`; `None` for any target.
         head_identity: the same for the head. Its weights are hashed only if the policy has an identity.
@@ -140,8 +140,8 @@ class Policy(ABC):
     def wants_head(self, rows: int, tokens: int, room: int) -> bool:
         """Return whether this call of `generate` may use the head, which must then process the prompt.
 
-        This is called once, before the first step. After false only lookup drafts, and `Observation.can_draft` is
-        false. `tokens` counts the new prompt tokens of all `rows`; `room` is how many tokens each row may gain.
+        This is called once, before the first step. If it returns false, only lookup drafts (`Observation.can_draft` is
+        false). `tokens` counts the new prompt tokens of all `rows`; `room` is how many tokens each row may gain.
         """
         return True
 
@@ -179,7 +179,7 @@ class Policy(ABC):
         return None
 
     def adopt_costs(self, costs: RunningCosts) -> None:
-        """Replace the learned costs; a guard calls this after a large change of context, or for a new batch."""
+        """Replace the learned costs; `BaselineGuard` calls this after a large change of context or for a new batch."""
         self.costs = costs
 
 
@@ -219,7 +219,7 @@ class PolicyWrapper(Policy):
 
 
 class Trials:
-    """Decides when to retry what does not pay: after `first` chances, then twice as many each time, up to `last`."""
+    """Decides when to retry an option that does not pay: after `first` calls, then twice as many, up to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self._first, self._last = first, last
@@ -238,7 +238,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Ask a policy for a shape; cut it to the room left and to the number of tokens that the head can propose."""
+    """Return a policy's shape, cut to the room left and to the number of tokens that the head can propose."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
@@ -272,7 +272,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> list[int]:
-    """Ask a policy how many nodes of each row to verify; a number below 1 means only the root."""
+    """Return how many nodes of each row a policy wants to verify; numbers below 1 become 1, the root alone."""
     answer, rows = cast(Any, policy.size(scores, levels)), len(scores)
     try:
         counts = list(map(int, answer)) if isinstance(answer, list | tuple) else [int(answer)] * rows
@@ -297,7 +297,7 @@ def check_identity_values(what: str, value: Any) -> None:
 
 
 def check_same(what: str, trained: Identity | None, used: Identity | None) -> None:
-    """Raise `ValueError` if a key has other values in `trained` and `used`; keys that are only in one are skipped."""
+    """Raise `ValueError` if a key has different values in `trained` and `used`; keys of only one are skipped."""
     if trained is None or used is None:
         return
     # A model's path differs between machines and does not identify it

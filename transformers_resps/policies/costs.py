@@ -157,7 +157,7 @@ def _ranges(saved: dict[str, Any]) -> dict[int, Range]:
 
 
 def _first_levels(draft: Any, start: Any) -> Any:
-    """Return nodes per level -> seconds of a draft of one level, start included; `None` if the input is invalid."""
+    """Map nodes per level to the seconds of a one-level draft, its fixed `start` included; `None` if invalid."""
     is_priced = all(isinstance(row, dict) and all(map(_is_cost, row.values())) for row in (draft, start))
     if not is_priced or not start.keys() <= draft.keys():
         return None
@@ -165,7 +165,7 @@ def _first_levels(draft: Any, start: Any) -> Any:
 
 
 def _interpolated(row: dict[int, float], at: int) -> float:
-    """Interpolate linearly; extrapolate beyond the last point by the line through the last two, if that line rises."""
+    """Interpolate `row` linearly at size `at`; beyond the last size, the line through the last two must not fall."""
     known = sorted(row)
     if at <= known[0] or len(known) == 1:
         return row[known[0]]
@@ -198,7 +198,7 @@ _OUTDATED_PLAIN = 0.6  # A tree that takes less than this share of a plain step 
 # Guessed cost of one more node, in plain steps: with one row, and what each further row adds. Most machines are close:
 # SmolLM2 on two Zen 4 cores needs 0.01 for one row and 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
-_RUINOUS_SLOPE = 1.2  # Plain steps for one more node: far more than on any machine that we know.
+_RUINOUS_SLOPE = 1.2  # Cost of one more node, in plain steps: far more than on any machine that we know.
 _ROUNDING = 1e-9  # A difference of times may be negative by so many seconds.
 _LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1. Likewise for lookups.
 _LEARNED_WIDTH = 20  # The same for the relative cost of a width, which changes less.
@@ -216,8 +216,8 @@ class RunningCosts(CostModel):
     smaller one, but a plain step may cost more than a small tree: attention without a mask takes another code path,
     which is slower on CPUs for long sequences (SmolLM2 after 768 positions: 47 ms plain, 39 ms for four nodes).
 
-    Each measurement rescales all sizes, because machines have slow moments. Otherwise a tree that was measured in a
-    slow moment would look expensive and never be tried again.
+    Each measurement rescales the costs of all sizes, because machines have slow moments. Otherwise a tree measured in
+    a slow moment would look expensive and never be tried again.
     """
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ class RunningCosts(CostModel):
     ) -> None:
         """Learn from one step of `rows` rows; a negative time, from a clock that was set back, is ignored.
 
-        `has_looked` says that the step called lookup, `looks_up` that it verified looked-up nodes and no others.
+        `has_looked` is true if the step called lookup; `looks_up` is true if it verified only looked-up nodes.
         """
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
@@ -400,8 +400,8 @@ class _DraftPrice:
     """Fits the seconds of a draft as `start + slope * levels`, neither negative, by decaying least squares.
 
     The first ten drafts have equal weights, because one may be slow, and too high a price would prevent more drafts.
-    Drafts of a single depth do not determine the slope: at first the start is taken as 0, later the slope is kept. All
-    numbers are for the first width; each other width has a factor, which slow moments of the machine hardly change.
+    Drafts of a single depth do not determine the slope: at first the start is taken as 0, later the slope is kept. The
+    fit is for the first measured width (nodes per level); a draft of another width costs a learned factor times that.
     """
 
     drafts: int = 0
@@ -416,7 +416,7 @@ class _DraftPrice:
         return self.seconds + self.slope * (levels - self.levels)
 
     def of_width(self, width: int) -> float:
-        """Return the factor of a width; for an unknown width, the highest that is possible."""
+        """Return the factor of a width; if it was never measured, the largest factor that is possible."""
         if width in self.widths or not self.widths:
             return self.widths.get(width, (0, 1.0))[1]
         narrower = [known for known in self.widths if known < width]
@@ -447,7 +447,7 @@ class _DraftPrice:
         self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
     def _learn_width(self, width: int, times: float) -> int:
-        """Learn a width's factor from a draft that took `times` the first width's seconds; return its draft count."""
+        """Learn a width's factor from a draft that took `times` the first width's time; return its draft count."""
         drafts, factor = self.widths.get(width, (0, self.of_width(width)))
         most = INTERRUPTED * factor if drafts else factor
         least = min(width / next(iter(self.widths)), 1.0) / INTERRUPTED

@@ -194,7 +194,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs from when no row had ended, and forgive losses."""
+        """Restore the costs learned before a row ended, and raise a low budget to its starting value."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -205,7 +205,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget.begin_call(self._plain.seconds)
 
     def _follow_rows(self, record: StepRecord) -> None:
-        """Save the costs when the first row ends, and forgive losses whenever half of the rows have ended."""
+        """Save the costs when the first row ends; raise a low budget whenever half of the rows have ended."""
         if self._of_all_rows is None and record.decoded_rows < self._progress.row_count:
             self._of_all_rows = self._known.copy(), self._plain.seconds
         is_half = 2 * record.decoded_rows <= self._rows
@@ -327,15 +327,15 @@ class ExplorationBudget:
     """Bounds the time that exploration loses against plain decoding.
 
     If no step loses more than its `limits`, a call loses at most the sum of its starting budget (`START_STEPS`, or up
-    to `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and `TRIAL_STEPS`; for a confident policy
-    `CONFIDENT_STEPS` more.
+    to `MAX_CARRIED_STEPS` of earlier gains), `SHARE` of its seconds, and `TRIAL_STEPS`. With a confident policy it may
+    lose `CONFIDENT_STEPS` more.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0  # the budget; negative if more was lost
 
     def begin_call(self, plain_seconds: float) -> None:
-        """Forgive losses, and keep at most `MAX_CARRIED_STEPS` of the gains."""
+        """Raise a low budget to its starting value, and keep at most `MAX_CARRIED_STEPS` of earlier gains."""
         self.forgive(plain_seconds)
         self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
 
@@ -366,10 +366,10 @@ class ExplorationBudget:
 
 
 class HeadAccount:
-    """Decides from earlier calls with as many rows whether a head saves more time than its pass over the prompt takes.
+    """Decides from calls with equally many rows whether a head saves more time than its pass over the prompt takes.
 
     A head that saves less is skipped for one call, then for exponentially more calls after each failed retry. The
-    estimate assumes that a text gets as long as it may. Few texts do, but skipping a useful head costs far more than
+    estimate assumes that texts reach their maximum length. Few do, but skipping a useful head costs far more than
     its pass over a prompt.
     """
 
@@ -444,7 +444,7 @@ class PlainTiming:
 
 
 class PlainClock:
-    """Keeps the `seconds` of a plain step, 0 before the first was timed, and decides when to time another."""
+    """Keeps the measured `seconds` of a plain step (0 before the first) and decides when to measure again."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -495,7 +495,7 @@ class PlainClock:
 
 
 class RowProgress:
-    """Counts a batch's progress by its slowest row, with which the call ends; a lag of `LAG_TOKENS` is ignored."""
+    """Measures a batch's progress by its slowest row, which ends the call; a lag of `LAG_TOKENS` is ignored."""
 
     def __init__(self) -> None:
         self._written: list[int] = []  # tokens of each row in this call
@@ -519,6 +519,6 @@ class RowProgress:
         return self._of(writing) - before
 
     def _of(self, rows: list[int]) -> float:
-        """Return the tokens of the slowest row plus `LAG_TOKENS`, but at most the mean over rows."""
+        """Return the progress of `rows`: the slowest's tokens plus `LAG_TOKENS`, but at most the mean over rows."""
         written = [self._written[row] for row in rows]
         return min(min(written) + LAG_TOKENS, sum(written) / len(written)) if written else 0.0

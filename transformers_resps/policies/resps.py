@@ -4,7 +4,7 @@ Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persis
 https://github.com/wmd3i/ReSpS/tree/24786f4. `ReSpSConfig.paper` differs from the code only in this:
 
 - The state concatenates three layers (equation 4); the code averages them for one model and cuts them off for two.
-- A decision shapes the tree of the same step; in the code, the tree of the next step, and the first is (96, 8, 20).
+- A decision sets the tree of the same step; the code applies it to the next step and starts with (96, 8, 20).
 - Shapes are drawn with a separate random generator, so the text equals that of plain decoding with the same seed.
 """
 
@@ -69,7 +69,7 @@ class ReSpSConfig:
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS: the actor scores actions, the critic states.
+    """Two separate MLPs with two tanh layers each, as in Re-SpS: the actor rates shapes, the critic states.
 
     `normalize`, which Re-SpS lacks, brings each row of features to mean 0 and variance 1. Otherwise a few dimensions
     of the residual stream are hundreds of times larger than the others and saturate tanh.
@@ -157,7 +157,7 @@ class ReSpSPolicy(SavedPolicy):
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
 
     def choose(self, observation: Observation) -> TreeShape:
-        """Pick a shape at the first step of a call and every `persistence` steps; else return the last one."""
+        """Pick a shape at the first step of a call and every `persistence` steps; else return the last shape."""
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
         if is_new_text or self._steps_left <= 0:

@@ -37,7 +37,7 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Make the policy from a `config` of `to_config` and `tensors` of `state_tensors`."""
+        """Make a policy from the results of `to_config` and `state_tensors`."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -1,6 +1,6 @@
 """The policy of "auto": maximises tokens per second by adding the nodes that gain more tokens than their time costs.
 
-A node's gain is its probability of acceptance, in tokens. A second costs lambda tokens: the tokens per second so far
+A node's gain is its probability of acceptance, in tokens. One second costs `rate` tokens: the recent tokens per second
 (Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but at most twice the plain rate.
 Without this limit, text that lookup copies at ten times the plain rate would make the head look too expensive for a
 long time. Step costs and the calibration of the head's scores are learned while decoding; both may start from values
@@ -31,7 +31,7 @@ _MAX_LOOKED_UP = 16  # Most nodes that lookup proposes for a step.
 _MAX_FITTED = 1000.0  # Largest magnitude of a saved calibration value; real values stay below 10.
 _SAVED_AS = "odds"  # Name of the calibration's tensor in files.
 _MEMORY = 0.95  # Factor on the old sums when a step is added: about the last twenty steps count.
-_MAX_RATE = 2.0  # Limit of lambda, in plain rates; in replay it costs nothing and gains 1 to 8% after copied text.
+_MAX_RATE = 2.0  # Limit of `rate`, in plain rates; in replay it costs nothing and gains 1 to 8% after copied text.
 _FIRST_GAIN = 0.5  # Assumed gain of a head before its first use, in tokens per step.
 _LIKELY = 0.5  # A head that does not pay is not probed at steps where lookup is more likely right than this.
 _NEWEST = 0.15  # Weight of the newest draft in the mean gain of the head.
@@ -104,7 +104,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far, limited to between the rate of plain steps and twice that rate."""
+        """Recent tokens per second, clamped to [r, 2r], where r is the rate of plain steps; the price of a second."""
         return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
@@ -132,7 +132,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The numbers of children per node that it tries for a single row, ascending."""
+        """Numbers of children per node that the policy tries for a single row, ascending."""
         return self._wider.widths
 
     def _width(self, observation: Observation) -> int:
@@ -176,7 +176,7 @@ class ThroughputPolicy(SavedPolicy):
         return max(map(len, chains))
 
     def _best_prefix(self, worth: Sequence[float], *, from_root: bool = False) -> tuple[int, float]:
-        """Call `best_prefix` to add nodes to the looked-up nodes or, with `from_root`, to the root."""
+        """Call `best_prefix` for nodes that are added to the looked-up nodes or, if `from_root`, to the root alone."""
         step = self._step
         most = 1 + (self._largest.total_tokens - 1 + _MAX_LOOKED_UP) * step.row_price
         seconds = self.costs.verify_curve(most)[0 if from_root else step.lookup : most : step.price]
@@ -199,7 +199,7 @@ class ThroughputPolicy(SavedPolicy):
         return count - kept, gain - step.looked_up_gain, kept
 
     def _planned_depth(self) -> int:
-        """Choose the depth with the highest expected gain before anything is drafted, for a chain of nodes."""
+        """Choose, before drafting, the depth with the highest expected gain, assuming one node per level."""
         step, gains = self._step, list[float]()
         reach = enumerate(self.acceptance.reach(self._largest.depth), start=1)
         worth = [step.left_at(level)[0] * prob for level, prob in reach]
@@ -240,7 +240,7 @@ class ThroughputPolicy(SavedPolicy):
         return [1 + chosen[row] for row in range(len(scores))]
 
     def _weigh_again(self, scores: Tensor, level_of: list[int]) -> None:
-        """Compute the gain of looked-up nodes again; those that the head proposes, too, get the head's probability."""
+        """Recompute the gain of looked-up nodes; nodes that the head also proposes get the head's probability."""
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
@@ -255,7 +255,7 @@ class ThroughputPolicy(SavedPolicy):
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
-        """Return (expected tokens, row) of nodes, best first, and each row's P(a level includes the right path)."""
+        """Return (expected tokens, row) of each node, best first, and P(level includes the right path) per row."""
         step = self._step
         best: list[list[float]] = []
         held: list[list[float]] = []
@@ -297,7 +297,7 @@ class ThroughputPolicy(SavedPolicy):
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from the outcome of each row of a ragged batch, or from the one outcome of rows in lockstep."""
+        """Learn from each row's outcome if the batch is ragged, else from the one outcome that all rows share."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -339,7 +339,7 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
 
 @dataclass(slots=True)
 class _Step:
-    """State of one step. Outer lists hold an entry for each row of a ragged batch, or one for all rows in lockstep."""
+    """State of one step. Outer lists have one entry per row of a ragged batch, else a single entry for all rows."""
 
     row_weights: Sequence[float] = ()  # see `Observation`
     paths_cost: bool = False  # see `Pricing`
@@ -350,7 +350,7 @@ class _Step:
     odds: Callable[[], list[list[float]]] = list  # acceptance probabilities of looked-up nodes
     shared: Callable[[], list[list[int]]] = list  # see `Observation`
     factors: list[float] = field(default_factory=lambda: [1.0])  # tokens that a node of probability 1 adds
-    rate: float = 0.0  # lambda: tokens that a second costs
+    rate: float = 0.0  # tokens that a second costs
     has_looked: bool = False  # whether the step called lookup
     lookup: int = 0  # number of looked-up nodes, counted as they add to the step's cost
     chains: list[list[float]] = field(default_factory=list)  # probabilities of the chosen looked-up nodes
@@ -398,7 +398,7 @@ class _Step:
         return [factor * (1.0 - hit) for factor, hit in zip(self.factors, hits, strict=True)]
 
     def apart(self, rows: list[list[float]]) -> list[list[float]]:
-        """Return each row's probabilities for a ragged batch, or their mean over rows in lockstep."""
+        """Return each row's probabilities if the batch is ragged, else their mean over rows as the only entry."""
         return rows if self.is_ragged else [self.mean(rows)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
@@ -453,7 +453,7 @@ class ThroughputMemory:
         # at 0, because other processes may have slowed the first draft
         self._gains, self._price = [_FIRST_GAIN, _FIRST_GAIN], 0.0
         self._probes, self._looks = Trials(_FIRST_PROBE, _LAST_PROBE), Trials(_FIRST_LOOK, _LAST_LOOK)
-        self._look_gain = _FIRST_GAIN  # mean gain of looks, in tokens
+        self._look_gain = _FIRST_GAIN  # mean gain of lookups, in tokens
 
     def add(self, record: StepRecord) -> None:
         self._tokens = self._tokens * _MEMORY + record.mean_emitted
@@ -478,11 +478,11 @@ class ThroughputMemory:
         return (pays or lookup_hit < _LIKELY) and self._probes.is_due(pays=pays)
 
     def looks_up(self, price: float) -> bool:
-        """Decide whether to call lookup, because it gains more than `price` tokens or is due for a trial."""
+        """Return whether to call lookup: if it gains more than `price` tokens on average, or if a trial is due."""
         return self._looks.is_due(pays=self._look_gain >= price)
 
     def note_look(self, gain: float) -> None:
-        """Update the mean net gain of looked-up nodes, in tokens."""
+        """Update the mean net gain of lookups from the newest gain, in tokens."""
         self._look_gain += _NEWEST_LOOK * (gain - self._look_gain)
 
 
@@ -519,10 +519,10 @@ class WiderDrafts:
 
 
 class WidthMemory:
-    """Picks the children per node in the exact mode (`invariant`): 1 at first, then what gives most tokens per second.
+    """Picks the children per node in the exact mode (`invariant`): 1 at first, then the fastest number.
 
-    Only measuring can decide: without compiled kernels one more leaf costs as much as all nodes of its path, with them
-    next to nothing. So the next wider or narrower width is tried, less often after each failure.
+    Only measuring can decide: without compiled kernels one more leaf costs as much as all nodes of its path; with
+    such kernels it costs next to nothing. So the next wider or narrower width is tried, less often after each failure.
     """
 
     def __init__(self, most: int) -> None:

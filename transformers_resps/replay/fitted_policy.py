@@ -19,8 +19,8 @@ _MIN_SLOPE = 0.1  # Positive, so that a path with a higher score never gets a lo
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` that starts with acceptance probabilities fitted to recorded texts.
 
-    `settings` are its other arguments: sizes, and `target` and `head` from `pair_identity`. Raises `ValueError` if the
-    texts are not recordings with pools of `top_k`.
+    `settings` are other arguments of the policy: sizes; `target` and `head` from `pair_identity`. Raises `ValueError`
+    if the texts are not recordings with pools of `top_k`.
     """
     odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
     if not texts or odd:
@@ -40,7 +40,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """Fit a scaling to n paths: their log probabilities under the head, and whether they were accepted.
+    """Fit a scaling to n paths, given their log probabilities under the head and whether they were accepted.
 
     Newton's method maximises the likelihood, with a weak prior; without paths the result is the identity.
     """
@@ -57,7 +57,7 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return levels, scores and whether accepted, `[n]` each, of the nodes whose outcome is known from the text."""
+    """Return level, score and acceptance, `[n]` each, of the n nodes for which the text shows if they are right."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "

@@ -15,7 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Results of a step with each action (shape) at each position of a text; raises `ValueError` if impossible."""
+    """Results of a step with each action (tree shape) at each text position; raises `ValueError` for wrong values."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
@@ -45,7 +45,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Results of taking one action for several steps, or until the text ends: `[n]`, or `[n, a]` for every action."""
+    """Results of keeping an action (tree shape) for some steps or to the text's end: `[n]`, or `[n, a]` for each."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps
@@ -55,7 +55,7 @@ class HeldOutcomes:
         return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
-        """Select the outcomes `[n]` of one action per row from outcomes `[n, a]`."""
+        """Select, from outcomes `[n, a]`, the outcomes `[n]` of the action that `actions` `[n]` names in each row."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
 
@@ -63,7 +63,7 @@ class HeldOutcomes:
 class OutcomeTable:
     """Concatenated outcomes of many recorded texts, to train and compare policies.
 
-    No policy is faster than the best action at every step. That time is computed by dynamic programming: a step at
+    The least time, with the best action (tree shape) at every step, is found by dynamic programming: a step at
     position t with action a ends at t + emitted[t, a], so the least time from t to the text's end is the minimum over
     a of seconds[t, a] plus the least time from t + emitted[t, a].
     """
@@ -94,7 +94,7 @@ class OutcomeTable:
         return self.emitted.shape[1]
 
     def held(self, persistence: int) -> HeldOutcomes:
-        """Compute the outcomes `[p, a]` of taking each action for `persistence` steps, from each position."""
+        """Compute the outcomes `[p, a]` of keeping each action (tree shape) for `persistence` steps, by position."""
         if persistence in self._held:
             return self._held[persistence]
         positions = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
@@ -117,7 +117,7 @@ class OutcomeTable:
 
     @cached_property
     def _seconds_to_end(self) -> tuple[Tensor, Tensor]:
-        """Seconds from each position to its text's end: `[p, a]` with one action only, `[p]` with the best actions."""
+        """Compute seconds to the text's end: `[p, a]` with one action throughout, `[p]` with the best at each step."""
         count = len(self.features)
         actions = torch.arange(self.action_count)
         is_stop = torch.zeros(count + 1, dtype=torch.bool)
@@ -133,12 +133,12 @@ class OutcomeTable:
 
     @property
     def fixed_seconds(self) -> Tensor:
-        """Seconds `[texts, a]` to decode each text if every step takes the same action."""
+        """Seconds `[texts, a]` to decode each text if every step uses the same action (tree shape)."""
         return self._seconds_to_end[0][self.starts]
 
     @property
     def best_seconds(self) -> Tensor:
-        """Least possible seconds `[texts]` to decode each text: with the best action at every step."""
+        """Least seconds `[texts]` to decode each text, with the best action (tree shape) at every step."""
         return self._seconds_to_end[1][self.starts]
 
     @property
@@ -147,5 +147,5 @@ class OutcomeTable:
 
     @cached_property
     def best_fixed_rate(self) -> float:
-        """Tokens per second over all texts if every step takes the action `best_fixed`."""
+        """Tokens per second over all texts if every step uses the shape `best_fixed`."""
         return len(self.features) / float(self.fixed_seconds[:, self.best_fixed].sum())

@@ -1,6 +1,6 @@
 """Computes how many tokens a tree of any shape emits at every position of a recorded text.
 
-A step accepts the longest path of its tree that the text follows, so one recording gives the result of all shapes
+A step accepts the longest path of its tree that matches the text, so one recording gives the result of all shapes
 without noise or exploration. The result is exact for greedy decoding. For sampling its distribution is right, because
 a tree does not depend on the target's random draws.
 
@@ -97,7 +97,7 @@ class RankedText:
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every shape of `grid`; looked-up nodes in the head's tree cost no time."""
+        """Compute tokens and seconds of every shape of `grid`; looked-up nodes that the head proposes are free."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
@@ -135,9 +135,9 @@ def depths_of(grid: ActionGrid) -> dict[int, int]:
 
 
 def node_ranks(pool: CandidatePool, tokens: Tensor, parents: Tensor) -> Tensor:
-    """Return the ranks `[r, D, m]` of m nodes below each of r roots, in the pool's first 1, 2, ... D levels.
+    """Return the rank of each node among the nodes of the pool's first 1, 2, ... D levels: `[r, D, m]` for r roots.
 
-    The nodes are given by `tokens` and `parents` `[r, m]`; token -1 means no node. See `RankedText` for the ranks.
+    `tokens` and `parents` `[r, m]` give m nodes of each root; token -1 means no node. Ranks are as in `RankedText`.
     """
     scores, levels = pool.scores, pool.levels
     order, depth = torch.arange(len(levels)), int(levels[-1])

@@ -99,8 +99,8 @@ def record_pools(
     """Record the head's drafts at every position of an output; `input_ids` `[s]` are prompt and output of any origin.
 
     `depths` maps each `top_k` to the number of levels to draft; block heads draft all their levels, with at most
-    `block_nodes` nodes below a root. `spare_room` is by how many tokens the output could have been longer; 0 if it
-    ended at `max_length`. Raises `ValueError` if the output has fewer than two tokens.
+    `block_nodes` nodes below a root. `spare_room` is how many more tokens the output could have had before
+    `max_length`. Raises `ValueError` if the output has fewer than two tokens.
     """
     length = len(input_ids)
     if not 1 <= prompt_length <= length - 2 or not depths:
@@ -130,7 +130,7 @@ def record_pools(
 def _drafted(
     drafter: Drafter, features: Tensor, tokens: Tensor, start: int, shapes: Sequence[TreeShape]
 ) -> dict[int, CandidatePool]:
-    """Draft once for each of `shapes` at every length of the text from `start` on; return `top_k` -> drafts."""
+    """Draft each of `shapes` after every prefix of the text of at least `start` tokens; return `top_k` -> drafts."""
     pools: dict[int, list[CandidatePool]] = {shape.top_k: [] for shape in shapes}
     known = 0
     for length in range(start, tokens.shape[1]):
@@ -176,7 +176,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Draft after each length in `prefixes` `[n]`; yield, in parts, the lengths `[r]` and the pools below them."""
+        """Draft after each of the text's prefixes of lengths `[n]`; yield, in parts, lengths `[r]` and their pools."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])
@@ -185,7 +185,7 @@ class PositionPools:
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """Run one level of all roots in one pass, as a single batch row with the roots' nodes one after another."""
+        """Run the head over one level of all roots in one pass; their nodes lie one after another in one batch row."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None]) & (slots >= self._oldest[prefixes])
@@ -209,7 +209,7 @@ class PositionPools:
 
 @contextmanager
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a recording, which must have a tensor whose name starts with `needed`; yield the file and its metadata.
+    """Open a recording and yield the file and its metadata; one tensor's name must start with `needed`.
 
     Errors of reading the file, also those inside the `with` block, are raised as `ValueError`.
     """

@@ -36,7 +36,7 @@ class ReplayedStep:
 def replay_policy(
     text: RecordedText, policy: Policy, costs: CostModel, memories: Sequence[SuffixMemory] = ()
 ) -> SpeculationReport:
-    """Simulate `policy` on a recorded text; return a report like that of `generate`, but without a prefill.
+    """Simulate `policy` on a recorded text; return the report that `generate` would, without a prefill.
 
     The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. `memories` are not changed.
     Raises `ValueError` if the policy chooses a shape that was not recorded.
@@ -121,7 +121,7 @@ class RecordedDrafter(Drafter):
         raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the recorded draft down to the level where the policy stops; raises `ValueError` if not recorded."""
+        """Return the recorded draft, cut where the policy stops; raises `ValueError` if the shape was not recorded."""
         shape, goes_on = request.shape, request.goes_on
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool, most = self._text.pools.get(top_k), self._text.block_nodes

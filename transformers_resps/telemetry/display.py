@@ -47,7 +47,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows` over `most_steps` forwards of `target`; with fewer forwards, it jumps at the end."""
+    """Move a `tqdm` bar by `rows` in total, evenly over `most_steps` forwards of `target`; the exit adds the rest."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

@@ -32,7 +32,7 @@ class Pace:
         return CallPace(self, settings, threads)
 
     def times_best(self, key: Hashable, seconds: float) -> float | None:
-        """Return a forward's time over the best time for `key`, or `None` while there is no best time yet."""
+        """Return a forward's time divided by the best time for `key`; `None` while there is no best time yet."""
         best, newest = self._best.get(key), self._newest[key]
         newest.append(seconds)
         if len(newest) == _ENOUGH:
@@ -53,10 +53,10 @@ class CallPace:
 
     def __init__(self, pace: Pace, settings: Hashable, threads: int) -> None:
         self._pace, self._settings, self._threads = pace, settings, threads
-        self._times: deque[float] = deque(maxlen=_STEPS)  # of the newest steps: time over best time
+        self._times: deque[float] = deque(maxlen=_STEPS)  # of the newest steps: time divided by best time
 
     def see(self, record: StepRecord, context: int) -> None:
-        """Add a step other than the prefill, after `context` positions; warns if the newest steps were too slow."""
+        """Add a step (not the prefill) that began after `context` positions; warn if the newest steps are too slow."""
         if self._threads < 2 or record.verify_seconds <= 0.0:
             return
         # Forwards take longer with more context, so each power of two has its own best time

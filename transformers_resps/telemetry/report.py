@@ -52,10 +52,10 @@ def rate(timed: Iterable[Timed]) -> float:
 def bootstrap_interval(
     own: Sequence[Sequence[Timing]], base: Sequence[Sequence[Timing]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the rate of `own` over that of `base`.
+    """Return the 95% bootstrap interval of rate(own) / rate(base).
 
     `own[i][j]` and `base[i][j]` are the totals of the same request `j` in process `i`. Processes and requests are
-    drawn with replacement, the same for both. The same totals always give the same interval.
+    drawn with replacement; each draw is used for both rates. The same totals always give the same interval.
     """
     drawn = np.random.default_rng(0)
     of_processes, of_requests = (
@@ -91,14 +91,14 @@ class StepRecord:
         shape: the shape that the policy chose, reduced if fewer tokens could still be generated.
         drafted: number of nodes that head and lookup proposed.
         verified: number of nodes in the target forward, root included; the maximum over rows.
-        accepted: number of drafted tokens that each row kept; `int(accepted)` works with one row.
+        accepted: number of accepted drafted tokens of each row; `int(accepted)` works with one row.
         emitted: number of accepted tokens plus the bonus token of each row; 0 for finished rows.
         draft_seconds: time of policy and draft; for the prefill, the pass of head and lookup over the prompt.
         verify_seconds: time of the target forward; on a GPU it includes drafting work that is still running.
         step_seconds: time of the whole step, policy and bookkeeping included.
         drafted_match: how many of the step's tokens, from the first on, were a path among the head's candidates,
             verified or not. Ragged batches have one number per row, 0 for finished rows; lockstep has one number, the
-            minimum over rows that gained tokens. A single 0 if the policy does not use it.
+            minimum over rows that gained tokens. It is a single 0 if the policy does not use it.
         proposed: numbers of accepted tokens of all rows, by source.
         sizes: number of nodes of each decoded row if the forward computed no padding; else empty.
         pricing: what the target forward costs apart from its nodes.
@@ -119,7 +119,7 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Nodes that decide the forward's cost: of one row or, without padding, of all rows but with only one root."""
+        """Number of nodes that sets the forward's cost: of one row or, without padding, of all rows, with one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
@@ -166,7 +166,7 @@ class SpeculationReport:
     Attributes:
         steps: one record per step; the first is the prefill, a plain step over the whole prompt.
         answers: the new token ids of each row, padded after a row's end.
-        compile_seconds: seconds spent on compiling or capturing forwards, which no step includes.
+        compile_seconds: seconds of compiling forwards and capturing CUDA graphs; no step includes them.
         reason: why most steps were plain, as the policy explains it; `None` without an explanation.
     """
 
@@ -210,7 +210,7 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two more fields.
+        """Return what vLLM 0.32 reports in `metrics.speculative_decoding`, for AIPerf, and two more fields.
 
         The prefill does not count as a step. Every verified node except the root counts as a draft token.
         """

@@ -2,7 +2,7 @@
 
 In fp32 and fp64 they must be equal. In half precision rounding may change a token, after which the outputs cannot be
 compared, so only the first divergence counts: would plain decoding, with the same random numbers, have picked either
-token if its logit were a few spacings higher? In the exact mode (`invariant`) any difference fails, in every dtype.
+token if its logit were a few floating-point spacings higher? In the exact mode (`invariant`) any difference fails.
 """
 
 import math
@@ -92,7 +92,7 @@ class ModelUnderTest:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Attach the model in evaluation mode; at the end restore it and the global random generators."""
+        """Attach the model in evaluation mode; at the end restore the model and the global random generators."""
         with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
             yield
 
@@ -185,7 +185,7 @@ class ComparedCall:
 def compare(
     model: ModelUnderTest, name: str, batches: Sequence[Sequence[ComparedCall]], *, alone: bool = False
 ) -> TextCheck:
-    """Compare speculative with plain output for batches of calls; a batch's calls have the same seed and settings.
+    """Compare speculative output to plain output for batches of calls; a batch has one seed and one set of settings.
 
     In half precision a batch of several calls must be greedy, because a single row's random draw cannot be repeated.
     With `alone`, for the exact mode, the reference output is written for each prompt alone and in one chunk.
@@ -224,7 +224,7 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:
-    """Return the first difference of two outputs `[t]`, `[t']`, with `needed` spacings; `None` if they are equal."""
+    """Return the first difference of two outputs, with `Divergence.needed` computed; `None` if they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, own, invariant=model.invariant)
     if divergence is None:
         return None
@@ -238,7 +238,7 @@ def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, 
 def _spacings_until_picked(
     token: int | None, model: ModelUnderTest, call: ComparedCall, plain: Tensor, divergence: Divergence
 ) -> float:
-    """Return by how many spacings, 0 or a power of two, a logit must rise until plain decoding picks `token`."""
+    """Return how many spacings (0 or a power of two) the logit of `token` must rise until plain decoding picks it."""
     if token is None:
         return math.inf
     torch.manual_seed(call.seed)

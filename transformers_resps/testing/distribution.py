@@ -35,7 +35,7 @@ class Place:
 
 
 class DraftReader:
-    """Computes a target's distributions, and the drafts of `source` or, if that is `None`, of prompt lookup."""
+    """Computes a target's distributions, and the drafts of `source`; if `source` is `None`, prompt lookup drafts."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target, self._source = target, source or PromptLookup()
@@ -50,7 +50,7 @@ class DraftReader:
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
-        """Draft one level after each token from `start` on except the last; return tokens and probabilities."""
+        """Draft one level after each token from `start` to the last but one; return tokens and their probabilities."""
         request = DraftRequest(TreeShape(drafts + 1, 1, drafts, lookup=1))
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0
@@ -176,7 +176,7 @@ class DistributionCheck:
 
 
 def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
-    """Test the first `TOKENS` tokens of `count` outputs for `prompts` `[s]` in turn, each with its own seed.
+    """Generate `count` outputs of `TOKENS` tokens, for the prompts `[s]` in turn, each with its own seed; test them.
 
     The model's generation settings are not used: temperature is 1, without logits processors and end tokens.
     """
@@ -200,7 +200,7 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: 
 
 
 def bins_of(place: Place) -> Tensor:
-    """Return the bin `[v]` of every token of the vocabulary."""
+    """Return the index of the bin of every token of the vocabulary, `[v]`."""
     bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
     likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
     undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]
@@ -212,7 +212,7 @@ def bins_of(place: Place) -> Tensor:
 
 
 def wrong_token(place: Place, generator: torch.Generator) -> int:
-    """Try the best drafts in turn, each accepted with `min(1, p / q)`; else draw from the excess of p over q."""
+    """Pick a token by the wrong rule: accept each draft in turn with `min(1, p / q)`, else draw from p less q."""
     residual = place.probs.clone()
     for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
         if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):

@@ -44,13 +44,13 @@ class Divergence:
 
     @property
     def spacing(self) -> float:
-        """Distance of neighbouring numbers of the model's dtype at the best logit."""
+        """Distance between neighbouring numbers of the model's dtype at the best logit."""
         # One scale is enough: logits change because hidden states are rounded, which is the same for all tokens
         return spacing_at(self.best_logit, self.dtype)
 
     @property
     def spacings(self) -> float:
-        """By how many spacings rounding must have moved logits to explain the difference."""
+        """Number of spacings by which rounding must have moved the logits to explain the difference."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed

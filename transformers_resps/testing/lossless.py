@@ -119,13 +119,13 @@ def assert_lossless(
         policy: a policy or its name; if both `head` and `policy` are `None`, "auto".
         prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts that fit any
             vocabulary. Real prompts test more, because more drafts are accepted.
-        seeds: number of outputs per sampling setting, for the prompts in turn; the statistical test has twelve times
-            as many.
+        seeds: number of outputs per sampling setting, for the prompts in turn; the statistical test uses twelve times
+            as many outputs.
         max_new_tokens: length of each compared output.
         invariant: whether to test `generate(..., invariant=True)`.
 
     Raises:
-        NotLosslessError: an `AssertionError` with the report: outputs differ, and rounding is no excuse.
+        NotLosslessError: outputs differ, and rounding does not explain it; the error contains the report.
         ValueError: an argument cannot be used, or `generate` refuses it.
     """
     started = time.perf_counter()
@@ -217,7 +217,7 @@ _SHAPES = (
 
 
 class ChangingTrees(Policy):
-    """Drafts another built-in tree at every step, because the policy under test may never draft some kinds of tree."""
+    """Drafts a different built-in tree at every step: the tested policy may never choose some kinds of tree."""
 
     needs_head = False
 
