@@ -39,7 +39,7 @@ AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockAttention(nn.Module):
-    """Lets a block's slots attend to the text and to each other. One pair of projections makes all keys and values."""
+    """Attention of a block's positions (slots) to the text and to each other, with one key projection for both."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class BlockAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Project states `[b, t, h]` to rotated keys and to values, `[b, kv heads, t, hd]` each."""
+        """Compute keys, rotated by RoPE, and values from states `[b, t, h]`: `[b, kv heads, t, hd]` each."""
         keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return rope.turn(keys), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -64,7 +64,7 @@ class BlockAttention(nn.Module):
 
 
 class GroupedConvolution(nn.Module):
-    """Two causal convolutions over a block's slots: before and after a sublayer, that is attention or MLP (DFlash 2).
+    """Two causal convolutions over a block's positions, before and after a sublayer (attention or MLP; DFlash 2).
     Each kernel is a learnt constant plus weights computed from the sublayer's input, one for each group of channels.
     """
 
@@ -76,13 +76,13 @@ class GroupedConvolution(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
     def kernels(self, states: Tensor) -> Tensor:
-        """Compute both kernels `[b, q, 2, taps, groups, channels of a group]` from the sublayer's input."""
+        """Compute both kernels `[b, q, 2, taps, groups, channels of a group]` from the input of the sublayer."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
         return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
 
     @staticmethod
     def convolve(states: Tensor, kernels: Tensor) -> Tensor:
-        """Convolve states `[b, q, h]` along the slots with kernels `[b, q, taps, groups, channels of a group]`."""
+        """Convolve states `[b, q, h]` along q with kernels `[b, q, taps, groups, channels of a group]`."""
         grouped = states.unflatten(-1, (kernels.shape[-2], -1))
         total = kernels[:, :, 0] * grouped
         for tap in range(1, min(kernels.shape[2], states.shape[1])):
@@ -91,7 +91,7 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the slots of a block: maps `[b, q, h]` to `[b, q, h]`."""
+    """A decoder layer over the positions of a block: maps `[b, q, h]` to `[b, q, h]`."""
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -138,12 +138,12 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
 
     def before(self, tokens: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of `tokens`, target ids of tokens before slots."""
+        """Look up the embeddings `[..., r]` of previous tokens, given as target ids."""
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Compute the vectors `[b, D, w, r]` that the rows of predicted tokens are multiplied with. `before`
-        `[b, D, w, r]` has rows of w possible previous tokens for each slot, `hidden` `[b, D, h]` the slots' outputs.
+        """Compute the vectors `[b, D, w, r]` to be multiplied with `rows`, for D positions of a block. `before`
+        `[b, D, w, r]` holds embeddings of w possible previous tokens of each position, `hidden` `[b, D, h]` outputs.
         """
         if self.kind == "vanilla":
             return before
@@ -151,14 +151,14 @@ class MarkovHead(nn.Module):
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """Compute the recurrent state `[b, 1, r]` before the first drafted token, from the root token's row `root`.
-        `first` `[b, h]` is the output of the root's slot if that slot predicts nothing, else `None`.
+        """Compute the RNN state `[b, 1, r]` before the first drafted token, from the root token's embedding `root`.
+        `first` `[b, h]` is the head's output at the root if the root predicts no token, else `None`.
         """
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance w paths by one token, with the row `before`; return `context` and new states, `[b, w, r]` each."""
+        """Advance w paths by a token with embeddings `before`; return contexts and new states, `[b, w, r]` each."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -169,7 +169,7 @@ class MarkovHead(nn.Module):
         return self.markov_w2.weight  # [d, r]
 
     def rows(self, candidates: Tensor) -> Tensor:
-        """Look up the rows `[..., r]` of `candidates`, draft ids of possible tokens in slots."""
+        """Look up the vectors `[..., r]` of possible next tokens, given as draft ids."""
         return F.embedding(candidates, self.table)
 
 
@@ -199,7 +199,7 @@ class CandidateSelector(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """Predicts the probability that a token is accepted: the overlap of the draft's and the target's distribution."""
+    """Predicts how probably a drafted token is accepted, which is the overlap of draft and target distributions."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map slots' outputs `[..., h]`, or `[..., h + r]` with previous tokens' rows, to fp32 logits `[...]`."""
+        """Map outputs `[..., h]`, or `[..., h + r]` with the previous tokens' embeddings, to fp32 logits `[...]`."""
         return self.proj(states).squeeze(-1).float()
 
 
@@ -288,7 +288,7 @@ class BlockHead(HeadModel):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
     def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        """Run the layers and the final norm over the embeddings `[b, q, h]` of blocks; return outputs `[b, q, h]`."""
+        """Run the layers and the final norm over the embeddings `[b, q, h]` of blocks' tokens; return `[b, q, h]`."""
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)
@@ -307,7 +307,7 @@ class BlockHead(HeadModel):
         return named | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Compute fp32 confidence logits `[...]` from slots' outputs `[..., h]` and the previous tokens' rows."""
+        """Compute fp32 confidence logits `[...]` from outputs `[..., h]` and previous tokens' embeddings `before`."""
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
@@ -418,7 +418,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """Count the slots to run: the whole block, as in training; in a causal head only those for `levels` tokens."""
+        """Count the positions of a block to run: in a causal head as many as `levels` needs, else the whole block."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
@@ -436,7 +436,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._forward(embeddings, Rope(*places), attend)
 
     def predicting(self, output: Tensor, levels: int) -> Tensor:
-        """Select from outputs `[..., q, h]` the slots that predict the next `levels` tokens: `[..., levels, h]`."""
+        """Select from outputs `[..., q, h]` at a block's positions the ones for the next `levels` tokens."""
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(
@@ -465,7 +465,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return self._output.weight, getattr(self._output, "bias", None)
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        """Compute the output head's logits, without the correction."""
+        """Compute the output head's logits, not corrected by `MarkovHead` or `CandidateSelector`."""
         weight = self._output.weight
         logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
         cap = self._config.final_logit_softcapping
@@ -492,7 +492,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """Score the candidates `[b, D', w, m]` below w parents, whose contexts are `[b, D', w, r]`."""
+            """Score m candidate tokens after each of w parents, `[b, D', w, m]`; `context` is `[b, D', w, r]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)
@@ -524,9 +524,8 @@ class BoundBlockHead(BlockModel, TrainableModel):
         return Branching(tokens, followed)
 
     def _sure(self, scores: Tensor, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Add the log confidence to the scores `[..., w, k]` of w parents' children, if the head predicts a
-        confidence. The prediction reads the slot's output `hidden` `[..., 1, h]` and the parents' rows `before`
-        `[..., w, r]`.
+        """If the head has a confidence head, add its log probability to the scores `[..., w, k]` of the k children of
+        w parents. It reads the output `hidden` `[..., 1, h]` and the parents' embeddings `before` `[..., w, r]`.
         """
         if not self._config.confidence:
             return scores
@@ -534,5 +533,5 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """Select from `table` `[b, p, n]` the rows with the indices `places` `[b, w]`: `[b, w, n]`."""
+    """In each batch row, select from `table` `[b, p, n]` the vectors at indices `places` `[b, w]`: `[b, w, n]`."""
     return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))

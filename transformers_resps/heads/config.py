@@ -35,7 +35,7 @@ def default_feature_layers(layer_count: int) -> list[int]:
 
 
 def check_numbers(config: PreTrainedConfig, what: str) -> None:
-    """Raise a `ValueError` if a flag is no bool or a number is not positive. The message calls the head `what`."""
+    """Raise a `ValueError` if a flag is no bool or a number not positive. `what` names the head in the message."""
     for name, kind in type(config).__annotations__.items():
         value = getattr(config, name)
         is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -52,7 +52,7 @@ def check_numbers(config: PreTrainedConfig, what: str) -> None:
 
 
 def check_rope(rope: dict[str, Any] | None, what: str) -> None:
-    """Raise a `ValueError` if heads do not support these RoPE parameters. The message calls the head `what`."""
+    """Raise a `ValueError` if heads do not support these RoPE parameters. `what` names the head in the message."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type", "default")
     if kind not in _ROPE_NEEDS:
@@ -74,7 +74,7 @@ def check_rope(rope: dict[str, Any] | None, what: str) -> None:
 
 
 def has_fixed_rope(rope: dict[str, Any] | None) -> bool:
-    """Return whether RoPE's angles depend on the position only, not on the length of the text."""
+    """Return whether RoPE's angles at a position are the same for texts of any length."""
     rope = rope or {}
     return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
 
@@ -85,7 +85,7 @@ class HeadConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as `PreTrainedConfig` does, but shorten a local path of the target to the folder's name."""
+        """Save as `PreTrainedConfig` does; if the target's name is a local path, store only the name of the folder."""
         told: Any = copy(self)
         told.target = shareable(told.target)
         super(HeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -127,10 +127,10 @@ class DraftHeadConfig(HeadConfig):
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
         owns_embedding: whether the head has its own embedding table, not the target's; needed if the widths differ.
         owns_output_head: whether the head has its own output head, not the target's.
-        norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
+        norm_before_residual: whether layer 0's residual connection starts from the normed feature (EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); not with `norm_before_fc`.
-        feedback_post_norm: whether drafting the next token reads the output after `norm` (EAGLE-3.1), not before it.
+        feedback_post_norm: whether the next level's input is the output after `norm` (EAGLE-3.1), not before `norm`.
         qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
         mask_token_id: token of the placeholders in a P-EAGLE head; `None` for other heads.
         parallel_levels: number of tokens that a P-EAGLE head drafts in one pass; `None` for other heads.
@@ -257,7 +257,7 @@ class BlockHeadConfig(HeadConfig):
     Attributes:
         block_size: number of positions (slots) in a block. The first one, the root, holds the newest token.
         mask_token_id: token in all other slots; a row of the target's embedding table.
-        shifted: whether a slot predicts the token of the next position. If false, it predicts the token of its own.
+        shifted: whether a slot predicts the token of the next position; if false, the token of its own position.
         causal: for each layer, whether slots do not see later slots.
         windows: for each layer, the number of positions that a slot sees, including its own; `None` for all.
         embedding_scale: number by which embeddings are multiplied.
@@ -328,7 +328,7 @@ class BlockHeadConfig(HeadConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def _misfits(self) -> Iterator[tuple[bool, str, str]]:
-        """Yield for each check whether it fails, the given values, and what is needed instead."""
+        """For each check of the fields, yield whether it fails, the values that were passed, and the values needed."""
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
         count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
         shortest = min(filter(None, self.windows), default=slots)

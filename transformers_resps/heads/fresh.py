@@ -17,8 +17,8 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
-    """Return the draft vocabulary's target ids `[d]`, checked and sorted; `None` if a head can propose all tokens.
-    Without `ids` these are the lowest `size` ids. Raises a `ValueError` if `ids` or `size` do not fit the target.
+    """Check and sort the target `ids` of a draft vocabulary, `[d]`. Without `ids`, return the lowest `size` ids; with
+    neither, return `None`: the head can propose all tokens. Raises a `ValueError` if they do not fit the target.
     """
     check_is_model(target)
     vocab_size = text_config(target).vocab_size
@@ -92,7 +92,7 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
 
 @torch.no_grad()
 def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Initialize for faster training: `fc` passes on the deepest feature; norm and output `rows` are the target's."""
+    """Let `fc` copy the deepest feature, and take norm and output `rows` from the target: this trains faster."""
     width = head.config.hidden_size
     if width == text_config(target).hidden_size:
         head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
@@ -108,7 +108,7 @@ def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
 
 
 def _plain_norm(target: PreTrainedModel) -> Tensor | None:
-    """Return the weight of the target's final norm; `None` if the norm does not multiply by the weight itself."""
+    """Return the weight of the target's final norm; `None` if the norm is no RMSNorm or multiplies by 1 + weight."""
     norm: Any = getattr(target.get_decoder(), "norm", None)
     name = type(norm).__name__
     return norm.weight if name.endswith("RMSNorm") and "Gemma" not in name else None  # Gemma multiplies by 1 + weight
@@ -135,9 +135,8 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
 
 @torch.no_grad()
 def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
-    """Copy weights of the target's last layers into a head's `layers`, where name and shape are the same.
-    `hidden_norm` becomes a copy of the first layer's input norm, so that the text's keys and values start as in that
-    layer.
+    """Copy the weights of the target's last layers into a head's `layers`, if name and shape of a weight are the same.
+    Also copy the first layer's input norm to `hidden_norm`, so that the text's keys and values start as in the target.
     """
     if _plain_norm(target) is None:
         return

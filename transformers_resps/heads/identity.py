@@ -34,9 +34,9 @@ def check_is_model(target: Any) -> None:
 def check_made_for(
     target: PreTrainedModel, sizes: dict[str, Any], known: dict[str, Any], feature_layers: list[int]
 ) -> None:
-    """Raise a `ValueError` that names both models if a head was made for another target than `target`. `sizes` has the
-    `vocab_size` and `hidden_size` that the head needs. `known` is the `target_identity` of the head's own target,
-    perhaps incomplete.
+    """Raise a `ValueError` that names both models if a head was made for another model than `target`. `sizes` has the
+    `vocab_size` and `hidden_size` that the head needs. `known` is the `target_identity` of the model that it was made
+    for, with some or all fields.
     """
     check_is_model(target)
     theirs = target_identity(target)
@@ -53,7 +53,7 @@ def check_made_for(
 
 
 def check_beside(own: torch.device, table: nn.Module) -> None:
-    """Raise a `ValueError` if a head's device `own` differs from that of its target's embedding `table`."""
+    """Raise a `ValueError` if a head on the device `own` and its target's embedding `table` are on two devices."""
     device = table.weight.device
     if device != own and not hasattr(table, "_hf_hook"):
         raise ValueError(

@@ -62,7 +62,7 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of RoPE's angles: `[b, t, hd]` each, or `[b, 1, hd]` if all t tokens share a position."""
+    """Cosines and sines of RoPE's angles, `[b, t, hd]` each; `[b, 1, hd]` if all tokens of a row share a position."""
 
     cosine: Tensor
     sine: Tensor  # the first half is negated: it multiplies a vector's second half
@@ -77,7 +77,7 @@ class Rope(NamedTuple):
 
 
 class DraftAttention(nn.Module):
-    """The attention of a `DraftLayer`. In the first layer it reads embedding and feature concatenated, `2h` wide."""
+    """Attention of a `DraftLayer`. The first layer reads the concatenation of embedding and feature, `2h` wide."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class DraftAttention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """A decoder layer. The first layer of a head also reads the token embeddings (EAGLE-3, section 3.1)."""
+    """A decoder layer of a head. Only the first layer also reads token embeddings (EAGLE-3, section 3.1)."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     _formats: ClassVar["Formats"]
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Raise an error that names `attach` if Transformers' assisted generation reads `generation_config`."""
+        """If Transformers' assisted decoding reads `generation_config`, raise an error that explains `attach`."""
         if name == "generation_config":
             raise AttributeError(
                 f"A `{type(self).__name__}` has no `generation_config`: it is no whole model, as others are. "
@@ -260,9 +260,9 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_beside(self.device, input_embedding(target))
 
     def packed_view(self) -> Self:
-        """Return a copy of the head with weights in a layout that is fast on CPUs (packed), or the head itself if that
-        is no faster. The copy shares all parameters with the head, and is valid until modules of the head are added or
-        replaced. Packing happens once: the head keeps the packed weights for later calls.
+        """Return a copy of the head with weights in a layout that is fast on CPUs (packed); return the head itself if
+        packing would not be faster. The copy shares all parameters with the head. It is valid until modules of the
+        head are added or replaced. Packing happens once: the head keeps the packed weights for later calls.
         """
         return self._packed.view(self)
 
@@ -429,7 +429,7 @@ class DraftHead(HeadModel):
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """Turn the output `[b, t, h]` for one drafted token into the `hidden` input for the next one."""
+        """Compute from the output `[b, t, h]` for one drafted token the input `hidden` for the next drafted token."""
         return self.norm(hidden) if self.config.feedback_post_norm else hidden
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
@@ -445,7 +445,7 @@ class DraftHead(HeadModel):
         return TreeShape(*self.config.default_tree)
 
     def fingerprint(self) -> str:
-        """Hash the weights of `fc`: 16 hexadecimal digits, the same in float32 and bfloat16."""
+        """Hash the weights of `fc` to 16 hexadecimal digits, which are the same in float32 and bfloat16."""
         weight = self.fc.weight.detach()
         version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
         if version is None or version != self._fingerprint[0]:
@@ -497,8 +497,8 @@ class DraftHead(HeadModel):
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
     def readings(self, target: PreTrainedModel, whole: "DraftHead", *, has_images: bool) -> Iterator[HeadReading]:
-        """Yield ways to interpret the head's file, the configured one first. They combine feature layers shifted by
-        one, RoPE bases, both values of `norm_before_residual` and, with images, of `before_deepstack`.
+        """Yield ways to interpret the head's file, the configured one first. They combine the feature
+        layers, also shifted by one, RoPE bases, and both values of `norm_before_residual` and `before_deepstack`.
         """
         config, text = self.config, target.config.get_text_config()
         assert config.feature_layers is not None and config.rope_parameters is not None
@@ -520,8 +520,8 @@ class DraftHead(HeadModel):
 class BoundHead(TrainableModel):
     """A head together with the embedding table and output head that it borrows from its target; see `bind`.
 
-    Each call of `generate` makes one. So the head itself holds no part of its target, and can be saved, copied or
-    moved alone. On CPU the layers use packed copies of the weights, which are fast for few rows, unless `forward` is
+    Each call of `generate` makes a new object. So the head itself holds no part of its target, and can be saved,
+    copied or moved alone. On CPU the layers use copies of the weights in a faster layout (packed), unless `forward` is
     passed.
     """
 
@@ -593,9 +593,9 @@ class BoundHead(TrainableModel):
 class BoundParallelHead(BoundHead, BlockModel):
     """A P-EAGLE head (arXiv 2602.01469, section 3) together with its target's parts. It cannot be trained.
 
-    The newest pair of feature and token predicts the first drafted token. Each of the following placeholders, a learnt
-    feature paired with the mask token, predicts one more. A placeholder sees all pairs of the text and the
-    placeholders before it. Keys and values of placeholders are not kept.
+    The newest pair of feature and token predicts the first drafted token. After this pair come placeholders, which
+    are pairs of a learnt feature and the mask token; each predicts one more token. A placeholder sees all pairs of the
+    text and all earlier placeholders. Keys and values of placeholders are not kept.
     """
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
@@ -634,6 +634,6 @@ class BoundParallelHead(BoundHead, BlockModel):
 
 
 def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
-    """Return `{"target": its name and sizes, "head": the source's identity}`, to store with a policy or figures."""
+    """Return the identity of `target` and, as "head", of `source`, to store with a policy or with measurements."""
     identity = {"target": target_identity(target)}
     return identity if source is None else identity | {"head": source.identity()}

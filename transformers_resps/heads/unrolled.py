@@ -1,8 +1,8 @@
 """Run heads over whole texts at once, for training and diagnosis.
 
-A draft head runs level after level: level k predicts the (k + 1)-th drafted token at every position. At later levels
-it reads its own output, as in drafting (EAGLE-3, arXiv 2503.01840, section 3.2). A block head fills a block at many
-positions.
+A draft head runs level after level: level k predicts the (k + 1)-th drafted token at every position. From level 1 on,
+the head reads its own output, as in drafting (EAGLE-3, arXiv 2503.01840, section 3.2). A block head drafts a whole
+block of tokens at each of many positions.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _ANCHORS = 64  # Number of blocks that `unroll_blocks` fills in one pass over a 
 
 
 class UnrolledEntries(Entries):
-    """Keys and values of all levels so far, and attention of the current level k.
+    """Stores the keys and values of all levels so far, and computes the attention of the current level k.
 
     A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k. A drafted node
     at depth k attends to the same: the text, then its path. Only the positions `slots` `[b, q]` have queries.
@@ -38,7 +38,7 @@ class UnrolledEntries(Entries):
 
     @property
     def mask(self) -> Tensor | None:  # type: ignore[override]  # depends on the level
-        """The mask of the next pass; `None` for level 0, which is causal."""
+        """The attention mask of the next pass; `None` for level 0, where attention is causal."""
         count = self._sees.shape[2]
         if not self._own_entries:
             return None
@@ -51,7 +51,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Number of keys that all slots have at levels 1 to k, counted when level k begins."""
+        """Total number of keys that all `slots` have stored at levels 1 and later, as of the beginning of a level."""
         return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class UnrolledEntries(Entries):
         )
 
     def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attend from each slot to the text up to it, and to the slot's own keys of levels 1 to k."""
+        """Attend from each position in `slots` to the text up to it, and to its own keys of levels 1 to k."""
         (true_keys, *own_keys), (true_values, *own_values) = keys, values
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
@@ -146,7 +146,7 @@ def unroll(
 
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
-    """Draft a block after the token that follows each position `slots` `[b, q]`; return normed `[levels, b, q, h]`."""
+    """Draft a block after token p + 1 for each position p in `slots`; return normed outputs `[levels, b, q, h]`."""
     anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
     blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]
     return torch.cat([model.normed(model.predicting(part, levels)) for part in blocks], dim=1).movedim(2, 0)

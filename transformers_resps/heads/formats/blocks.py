@@ -19,7 +19,7 @@ from .reading import Checkpoint, PublishedHead, check_kind, corrected, own_corre
 
 
 class BlockPublisher(StrEnum):
-    """The project whose conventions a file follows."""
+    """The project whose conventions a head's file uses."""
 
     ZLAB = "z-lab"
     DEEPSPEC = "deepspec"
@@ -76,7 +76,7 @@ def canonical_block_head(
 
 
 class _PublishedBlock:
-    """Interprets a published block head. `PublishedHead` interprets what EAGLE-3 heads have in common with it."""
+    """Interprets a published block head; `PublishedHead` interprets the fields that all kinds of heads have."""
 
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config
@@ -152,7 +152,7 @@ class _PublishedBlock:
 
     @property
     def _is_shifted(self) -> bool:
-        """Whether each slot predicts the token after its own position, see `BlockHeadConfig.shifted`."""
+        """Whether each position of a block predicts the token after it; see `BlockHeadConfig.shifted`."""
         if self._publisher is BlockPublisher.SPECULATORS:
             default = self._stated.get("speculators_model_type") == "dspark"
             return bool(self._stated.get("sample_from_anchor", default))
@@ -172,7 +172,7 @@ class _PublishedBlock:
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
-        """Return for each layer whether slots do not see later slots."""
+        """Return for each layer whether it is causal: positions of a block do not attend to later ones."""
         stated, is_sliding = self._stated, [window is not None for window in windows]
         if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
             return [False] * len(windows)
@@ -183,7 +183,7 @@ class _PublishedBlock:
         return [flags[0]] * len(windows) if flags else is_sliding
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
-        """Return indices of `output_hidden_states`: speculators' own ids, or another publisher's ids plus one."""
+        """Convert layer ids to indices of `output_hidden_states`: add one, except to the ids of speculators."""
         ids, count = self._head.published.layer_ids, self._head.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self._stated.get("feature_layers")
         if layers is None and ids is not None:
@@ -198,7 +198,7 @@ class _PublishedBlock:
         return layers
 
     def _correction(self) -> dict[str, Any]:
-        """Return the config fields of correction, confidence head and convolutions, inferred from their tensors."""
+        """Infer the config fields for correction, confidence head and convolutions from the head's tensors."""
         tensors, fields = self._tensors, dict[str, Any]()
         if "markov_head.markov_w1.weight" in tensors:
             parts = {"gate_proj": "gated", "joint_proj": "rnn"}

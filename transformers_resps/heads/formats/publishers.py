@@ -74,13 +74,13 @@ class PublishedConfig:
 
     @property
     def target_name(self) -> str | None:
-        """The target that the field `speculators_config` names."""
+        """Name of the target in the field `speculators_config`, if it is there."""
         name: str | None = self.fields.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
         return name
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """The published layer ids, sorted like the features: ModelOpt writes them in any order."""
+        """The published layer ids in ascending order, in which `fc` reads the features: ModelOpt does not sort ids."""
         return sorted(self.fields[self._id_field]) if self._id_field else None
 
     @property
@@ -88,8 +88,8 @@ class PublishedConfig:
         return next((field for field in _ID_FIELDS if self.fields.get(field)), "")
 
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
-        """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if `fc`
-        reads another number of layers (`count`), or if the ids are ambiguous.
+        """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if their
+        number is not `count`, which `fc` reads, or if the ids are ambiguous.
         """
         given, ids = self.fields.get("feature_layers"), self.layer_ids
         if given is not None:

@@ -174,7 +174,7 @@ def _read_eagle(
 
 
 def _window(head: "PublishedHead", layer_count: int) -> int | None:
-    """Return how many of the newest tokens the head saw in training; `None` for all."""
+    """Return the sliding window of the head: how many newest tokens it saw in training; `None` for all."""
     window: int | None = head.stated.get("sliding_window")
     kinds = set(head.stated.get("layer_types", ["sliding_attention"])[:layer_count])
     if not window or not head.stated.get("use_sliding_window", True) or "sliding_attention" not in kinds:
@@ -189,7 +189,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """Return which optional parts the tensors or config state. `check_exact` reports a part that has no tensors."""
+    """Map the flag of each optional part to whether tensors or config show it. `check_exact` finds missing tensors."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
@@ -220,7 +220,7 @@ def _parallel(head: "PublishedHead") -> dict[str, Any]:
 
 
 class PublishedHead:
-    """A published head of any kind, with renamed tensors: infers its sizes, vocabulary, and borrowed parts."""
+    """Infers from a published head its sizes, its vocabulary, and which parts it borrows from the target."""
 
     def __init__(
         self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig
@@ -302,7 +302,7 @@ class PublishedHead:
         return stated or hidden_size
 
     def feature_count(self, target_hidden_size: int) -> int:
-        """Return how many of the target's layers `fc` reads."""
+        """Compute from the width of `fc` how many of the target's layers the head reads."""
         width = self.tensors["fc.weight"].shape[1]
         if width % target_hidden_size:
             raise ValueError(
@@ -312,7 +312,7 @@ class PublishedHead:
         return width // target_hidden_size
 
     def identity(self) -> dict[str, Any]:
-        """Return the `target_identity` of the target or, without a target, what the config says about it."""
+        """Return the target's `target_identity`; if no target was passed, its name and depth from the config."""
         layer_count = self.stated.get("num_target_layers")
         if self._target is None:
             told = {"name_or_path": self.published.target_name, "num_hidden_layers": layer_count}
@@ -326,7 +326,7 @@ class PublishedHead:
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return `fields` with `owns_...` flags, and the tensors without copies of the target's."""
+        """Return `fields` with the flags `owns_...`, and all tensors except copies of the target's."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -358,7 +358,7 @@ _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Ends of c
 
 
 class WholeModelError(ValueError):
-    """Raised if a head is needed, but the checkpoint is a whole model."""
+    """Raised when a whole model is loaded as if it were a head."""
 
     model_type: str | None = None  # of the whole model
 
@@ -392,7 +392,7 @@ _OTHER_PARTS = {
 
 
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield the reasons why a checkpoint is no EAGLE-3 head: it would fail to load, or draft nonsense."""
+    """Yield each reason why a checkpoint is no EAGLE-3 head, and so would fail to load or draft nonsense."""
     is_parallel = "mask_hidden" in tensors
     if not is_parallel and (
         any("parallel_draft_heads" in name for name in tensors)

@@ -37,8 +37,8 @@ _LAYER = (
 
 
 def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
-    """Rename tensors, or other values by tensor name, to this package's names. `t2d` and `hot_token_id` are kept,
-    although this package's heads do not have them. Raises a `ValueError` if two tensors get the same name.
+    """Replace the published tensor names, which are the keys, by this package's names. `t2d` and `hot_token_id` are
+    kept, although this package's heads do not have them. Raises a `ValueError` if two tensors get the same name.
     """
     renamed: dict[str, Item] = {}
     origins: dict[str, str] = {}
@@ -67,7 +67,7 @@ def _canonical(name: str) -> str | None:
 
 
 def layer_count(tensors: dict[str, Tensor]) -> int:
-    """Count the decoder layers by the highest index in a name."""
+    """Count a head's decoder layers: the highest layer index in a tensor name, plus one."""
     return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
 
 

@@ -63,12 +63,12 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Return for each layer whether it is sliding. Layouts take sliding layers as causal unless a flag is set."""
+    """Return for each layer whether its attention has a window. By default, layouts treat such layers as causal."""
     return [window is not None for window in config.windows or ()]
 
 
 def _check_block(config: BlockHeadConfig, layout: str) -> None:
-    """Raise a `ValueError` if other engines would load the head wrongly."""
+    """Raise a `ValueError` if the layout cannot express this block head, so that engines would load it wrongly."""
     assert config.windows is not None and config.feature_layers is not None and config.causal is not None
     is_zlab, is_known = layout == "z-lab", layout in BLOCK.exports
     has_markov = config.correction not in ("none", "selector")
@@ -93,7 +93,7 @@ def _check_block(config: BlockHeadConfig, layout: str) -> None:
 
 
 def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
-    """Describe the layers in the fields of a Qwen3 config."""
+    """Convert the fields that describe the layers to those of a Qwen3 config."""
     is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
     return {
         **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.__annotations__},
@@ -214,12 +214,12 @@ def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Return whether to write biases of all projections: engines have one flag, and do not initialize missing ones."""
+    """Whether to write biases of all projections, zeros included: engines have one flag for all, and need all then."""
     return config.attention_bias or config.attention_output_bias
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
-    """Describe the decoder layer in the fields of a Llama or Qwen3 config, with RoPE as in Transformers 4 and 5."""
+    """Make the fields of a Llama or Qwen3 config for the layer, with RoPE in the forms of Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -291,7 +291,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _proposal(algorithm: str, tokens: int, target: dict[str, Any]) -> dict[str, Any]:
-    """Describe the target and the default way to draft, in speculators' format."""
+    """Make the field `speculators_config`, which names the target and the default way to draft."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "algorithm": algorithm,
