@@ -67,11 +67,11 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """Nodes that one more node per batch row adds to the cost: the number of rows, or 1 if padding is computed."""
+        """By how many nodes the cost grows if each row gets one more: the row count, or 1 if padding is computed."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
-        """Return how many nodes lookup adds to a step: at most `most` per row, each of at least `least_prob`."""
+        """Return how many nodes lookup adds to a step: up to `most` per row, with probability `least_prob` or more."""
         if self.row_accept_probs is None:
             return most * self.node_price
         return sum(prob >= least_prob for row in self.row_accept_probs() for prob in row[:most])
@@ -238,7 +238,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Return a policy's shape, cut to the room left and to the number of tokens that the head can propose."""
+    """Return a policy's shape, cut to the tokens that still fit and to those that the head can propose."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)

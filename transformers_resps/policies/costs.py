@@ -165,7 +165,7 @@ def _first_levels(draft: Any, start: Any) -> Any:
 
 
 def _interpolated(row: dict[int, float], at: int) -> float:
-    """Interpolate `row` linearly at size `at`; beyond the last size, the line through the last two must not fall."""
+    """Interpolate `row` linearly at size `at`; beyond the last size, extrapolate if the last two costs rise."""
     known = sorted(row)
     if at <= known[0] or len(known) == 1:
         return row[known[0]]

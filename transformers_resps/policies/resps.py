@@ -69,7 +69,7 @@ class ReSpSConfig:
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS: the actor rates shapes, the critic states.
+    """Two separate MLPs of two tanh layers each, as in Re-SpS: the actor scores tree shapes, the critic rates states.
 
     `normalize`, which Re-SpS lacks, brings each row of features to mean 0 and variance 1. Otherwise a few dimensions
     of the residual stream are hundreds of times larger than the others and saturate tanh.

@@ -45,7 +45,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Results of keeping an action (tree shape) for some steps or to the text's end: `[n]`, or `[n, a]` for each."""
+    """Results `[n]` of keeping an action (tree shape) for some steps or to the text's end; `[n, a]` of all actions."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps

@@ -38,8 +38,8 @@ def replay_policy(
 ) -> SpeculationReport:
     """Simulate `policy` on a recorded text; return the report that `generate` would, without a prefill.
 
-    The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. `memories` are not changed.
-    Raises `ValueError` if the policy chooses a shape that was not recorded.
+    The report's seconds come from `costs`, and its `drafted` counts no looked-up nodes. `memories` (of other
+    texts, for lookup) are not changed. Raises `ValueError` if the policy chooses a shape that was not recorded.
     """
     report = SpeculationReport()
     for step in decode_again(text, policy, RecordedDrafter(text), memories):

@@ -49,7 +49,7 @@ class Pace:
 
 
 class CallPace:
-    """Follows the steps of one call of `generate`."""
+    """Compares the steps of one call of `generate` with the best times."""
 
     def __init__(self, pace: Pace, settings: Hashable, threads: int) -> None:
         self._pace, self._settings, self._threads = pace, settings, threads

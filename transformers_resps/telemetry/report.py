@@ -119,7 +119,7 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets the forward's cost: of one row or, without padding, of all rows, with one root."""
+        """Number of nodes that sets the forward's cost: one row's or, without padding, all rows' with one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
@@ -210,7 +210,7 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return what vLLM 0.32 reports in `metrics.speculative_decoding`, for AIPerf, and two more fields.
+        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, as AIPerf reads them, and two more fields.
 
         The prefill does not count as a step. Every verified node except the root counts as a draft token.
         """

@@ -50,7 +50,7 @@ class ModelUnderTest:
         return unwrapped(self.model)
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
-        """Generate the reference: with unchanged Transformers, or with plain decoding in the exact mode."""
+        """Generate the reference output: with unchanged Transformers or, in the exact mode, with plain decoding."""
         torch.manual_seed(seed)
         if not self.invariant:
             with detached(self.model):

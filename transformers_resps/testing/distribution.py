@@ -212,7 +212,7 @@ def bins_of(place: Place) -> Tensor:
 
 
 def wrong_token(place: Place, generator: torch.Generator) -> int:
-    """Pick a token by the wrong rule: accept each draft in turn with `min(1, p / q)`, else draw from p less q."""
+    """Pick a token by a wrong rule: accept each draft in turn with `min(1, p / q)`, else draw from `max(p - q, 0)`."""
     residual = place.probs.clone()
     for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
         if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):
