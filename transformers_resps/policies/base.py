@@ -35,8 +35,8 @@ class Observation:
         room: number of tokens that the sequence may still gain; a deeper tree is cut.
         prefix_accept_probs: runs prompt lookup and returns, for the best 16 nodes in falling order, the probability
             that the path to the node is accepted; `[]` if nothing matches. For a ragged batch it returns the mean over
-            rows, weighted by `row_weights`; if all rows accept equally many tokens, the minimum. While `size` runs
-            with `weighs_lookup`, nodes that the drafter proposed are left out and the other probabilities are lowered.
+            rows, weighted by `row_weights`; if all rows accept equally many tokens, the row whose first node is least
+            likely. During `size` with `weighs_lookup`, it skips nodes of the drafter and lowers the other values.
         prompt_seconds: seconds that head and lookup spent on the prompt; no `StepRecord` contains them.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
