@@ -122,7 +122,7 @@ class Probe:
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
-        """Compare the head's predictions with the target's on more `answers`; skip those that are too short."""
+        """Compare the head's predictions with the target's on more `answers`; skip answers that are too short."""
         self._seen += len(answers)
         depths = self._depths
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]

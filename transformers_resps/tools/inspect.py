@@ -55,7 +55,7 @@ class RecordedStep:
 
     @property
     def sources(self) -> list[str]:
-        """What proposed each node: "head", "lookup", "memory", or "both" for several of these; the first is "root"."""
+        """The proposer of each node: "head", "lookup", "memory", or "both" for several; "root" for the root."""
         flags = self.tree.proposers[0] if self.tree.proposers else [DRAFTED] * self.tree.node_count
         return ["root", *(_SOURCES.get(own, "both") for own in flags[1 : self.tree.node_count])]
 

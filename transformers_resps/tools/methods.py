@@ -28,7 +28,7 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGL
 
 
 class Answer(NamedTuple):
-    """What a method returns. If it does not report the target's forwards, a hook on the target counts them."""
+    """The result of a method. If it does not report the target's forwards, a hook on the target counts them."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
