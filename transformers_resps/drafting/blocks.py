@@ -1,8 +1,8 @@
-"""Draft a tree with a block model, which predicts all levels in one pass over a block: one slot for each level.
+"""Draft a tree with a block model: one pass over a block of positions predicts all levels, each at one position.
 
-This is DDTree (arXiv 2604.12989): the score of a path is the sum of its tokens' log probabilities, each from the slot
-of its level. The best B nodes of all are among the best B nodes of their levels, so a level keeps only B nodes. If the
-model also corrects the scores by the path above a node, this is DominoTree (arXiv 2607.08642).
+This is DDTree (arXiv 2604.12989): the score of a path is the sum of its tokens' log probabilities, each predicted at
+the position of its level. Each level keeps only B nodes, since the best B nodes of the tree are among the best B of
+each level. If the model also corrects scores by the path above a node, this is DominoTree (arXiv 2607.08642).
 """
 
 from abc import abstractmethod
@@ -24,22 +24,22 @@ from .text import Prefix
 
 
 class BlockSlots(NamedTuple):
-    """Outputs of one pass of a block model for the next D tokens."""
+    """Outputs of one pass of a block model, for D levels. A slot is one of the block's positions."""
 
     hidden: Tensor  # [b, D, h] inputs of the output head
     logits: Tensor  # [b, D, d] fp32
-    first: Tensor | None = None  # [b, h] output of the root's slot; `None` if this slot predicts the first token
+    first: Tensor | None = None  # [b, h] output at the root's slot; `None` if this slot predicts the first token
 
 
 class Branching(NamedTuple):
-    """The candidates for each of D levels, the same m candidates for all nodes of a level, and their scores.
+    """Candidate tokens of each of D levels, and their scores. All parents of a level share its m candidates.
 
     Attributes:
         candidates: `[b, D, m]` target ids.
-        scores: `scores(level, chosen, state)` returns fp32 log probabilities of the candidates of `level` (from 0)
-            below each of its w parents, `[b, 1 or w, m]`, -inf for no child; and a new state. `chosen` `[b, w]` are
-            the parents' indices among all their level's candidates, `None` for the root. `state` is the one that the
-            call for the level above returned, at first `None`.
+        scores: `scores(level, chosen, state)` returns fp32 log probabilities `[b, 1 or w, m]` of the candidates of
+            `level` (from 0) below each of w parents, -inf for no child; and a new state for the next call. `chosen`
+            `[b, w]` are the parents' indices in this function's last result, flattened; `None` for the root. `state`
+            is the state from the call for the level above, `None` in the first call.
     """
 
     candidates: Tensor
@@ -47,12 +47,12 @@ class Branching(NamedTuple):
 
 
 class BlockModel(StepModel):
-    """A block model bound to one target. Its cache holds all positions with known features; the root comes next.
+    """A block model bound to one target. Its cache holds all positions before the root, the newest token.
 
     Attributes:
         block_levels: maximum number of tokens that a block drafts.
         most_children: maximum number of children of a node.
-        patterns: for each layer, which keys a slot attends to.
+        patterns: for each layer, a rule for which keys a position of the block attends to.
     """
 
     block_levels: int
@@ -65,7 +65,7 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def width(self, levels: int) -> int:
-        """Return the number of slots, the root's included, of a pass that drafts `levels` tokens."""
+        """Return the number of positions in a block, including the root's, that drafts `levels` tokens."""
 
     @abstractmethod
     def fill(
@@ -80,25 +80,26 @@ class BlockModel(StepModel):
         """Run one pass over a block.
 
         Args:
-            newest: `[b, 1, h]` output of `run` at the newest token.
+            newest: `[b, 1, h]` output of `run` at the newest position in the cache.
             root: `[b]` the newest tokens.
             levels: number of tokens to predict.
-            places: `StepModel.places` of the block's slots.
+            places: result of `StepModel.places` for the block's positions.
             entries: keys and values of the text, with room for those of the block.
-            masks: for each layer, `[b or 1, 1, q, s]` bool over the entries; `None` hides nothing.
+            masks: for each layer, `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
-        """Return candidates and scores below the root `[b]`. By default scores do not depend on the path to a node.
+        """Return candidates and their scores below the root `[b]`.
 
-        The k likeliest tokens of a level are its candidates, and `ranks` `[k]` is added to their scores.
+        By default each level's candidates are its k likeliest tokens, and scores do not depend on the path to a node.
+        `ranks` `[k]` is added to the scores of each level's candidates, the likeliest candidate first.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
         return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
 
     def oldest_seen(self, length: int) -> int:
-        """Return the oldest position to keep in the cache. No slot attends to an older one."""
+        """Return the oldest position to keep in the cache. No position of a block attends to older positions."""
         if self.sliding_window is None:
             return 0
         stride = max(self.sliding_window // 16, 1)
@@ -106,14 +107,14 @@ class BlockModel(StepModel):
 
 
 class BlockPaths(NamedTuple):
-    """The best n nodes of each of D levels below a root."""
+    """The best n nodes of each of D levels below the root."""
 
     tokens: Tensor  # [b, D, n]
     origins: Tensor  # [b, D, n] index of each node's parent in the level above
     scores: Tensor  # [b, D, n] path scores, the best first; -inf for padding at the end of a level
 
     def pool(self, shape: TreeShape) -> CandidatePool:
-        """Convert to a pool with the levels and level sizes of `shape`."""
+        """Return a pool with the best nodes of each level, as many as `level_sizes(shape)` says."""
         sizes, (tokens, origins, scores) = level_sizes(shape), self
         starts = [-1, *accumulate(sizes[:-1], initial=0)][: len(sizes)]
         parts = [[part[:, level, :size] for level, size in enumerate(sizes)] for part in (tokens, origins, scores)]
@@ -123,7 +124,7 @@ class BlockPaths(NamedTuple):
 
 
 def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
-    """Find the best n nodes of each level, starting with the scores `above` `[b, n]` from `bounds`."""
+    """Find the best n nodes of each level, by path scores. `above` `[b, n]` is the first result of `bounds`."""
     candidates, follow = branching
     chosen, state, best, scores = None, None, [], []
     for level in range(levels):
@@ -137,15 +138,16 @@ def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
 
 
 def level_sizes(shape: TreeShape) -> list[int]:
-    """Return how many nodes each level keeps: as many as the whole tree may have, or all if there are fewer."""
+    """Return the number of nodes that each level keeps: all possible ones, but at most as many as the whole tree."""
     most = shape.total_tokens - 1
     return [min(most, shape.top_k**level) for level in range(1, shape.depth + 1)]
 
 
 def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return path scores `[rows, n]` of a level with only a root, for `best_paths`; and zeros `[k]` for `branching`.
+    """Return the argument `above` `[rows, n]` of `best_paths`, and zeros `[k]` as the argument `ranks` of `branching`.
 
-    Their sizes set the size of the draft: n nodes for each level, k children for each node.
+    Their sizes determine the size of the draft: n nodes per level, k children per node. `above` holds the path scores
+    of a level with the root alone: 0 and then -inf.
     """
     above = torch.full((rows, shape.total_tokens - 1), -torch.inf, device=device)
     above[:, 0].fill_(0.0)
@@ -153,7 +155,7 @@ def bounds(shape: TreeShape, rows: int, device: torch.device) -> tuple[Tensor, T
 
 
 class BlockPass(FirstPass[BlockPaths]):
-    """Runs the model over the newest pairs and a block after them, and finds the best paths through the block."""
+    """Runs the model over the newest tokens and a block after them, and finds the best paths through the block."""
 
     sizes = (*FirstPass.sizes, "bn", "k")
 
@@ -189,7 +191,7 @@ class BlockPass(FirstPass[BlockPaths]):
 
 
 def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
-    """Return a block's mask `[b or 1, 1, count, count + length]` over itself and the text; `None` hides nothing."""
+    """Return a mask `[b or 1, 1, count, count + length]` over a block and the text; `None` hides nothing."""
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
     if seen is None and not pattern.is_causal and not is_cut:
@@ -204,10 +206,7 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 
 
 class BlockDraft(Draft[BlockPaths]):
-    """Drafts all levels in one pass over a block, and never calls `goes_on`.
-
-    A node has at most `top_k` children, and a level keeps as many nodes as the whole tree may have.
-    """
+    """Drafts all levels in one pass over a block, and therefore never calls `goes_on`."""
 
     at_once = True
 

@@ -1,4 +1,4 @@
-"""The KV cache of a draft model, and the object through which the tokens of one pass write to it and attend."""
+"""The KV cache of a draft model, and the object through which a forward pass writes to the cache and attends."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Entries(ABC):
     Layers of Transformers get this object as their cache, and `mask` as their attention mask.
 
     Attributes:
-        mask: `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where attended; `None` for plain
-            causal attention, or if a single query attends to all entries.
-        first_slot: slot of the first of the s entries. Slots from 0 on hold the text, in its order.
+        mask: `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where a query attends; `None` for
+            plain causal attention, or if a single query attends to all entries.
+        first_slot: slot (index in the cache) of the first of the s entries. The text is in slots 0, 1, ...
         is_compileable: read by models of Transformers.
     """
 
@@ -33,40 +33,40 @@ class Entries(ABC):
 
     @abstractmethod
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
+        """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store keys and values of t tokens, and attend from the newest q: `[b, heads, q, hd]` -> the same shape."""
+        """Store keys and values of t tokens, and attend with `queries` `[b, heads, q, hd]` of the newest q tokens."""
         mask = self.mask
         return attend(
             queries, *self.update(keys, values, layer), None if mask is None else mask[:, :, -queries.shape[2] :]
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0. Models of Transformers ask for it, but get positions and a mask anyway."""
+        """Return 0. Models of Transformers call this, but do not need it, since they get positions and a mask."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return 0. Models of Transformers ask for it if `mask` is `None`."""
+        """Return 0. Models of Transformers call this if `mask` is `None`."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the length and offset of a mask over the pass's own tokens. Transformers asks if `mask` is `None`."""
+        """Return length and offset of a mask over the pass's tokens. Transformers calls this if `mask` is `None`."""
         return query_length, 0
 
 
 class DraftCache:
-    """Preallocated keys and values of every layer. The caller tracks what each slot holds.
+    """Preallocated buffers for the keys and values of every layer. A slot is an index in the buffers.
 
-    The text has the slots 0, 1, ..., and a draft tree the negative slots before them, so that the tree stays in place
-    while the text grows. The next tree overwrites the last one (EAGLE's stable keys), so dropping a tree costs
-    nothing. Buffers start as zeros, since attention reads masked slots, too.
+    The caller tracks what each slot holds. The text is in the slots 0, 1, ...; a draft tree is in negative slots, so
+    it need not move while the text grows. Each tree overwrites the previous one (EAGLE's stable keys), so dropping a
+    tree costs nothing. Buffers start as zeros, since attention also reads masked slots.
 
     Args:
         buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
             buffers gets them when it first writes.
         tree_room: number of slots for a tree.
-        device: device of the masks; ignored if there are buffers, whose device is then used.
+        device: device of the masks if there are no `buffers`; otherwise masks are on the buffers' device.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class DraftCache:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """Keys and values of each layer in turn, for all layers that have buffers by now."""
+        """Keys and values of each layer in turn, for all layers that have written."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     @property
@@ -94,7 +94,7 @@ class DraftCache:
         return self._capacity
 
     def reserve(self, length: int, tree: int = 0) -> None:
-        """Grow the buffers, if needed, to hold `length` positions of the text and `tree` nodes; entries are kept."""
+        """Grow the buffers, if needed, to hold `length` positions of the text and `tree` nodes; contents are kept."""
         more = length - self._capacity + _GROWTH if length > self._capacity else 0
         ahead = max(tree - self._tree_room, 0)
         if more or ahead:
@@ -125,23 +125,23 @@ class DraftCache:
         fewer queries than keys, the queries are those of the newest tokens.
 
         Args:
-            where: slot of the first token in every row, below 0 for a tree; or each row's slots, `[b or 1, t]`.
-            end: slot after the last one of the text that is attended to.
-            seen: `[b or 1, end]` bool, false where a slot of the text is hidden from all other tokens; `None` hides
+            where: slot of the first token in every row, below 0 for a tree; or slots of all tokens, `[b or 1, t]`.
+            end: tokens attend to slots of the text before this slot.
+            seen: `[b or 1, end]` bool, false for slots of the text that are hidden from all other tokens; `None` hides
                 no slot.
-            drafted: `[b, t, e]` bool: which of the tree's e entries, in slots -e to -1, each of t nodes attends to.
-            mask: `[b or 1, 1, q, s]` bool over the slots from `min(where, 0)` to `end`.
+            drafted: `[b, t, e]` bool, true where one of t nodes attends to one of the tree's e slots, -e to -1.
+            mask: `[b or 1, 1, q, s]` bool over the slots from `min(where, 0)` to `end`, if it is made in advance.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 
     def all_seen(self, length: int) -> Tensor:
-        """Return a mask `[1, length]` that is true everywhere."""
+        """Return a bool mask `[1, length]` that is true everywhere."""
         if self._true is None:
             self._true = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's buffers, made like `keys` and `values` if missing. Slot i is at index `tree_room + i`."""
+        """Return the layer's buffers, made to fit `keys` and `values` if missing. Slot i has index `tree_room + i`."""
         if layer not in self._layers:
             slots = self._tree_room + self._capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -157,7 +157,7 @@ class DraftCache:
 
 
 class _CacheEntries(Entries):
-    """Implements `DraftCache.attend`. The mask is made when a layer first needs it, for that layer's queries."""
+    """Implements `DraftCache.attend`. The mask is made for the queries of the first layer that needs it."""
 
     def __init__(
         self,
@@ -173,15 +173,15 @@ class _CacheEntries(Entries):
         self.first_slot = 0 if isinstance(where, Tensor) else min(where, 0)
 
     @property
-    def mask(self) -> Tensor | None:  # type: ignore[override]  # made when it is asked for
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # made at the first access
         if self._drafted is not None:
             return self._mask_of(self._drafted.shape[1])
         return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
 
     def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
-        """Return the newest tokens' mask `[b or 1, 1 or copies, queries, s]`; only a tree's mask has copies.
+        """Return a mask `[b or 1, 1 or copies, queries, s]` for the newest tokens.
 
-        There is a copy for each of the query heads that share a key head.
+        The mask of a tree is repeated `copies` times, once for each query head that shares a key head.
         """
         if self._made is None:
             if self._seen is None and self._is_plain(queries):
@@ -190,7 +190,7 @@ class _CacheEntries(Entries):
         return self._made[:, :, -queries:]
 
     def _is_plain(self, queries: int) -> bool:
-        """Whether no mask is needed: a query attends to all entries, or the pass is causal and begins at slot 0."""
+        """Whether no mask is needed, since a single query attends to all, or a causal pass begins at slot 0."""
         if self._drafted is not None:
             return queries == 1
         return not isinstance(self._where, Tensor) and (queries == 1 or self._where == 0)

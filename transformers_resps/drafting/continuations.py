@@ -1,7 +1,7 @@
 """Build a tree of likely next tokens from places where texts contain the present text's last tokens.
 
-As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. A token's frequency at a few
-places is a poor estimate of its probability, so its odds here are the acceptance rate of tokens with similar evidence.
+As in SuffixDecoding (arXiv 2411.04975, section 4), the likeliest node is added first. "Odds" here means a probability.
+It is the rate at which earlier tokens with a similar match length and a similar share of the places were right.
 """
 
 from array import array
@@ -20,27 +20,30 @@ _MOST_PLACES = 24  # Maximum number of places that are examined for a match leng
 _MATCHES = 3  # Maximum number of match lengths that are used: the longest one, half of it, and so on.
 _LEAST_SHARE = 1 / 16  # Minimum share of the places at which a token must have followed.
 _LEAST_ODDS = 0.02  # Minimum odds of a node.
-_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length of each class.
+_LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length in each class of match lengths.
 # Acceptance rates that are assumed before any outcome is recorded, measured on texts like those of the benchmarks:
-_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # of a token that followed at the only place, by class of length;
-_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # of a token that followed at all of several places, by this class;
+_ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # for each class: of a token that followed at the only place;
+_ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # for each class: of a token that followed at all of several places;
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
-_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # if a drafter has only other tokens.
+_ODDS, _OPPOSED = (
+    (0.1, 0.2, 0.4, 0.7, 0.9),
+    (0.01, 0.03, 0.06, 0.2, 0.4, 0.7),
+)  # if another drafter disagrees, by odds.
 _NOWHERE = -2  # Index of a node that the other drafter did not propose.
 _PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
 _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome is recorded.
 
 
 def length_class(length: int) -> int:
-    """Return the class of a match, which is a repetition of the text's last `length` tokens, at least one."""
+    """Return the index in `_LENGTHS` of the class for matches of `length` tokens, at least 1."""
     return bisect_right(_LENGTHS, length) - 1
 
 
 class TrackRecord:
-    """Tracks how often the members of each class were right. Recent outcomes weigh more.
+    """Tracks how often predictions of each class were right. Recent outcomes weigh more.
 
     Args:
-        priors: rate of each class that is assumed before any outcome is recorded.
+        priors: for each class, the rate of right predictions that is assumed before any outcome is recorded.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -48,7 +51,7 @@ class TrackRecord:
         self._tried = [_PRIOR_WEIGHT] * len(priors)
 
     def rate(self, index: int) -> float:
-        """Estimate the probability that a member of the class `index` is right."""
+        """Estimate the probability that a prediction of the class `index` is right."""
         return self._right[index] / self._tried[index]
 
     def add(self, index: int, right: bool) -> None:
@@ -57,9 +60,9 @@ class TrackRecord:
 
 
 def match_record() -> TrackRecord:
-    """Make the record of looked-up tokens, with a class for each match length and share of the places.
+    """Make a record for looked-up tokens, with a class for each range of match lengths and share of the places.
 
-    Its last classes are for tokens where another drafter proposed only other tokens, by their odds without this fact.
+    Its last classes, by the token's odds, are for tokens in whose place another drafter proposed only other tokens.
     """
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
@@ -76,10 +79,10 @@ def _class_of(length: int, count: int, places: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Texts that are searched."""
+    """Texts to search, and a record of how often tokens found in them were right."""
 
     parts: Sequence[Suffixes]  # the texts, which may grow between two searches
-    record: TrackRecord  # how often tokens found in these texts were right
+    record: TrackRecord  # how often tokens found in these texts were right, by class of evidence
     proposer: int  # the flag in `DraftTree.proposers` of nodes found in these texts
 
 
@@ -88,11 +91,11 @@ class Remembered(Protocol):
 
     @property
     def corpus(self) -> Corpus:
-        """The texts that it holds now."""
+        """The texts that are remembered now."""
         ...
 
 
-# A text's tokens, the position after a match in them, and the number of tokens at the time of the search.
+# The tokens of a searched text, the position after a match in them, and their number at the time of the search.
 Place = tuple["array[int]", int, int]
 
 
@@ -113,7 +116,7 @@ class _Occurrences:
 
     @property
     def opposed_odds(self) -> float:
-        """Odds of the last token if another drafter proposes only other tokens in its place."""
+        """Probability of the last token if another drafter proposes only other tokens in its place."""
         return self.corpus.record.rate(self._opposed_class)
 
     @property
@@ -121,14 +124,14 @@ class _Occurrences:
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
 
     def followers(self) -> "dict[int, _Occurrences]":
-        """Map each next token to the places where it follows, if these are at least `_LEAST_SHARE` of all."""
+        """Map each possible next token to the places where it follows; omit tokens that follow too rarely."""
         if self._followers is not None:
             return self._followers
         found: dict[int, list[Place]] = {}
         for place in self._places:
             tokens, position, count = place
             at = position + self._depth
-            if at >= count:  # at the text's end: go on as if the tokens after the match repeated
+            if at >= count:  # at the end of the searched text: go on as if the tokens after the match were repeated
                 at = position + self._depth % (count - position)
             found.setdefault(tokens[at], []).append(place)
         found.pop(SEPARATOR, None)
@@ -141,14 +144,14 @@ class _Occurrences:
         return self._followers
 
     def judge(self, token: int) -> "list[_Occurrences]":
-        """Record for each follower whether it is the text's next `token`; return the right follower, if any."""
+        """Record for each result of `followers` whether it is the next `token`; return the right result, if any."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             record.add(below._class, own == token)
         return [followers[token]] if token in followers else []
 
     def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """Like `judge`, but record only followers that are missing in `drafted`, another drafter's proposals here."""
+        """Do what `judge` does, but record only tokens that another drafter did not propose here (in `drafted`)."""
         record, followers = self.corpus.record, self.followers()
         for own, below in followers.items():
             if own not in drafted:
@@ -170,9 +173,9 @@ class Continuations:
         parents: parent of each node; -1 is the text's end.
         odds: probability of the whole path to each node, in descending order.
         proposers: flags of the corpora in which each node was found.
-        odds_beside: odds of the nodes that another drafter did not propose, 0 for the nodes that it proposed; `None`
-            before `weigh_beside`.
-        shared: maps nodes of the other drafter that are also in this tree to their odds here.
+        odds_beside: for each node, 0 if another drafter proposed it, too, otherwise its probability given that
+            drafter's proposals; `None` before `weigh_beside`.
+        shared: maps the other drafter's nodes that are also in this tree to their `odds`.
     """
 
     def __init__(
@@ -232,8 +235,8 @@ class Continuations:
     def weigh_beside(self, tokens: Sequence[int], parents: Sequence[int], most: int) -> None:
         """Compare the `most` best nodes with another drafter's nodes, and set `odds_beside` and `shared`.
 
-        Parents are -1 at the text's end. A node is far less likely if the other drafter proposes only other tokens in
-        its place; the record says how much.
+        `tokens` and `parents` describe the other drafter's nodes; a parent of -1 is the text's end. If the other
+        drafter proposes only other tokens in a node's place, the node is far less likely: see `opposed_odds`.
         """
         self._drafted, self.shared, self.odds_beside = {}, {}, []
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
@@ -250,9 +253,10 @@ class Continuations:
             self.odds_beside.append(0.0 if node in twins else reached[node])
 
     def branches(self, most: int, least_prob: float) -> Branches:
-        """Return the `most` best nodes. A node below `least_prob` gets probability 0, unless a descendant is above it.
+        """Return the `most` best nodes. The probability of each node whose odds are below `least_prob` is set to 0.
 
-        Nodes that the other drafter proposed, too, keep their probability, since a policy may shorten that tree.
+        Exceptions are ancestors of nodes that are likely enough, and nodes that the other drafter proposed, too, since
+        a policy may cut these from that drafter's tree.
         """
         count = min(most, len(self.grow(most).tokens))
         beside = self.odds if self.odds_beside is None else self.odds_beside
@@ -264,13 +268,13 @@ class Continuations:
         return Branches(self.tokens[:count], self.parents[:count], probs, self.proposers[:count])
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Record outcomes, given the tokens that followed the text, whether or not they were proposed."""
+        """Record which possible continuations were right, also unused ones, given the `tokens` after the text."""
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
-        """Record how often nodes were right that the other drafter lacked, given the tokens that followed the text."""
+        """Record which nodes that the other drafter lacked were right, given the `tokens` after the text."""
         matches, twin = self._matches, -1
         for token in tokens:
             drafted = self._drafted.get(twin)
@@ -281,7 +285,7 @@ class Continuations:
 
 
 def _matches(corpus: Corpus, context: bytes) -> list[_Occurrences]:
-    """Find places with the text's last tokens: for the longest match, and for shorter ones that have more places."""
+    """Find the places of the longest match of the text's last tokens, and of shorter matches with more places."""
     searches = [(part, part.search(context)) for part in corpus.parts]
     length = max((search.longest for _, search in searches), default=0)
     found, known = list[_Occurrences](), 0

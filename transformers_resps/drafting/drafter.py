@@ -14,10 +14,10 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """The draft that a decoding step asks a drafter for.
+    """Describes the draft that a decoding step needs.
 
     Attributes:
-        shape: at most `depth` levels, at least one, and `top_k` children per node; at most `lookup` nodes of a lookup.
+        shape: limits the draft to `depth` levels (at least one), `top_k` children per node and `lookup` lookup nodes.
         goes_on: decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of
             the nodes that would get children; `None` drafts all levels.
         least_prob: minimum acceptance probability of nodes from a lookup.
@@ -29,13 +29,13 @@ class DraftRequest:
 
 
 class Committed(NamedTuple):
-    """Tokens that were added to the text: first the prompt and one token of the target, then those of each step.
+    """Tokens that were added to the text: first the prompt and one token of the target, later those of each step.
 
     Attributes:
-        tokens: `[b, t]`. A row that gained fewer tokens repeats its last one.
-        features: `[b, t, F]` features of the target at the position before each token; one fewer for a prompt. `None`
-            if no drafter reads features.
-        rows: the tokens that each row gained, on the host; `None` if all rows gained t.
+        tokens: `[b, t]`. A row that gained fewer than t tokens repeats its last token.
+        features: `[b, t, F]` features of the target at the position before each token; with a prompt `[b, t - 1, F]`,
+            since no position is before its first token. `None` if no drafter reads features.
+        rows: the tokens that each row gained, on the host; `None` if all rows gained t tokens.
         tree: the draft tree that the tokens were accepted from; `None` for the prompt.
     """
 
@@ -48,16 +48,16 @@ class Committed(NamedTuple):
 class Drafter(CandidateGenerator, ABC):
     """Drafts for the rows of one call.
 
-    Our decoding loop asks for the nodes of a tree; Transformers' assisted decoding gets the tree's best path as a
-    chain. A subclass implements `draft`, `observe` and `keep_rows`.
+    This library's decoding loop gets the nodes of a tree; Transformers' assisted decoding gets the tree's best path as
+    a chain. A subclass implements `draft`, `observe` and `keep_rows`.
 
     Attributes:
         feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
-        reads_text: whether each request must pass the whole text instead of only the newest token.
+        reads_text: whether `get_candidates` needs the whole text instead of only its newest token.
         proposable_tokens: number of different tokens that it can propose after a node.
         most_levels: maximum number of levels that it can draft; `None` for no limit.
         drafts_at_once: whether one pass drafts all levels, so that further levels or nodes take almost no time.
-        built_tree: tree of the newest draft with all requested nodes; `None` if the draft returned only a pool.
+        built_tree: the newest draft as a `DraftTree`, with all requested nodes; `None` if it was made only as a pool.
         chain_length: number of tokens of a chain for Transformers' loop.
     """
 
@@ -69,7 +69,7 @@ class Drafter(CandidateGenerator, ABC):
     built_tree: DraftTree | None = None
     chain_length: int = 5
     model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # Read by Transformers' loop.
-    _told = 0  # Number of tokens that Transformers' loop has passed so far.
+    _told = 0  # Number of tokens that Transformers' loop has passed to `observe` so far.
 
     @property
     def requires_model_outputs(self) -> bool:  # type: ignore[override]
@@ -99,7 +99,7 @@ class Drafter(CandidateGenerator, ABC):
 
         Args:
             input_ids: `[b, s]` the text, or only its newest token unless `reads_text`.
-            request: what our loop asks for; `None` from Transformers' loop.
+            request: the draft that our loop needs; `None` in calls by Transformers' loop.
             model_outputs: outputs of the newest forward in Transformers' loop, with hidden states.
             kwargs: other arguments of Transformers' loop.
 
@@ -127,7 +127,7 @@ class Drafter(CandidateGenerator, ABC):
             input_ids: `[b, s]` as in `get_candidates`.
             scores: `[b, n, v]` the target's logits, after the root and after each node.
             num_matches: number of accepted candidates in the row that accepted most.
-            committed: the new tokens, from our loop. Transformers' loop passes them with its next `get_candidates`.
+            committed: the new tokens, if our loop calls. Transformers' loop passes them in its next `get_candidates`.
         """
         if committed is not None:
             self.observe(committed)
@@ -145,7 +145,7 @@ class Drafter(CandidateGenerator, ABC):
         return torch.cat([states[layer][:, :count] for layer in self.feature_layers], dim=-1)
 
     def read(self, at_least: int = 1) -> None:
-        """Process the observed tokens now if at least `at_least` are unprocessed; `draft` would do it anyway."""
+        """Process observed tokens now if at least `at_least` are unprocessed. Otherwise the next `draft` does so."""
         return None
 
     def take_compile_seconds(self) -> float:

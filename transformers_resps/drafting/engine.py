@@ -1,4 +1,4 @@
-"""Keeps the KV cache and the compiled or captured code of each draft source from call to call."""
+"""Keeps the KV cache and the compiled code or captured CUDA graphs of each draft source from call to call."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,12 +29,11 @@ Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
 
 class DraftEngine(CompileEngine[StepModel]):
-    """Captures whole drafts of one source, once for each shape; or compiles their passes, once for all sizes.
+    """Runs one source's drafts fast: captures a graph for each shape, or compiles each pass once for all sizes.
 
     Args:
-        capture: turns a function into one that runs in a single launch. By default it captures a CUDA graph on a GPU;
-            elsewhere nothing is captured, and passes are compiled.
-        clock: returns seconds.
+        capture: turns a function into one that runs in a single launch. The default captures CUDA graphs on a GPU; on
+            other devices nothing is captured by default, and passes are compiled.
     """
 
     name = "the draft head"
@@ -54,7 +53,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return WeightFingerprint(self.owner.modules, any(part.training for part in self.owner.modules))
 
     def cache(self, rows: int) -> DraftCache:
-        """Return the source's cache for a call with `rows` rows: the one of earlier calls if it fits, or a new one."""
+        """Return a cache for a call with `rows` texts: the cache of earlier calls if it fits, otherwise a new one."""
         model, cache = self.owner, self._cache
         self._in_batch = rows > 1
         keys = cache.buffers[0] if cache is not None and cache.buffers else None
@@ -69,11 +68,11 @@ class DraftEngine(CompileEngine[StepModel]):
         """Draft like `Draft.__call__`, by a captured graph, by compiled passes, or eagerly.
 
         Returns:
-            The root, the pool, and the tree if a graph made it, otherwise `None`. They are valid until the next draft.
+            The root; the pool; and the tree, or `None` if no graph was used. All are valid until the next draft.
         """
         captures = self._capture is not None or self.owner.device.type == "cuda"
         count = 0 if pairs is None else pairs.tokens.shape[1]
-        # Each number of pairs needs its own capture. A step leaves at most one pair more than the levels it drafted.
+        # Each number of pairs needs its own graph. After a step there is at most one pair more than drafted levels.
         if captures and pairs is not None and draft.goes_on is None and count <= draft.shape.depth + 1:
             outputs = self._launched(draft, draft.tensors(pairs, text), text.cache)
             if outputs is not None:
@@ -82,7 +81,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return *draft(pairs, text, before, run_eager if is_eager else self.run_pass), None
 
     def _launched(self, draft: Draft[Any], inputs: Sequence[Tensor], cache: DraftCache) -> tuple[Tensor, ...] | None:
-        """Run a whole draft as one launch, after capturing it if needed; return `None` if that fails."""
+        """Run a whole draft by a captured graph, which is captured first if needed; return `None` if this fails."""
         if self.is_broken or not cache.buffers:
             return None
         kind, shape, tree_room, count = type(draft), draft.shape, cache.tree_room, len(inputs)
@@ -100,7 +99,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return outputs
 
     def run_pass(self, one: DraftPass[Given, Found], given: Given) -> Found:
-        """Run a pass by compiled code; eagerly if that fails or compiling is not worthwhile."""
+        """Run a pass by compiled code, or eagerly if there is no such code or it fails."""
         cache = given.text.cache
         outputs = None if self.is_broken or not cache.buffers else self._run_compiled(one, one.tensors(given), cache)
         return one(given) if outputs is None else one.trimmed(outputs, given)
@@ -113,7 +112,7 @@ class DraftEngine(CompileEngine[StepModel]):
             return outputs
         is_ready = code.fast.is_ready(inputs, cache.buffers)
         if not is_ready:
-            if is_batch is not self._in_batch or code in self._missing:  # no code for a batch's last row
+            if is_batch is not self._in_batch or code in self._missing:  # the last row of a batch gets no code
                 return None
             self.prepare(code, *_example(one, inputs, cache.buffers))
         return self.run(code, inputs, cache.buffers, is_ready=is_ready)
@@ -144,7 +143,7 @@ def _scores(outputs: Any) -> Tensor:
 def _example(
     one: DraftPass[Given, Found], inputs: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return inputs and buffers whose sizes all differ, since the compiler assumes that equal sizes stay equal."""
+    """Return example inputs and buffers whose sizes all differ: the compiler takes equal sizes for always equal."""
     sizes = _EXAMPLE_SIZES | {"b": min(len(inputs[0]), 2)}
     made = []
     for part, letters in zip(inputs, one.sizes, strict=True):
@@ -152,12 +151,12 @@ def _example(
             if letter in sizes:
                 places = torch.arange(sizes[letter], device=part.device) % part.shape[dimension]
                 part = part.index_select(dimension, places)
-        made.append(torch.ones_like(part) if part.dtype == torch.bool else part)  # all keys visible: no NaN
+        made.append(torch.ones_like(part) if part.dtype == torch.bool else part)  # visible keys, to avoid NaN
     return made, [part[: sizes["b"]].clone(memory_format=torch.contiguous_format) for part in buffers]
 
 
 class DraftEngines:
-    """Holds an engine for each source, until the source is deleted. A copied or pickled object starts empty."""
+    """Holds an engine for each source until the source is deleted. Copying or pickling leaves the engines out."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine, *, waits: bool = True) -> None:
         self._make, self._waits = make, waits
@@ -168,9 +167,9 @@ class DraftEngines:
         return DraftEngines, ()
 
     def borrow(self, source: object, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
-        """Lend the engine of `source`, which drafts as `model`.
+        """Reserve the engine of `source` for one call; `model` is the source bound to the call's target.
 
-        Lend `None` while another call uses it, if the model cannot be compiled, or if `places` depend on other tokens.
+        The result is `None` if another call uses the engine, if the model cannot be compiled, or without fixed places.
         """
         if not model.is_compilable or not model.has_fixed_places:
             return nullcontext()
@@ -182,12 +181,12 @@ class DraftEngines:
 
     @property
     def readily(self) -> "DraftEngines":
-        """The same engines, for a call that must not wait for a compiler."""
+        """View of the same engines for calls that must not wait for a compiler."""
         ready = DraftEngines(self._make, waits=False)
         ready._engines, ready._lock = self._engines, self._lock
         return ready
 
     @property
     def lack_code(self) -> bool:
-        """Whether the newest call of any source lacked compiled code because it did not wait for a compiler."""
+        """Whether the newest call of any source ran eagerly in part because it did not wait for a compiler."""
         return any(engine.lacks_code for engine in self._engines.values())

@@ -1,4 +1,4 @@
-"""Wraps any `CandidateGenerator` of Transformers as a draft source that proposes a chain."""
+"""Wraps any `CandidateGenerator` of Transformers as a draft source that proposes a chain of tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +25,10 @@ _FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recor
 
 
 class ForeignSource(DraftSource):
-    """Drafts with a candidate generator, for one text at a time. It holds only a weak reference to the generator.
+    """Drafts with a candidate generator, for one text at a time.
 
     Args:
-        generator: called before each step that asks for a draft.
+        generator: called before each step that needs a draft. Only a weak reference to it is kept.
     """
 
     calls_generate = True
@@ -82,8 +82,8 @@ class ForeignDrafter(Drafter):
     """Drafts a chain for one text.
 
     Args:
-        generator: called for candidates.
-        record: how often its tokens were right, by their position in the chain.
+        generator: proposes the tokens.
+        record: how often the generator's tokens were right, by their position in the chain.
         vocabulary: number of token ids of the target.
     """
 
@@ -96,7 +96,7 @@ class ForeignDrafter(Drafter):
         self._chain: list[int] = []
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Ask the generator for a chain, and return its first `depth` nodes on the host."""
+        """Call the generator, and return the first `request.shape.depth` of its tokens as a chain on the host."""
         with _Named(self._generator, "drafted"):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
         self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
@@ -105,12 +105,12 @@ class ForeignDrafter(Drafter):
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
-        """Do nothing, since each request passes the whole text."""
+        """Do nothing, since each `DraftRequest` comes with the whole text."""
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Record which tokens of the newest chain were right, and tell the generator how many were."""
+        """Record which tokens of the newest chain were right, and pass the number of right tokens to the generator."""
         chain, self._chain = self._chain, []
         if not chain or committed is None or committed.tree is None:
             return
@@ -128,10 +128,10 @@ class ForeignDrafter(Drafter):
         """Do nothing, since there is only one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """Return the candidates after the text.
+        """Check the generator's result, and return the candidate tokens that come after the text in it.
 
         Raises:
-            ValueError: the generator's result does not begin with the text, or has no valid token ids.
+            ValueError: the generator's result does not begin with the text, or contains invalid token ids.
         """
         name, length = type(self._generator).__name__, input_ids.shape[1]
         if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:

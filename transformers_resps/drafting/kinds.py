@@ -1,6 +1,6 @@
-"""A table of the kinds of drafters with weights: a row lists all that other modules need to know about one kind.
+"""Lists the kinds of drafters that have weights, with all that other modules need to know about each kind.
 
-Most of their classes are in packages that import this one, so a row holds class names and imports on demand.
+Most drafter classes are in packages that import this one, so the list holds class names, which are imported on demand.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,20 +24,20 @@ class Reference(str):
 
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """One kind of drafter."""
+    """One kind of drafter, such as EAGLE heads."""
 
     source: Reference  # its `DraftSource` class
     saved_as: str = ""  # `model_type` in the config.json that we write; empty if Transformers writes it
     marks: tuple[str, ...] = ()  # parts of the `model_type` or class name in other publishers' config.json
-    # Whether tensors, by their `bare_names`, are of this kind; `None` if config.json decides.
+    # Decides from a checkpoint's tensors, by their `bare_names`, if it is of this kind; `None` if config.json decides.
     is_in: Callable[[Mapping[str, Any]], bool] | None = None
     loaded_as: tuple[str, ...] = ()  # `model_type`s of Transformers' models that draft as this kind
-    new: str | None = None  # word that asks the trainer for an untrained one; `None` if this kind is never trained
+    new: str | None = None  # the trainer's option for an untrained drafter; `None` if this kind cannot be trained
     objective: Reference | None = None  # its training objective, an `Objective`
-    # Function that runs a drafter over whole texts to diagnose it, with the positional arguments of `unroll`.
+    # Function that runs a drafter over whole texts for diagnosis; it takes the positional arguments of `heads.unroll`.
     unroll: Reference | None = None
-    records: bool = False  # whether its pools can be recorded, to train policies on them
-    exports: tuple[str, ...] = ()  # layouts of other engines in which it can be written
+    records: bool = False  # whether its candidate pools can be recorded, to train policies on them
+    exports: tuple[str, ...] = ()  # file layouts of other engines in which it can be exported
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ _OF_BLOCKS = ("prefix_gru.", "logit_head.prefix_gru.", "markov_head.", "candidat
 
 
 def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Strip publishers' prefixes from tensor names, and drop tensors that the config or the target determines."""
+    """Strip publishers' prefixes from tensor names, and drop tensors that the config or the target provides."""
     found = {}
     for name, tensor in tensors.items():
         while name.startswith(_PREFIXES):
@@ -63,14 +63,14 @@ def bare_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_eagle(tensors: Mapping[str, Any]) -> bool:
-    """Whether the first layer reads the embedding concatenated with the feature, or names are those of EAGLE-3."""
+    """Whether the first layer reads an embedding joined to a feature, or tensors have names used only in EAGLE-3."""
     fused, query = (tensors.get(name) for name in SHAPING)
     is_wide = fused is not None and query is not None and query.shape[1] == 2 * fused.shape[0]
     return is_wide or any("mask_hidden" in name for name in tensors) or "layers.0.hidden_norm.weight" in tensors
 
 
 def _is_block(tensors: Mapping[str, Any]) -> bool:
-    """Whether tensor names are those of a block head, also of a variant that we cannot load."""
+    """Whether the tensor names occur in block heads, including variants that this library cannot load."""
     return "hidden_norm.weight" in tensors or any(name.startswith(_OF_BLOCKS) for name in tensors)
 
 
@@ -111,11 +111,11 @@ KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # in the order in which they are tri
 
 
 def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> DrafterKind:
-    """Return the kind of head in a checkpoint. If none fits, return EAGLE, whose reader then says what is missing.
+    """Return the kind of head in a checkpoint. If none fits, return EAGLE, whose loader then reports what is missing.
 
     Args:
         config: contents of config.json.
-        tensors: tensors by published name. Only the names are read, and the shapes of tensors listed in `SHAPING`.
+        tensors: tensors by published name. Only names are read, and for names in `SHAPING` the tensors' shapes.
     """
     saved = next((kind for kind in KINDS if kind.saved_as and kind.saved_as == config.get("model_type")), None)
     names = bare_names(tensors)
@@ -123,7 +123,7 @@ def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Draf
 
 
 def kind_of_model(model_type: str | None) -> DrafterKind:
-    """Return the kind of drafter that a Transformers model of this `model_type` becomes."""
+    """Return the kind of drafter that is made from a Transformers model of this `model_type`."""
     return next((kind for kind in KINDS if model_type in kind.loaded_as), CAUSAL)
 
 

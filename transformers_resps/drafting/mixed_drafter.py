@@ -10,17 +10,17 @@ from .drafter import Committed, Drafter, DraftRequest
 
 
 def together(drafters: Sequence[Drafter]) -> Drafter | None:
-    """Combine drafters into one that asks them in this order; return `None` if there are none."""
+    """Combine drafters into one, which calls them in this order; return `None` if there are no drafters."""
     if len(drafters) < 2:
         return drafters[0] if drafters else None
     return MixedDrafter(drafters)
 
 
 class MixedDrafter(Drafter):
-    """Merges the pools of several drafters below the same roots; see `CandidatePool.merged`.
+    """Merges the pools that several drafters propose below the same tokens; see `CandidatePool.merged`.
 
     Args:
-        drafters: at least two. Committed tokens must come with the features of every layer that any drafter reads.
+        drafters: at least two. `observe` needs the features of every layer that any of these drafters reads.
     """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
@@ -44,7 +44,7 @@ class MixedDrafter(Drafter):
             drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
 
     def _apart(self, committed: Committed) -> Sequence[Committed]:
-        """Return the committed tokens once for each drafter, with only the features that it reads."""
+        """Return the committed tokens once for each drafter, with only the features that this drafter reads."""
         states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
         known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
         read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]

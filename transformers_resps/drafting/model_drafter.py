@@ -22,10 +22,10 @@ class ModelDrafter(Drafter):
 
     Args:
         model: draft model, bound to the call's target.
-        batch_size: number of rows decoded together.
+        batch_size: number of texts decoded together.
         prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
             features if it reads features, otherwise all; `None` without padding.
-        engine: lent to this call; `None` drafts without compiled code.
+        engine: runs compiled code, and belongs to this call until its end; `None` drafts without compiled code.
         verifier: the call's verifier, for a model that attends to the target's cache.
         feature_layers: see `Drafter`.
     """
@@ -74,8 +74,8 @@ class ModelDrafter(Drafter):
     def read(self, at_least: int = 1) -> None:
         """Process all queued tokens in one pass, if there are at least `at_least`.
 
-        A model that reads no features does so only if `at_least` is 1: its queue is small, and without a draft its
-        passes would be wasted.
+        If the model reads no features, this does nothing unless `at_least` is 1: queued tokens without features take
+        little memory, and if no draft follows, the pass would be wasted.
         """
         if self.waiting >= at_least and (at_least == 1 or self._model.reads_features):
             pairs, text = self._text.take()

@@ -18,11 +18,11 @@ from .step_model import StepModel
 from .text import Pairs, PlaceWindow, Positions, Prefix
 
 
-FEWEST = 2  # Minimum number of tokens, children or slots in a compiled pass: size 1 would need code of its own.
+FEWEST = 2  # Minimum number of tokens, children or slots in a compiled pass: size 1 would need separate code.
 
 
 class BelowText(Protocol):
-    """Inputs of a pass that attends to a text."""
+    """Inputs of any pass that attends to a text."""
 
     @property
     def text(self) -> Prefix: ...
@@ -33,11 +33,11 @@ Found = TypeVar("Found")
 
 
 class DraftPass(ABC, Generic[Given, Found]):
-    """One pass of a draft model, both as a call on objects for eager code and as a function of tensors to compile.
+    """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` is a function that can be compiled.
 
     Attributes:
-        sizes: for each input tensor, one letter for each dimension: `b` for rows, `1` and `*` for sizes that never
-            change, other letters for sizes that change from call to call.
+        sizes: for each input tensor a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that
+            never change, other letters for sizes that change from call to call.
     """
 
     sizes: ClassVar[Sequence[str]]
@@ -56,11 +56,11 @@ class DraftPass(ABC, Generic[Given, Found]):
 
     @abstractmethod
     def tensors(self, given: Given) -> list[Tensor]:
-        """Return the input tensors of `of_tensors`, padded if a size that changes is below `FEWEST`."""
+        """Return the inputs of `of_tensors`. Dimensions whose size may change are padded to at least `FEWEST`."""
 
     @abstractmethod
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> Found:
-        """Run the pass on the tensors that `tensors` returns."""
+        """Run the pass on the results of `tensors`."""
 
     @abstractmethod
     def trimmed(self, found: Found, given: Given) -> Found:
@@ -81,11 +81,12 @@ def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
 def text_of_tensors(
     model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
 ) -> tuple[Pairs, Prefix]:
-    """Make `Pairs` and their `Prefix` from tensors alone: the text's length is a value in them, not a size.
+    """Make `Pairs` and `Prefix` from tensors, for code in which the text's length must be a value and not a size.
 
-    `tensors` are the pairs' features `[b, t, F]`, tokens, slots and positions `[b, t]`; then `[b or 1, s]` bool, false
-    where a slot of the text is padding, with any value after the text. A row with fewer pairs begins with arbitrary
-    ones in the cache's last slot, which no text may reach. `ahead` counts the positions needed after the text.
+    `tensors` are the pairs' features `[b, t, F]`, tokens, slots and positions `[b, t]`; then a bool mask
+    `[b or 1, s]`, false for slots with padding of the text, arbitrary after the text. A row with fewer than t pairs
+    begins with arbitrary pairs in the cache's last slot, which no text may reach. `ahead` is the number of positions
+    needed after the text.
     """
     features, tokens, slots, positions, shown = tensors
     width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
@@ -102,7 +103,7 @@ def filled_up(part: Tensor) -> Tensor:
 
 
 def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
-    """Run all depths of the model over the pairs, and return the new root; `before` is the last one, if any."""
+    """Run all depths of the model over new tokens, and return the new root; `before` is the previous root, if any."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
     wanted = newest if model.depths == 1 else slice(None)
@@ -125,9 +126,10 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
 
 
 def one_later(states: Tensor, where: int | Tensor) -> Tensor:
-    """Return the state before each of t tokens, `[b, t, h]`; `states` `[b, 1 + t, h]` has one more before the first.
+    """Return for each of t tokens the state at the token before, `[b, t, h]`.
 
-    A row with fewer tokens repeats slots, so the state before a token is found by the slot before its slot.
+    `states` `[b, 1 + t, h]` begins with the state before the first token. In rows with fewer tokens, slots `where`
+    repeat, so the token before is the one whose slot is lower by 1.
     """
     if not isinstance(where, Tensor):
         return states[:, :-1]
@@ -137,9 +139,9 @@ def one_later(states: Tensor, where: int | Tensor) -> Tensor:
 
 
 class LevelNodes(NamedTuple):
-    """Inputs of a pass over drafted nodes, which drafts one more level."""
+    """Inputs of a pass that runs over drafted nodes and drafts one more level."""
 
-    nodes: Frontier  # n nodes, the newest level first; the first w, which have scores, get children
+    nodes: Frontier  # n nodes, the newest level first; only the first w nodes have scores and get children
     itself: Tensor  # [b or 1, k, k] bool: which nodes of their own level the k nodes of the next level attend to
     positions: Positions  # one position for each level of the nodes, the first level first
     text: Prefix  # the text before the tree
@@ -148,9 +150,9 @@ class LevelNodes(NamedTuple):
 
 
 class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
-    """Runs a depth of the model over nodes, which attend to the text and their ancestors, and drafts their children.
+    """Runs one depth of the model over drafted nodes, and drafts children of the newest ones.
 
-    Returns the hidden states that children are paired with, `[b, n, h]`, `None` for the last level; and the new level.
+    Returns the hidden states `[b, n, h]` to pair with children, or `None` at the last level; and the new level.
     """
 
     sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
@@ -173,7 +175,7 @@ class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
         assert hidden is not None
         (rows, width, entries), length = visible.shape, text.length
         count, seen = max(width, FEWEST), text.shown(length).expand(rows, length)
-        if width == entries:  # equal sizes would need code of their own: add entries that no node attends to
+        if width == entries:  # equal sizes would need separate code: add entries that no node attends to
             visible = F.pad(visible, (0, count + 1 - width))
         return [
             filled_up(tokens),
@@ -196,7 +198,7 @@ class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
 
 
 def _lone(growth: Growth) -> Growth:
-    """Reduce the new level of a single node, which was padded to `FEWEST` nodes, to that node's best child."""
+    """Remove padding from a level drafted below a single node: keep only this node's best child."""
     assert growth.frontier is not None
     tokens, scores, hidden, visible = growth.frontier
     hidden = None if hidden is None else hidden[:, :1]
@@ -207,7 +209,7 @@ def _lone(growth: Growth) -> Growth:
 
 
 class First(NamedTuple):
-    """Inputs of a first pass: a text and its newest pairs, the root before them, and the shape to draft below them."""
+    """Inputs of a first pass: the newest tokens, their text, the root of the previous pass, and the shape to draft."""
 
     pairs: Pairs
     text: Prefix
@@ -219,17 +221,17 @@ Grown = TypeVar("Grown", bound=NamedTuple)
 
 
 class FirstPass(DraftPass[First, tuple[Root, Grown]]):
-    """Runs the model over the newest pairs, and drafts all levels that need no further pass."""
+    """Runs the model over the newest tokens, and drafts those levels that need no further pass."""
 
     sizes: ClassVar[Sequence[str]] = ("bt*", "bt", "bt", "bt", "bs")
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """Return tensors for `below` whose sizes, at least `fewest`, set the size of the draft."""
+        """Return tensors for `below`. Their sizes, which are at least `fewest`, determine the size of the draft."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
-        """Draft below a root. Compiled code passes no shape, since it serves all shapes."""
+        """Draft below a root. `shape` is `None` in compiled code, which serves all shapes."""
 
     @abstractmethod
     def ahead(self, shape: TreeShape | None) -> int:
@@ -258,7 +260,7 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
 
 
 class SproutPass(FirstPass[Growth]):
-    """Runs the model over the newest pairs, and drafts the first level below them."""
+    """Runs the model over the newest tokens, and drafts only the first level."""
 
     sizes = (*FirstPass.sizes, "kk")
 
@@ -292,14 +294,14 @@ class Draft(ABC, Generic[Grown]):
 
     @abstractmethod
     def pool(self, root: Root, grown: Grown, text: Prefix, run: RunPass) -> CandidatePool:
-        """Complete the pool, given the result `grown` of the first pass."""
+        """Run the passes after the first one, whose result is `grown`, and return the complete pool."""
 
     def __call__(
         self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
-        """Run the model over the newest pairs of a text, and draft below them; without pairs draft below `before`.
+        """Run the model over the newest tokens `pairs`, and draft below them; if `None`, draft below `before`.
 
-        `before` is the root before the pairs, and `run` executes each pass.
+        `before` is the root of the previous call, and `run` executes each pass.
         """
         if pairs is not None:
             root, grown = run(self.first, First(pairs, text, before, self.shape))
@@ -310,10 +312,11 @@ class Draft(ABC, Generic[Grown]):
         return root, self.pool(root, grown, text, run)
 
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Draft as a function of the tensors of `text_of_tensors` that a CUDA graph can capture.
+        """Draft from the tensors of `text_of_tensors`, in a function that a CUDA graph can capture.
 
-        Attention covers all slots of the cache, so the shape, the number of pairs and the cache fix every size.
-        Returns the root's output `[b, 1, h]`, the tensors of `CandidatePool` but its levels, and those of `DraftTree`.
+        Attention covers all slots of the cache, so every size follows from the shape, the number of pairs and the
+        cache. Returns the root's output `[b, 1, h]`, the tensors of `CandidatePool` without `levels`, and those of
+        `DraftTree`.
         """
         *pair_tensors, shown = tensors
         shown = shown.expand(-1, cache.capacity)
@@ -339,7 +342,7 @@ class Draft(ABC, Generic[Grown]):
 
 
 class LevelDraft(Draft[Growth]):
-    """Drafts level by level, one pass for each level. If a model has several depths, each drafts one level."""
+    """Drafts level by level with one pass per level. In a model with several depths, each depth drafts one level."""
 
     at_once = False
 
@@ -368,15 +371,15 @@ class LevelDraft(Draft[Growth]):
 class _Depths:
     """Drafts level m + 1 with the model's depth m, which runs over the nodes of levels 1 to m.
 
-    Each depth has its own keys and values, so it must run over the nodes of all levels above. It pairs each node with
-    the hidden state that the depth before returned at the node's parent.
+    A depth must run over the nodes of all these levels, since it has its own keys and values. It pairs each node with
+    the hidden state that depth m - 1 returned at the node's parent.
     """
 
     def __init__(self, one: LevelPass, root: Root, text: Prefix) -> None:
         self._pass, self._root, self._text = one, root, text
         self._above: list[Frontier] = []  # the newest level first, as in the lists below
         self._origins: list[Tensor] = []  # [b, w] for each level but the first: its nodes' parents, by index
-        self._carried: list[Tensor] = []  # [b, w, h] for each level: hidden states from the depth before
+        self._carried: list[Tensor] = []  # [b, w, h] for each level: hidden states returned by the previous depth
 
     def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
         levels, width = [frontier, *self._above], frontier.tokens.shape[1]
@@ -396,6 +399,6 @@ class _Depths:
 
     @staticmethod
     def visible(levels: Sequence[Frontier]) -> Tensor:
-        """Return `[b, w * levels, w * levels]` bool: which nodes each node attends to, none of later levels."""
+        """Return a bool mask `[b, w * levels, w * levels]`: true where a node (row) attends to another or itself."""
         width = levels[0].tokens.shape[1]
         return torch.cat([F.pad(one.visible, (width * later, 0)) for later, one in enumerate(levels)], dim=1)

@@ -1,6 +1,6 @@
-"""Grow a candidate pool level by level: choose the nodes that get children, and the nodes that each one attends to.
+"""Grow a candidate pool level by level: choose which nodes get children, and which nodes each node attends to.
 
-`grow_pool` works for any drafter; `sprout` and `branch` make its levels from the outputs of a draft model.
+`grow_pool` works for any drafter. `sprout` and `branch` make the pool's levels from the outputs of a draft model.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Root(NamedTuple):
     tokens: Tensor  # [b] the newest tokens
     output: Tensor  # [b, 1, h] output of depth 0
     hidden: Tensor | None = None  # [b, 1, h] hidden states paired with the tokens; `None` if the model reads none
-    carried: tuple[Tensor, ...] = ()  # for each depth [b, 1, h], for the next depth to pair; empty for a single depth
+    carried: tuple[Tensor, ...] = ()  # of each depth, hidden states [b, 1, h] for the next depth; empty for one depth
 
     def of_rows(self, rows: Tensor) -> "Root":
         """Select the given rows."""
@@ -34,9 +34,9 @@ class Frontier(NamedTuple):
     Attributes:
         tokens: `[b, w]`.
         scores: `[b, w]` path scores, as in the pool.
-        hidden: `[b, w, h]` hidden states paired with the nodes, from their parents; `None` if the model reads none.
-        visible: `[b, w, w + e]` bool: which drafted entries each node attends to: in its own level only itself, then
-            its ancestors among the e entries of earlier levels, the newest level first.
+        hidden: `[b, w, h]` hidden states that the nodes got from their parents; `None` if the model reads none.
+        visible: `[b, w, w + e]` bool, true where a node attends to a drafted entry: to itself among the w entries of
+            its level, and to its ancestors among the e entries of earlier levels, the newest level first.
     """
 
     tokens: Tensor
@@ -64,10 +64,10 @@ def grow_pool(
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] | None = None,
 ) -> CandidatePool:
-    """Let `run` draft levels below the `first` one, up to `depth` levels in all, and return them as a pool.
+    """Draft levels below the level `first` by calls of `run`, and return up to `depth` levels as a pool.
 
-    `goes_on` decides whether to draft another level, given the number of levels and the scores `[b, w]` of the best
-    nodes of the last one.
+    `goes_on` decides whether to draft another level, given the number of levels so far and the scores `[b, w]` of the
+    best nodes of the last level.
 
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best nodes of a level, by path probability, get children; all
     children are candidates.
@@ -80,7 +80,7 @@ def grow_pool(
 
 
 def sprout(model: StepModel, root: Root, itself: Tensor, is_last: bool) -> Growth:
-    """Draft the first level: k children of the root, which all get children. `itself` `[k, k]` is as in `branch`."""
+    """Draft the first level: k children of the root, which all get children. For `itself` `[k, k]` see `branch`."""
     top_k = itself.shape[1]
     tokens, scores = model.children(root.output, top_k)  # [b, 1, k] each
     if is_last:
@@ -101,16 +101,16 @@ def branch(
     is_last: bool,
     depth: int = 0,
 ) -> Growth:
-    """Draft the children of a frontier, and choose the k children that get children next.
+    """Draft k children of each node of a frontier, and choose the k best of all children to get children next.
 
     Args:
         model: the draft model.
         frontier: w nodes.
-        output: `[b, w, h]` outputs of `depth` at these nodes.
-        hidden: `[b, w, h]` hidden states to pair their children with.
-        itself: `[b or 1, k, k]` bool: which nodes of their own level the k nodes of the next level attend to.
+        output: `[b, w, h]` outputs of the model at these nodes.
+        hidden: `[b, w, h]` hidden states to pair with the children of each node.
+        itself: `[b or 1, k, k]` identity matrix: in their own level, the k chosen children attend only to themselves.
         is_last: whether the children are the last level.
-        depth: index of the depth that made the output.
+        depth: index of the model's depth that made `output`.
     """
     top_k = itself.shape[2]
     tokens, scores = model.children(output, top_k, depth)
@@ -127,7 +127,7 @@ def branch(
 
 
 def _joined(levels: list[Growth]) -> CandidatePool:
-    """Concatenate the levels to a pool, and find the parent of each node."""
+    """Concatenate the levels to a pool, and compute each node's index of its parent in the pool."""
     first = levels[0].tokens
     order = torch.arange(-1, first.shape[-1], device=first.device)  # indices of the root (-1) and the first level
     sizes = [level.tokens.shape[1:].numel() for level in levels]
@@ -143,5 +143,5 @@ def _joined(levels: list[Growth]) -> CandidatePool:
 
 
 def numbered(sizes: list[int]) -> Tensor:
-    """Return the level of each node of a pool, from 1 on, given the number of nodes in each level."""
+    """Return each node's level, counted from 1, given the number of nodes in each level."""
     return torch.tensor([level for level, size in enumerate(sizes, start=1) for _ in range(size)])

@@ -1,6 +1,6 @@
 """Prompt lookup: draft the tokens that followed earlier occurrences of the text's last tokens, also in other texts.
 
-The index grows with the text and is never rebuilt; a query costs microseconds.
+The index of the text grows with the text and is never rebuilt. A query takes microseconds.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from .source import DraftCall, DraftSource
 from .suffixes import Suffixes
 
 
-_SEEN_NODES = 16  # Number of nodes whose odds a policy gets.
-_STRIDE = 3  # A record learns from every third position of the text.
+_SEEN_NODES = 16  # Maximum number of nodes whose odds are passed to a policy.
+_STRIDE = 3  # Outcomes are recorded at every third position of the text.
 
 
 class Lookup:
-    """Proposes continuations of one text, and records how often they are right, whether or not they are used.
+    """Proposes continuations of one text. Records how often they are right, even if no step uses them.
 
     Args:
         never_drafted: tokens that are never proposed, such as placeholders of an image; nothing follows them.
-        memories: hold other texts that are searched.
+        memories: objects such as `SuffixMemory`, whose texts are searched, too.
         branches: whether continuations may branch; otherwise they are a chain.
     """
 
@@ -45,7 +45,7 @@ class Lookup:
         self._text = Suffixes()
         self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
-        self._judged: tuple[int, Continuations] | None = None  # position to learn from next, and the proposals there
+        self._judged: tuple[int, Continuations] | None = None  # next position to record, and the proposals found there
 
     @property
     def length(self) -> int:
@@ -55,8 +55,8 @@ class Lookup:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens, and record whether the continuations found before them were right.
 
-        The record learns from positions at a fixed distance, so it does not depend on the number of tokens in each
-        step. It does not learn from the prompt, which the target did not write.
+        Outcomes are recorded at every third position of the text, so they do not depend on the number of tokens in
+        each step. At the prompt nothing is recorded, since the target did not generate it.
         """
         if self._found is not None:
             self._found.judge_beside(tokens)
@@ -86,7 +86,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Odds of the best nodes, in descending order; after `weigh_beside`, only of nodes the other drafter lacks."""
+        """Probabilities of the best nodes, in descending order; after `weigh_beside` without the other drafter's."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -99,9 +99,7 @@ class LookupDrafter(Drafter):
     Args:
         pads: number of padding tokens before each row's prompt.
         origins: for each row, source tokens to search before the text, such as an encoder's input; `None` for none.
-        never_drafted: see `Lookup`.
-        memories: see `Lookup`.
-        branches: see `Lookup`.
+        never_drafted, memories, branches: see `Lookup`.
     """
 
     proposable_tokens = 1
@@ -134,7 +132,7 @@ class LookupDrafter(Drafter):
 
     @property
     def odds(self) -> list[list[float]]:
-        """`Lookup.odds` of every row."""
+        """For each row, the probabilities that `Lookup.odds` returns."""
         self.read()
         return [lookup.odds for lookup in self._lookups]
 
@@ -142,7 +140,7 @@ class LookupDrafter(Drafter):
         """Compare the `most` best nodes of each row with another drafter's pool, which must be on the host.
 
         Returns:
-            The pool, in which a node that the lookup found, too, has the better of the two scores.
+            That pool. Each of its nodes that the lookup also found gets the higher one of the two scores.
         """
         self.read()
         scores = pool.scores.tolist()
@@ -155,16 +153,16 @@ class LookupDrafter(Drafter):
 
     @property
     def shared(self) -> list[list[int]]:
-        """For each row, the nodes of the other drafter that the lookup found, too; see `weigh_beside`."""
+        """For each row, indices of the other drafter's nodes that the lookup also found; set by `weigh_beside`."""
         return [list(lookup.found.shared) for lookup in self._lookups]
 
     def branches(self, request: DraftRequest) -> list[Branches]:
-        """Return at most `request.shape.lookup` nodes of each row."""
+        """Return the best nodes found for each row, at most `request.shape.lookup`."""
         self.read()
         return [lookup.found.branches(request.shape.lookup, request.least_prob) for lookup in self._lookups]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the pool of `branches`, on the host."""
+        """Return the nodes of `branches` as a pool on the host."""
         return CandidatePool.from_branches(self.branches(request))
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -175,10 +173,10 @@ class LookupDrafter(Drafter):
 
 
 class PromptLookup(DraftSource):
-    """The source of prompt lookup, which every call has.
+    """Draft source that makes the prompt lookup of each call. Every call uses such a source.
 
     Args:
-        memories: hold other texts that are searched.
+        memories: objects such as `SuffixMemory`, whose texts are searched, too.
     """
 
     def __init__(self, memories: Sequence[Remembered] = ()) -> None:
@@ -197,11 +195,11 @@ class PromptLookup(DraftSource):
     def drafter(self, call: DraftCall) -> LookupDrafter:
         pads = [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask)
         told: dict[str, Any] = {"origins": call.origins, "never_drafted": call.never_drafted}
-        branches = not call.target.config.is_encoder_decoder  # their positions are indices: only a chain fits
+        branches = not call.target.config.is_encoder_decoder  # encoder-decoders number tokens in order: no branches
         return LookupDrafter(pads, **told, memories=self._memories, branches=branches)
 
 
 def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:
-    """Average the odds of each rank over rows that advance on their own, weighted by `row_weights`."""
+    """Average over rows, weighted by `row_weights`, the odds of their best nodes, of their second-best, and so on."""
     columns = zip_longest(*rows, fillvalue=0.0)
     return [sum(map(mul, row_weights, chances)) / len(rows) for chances in columns]

@@ -1,4 +1,4 @@
-"""Draft sources, which a user passes as `assistant_model`. A source lives between calls and makes their drafters."""
+"""Draft sources, which a user passes as `assistant_model`. A source exists between calls, and makes their drafters."""
 
 import os
 from abc import ABC, abstractmethod
@@ -20,18 +20,18 @@ from .step_model import StepModel, TrainableModel
 
 @dataclass(frozen=True)
 class DraftCall:
-    """The call that a drafter is made for.
+    """Describes a call of `generate` to the source that makes its drafter.
 
     Attributes:
         target: the model that is drafted for.
         verifier: the call's verifier, for a source that attends to the target's cache.
         rows: number of texts that are decoded together.
-        text_mask: `[b, s]`, 0 where the prompt is padding, over positions with known tokens; `None` without padding.
-        paired_mask: the same over positions with known features.
-        origins: for each row, source tokens of its text, such as an encoder's input; `None` for none.
+        text_mask: `[b, s]`, 0 where the prompt is padding, for the positions of all tokens; `None` without padding.
+        paired_mask: like `text_mask`, but only for the positions whose target features are available.
+        origins: for each row, input tokens outside its text, such as an encoder's input; `None` for none.
         never_drafted: tokens that must not be drafted, such as placeholders of an image.
-        engines: lend compiled code; `None` if nothing runs compiled.
-        ends: closed at the end of the call, and then returns what the drafter borrowed.
+        engines: hold the compiled code of each source; `None` if nothing runs compiled.
+        ends: a stack that is closed at the end of the call, and then releases the engine used by the drafter.
     """
 
     target: PreTrainedModel
@@ -45,7 +45,7 @@ class DraftCall:
     ends: ExitStack = field(default_factory=ExitStack)
 
     def engine(self, source: "DraftSource", model: StepModel) -> DraftEngine | None:
-        """Borrow the engine of `source`, which drafts as `model`, until the call ends; `None` if there is none."""
+        """Reserve the engine of `source` until the call ends; `None` if none is free. `model` is the bound source."""
         return None if self.engines is None else self.ends.enter_context(self.engines.borrow(source, model))
 
 
@@ -55,8 +55,8 @@ class DraftSource(ABC):
     Attributes:
         feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
         before_deepstack: whether it reads these hidden states before image features are added to them.
-        reads_target: whether it attends to the target's cache, and reads only the newest features.
-        calls_generate: whether drafting may call the target's `generate`, which must then decode without drafts.
+        reads_target: whether it attends to the target's cache, and reads the features of the newest token only.
+        calls_generate: whether drafting may call the target's `generate`; such an inner call must not draft itself.
     """
 
     before_deepstack: bool = False
@@ -69,7 +69,7 @@ class DraftSource(ABC):
 
     @property
     def own_modules(self) -> list[nn.Module]:
-        """Modules of the source itself, without the target's."""
+        """Modules that belong to the source itself, not to the target."""
         return [self] if isinstance(self, nn.Module) else []
 
     @property
@@ -87,11 +87,11 @@ class DraftSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a hash of its weights: 16 hexadecimal digits."""
+        """Return a hash of the source's weights: 16 hexadecimal digits."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return JSON values that identify the source in files that were trained or measured with it."""
+        """Return JSON values that identify the source, for files with policies or measurements that depend on it."""
 
     @abstractmethod
     def drafter(self, call: DraftCall) -> Drafter:
@@ -103,14 +103,14 @@ class DraftSource(ABC):
 
 
 class LevelSource(DraftSource):
-    """A source that runs a draft model: `bind` makes the `StepModel` that drafts for a target."""
+    """Source whose drafts are made by a draft model. `bind` returns this model for a target."""
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
         """Check that the source was made for this target.
 
         Raises:
-            ValueError: it was made for another target; the message names both, and what differs.
+            ValueError: it was made for another target; the message names both targets and their differences.
         """
 
     @abstractmethod
@@ -132,22 +132,22 @@ class LevelSource(DraftSource):
 
 @dataclass(frozen=True, slots=True)
 class FileReading(ABC):
-    """One way to interpret a source's files: its fields are arguments of `from_pretrained` of the class `loader`."""
+    """One interpretation of a source's files. Its fields are arguments of `from_pretrained` of the class `loader`."""
 
     loader: ClassVar[str]
 
     @property
     @abstractmethod
     def told(self) -> dict[str, str]:
-        """Names and values of the fields, as words for a table."""
+        """Names and values of the fields, in words, for a table that users read."""
 
 
 class TrainableSource(LevelSource):
-    """A source that can be trained: a module with weights of its own, which uses further weights of its target.
+    """Source that can be trained: a module with its own weights, which also uses some weights of its target.
 
     Attributes:
         vocab_size: size of the target's vocabulary.
-        target: known parts of its target's identity, see `target_identity`.
+        target: describes the target for which it was made, as far as its files say; see `target_identity`.
         depths: number of layers that draft one level each; 1 if one layer drafts any number of levels.
     """
 
@@ -162,16 +162,14 @@ class TrainableSource(LevelSource):
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
         """Return the model that drafts for `target`, see `LevelSource.bind`.
 
-        Args:
-            target: the model to draft for.
-            forward: computes passes in training: the module itself, or a wrapper of it. `None` computes them with
-                packed copies of the weights.
+        `forward` computes the forward passes in training: it is the module itself, or a wrapper of it. If it is
+        `None`, as in generation, packed copies of the weights compute them.
         """
 
     @property
     @abstractmethod
     def draft_token_ids(self) -> Tensor:
-        """Target ids of the tokens that it can propose, `[d]`, ascending."""
+        """Ascending ids `[d]`, in the target's vocabulary, of the tokens that the source can propose."""
 
     @property
     @abstractmethod
@@ -185,14 +183,14 @@ class TrainableSource(LevelSource):
 
         Args:
             target: the model to draft for.
-            draft_token_ids: target ids of the tokens that it can propose, `[d]`; `None` for all.
+            draft_token_ids: ids `[d]`, in the target's vocabulary, of the tokens that it can propose; `None` for all.
             levels: number of consecutive tokens that it drafts in training.
             fields: fields of its config.
         """
 
     @abstractmethod
     def plain_card(self, repo_id: str) -> str:
-        """Return a model card for a repository without one: what the source is, its target, and how to load it."""
+        """Return a model card for a repository that has none: it describes the source, its target, and its loading."""
 
     @abstractmethod
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -203,17 +201,17 @@ class TrainableSource(LevelSource):
         """Load the weights that `save_pretrained` wrote during training.
 
         Raises:
-            ValueError: the folder is of a module with other sizes or settings.
+            ValueError: the folder was written by a module with other sizes or settings.
         """
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return the source with all weights of its files, also weights that it normally takes from its target."""
+        """Return the source with all weights in its files, even weights that it normally shares with its target."""
         return self
 
     @abstractmethod
     def readings(self, target: PreTrainedModel, whole: Self, *, has_images: bool) -> Iterator[FileReading]:
-        """Yield ways to interpret the files of `whole`: first the configured one, then others that fit the target."""
+        """Yield interpretations of the files of `whole`: first the configured one, then others that fit the target."""
 
     @abstractmethod
     def read_as(self, reading: FileReading, target: PreTrainedModel, whole: Self) -> Self:
-        """Return the source as another `reading` interprets its files; it shares the weights of `whole`."""
+        """Return a source that interprets the files as `reading` says, and shares the weights of `whole`."""

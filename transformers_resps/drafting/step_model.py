@@ -1,4 +1,4 @@
-"""The interface of a draft model that is bound to one target: its passes over committed tokens and drafted nodes."""
+"""The interface of a draft model for one target: forward passes over committed tokens and over drafted nodes."""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +9,7 @@ from ..verifying.verifier import Verifier
 from .cache import DraftCache, Entries
 
 
-# The tokens of `[b, t]` that get an output: a slice, or `[b, q]` indices in each row.
+# Selects the tokens of `[b, t]` whose outputs are returned: a slice, or indices `[b, q]` in each row.
 Wanted = slice | Tensor
 # Tensors that a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each.
 Places = tuple[Tensor, ...]
@@ -24,18 +24,19 @@ def at_wanted(states: Tensor, wanted: Wanted) -> Tensor:
 
 
 class StepModel(ABC):
-    """A draft model bound to one target. It runs over tokens, each paired with the hidden state before it, if any.
+    """A draft model bound to one target. It runs over tokens, each with a hidden state if the model reads features.
 
     A new kind of drafter implements `modules`, `run` and `logits`, and overrides other defaults that do not fit.
 
-    Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden states count as depth -1.
-    A model with a single depth drafts any number of levels, and pairs a node with its parent's output.
+    A depth is one part of the model, such as a layer that drafts one level. Depth k pairs token j with the output of
+    depth k - 1 at token j - 1, or depth 0 with the target's hidden state there. A model with only one depth drafts any
+    number of levels with it, and pairs a drafted node with the output at its parent.
 
     Attributes:
-        depths: number of passes with weights of their own, which draft one level each; 1 for any number of levels.
+        depths: number of depths, which draft one level each; 1 if the only depth drafts any number of levels.
         reads_features: whether it pairs tokens with hidden states.
-        has_fixed_places: whether the `places` of a position do not depend on the other positions.
-        counts_padding: whether positions may include a prompt's padding, for instance if only distances matter.
+        has_fixed_places: whether the result of `places` for a position does not depend on the other positions.
+        counts_padding: whether positions may count a prompt's padding, for instance because only distances matter.
         sliding_window: maximum number of newest positions that it attends to, padding included; `None` for all.
         is_compilable: whether its passes may run as compiled or captured code.
         proposable_tokens: number of different tokens that it can propose after a node.
@@ -61,7 +62,7 @@ class StepModel(ABC):
     @property
     @abstractmethod
     def modules(self) -> nn.ModuleList:
-        """All modules whose weights drafting reads, the target's included."""
+        """All modules whose weights are read while drafting, including modules of the target."""
 
     @abstractmethod
     def run(
@@ -78,9 +79,9 @@ class StepModel(ABC):
         Args:
             depth: index of the depth, from 0 on.
             tokens: `[b, t]` target vocabulary ids.
-            hidden: `[b, t, h]` the hidden state before each token; `None` if the model reads none.
+            hidden: `[b, t, h]` the hidden state paired with each token; `None` if the model reads none.
             places: result of `places` for the tokens' positions.
-            entries: keys and values that the tokens attend to; takes those of the tokens.
+            entries: stores the tokens' keys and values, and returns all that the tokens attend to.
             wanted: the tokens whose outputs are returned.
 
         Returns:
@@ -92,15 +93,15 @@ class StepModel(ABC):
         """Compute logits from a depth's outputs: `[b, q, h]` -> fp32 `[b, q, d]`."""
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Compute hidden states of depth -1 from the target's features: `[b, t, F]` -> `[b, t, h]`."""
+        """Compute from the target's features the hidden states paired at depth 0: `[b, t, F]` -> `[b, t, h]`."""
         return features
 
     def places(self, positions: Tensor) -> Places:
-        """Compute the tensors that `run` needs for positions `[b or 1, t]`."""
+        """Compute the tensors, such as the angles of RoPE, that `run` needs for positions `[b or 1, t]`."""
         return ()
 
     def cache(self, verifier: Verifier | None) -> DraftCache:
-        """Make the cache of one call; `verifier` is for models that attend to the target's cache."""
+        """Make the cache for one call. Models that attend to the target's cache get it from `verifier`."""
         return DraftCache(device=self.device)
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ class StepModel(ABC):
         return self.target_ids(draft_ids), scores
 
     def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor | None:
-        """Return the states to pair the next tokens with, given this pass's outputs and `hidden`; all `[b, q, h]`."""
+        """Return hidden states to pair with the next tokens, given a pass's `output` and `hidden`; all `[b, q, h]`."""
         return output if self.reads_features else None
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -120,9 +121,9 @@ class StepModel(ABC):
         return draft_ids
 
     def oldest_seen(self, length: int) -> int:
-        """Return the position of the oldest token that may be attended to after a text of `length`.
+        """Return the position of the oldest token to keep in the cache after a text of `length` tokens.
 
-        It changes only every few tokens, because each change moves the cache.
+        The result changes only every few tokens, because each change moves the entries of the cache.
         """
         window = self.sliding_window or length
         stride = max(window // _WINDOW_PARTS, 1)
@@ -130,11 +131,11 @@ class StepModel(ABC):
 
 
 class TrainableModel(StepModel):
-    """A model whose logits are normed outputs times the weight of an output head; training uses these parts."""
+    """A model that computes logits by a norm and an output head, which training calls separately."""
 
     @abstractmethod
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Norm a depth's outputs `[..., h]` for its output head."""
+        """Apply the norm before a depth's output head to the depth's outputs `[..., h]`."""
 
     @abstractmethod
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:

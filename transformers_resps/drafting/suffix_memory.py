@@ -31,7 +31,7 @@ from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
 FORMAT = "suffix memory 1"
 _METADATA = "transformers_resps"  # Key of the metadata in the safetensors file.
 _KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # Keys of a file's metadata beside its format.
-# Suffix of a file while it is written; if it is older than these seconds, the process that wrote it has died.
+# Suffix of a file while it is written. If such a file is older than these seconds, its process must have died.
 _UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0
 _NODES = 8  # Number of nodes of the default tree.
 _LARGE = 16384  # Segments with more tokens together are merged in a thread.
@@ -105,11 +105,11 @@ class SuffixMemory(DraftSource):
         return {"name_or_path": "suffix memory"}
 
     def drafter(self, call: DraftCall) -> Drafter:
-        """Make a prompt lookup that also searches this memory."""
+        """Make a drafter for prompt lookup that also searches this memory."""
         return PromptLookup([self]).drafter(call)
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the target's vocabulary does not fit earlier targets or the remembered tokens."""
+        """Raise a `ValueError` if the target's vocabulary size differs from earlier targets' or excludes a token."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -121,13 +121,13 @@ class SuffixMemory(DraftSource):
             self._vocab_size = vocab_size
 
     def add(self, texts: Iterable[Sequence[int] | Tensor]) -> None:
-        """Remember texts, the newest last: token ids such as `tokenizer(texts)["input_ids"]`.
+        """Remember texts, given as token ids such as `tokenizer(texts)["input_ids"]`, the newest text last.
 
         Raises:
             ValueError: a text is a string, or has a token id that is invalid or outside the targets' vocabulary.
         """
         if isinstance(texts, str):
-            texts = [texts]  # refused by `_as_tokens`
+            texts = [texts]  # `_as_tokens` raises for a string
         joined, largest = array("I"), -1
         for tokens in map(_as_tokens, texts):
             if tokens:
@@ -151,7 +151,7 @@ class SuffixMemory(DraftSource):
                     self._replace(chosen, _joined(chosen))
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Add a call's answers, also its prompts if "all" are remembered; of known conversations only new turns."""
+        """Store a call's answers; if `remember` is "all", also its prompts, without turns that are already stored."""
         if self._remember == "answers":
             self.add(answers)
             return
@@ -160,15 +160,15 @@ class SuffixMemory(DraftSource):
             lengths = [(_shared(text, one), one) for one in self._conversations]
             known, last = max(lengths, key=itemgetter(0), default=(0, text))
             if known < len(text):
-                self.add([text[max(known - LONGEST_MATCH, 0) :]])  # known tokens first, to match
+                self.add([text[max(known - LONGEST_MATCH, 0) :]])  # begins with known tokens, so that they can match
                 with self._lock:
                     others = [one for one in self._conversations if one is not last or known < len(one)]
                     self._conversations = [*others, text][-_CONVERSATIONS:]
 
     def advance(self, keep: int) -> None:
-        """End the current age, and forget all texts but those of the `keep` newest ages that have ended.
+        """End the current age, and forget all texts except those of the `keep` newest ages, this one included.
 
-        An age holds the texts between two calls of `advance`, such as those of one set of weights during training.
+        An age consists of the texts added between two calls of `advance`, for instance with the same trained weights.
 
         Raises:
             ValueError: `keep` is no integer, or negative.
@@ -195,7 +195,7 @@ class SuffixMemory(DraftSource):
             )
 
     def _forget(self, surplus: int) -> None:
-        """Drop the `surplus` oldest tokens, and the rest of a text that would otherwise be cut."""
+        """Drop the `surplus` oldest tokens, and the rest of the last text that these tokens belong to."""
         if surplus <= 0:
             return
         self._conversations = []  # their texts may be dropped
@@ -207,7 +207,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Return the segments to merge: all from the first that is not much larger than its successors together."""
+        """Return the segments to merge: the first one at most `_RATIO` times as large as all later ones, and these."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):
@@ -238,7 +238,7 @@ class SuffixMemory(DraftSource):
 
         Args:
             path: path of the file.
-            tokenizer: tokenizer of the texts; `load` needs the same one.
+            tokenizer: tokenizer of the texts. `load` must be called with the same tokenizer.
 
         Raises:
             OSError: the file cannot be written; an existing file is unchanged.
@@ -268,7 +268,7 @@ class SuffixMemory(DraftSource):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file holds no memory, is damaged, or was written with another tokenizer.
+            ValueError: the file is not a saved memory, is damaged, or was written with another tokenizer.
         """
         told = _told(path)
         if told is None:
@@ -334,7 +334,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read the metadata of a memory's file; `None` for any other file."""
+    """Return the metadata of a memory's file, or `None` if the file is not a saved memory."""
     try:
         with safe_open(path, "np") as opened:
             metadata = opened.metadata() or {}

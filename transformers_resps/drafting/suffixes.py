@@ -1,6 +1,6 @@
 """Find earlier occurrences of a text's last tokens, by an index of positions sorted by the tokens before them.
 
-Positions after the same tokens are one range of this order, and those of a longer match are a narrower range inside.
+All positions after the same tokens are one range of this order. A longer match is a narrower range inside it.
 The index is a suffix array (Manber and Myers, SIAM Journal on Computing 22, 1993) of the texts read backwards.
 """
 
@@ -18,27 +18,27 @@ SEPARATOR = 2**32 - 1  # Separates two texts: no match reaches across it.
 _BYTES = 4  # Bytes of a token.
 _MOST_BYTES = LONGEST_MATCH * _BYTES
 _BEYOND = b"\xff" * (_MOST_BYTES + 1)  # A context with this appended is sorted after all that begin with the context.
-_NEAR = 4  # Number of positions beside a range that are compared one by one before a binary search.
+_NEAR = 4  # To widen a range, this many positions are compared one by one before a binary search.
 _FEW = 64  # Up to this many tokens are inserted one by one; more are sorted at once.
-_STRIDE = 128  # Distance of two marks in the order.
+_STRIDE = 128  # `_marks` holds the context of every 128th position of a long order, which speeds up `find`.
 _INTEGER = np.dtype(array("I").typecode)
 
 
 class Suffixes:
-    """An index of a growing text, or of several with `SEPARATOR` between them. It takes 12 to 14 bytes for each token.
+    """Indexes a growing text, or several texts joined by `SEPARATOR`. The index takes 12 to 14 bytes for each token.
 
     Threads may share an index that no longer grows.
 
     Attributes:
         tokens: tokens of all texts.
-        order: positions between two tokens, sorted by the tokens before them.
+        order: indices in `tokens`, without 0, sorted by the tokens before each index, the nearest token first.
     """
 
     def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
         self.tokens = array("I")
         self._backwards = bytearray()  # the tokens, newest first and big-endian, so that bytes sort like tokens
         self.order = array("I")
-        self._marks = list[bytes]()  # contexts of every 128th position of a long order; empty after single insertions
+        self._marks = list[bytes]()  # contexts of every `_STRIDE`th position in `order`; empty after single insertions
         self._newest: tuple[bytes, int] | None = None  # context of the text's end and its index in the order, if known
         self.extend(tokens)
 
@@ -81,9 +81,9 @@ class Suffixes:
             self.order.insert(place, position)
 
     def without_first(self, count: int) -> "Suffixes":
-        """Return an index of the texts that begin after the first `count` tokens, without sorting again.
+        """Return an index of only those texts that begin after the first `count` tokens, without sorting again.
 
-        The separator before these texts stays. The tokens before it can be dropped, since no match reaches them.
+        The new index begins with the separator before these texts. No match reaches tokens before the separator.
         """
         tokens, order = (np.frombuffer(part, _INTEGER) for part in (self.tokens, self.order))
         first = max(count - 1, 0)
@@ -100,7 +100,7 @@ class Suffixes:
             self._marks = [bytes(self.before(position)) for position in self.order[::_STRIDE]]
 
     def find(self, wanted: "bytes | bytearray") -> int:
-        """Return the index in `order` where a context belongs. Marks are searched first, since they compare faster."""
+        """Return the index at which a context would be inserted in `order`, which is sorted by context."""
         first, last = 0, len(self.order)
         if self._marks:
             mark = bisect_left(self._marks, wanted)
@@ -108,21 +108,21 @@ class Suffixes:
         return bisect_left(self.order, wanted, first, last, key=self.before)
 
     def search(self, context: bytes) -> "Search":
-        """Search the texts for occurrences of the newest tokens of a context."""
+        """Start a search for earlier occurrences of the newest tokens of a context."""
         newest = self._newest
         place = newest[1] if newest is not None and newest[0] is context else self.find(context)
         return Search(self, context, place)
 
     def begins(self, position: int, wanted: bytes) -> bool:
-        """Whether the context of a position begins with the wanted bytes."""
+        """Whether the tokens before a position, as bytes with the newest token first, begin with `wanted`."""
         return self._backwards.startswith(wanted, len(self._backwards) - _BYTES * position)
 
 
 class Search:
-    """A search for shorter and shorter matches of a context in an index.
+    """Finds where the newest tokens of a context occur in an index, with fewer tokens at each call of `run`.
 
     Attributes:
-        longest: number of tokens in the longest match: the context's newest tokens, found with a token after them.
+        longest: largest number of the context's newest tokens that occur in the index with a token after them.
     """
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
@@ -134,9 +134,9 @@ class Search:
         self.longest = max((_alike(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":
-        """Return at most `most` positions, spread evenly, after occurrences of the context's `length` newest tokens.
+        """Return up to `most` positions after occurrences of the context's `length` newest tokens, evenly selected.
 
-        Each call must pass a shorter length than the call before, whose range of positions it extends.
+        Each call must pass a smaller `length` than the previous call, because it widens the range found by that call.
         """
         text, order, wanted = self._text, self._text.order, self._context[: _BYTES * length]
         first, last = self._first, self._last

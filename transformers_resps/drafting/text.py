@@ -1,4 +1,7 @@
-"""The texts of one call for a draft model: tokens that it has not processed, their cache slots and positions."""
+"""Keeps the texts of one call for a draft model, and assigns cache slots and positions to their tokens.
+
+A slot is an index in the cache's buffers. Places are the tensors that a model computes from positions, such as RoPE's.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +16,11 @@ from .drafter import Committed
 from .step_model import Places, StepModel
 
 
-_POSITIONS = 256  # Minimum number of consecutive positions whose places are computed at once.
+_POSITIONS = 256  # Minimum number of consecutive positions for which `StepModel.places` is computed at once.
 
 
 class PlaceWindow:
-    """Computes `StepModel.places` of many consecutive positions at once, and keeps them for later passes."""
+    """Computes `StepModel.places` for many consecutive positions at once, and stores the result for later passes."""
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
@@ -26,7 +29,7 @@ class PlaceWindow:
         self._places: Places = ()
 
     def places(self, every: range | Tensor, wanted: slice) -> Places:
-        """Return the places of the part `wanted` of the positions `every`: `[b or 1, t, any]` each."""
+        """Return `StepModel.places` of the positions `every[wanted]`: tensors `[b or 1, t, any]`."""
         if not isinstance(every, Tensor) and self._model.has_fixed_places:
             wanted, every = self._within(every, wanted), self._known
         if every is not self._newest:  # all at once, since the last position may affect the places of all others
@@ -35,14 +38,14 @@ class PlaceWindow:
         return tuple(part[:, wanted] for part in self._places)
 
     def numbers(self, every: range | Tensor, wanted: slice) -> Tensor:
-        """Return the part `wanted` of the positions `every` as a tensor `[b or 1, t]`."""
+        """Return the positions `every[wanted]` as a tensor `[b or 1, t]`."""
         if isinstance(every, Tensor):
             return every[:, wanted]
         wanted = self._within(every, wanted)
         return self._numbers[:, wanted]
 
     def _within(self, every: range, wanted: slice) -> slice:
-        """Return the slice of the known positions that are the part `wanted` of `every`; computes missing ones."""
+        """Return the slice of `_known` that holds the positions `every[wanted]`; extend `_known` if needed."""
         if not self._known or every.start < self._known.start or every.stop > self._known.stop:
             self._known = range(every.start, max(every.stop, every.start + _POSITIONS))
             self._numbers = self._count(self._known)
@@ -54,7 +57,7 @@ class PlaceWindow:
 
 
 class Positions(NamedTuple):
-    """Positions of some tokens: the part `wanted` of `every`, a range or a tensor `[b or 1, t]`."""
+    """Positions of some tokens: `every[wanted]`, where `every` is a range or a tensor `[b or 1, t]`."""
 
     window: PlaceWindow
     every: range | Tensor
@@ -62,7 +65,7 @@ class Positions(NamedTuple):
 
     @property
     def places(self) -> Places:
-        """The model's `StepModel.places` of these positions."""
+        """The result of the model's `StepModel.places` for these positions."""
         return self.window.places(self.every, self.wanted)
 
     @property
@@ -71,22 +74,22 @@ class Positions(NamedTuple):
         return self.window.numbers(self.every, self.wanted)
 
     def part(self, start: int, stop: int) -> "Positions":
-        """Select the positions from index `start` to `stop` of these."""
+        """Return the positions at the indices from `start` to before `stop`."""
         return self._replace(wanted=slice(self.wanted.start + start, self.wanted.start + stop))
 
 
 class Prefix:
-    """A text in a cache, and the positions after it.
+    """A text in a cache, and the positions after the text.
 
     Args:
         cache: holds the text's keys and values, and has room for a tree.
-        length: number of cache slots that the text may use.
+        length: number of cache slots from 0 on that the text may use.
         ahead: positions after the text.
         rows: the slots that each row uses; `None` if `seen` and `ends` are passed.
 
     Attributes:
-        seen: `[b or 1, length]` bool, true where a slot may be attended to; `None` if all may.
-        ends: `[b or 1, 1]` the slot after each row's text; `None` if it is `length` for all rows.
+        seen: `[b or 1, length]` bool, true for each slot that tokens may attend to; `None` if they may attend to all.
+        ends: `[b or 1, 1]` the slot after each row's text; `None` if this is `length` for all rows.
     """
 
     def __init__(
@@ -114,14 +117,14 @@ class Prefix:
         return self._rows.ends(self.cache.device)
 
     def seen_at(self, depth: int) -> Tensor | None:
-        """Return `seen` for the entries of one depth: depth k has no entries for a text's first k tokens."""
+        """Return `seen` for one depth of the model: depth k has no keys for a text's first k tokens."""
         if depth == 0:
             return self.seen
         seen = self.cache.all_seen(self.length) if self.seen is None else self.seen
         return seen & (seen.cumsum(-1) > depth)
 
     def shown(self, length: int) -> Tensor:
-        """Return a mask like `seen`, `[b or 1, length or 1]`, never `None`; values after the text are arbitrary."""
+        """Return `seen` for `length` slots as a mask `[b or 1, length or 1]`; values after the text are arbitrary."""
         seen = None if self._rows is None else self._rows.visible(length, self.cache.device)
         return self.cache.all_seen(1) if seen is None else seen
 
@@ -129,7 +132,7 @@ class Prefix:
 class Pairs(NamedTuple):
     """The newest tokens of a text, which a model processes next, and the features that they are paired with."""
 
-    tokens: Tensor  # [b, t]; a row with fewer tokens repeats some
+    tokens: Tensor  # [b, t]; a row with fewer than t tokens repeats some of them
     features: Tensor | None  # [b, t, F]; `None` if the model reads none
     where: int | Tensor  # the slot of the first token in all rows, or the slots of each row, [b or 1, t]
     positions: Positions
@@ -159,18 +162,17 @@ class _Waiting:
         return _Waiting(self.tokens[:, :most].index_select(0, order.to(self.tokens.device)), features, counts)
 
     def without_first(self, count: int) -> "_Waiting":
-        """Drop the first `count` tokens. All rows must have equally many."""
+        """Drop the first `count` tokens. All rows must have the same number of tokens."""
         features = None if self.features is None else self.features[:, count:]
         return _Waiting(self.tokens[:, count:], features, [own - count for own in self.counts])
 
 
 class DraftText:
-    """Holds the texts of a call for one draft model: tokens that wait to be processed, and a cache of the others.
+    """Holds the texts of a call for one draft model: a cache of processed tokens, and a queue of unprocessed ones.
 
     Args:
-        model: the draft model.
-        cache: for the keys and values of processed tokens.
-        rows: number of rows decoded together.
+        cache: stores the keys and values of processed tokens.
+        rows: number of texts decoded together.
         prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
             features if it reads features, otherwise all; `None` without padding.
     """
@@ -184,7 +186,7 @@ class DraftText:
 
     @property
     def waiting(self) -> int:
-        """Number of tokens that wait to be processed."""
+        """Number of queued tokens per row, padding included."""
         return sum(part.tokens.shape[1] for part in self._waiting)
 
     def add(self, committed: Committed) -> None:
@@ -205,7 +207,7 @@ class DraftText:
         self._cache.keep_rows(order)
 
     def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
-        """Assign cache slots to all waiting tokens; return these tokens (`None` if there are none) and the text.
+        """Assign cache slots to all queued tokens; return these tokens (`None` if there are none) and the text.
 
         Args:
             ahead: number of positions after the text that the draft needs.
@@ -215,7 +217,7 @@ class DraftText:
         model, device = self._model, self._model.device
         counts, width = [part.counts for part in self._waiting], self.waiting
         start, is_even = self._slots.length, self._slots.stays_even(counts)
-        # Rotary attention depends on distances alone, so slots can serve as positions although they count padding.
+        # Rotary attention depends only on distances, so slots can serve as positions although slots count padding.
         pads = None if model.counts_padding else self._slots.pads
         where: int | Tensor = start
         every: range | Tensor
@@ -241,7 +243,7 @@ class DraftText:
         return Pairs(tokens, _joined(features) if features else None, where, here), text
 
     def _forget(self) -> None:
-        """Drop tokens that no row attends to any more after the waiting ones."""
+        """Drop tokens outside the model's sliding window, to which no token after the queued ones will attend."""
         if self._model.sliding_window is None:
             return
         ends, length = self._slots.row_ends(self._rows), self._slots.length
@@ -257,7 +259,7 @@ class DraftText:
             self._forgotten += count + skipped
 
     def _skip(self, count: int) -> int:
-        """Drop up to `count` of the first waiting tokens, while all rows have equally many; return how many."""
+        """Drop up to `count` of the first queued tokens, as long as all rows have the same number; return how many."""
         left = count
         for at, part in enumerate(self._waiting):
             dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
