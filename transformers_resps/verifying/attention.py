@@ -34,7 +34,7 @@ _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result 
 class PackedNodes:
     """Packs some nodes of several rows into one row, so that a forward need not compute the others, such as padding.
 
-    `places` `[r]` are the packed nodes' indices among all `rows * count`; `are_computed` `[b, n]` is true for them.
+    `places` `[r]` are the packed nodes' indices among `rows * count` nodes; `are_computed` `[b, n]` is true for them.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -66,8 +66,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Compute the same as Transformers' `sdpa`, by `attend` where that is faster; for shapes see `attend`.
 
-    An `attention_mask` of `None` means causal. With `resps_packed` the query `[1, heads, r, hd]` holds packed nodes,
-    while keys and mask have rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
+    An `attention_mask` of `None` means causal. With `resps_packed` the query `[1, heads, r, hd]` holds the r packed
+    nodes of all rows, while keys and mask still have b rows. Returns `[b, q, heads, hd]`, and `None` for the weights.
     """
     if resps_packed is not None:
         whole = resps_packed.apart(query.transpose(1, 2)).transpose(1, 2)
@@ -75,7 +75,7 @@ def grouped_attention(
         return resps_packed.together(attended), None
     shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
-    causal = attention_mask is None and query.shape[2] > 1  # `attend` cannot: heads are further queries there
+    causal = attention_mask is None and query.shape[2] > 1  # `attend` cannot: it turns heads into queries
     is_ours = shares or attends_natively(query, key, value, attention_mask)
     if not is_ours or odd or causal or (attention_mask is not None and attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
@@ -90,7 +90,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Compute SDPA, with heads that share keys as queries of one head; return `[b, heads, q, hd]`, like the query.
+    """Compute SDPA; heads that share keys become queries of one head. Returns `[b, heads, q, hd]`, like the query.
 
     `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads that share keys, q,
     t]`; a second size of 1 is repeated, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
@@ -148,7 +148,7 @@ def is_flash(attention: str) -> bool:
 
 
 def _take_trees(attention: str) -> None:
-    """Wrap a registered FlashAttention so that it accepts trees' masks; other threads may go on using its name."""
+    """Wrap a registered FlashAttention so that it also accepts trees' masks; otherwise it works as before."""
     function: Any = ALL_ATTENTION_FUNCTIONS[attention]
     if getattr(function, "func", None) is not _flash_or_tree:
         AttentionInterface.register(attention, partial(_flash_or_tree, function))
@@ -164,6 +164,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Run `grouped_attention` if the mask is a tree's, of 4 dimensions, else `flash`, which takes only `[b, s]`."""
+    """Run `grouped_attention` if the mask is a tree's, with 4 dimensions; else `flash`, which needs `[b, s]`."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

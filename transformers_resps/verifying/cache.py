@@ -18,7 +18,7 @@ from ..compat import CacheLayer, cache_layers
 
 
 _SPARE = 256  # positions allocated beyond what is needed
-_MAX_SHARING = 8  # layers of a buffer: with more, nodes move faster, but a growing buffer exists twice
+_MAX_SHARING = 8  # layers of a buffer: more would move nodes faster, but a growing buffer takes its memory twice
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Make this layer's entries views of its part of a buffer, `[b, kv heads, size, hd]`, which holds copies."""
+        """Make this layer's entries views of its part `[b, kv heads, size, hd]` of a buffer with copies of them."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -76,7 +76,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """Holds the entries of several layers, `[layers, b, kv heads, size, hd]`, to move accepted nodes in all at once.
+    """Holds the entries `[layers, b, kv heads, size, hd]` of several layers, so that nodes move in all at once.
 
     `size` exceeds the length of every layer. Layers may differ in length only; values may have another `hd` than keys.
     """
@@ -90,11 +90,11 @@ class SharedBuffer:
             layer.move_to(self, keys, values)
 
     def grow(self, length: int) -> None:
-        """Move all layers to new buffers for at least `length` positions; layers that differ get separate ones."""
+        """Move all layers to new buffers for at least `length` positions; layers of other shapes get other buffers."""
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """All keys and all values, `[layers, b, kv heads, s, hd]`; `None` if a layer left or lengths differ."""
+        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if some were replaced or lengths differ."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -118,7 +118,7 @@ def restore_stock_layers(cache: Cache) -> None:
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield all keys and values of filled layers, as few writable views `[layers, b, kv heads, s, hd]`."""
+    """Yield all keys and values of filled layers in few writable views `[layers, b, kv heads, s, hd]`."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -130,7 +130,7 @@ def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
 
 
 def _allocate(layers: list[Any], length: int) -> None:
-    """Move layers to new buffers for at least `length` positions; layers with equal shapes and dtypes share some."""
+    """Move layers to new buffers for at least `length` positions; those of equal shapes and dtypes share buffers."""
     alike = defaultdict(list)
     for layer in layers:
         kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
@@ -172,7 +172,7 @@ def settle_recorded(layer: Any) -> None:
             layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
 
 
-# By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
+# Layers that can hold trees, by exact type: subclasses such as QuantizedLayer keep more than keys and values.
 _TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
 
@@ -259,7 +259,7 @@ def visible_length(cache: Cache, layer_index: int) -> int:
 
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[b, kv heads, visible length, hd]` that a new token attends to; the layer must hold some."""
+    """Return keys and values `[b, kv heads, visible length, hd]` that a new token attends to; there must be some."""
     layer = cache_layers(cache)[layer_index]
     start = layer.keys.shape[-2] - visible_length(cache, layer_index)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
@@ -277,7 +277,7 @@ def has_windows(cache: Cache) -> bool:
 
 
 def _states(layer: CacheLayer) -> tuple[Tensor, Tensor] | None:
-    """Keys and values `[b, heads, s, hd]`; `None` if a layer has none, yet or because it uses another layer's."""
+    """Return keys and values `[b, heads, s, hd]`; `None` if the layer is empty or uses another layer's keys."""
     keys = getattr(layer, "keys", None)
     return None if keys is None or not keys.numel() else (keys, layer.values)
 

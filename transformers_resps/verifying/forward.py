@@ -206,10 +206,10 @@ class TargetForward:
             return run(), features
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Let `run` read a prompt, in one forward or in chunks; return its result, the features and the positions.
+        """Call `run`, which reads a prompt in forwards; return its result, the features and the position ids.
 
-        The text decoder got these positions `[..., t]`, or `None`, in the last forward; they may not be `generate`'s
-        (PaliGemma counts from 1). Raises a `ValueError` if the caller compiled the target, which then ignores hooks.
+        The text decoder got these position ids `[..., t]` (or `None`) in the last forward; `generate`'s may differ, as
+        in PaliGemma, which counts from 1. Raises a `ValueError` if the target is compiled, and so ignores new hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -232,7 +232,7 @@ class TargetForward:
             return self._run(tokens, mask, positions, **options)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keep only these rows of an encoder's outputs, if there are any; the verifier cuts the cache."""
+        """Keep only these rows of an encoder's outputs, if there is an encoder; the caller drops the cache's rows."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
         """Return the inputs of a forward as keyword arguments of the target."""
@@ -329,8 +329,8 @@ def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
 def wait_for(states: Tensor) -> None:
     """Wait until an accelerator has computed `states` `[b, t, any]`; otherwise the clock would time only the launch.
 
-    The target's forward needs no such wait, since acceptance reads its logits. Drafts get none: the target's forward
-    is launched while they run, and the rest of their time counts as verifying.
+    The target's forward needs no such wait, since acceptance reads its logits. Nothing waits for drafts: the target's
+    forward is launched while they run, and the rest of their time counts as verifying.
     """
     if states.device.type != "cpu":
         states[0, -1, 0].item()

@@ -1,4 +1,4 @@
-"""Verify trees with a dynamic cache, which grows at each step: the mode of calls without compiled code."""
+"""Verify trees with a dynamic cache, which grows at each step; calls without compiled code use this mode."""
 
 from typing import Self
 
@@ -24,7 +24,7 @@ from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
 
 class TreeVerifier(Verifier):
-    """Verifies trees with a dynamic cache: a tree is appended to the text, then accepted nodes move next to it."""
+    """Verifies trees with a dynamic cache: appends a tree's entries, then moves accepted ones next to the text's."""
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         super().__init__(forward, rows)
@@ -77,7 +77,7 @@ class TreeVerifier(Verifier):
         return tree_attention_mask(target.config, self.forward.cache, prefix_mask, tree, target.dtype, ends)
 
     def _roots(self) -> Tensor | float:
-        """The positions of the next tree's roots, `[..., b, 1]`, or one number for all rows."""
+        """Return the position ids of the next tree's roots, `[..., b, 1]`, or one number for all rows."""
         return (self.length if self.rows.slots.is_even else self.rows.slots.ends(self.device)) + self.rows.shift
 
     def target_entries(self) -> TargetEntries:
@@ -112,7 +112,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. With recurrent layers a verified lone root is kept: states cannot be rolled back."""
+        """See `Verifier.close`. With recurrent layers a lone root is kept, since it has changed their states."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

@@ -141,8 +141,8 @@ _REPLACED = (
 class WholeTree:
     """Computes a tree in the mixers during one forward of the target: each node once, and no state changes.
 
-    The functions that replace scans and convolutions get it as the keyword `resps_tree`; see `reading_trees`. `depths`
-    `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` are each layer's before the tree.
+    The functions that replace scans and convolutions get this object as `resps_tree`; see `reading_trees`. `depths`
+    `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` holds each layer's states before the tree.
     """
 
     def __init__(self, depths: Tensor, ancestors: Tensor, states: Mapping[int, LayerStates]) -> None:
@@ -191,7 +191,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Index each node's convolution inputs, `[b, n, kernel]`, in `size` state entries that the nodes follow."""
+        """Index the convolution inputs of each node, `[b, n, kernel]`, among `size` state entries, then nodes."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
@@ -286,12 +286,12 @@ def _for_heads(parts: Tensor, heads: int) -> Tensor:
 
 
 def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
-    """Subtract from each node's decay its ancestors': `[..., n, any]` -> `[..., n, n, any]`, elsewhere -inf."""
+    """Subtract each ancestor's decay from each node's: `[..., n, any]` -> `[..., n, n, any]`; -inf for other pairs."""
     return (decays.unsqueeze(-2) - decays.unsqueeze(-3)).masked_fill_(~ancestors.unsqueeze(-1), float("-inf"))
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Multiply nodes `left` with ancestors `right`, `[..., n, k]` each, decayed by `between`: `[..., n, n]`."""
+    """Multiply each node of `left` by its ancestors in `right`, `[..., n, k]`, faded by `between`: `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
@@ -313,7 +313,7 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Replaces a scan or a convolution: computes a tree if it gets one, else calls the original function."""
+    """Replaces a scan or a convolution: computes a tree if it gets `resps_tree`, else calls the original function."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads
@@ -460,7 +460,7 @@ class RecurrentMixers:
         self._mixers = known_mixers(target)
         self._readers = reading_trees(self._mixers.values())
         self._kinds: StateKinds | None = None
-        self._noted: list[Tensor] = []  # by the newest tree, until `keep` or `drop`
+        self._noted: list[Tensor] = []  # values noted for the newest tree, until `keep` or `drop`
 
     def __bool__(self) -> bool:
         return bool(self._mixers)
@@ -474,7 +474,7 @@ class RecurrentMixers:
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
-        """Yield extra arguments for the forward over a tree: none for a root alone, which advances the states."""
+        """Yield extra keywords for a forward over a tree; none for a lone root, whose forward advances the states."""
         self.drop()
         if not self._mixers or tree.node_count == 1:
             yield {}

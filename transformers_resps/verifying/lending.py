@@ -11,7 +11,7 @@ from torch.nn import Module
 
 
 class Change(NamedTuple):
-    """Sets attribute `name` of `owner` to `make(original value)`."""
+    """A change that sets attribute `name` of `owner` to `make(original value)`."""
 
     owner: Any
     name: str
@@ -27,7 +27,7 @@ class _Value(NamedTuple):
 @dataclass
 class _Loan:
     own: Any  # the value before all calls
-    values: list[_Value] = field(default_factory=list)  # one of each call that runs, the winner last
+    values: list[_Value] = field(default_factory=list)  # one for each running call; the last one is set now
 
 
 class Lent:

@@ -30,21 +30,21 @@ Masks = Tensor | dict[str | None, Tensor | None] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionPattern:
-    """Which keys a query sees, given the positions of both; the same for all layers of one type."""
+    """Says which keys a query attends to, given the positions of both; all layers of one type share a pattern."""
 
     window: int | None = None  # number of positions that a query sees, up to its own; `None`: all
     is_causal: bool = True  # whether a query sees no later position
 
     @classmethod
     def of_type(cls, layer_type: str, config: PretrainedConfig) -> "AttentionPattern":
-        """Make the pattern of a layer type from a text config; unlike `attention_patterns`, without a cache."""
+        """Make the pattern of a layer type from a text config alone; `attention_patterns` needs a cache, too."""
         return cls(config.sliding_window if layer_type == "sliding_attention" else None)
 
     def mask(self, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Make the bool mask `[..., q, s]`, true where a query sees a key; the positions of both broadcast to it.
+        """Make the bool mask `[..., q, s]`, true where a query sees a key; `queries` and `keys` are positions.
 
-        `seen` is a mask that already hides padding, other branches and later keys, to which the window is added.
-        Without it only the positions decide.
+        The positions broadcast to the mask's shape. If `seen` is given, it is a mask that already hides padding, other
+        branches and later keys, and only the window is added. Without `seen` only the positions decide.
         """
         if seen is None:
             seen = keys <= queries if self.is_causal else torch.ones_like(queries - keys, dtype=torch.bool)
@@ -121,7 +121,7 @@ def _tree_mask(
     dtype: torch.dtype,
     ends: Tensor | None,
 ) -> Tensor:
-    """Make the mask of one pattern. Windows count slots, as in Transformers; a node's is its row's end plus depth."""
+    """Make the mask of one pattern. As in Transformers, windows count cache slots; a node's slot is `ends` + depth."""
     (rows, count), device = tree.tokens.shape, tree.tokens.device
     visible = past if pattern.window is None else min(past, pattern.window - 1)
     is_cut = pattern.cuts(past + count)
@@ -143,7 +143,7 @@ def _tree_mask(
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
-    """Compute the nodes' position ids `[..., b, n]` from the roots', `[..., b, 1]` or one number for all rows."""
+    """Add the nodes' depths to the roots' position ids, `[..., b, 1]` or one number for all rows: `[..., b, n]`."""
     return tree.depths + root_positions
 
 

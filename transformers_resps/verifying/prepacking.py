@@ -115,7 +115,7 @@ class PackedWeights:
 
 
 def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Module:
-    """Make a module of another class with the attributes of `module`, some of them `changed`, as unpickling does."""
+    """Make a module of class `module_class` with the attributes of `module`, except those given in `changed`."""
     twin = module_class.__new__(module_class)
     twin.__setstate__(vars(module) | changed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return twin
@@ -143,8 +143,8 @@ def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees on CPUs, in float32, and in bfloat16 if the CPU multiplies it; elsewhere layers
-    work as before. Packed copies take as much memory as the weights. Results differ by rounding at most. Call it again
-    after weights were changed through `.data`, which cannot be noticed; PEFT's merge does so.
+    work as before. Packed copies take as much memory as the weights. Results differ by rounding at most. Changes of
+    weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
     Args:
         module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are

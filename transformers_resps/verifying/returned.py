@@ -28,7 +28,7 @@ class EndedRow:
     position: Tensor
 
     def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
-        """Run the target over the row's next tokens `[1, t]`, one by one if it has recurrent layers."""
+        """Run the target over the row's next tokens `[1, t]`, one by one if the target has recurrent layers."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
         for part in ahead.split(1 if is_recurrent(target) else len(ahead)):
@@ -99,7 +99,7 @@ class _Unread:
     """A cache that takes its layers from the cache that `make` returns, when they are first read."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
-        self._make, self._lock = make, Lock()  # another thread's call may read `layers`, too, before it reuses buffers
+        self._make, self._lock = make, Lock()  # another thread may read `layers`, too, before it overwrites buffers
         self.offloading, self.layer_class_to_replicate = False, None
 
     @cached_property
@@ -112,7 +112,7 @@ class _Unread:
             return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: the filled layers."""
+        """Return the state for copies and pickles, which hold the filled layers."""
         return {"layers": self.layers, "offloading": False, "layer_class_to_replicate": None}
 
 

@@ -12,9 +12,9 @@ from .masks import last_position
 
 
 class SlotMap:
-    """Which cache slots each row fills: slots from 0 on, first by the prompt's padding, then by the text in order.
+    """Tracks which cache positions (slots) each batch row fills: first by the prompt's padding, then by the text.
 
-    No row has a gap: a shorter row does not see the slots after its end, and its next entries overwrite them.
+    No row has a gap: a shorter row does not attend to the slots after its end, and its next entries overwrite them.
     `padding` `[b, s]` is 0 where the prompt has padding. All rows begin with `length` entries.
     """
 
@@ -22,7 +22,7 @@ class SlotMap:
         self.length = length  # number of entries of the longest row
         self._padding = None if padding is None else padding.bool()
         self._ends: list[int] | None = None  # `None` while all rows end together
-        self._copied_ends: Tensor | None = None  # `[b, 1]` on the device that asked last
+        self._copied_ends: Tensor | None = None  # `[b, 1]` on the device of the last call of `ends`
 
     @property
     def is_even(self) -> bool:
@@ -77,10 +77,10 @@ class SlotMap:
         return self.is_even and all(min(counts) == max(counts) for counts in blocks)
 
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
-        """Append blocks of entries, and return their slots and the next `ahead` slots.
+        """Record blocks of new entries; return the slots of these entries, and the next `ahead` slots.
 
-        A block gives the number of its entries in each row. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if all
-        rows are equal. A row with fewer entries in a block than another row repeats the slot of its last entry.
+        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if rows are
+        equal. A row with fewer entries in a block than another row repeats the slot of its last entry.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -123,7 +123,7 @@ class SlotMap:
 
 
 class RowEnds:
-    """The cache slot and the position of each row's next token.
+    """Tracks the cache slot and the position id of each row's next token.
 
     `positions` are those of the whole prompt, cached tokens included: `[b or 1, s]`, or `[planes, b or 1, s]` if a
     token has several positions (M-RoPE). `mask` `[b, s]` is 0 where the prompt has padding.
@@ -178,7 +178,7 @@ class RowEnds:
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 
     def expand(self, rows: int) -> None:
-        """Repeat the prompts' positions, so that they serve `rows` rows."""
+        """Repeat the prompts' positions for a batch of `rows` rows."""
         self._shift_by(self.shifts * (rows // len(self.shifts)))
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Check, for an architecture without tests, that a tree gets the same logits as its paths as plain texts."""
+"""Check, for an architecture without tests, that a tree's nodes get the same logits as tokens of plain text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ COMPARED = frozenset(
 )
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # of the largest logit; a node that sees its siblings differs far more
+_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # times the largest logit; wrong masks cause far more
 
 
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
@@ -54,8 +54,8 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
     """Return the largest difference between the logits of a tree and of the same text, and the largest logit.
 
-    Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, and one more
-    token verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has four tokens, if they fit.
+    Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, then one
+    more token is verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has up to four tokens.
     """
     vocabulary, most = target.config.get_text_config().vocab_size, last_position(target.config, 0)
     length = 4 if most is None else max(1, min(4, most - 4))  # the chain's five nodes follow
@@ -114,7 +114,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Whether a prompt and the tree of `_tree_error` get the same bits as the same tokens in chunks and one by one."""
+    """Whether logits of a prompt and a tree have the same bits when tokens are read in chunks and one by one."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)

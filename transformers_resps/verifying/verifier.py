@@ -29,8 +29,8 @@ from .slots.engine import SlotEngine
 class TargetEntries:
     """The target's cached keys and values, which some drafters read between steps; valid until the next forward.
 
-    A kind is a name in `config.layer_types`, or "full_attention" if there are none. Its entries are those of its last
-    layer with keys of its own.
+    A kind is a name in `config.layer_types`, or "full_attention" if there are none. For each kind, the entries are
+    those of the last layer of this kind that computes its own keys.
     """
 
     states: dict[str, tuple[Tensor, Tensor]]  # kind -> keys and values, [b, kv heads, s, hd] each
@@ -74,7 +74,7 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """The facts that decide the cost of the newest step; before any step, of the first one."""
+        """Facts from which the cost of the newest step is estimated; before any step, the cost of the first step."""
         return Pricing()
 
     @property
@@ -140,7 +140,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run the target over a tree; return logits `[b, n or more, v]` and features of its nodes, then of padding.
+        """Run the target over a tree; return its nodes' logits `[b, n or more, v]` and features, padding last.
 
         The caller must call `keep` or `undo` before the next tree.
         """
@@ -177,7 +177,7 @@ class Verifier(ABC):
         return copied_row(self.forward.cache, row, length)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled when it is first read, or `None` if the call's own cache must serve.
+        """Return a cache that is filled when it is first read, or `None` if the caller must use `forward.cache`.
 
         Afterwards only `close` may be called.
         """
@@ -194,7 +194,7 @@ class Verifier(ABC):
 
 
 class VerifyingMode(ABC):
-    """A way to verify trees: makes the verifier of each call, and tells calibration how to time this way."""
+    """Makes the verifier of each call, and holds the settings with which calibration times this way of verifying."""
 
     attention: ClassVar[str | None] = None  # its attention implementation; `None`: the target's own
     keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that select this mode

@@ -1,13 +1,13 @@
 """Attention whose result for a token depends only on its own text, not on the other tokens of the forward.
 
 A kernel chooses by the shape of the whole problem in which order it sums a row's keys, and in low precision another
-order may change the text. Here the keys are cut into blocks of one size at fixed places of the text, and PyTorch's
-kernel computes each block by itself. A softmax over the log-sum-exps of the blocks, in float64, joins their results,
-as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
+order may change the text. Here the keys are cut into blocks of one size at fixed places (indices) in the text, and
+PyTorch's kernel computes each block by itself. A softmax over the log-sum-exps of the blocks, in float64, joins their
+results, as in cascade attention (https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-All nodes of a tree share the blocks that end before its root; the place after them is the border. A later block is
-gathered for each path by itself, from the text and the path's nodes, and only nodes of that path query it. So a node
-gets the same bits as a token of plain text, alone or in a long prompt.
+All nodes of a tree share the blocks that end before its root; the first place after them is the border. A later block
+is gathered for each path by itself, from the text and the path's nodes, and only nodes of that path query it. So a
+node gets the same bits as a token of plain text, alone or in a long prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from ..masks import AttentionPattern, additive
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
 LENT = (STOCK, GROUPED, INVARIANT)  # attention of an `sdpa` target, perhaps changed by other threads' calls
-BLOCK = 64  # keys of a block
+BLOCK = 64  # number of keys in a block
 _ROWS = 4  # nodes that query a path's block together
 # Query rows are filled up to a multiple of this. PyTorch's CPU kernel takes 32 rows at a time, and MKL sums the last
 # one to three rows (one to seven with `MKL_CBWR=COMPATIBLE`) in another order.
@@ -50,9 +50,9 @@ def levels_below(place: int, depth: int) -> int:
 
 
 class BlockLayout(NamedTuple):
-    """Which blocks of keys the nodes of a tree, or the tokens of a prompt, attend to.
+    """Lists the blocks of keys that the nodes of a tree, or the tokens of a prompt, attend to; g counts `groups`.
 
-    Token i of the text has slot i in the buffers, and node i the slot i after the root's place in the text.
+    A place is a token's index in the text, and also its slot in the buffers. Node i has the i-th slot after the root.
     """
 
     shared: Tensor  # [blocks, BLOCK], places of the blocks that all nodes share
@@ -149,7 +149,7 @@ class _RowLayout:
     def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
         border, own = root // BLOCK * BLOCK, root % BLOCK
         self.groups, self.places = list[list[int]](), list[list[int]]()
-        self.paths, self.starts = list[list[int]](), list[int]()  # `[g, n + 1]` path nodes, then roots
+        self.paths, self.starts = list[list[int]](), list[int]()  # paths `[g, n + 1]` end with repeated roots
         count = len(depths)
         nodes = [node for node, depth in enumerate(depths) if depth or not node]  # without padding
         paths = {node: list(compress(range(count), ancestors[node])) for node in nodes}
@@ -187,7 +187,7 @@ class _RowLayout:
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """List the nodes of `paths` `[b, g]`: `[b, g, n + 1]`, filled up with roots. Path i ends at the i-th leaf."""
+    """List each group's path, then the root repeated: `[b, g, n + 1]`. If `paths` `[b, g]` is i, it ends at leaf i."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
@@ -197,9 +197,9 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 
 
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
-    """List the slots of blocks that begin at the places `starts` `[b, g]`, on paths with `nodes` `[b, g, n + 1]`.
+    """List the slots `[b, g, BLOCK]` of each group's block, which begins at the place `starts` `[b, g]`.
 
-    After a path's end the root's slot is repeated; the mask hides these repetitions.
+    `nodes` `[b, g, n + 1]` is the group's path. After its end the root's slot is repeated, which the mask hides.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -272,7 +272,7 @@ class BlockReads:
     def mask(self, pattern: AttentionPattern) -> Tensor:
         """Make the additive mask of a layer type, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: shared blocks, then groups.
 
-        Some targets pass a view of it on to attention.
+        Some targets hand attention a view of this mask.
         """
         layout = self.layout
         shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, pattern)
@@ -283,14 +283,14 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of queries at `places`, which see the keys of `pattern` up to the place `last`."""
+        """Make the additive mask of queries at `places`; `pattern` and the place `last` limit what they see."""
         seen = pattern.mask(places, keys, keys <= last)
         # Half the dtype's minimum, since kernels on a GPU multiply scores by log2(e). The minimum would become
         # infinite there, and a block with only infinite scores would get the log-sum-exp 0.
         return additive(seen, self._dtype, hidden=torch.finfo(self._dtype).min / 2)
 
     def for_layers(self, mask: Tensor, heads: int, kv_heads: int, slots: int) -> _LayerReads:
-        """Return what layers with this mask and these heads read of buffers with `slots` slots; they all share it."""
+        """Make the query rows and indices for layers with this mask and these heads, once for all such layers."""
         for known, its_heads, its_kv_heads, found in self._known:
             if known is mask and its_heads == heads and its_kv_heads == kv_heads:
                 return found
@@ -364,8 +364,8 @@ def invariant_attention(
 
     `query` is `[b, heads, n, hd]`. `key` and `value` are `[b, kv heads, slots, hd]`, the nodes' own entries included;
     `hd` of values may be smaller. `attention_mask` is from `BlockReads.mask`, `scaling` is `hd ** -0.5` when `None`,
-    and `s_aux` `[heads]` are scores of attention sinks. Dropout is ignored. Another thread's forward, which passes no
-    `resps_reads`, gets `grouped_attention`.
+    and `s_aux` `[heads]` are scores of attention sinks. Dropout is ignored. Without `resps_reads`, in another
+    thread's forward, `grouped_attention` runs.
 
     Returns `[b, n, heads, hd of values]`, and `None` for the weights.
     """
@@ -472,9 +472,9 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Let the target attend by `invariant_attention` inside a `with` block. Only one thread at a time may do so.
+    """Let the target use `invariant_attention` inside a `with` block, which one thread at a time may enter.
 
-    It has priority over `use_gqa_attention` in other threads, whose attention takes no `BlockReads`.
+    This overrides `use_gqa_attention` of other threads, since that attention does not accept `BlockReads`.
     """
     with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield

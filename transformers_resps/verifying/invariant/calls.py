@@ -1,6 +1,6 @@
 """Raise for calls that the exact mode (`invariant=True`) cannot serve, and make the verifiers of all others.
 
-Callers' processors, criteria or layers that read the clock or other rows cannot be noticed (docs/same-text.md).
+A caller's processor, criterion or layer that reads the clock or other rows is not detected (docs/same-text.md).
 """
 
 import logging
@@ -41,7 +41,7 @@ from .verifier import ExactSteps, InvariantSteps, ModelCode, TextReader, doubled
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-Obstacle = tuple[str, str]  # the part of the call that is refused, and the way out
+Obstacle = tuple[str, str]  # the part of the call that is refused, and what to do instead
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
 TRIED_DEVICES = ("cpu",)  # where the mode has run; it is written for GPUs, too: tests/lossless/test_gpu.py
@@ -117,7 +117,7 @@ def _of_call(
 
 
 def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
-    """Raise a `ValueError` if the entries' dtype shows autocast inside the forward, as after `Accelerator.prepare`."""
+    """Raise a `ValueError` if cache entries lack the weights' dtype: then autocast runs inside the forward."""
     dtypes = {str(part.dtype) for part in parts_of(engine.pattern(model))}
     odd = sorted(dtypes - {str(model.dtype)})
     if odd:
@@ -163,7 +163,7 @@ class InvariantMode(VerifyingMode):
 
 
 class InvariantCalls:
-    """Remembers how the `invariant=True` calls of one model ran, the caches that they filled, and their code."""
+    """Remembers the settings, the filled caches and the compiled code of one model's `invariant=True` calls."""
 
     def __init__(self, engine: SlotEngine) -> None:
         self._engine, self.code, self._row_classes = engine, ModelCode(), RowClasses()
@@ -182,7 +182,7 @@ class InvariantCalls:
     ) -> None:
         """Raise a `ValueError` for a target or a call whose text could depend on its drafts.
 
-        Warn once of each setting that may change rounding and differs from the first call's. `setting` maps the name
+        Warn once for each setting that may change rounding and differs from the first call's. `setting` maps the name
         of a generation setting to the value that `generate` resolves. `media` names the arguments that hold images,
         sounds or embeddings of prompts.
         """
@@ -198,7 +198,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the mode of an admitted call; a `ValueError` if kernels here round a row by the rows beside it."""
+        """Make the mode of a call; raise a `ValueError` if this machine's rounding of a row depends on other rows."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

@@ -26,7 +26,7 @@ _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of 
 
 @torch.library.custom_op("resps::multiply_segments", mutates_args=())
 def multiply_segments(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
-    """Multiply each expert's segment of `rows` `[s, i]` by the expert's weight, of `[experts, i, o]`: `[s, o]`.
+    """Multiply each expert's segment of `rows` `[s, i]` by its matrix in `weights` `[experts, i, o]`: `[s, o]`.
 
     This is one operator, so that compiled code need not know the segments. `ends` `[experts]` are the ends of the
     segments, in order. Each product has a multiple of `least` rows: adjacent rows fill up a segment, and their results
@@ -52,10 +52,10 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -> Tensor:
 def invariant_experts(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, least: int
 ) -> Tensor:
-    """Compute a module that has Transformers' `use_experts_implementation`; results are Transformers' up to rounding.
+    """Compute a module with Transformers' `use_experts_implementation`; results equal Transformers' up to rounding.
 
     `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's experts
-    and their weights. Products of a multiple of `least` rows round each row alike.
+    and their weights. Matrix products with a multiple of `least` rows round each row alike.
     """
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
@@ -127,7 +127,7 @@ class RoutedLayer(nn.Module):
 
 
 def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
-    """Yield the names and parts of the target's mixtures whose kernels must be tried; see `has_invariant_experts`.
+    """Yield names and parts of the target's mixtures of experts, whose kernels `RowClasses` tries.
 
     The parts are the products and the activation of one expert, each router that is no linear layer, and the whole
     mixture, computed with products of `least` rows, which suit any machine.

@@ -1,4 +1,4 @@
-"""A target's forward over static buffers in which a node's result depends only on its own text."""
+"""Run a target over static cache buffers so that a node's result depends only on its own text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,11 @@ class _FiniteSlotLayer(SlotLayer):
 
 
 class InvariantInputs(NamedTuple):
-    """The inputs of a forward over a tree or a part of a prompt. The tensors of a `BlockLayout` follow them."""
+    """The inputs of a forward over a tree or a part of a prompt. The tensors of a `BlockLayout` come next."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
-    roots: Tensor  # [b, 1], the root's place in the text
+    roots: Tensor  # [b, 1], the root's index in the text
     positions: Tensor  # [b, n, planes]
     kept: Tensor  # [k], the nodes whose logits are computed, in this order
 
@@ -41,8 +41,8 @@ class PartInputs(NamedTuple):
     depths: Tensor  # [1, t]
     ancestors: Tensor  # [1, t, t], see `DraftTree`
     roots: Tensor  # see `SlotInputs`
-    blocks: Tensor  # any values; their number is `Sizes.blocks`
-    levels: Tensor  # any values; their number is `Sizes.levels`
+    blocks: Tensor  # only its length is used, as `Sizes.blocks`
+    levels: Tensor  # only its length is used, as `Sizes.levels`
 
 
 _INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
@@ -51,7 +51,7 @@ _INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.",
 class InvariantForward(SlotForward):
     """Computes nodes so that each result depends only on the node's own text.
 
-    With `lock`, one thread at a time runs the target. Experts multiply a multiple of `least_rows` rows.
+    `lock` lets one thread at a time run the target. Experts multiply a multiple of `least_rows` rows.
     """
 
     is_invariant = True
@@ -88,7 +88,7 @@ class InvariantForward(SlotForward):
 
 
 class PartForward(InvariantForward):
-    """Computes some nodes of a tree, and also their layout on the device, so that it can be captured."""
+    """Computes the last nodes of a tree, and makes their layout on the device, so that a graph can capture both."""
 
     is_captured = True
 

@@ -45,7 +45,7 @@ def least_rows(
     counts: Sequence[int] = _COUNTS,
     starts: Callable[[int], Sequence[int]] = lambda count: (0,),
 ) -> int | None:
-    """Find the least of 1, 2, 4, 8 and 16 rows such that products over any multiple round rows alike; else `None`.
+    """Return the least r of 1, 2, 4, 8 and 16 so that any multiple of r rows rounds each row alike; else `None`.
 
     Args:
         answer: computes a range of rows of one sample together: `[len(rows), ...]`. These are rows of a matrix, or
@@ -79,7 +79,7 @@ def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: 
 
 
 def kernel_settings() -> dict[str, Hashable]:
-    """Settings that may give a layer other kernels on a CPU, by name; without autocast, which the mode refuses."""
+    """Return settings, by name, that may select other kernels on a CPU; not autocast, which the mode refuses."""
     onednn: Any = torch.backends.mkldnn
     # `torch.get_float32_matmul_precision()` raises where backends have different precisions.
     precision = onednn.matmul.fp32_precision
@@ -93,20 +93,20 @@ def kernel_settings() -> dict[str, Hashable]:
 
 @dataclass(frozen=True)
 class RowNeeds:
-    """How many rows of one target must be computed together."""
+    """Says how many rows matrix products of one target must have, so that each row rounds alike."""
 
     forward: int  # must divide the number of nodes of a forward, in all rows together
     is_exact: bool = False  # whether a forward must have exactly this number of nodes, all of one row
 
     @classmethod
     def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """Return the strictest needs on a kind of device: forwards of an exact number of rows."""
+        """Return needs that suffice on any machine with such a device: an exact number of rows in each forward."""
         *_, last = _ways(device)
         return last
 
 
 def _ways(device: torch.device) -> Iterator[RowNeeds]:
-    """Yield the needs that kernels of a kind of device may have, the cheapest first."""
+    """Yield the needs that kernels on such a device may have, the cheapest first."""
     if device.type == "cpu":
         yield RowNeeds(_CANDIDATES[0])
         yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
@@ -124,7 +124,7 @@ class RowClasses:
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel) -> RowNeeds:
-        """Find how many rows a forward of a target must have: 1 to 16, or 16 exactly, and on a GPU 32 exactly.
+        """Find what a forward's number of rows must be: a multiple of 1 to 16 or exactly 16; on a GPU exactly 32.
 
         In float64, whose rounding changes no token, 1 is enough. The first call costs about as much as a prompt of 60
         tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` if no such number serves
@@ -242,7 +242,7 @@ class _Layer(_RowwisePart):
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`; a linear layer gives each one result near 0.
+        """Draw rows `[size, inputs]`, for each of which a linear layer computes one result near 0.
 
         Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
@@ -287,7 +287,7 @@ class _Attention(_RowwisePart):
         return keeps_rows(self._answers(is_exact=True), (BLOCK - count, _PLACES - 2 * count), count)
 
     def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
-        """Make a function that attends for tokens of a sample as a prompt and as a tree; NaN if the results differ."""
+        """Make a function that computes attention of tokens as a prompt and as a tree; NaN if the results differ."""
         states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.device, self.dtype)
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
@@ -356,7 +356,7 @@ def _parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
 
 
 def _sizes(layer: Any) -> tuple[int, int]:
-    """Return the input and output size of a linear layer, or of one with an adapter; 0 for other modules."""
+    """Return the input and output size of a linear layer, with or without an adapter; 0 for other modules."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)

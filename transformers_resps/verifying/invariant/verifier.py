@@ -25,9 +25,9 @@ from .forwards import InvariantForward, InvariantInputs, PartForward, PartInputs
 from .row_classes import RowNeeds, kernel_settings
 
 
-_CHUNK = 128  # Most tokens of a prompt in one forward; results do not depend on it.
-_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # Lengths of the chains that try compiled code.
-_PLACE = 100  # Tokens of the text before these chains.
+_CHUNK = 128  # Largest number of prompt tokens in a forward; results do not depend on it.
+_TRIED = (2, 3, 4, 5, 8, 17, 32, 48)  # Lengths of the chains over which compiled code is checked.
+_PLACE = 100  # Number of tokens of the text before these chains.
 
 
 class ModelCode:
@@ -187,7 +187,7 @@ class InvariantSteps(VerifyingSteps):
         return buffers.parts()
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
-        """Compute a chain's logits `[count, v]` by compiled code, in a chain's or a tree's layout; rows are equal."""
+        """Compute one row's logits `[count, v]` over a chain by compiled code, in the layout of a chain or a tree."""
         rows = len(buffers[0])
         parents = (torch.arange(count) - 1).clamp(min=0).expand(rows, -1)
         tree = DraftTree.from_parents(torch.zeros_like(parents), parents).padded(self.count(count, rows, 1))
@@ -196,7 +196,7 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), buffers)[0][0, :count]
 
     def _trial_inputs(self, depths: Tensor, place: int) -> InvariantInputs:
-        """Make inputs at `depths` `[b, n]` after a place in the text; the sample's tokens are repeated there."""
+        """Make inputs for nodes at `depths` `[b, n]` after index `place` of a text that repeats the sample."""
         places, ends, sample = place + depths, self.texts.rows, self._code.sample
         tokens = torch.tensor(sample)[places % len(sample)]
         last = sys.maxsize if ends.last_position is None else ends.last_position
@@ -207,9 +207,9 @@ class InvariantSteps(VerifyingSteps):
 
 
 class ExactSteps(VerifyingSteps):
-    """Runs forwards of one row and a fixed number of nodes, for kernels that round by the whole shape of a problem.
+    """Runs forwards of one row and a fixed number of nodes, for kernels whose rounding depends on a product's sizes.
 
-    Larger trees take several forwards. `chunks` reads prompts, eagerly.
+    Larger trees take several forwards. `chunks` reads prompts, without compiled code.
     """
 
     pricing = Pricing(paths_cost=True)
@@ -224,7 +224,7 @@ class ExactSteps(VerifyingSteps):
         self._chunks.begin(cache)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run over each row's tree in parts; entries of nodes before a part are in their slots already."""
+        """Run the target over each row's tree in parts; earlier parts have written their entries to the buffers."""
         forward, texts, step = self._chunks.forward, self._chunks.texts, self._nodes
         self.pricing = self.pricing._replace(least_nodes=step)
         count = rounded_up(tree.node_count, step)
@@ -251,7 +251,7 @@ class ExactSteps(VerifyingSteps):
 
 
 def doubled(count: int) -> int:
-    """Round a number of needed slots up to a power of two, to have few sizes, since each is captured by itself."""
+    """Round a number of slots up to a power of two, to have few sizes, since a graph is captured for each."""
     return max(1 << (count - 1).bit_length(), WINDOW)
 
 
@@ -300,7 +300,7 @@ class TextReader:
         return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def read_chunk(self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor]) -> dict[int, Tensor]:
-        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` of rows that end in it."""
+        """Read a chunk of each row; return its features, and set `logits[row]` `[1, v]` if a row ends in it."""
         steps, rows = self._steps, len(prompt.counts)
         steps.check_code(rows, prompt.tokens[0])
         width = min(size, prompt.tokens.shape[1] - start)
@@ -341,7 +341,7 @@ class _PromptTexts:
     ) -> None:
         self.row, self.length = row, position_ids.shape[-1] - known  # uncached positions, with padding
         self._orders = [order[order >= known] for order in orders]
-        self.counts = list(map(len, self._orders))  # uncached tokens of each row, after `starts`
+        self.counts = list(map(len, self._orders))  # uncached tokens of each row, from `starts` on
         self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
         longest = torch.arange(max(self.counts), device=tokens.device)
         index = torch.stack([order[longest.clamp(max=len(order) - 1)] for order in self._orders])
@@ -353,7 +353,7 @@ class _PromptTexts:
         self._known = known
 
     def padded(self, states: Tensor) -> Tensor:
-        """Move the tokens' states `[b, t or more, h]` to their places in the padded prompts: `[b, length, h]`."""
+        """Spread the tokens' states `[b, t or more, h]` over the positions of the padded prompts: `[b, length, h]`."""
         places = torch.arange(self._known, self._known + self.length, device=states.device)
         index = torch.stack([torch.searchsorted(order, places, right=True) for order in self._orders]) - 1
         return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,6 +1,6 @@
 """Static buffers of keys and values, kept from call to call: token i of a row's text has slot i.
 
-A tree's nodes are written to the slots after the text; accepted nodes then move to the slots of their places in it.
+A tree's nodes are written to the slots after the text; accepted nodes then move to the slots next to the text.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from ..cache import replace_entries
 class SlotLayer(CacheLayerMixin):
     """A cache layer for one forward, over one layer's buffers `[b, kv heads, capacity, hd]`.
 
-    The forward writes its entries to the slots `written` `[b, n]`, and sees the first `size` slots.
+    The forward writes its entries to the slots `written` `[b, n]`, and attends over the first `size` slots.
     """
 
     is_compileable = True
@@ -67,7 +67,7 @@ def row_index(slots: Tensor) -> Tensor:
 
 
 class SlotBuffers:
-    """The buffers of all layers of a target, kept from call to call, and as large as the largest call needed.
+    """Keeps the static buffers of all layers of a target from call to call, as large as the largest call needed.
 
     A part is the keys or the values of one layer.
     """
@@ -80,7 +80,7 @@ class SlotBuffers:
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Remember an unread cache; if it still lives when these buffers are overwritten, it is filled before."""
+        """Remember a cache that is filled when first read, to fill it before these buffers are overwritten."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -90,7 +90,6 @@ class SlotBuffers:
 
     @property
     def size(self) -> int:
-        """Number of slots."""
         return self._rooms[0].shape[2] if self._rooms else 0
 
     def parts(self, row: int | None = None) -> list[Tensor]:
@@ -104,7 +103,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide `rows` rows of at least `size` slots, for parts of the shapes of `kinds`; new buffers hold zeros."""
+        """Ensure buffers of `rows` rows and at least `size` slots, for parts like `kinds`; new buffers hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -122,7 +121,7 @@ class SlotBuffers:
     def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
         """Copy the entries of a dynamic cache of `length` positions to the first slots.
 
-        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`, in a sliding layer only the last ones.
+        `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; sliding layers hold only the last ones.
         `orders` lists for each row the positions to copy, ascending. Surplus rows are copies of the last row.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):

@@ -1,4 +1,4 @@
-"""Compile or capture a target's forwards over static buffers, and own this code and these buffers."""
+"""Compile a target's forwards over static cache buffers, or capture them as CUDA graphs; keep code and buffers."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -20,7 +20,7 @@ _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # numbers of nodes in captured g
 
 
 class SlotEngine(CompileEngine[PreTrainedModel]):
-    """Compiles or captures the forwards of one target over static buffers, and owns these buffers."""
+    """Compiles or captures the forwards of one target over static cache buffers, and owns these buffers."""
 
     name = "the target's forward"
     duration = "A small model takes less than a minute on two cores."
@@ -62,7 +62,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward by compiled code, or eagerly if that fails. If `buffers` are one row's, `row` is its index."""
+        """Run a forward by compiled code, or eagerly if that fails. If `buffers` hold one row, `row` is its index."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -73,7 +73,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Find or make a forward's code. One row and a batch, each `row` and other feature layers have their own."""
+        """Return a forward's code, made separately for one row and a batch, for each `row`, and for other layers."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
     """Return the number of nodes to which each of `rows` trees of `count` nodes is padded.
 
-    On CUDA there are few such numbers, since each is captured. On a CPU the same code serves all from two nodes on.
+    There are few such numbers on CUDA, since each needs a graph. A CPU's compiled code runs any number from two on.
     """
     if device.type != "cuda":
         return max(count, 2, -(-LEAST_ROWS // rows))

@@ -18,7 +18,7 @@ from .buffers import SlotLayer, row_index
 
 
 class _PackedSlotLayer(SlotLayer):
-    """A slot layer for `PackedInputs`: `written` `[2, r]` are the slots and the rows of the packed nodes."""
+    """A `SlotLayer` for `PackedInputs`: `written` `[2, r]` holds the slots and batch rows of the r packed nodes."""
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         slots, rows = self._written
@@ -26,18 +26,18 @@ class _PackedSlotLayer(SlotLayer):
 
 
 class SlotInputs(NamedTuple):
-    """The inputs of a forward over a tree or a part of a prompt. Node i is written to slot i after the root's slot."""
+    """The inputs of a forward over a tree or a part of a prompt. Node i gets the i-th slot after the root's."""
 
     tokens: Tensor  # [b, n]
     depths: Tensor  # [b, n], below the root
     ancestors: Tensor  # [b, n, n] bool, see `DraftTree`
-    roots: Tensor  # [b, 1 + planes], the root's place in the text, and its positions
+    roots: Tensor  # [b, 1 + planes], the root's index in the text, then its position ids
     seen: Tensor  # [b, slots], false where a slot holds padding
     kept: Tensor  # [k], the nodes whose logits are computed, in this order
 
 
 class PackedInputs(NamedTuple):
-    """Like `SlotInputs`, but only the nodes in `packed` are computed, and not the padding of smaller trees."""
+    """Like `SlotInputs`, but the forward computes only the nodes in `packed`, and skips padding of smaller trees."""
 
     tokens: Tensor
     depths: Tensor
@@ -49,7 +49,7 @@ class PackedInputs(NamedTuple):
 
 
 PACKED_STEPS = "packed steps"  # `kind` of forwards over `PackedInputs`
-# Dimensions of each input, a character each: letters are sizes that change from call to call (b only in batches).
+# For each input a character per dimension: a letter if its size changes between calls (b only in batches), or a dot.
 _SIZES = ("bn", "bn", "bnn", "b.", "bs", "k")
 _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 
@@ -57,9 +57,9 @@ _PACKED_SIZES = ("bn", "bn", "bnn", "b.", "bs", "r", "k")
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
-    It returns the hidden states of `feature_layers` by `output_hidden_states`, since compiled code cannot gain hooks;
-    the last layer's states before the final norm are never asked for. `None` returns all states, so that one code
-    serves every head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
+    `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
+    the last layer's states before the final norm. With `None` the forward returns all states, so that one code works
+    for every head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
     """
 
     is_invariant = False
@@ -87,7 +87,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Take the `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
+        """Run over `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -132,8 +132,8 @@ class SlotForward:
 class HybridForward(SlotForward):
     """The forward of a target with recurrent layers.
 
-    The function also takes these layers' states, after the `SlotInputs`, and does not change them; see `StateKinds`.
-    It also returns, after the hidden states, the tensors that later advance the states; see `noted`.
+    `function` also gets these layers' states, after the `SlotInputs`, and leaves them unchanged; see `StateKinds`. It
+    returns, after the hidden states, the tensors with which the states are advanced later; see `noted`.
     """
 
     kind = "hybrid steps"
@@ -144,7 +144,7 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Take the `SlotInputs`, then states, then buffers."""
+        """Run over `SlotInputs`, then states, then buffers; see `SlotForward.function`."""
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)
@@ -156,7 +156,7 @@ class HybridForward(SlotForward):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Also replace the mixers' scans, see `reading_trees`."""
+        """Also replace the recurrent layers' scans inside the `with` block; see `reading_trees`."""
         with super().running(), reading_trees(known_mixers(self.target).values()):
             yield
 
@@ -164,8 +164,8 @@ class HybridForward(SlotForward):
 def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
     """Whether steps over a batch skip padding: real nodes are packed in one row, which only attention unpacks.
 
-    Layers must pass the forward's keywords on to attention. Captured graphs have a fixed number of nodes, so only CPUs
-    pack.
+    This needs layers that pass the forward's keywords on to attention, and a CPU, because the number of nodes of a
+    captured graph is fixed.
     """
     attention = target.config.get_text_config()._attn_implementation
     is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
@@ -187,7 +187,7 @@ def _laid_out(
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
     """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each layer type.
 
-    Where `are_computed` `[b, n]` is false, a node sees nothing, which costs least.
+    A node for which `are_computed` `[b, n]` is false attends to nothing, which is cheapest.
     """
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
@@ -223,7 +223,7 @@ def _run(
 
     The function returns the logits of the `kept` nodes, then the hidden states with the indices `read`.
     """
-    # `None` where a layer gets buffers at each forward; a layer that uses another's keys needs none, and stays.
+    # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [
         None if getattr(layer, "keys", None) is not None else _StatesAlone() if holds_state(layer) else layer
         for layer in cache.layers

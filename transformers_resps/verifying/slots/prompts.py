@@ -1,4 +1,4 @@
-"""Read prompts in parts, by the compiled code that verifies trees, into the same buffers."""
+"""Read prompts in parts into the static cache buffers, by the compiled code that verifies trees."""
 
 import torch
 from torch import Tensor
@@ -14,17 +14,17 @@ from .steps import SlotSteps, apart
 from .texts import SlotTexts, filled_up, rounded_up
 
 
-_PART = 256  # Most tokens of a part: in larger ones, masks would hide too many of the pairs that are computed.
-# Tokens and slots of a part are multiples of these, since each new size costs time to prepare its products.
+_PART = 256  # Largest number of tokens of a part: larger parts compute too many scores that the mask hides.
+# A part's numbers of tokens and slots are multiples of these, since preparing products of a new size takes time.
 _PART_STEP, _PART_WINDOW = 4, 32
-_PACKED_STEP = 16  # Tokens of several rows, packed into one row, are a multiple of this.
+_PACKED_STEP = 16  # If several rows are packed into one, its number of tokens is a multiple of this.
 
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
-    """Whether compiled code can read the prompt: on a CPU, if position minus slot is constant in each row.
+    """Whether compiled code can read the prompt: only on a CPU, if position id minus slot is constant in each row.
 
-    Recurrent layers need Transformers' scans. With 'longrope' the whole prompt decides the frequencies, so one forward
-    has to read it.
+    Not with recurrent layers, which need Transformers' scans, nor with 'longrope', where one forward must read the
+    whole prompt, because its length decides the frequencies.
     """
     target = forward.target
     if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:
@@ -57,7 +57,7 @@ class PartReader:
         return logits, features
 
     def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
-        """Make the inputs for a part `[b, t]` of a prompt from position `start` on; only the last logits are kept."""
+        """Make inputs for a part `[b, t]` of a prompt from position `start` on; only its last token gets logits."""
         ends, visible = self._texts.rows, self._texts.visible
         rows, width = tokens.shape
         count = apart(rounded_up(width, _PART_STEP), rows)

@@ -1,4 +1,4 @@
-"""Run a target over trees with static buffers: compiled or not, with recurrent layers or without."""
+"""Run a target over trees with static cache buffers, with or without compiled code and recurrent layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class RowStates:
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
         self._kinds = kinds
         self.tensors: Sequence[Tensor] = kinds.of(cache)
-        self.noted: tuple[Tensor, ...] = ()  # tensors of the newest tree that advance the states
+        self.noted: tuple[Tensor, ...] = ()  # values of the newest tree from which `advance` updates the states
 
     def advance(self, path: Tensor) -> None:
         """Advance the states along the accepted path `[rows, m]` of the newest tree."""
@@ -46,17 +46,17 @@ class VerifyingSteps(ABC):
 
     @abstractmethod
     def begin(self, cache: Cache) -> None:
-        """Prepare for trees, when the number of rows is known. `cache` holds the prompt, unless a reader follows."""
+        """Prepare for trees, once the number of rows is known. `cache` holds the prompt, if it was read already."""
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run the target over a tree, see `Verifier.verify`; results may have further rows and nodes, of padding."""
+        """Run the target over a tree; see `Verifier.verify`. The results may end with padding rows and nodes."""
 
 
 class SlotSteps(VerifyingSteps):
     """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    `options` are the caller's for `torch.compile`. `follows_parts` says that the same code has read the prompt.
+    `options` are for `torch.compile`. `follows_parts` is true if the same code has read the prompt in parts.
     """
 
     _over_slots: SlotForward
@@ -122,17 +122,17 @@ class SlotSteps(VerifyingSteps):
         self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count`, or, if a step may be the first to be compiled, a number that no other size equals."""
+        """Return `count`; if this step may be compiled first, return a number that no other size equals."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
 def apart(count: int, *others: int) -> int:
-    """Find the smallest number from `count` on that is not in `others`: the compiler would merge equal sizes."""
+    """Return the least number >= `count` that is not in `others`; the compiler assumes that equal sizes stay equal."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)
 
 
 def _unpacked(logits: Tensor, tree: DraftTree) -> Tensor:
-    """Spread logits `[r or more, v]` of the real nodes, row by row, to `[b, n, v]`; padding gets arbitrary values."""
+    """Unpack logits `[r or more, v]`, which list real nodes row by row, to `[b, n, v]`; padding gets any values."""
     rows, count = tree.tokens.shape
     if not tree.sizes:
         return logits[: rows * count].view(rows, count, -1)

@@ -1,4 +1,4 @@
-"""Track which slots of the buffers each row's text and newest tree fill, in few sizes for compiled code."""
+"""Track which slots (positions in the static cache buffers) each batch row's text and newest tree fill."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,23 +17,23 @@ Row = TypeVar("Row")
 Window = Callable[[int], int]
 
 
-WINDOW = 128  # A forward sees a multiple of this number of slots.
-# Extra slots, so that a buffer is never as long as the window that a forward sees: code compiled where two sizes are
-# equal assumes that they stay equal.
+WINDOW = 128  # A forward attends over a multiple of this number of slots.
+# Extra slots, so that a buffer is always longer than the part that a forward attends over: code compiled for equal
+# sizes assumes that they stay equal.
 SPARE = 16
 
 
 def windowed(count: int) -> int:
-    """Round a number of needed slots up to a multiple of `WINDOW`, which a forward sees."""
+    """Round a number of slots up to a multiple of `WINDOW`, so that forwards have few sizes."""
     return rounded_up(count, WINDOW)
 
 
 class SlotTexts:
-    """The texts of a batch in buffers: token i of a row's text has slot i, and a tree's nodes have the slots after it.
+    """The texts of a batch in static cache buffers: token i of a text has slot i; a tree's nodes have the next slots.
 
-    `pattern` is a filled cache, which shows the shapes of the target's entries. With `has_padding` the prompt's
-    padding has slots, too; else every text begins at slot 0. `window` rounds up how many slots a forward sees. The
-    buffers have `count` rows: the decoded rows, then copies of the last one; 0 before `begin`.
+    `pattern` is a cache with entries, which shows the shapes of the target's keys and values. With `has_padding` the
+    prompt's padding has slots, too; else every text begins at slot 0. `window` rounds up the number of slots that a
+    forward attends over. The buffers have `count` rows: the batch, then copies of its last row; 0 before `begin`.
     """
 
     roots: Tensor  # [count, 1], slots of the newest tree's roots
@@ -44,7 +44,7 @@ class SlotTexts:
         self.rows, self.buffers, self.pattern, self.count = rows, buffers, pattern, 0
         self._has_padding, self._window = has_padding, window
         self._hidden: list[int] = []  # for each row, how many positions of its prompt have no slots
-        self._seen: dict[int, Tensor] = {}  # slots -> which of them hold no padding
+        self._seen: dict[int, Tensor] = {}  # size -> the result of `visible`
         self._numbers = torch.empty(0, dtype=torch.long, device=rows.device)
 
     def begin(self, cache: Cache) -> None:
@@ -61,7 +61,7 @@ class SlotTexts:
         return [end - hidden for end, hidden in zip(self.rows.ends, self._hidden, strict=True)]
 
     def orders(self, length: int) -> list[Tensor]:
-        """For each row, which of the first `length` positions have slots, in the order of the slots."""
+        """List for each row those of the first `length` positions that have slots, in the order of the slots."""
         if self._has_padding:
             return [torch.arange(length)] * len(self.rows)
         seen = self.rows.slots.unpadded(length, len(self.rows), torch.device("cpu"))
@@ -75,7 +75,7 @@ class SlotTexts:
         return self._seen[size]
 
     def reserve(self, count: int) -> int:
-        """Grow the buffers to at least `count` slots if needed; return how many slots the forward sees."""
+        """Grow the buffers to at least `count` slots if needed; return how many slots the forward attends over."""
         size = self._window(count)
         if size > self.buffers.size:
             self.buffers.grow(2 * size + SPARE)
@@ -90,7 +90,7 @@ class SlotTexts:
     def nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return tokens, depths, ancestors and roots of the next tree, padded to the buffers' rows and `count` nodes.
 
-        The roots `[rows, 1 + planes]` hold each root's slot, then its positions.
+        The roots `[rows, 1 + planes]` hold each root's slot, then its position ids (several in M-RoPE).
         """
         own = [[place, *planes] for place, planes in zip(self.places, self.rows.roots, strict=True)]
         roots = torch.tensor(filled_up(own, self.count))
@@ -111,7 +111,7 @@ class SlotTexts:
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Drop all other rows; return the rows that the buffers keep, filled up with copies of the last one.
+        """Keep only these rows; return the indices that the buffers keep, filled up with copies of the last one.
 
         On a CPU a batch keeps at least two rows, since one row has separate code. On other devices the number of rows
         stays, for captured graphs.
@@ -124,7 +124,7 @@ class SlotTexts:
         return kept
 
     def give_back(self, cache: Cache, rows: slice, length: int) -> None:
-        """Copy the first `length` positions of some rows to a cache, in the cache's order with padding."""
+        """Copy some rows' entries at the first `length` positions, padding included, to a dynamic cache."""
         positions = torch.arange(length)
         orders = self.orders(length)[rows]
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1

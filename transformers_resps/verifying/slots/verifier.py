@@ -1,4 +1,4 @@
-"""Verify trees with static buffers: the verifier combines texts in buffers, steps over trees, and a prompt reader."""
+"""Verify trees with static cache buffers: combine buffered texts, forwards over trees, and a prompt reader."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,13 +22,13 @@ from .texts import SlotTexts, windowed, with_rows
 
 
 class PromptReader(Protocol):
-    """Reads the end `[b, t]` of a prompt into the buffers; see `Verifier.prefill`."""
+    """Reads the end `[b, t]` of a prompt into the static cache buffers; see `Verifier.prefill`."""
 
     def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]: ...
 
 
 class SlotVerifier(Verifier):
-    """Verifies trees with static buffers, in which token i of a text has slot i.
+    """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
     Without a `reader`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
     `close` copies all kept entries to that cache.
@@ -55,7 +55,7 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """See `Verifier.prefill`; a reader returns only the logits of the last token."""
+        """See `Verifier.prefill`. If there is a `reader`, only the last token's logits are returned."""
         if self._reader is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
@@ -67,7 +67,7 @@ class SlotVerifier(Verifier):
         self.reads_paths = self._steps.states is not None
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """See `Verifier.verify`; rows and nodes of padding are cut off here."""
+        """See `Verifier.verify`; this also removes the results of padding rows and nodes."""
         logits, features = self._steps.verify(tree)
         rows, count = tree.tokens.shape
         parts = [logits, *features.caught.values()]
@@ -106,11 +106,11 @@ class SlotVerifier(Verifier):
             self._steps.states.give_back(cache, rows)
 
     def unread_cache(self) -> Cache | None:
-        """Return a cache that is filled when it is first read, or else before the next call overwrites the buffers."""
+        """Return a cache that is filled when it is first read, at the latest before a call overwrites the buffers."""
         if not self._texts.count or not self.length or not self.is_even:
             return None
         cache, length, rows = self.forward.cache, self.length, slice(0, len(self.rows))
-        mode = torch.is_inference_mode_enabled()  # of this call, not of the later reader
+        mode = torch.is_inference_mode_enabled()  # the mode of this call, since the cache may be read in another
 
         def make() -> Cache:
             with torch.inference_mode(mode):
@@ -148,9 +148,9 @@ class SlotVerifier(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SlotMode(VerifyingMode):
-    """Verifies trees with static buffers, by compiled code if the call has an engine."""
+    """Verifies trees with static cache buffers, by compiled code if the call has an engine."""
 
-    options: dict[str, Any] | None = None  # the caller's for `torch.compile`
+    options: dict[str, Any] | None = None  # the caller's options for `torch.compile`
     stock_reads: bool = False  # whether Transformers' `generate` reads the prompt
 
     def __str__(self) -> str:
