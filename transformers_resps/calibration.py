@@ -132,7 +132,7 @@ def _check_target(target: Any, *, has_head: bool) -> None:
 
 
 def _admitted(target: PreTrainedModel) -> VerifyingMode:
-    """Return the invariant mode; raise if the target does not support it."""
+    """Return the verifying mode of calls with `invariant=True`; raise if the target does not support it."""
     calls = InvariantCalls(SlotEngine())
     calls.admit(target, partial(setting_of, model=target, config=None, arguments={}), {})
     return calls.mode(target)

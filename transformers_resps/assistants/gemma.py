@@ -21,7 +21,7 @@ from .loaded import LoadedModel
 
 
 class GemmaAssistant(LoadedModel):
-    """The source that drafts with an assistant of Gemma 4."""
+    """Drafts with an assistant model of Gemma 4."""
 
     reads_target = True
 
@@ -98,7 +98,7 @@ class _TargetCache(DraftCache):
 
 
 class _Queries(StepModel):
-    """Runs the assistant over the nodes of a level, which do not see each other."""
+    """Runs the assistant over all nodes of a tree level; the nodes do not attend to each other."""
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
         self._model = cast(Any, model)
@@ -141,7 +141,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, for a large vocabulary, only of those from `_nearest`."""
+        """Compute the logits of all tokens or, for a large vocabulary, only of the tokens from `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

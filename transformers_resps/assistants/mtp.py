@@ -225,7 +225,7 @@ class MtpHead(TrainableSource, nn.Module):
     ) -> "MtpHead":
         """Create untrained MTP layers in the target's dtype, on its device. Train them with `DraftHeadTrainer`.
 
-        They start as copies of the target's last layer that pass on the target's hidden state, which trains faster.
+        They start as copies of the target's last layer that output the hidden state unchanged: this trains faster.
         `save_pretrained` gives their tensors DeepSeek-V3's names.
 
         Args:
@@ -253,7 +253,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, with output projections set to zero so that it passes on the hidden state."""
+        """Copy the target's last layer, but with output projections of zero, so that it outputs its hidden state."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -530,7 +530,7 @@ class BoundMtp(TrainableModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Run MTP layer number `depth`, and then its norm, except if `fed_back` is "before"."""
+        """Run MTP layer number `depth`; then apply its norm, except if `fed_back` is "before"."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
         positions = places[-1]
         options: dict[str, Any] = {}

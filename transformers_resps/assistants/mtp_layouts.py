@@ -108,8 +108,8 @@ _COMPARED = 64  # Number of rows that are compared to recognise a copy.
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The names in a checkpoint of the tensors that together make one of our tensors. It is stored whole, as two
-    halves of its rows, or as one part for each expert.
+    """The names in a checkpoint of the tensors that together make one of our tensors. Ours is stored whole, as
+    two halves of its rows, or as one part for each expert.
     """
 
     # For each half: expert -> name. The key -1 means one tensor for all experts.
@@ -149,7 +149,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Map our name of each MTP tensor to its `names` in a checkpoint whose target has `layer_count` layers."""
+    """Map our name of each MTP tensor to its `Stored` names. The checkpoint's target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)

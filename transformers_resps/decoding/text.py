@@ -45,7 +45,7 @@ class StopConditions:
 
 
 class Text:
-    """Rows that all gain the same number of tokens.
+    """The text of each row, for one row or several rows that all gain the same number of tokens per step.
 
     Args:
         input_ids: the prompts `[b, s]`.

@@ -33,7 +33,7 @@ from .request import SpeculationState
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
     """Read the prompt, then run steps until all texts are finished.
 
-    Returns the texts, the report, and the cache that plain decoding would return, or `None` if none was asked for.
+    Returns the texts, the report, and the cache that plain decoding would return (`None` if the caller wants none).
     """
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()

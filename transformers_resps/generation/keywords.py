@@ -89,7 +89,7 @@ class Keywords:
         return isinstance(self.policy, str) and self.policy == PLAIN
 
     def or_else(self, other: "Keywords") -> Self:
-        """Return a copy that takes each keyword that is `None` from `other`."""
+        """Return a copy in which `other` supplies the value of each keyword that is `None` here."""
         said = {field.name: getattr(self, field.name) for field in fields(Keywords)}
         return replace(self, **{name: getattr(other, name) for name, value in said.items() if value is None})
 

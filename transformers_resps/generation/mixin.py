@@ -131,9 +131,9 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode a prepared call. `generate` of Transformers calls this, since it knows of no assistant.
+        """Decode a prepared call. Transformers' `generate` calls this method, since it gets no assistant from us.
 
-        It passes `inputs_tensor`, the encoder's input, only to a method whose signature has this name.
+        Transformers passes `inputs_tensor`, the encoder's input, only to a method whose signature has this name.
         """
         request, state = _request.get(), self.speculation_state
         if request.is_stock:

@@ -78,7 +78,7 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Return keywords of `generate`: greedy search at temperature 0, else sampling from the whole distribution."""
+    """Return keywords that let `generate` decode greedily (temperature 0) or sample from the whole distribution."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -392,14 +392,14 @@ def _has_active_adapter(target: nn.Module) -> bool:
 
 
 def _has_to_read(prepared: Prepared) -> bool:
-    """Whether Transformers' code has to read the prompt. Some multimodal classes need it for text too (EXAONE 4.5)."""
+    """Whether only Transformers' code can read the prompt; EXAONE 4.5 and others need this code for text, too."""
     config = prepared.target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     return prepared.hold_more_than_tokens or (may_hold_more and not is_compiled(prepared.target))
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
-    """Return whether all rows gain equally many tokens per step, and whether later steps leave out finished rows."""
+    """Return whether all rows gain equally many tokens per step, and whether steps leave out finished rows."""
     if len(prepared.input_ids) == 1:
         return True, False
     reason = _lockstep_reason(prepared)

@@ -47,7 +47,7 @@ from .keywords import AUTO, MTP, PLAIN, USE_MTP, CompileChoice, Keywords, Specul
 
 
 class Assistants:
-    """Keeps the sources of one target: loads each folder or Hub id once, and wraps each model in one source."""
+    """Keeps the drafters of one target: loads a folder or Hub id once, wraps each model in one `DraftSource`."""
 
     def __init__(self) -> None:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}

@@ -189,7 +189,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """Map the flag of each optional part to whether tensors or config show it. `check_exact` finds missing tensors."""
+    """For each optional part (bias or norm), return whether tensors or config show it. `check_exact` finds gaps."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
