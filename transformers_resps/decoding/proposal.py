@@ -43,7 +43,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count accepted nodes by who drafted them, in rows where `gained` is true; `paths` begin at the root."""
+        """Count accepted nodes of drafter and lookup, in rows where `gained` is true; `paths` begin at the root."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:

@@ -1,6 +1,6 @@
 """The texts that a call writes: `Text` appends tokens, `Batch` tracks which rows are still decoded.
 
-Each token makes the same calls (processors, criteria, streamer) as in plain decoding. Rows in lockstep gain
+Processors, criteria and streamer are called for each token as in plain decoding. Rows in lockstep gain
 equally many tokens per step and share one `Text`. Otherwise each row has its own `Text`, and none waits for another.
 """
 
@@ -152,7 +152,7 @@ class Text:
         return self._ends_silently(count) and reads_scores and not self._is_watched
 
     def can_process_at_once(self, tree: DraftTree) -> bool:
-        """Whether the processors can run on all nodes at once: they are stateless, and text and tree on one device."""
+        """Whether processors can run on all nodes at once: if they are stateless, and text and tree on one device."""
         is_here = tree.tokens.device == self._ids.device
         return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
 
@@ -295,7 +295,7 @@ class Batch:
         return every_row
 
     def drop_finished(self) -> list[int] | None:
-        """Do `Text.drop_finished` for the batch; return `None` also if the whole batch is finished."""
+        """Stop decoding finished rows like `Text.drop_finished`; return `None` also if the whole batch is finished."""
         if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
@@ -328,12 +328,12 @@ class Batch:
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:
-        """The processed scores `[b, v]` of each position, if they are stored; only for rows in lockstep."""
+        """The processed scores `[b, v]` of each position, if stored; all rows must share one `Text`."""
         return self._texts[0].scores
 
     @property
     def logits(self) -> tuple[Tensor, ...] | None:
-        """The raw logits `[b, v]` of each position, if they are stored; only for rows in lockstep."""
+        """The raw logits `[b, v]` of each position, if stored; all rows must share one `Text`."""
         return self._texts[0].logits
 
     @staticmethod

@@ -47,7 +47,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE of Transformers, but `head.to(torch.bfloat16)` does not round its frequencies. Rounding would change them
-    by up to 0.4%, which is wrong by a whole turn after about 1,600 positions.
+    by up to 0.4%, an error of a whole turn after about 1,600 positions.
     """
 
     def __init__(self, config: DraftHeadConfig) -> None:
