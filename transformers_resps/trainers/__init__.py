@@ -1,4 +1,4 @@
-"""Trainers for draft heads and policies, with the conventions of TRL."""
+"""Trainers for draft heads and policies, used like those of TRL."""
 
 from .features import FrozenTarget
 from .head_config import DraftHeadTrainingConfig

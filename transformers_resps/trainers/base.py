@@ -65,11 +65,11 @@ class ArtefactTrainer(Trainer):
         raise NotImplementedError
 
     def plain_card(self, repo_id: str) -> str:
-        """Return a minimal model card, for a repository without a card."""
+        """Return a minimal model card, to be written if the repository has no card."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
-        """Return the content of `metrics.json` for a finished run; `training` holds the size of the run."""
+        """Return the content of `metrics.json` for a finished run. Its entry `training` has the size of the run."""
         return {"training": {"steps": self.state.global_step}}
 
     def models(self) -> dict[str, str | None]:
@@ -91,7 +91,7 @@ class ArtefactTrainer(Trainer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run reached `max_steps` or was ended by early stopping; also true before `train`."""
+        """Whether the run has reached `max_steps` or was stopped early; also true before `train` is called."""
         return self.state.global_step >= self.state.max_steps or any(
             isinstance(callback, EarlyStoppingCallback)
             and callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -123,7 +123,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """Restore a run that already took its last step, else return `None`; Transformers would take one more step."""
+        """Restore a checkpoint of the run's last step without training; return `None` if steps are missing."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -164,7 +164,7 @@ class ArtefactTrainer(Trainer):
             ]  # no card or metrics of an earlier run
             try:
                 push_folder(folder, self.args, message, files=files)
-            except OSError as error:  # not worth losing hours of training: the next checkpoint is pushed, too
+            except OSError as error:  # training goes on: the next checkpoint is pushed, too
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -175,7 +175,7 @@ class ArtefactTrainer(Trainer):
     ) -> Any:
         """Push `artefact_folder` to `args.hub_model_id` in one commit and return the commit's URL.
 
-        A repository without a card gets a minimal card. `where` replaces `token`, `revision` or `private` of `args`.
+        A minimal card is added if there is none. `where` overrides `token`, `revision` or `private` of `args`.
         With several processes, only the main process pushes; the others return `None`.
 
         Raises:
@@ -190,7 +190,7 @@ class ArtefactTrainer(Trainer):
         return push_folder(self.artefact_folder, self.args, commit_message or "End of training", card=card, **where)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before training, so that no training is lost if the Hub refuses."""
+        """Create the repository; called before training, so that no training is lost if the Hub refuses."""
         if self.is_world_process_zero():
             self.hub_model_id: Any = make_unmeasured_repository(self.args)
 
@@ -224,7 +224,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics` to `metrics.json` in a head's or policy's folder, and keep other values of an existing file."""
+    """Add `metrics` to `metrics.json` in a head's or policy's folder; other values in the file are kept."""
     file = folder / METRICS
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
@@ -234,7 +234,7 @@ _LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Ends of the na
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
-    """Write `recipe.yaml`: a run's models (of local folders only the name) and its settings that are not defaults."""
+    """Write `recipe.yaml`: the names of a run's models, and its settings that differ from the defaults."""
     settings: dict[str, Any] = {}
     for field in fields(args):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -259,7 +259,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def written(place: str | Path) -> Iterator[None]:
-    """Raise errors of writing a run's files in the `with` block as `OSError`s that say where, why and what to do."""
+    """Convert errors of writing files in the `with` block to an `OSError` with `place`, the cause and a remedy."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -271,7 +271,7 @@ def written(place: str | Path) -> Iterator[None]:
 
 
 def destination_of(args: TrainingArguments, **where: Any) -> Destination:
-    """Return the Hub repository of a run; `where` replaces `token`, `revision` and `private` of `args`."""
+    """Return the Hub repository of a run; `where` overrides `token`, `revision` and `private` of `args`."""
     return Destination(
         args.hub_model_id or Path(str(args.output_dir)).absolute().name,
         private=where.get("private", args.hub_private_repo),
@@ -294,7 +294,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or only its `files`, in one commit, with `card` if there is none; return the commit's URL."""
+    """Upload a folder, or only its `files`, in one commit; add `card` if it has none. Return the commit's URL."""
     content: dict[str, Path | bytes] = {
         file.relative_to(folder).as_posix(): file for file in (_files(folder) if files is None else files)
     }
@@ -305,13 +305,13 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint with `trainer_state.json`, which is written last; `None` if there is none."""
+    """Return the newest complete checkpoint in `folder`: one with `trainer_state.json`, the last file; or `None`."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Raise `ValueError` if `folder` has a checkpoint with other `facts` (input -> hash); else save `facts` there."""
+    """Raise `ValueError` if `folder` has a checkpoint made with different `facts` (input -> hash); else save them."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -327,7 +327,7 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
 
 
 class InterruptionCallback(TrainerCallback):
-    """After one process received a signal, saves a checkpoint and stops all processes at the same step."""
+    """When one process has received a signal, saves a checkpoint and stops all processes at the same step."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -386,8 +386,8 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """If warmup and decay in `args` take more steps than the run, shorten both in proportion, with a warning."""
-    # Transformers would start in the middle of the decay
+    """Shorten warmup and decay in `args` in proportion, and warn, if they take more than the run's `steps`."""
+    # otherwise Transformers would start the run in the middle of the decay
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
     if not isinstance(decay, int) or warmup + decay <= steps:
@@ -413,7 +413,7 @@ class TimingCallback(TrainerCallback):
     """Counts the seconds of training and saves them with every checkpoint, so that a resumed run goes on counting."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds: float | None = 0.0  # `None` after resuming from a checkpoint without them
+        self.seconds: float | None = 0.0  # `None` after resuming from a checkpoint that does not store the seconds
         self._clock, self._last = clock, clock()
 
     def resume(self, checkpoint: str | Path) -> None:
@@ -440,7 +440,7 @@ class TimingCallback(TrainerCallback):
 
 
 def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
-    """Raise `ValueError` if the argument `name` is of none of the types `kinds`."""
+    """Raise `ValueError` if `value`, the argument `name`, has none of the types `kinds`."""
     if not isinstance(value, kinds):
         needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise ValueError(
@@ -463,6 +463,6 @@ def check_count(config: TrainingArguments, name: str, least: int, otherwise: str
 
 
 def check_mapping(config: TrainingArguments, name: str) -> None:
-    """Raise `ValueError` if a setting is neither a dict nor `None`."""
+    """Raise `ValueError` if the setting `name` is neither a dict nor `None`."""
     value = getattr(config, name)
     check_setting(config, name, value is None or isinstance(value, dict), "a dict or None, in a recipe a mapping")

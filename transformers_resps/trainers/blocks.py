@@ -9,9 +9,9 @@ from .losses import Teacher
 
 
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw a share of the positions that can be the root of a block; a share of 1 takes all without random numbers.
+    """Draw a share of the positions at which a block can start; a share of 1 takes all, without random numbers.
 
-    A position can be a root if its token and the next token are `predicted` (`[b, t]` bool). Returns positions
+    A block can start where this token and the next are `predicted` (`[b, t]` bool). Returns m positions per text,
     `[b, m]`, and `[b, m]` bool, false for padding.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
@@ -24,10 +24,10 @@ def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contexts_of(
     correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
 ) -> Tensor:
-    """Compute the vectors `[k, n, r]` whose products with a correction's table correct the logits of n blocks.
+    """Compute vectors `[k, n, r]` of rank r: times a correction's table, they are added to the logits of n blocks.
 
-    `hidden` `[k, n, h]` are the outputs that predict the tokens of k levels, `before` `[k, n]` the true tokens before
-    these, and `first` `[n, h]` the outputs at the root if these predict no token.
+    `hidden` `[k, n, h]` has the outputs that predict the tokens of k levels, `before` `[k, n]` the true token before
+    each, and `first` `[n, h]` the outputs at the blocks' roots, or `None` if those predict the first level.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
@@ -48,10 +48,10 @@ def selection_loss(
     chunk_size: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute the cross entropy `[n]` of a selector's scores of the likeliest tokens with the target's probabilities.
+    """Compute the cross entropy `[n]` of a selector's scores, for the head's likeliest tokens, with the target.
 
-    These are not renormalised over the likeliest tokens. The head's logits get no gradient. `contexts` `[n, r]` come
-    from `contexts_of`; the other arguments are those of `soft_cross_entropy`, for one level.
+    The target's probabilities are not renormalised over these tokens. The head's logits get no gradient.
+    `contexts` `[n, r]` come from `contexts_of`; for the other arguments see `soft_cross_entropy`, with one level.
     """
     losses = []
     for start in range(0, max(len(hidden), 1), chunk_size):
@@ -74,7 +74,7 @@ def shared_probability(
     bias: Tensor | None = None,
     added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute the overlap of head and target, 1 - L1 / 2, fp32 `[n]`, which a confidence head learns to predict.
+    """Compute the overlap of head's and target's probabilities, 1 - L1 / 2, fp32 `[n]`: a confidence head's labels.
 
     The arguments are those of `soft_cross_entropy`, for one level. Source: DSpark (arXiv 2607.05147).
     """

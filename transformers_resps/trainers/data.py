@@ -58,7 +58,7 @@ def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
 
 
 def is_streamed(rows: Any) -> bool:
-    """Whether a dataset has no length and is only iterated."""
+    """Return whether a dataset is a stream: it has no length and can only be iterated."""
     return not hasattr(rows, "__len__")  # needs no import of `datasets`
 
 
@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize a dataset and mask what has no loss; for evaluation also a dict of datasets. Errors name `name`."""
+        """Tokenize a dataset, or each of a dict, and mask tokens without a loss; errors call the dataset `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -107,7 +107,7 @@ class HeadTexts:
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
-        """Wrap a prepared dataset for a loader; with `feature_cache_dir`, rows include the target's features."""
+        """Wrap a prepared dataset for `loader`; with `feature_cache_dir` its rows include the target's features."""
         if is_streamed(rows):
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
@@ -120,7 +120,7 @@ class HeadTexts:
         """Return a loader of batches of at most `tokens_per_batch` tokens; `shuffle` has no effect on a stream."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share like rows
+        if isinstance(texts, StreamedBatches):  # each item is a batch; processes divide them as they would rows
             return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **options)
         batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
         return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **options)
@@ -132,12 +132,12 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:
-    """Yield the examples in which tokens are counted for a draft vocabulary: all, or the first ones of a stream."""
+    """Yield the examples from which a draft vocabulary is counted: all, or the first few thousand of a stream."""
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def questions_in(rows: Any) -> set[str]:
-    """Return the first user turns of a prepared dataset, or of a dict of them; empty for a stream."""
+    """Return the first user turns in a prepared dataset, or in a dict of datasets; empty for a stream."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
     questions = () if rows is None or is_streamed(rows) else rows["question"]
@@ -157,7 +157,7 @@ class PolicyPrompts:
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
-        """Tokenize the prompts of a dataset with the columns that `PolicyTrainer` takes; errors call it `name`."""
+        """Tokenize a dataset's prompts (see `PolicyTrainer` for the columns); errors call the dataset `name`."""
         check_dataset(dataset, name, may_stream=False)
         if not len(dataset):
             raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
@@ -209,7 +209,7 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Lets an attached target answer prompts, and records each answer in `folder`; existing files are reused."""
+    """Generates answers with an attached target, and stores a recording of each in `folder`; reuses existing files."""
 
     target: Any
     head: DraftHead | BlockHead
@@ -220,7 +220,7 @@ class AnswerRecorder(Generic[Recorded]):
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record the answers to prompts `[s]`, except answers of one token; several processes share the work."""
+        """Record and return answers to prompts `[s]`, except one-token answers; processes divide the missing ones."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ class AnswerRecorder(Generic[Recorded]):
 
     @cached_property
     def _made_with(self) -> str:
-        """Hash of everything that changes a recording, such as the target's weights."""
+        """Hash of everything that affects a recording, such as the target's weights."""
         recording: Any = self.recording
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
         kept = [self.head.fingerprint(), recording.__name__, recording.FORMAT, sorted(self.depths.items())]
@@ -275,7 +275,7 @@ _USUAL_CONTEXT = 256  # Assumed number of positions if there are no prompts.
 
 
 class PolicyData:
-    """Keeps the prompts of each dataset argument; makes recordings and measures costs when first needed."""
+    """The prompts of each dataset argument. Answers are recorded, and costs measured, when they are first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -305,7 +305,7 @@ class PolicyData:
 
     @cached_property
     def costs(self) -> CostTable:
-        """Costs of steps on this machine, from `OUTPUT_DIR/costs.json`; if missing, one process measures them."""
+        """Costs of steps on this machine, read from `OUTPUT_DIR/costs.json`; without that file they are measured."""
         file = self._folder / "costs.json"
         with self._args.main_process_first(desc="measuring what steps cost"):
             if not file.is_file():
@@ -316,7 +316,7 @@ class PolicyData:
 
     @property
     def usual_context(self) -> int:
-        """Number of positions at the middle of the answer to a prompt of median length."""
+        """A typical number of positions while decoding: the median prompt plus half of the longest answer."""
         lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
         return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
 
@@ -337,7 +337,7 @@ class PolicyData:
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
-        """Compute the result of every shape of `grid` at every position of the answers to a dataset's prompts."""
+        """Compute what each tree shape of `grid` yields at every position of the answers to a dataset's prompts."""
         if name not in self._replays:
             most = max(shape.total_tokens - 1 for shape in grid.shapes)
             texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))
@@ -357,7 +357,7 @@ class PolicyData:
         return LiveRollouts(self.pair.target, self.pair.head, prompts, **options)
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
-        """Hash all inputs of training a policy over `grid`; a run resumes only with the same hashes."""
+        """Return a hash of each input of training a policy over `grid`; a run resumes only if all hashes are equal."""
         longest = max(prompts.longest for prompts in self.prompts.values())
         seconds = [[self.costs.step_seconds(shape, context) for shape in grid.shapes] for context in (0, longest)]
         return {

@@ -1,4 +1,4 @@
-"""Computes the target's outputs from which a head learns (features, hidden states, best tokens), or caches them."""
+"""Computes, and can cache, the target's outputs from which a head learns: features, hidden states, best tokens."""
 
 import hashlib
 import inspect
@@ -27,7 +27,7 @@ from .losses import Teacher
 
 
 _PICK_CHUNK = 512  # Number of positions whose full logits are in memory at once.
-_SAME = 0.02  # Largest difference of equal features, as a share of the largest feature, due to half precision.
+_SAME = 0.02  # Features that differ by less count as equal, given half precision; a share of the largest feature.
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class FrozenTarget:
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        `predicted` `[b, t]` marks the tokens for which the target's best token is computed; `None` computes all, which
+        The target's best token is computed for tokens marked in `predicted` `[b, t]`. `None` marks all tokens; this
         takes a fifth longer. See `collate` for `image_inputs`.
 
         Raises:
@@ -103,7 +103,7 @@ class FrozenTarget:
         return features.concatenated(), outputs[-1].last_hidden_state
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
-        """Raise `ValueError` if features depend on later tokens, which `generate` does not know yet."""
+        """Raise `ValueError` if features depend on later tokens, because later tokens do not exist in decoding."""
         other = input_ids.clone()
         other[:, -1] = (other[:, -1] == 0).long()
         before, after = (self._outputs(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
@@ -116,7 +116,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Return the best token over the whole vocabulary; scale and soft cap do not change it and are not applied."""
+        """Return the likeliest token at each wanted position; scale and soft cap are left out: they keep the order."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token
@@ -143,7 +143,7 @@ class CachedFeatures(PreparedTexts):
     """Texts with the target's outputs on disk, so that training does not run the target.
 
     Missing outputs are computed when the object is made. Each block of 64 texts has a safetensors file, named by a
-    hash of the texts. So a killed run continues, and if texts are appended to a dataset, only these are computed.
+    hash of the texts, so a killed run continues, and after texts are appended only the new ones are computed.
     """
 
     def __init__(

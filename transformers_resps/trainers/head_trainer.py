@@ -99,7 +99,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         if head is None:
             examples = [] if rows is None else counted_examples(rows)
             head = new_head(loaded, examples, self.tokenizer, args, **settings)
-        elif rows is not None:  # raises if the head could learn nothing
+        elif rows is not None:  # raises if the draft vocabulary has no token of the answers
             vocabulary_of(unwrapped(head), counted_examples(rows))
         self._origin: str = unwrapped(head).name_or_path  # folder or Hub id; empty for a new head
         if peft_config is not None:
@@ -147,11 +147,11 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     @property
     def head(self) -> Any:
-        """The head in training, without wrappers for adapters or several processes."""
+        """The head in training, without the wrappers of PEFT and of distributed training."""
         return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
-        """Return the tokens that the head can propose, and their share of all tokens of the training answers."""
+        """Return the tokens that the head can propose, and which share of the training answers' tokens they are."""
         return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,9 +165,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of all levels, divided by the number of predicted tokens in the optimiser step."""
+        """Compute the sum of all levels' losses, divided by the number of predicted tokens in the optimiser step."""
         if model.training:
-            self._speed.start(self.state.global_step)  # not earlier, because a resumed run knows its step only here
+            self._speed.start(self.state.global_step)  # a resumed run does not know its step before
         loss, losses, hits, predicted = self._loss(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
@@ -192,7 +192,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as in Transformers; add the agreement with the target per level, and tau of the default tree."""
+        """Evaluate as in Transformers; also compute each level's agreement with the target, and tau."""
         began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -207,7 +207,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as in Transformers; after training also write `metrics.json` to the head's folder."""
+        """Evaluate as in Transformers; after training also write `metrics.json` into the head's folder."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
@@ -239,7 +239,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
     def _tau(self, texts: Any) -> float:
-        """Simulate tau of the default tree on `tau_texts` of the texts, of evenly spread lengths."""
+        """Simulate tau (tokens per target forward) of the default tree, on `tau_texts` texts of various lengths."""
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -285,7 +285,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._loader(self._train_texts, shuffle=True)
 
     def _positions(self, texts: PreparedTexts | StreamedBatches) -> int:
-        """Return the number of positions of the run, over all epochs and processes, padding included."""
+        """Return how many positions the run computes over all epochs and processes, padding included."""
         args = self.args
         if isinstance(texts, PreparedTexts) and args.max_steps <= 0:
             return int(args.num_train_epochs * sum(texts.lengths))
@@ -363,7 +363,7 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the head's output rows if `is_frozen`; raises `ValueError` if this head does not allow the choice."""
+    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if they must be, or cannot be, frozen."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -383,7 +383,7 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a copy of a head to `folder` in `dtype`, with its adapters merged into its weights."""
+    """Write a copy of a head to `folder` in `dtype`; adapters are merged into the weights of the copy."""
     head = copy.deepcopy(model)
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
@@ -395,7 +395,7 @@ _MEASURED = "1.6 after 150,000, 1.8 after 390,000, 1.9 after 560,000"  # SmolLM2
 
 
 def warn_if_small(tokens: int) -> bool:
-    """Warn, and return true, if a run over `tokens` positions is too small for a useful head."""
+    """Return whether a run over `tokens` positions is too small for a useful head, and if so warn."""
     if tokens >= MIN_USEFUL_TOKENS:
         return False
     logger.warning(
@@ -412,7 +412,7 @@ def warn_if_small(tokens: int) -> bool:
 class LevelMeter:
     """Sums, for each level since the last reset, the loss and how often the head's best token is the target's.
 
-    If the target's best token is outside the draft vocabulary, this counts as a miss, as in decoding.
+    A best token of the target that is outside the draft vocabulary counts as a miss, as in decoding.
     """
 
     def __init__(self, levels: int) -> None:
@@ -440,7 +440,7 @@ class LevelMeter:
 
 
 class RunSpeed:
-    """Measures the speed between two lines of metrics and estimates the remaining time."""
+    """Measures the training speed between two lines of logged metrics, and estimates the remaining time."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None  # seconds and step
@@ -454,7 +454,7 @@ class RunSpeed:
             self._since = self._since[0] + seconds, self._since[1]
 
     def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """Return `tokens_per_second` and `minutes_left`, given the tokens since the last call; empty before a step."""
+        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; empty without a step."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

@@ -55,7 +55,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Raise `ValueError` if a folder or Hub id holds a draft head; `hub` is as in `holds_head`."""
+    """Raise `ValueError` if the folder or Hub id `target` holds a draft head; `hub` is passed to `holds_head`."""
     if holds_head(target, **hub):
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
@@ -69,7 +69,7 @@ def context_of(target: PreTrainedModel) -> int:
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """Return the given tokenizer or processor's tokenizer, checked to fit the target; by default the target's own."""
+    """Return `processing_class` or its tokenizer, or by default the target's; raise if it does not fit the target."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)
@@ -104,7 +104,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load a head by name, see `load_head`; if it is a whole model, the error mentions `argument`."""
+    """Load the head `name` by `load_head`; if that is a whole model, the error says which `argument` is wrong."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:
@@ -123,8 +123,8 @@ def new_head(
 ) -> TrainableSource:
     """Make a float32 head for `target`, of the kind `args.new_head`, with the config fields `init_kwargs`.
 
-    Its draft vocabulary is the most frequent tokens of the answers in `examples`, always with end tokens and special
-    tokens. If `args.draft_vocab_size` is 0, it is the whole vocabulary, and `examples` are not read.
+    Its draft vocabulary has end tokens, special tokens, and the most frequent tokens of the answers in `examples`. If
+    `args.draft_vocab_size` is 0, it has the whole vocabulary, and `examples` are not read.
     """
     everything = text_config(target).vocab_size
     ids = None
@@ -149,7 +149,7 @@ def holds_head(name: str, **hub: Any) -> bool:
 
 
 def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Select those loading arguments that say where the files are."""
+    """Select from loading arguments the ones that locate files, such as `revision`."""
     return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
@@ -186,7 +186,7 @@ class Pair:
         tokenizer: Any,
         args: PolicyTrainingConfig,
     ) -> "Pair":
-        """Make a pair: load target and head if they are names, the target to `args.device`, and attach the target."""
+        """Load target and head if given by name, attach the target, and check that head and tokenizer fit it."""
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..verifying.prepacking import packed_linear
 
 
-_CACHED_ROWS = 32  # The fp32 logits of so many positions stay in a CPU's cache.
+_CACHED_ROWS = 32  # Number of positions whose fp32 logits fit into a CPU's cache.
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Teacher:
     bias: Tensor | None = None  # [d] bias of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Return the probabilities fp32 `[c, d]` at the positions `rows`, normalised over the draft vocabulary."""
+        """Return the fp32 probabilities `[c, d]` of c positions, `rows`, normalised over the draft vocabulary."""
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
@@ -60,8 +60,8 @@ def soft_cross_entropy(
         added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
 
     Returns:
-        The weighted sum; and, without gradient and only for non-zero weights, each level's unweighted sum `[k]` and
-        how often `[k]` its best token is the target's best token.
+        The weighted sum. Also, without gradient and only for non-zero weights: each level's unweighted sum `[k]`, and
+        how often each level's best token is the target's best token, `[k]`.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]
@@ -82,7 +82,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *pairs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the loss; `pairs` alternates states and output rows, whose products are added up to the logits."""
+        """Compute the loss. `pairs` alternates states and output rows; the logits are the sum of their products."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]
         grads = [
             torch.zeros_like(part, dtype=torch.float32 if place % 2 else part.dtype) if trained[place] else None
@@ -123,13 +123,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the fp32 cross entropy `[c]` and whether `best` has the highest logit; write gradients into `logits`."""
+    """Return the cross entropy, and whether `best` has the top logit, for c positions; write gradients to `logits`."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()
         top = exact.argmax(-1, keepdim=True)
         predicted = exact.softmax(-1)
-        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the highest one never underflows
+        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the highest never underflows
         losses.append(normaliser.squeeze(-1) - torch.linalg.vecdot(wanted, exact))
         tops.append(top.squeeze(-1))
         part.copy_(predicted.sub_(wanted))
@@ -143,11 +143,11 @@ def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Choose the positions (slots) that a batch's losses need, the same number q in each text of a batch `(b, t)`.
+    """Choose the positions (slots) at which a batch of texts `(b, t)` needs outputs: the same number q per text.
 
-    `rows` `[m]` is the text of each predicted token, and `slots` `[k, m]` the position that predicts it at each level;
-    numbers below 0 count as 0. Returns the chosen positions `[b, q]`, ascending, and the index `[k, m]` of `slots` in
-    them.
+    For m predicted tokens, `rows` `[m]` are their texts, and `slots` `[k, m]` the positions that predict them at each
+    level; numbers below 0 count as 0. Returns the chosen positions `[b, q]`, ascending, and the indices `[k, m]` at
+    which `slots` are among them.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

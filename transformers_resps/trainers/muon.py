@@ -1,4 +1,4 @@
-"""One optimiser with Muon for matrices and AdamW for the other parameters, with one state dict and one schedule.
+"""An optimiser that uses Muon for matrices and AdamW for other parameters, with one state dict and schedule.
 
 `torch.optim.Muon` takes only matrices. On every device it iterates in bfloat16, which takes `5 (4 m^2 n + 2 m^3)`
 operations for a matrix `[m, n]`, m <= n. With eigenvalues it takes `4 m^2 n + 2 m^3` operations, plus some 9 m^3 for
@@ -19,7 +19,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Coefficients of the polynomial in K
 _ITERATIONS = 5
 _SMALLEST = 1e-7  # Lower limit of the norm by which a matrix is divided.
 _MOMENTUM = 0.95  # Decay rate of Nesterov's momentum.
-_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # In the names of matrices with a row for each token.
+_TABLES = ("lm_head", "embed", "markov_w", "codebook")  # Name parts of matrices that have a row for each token.
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training objectives for draft heads, whose levels read earlier levels, and block heads, which draft in one pass."""
+"""Training objectives: for draft heads (a level reads earlier levels) and block heads (all levels in one pass)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 
 
 class Objective(ABC):
-    """Computes the loss of a kind of head for a target."""
+    """Base class: computes the training loss of one kind of head for a target."""
 
     def __init__(self, target: FrozenTarget, args: DraftHeadTrainingConfig) -> None:
         self.target, self.levels, self.decay = target, args.ttt_steps, args.ttt_step_decay
@@ -47,8 +47,8 @@ class Objective(ABC):
     ) -> Loss:
         """Compute the loss of right-padded texts `[b, t]` over the `predicted` tokens, `[b, t]` bool.
 
-        `model` is the head in the wrappers of distributed training, whose gradient hooks need a call of its forward;
-        `read` are the target's outputs.
+        `model` is the head, wrapped for distributed training: call its forward, so that the gradient hooks run.
+        `read` has the target's outputs for the texts.
         """
 
 
@@ -67,7 +67,7 @@ class LevelObjective(Objective):
         self, head: TrainableSource, model: nn.Module, tokens: Tensor, predicted: Tensor, read: TargetFeatures
     ) -> Loss:
         bound = head.bind(self.target.model, head)  # type: ignore[arg-type]  # a module, too
-        rows, positions = predicted.nonzero(as_tuple=True)  # the n predicted tokens
+        rows, positions = predicted.nonzero(as_tuple=True)  # of the n predicted tokens
         levels = torch.arange(self.levels, device=positions.device)[:, None]
         slots = positions - 2 - levels  # [k, n]
         exists = slots >= 0
@@ -89,7 +89,7 @@ class LevelObjective(Objective):
 
 
 class BlockObjective(Objective):
-    """Computes the loss of a block head at random root positions; evaluation takes all possible positions.
+    """Computes the loss of a block head for blocks that start at random positions, in evaluation at all positions.
 
     Each position of a block learns the target's distribution. A correction, if the head has one, gets the true token
     before the position. DFlash's decay exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. Positions
@@ -123,7 +123,7 @@ class BlockObjective(Objective):
         hidden = bound.predicting(slots, self.levels).movedim(2, 0)  # [k, b, m, h]
         levels = torch.arange(self.levels, device=tokens.device)[:, None, None]
         texts, ends = torch.arange(len(tokens), device=tokens.device)[:, None], anchors + 1 + levels
-        places = ends.clamp(max=tokens.shape[1] - 1)  # [k, b, m] of the predicted tokens
+        places = ends.clamp(max=tokens.shape[1] - 1)  # [k, b, m] positions of the predicted tokens; m blocks per text
         exists = (predicted[texts, places] & (places == ends) & drawn).cumprod(0).bool()
         before, token_ids = tokens[texts, places - 1], head.draft_token_ids
         learnt = exists & torch.isin(read.picks[texts, places - 1], token_ids)
@@ -149,7 +149,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call `soft_cross_entropy` for n outputs of one level; add the losses of selector and confidence head."""
+        """Return the loss of n outputs of one level, with the losses of a selector and confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         total, losses, hits = soft_cross_entropy(
@@ -173,7 +173,7 @@ class BlockObjective(Objective):
 
 
 def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
-    """Yield each group of levels that share an output head, with that head's rows and bias."""
+    """Yield the levels that share an output head, and its output rows and bias, for each output head."""
     if model.depths == 1:
         yield list(range(levels)), model.output_rows()
     else:
@@ -181,7 +181,7 @@ def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[i
 
 
 def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
-    """Return the objective for a kind of head; raises `ValueError` if the settings do not fit the head."""
+    """Return the class that computes the loss of `head`; raises `ValueError` if `args` do not fit the head."""
     reference = kind_of(head).objective
     assert reference is not None
     objective: type[Objective] = reference.load()

@@ -138,7 +138,7 @@ class PolicyTrainingConfig(TrainingArguments):
 
     def _check_updates(self) -> None:
         """Raise `ValueError` if the run or a checkpoint would end inside an update, as that cannot be resumed."""
-        saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # an enum by now
+        saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # `__post_init__` has made it an enum
         check_setting(self, "save_strategy", saves != "epoch", "'steps', 'best' or 'no': an epoch ends in an update")
         for name in ("max_steps", {"steps": "save_steps", "best": "eval_steps"}.get(saves, "max_steps")):
             steps = getattr(self, name)

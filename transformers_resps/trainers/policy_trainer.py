@@ -1,4 +1,4 @@
-"""Trains a policy on prompts, with the conventions of TRL; records the answers and measures the costs itself."""
+"""Trains a policy on prompts: records the target's answers, measures the costs of steps, and learns from both."""
 
 import copy
 import logging
@@ -78,7 +78,7 @@ class RolloutTrainer(ArtefactTrainer):
         self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
         self._has_warned = False
         self._update: Update | None = None
-        self._noted: dict[str, list[float]] = defaultdict(list)  # since the last line of metrics
+        self._noted: dict[str, list[float]] = defaultdict(list)  # values since the last logged metrics
 
     @property
     def steps_per_update(self) -> int:
@@ -89,7 +89,7 @@ class RolloutTrainer(ArtefactTrainer):
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Load only numbers, as many as an epoch needs, because each update collects its own decisions."""
+        """Return a loader of as many numbers as an epoch has batches; each update collects its own decisions."""
         numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
         return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
 
@@ -140,14 +140,14 @@ class RolloutTrainer(ArtefactTrainer):
         return metrics
 
     def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
-        """Compare as `evaluate` does, without logging."""
+        """Compare the policy with the best fixed tree on held-out texts, like `evaluate`, but log nothing."""
         held_out, training = eval_dataset or self.eval_rollouts, self.rollouts
         if held_out is None:
             raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass `eval_rollouts`.")
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Compare the policy, with the settings for decoding, with the fixed shape that is fastest on `searched`."""
+        """Compare the policy, as it will decode, with the fixed tree that is fastest on the texts of `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -286,7 +286,7 @@ class PolicyTrainer(RolloutTrainer):
         return self.data.pair.names
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy, in a guard if it had one before, and hashes of its prompts."""
+        """Write the policy (in a `BaselineGuard` if it was in one before) and hashes of its training prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
         (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
@@ -358,7 +358,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay held-out texts with a copy of a policy, which learns on, and with the best fixed tree of `searched`."""
+    """Replay held-out texts with the best fixed tree on `searched`, and with a copy of the policy, which learns on."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -377,13 +377,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """Return a policy, loaded if `model` is a folder or Hub id, without its guard, and whether it had a guard."""
+    """Return the policy `model`, loaded if it is a name, without `BaselineGuard`, and whether it was in one."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy with the shapes that could pay on this machine after `context` positions."""
+    """Make a Re-SpS policy whose tree shapes could save time on this machine after `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -444,7 +444,7 @@ class PolicyComparison:
 
     @property
     def doubts(self) -> list[str]:
-        """Reasons why the policy was not shown to be better than the best fixed tree; empty if it was."""
+        """Reasons to doubt that the policy is better than the best fixed tree; empty if it clearly is."""
         low, high = self.interval
         reasons = []
         if low <= 1.0:
@@ -473,7 +473,7 @@ class PolicyComparison:
         )
 
     def warn(self) -> bool:
-        """Warn if there are `doubts`, and return whether there are any."""
+        """Log the `doubts` as a warning, and return whether there are any."""
         if self.doubts:
             logger.warning("Compared on held-out texts: %s", self.verdict)
         return bool(self.doubts)

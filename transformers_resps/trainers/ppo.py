@@ -1,6 +1,6 @@
-"""Updates of a Re-SpS policy; the maths of policy optimisation are pure functions.
+"""Compute updates of a Re-SpS policy, with the maths of policy optimisation as pure functions.
 
-Tensor shapes: n decisions, a actions.
+Tensor shapes: n decisions, a actions (tree shapes that the policy can choose).
 
 Source: Schulman et al. 2017, PPO (arXiv 1707.06347), algorithm 1; Re-SpS (arXiv 2601.12212).
 """
@@ -21,7 +21,7 @@ RewardFunc = Callable[..., Tensor]
 
 
 class Update:
-    """One update: collects decisions on some texts, computes their rewards, and computes the loss of each minibatch.
+    """One update of a policy: collects its decisions on some texts, their rewards, and the loss of each minibatch.
 
     The update's number and the seed determine all random numbers, so that a resumed run repeats them.
     """
@@ -30,7 +30,7 @@ class Update:
         self, number: int, policy: ReSpSPolicy, rollouts: Rollouts, reward_func: RewardFunc, args: PolicyTrainingConfig
     ) -> None:
         self.number, self._args = number, args
-        is_exact = args.objective == "full_information"  # nothing to explore: all results are known
+        is_exact = args.objective == "full_information"  # no exploration, because the result of every action is known
         texts, generator = args.per_device_train_batch_size, seeded(args.seed, number, 0)
         decisions = rollouts.collect(policy, texts, args.persistence, generator, greedy=is_exact)
         with torch.no_grad():
@@ -38,7 +38,7 @@ class Update:
         likeliest = logits.argmax(-1)
 
         def rewards(outcomes: HeldOutcomes, attained: HeldOutcomes) -> Tensor:
-            # The best policy is at least as fast as the best fixed shape; a lower rate would mislead early updates
+            # At least the rate of the best fixed shape, since a lower rate would mislead early updates
             rate = max(float(attained.emitted.sum() / attained.seconds.sum()), rollouts.best_fixed_rate)
             return rewards_of(reward_func, outcomes, rate, args.persistence)
 
@@ -65,7 +65,7 @@ class Update:
             self.metrics["dropped"] = decisions.dropped
 
     def loss(self, network: nn.Module, step: int) -> tuple[Tensor, float]:
-        """Return the loss of the minibatch number `step` of this update, and the mean entropy in nats."""
+        """Return the loss of minibatch number `step`, and the mean entropy of the policy's choices in nats."""
         args, decisions = self._args, self._decisions
         epoch, part = divmod(step, args.num_mini_batches)
         order = torch.randperm(len(decisions), generator=seeded(args.seed, self.number, 1 + epoch))
@@ -121,7 +121,7 @@ def reward_func_of(reward: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """Call a reward function on outcomes `[n]` or `[n, a]`; return fp64 rewards, or raise if they are not valid."""
+    """Return the fp64 rewards that `func` computes for outcomes `[n]` or `[n, a]`; raise if they are not valid."""
     keywords = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**keywords, rate=rate, persistence=persistence)
     is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
@@ -135,7 +135,7 @@ def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistenc
 
 
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
-    """Compute generalised advantage estimates `[n]` from rewards, the critic's values and ends of texts, each `[n]`.
+    """Compute generalised advantage estimates from rewards, the critic's values, and where texts end, all `[n]`.
 
     `discount` is gamma, `decay` is lambda. Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """
@@ -174,10 +174,10 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def relative_gains(action_gains: Tensor) -> Tensor:
-    """Shift and scale gains of actions `[n, a]` to mean 0 in each row and standard deviation 1 over all rows.
+    """Shift and scale the rewards of actions `[n, a]` to mean 0 per decision and standard deviation 1 overall.
 
-    The weight of the entropy bonus then does not depend on the scale of gains, so that the policy stays uncertain
-    enough to adapt when the rate changes.
+    The entropy bonus then has the same weight at every scale of rewards, so that the policy stays uncertain enough
+    to adapt when the rate changes.
     """
     relative = action_gains - action_gains.mean(-1, keepdim=True)
     return relative / (relative.square().mean().sqrt() + 1e-8)

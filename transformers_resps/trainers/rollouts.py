@@ -1,6 +1,6 @@
 """Collects the decisions from which a policy learns, on recorded texts or by timed decoding.
 
-Tensor shapes: n decisions, a actions, F width of the features.
+Tensor shapes: n decisions, a actions (tree shapes that the policy can choose), F width of the features.
 """
 
 import math
@@ -36,7 +36,7 @@ class Decisions:
     ends: Tensor  # [n] bool, true for the last decision of a text
     all_outcomes: HeldOutcomes | None = None  # [n, a] results of every action, if known
     oracle_seconds: float | None = None  # least possible seconds of these texts, if known
-    dropped: int = 0  # number of decisions left out because the clock jumped or stood still
+    dropped: int = 0  # number of decisions that were left out because the clock jumped or stood still
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -54,7 +54,7 @@ class Decisions:
 
     @property
     def oracle_regret(self) -> float | None:
-        """Time lost against the fastest sequence of shapes, as a share of that sequence's time."""
+        """How much longer the texts took than with the fastest sequence of tree shapes, as a share of its time."""
         if self.oracle_seconds is None:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
@@ -67,7 +67,7 @@ class Rollouts(ABC):
 
     @property
     def best_fixed_rate(self) -> float:
-        """Tokens per second over all texts with the best fixed shape; 0 if unknown."""
+        """Tokens per second over all texts if every step uses the best fixed tree shape; 0 if unknown."""
         return 0.0
 
     @abstractmethod
@@ -80,13 +80,13 @@ class Rollouts(ABC):
     ) -> Decisions:
         """Decode or replay `texts` random texts, or all if there are fewer, and return the decisions of `policy`.
 
-        Each decision is kept for `persistence` steps. It is the likeliest action if `greedy`, else drawn by
+        Each chosen action is kept for `persistence` steps. It is the likeliest if `greedy`, else drawn with
         `generator`, which is on the CPU. The persistence and sampling in `policy.config` are ignored.
         """
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`, or without a generator take the likeliest; also return log probs."""
+    """Draw actions `[n]` from logits `[n, a]`, or without a generator the likeliest; return them and log probs."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
@@ -126,7 +126,7 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Decide on the texts with indices `texts`, all at once; without a generator take the likeliest actions."""
+        """Replay the texts number `texts`, all at once; without a generator the policy takes its likeliest actions."""
         self._check(policy)
         held = self.table.held(persistence)
         positions, stops = self.table.starts[texts], self.table.stops[texts]
@@ -173,7 +173,7 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """Decides with a policy's network, keeps each decision for some steps, and stores the steps' records with it.
+    """A policy for recording: it keeps each action for `persistence` steps, and stores their records with it.
 
     The code of Re-SpS instead assigns a step to the next decision, and adds an observation of zeros once per text.
     """
@@ -201,8 +201,8 @@ _REMEMBERED = 64  # Number of newest steps per shape from which its usual second
 class LiveRollouts(Rollouts):
     """Collects decisions by decoding with an attached model, timed on this machine.
 
-    With `includes_drafting=False` a step's time excludes drafting, as in the code of Re-SpS, which makes deep trees
-    look free; use it only for ablations. `generation` is passed to `generate`, for example `max_new_tokens`.
+    With `includes_drafting=False` a step's time excludes drafting, as in the code of Re-SpS. Deep trees then seem to
+    cost nothing, so use this only for ablations. `generation` is passed to `generate`, for example `max_new_tokens`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Simulates tau, the mean acceptance length: a head drafts on existing texts, and the target does not run."""
+"""Simulate tau (tokens per target forward): a head drafts on existing texts, and the target does not run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,11 +17,11 @@ from ..tree import TreeShape
 def simulated_tau(
     source: LevelSource, target: PreTrainedModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape
 ) -> float:
-    """Simulate tau, the mean acceptance length: tokens per target forward if every step drafts a tree of `shape`.
+    """Return tau, the mean number of tokens per target forward, if every step drafts a tree of `shape`.
 
     The result is at least 1, and exact for texts that the target wrote itself, greedily or by sampling. The target
     does not run, and `shape.lookup` is ignored. Each text has `input_ids` and `loss_mask` `[t]`, and `features`
-    `[t, F]`. The last stretch of true `loss_mask` is the output, whose first token the prefill emits.
+    `[t, F]`. The output is the last stretch of true `loss_mask`; the prefill emits its first token.
     """
     emitted = [step.accepted + 1 for text in texts for step in _decoded_again(source, target, text, shape)]
     return sum(emitted) / len(emitted) if emitted else 1.0
@@ -30,7 +30,7 @@ def simulated_tau(
 def _decoded_again(
     source: LevelSource, target: PreTrainedModel, text: dict[str, Tensor], shape: TreeShape
 ) -> Iterator[ReplayedStep]:
-    """Decode an output again with drafts of `source`; trees keep their full depth at the output's end."""
+    """Yield the steps that would decode the output of `text` with drafts of `source`, with full depth to the end."""
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
     drafter = source.drafter(DraftCall(target))
     if begins > 1:
