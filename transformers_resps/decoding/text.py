@@ -142,7 +142,7 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are plain argmaxes, and no streamer or criterion has to see each of them."""
+        """Whether the next `count` tokens are plain argmaxes, and no streamer, criterion or score needs each."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:

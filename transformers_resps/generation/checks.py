@@ -276,7 +276,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
 def setting_of(
     name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> Any:
-    """Look up a setting in the call's `arguments`, else its `config`, else the model's config, else return `None`."""
+    """Look up a setting in the call's `arguments`, else its `config`, else the model's `generation_config`."""
     given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
     return next((value for value in given if value is not None), None)
 
