@@ -1,1 +1,1 @@
-"""Run a function of tensors with few launches: compiled for all sizes on a CPU, a captured graph per size on a GPU."""
+"""Run functions of tensors fast: compile them once for all sizes on a CPU, or capture a graph per size on a GPU."""

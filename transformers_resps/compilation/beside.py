@@ -23,7 +23,7 @@ _RUN = f"import os; os.nice({_NICENESS}); from transformers_resps.tools.cli impo
 
 
 class CompilerProcess:
-    """Starts a process that compiles one model, unless one is already running for this user and model."""
+    """Starts a process that compiles one model, unless this user already runs such a process for the model."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -32,16 +32,16 @@ class CompilerProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process runs now, which slows down calls."""
+        """Whether the process is running, which slows down calls of `generate`."""
         if self._process is not None and self._process.poll() is not None:
             self._see_end(self._process.returncode)
         return self._process is not None
 
     def start(self, identity: str, checkpoint: str, *arguments: str) -> None:
-        """Start `resps compile` in a process, unless one runs, or was started earlier with the same `arguments`.
+        """Start `resps compile` in a process, unless it runs or was already started with the same `arguments`.
 
-        `identity` is the model's `ModulePackages.identity`; `checkpoint` is its folder or Hub id, empty if it was made
-        in memory; `arguments` are further arguments of the command.
+        `identity` is the model's `ModulePackages.identity`; `checkpoint` is its folder or Hub id, empty if the model
+        was made in memory; `arguments` are further arguments of the command.
         """
         if self.is_running or arguments in self._asked:
             return

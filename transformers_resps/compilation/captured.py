@@ -1,4 +1,4 @@
-"""Run a function as a CUDA graph, which is captured once for each size of its inputs."""
+"""Run a function as a CUDA graph, which is captured once for each combination of input sizes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ _WARM_UPS = 3  # Runs before a capture, in which libraries choose kernels and al
 class CapturedFunction:
     """Captures a CUDA graph at the first call with inputs of new sizes, and replays it at later calls in one launch.
 
-    `function` maps tensors to tensors on one CUDA device, without gradients, reads by the host, or branches on values.
-    Other tensors that it reads must keep their addresses. The next call with the same sizes overwrites the outputs.
+    `function` maps tensors to tensors on one CUDA device, without gradients, copies to the host or branches on values.
+    Weights that it reads must keep their addresses. The next call with the same sizes overwrites the outputs.
     """
 
     def __init__(self, function: Callable[..., Outputs]) -> None:
@@ -27,7 +27,7 @@ class CapturedFunction:
         self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Outputs:
-        """Run `function(*inputs, *buffers)` by a graph, which is captured first if the sizes are new.
+        """Run `function(*inputs, *buffers)` by a graph, and capture the graph first if the sizes are new.
 
         Inputs are copied into the graph's own input tensors; buffers are read and written in place.
         """
@@ -45,7 +45,7 @@ class CapturedFunction:
     def _capture(
         self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Outputs]:
-        """Return a graph, the inputs that it reads and the outputs that it writes."""
+        """Capture and return a graph, the input tensors that it reads and the outputs that it writes."""
         own = [part.clone() for part in inputs]
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)

@@ -23,13 +23,13 @@ from .pages import collapse
 logger = logging.getLogger(f"transformers.{__name__}")
 
 # Inductor's settings. They are patched in, since options of `torch.compile` apply only after weights became constants.
-# Joining linear layers with the same input takes a twelfth off a step of SmolLM2, and calling kernels from C++ on CPUs
-# a seventh (`cpp_wrapper` below). The threshold stores values that many layers read, such as cosines of positions: by
-# default every head of every layer computes them again.
+# Joining linear layers with the same input saves a twelfth of the time of SmolLM2's step; calling kernels from C++ on
+# CPUs saves a seventh (`cpp_wrapper` below). With the threshold, values that many layers read, such as cosines of
+# positions, are stored: by default every head of every layer computes them again.
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "realize_reads_threshold": 2}
 
-# Round after every operator, as eager code does. Fused operators pass on unrounded values, and which operators are
-# fused depends on the outputs: Gemma 3 gave other values when its hidden states were outputs, too.
+# Round after every operator, as eager code does. Fused operators do not round intermediate values, and which operators
+# are fused depends on the outputs: Gemma 3's logits changed when its hidden states were also returned.
 _AS_EAGER = {"emulate_precision_casts": True}
 
 # Errors of `torch.export` and AOTInductor. They support fewer functions than `torch.compile`, which is tried next.
@@ -42,15 +42,15 @@ _Function: TypeAlias = Callable[..., Outputs]
 
 
 class CompiledFunction:
-    """Compiles `function` at the first call. Sizes of `dynamic` dimensions may then change at every call.
+    """Compiles `function` at the first call. The sizes of its `dynamic` dimensions may change at every later call.
 
-    Compiled code does not check the weights (see `_guards_on_inputs`): drop the object when they change.
+    Compiled code does not notice changes of the weights (see `_guards_on_inputs`): after a change drop this object.
 
-    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists dimensions of
-    each input whose sizes may change, `dynamic_buffers` those of every buffer; size 1 gets code of its own. `options`
-    are keywords of `torch.compile` that replace inductor with freezing. `packages` keep the code for later processes,
-    under `name`. With `is_invariant`, the bits of a row must not depend on the other rows: every operator then rounds
-    its result in low precision, as eager code does.
+    `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists for each
+    input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
+    separate code. `options` are arguments of `torch.compile` to use in place of inductor with freezing. `packages`
+    store the code under `name` for later processes. With `is_invariant`, the result of a row must not depend on other
+    rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class CompiledFunction:
     def run_packaged(
         self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], settings: Hashable | None = None
     ) -> Outputs | None:
-        """Run packaged code, which never compiles again; return `None` if there is none for these sizes.
+        """Run code from a package; return `None` if there is no package for these sizes. This never compiles.
 
-        `settings` are the present `callers_settings`, if the caller knows them.
+        `settings` is the result of `callers_settings`, if the caller already has it.
         """
         code = self._compiled.get(self._key(inputs, settings))
         if not isinstance(code, _Packaged):
@@ -105,7 +105,7 @@ class CompiledFunction:
         return code(*tensors) if code.fits(tensors) else None
 
     def _compile(self, tensors: Sequence[Tensor], sizes: DynamicSizes) -> tuple[_Function, Outputs]:
-        """Compile for this process; return the code and its first outputs."""
+        """Compile code that is lost when this process ends; return the code and its first outputs."""
         for part, dimensions in zip(tensors, sizes, strict=True):
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
@@ -118,7 +118,7 @@ class CompiledFunction:
             return compiled, compiled(*tensors)
 
     def _compile_package(self, tensors: Sequence[Tensor], sizes: DynamicSizes, setting: str) -> "_Packaged":
-        """Compile a package, which later processes can load, too."""
+        """Compile code and store it as a package, which later processes can load."""
         assert self._packages is not None
         outputs: list[Outputs] = []
 
@@ -135,7 +135,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load a package for these sizes, whose results are nested like `outputs`; return whether there was one."""
+        """Load the package for these sizes; return whether it exists. Its results will be nested like `outputs`."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False
@@ -147,17 +147,17 @@ class CompiledFunction:
         return True
 
     def discard(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], reason: str) -> None:
-        """Drop the code that was loaded for these sizes, and remove its package with a warning that says why."""
+        """Drop the code that was loaded for these sizes, remove its package, and log the `reason` as a warning."""
         assert self._packages is not None
         self._compiled.pop(self._key(inputs), None)
         self._packages.discard(self._name, self._setting(inputs, buffers), reason)
 
     def needs_compiler(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether new code for such inputs needs a C++ compiler."""
+        """Whether compiling code for these inputs needs a C++ compiler."""
         return self._options is None and inputs[0].device.type == "cpu"
 
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether code for these sizes exists under any settings."""
+        """Whether code for these sizes exists, for whichever of PyTorch's settings."""
         return self._sizes(inputs) in {sizes for sizes, _ in self._compiled}
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
@@ -166,11 +166,11 @@ class CompiledFunction:
         return code is not None and _serves(code, [*inputs, *buffers])
 
     def _key(self, inputs: Sequence[Tensor], settings: Hashable | None = None) -> tuple[_Sizes, Hashable]:
-        """Return the key of the code for these inputs."""
+        """Return the key in `_compiled` of the code for these inputs."""
         return self._sizes(inputs), settings or callers_settings(inputs[0].device.type)
 
     def _sizes(self, inputs: Sequence[Tensor]) -> _Sizes:
-        """Return all sizes of the inputs, with 2 for any size above 1 that may change."""
+        """Return all sizes of the inputs. Sizes above 1 that may change are replaced by 2."""
         all_sizes = []
         for part, dimensions in zip(inputs, self._dynamic, strict=True):
             sizes = list(part.shape)
@@ -180,7 +180,7 @@ class CompiledFunction:
         return tuple(all_sizes)
 
     def _setting(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-        """Return the key as text for other processes, without inference mode: packaged code works in both modes."""
+        """Return the key as text, for packages. It omits inference mode, since packaged code works in both modes."""
         fixed = [[size for i, size in enumerate(part.shape) if i not in self._dynamic_buffers] for part in buffers]
         dtypes = [str(part.dtype) for part in (*inputs, *buffers)]
         _, *settings = callers_settings(inputs[0].device.type)
@@ -188,7 +188,7 @@ class CompiledFunction:
 
 
 class _Packaged:
-    """Calls packaged code, and nests its results like `outputs`."""
+    """Calls code from a package, and nests the resulting tensors like `outputs`."""
 
     def __init__(self, code: PackagedCode, outputs: Outputs) -> None:
         self._code, self._nested, self.fits = code, _nesting(outputs), code.fits
@@ -198,7 +198,7 @@ class _Packaged:
 
 
 def _nesting(outputs: Outputs) -> Callable[[Iterator[Tensor]], Outputs]:
-    """Make a function that nests tensors like `outputs`, faster than `tree_unflatten`."""
+    """Return a function that nests tensors like `outputs`. It is faster than `tree_unflatten`."""
     if isinstance(outputs, Tensor):
         return next
     if isinstance(outputs, dict):
@@ -216,7 +216,7 @@ def _serves(code: _Function, tensors: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def _constants_in_huge_pages() -> Iterator[None]:
-    """Move weights that inductor lays out inside the `with` block into huge pages: each step reads all of them."""
+    """Make inductor store the weights that it rearranges in huge pages, since every step reads all weights."""
     from torch._inductor.codecache import PyCodeCache  # loads the compiler
 
     # A private attribute. Where a release lacks it, constants stay in small pages.
@@ -229,7 +229,7 @@ def _constants_in_huge_pages() -> Iterator[None]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silence inductor's warnings that C++ calls an operator slowly: no user can change it."""
+    """Silence inductor's warnings about operators that C++ code calls slowly, since users cannot change this."""
 
     def is_no_advice(record: logging.LogRecord) -> bool:
         return "c-shim" not in str(record.msg)
@@ -243,7 +243,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _dense(part: Tensor) -> Tensor:
-    """Return a tensor with contiguous strides. A view's may differ where a size is 1, and code would compile again."""
+    """Return the tensor with contiguous strides. Other strides, even where a size is 1, would need new code."""
     stride, expected = 1, list[int]()
     for size in reversed(part.shape):
         expected.insert(0, stride)
@@ -252,7 +252,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def callers_settings(device_type: str) -> tuple[Hashable, ...]:
-    """Return PyTorch's settings that compiled code depends on but does not check; as slow as a few operators."""
+    """Return PyTorch settings that affect compiled code, which does not check them; as slow as a few operators."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
@@ -267,8 +267,8 @@ def callers_settings(device_type: str) -> tuple[Hashable, ...]:
 def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
     """Return for each guard (a check before compiled code runs) whether to keep it: only guards on inputs are kept.
 
-    Hundreds of guards on modules take as long as a layer. Others check how many model classes Transformers has loaded:
-    after one more, PyTorch would compile again inside a step, and without freezing.
+    Hundreds of guards on modules would take as long as a layer. Other guards check how many model classes Transformers
+    has loaded: after loading another model, PyTorch would compile again during a step, and without freezing.
     """
     of_tensors = torch.compiler.keep_tensor_guards_unsafe(guards)
     return [kept or guard.guard_type == "SHAPE_ENV" for kept, guard in zip(of_tensors, guards, strict=True)]
@@ -277,8 +277,8 @@ def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
 def _with_own_code(function: _Function) -> _Function:
     """Copy a function and its code object.
 
-    `torch.compile` finds compiled code by code object, which all closures of one `def` share, and by guards. With so
-    few guards, a model would run code with another model's weights, and autocast would have no effect.
+    `torch.compile` finds compiled code by code object and by guards. All closures of one `def` share a code object,
+    and few guards are kept: a model would run code with another model's weights, and autocast would have no effect.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()

@@ -1,7 +1,7 @@
-"""Keep the compiled code of a model or a draft head from call to call, check it, and run eagerly after a fault.
+"""Keep the compiled code of a model or a draft head from call to call, check the code, and run eagerly if it fails.
 
-Only one call at a time uses an engine. Code is dropped when weights change, and its first run must give the values of
-the eager function. A function that cannot be compiled runs eagerly, after one warning.
+Only one call at a time uses an engine. Code is dropped when weights change. Its first results are compared with those
+of the eager function. A function that cannot be compiled runs eagerly, after one warning.
 """
 
 import logging
@@ -44,16 +44,16 @@ class Code:
 
 
 class CompileEngine(ABC, Generic[Owner]):
-    """Lends, checks, times and drops compiled code. A copied or pickled engine starts without code."""
+    """Holds compiled code for one call at a time, checks it, and drops it. Copying or pickling leaves the code out."""
 
-    name: ClassVar[str]  # of the code, in warnings
+    name: ClassVar[str]  # the name of the compiled model in warnings
     duration: ClassVar[str]  # how long compiling takes, in a warning
-    owner: Owner  # set only while the engine is lent; code reads it here, and so does not keep the owner alive
+    owner: Owner  # set only during `borrow`; code reads the owner from here, and so does not keep it alive
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._codes: dict[Hashable, Code] = {}
-        self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
+        self._fingerprint: WeightFingerprint | None = None  # of the weights for which code was compiled
         self._packages: ModulePackages | None = None
         self._settings: Hashable | None = None  # `callers_settings` of this call, once they were read
         self._untaken_seconds = 0.0
@@ -69,7 +69,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @abstractmethod
     def fingerprint(self) -> "WeightFingerprint":
-        """Return the fingerprint of the owner's weights now."""
+        """Return a fingerprint of the owner's present weights."""
 
     @property
     @abstractmethod
@@ -78,9 +78,9 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @contextmanager
     def borrow(self, owner: Owner, *, waits: bool = True) -> Iterator[Self | None]:
-        """Lend the engine, or `None` while another call uses it. Code that was compiled for other weights is dropped.
+        """Reserve the engine for a call; yield `None` if another call uses it. Drop its code if weights have changed.
 
-        If `waits` is false, the call gets only code that is ready, and never waits for a compiler.
+        If `waits` is false, the call uses only code that is ready, and never waits for a compiler.
         """
         if not self._lock.acquire(blocking=False):
             yield None
@@ -102,7 +102,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def lacks_code(self) -> bool:
-        """Whether the newest call lacked code, because it did not wait for a compiler."""
+        """Whether the newest call ran eagerly in part, because it did not wait for a compiler."""
         return bool(self._missing)
 
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
@@ -118,7 +118,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
     @property
     def packages(self) -> ModulePackages:
-        """Packages of the present weights, made by any process."""
+        """Code stored on disk by any process for the present weights."""
         self._fingerprint = self._fingerprint or self.fingerprint()
         if self._packages is None:
             self._packages = ModulePackages(lambda: self.module, self.name)
@@ -127,9 +127,9 @@ class CompileEngine(ABC, Generic[Owner]):
     def run(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False
     ) -> Outputs | None:
-        """Run code, after preparing it if sizes are new; return `None` if that fails or would wait for a compiler.
+        """Run code, and call `prepare` first if sizes are new; return `None` if that fails or would need to wait.
 
-        `is_ready` is true if the caller knows that the code is ready.
+        `is_ready` says that the code is ready for these sizes, which then is not checked.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -145,7 +145,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def run_packaged(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Outputs | None:
-        """Run packaged code, which never compiles again; return `None` if there is none yet, or it fails."""
+        """Run code from a package, without compiling; return `None` if there is no loaded package, or it fails."""
         if self.is_broken or not isinstance(code.fast, CompiledFunction):
             return None
         self._settings = self._settings or callers_settings(inputs[0].device.type)
@@ -156,7 +156,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return None
 
     def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-        """Compile or capture for inputs of these sizes; give up if values differ from those of eager code."""
+        """Load, compile or capture code for these sizes. If its values are wrong, all later calls run eagerly."""
         with self.preparing():
             # Eager code runs first: Transformers then adds hooks, which must be compiled, too; and an error of the
             # function itself is raised here, and not taken for an error of the compiler.
@@ -182,7 +182,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def _difference(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], expected: Tensor
     ) -> str | None:
-        """Run compiled code; describe its error or its difference from the `expected` values, `None` if none."""
+        """Run compiled code; describe its error or its difference from `expected` values, or return `None`."""
         try:
             difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
         except FAULTS as fault:
@@ -203,7 +203,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return seconds
 
     def warn(self, reason: str) -> None:
-        """Log that eager code runs, once for each reason."""
+        """Log a warning that eager code runs and why, once for each `reason`."""
         self.obstacle = reason
         if reason not in self._warned:
             self._warned.add(reason)
@@ -228,7 +228,7 @@ class CompileEngine(ABC, Generic[Owner]):
 
 
 def described(fault: Exception) -> str:
-    """Describe a fault in one line, without PyTorch's advice for its developers and the name of its backend."""
+    """Describe an exception in one line, without PyTorch's backend name and its advice to PyTorch developers."""
     lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
     return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
 
@@ -240,7 +240,7 @@ _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """Say how far compiled values are from eager ones; `None` if rounding in the weights' `dtype` explains it.
+    """Describe how far compiled values are from eager values; `None` if rounding in the weights' `dtype` explains it.
 
     The norm over all values is compared, since in low precision a single value may be far off.
     """
@@ -251,9 +251,9 @@ def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | No
 
 
 def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether a tensor is an inference tensor exactly if this call runs in inference mode.
+    """Whether a tensor was made in the present mode: inference mode, or normal mode.
 
-    PyTorch compiles again for tensors of the other mode, and refuses to write inference tensors outside the mode.
+    PyTorch compiles again for tensors of the other mode, and refuses to write inference tensors outside their mode.
     """
     return tensor.is_inference() == torch.is_inference_mode_enabled()
 
@@ -262,12 +262,10 @@ _SAMPLED = 4  # Values of each tensor in a fingerprint. Only they reveal a write
 
 
 class WeightFingerprint:
-    """Records a module's state, so that `==` detects changes of its mode or its tensors.
+    """Records a module's state, so that `==` detects changes of its training mode, its tensors or any `setting`.
 
-    Tensors are compared by address, version and some values.
-
-    Compiled code holds weights as constants or by their addresses, and would ignore `load_state_dict`, `.to(...)`, a
-    merged adapter or a switch to training. Any `setting` is compared, too.
+    Tensors are compared by address, version and some values. Compiled code holds weights as constants or by their
+    addresses, and would ignore `load_state_dict`, `.to(...)`, a merged adapter or a switch to training.
     """
 
     def __init__(self, module: nn.Module, *setting: object) -> None:
@@ -292,7 +290,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of each tensor in CPU memory; other devices are left out, since copies would be slow."""
+    """Return the first values of each tensor in CPU memory. Other tensors are omitted, since copies would be slow."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():

@@ -1,8 +1,8 @@
-"""Choose the kernels that packaged code calls, by timing all that this machine can run.
+"""Choose the kernels that packaged code calls, by timing all kernels that this machine can run.
 
 Our kernels are in `native.cpp`; "onednn" means PyTorch's own. The instruction set decides which kernels can run, but
-not which are fast: on two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took the
-time of one; with AVX512-BF16 alone they were no slower. So a model's matrix products are timed when it is compiled.
+not which are fast. On two cores with AMX our kernels were faster than oneDNN's for 1 to 512 rows, and 16 rows took as
+long as one; with AVX512-BF16 alone they were equally fast. So a model's matrix products are timed when it is compiled.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 VARIABLE = "RESPS_KERNELS"
 ONEDNN, VECTORS, TILES = "onednn", "avx512_bf16", "amx_bf16"
-NEVER = 2**62  # More rows than any product has.
+NEVER = 2**62  # More rows than any matrix product has, so that a kernel used "from" this number is never used.
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _ALONE = """#include <stdint.h>
@@ -57,32 +57,32 @@ _WORTH = log(1.2)
 
 
 class Choice(NamedTuple):
-    """Gives the kernel for a number of rows: our vector kernel for few, our tile kernel for more, oneDNN for most."""
+    """Says which kernel to use: our vector kernel for few rows, our tile kernel for more, oneDNN for the most."""
 
-    tiles_from: int  # least number of rows for AMX's tiles
-    library_from: int  # least number of rows for oneDNN; 1 or `NEVER` for attention
+    tiles_from: int  # minimum number of rows for our kernel with AMX tiles
+    library_from: int  # minimum number of rows for oneDNN; for attention 1 or `NEVER`
 
     def of(self, rows: int) -> str:
-        """Return the kernel for this number of rows."""
+        """Return the name of the kernel for this number of rows of a matrix product."""
         return ONEDNN if rows >= self.library_from else TILES if rows >= self.tiles_from else VECTORS
 
 
 class Kernels(NamedTuple):
-    """The kernels that one package calls."""
+    """The choices of kernels for the linear layers and the attention of one package."""
 
     linear: Choice
     attention: Choice
 
     @classmethod
     def only(cls, name: str) -> "Kernels":
-        """Choose one kernel for everything."""
+        """Choose the kernel `name` for any number of rows."""
         choice = Choice(1 if name == TILES else NEVER, 1 if name == ONEDNN else NEVER)
         return cls(choice, choice)
 
 
 @dataclass(frozen=True)
 class Products:
-    """The sizes of all matrix products of a program."""
+    """The sizes of all linear layers and attentions of a program."""
 
     linear: tuple[tuple[int, int], ...]  # inputs and outputs of each linear layer
     attention: tuple[tuple[int, int, int], ...]  # heads, key heads and head width of each attention
@@ -104,7 +104,7 @@ def our_kernels() -> tuple[str, ...]:
 
 @cache
 def demanded_kernel() -> str | None:
-    """Return the kernel that `RESPS_KERNELS` names, if it can run; `None` lets timing choose."""
+    """Return the kernel named by the variable `RESPS_KERNELS`, or `None` if there is none that can run."""
     asked, known = os.environ.get(VARIABLE, ""), (ONEDNN, VECTORS, TILES)
     if not asked:
         return None
@@ -119,9 +119,9 @@ def demanded_kernel() -> str | None:
 
 @cache
 def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
-    """Choose the kernels of a program by timing its products.
+    """Choose the kernels of a program by timing its matrix products.
 
-    With `alike`, the bits of a row must not depend on the other rows: then one of our kernels computes all products.
+    With `alike`, one of our kernels computes all products, so that a row's bits do not depend on the other rows.
     """
     ours, demanded = our_kernels(), demanded_kernel()
     if not ours or (demanded is not None and not (alike and demanded == ONEDNN)):
@@ -136,7 +136,7 @@ def chosen_kernels(products: Products, *, alike: bool) -> Kernels:
 
 
 class Trial:
-    """Runs a model's products with each kernel, over more weights than any cache holds; `ours` names our kernels."""
+    """Makes functions that run each kernel, for timing, on more weights than caches hold. `ours` names our kernels."""
 
     def __init__(self, ours: Sequence[str]) -> None:
         self.names = (*ours, ONEDNN)
@@ -144,7 +144,7 @@ class Trial:
         self._weights = torch.ones(_BYTES // 2, dtype=torch.bfloat16)
 
     def linear(self, layers: Sequence[tuple[int, int]], rows: int) -> dict[str, Callable[[], object]]:
-        """Return a function for each kernel that multiplies rows by as many of the layers' weights as limits allow."""
+        """Return a function for each kernel, which multiplies rows by layers' weights, within `_BYTES` and `_WORK`."""
         calls, known = list[tuple[Tensor, Tensor, Tensor]](), -1
         place, left = 0, min(_BYTES // 2, _WORK // rows)
         while left > 0 and len(calls) > known:
@@ -168,7 +168,7 @@ class Trial:
         return {name: partial(run, name) for name in self.names}
 
     def attention(self, heads: int, key_heads: int, width: int, nodes: int) -> dict[str, Callable[[], object]]:
-        """Return a function for each kernel that attends from `nodes` nodes of one text to `_LENGTH` keys."""
+        """Return for each kernel a function that computes attention of `nodes` nodes of one text to `_LENGTH` keys."""
         query = torch.ones(1, heads, nodes, width, dtype=torch.bfloat16)
         size = key_heads * _LENGTH * width
         count = max(min(len(self._weights) // (8 * size), _WORK // (query.numel() * _LENGTH * 8)), 1)
@@ -187,7 +187,7 @@ class Trial:
 
 @torch.no_grad()
 def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] = time.perf_counter) -> Kernels:
-    """Time each kernel with these products, and return the kernels to use."""
+    """Time each kernel with these matrix products, and return which kernels to use."""
     timed = partial(_timed, clock=clock, end=clock() + _SECONDS)
     linear = fastest({rows: timed(trial.linear(products.linear, rows)) for rows in _ROWS})
     attention = Choice(linear.tiles_from, NEVER)
@@ -199,9 +199,9 @@ def timed_kernels(products: Products, trial: Trial, clock: Callable[[], float] =
 
 
 def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
-    """Return the kernel for each number of rows, given each kernel's seconds at ascending numbers of rows.
+    """Choose the kernel for each number of rows, given each kernel's seconds at ascending numbers of rows.
 
-    A second kernel, ours or oneDNN's, is used only if it saves at least `_WORTH`.
+    A second kernel is used, ours or oneDNN's, only if it saves at least `_WORTH` over the first kernel alone.
     """
 
     def of_ours(tiles_from: int) -> dict[int, float]:
@@ -225,7 +225,7 @@ def fastest(tried: Mapping[int, Mapping[str, float]]) -> Choice:
 
 
 def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], end: float) -> dict[str, float]:
-    """Return the shortest time of each call. Calls alternate, so that other programs disturb all of them alike."""
+    """Return the shortest time of each call. Calls are timed in turn, so that other programs disturb all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(_REPEATS):
         for name, call in calls.items() if not repeat or clock() < end else ():
@@ -237,9 +237,9 @@ def _timed(calls: Mapping[str, Callable[[], object]], clock: Callable[[], float]
 
 @cache
 def kernels_alone(defined: str = "") -> ctypes.CDLL:
-    """Compile `native.cpp` into a library of its own, once in a process, which takes some seconds.
+    """Compile `native.cpp` alone into a library, once in a process; this takes some seconds.
 
-    `defined` is a macro to define, for tests. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
+    `defined` is a macro to define in tests. Raises an `OSError` without a compiler, a `SubprocessError` if it fails.
     """
     found = compiler()
     if found is None:
@@ -262,10 +262,10 @@ def run_linear(
     is_gated: bool = False,
     tiles_from: int = NEVER,
 ) -> None:
-    """Multiply bf16 `rows` `[r, i]` by packed weights like packaged code, and write the products to `result` `[r, o]`.
+    """Multiply bf16 `rows` `[r, inputs]` by weights with the kernel of packaged code; write `result` `[r, outputs]`.
 
-    `packed` is from `pack_linear`, or with `is_gated` from `pack_gated`. Tensors are contiguous. For `tiles_from` see
-    `Choice`.
+    `packed` is made by `pack_linear`, or with `is_gated` by `pack_gated`. All tensors must be contiguous. For
+    `tiles_from` see `Choice`.
     """
     places = [None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (rows, packed, bias, result)]
     sizes = map(ctypes.c_int64, (*rows.shape, result.shape[-1]))
@@ -275,7 +275,7 @@ def run_linear(
 def run_attention(
     library: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, result: Tensor, *, tiles_from: int = NEVER
 ) -> None:
-    """Attend to all keys like packaged code, and write `result` `[1, q, heads, hd]`.
+    """Compute attention to all keys with the kernel of packaged code; write `result` `[1, q, heads, hd]`.
 
     `query` is `[1, heads, q, hd]`, `key` and `value` are `[1, kv heads, t, hd]`; all tensors are bf16 and contiguous.
     For `tiles_from` see `Choice`.
@@ -292,7 +292,7 @@ NO_COMPILER = (
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler that PyTorch will call, or `None`."""
+    """Return the C++ compiler that PyTorch will call, or `None` if there is none."""
     usual = {"darwin": "clang++", "win32": "cl"}
     return shutil.which(os.environ.get("CXX") or usual.get(sys.platform, "g++"))
 
@@ -307,7 +307,7 @@ _PROCESSORS = {  # Instruction sets and their names in words, the strongest firs
 
 
 def machine_line() -> str:
-    """Describe this machine's processor, the kernels it may call, and its compiler, in one line."""
+    """Describe in one line this machine's processor, the kernels that it can run, and its compiler."""
     flags, demanded, found = cpu_flags(), demanded_kernel(), compiler()
     processor = next((words for flag, words in _PROCESSORS.items() if flag in flags), "another processor")
     kernels = [demanded] if demanded else [*reversed(our_kernels()), ONEDNN]

@@ -2,8 +2,8 @@
 
 oneDNN reads weights as fast, but each call has an overhead of about 20 us between other work and with cold caches: in
 all, a sixth of SmolLM2's step. PyTorch's attention multiplies in float32, and takes two to four times as long.
-`native.cpp` is compiled into the code that calls it; the bits of a row do not depend on the other rows. `kernels.py`
-chooses the kernel for each number of rows.
+`native.cpp` is compiled into the code that calls it. With its kernels, the result of a row does not depend on other
+rows, not even in its last bits. `kernels.py` chooses the kernel for each number of rows.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ _Operator: TypeAlias = torch._ops.OpOverload
 
 @torch.library.custom_op("resps::pack_linear", mutates_args=())
 def pack_linear(weights: Sequence[Tensor]) -> Tensor:
-    """Rearrange the weights `[o, i]` of layers with the same input for `bf16_linear`; `i` must be even.
+    """Rearrange the weights `[outputs, i]` of layers with the same i inputs for `bf16_linear`; `i` must be even.
 
     The result is `[blocks, i / 2, 32, 2]`: blocks of 32 outputs, padded by zeros, with pairs of neighbouring inputs.
     """
@@ -53,8 +53,8 @@ def bf16_linear(
 ) -> Tensor:
     """Compute `torch.nn.functional.linear`, `[..., i]` -> `[..., width]`, up to rounding, with `packed` weights.
 
-    `packed` is from `pack_linear`, `bias` is `[width]`. `weight` `[width, i]` is for oneDNN, and `None` if oneDNN is
-    never used. For the last two arguments see `Choice`.
+    `packed` is made by `pack_linear` from weights with i inputs; `bias` is `[width]`. `weight` `[width, i]` is read by
+    oneDNN, and `None` if oneDNN is never used. For the last two arguments see `Choice`.
     """
     return functional.linear(rows, packed.transpose(1, 2).reshape(-1, rows.shape[-1])[:width], bias)
 
@@ -66,9 +66,9 @@ def _(rows: Tensor, packed: Tensor, bias: Tensor | None, weight: Tensor | None, 
 
 @torch.library.custom_op("resps::pack_gated", mutates_args=())
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Rearrange two weights `[o, i]` like `pack_linear`; half of each block is from `gate`, half from `up`.
+    """Rearrange two weights `[outputs, inputs]` like `pack_linear`; half of each block is `gate`'s, half is `up`'s.
 
-    `o` must be a multiple of 16.
+    The number of outputs must be a multiple of 16.
     """
     halves = [part.unflatten(0, (-1, _BLOCK // 2)) for part in (gate, up)]
     return _packed(torch.stack(halves, dim=1).flatten(0, 2))
@@ -83,9 +83,9 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 def bf16_gated(
     rows: Tensor, packed: Tensor, weight: Tensor | None, width: int, tiles_from: int, library_from: int
 ) -> Tensor:
-    """Compute `silu(gate(rows)) * up(rows)` `[..., width]`, up to rounding, with weights of `pack_gated`.
+    """Compute `silu(gate(rows)) * up(rows)` `[..., width]`, up to rounding, with the result of `pack_gated`.
 
-    `weight` is `[2 * width, i]`, the gate's first; for the other arguments see `bf16_linear`.
+    `weight` `[2 * width, inputs]` begins with the gate's weight; for the other arguments see `bf16_linear`.
     """
     both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, _BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
@@ -102,9 +102,9 @@ def bf16_attention(
 ) -> Tensor:
     """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding, as `[b, q, heads, vd]`.
 
-    `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`. `mask`, `[b or 1,
-    1 or heads / kv heads, q, t]`, is added to the scores; `None` hides nothing. A query without a visible key
-    gets zeros. `tiles_from` is set when the code is compiled; see `Choice`: queries that share keys count as rows.
+    `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]` with t positions.
+    `mask` `[b or 1, 1 or heads / kv heads, q, t]` is added to the scores; `None` hides nothing. The result is zero for
+    a query without a visible key. `tiles_from` is set at compile time, see `Choice`; rows are queries that share keys.
     """
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, key.shape[1], 1, 1)
@@ -129,18 +129,18 @@ def bf16_block_attention(
     scale: float,
     tiles_from: int = NEVER,
 ) -> Tensor:
-    """Attend from the nodes of a tree to blocks of 64 keys, and return `[b, n, heads, vd]`; only for packaged code.
+    """Compute attention of a tree's nodes to blocks of 64 keys, `[b, n, heads, vd]`; only packaged code calls this.
 
-    The bits of a node's result depend only on the node's own text, up to the node.
+    The result of a node depends only on the node's own text, up to the node, even in its last bits.
 
     Args:
         query: `[b, heads, n, hd]`.
-        key: `[b, kv heads, t, hd]`. All nodes share its first blocks.
+        key: `[b, kv heads, t, hd]`. All nodes share its first blocks. Up to 4 nodes, a group, share another block.
         value: `[b, kv heads, t, vd]`.
-        mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: first for each node over the shared blocks, then
-            for each node of a group over the group's own block. A node without a visible key gets zeros.
-        nodes: `[b, g, 4]`, the nodes of each group; arbitrary where the mask hides all keys.
-        slots: `[b, g, 64]`, the slots of the keys in each group's own block, in the order of the text.
+        mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: first for each node and shared block, then for
+            each node of g groups and the group's own block. The result is zero for a node without visible keys.
+        nodes: `[b, g, 4]` the nodes of each group; arbitrary where the mask hides all keys.
+        slots: `[b, g, 64]` indices into `key` of each group's own block, in the order of the text.
         sinks: `[heads]` attention sinks: scores that take a share of each node's weights; `None` for none.
         scale: factor of the scores.
         tiles_from: as in `bf16_attention`.
@@ -154,7 +154,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 
 def native_operators() -> Mapping[_Operator, list[str]]:
-    """Map operators that C++ code calls without PyTorch's dispatcher to their C++ source; the first has all of it."""
+    """Map each of our operators to C++ source to include in generated code; the first has the source of all others."""
     operators = torch.ops.resps
     first, *others = (
         operators.bf16_linear,
@@ -166,7 +166,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether to call our attention operators, which are faster only in packaged code. `mask` may be boolean here."""
+    """Whether our attention operators should be called: only for packaged code are they faster. `mask` may be bool."""
     states = query, key, value
     return (
         torch.compiler.is_exporting()
@@ -178,14 +178,14 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def keeps_rows_apart(dtype: torch.dtype) -> bool:
-    """Whether packaged code in this dtype calls our kernels: with them a row's bits do not depend on other rows."""
+    """Whether packaged code in this dtype calls our kernels, so that a row's result does not depend on other rows."""
     return dtype is torch.bfloat16 and bool(our_kernels())
 
 
 def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
-    """Make a program call our operators, changing it in place, and return the kernels chosen for it.
+    """Change a program in place so that it calls our operators, and return the kernels chosen for it.
 
-    All linear layers with the same input become one operator. With `alike`, the bits of a row must not depend on the
+    All linear layers with the same input become one operator. With `alike`, the result of a row must not depend on
     other rows.
     """
     graph = program.graph
@@ -223,7 +223,7 @@ def _layers(program: ExportedProgram) -> dict[tuple[Node, bool], list[Node]]:
 
 
 def _value(node: Argument) -> Tensor:
-    """Return the example value of a node."""
+    """Return the tensor that describes a node's result in the example with which the program was exported."""
     assert isinstance(node, Node)
     value: Tensor = node.meta["val"]
     return value
@@ -234,7 +234,7 @@ def _call(graph: Graph, operator: _Operator, *arguments: Argument, **keywords: A
 
 
 def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
-    """Set `tiles_from` of our attention operator, or replace the operator by PyTorch's, which takes no blocks."""
+    """Set `tiles_from` of our attention operator, or put PyTorch's in its place; block attention is always ours."""
     takes_blocks = node.target is torch.ops.resps.bf16_block_attention.default
     if choice.library_from > 1 or takes_blocks:
         node.args = (*node.args[: 8 if takes_blocks else 5], choice.tiles_from)
@@ -262,7 +262,7 @@ def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
 
 
 def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
-    """Replace `silu(gate(x)) * up(x)` by one operator; return false if the layers are not used in this way."""
+    """Replace `silu(gate(x)) * up(x)` by one operator; return false if `layers` do not compute this."""
     if len(layers) != 2 or any(len(layer.users) != 1 or len(layer.all_input_nodes) > 2 for layer in layers):
         return False
     aten, operators = torch.ops.aten, torch.ops.resps
@@ -286,14 +286,14 @@ def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
 
 
 def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Argument:
-    """Return the joined weights for oneDNN; `None` if oneDNN is never used."""
+    """Return a node that joins the weights for oneDNN; `None` if oneDNN is never used."""
     if choice.library_from == NEVER or len(weights) == 1:
         return None if choice.library_from == NEVER else weights[0]
     return _call(graph, torch.ops.aten.cat.default, weights)
 
 
 def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
-    """Replace layers with the same input by one operator, at the first layer's place in the graph."""
+    """Replace layers with the same input by one operator, inserted before the first layer."""
     weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
     widths = [_value(weight).shape[0] for weight in weights]
     operators, aten = torch.ops.resps, torch.ops.aten

@@ -1,10 +1,10 @@
 """Keep compiled code for later processes, as packages in the user's cache folder.
 
-A package holds no weights, so it takes only a few megabytes. It holds recipes: how the process that loads it makes the
-code's constants from a module's weights.
+A package holds no weights, so it takes only a few megabytes. It holds recipes, by which the process that loads it
+makes the code's constants from a module's weights.
 
-A package is native code. It is loaded only if its folder belongs to this user and no other user may write it, if its
-bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
+A package is native code. It is loaded only if its folder belongs to this user and is not writable by other users, if
+its bytes are unchanged, and if weights, modules, settings, machine and versions are still the same.
 """
 
 import hashlib
@@ -60,15 +60,15 @@ _Manifest: TypeAlias = dict[str, _Json]
 
 
 class PackagingError(RuntimeError):
-    """Code cannot be kept for later processes."""
+    """Compiled code cannot be stored for later processes."""
 
 
 class UnfitPackageError(RuntimeError):
-    """A package is damaged, or was made for another module, machine or setting."""
+    """A package is damaged, or was made for another module, machine or setting, and must not be loaded."""
 
 
 def packages_folder() -> Path | None:
-    """Return the folder that `RESPS_COMPILED_CODE` names, or one in the Hugging Face cache; `None` to keep no code."""
+    """Return the folder for packages: `RESPS_COMPILED_CODE`, or one in Hugging Face's cache; `None` to store none."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen is None:
         return Path(HF_HOME) / "transformers-resps" / "compiled"
@@ -87,7 +87,7 @@ class StoredPackage:
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
-    """List all packages in a folder, the last used first; a package that cannot be read has the model "damaged"."""
+    """List all packages in a folder, the last used first. A damaged package gets "damaged" as its `model`."""
     packages = []
     for path in folder.glob("*/*"):
         about = (_manifest(path) or {}).get("identity", {})
@@ -100,7 +100,7 @@ def stored_packages(folder: Path) -> list[StoredPackage]:
 
 
 def remove_packages(packages: Sequence[StoredPackage]) -> None:
-    """Remove packages, and the folders that they leave empty."""
+    """Remove packages from the disk, and folders that are then empty."""
     for package in packages:
         shutil.rmtree(package.path, ignore_errors=True)
         with suppress(OSError):  # the folder is not empty
@@ -115,14 +115,14 @@ class CompileJob:
     tensors: Sequence[Tensor]  # an example of its arguments
     dynamic: Sequence[Sequence[int]]  # for each argument, the dimensions whose sizes may change
     config: Mapping[str, _Json]  # inductor's settings
-    alike: bool  # whether the bits of a row must not depend on the other rows
+    alike: bool  # whether a row's result must not depend on other rows, not even in its last bits
 
 
 class ModulePackages:
-    """Compiles, keeps and loads code of one module, with the module's weights as constants.
+    """Compiles, stores and loads code of one module, with the module's weights as constants.
 
-    `module` is called to get the module when code is compiled or loaded, so that this object does not keep the module
-    alive. `name` is for warnings.
+    `module()` returns the module when code is compiled or loaded, so that this object does not keep the module alive.
+    `name` is the module's name in warnings.
     """
 
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
@@ -131,17 +131,17 @@ class ModulePackages:
 
     @property
     def identity(self) -> str:
-        """The digest of the module's architecture, settings, machine, versions, and its weights' first values."""
+        """Digest of all that code depends on: architecture, settings, machine, versions and weights' first values."""
         return _digest_of({name: value for name, value in self._about.items() if name != _IN_WORDS})
 
     def have(self, code: str) -> bool:
-        """Whether a package of the function `code` is kept, for any sizes."""
+        """Whether a package of the function named `code` is stored, for any sizes."""
         folder = packages_folder()
         paths = [] if folder is None else (folder / self.identity).glob("*")
         return any((_manifest(path) or {}).get("identity", {}).get("code") == code for path in paths)
 
     def load(self, code: str, setting: str) -> "PackagedCode | None":
-        """Load the package for this setting, or return `None`; a package that does not fit is removed."""
+        """Load the package of `code` for this `setting`, or return `None`; a package that does not fit is removed."""
         path = self._path(code, setting)
         if path is None or not path.is_dir():
             return None
@@ -154,18 +154,18 @@ class ModulePackages:
         return loaded
 
     def discard(self, code: str, setting: str, reason: str) -> None:
-        """Remove a package, and warn."""
+        """Remove the package, and log the `reason` as a warning."""
         path = self._path(code, setting)
         assert path is not None
         logger.warning(f"Stored code of {self._name} is not used and compiled again: {reason} ({path}).")
         shutil.rmtree(path, ignore_errors=True)
 
     def compile(self, code: str, setting: str, job: CompileJob) -> "PackagedCode":
-        """Compile a function, keep its package under the name `code`, and return the loaded code.
+        """Compile a function, store its package under the name `code`, and return the loaded code.
 
         `setting` describes the caller's sizes and settings. If the package cannot be written, this only logs a
-        warning. Raises a `PackagingError` if the code limits a size that no input has, or has constants that are not
-        made from the weights.
+        warning. Raises a `PackagingError` if the code limits a size that is no input's, or has constants that are not
+        made from weights.
         """
         identity = self._identity(code, setting)
         about = f"Compiling {self._name}"
@@ -182,7 +182,7 @@ class ModulePackages:
         return loaded
 
     def _keep(self, made: Path, code: str, setting: str) -> None:
-        """Move a package into the folder in one step: other processes see all of it or nothing."""
+        """Move a package into the folder atomically: other processes see the whole package or no package."""
         path = self._path(code, setting)
         if path is None:
             return
@@ -224,10 +224,9 @@ class _LoadedPart(NamedTuple):
 
 
 class PackagedCode:
-    """Runs the code of a package, with constants made from the weights of `module`.
+    """Loads and runs the code of a package, with constants made from the weights of `module`.
 
-    Raises an `UnfitPackageError` if the package is damaged, can be changed by another user, or was made for another
-    `identity`.
+    Raises an `UnfitPackageError` if the package is damaged, is writable by another user, or has another `identity`.
     """
 
     def __init__(self, path: Path, identity: dict[str, str], module: nn.Module) -> None:
@@ -259,7 +258,7 @@ class PackagedCode:
         self._limits = [tuple(map(int, limit)) for limit in manifest["limits"]]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the code takes tensors of these sizes."""
+        """Whether the code can run with tensors of these sizes."""
         return all(least <= tensors[place].shape[index] <= most for place, index, least, most in self._limits)
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
@@ -270,12 +269,12 @@ class PackagedCode:
 
 
 def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
-    """Load code for one caller at a time; `aoti_load_package` would first run a C++ compiler for seconds."""
+    """Load code that one caller at a time may run. PyTorch's `aoti_load_package` would first run a C++ compiler."""
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
 def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manifest:
-    """Compile a function and write its code to `path`; return its manifest entries. Each part advances `bar`."""
+    """Compile a function and write its code to `path`; return its manifest entries. `bar` shows the progress."""
     sizes = tuple(
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
@@ -309,7 +308,7 @@ class _Writer:
     def write_parts(
         self, program: ExportedProgram, parts: Sequence[ProgramPart], weights: Mapping[str, Tensor], bar: Any
     ) -> _Manifest:
-        """Compile and write each part of a program, but equal parts only once."""
+        """Compile and write all parts of a program. Equal parts are compiled only once."""
         bar.total = 1 + len({part.likeness for part in parts})
         places = {node: place for place, node in enumerate(_inputs(program))}
         sizes = {
@@ -340,9 +339,9 @@ class _Writer:
     def write_code(
         self, program: ExportedProgram, weights: Mapping[str, Tensor], archive: zipfile.ZipFile, number: int
     ) -> tuple[_Manifest, list[list[int]]]:
-        """Compile a program into folder `number` of the archive.
+        """Compile a program, and write its code into the folder `number` of the archive.
 
-        Return its manifest entry, with recipes of constants and names of kernels, and its limits of sizes.
+        Return its manifest entry, which has recipes of constants and names of kernels, and the result of `_limits`.
         """
         kernels, recipes = use_native(program, alike=self.alike), _Recipes(weights)
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
@@ -372,7 +371,7 @@ def _inputs(program: ExportedProgram) -> list[Node]:
 
 
 def _limits(program: ExportedProgram) -> list[list[int]]:
-    """Return (input, dimension, minimum, maximum) for each input size that the code limits, as some kernels do."""
+    """Return (input, dimension, minimum, maximum) for each input size that the code or its kernels limit."""
     known, limits = {}, []
     for number, node in enumerate(_inputs(program)):
         for index, size in enumerate(node.meta["val"].shape):
@@ -389,7 +388,7 @@ def _limits(program: ExportedProgram) -> list[list[int]]:
 
 
 class _Program(nn.Module):
-    """Wraps a function of tensors as a module, which `torch.export` needs."""
+    """Wraps a function of tensors as a module, since `torch.export` accepts only modules."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Sequence[Tensor]]) -> None:
         super().__init__()
@@ -400,7 +399,7 @@ class _Program(nn.Module):
 
 
 class _Recipes:
-    """Records how inductor makes constants from weights: a recipe is a weight's name or an operator with arguments."""
+    """Records how inductor makes constants from weights. A recipe is a weight's name, or an operator and arguments."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._names = {_place(weight): name for name, weight in weights.items()}
@@ -409,7 +408,7 @@ class _Recipes:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Record which constants inductor folds inside the `with` block, and how."""
+        """Record recipes of the constants that inductor computes in advance inside the `with` block."""
         from torch._inductor.constant_folding import ConstantFolder
 
         stock = ConstantFolder.add_node_replacement
@@ -426,7 +425,7 @@ class _Recipes:
             ConstantFolder.add_node_replacement = stock  # type: ignore[method-assign]
 
     def note_constants(self, graph: Graph) -> None:
-        """Record the constants that the code reads. Runs as inductor's last pass over a graph."""
+        """Record the constants that the code reads. Inductor calls this as its last pass over a graph."""
         assert graph.owning_module is not None
         interpreter = torch.fx.Interpreter(graph.owning_module)
         for node in graph.find_nodes(op="get_attr"):
@@ -471,7 +470,7 @@ class _Recipes:
 
 
 def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
-    """Return the constant, or the argument of an operator, that a recipe describes."""
+    """Follow a recipe: return the constant, or the operator's argument, that it describes."""
     if isinstance(recipe, list):
         return [_made(part, weights) for part in recipe]
     if not isinstance(recipe, dict):
@@ -521,7 +520,7 @@ def _check_private(path: Path) -> None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Describe all that a module's code depends on, except the function and most values of the weights."""
+    """Return texts that describe what a module's code depends on, without the function and most weight values."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part)) for name, part in _named(module).items()
     }
@@ -537,7 +536,7 @@ def _about(module: nn.Module) -> dict[str, str]:
 
 
 def traced_files() -> list[Path]:
-    """List the files of this library whose code may be in a package."""
+    """List the files of this library whose code may be compiled into a package."""
     roots = (Path(__file__).parent.parent / name for name in _TRACED)
     files = (file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]))
     return sorted(file for file in files if file.suffix in {".py", ".cpp"})
@@ -582,7 +581,7 @@ def _configs(module: nn.Module) -> list[str]:
 
 
 def _sources(module: nn.Module) -> list[str]:
-    """Return the bytecode of all modules' forwards and hooks, which users may patch, without Transformers' hooks."""
+    """Return the bytecode of all forwards and hooks, since users may patch them. Transformers' hooks are left out."""
     marks = set()
     for part in module.modules():
         own = [vars(part).get("forward"), *part._forward_hooks.values(), *part._forward_pre_hooks.values()]
@@ -597,7 +596,7 @@ def _sources(module: nn.Module) -> list[str]:
 
 
 def _sampled_values(weight: Tensor) -> list[str]:
-    """Return the first values of a weight in CPU memory, none of other devices, since copies would be slow."""
+    """Return a weight's first values, or none if it is not in CPU memory, since copies would be slow."""
     if weight.device.type != "cpu" or not weight.numel():
         return []
     first = weight[(0,) * (weight.dim() - 1)] if weight.dim() else weight[None]

@@ -1,4 +1,4 @@
-"""Move tensors into huge pages of Linux: with pages of 4 KiB, a CPU that reads weights waits for page addresses.
+"""Move tensors into huge pages of Linux. With pages of 4 KiB, reading weights is slow, since each page is looked up.
 
 `MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` makes
 memory that was never written use huge pages from the start. If the kernel refuses, memory stays in small pages.
@@ -21,28 +21,28 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 HUGE = 2 << 20  # Bytes of a huge page, whose address is a multiple of this number.
 _HUGEPAGE, _COLLAPSE = 14, 25  # Advice codes of madvise(2).
-_ALONE = 32 << 20  # Bytes from which glibc's malloc maps a block separately, and unmaps it when it is freed.
+_ALONE = 32 << 20  # From this many bytes on, glibc's malloc maps a block separately, and unmaps it when it is freed.
 _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # Errors if the machine, or the control group, has no free memory.
 
 
 class Kernel:
-    """Asks Linux about memory, and advises it. Without `proc` and `sys` in `root`, it finds no huge pages."""
+    """Reads memory state from `proc` and `sys` in `root` (if missing, there are no huge pages), and calls madvise."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._process, self._settings = root / "proc", root / "sys/kernel/mm/transparent_hugepage"
 
     def has_huge_pages(self) -> bool:
-        """Whether huge pages are turned on, and have 2 MiB."""
+        """Whether huge pages are turned on, and their size is 2 MiB."""
         is_off = "[never]" in _text_of(self._settings / "enabled")
         return not is_off and _text_of(self._settings / "hpage_pmd_size").strip() == str(HUGE)
 
     def available_bytes(self) -> int:
-        """Return the bytes that programs can take without swapping; 0 if unknown."""
+        """Return the number of bytes that programs can allocate without swapping; 0 if unknown."""
         lines = map(str.split, _text_of(self._process / "meminfo").splitlines())
         return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
 
     def own_ranges(self) -> list[tuple[int, int]]:
-        """Return the ascending (start, stop) of memory that this process shares with no file and no process."""
+        """Return ascending address ranges (start, stop) of memory that no file or other process shares."""
         ranges = list[tuple[int, int]]()
         for line in _text_of(self._process / "self/maps").splitlines():
             addresses, permissions, _, _, inode = line.split()[:5]
@@ -52,7 +52,7 @@ class Kernel:
         return ranges
 
     def advise(self, start: int, size: int, advice: int) -> int:
-        """Call madvise(2); return 0, or the number of the error."""
+        """Call madvise(2); return 0 or an error number."""
         libc = ctypes.CDLL(None, use_errno=True)
         failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(advice))
         return ctypes.get_errno() if failed else 0
@@ -62,9 +62,9 @@ _LINUX = Kernel()
 
 
 def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
-    """Move tensors into huge pages that they fill at least by half; return the bytes that now lie in them.
+    """Move tensors into huge pages that they fill at least by half; return the number of tensor bytes in huge pages.
 
-    Values and addresses stay the same. Other memory within such a page moves, too, and its unused parts become zeros.
+    Values and addresses stay the same. Other memory within such a page is also moved, and unused parts become zeros.
     Tensors on other devices, in files or in shared memory are not moved.
     """
     pages = _filled_pages(tensors, kernel) if kernel.has_huge_pages() else []
@@ -87,7 +87,7 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
 
 
 def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel = _LINUX) -> Tensor:
-    """Make a tensor of zeros; a large one in the CPU's memory lies in huge pages if the kernel has them."""
+    """Make a tensor of zeros. A large tensor in CPU memory is put into huge pages if `kernel` has them."""
     if device.type != "cpu":
         return torch.zeros(*size, dtype=dtype, device=device)
     made = torch.empty(*size, dtype=dtype, device=device)
@@ -99,7 +99,7 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel =
 
 
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
-    """Return the ascending addresses at which huge pages would be filled at least by half with these tensors."""
+    """Return the ascending addresses of possible huge pages that these tensors fill at least by half."""
     filled = Counter[int]()
     in_memory = (one for one in tensors if one.device.type == "cpu" and (one.is_mkldnn or one.layout is torch.strided))
     for start, stop in set(map(_span, in_memory)):
@@ -111,7 +111,7 @@ def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's first address, and the one after its last."""
+    """Return a tensor's first address, and the address after its last byte."""
     if tensor.is_mkldnn:  # PyTorch has no storage for oneDNN's layouts.
         start, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
     else:
@@ -125,7 +125,7 @@ def _lies_in(ranges: list[tuple[int, int]], start: int, stop: int) -> bool:
 
 
 def _text_of(file: Path) -> str:
-    """Return a file's text, or nothing if it cannot be read, as in some containers."""
+    """Return a file's text, or an empty string if the file cannot be read, as in some containers."""
     try:
         return file.read_text("utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Cut an exported program into parts, so that equal parts are compiled once: a decoder's layers share their code.
+"""Cut an exported program into parts, so that equal parts, such as a decoder's layers, are compiled only once.
 
 Most of the compile time is Python code that visits each node of a graph, and a decoder's graph repeats one layer.
 """
@@ -20,14 +20,14 @@ _NUMBERED = re.compile(r"(.*)\.(\d+)")
 
 
 class UncuttableError(RuntimeError):
-    """A program has no parts that can run one after the other."""
+    """A program cannot be cut into parts that run one after the other."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramPart:
-    """Consecutive nodes of a program."""
+    """Consecutive nodes of a program's graph, which can be compiled alone."""
 
-    nodes: Sequence[Node]  # in their order, after the nodes that compute their sizes
+    nodes: Sequence[Node]  # in the program's order, after copies of the nodes that compute their sizes
     inputs: Sequence[Node]  # inputs of the program and outputs of earlier parts that the nodes use
     weights: Sequence[Node]  # placeholders of the weights that the nodes use
     outputs: Sequence[Node]  # nodes that later parts use or the program returns
@@ -35,9 +35,9 @@ class ProgramPart:
 
 
 def parts_of(program: ExportedProgram) -> list[ProgramPart]:
-    """Cut a program into the nodes before its layers, each layer, and the nodes after them.
+    """Cut a program into the nodes before its layers, each layer, and the nodes after its layers.
 
-    Raises an `UncuttableError` if no layers are equal, or if one passes on sizes or the memory of an input.
+    Raises an `UncuttableError` if no layers are equal, or if a layer returns sizes or a tensor in an input's memory.
     """
     graph, weights = program.graph, set(weight_names(program))
     stretches = [(nodes, [*_missing_sizes(nodes), *nodes]) for nodes in _stretches(graph)]
@@ -59,10 +59,9 @@ def parts_of(program: ExportedProgram) -> list[ProgramPart]:
 
 
 def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgram:
-    """Export a part as a program, in which weights are named by numbers.
+    """Export a part as a program whose weights are named by numbers.
 
-    Raises an `UncuttableError` if the part cannot be traced alone, for instance if a size that may change is 1 in the
-    example.
+    Raises an `UncuttableError` if the part cannot be traced alone, for instance if a dynamic size is 1 in the example.
     """
     graph, module, copies = Graph(), nn.Module(), dict[Node, Node]()
     for number, node in enumerate(part.inputs):
@@ -90,7 +89,7 @@ def exported_part(program: ExportedProgram, part: ProgramPart) -> ExportedProgra
 
 
 def weight_names(program: ExportedProgram) -> Mapping[str, str]:
-    """Map the placeholder of each weight and constant to its name in the module."""
+    """Map the graph placeholder of each weight and constant to the weight's name in the module."""
     signature = program.graph_signature
     return {
         **signature.inputs_to_parameters,
@@ -133,18 +132,18 @@ def _layer_of(node: Node) -> tuple[str, int] | None:
 
 
 def _asserts(node: Node) -> bool:
-    """Whether a node only checks values, which compiled code leaves out."""
+    """Whether a node only checks values. Compiled code omits such nodes."""
     return "_assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
 def _external(nodes: Sequence[Node]) -> list[Node]:
-    """Return the other nodes that these nodes use."""
+    """Return the nodes outside `nodes` whose results `nodes` use."""
     inside = set(nodes)
     return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in inside))
 
 
 def _missing_sizes(nodes: Sequence[Node]) -> list[Node]:
-    """Return the other nodes, in order, that compute sizes for these nodes."""
+    """Return, in order, the nodes outside `nodes` that compute sizes for `nodes`."""
     inside, found = set(nodes), dict[Node, None]()
 
     def follow(node: Node) -> None:
@@ -164,7 +163,7 @@ def _storage(node: Node) -> int | None:
 
 
 def _likeness(nodes: Sequence[Node], inputs: Sequence[Node], weights: Sequence[Node], outputs: Sequence[Node]) -> str:
-    """Describe the computation of nodes; equal computations have equal descriptions.
+    """Return a text that describes the computation of nodes. Equal computations have equal texts.
 
     Sizes that may change are numbered in order of appearance.
     """

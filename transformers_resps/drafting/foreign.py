@@ -25,10 +25,10 @@ _FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recor
 
 
 class ForeignSource(DraftSource):
-    """Drafts with a candidate generator, for one text at a time.
+    """Drafts for one text at a time with a candidate generator, to which only a weak reference is kept.
 
     Args:
-        generator: called before each step that needs a draft. Only a weak reference to it is kept.
+        generator: called before each step that needs a draft.
     """
 
     calls_generate = True
