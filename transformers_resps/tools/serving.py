@@ -598,7 +598,7 @@ class Figures:
 
 
 class Door:
-    """The outermost ASGI layer: limits the size of a body, notices when a client disconnects, and counts outcomes."""
+    """The outermost ASGI layer: limits body sizes, notices disconnected clients, counts requests by outcome."""
 
     _ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 

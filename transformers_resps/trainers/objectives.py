@@ -91,8 +91,8 @@ class LevelObjective(Objective):
 class BlockObjective(Objective):
     """Computes the loss of a block head for blocks that start at random positions, in evaluation at all positions.
 
-    Each position of a block learns the target's distribution. A correction, if the head has one, gets the true token
-    before the position. DFlash's decay exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. Positions
+    Each position of a block learns the target's distribution. A head's correction reads the true token before
+    the position. DFlash's decay exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. Positions
     after the end of an answer have no loss.
 
     Source: DFlash (arXiv 2602.06036) section 3, DSpark (arXiv 2607.05147).

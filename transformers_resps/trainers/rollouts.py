@@ -27,7 +27,7 @@ from ..tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Decisions of a policy and their results, ordered by text and step."""
+    """Tree shapes (actions) that a policy chose, and their results, ordered by text and step."""
 
     features: Tensor  # [n, F]
     actions: Tensor  # [n]
@@ -61,7 +61,7 @@ class Decisions:
 
 
 class Rollouts(ABC):
-    """A source of decisions: `ReplayRollouts` or `LiveRollouts`."""
+    """Base class of `ReplayRollouts` and `LiveRollouts`, which collect a policy's decisions and their results."""
 
     knows_all_outcomes = False  # whether decisions come with the result of every action
 
@@ -173,7 +173,7 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """A policy for recording: it keeps each action for `persistence` steps, and stores their records with it.
+    """Chooses actions by a policy's network, each for `persistence` steps, and stores the records of these steps.
 
     The code of Re-SpS instead assigns a step to the next decision, and adds an observation of zeros once per text.
     """
