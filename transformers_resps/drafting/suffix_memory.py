@@ -109,7 +109,7 @@ class SuffixMemory(DraftSource):
         return PromptLookup([self]).drafter(call)
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the target's vocabulary size differs from earlier targets' or excludes a token."""
+        """Raise a `ValueError` if the target's vocabulary lacks a stored token or is not as large as earlier ones."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
