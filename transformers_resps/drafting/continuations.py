@@ -100,7 +100,7 @@ Place = tuple["array[int]", int, int]
 
 
 class _Occurrences:
-    """Places in one corpus at which the text's last tokens were followed by the same `depth` tokens.
+    """Places in one corpus where the text's last tokens occur, all followed by one continuation of `depth` tokens.
 
     Attributes:
         corpus: the texts that contain the places.

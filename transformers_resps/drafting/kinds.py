@@ -70,7 +70,7 @@ def _is_eagle(tensors: Mapping[str, Any]) -> bool:
 
 
 def _is_block(tensors: Mapping[str, Any]) -> bool:
-    """Whether the tensor names occur in block heads, including variants that this library cannot load."""
+    """Whether the tensor names are those of a block head, even of one that this library cannot load."""
     return "hidden_norm.weight" in tensors or any(name.startswith(_OF_BLOCKS) for name in tensors)
 
 

@@ -205,7 +205,7 @@ class TrainableSource(LevelSource):
         """
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return the source with all weights in its files, even weights that it normally shares with its target."""
+        """Return a copy that saves all of its weights, even those that it shares with its target."""
         return self
 
     @abstractmethod

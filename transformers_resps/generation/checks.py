@@ -456,7 +456,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Raise if weights are missing, or if a layer's output for one node depends on the other nodes of the tree."""
+    """Raise if weights are not loaded, or if a layer mixes nodes of a tree that do not see each other."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):

@@ -198,7 +198,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the mode of a call; raise a `ValueError` if this machine's rounding of a row depends on other rows."""
+        """Make the exact mode for one call; raise a `ValueError` if here a row's bits depend on the other rows."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

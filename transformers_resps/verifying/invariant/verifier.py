@@ -44,11 +44,11 @@ class ModelCode:
         self._bits: dict[Hashable, bytes] = {}  # kernel settings -> how code rounds the sample
 
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        """Check once, for each compiled code and its weights, that the code rounds each text in one way.
+        """Check once for each compiled forward and its weights that a text always gets the same bits.
 
-        `rows` is the code's number of rows. `answers` computes the logits `[t, v]` of a chain after the sample, and of
-        shorter chains with the same tokens. Raises a `ValueError` if a node's rounding depends on the nodes beside it,
-        or differs from that of code that was checked before.
+        `rows` is the forward's number of rows. `answers` computes logits `[t, v]`: of a chain of tokens after a sample
+        text, and of trees that begin with it, which must be equal. Raises a `ValueError` if a node's bits depend on
+        the nodes beside it, or differ from those of a forward that was checked before.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}

@@ -87,7 +87,10 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
+        """Run the target over `SlotInputs` or `PackedInputs`, which buffers follow in `given`.
+
+        Returns its logits, and after them the hidden states at `places`.
+        """
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
