@@ -532,8 +532,9 @@ class WidthMemory:
         self._trial_in = self._trial_every = _FIRST_TRIAL
 
     def choose(self, most: int) -> int:
-        self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
-        return min(self._widths[self._chosen], most)
+        widest = bisect_right(self._widths, most) - 1
+        self._chosen = min(self._neighbour() if self._trial_in <= 0 else self._best, widest)
+        return self._widths[self._chosen]
 
     def add(self, tokens: float, seconds: float) -> None:
         """Learn from the expected tokens and the seconds of a step with the chosen width."""
