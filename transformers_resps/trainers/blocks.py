@@ -60,7 +60,12 @@ def selection_loss(
             logits = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
             base, candidates = logits.topk(selector.candidates, dim=-1)
             wanted = teacher.probabilities(rows).gather(1, candidates)
-        scores = base + (selector.rows(candidates) @ contexts[rows, :, None].to(selector.table.dtype))[..., 0].float()
+        scores = (
+            base
+            + (F.embedding(candidates, selector.table) @ contexts[rows, :, None].to(selector.table.dtype))[
+                ..., 0
+            ].float()
+        )
         losses.append(-(wanted * scores.log_softmax(-1)).sum(-1))
     return torch.cat(losses)
 
