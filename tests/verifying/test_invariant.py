@@ -20,7 +20,6 @@ from transformers_resps.verifying.invariant.attention import (
     BLOCK,
     BlockLayout,
     BlockReads,
-    Sizes,
     invariant_attention,
     levels_below,
 )
@@ -112,10 +111,10 @@ class Case:
         for buffer, text in zip(buffers, self.text, strict=True):
             put(buffer, 0, 0, text[0, :root])
         for stop in range(step, len(self.parents) + 1, step):
-            own, sizes = slice(stop - step, stop), Sizes(step, blocks, levels_below(root, tree.level_count))
+            own, sizes = slice(stop - step, stop), (step, blocks, levels_below(root, tree.level_count))
             for buffer, nodes in zip(buffers, self.nodes, strict=True):
                 put(buffer, 0, root + own.start, nodes[0, own])
-            layout = BlockLayout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
+            layout = BlockLayout.of_sizes(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], *sizes)
             asking = (places + tree.depths)[:, own], self.queries[:1, own]
             found.append(attend(layout, *asking, buffers, window=None, sinks=None)[0])
         return torch.cat(found)
@@ -341,8 +340,8 @@ def test_the_last_nodes_of_a_tree_ask_blocks_of_fixed_sizes() -> None:
     """A root at 66 and four nodes, of which the last two ask: one on each of two paths."""
     parents = torch.tensor([[0, 0, 0, 1]])
     tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
-    sizes = Sizes(asking=2, blocks=4, levels=levels_below(66, 2))
-    layout = BlockLayout.of_sizes(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
+    sizes = {"asking": 2, "blocks": 4, "levels": levels_below(66, 2)}
+    layout = BlockLayout.of_sizes(torch.tensor([[66]]), tree.depths, tree.ancestors, **sizes)
     assert layout.shared.flatten().tolist() == list(range(256)) and layout.ends.tolist() == [[64, 64]]
     assert layout.groups.tolist() == [[[0, 0, 0, 0], [1, 0, 0, 0]]] and layout.asked.tolist() == [[[0, 4]]]
     assert layout.places.tolist() == [[[67, -1, -1, -1], [68, -1, -1, -1]]]

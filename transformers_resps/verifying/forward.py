@@ -107,9 +107,9 @@ class FeatureTap:
 class Features:
     """The hidden states of one forward, or of all forwards over a prompt's chunks."""
 
-    def __init__(self, layers: list[int]) -> None:
+    def __init__(self, layers: list[int], caught: dict[int, Tensor] | None = None) -> None:
         self.layers = layers
-        self.caught: dict[int, Tensor] = {}  # layer -> [b, t, h]
+        self.caught = {} if caught is None else caught  # layer -> [b, t, h]
 
     def concatenated(self) -> Tensor:
         """Concatenate the hidden states of all layers: `[b, t, F]`. Raises a `ValueError` if a layer gave none."""
@@ -131,10 +131,7 @@ def _note_positions(module: nn.Module, arguments: tuple[Any, ...], keywords: dic
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """Find the text decoder's layers: the outermost `ModuleList` in the decoder with `num_hidden_layers` modules.
-
-    Raises a `ValueError` if there is none.
-    """
+    """Find the decoder's outermost `ModuleList` of `num_hidden_layers` modules; raise `ValueError` without one."""
     count = target.config.get_text_config(decoder=True).num_hidden_layers
     for module in target.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -154,8 +151,8 @@ def is_compiled(module: nn.Module) -> bool:
 class TargetForward:
     """Runs the target with `cache`, and catches the hidden states of `layers` inside a `with` block; see `FeatureTap`.
 
-    `layers` is `None` without a draft head. Raises a `ValueError` if the caller compiled the target and the head reads
-    a hidden state that the target's outputs lack.
+    `layers` is `None` or empty without a draft head. Raises a `ValueError` if the caller compiled the target and the
+    head reads a hidden state that the target's outputs lack.
     """
 
     def __init__(
@@ -165,7 +162,7 @@ class TargetForward:
         self.layers = layers or []
         # Compiled modules ignore hooks that are added later.
         self._tap = None
-        if layers is not None and not is_compiled(target):
+        if layers and not is_compiled(target):
             self._tap = FeatureTap(target, layers, before_deepstack=before_deepstack)
         if self._tap is None and not gives_hidden_states(target, self.layers):
             raise ValueError(
@@ -235,7 +232,6 @@ class TargetForward:
         """Keep only these rows of an encoder's outputs, if there is an encoder; the caller drops the cache's rows."""
 
     def inputs(self, tokens: Tensor, mask: Masks, positions: Tensor) -> dict[str, Any]:
-        """Return the inputs of a forward as keyword arguments of the target."""
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return inputs | {CACHE_KEYWORD: self.cache}
 
@@ -245,9 +241,8 @@ class TargetForward:
             return self.catch(lambda: self.target(**inputs))
         places = output_places(self.target, self.layers)
         outputs: TargetOutputs = self.target(**inputs, **hidden_states_asked(places))
-        features = Features(self.layers)
-        features.caught = {layer: outputs.hidden_states[at] for layer, at in zip(self.layers, places, strict=True)}
-        return outputs, features
+        caught = {layer: outputs.hidden_states[at] for layer, at in zip(self.layers, places, strict=True)}
+        return outputs, Features(self.layers, caught)
 
 
 class EncoderDecoderForward(TargetForward):
@@ -327,10 +322,6 @@ def hidden_states_asked(layers: list[int]) -> dict[str, list[int] | bool]:
 
 
 def wait_for(states: Tensor) -> None:
-    """Wait until an accelerator has computed `states` `[b, t, any]`; otherwise the clock would time only the launch.
-
-    The target's forward needs no such wait, since acceptance reads its logits. Nothing waits for drafts: the target's
-    forward is launched while they run, and the rest of their time counts as verifying.
-    """
+    """Wait until an accelerator has computed `states` `[b, t, any]`; else the clock would time only the launch."""
     if states.device.type != "cpu":
         states[0, -1, 0].item()

@@ -12,7 +12,6 @@ node gets the same bits as a token of plain text, alone or in a long prompt.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +33,6 @@ _ROWS = 4  # nodes that query a path's block together
 # Query rows are filled up to a multiple of this. PyTorch's CPU kernel takes 32 rows at a time, and MKL sums the last
 # one to three rows (one to seven with `MKL_CBWR=COMPATIBLE`) in another order.
 _MULTIPLE = 8
-
-
-class Sizes(NamedTuple):
-    """Sizes of a layout for the last nodes of a tree. The host knows them; the tree's values stay on the device."""
-
-    asking: int  # number of last nodes, which this forward computes; earlier nodes' entries are in their slots
-    blocks: int  # number of shared blocks
-    levels: int  # largest number of blocks that a path has after the border; see `levels_below`
 
 
 def levels_below(place: int, depth: int) -> int:
@@ -81,27 +72,27 @@ class BlockLayout(NamedTuple):
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "BlockLayout":
         """Make the layout of a `DraftTree` whose roots have the places `roots` `[b, 1]`. All tensors are on the CPU.
 
-        There are at least `least` blocks, groups and levels. Compiled code gets two of each, since sizes of 0 and 1
-        would need code of their own.
+        There are at least `least` blocks, groups and levels.
         """
-        rows = zip(roots[:, 0].tolist(), depths.tolist(), ancestors.tolist(), strict=True)
-        read = [_RowLayout(*row) for row in rows]
-        most_groups, most_levels = max(len(row.groups) for row in read), max(len(row.asked) for row in read)
-        for row in read:
-            row.fill_up(max(most_groups, least), max(most_levels, least))
-        parts = (torch.tensor(part) for part in zip(*map(_RowLayout.parts, read), strict=True))
-        groups, places, starts, paths, asked = parts
-        count, border = depths.shape[1], roots // BLOCK * BLOCK
-        shared = _blocks(max(int(border.max()), least * BLOCK), roots.device)
-        slots, ends = _slots(roots, paths, starts), border.expand(-1, count)
-        return cls(shared, ends, torch.arange(count), groups, places, slots, starts, asked.transpose(0, 1))
+        levels = max(map(levels_below, roots[:, 0].tolist(), depths.amax(dim=1).tolist()))
+        blocks, levels = max(int(roots.max()) // BLOCK, least), max(levels, least)
+        layout = cls.of_sizes(roots, depths, ancestors, depths.shape[1], blocks, levels)
+        used = max(int(layout.asked.max()) // _ROWS + 1, least)
+        groups, places, slots, starts = (part[:, :used].contiguous() for part in layout[3:7])
+        return layout._replace(groups=groups, places=places, slots=slots, starts=starts)
 
     @classmethod
-    def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes) -> "BlockLayout":
-        """Make the layout of a tree's last nodes like `of_tree`, but on the device, without a transfer to the host."""
+    def of_sizes(
+        cls, roots: Tensor, depths: Tensor, ancestors: Tensor, asking: int, blocks: int, levels: int
+    ) -> "BlockLayout":
+        """Make the layout of a tree's last nodes, on any device and without a transfer to the host.
+
+        A forward computes the `asking` last nodes; earlier nodes' entries are in their slots. There are `blocks`
+        shared blocks, and a group for each of these nodes and each of `levels` (at least `levels_below`).
+        """
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
-        places, first, levels = roots + depths, count - sizes.asking, sizes.levels
+        places, first = roots + depths, count - asking
         is_padding = (depths == 0) & (order > 0)
         is_leaf = (ancestors.sum(dim=1) == 1) & ~is_padding
         ranks = is_leaf.cumsum(dim=1) - 1
@@ -115,7 +106,7 @@ class BlockLayout(NamedTuple):
         needed = _rounded_up(members.sum(dim=1), _ROWS)
         before = (needed.cumsum(dim=1) - needed).gather(1, cell)
         asked = before + members.cumsum(dim=1).gather(2, cell[..., None])[..., 0] - 1
-        size = _ROWS * sizes.asking * levels
+        size = _ROWS * asking * levels
         index = asked.masked_fill(is_silent, size)
 
         def grouped(values: Tensor, empty: int) -> Tensor:
@@ -126,64 +117,16 @@ class BlockLayout(NamedTuple):
         starts = border + of_group % levels * BLOCK
         paths = of_group.div(levels, rounding_mode="floor")
         slots = _slots(roots, _nodes_by_depth(depths, ancestors, is_leaf, paths), starts)
-        asked = asked.masked_fill(is_silent, -1).view(rows, levels, count).transpose(0, 1)
-        groups = grouped(order.expand(rows, -1), 0)
-        shared, ends = _blocks(sizes.blocks * BLOCK, depths.device), border.expand(-1, count)
-        return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)._from(first)
-
-    def _from(self, first: int) -> "BlockLayout":
-        """Cut the layout to the nodes from `first` on."""
-        ends, order, asked = self.ends[:, first:], self.order[: self.order.shape[0] - first], self.asked[..., first:]
-        return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
+        asked = asked.masked_fill(is_silent, -1).view(rows, levels, count).transpose(0, 1)[..., first:]
+        groups = (grouped(order.expand(rows, -1), 0) - first).clamp(min=0)
+        shared, ends = _blocks(blocks * BLOCK, depths.device), border.expand(-1, asking)
+        return cls(shared, ends, order[:asking], groups, grouped(places, -1), slots, starts, asked)
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
         """Turn the nodes from `count` on into padding; in compiled code they then see nothing."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
-
-
-class _RowLayout:
-    """The `BlockLayout` of one row as Python lists, which are faster than tensors for few nodes."""
-
-    def __init__(self, root: int, depths: list[int], ancestors: list[list[bool]]) -> None:
-        border, own = root // BLOCK * BLOCK, root % BLOCK
-        self.groups, self.places = list[list[int]](), list[list[int]]()
-        self.paths, self.starts = list[list[int]](), list[int]()  # paths `[g, n + 1]` end with repeated roots
-        count = len(depths)
-        nodes = [node for node, depth in enumerate(depths) if depth or not node]  # without padding
-        paths = {node: list(compress(range(count), ancestors[node])) for node in nodes}
-        inner = {other for path in paths.values() for other in path[:-1]}
-        self.asked = [[-1] * count for _ in range((own + max(depths)) // BLOCK + 1)]
-        known = set[int]()
-        for leaf in (node for node in nodes if node not in inner):
-            path = paths[leaf]
-            new = [node for node in path if node not in known]  # the others belong to an earlier leaf's path
-            known.update(new)
-            for level, asked in enumerate(self.asked):
-                asking = [node for node in new if own + depths[node] >= level * BLOCK]
-                for at in range(0, len(asking), _ROWS):
-                    self._add(asking[at : at + _ROWS], root, depths, asked)
-                    self.starts.append(border + level * BLOCK)
-                    self.paths.append(path + [0] * (count + 1 - len(path)))
-
-    def _add(self, group: list[int], root: int, depths: list[int], asked: list[int]) -> None:
-        first, rest = len(self.groups) * _ROWS, _ROWS - len(group)
-        for at, node in enumerate(group):
-            asked[node] = first + at
-        self.groups.append(group + [0] * rest)
-        self.places.append([root + depths[node] for node in group] + [-1] * rest)
-
-    def parts(self) -> tuple[list[Any], ...]:
-        return self.groups, self.places, self.starts, self.paths, self.asked
-
-    def fill_up(self, groups: int, levels: int) -> None:
-        missing = groups - len(self.groups)
-        self.groups += [[0] * _ROWS] * missing
-        self.places += [[-1] * _ROWS] * missing
-        self.paths += self.paths[:1] * missing
-        self.starts += self.starts[:1] * missing
-        self.asked += [[-1] * len(self.asked[0])] * (levels - len(self.asked))
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
@@ -260,10 +203,7 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """Makes the query rows and masks of a layout, once for all equal layers of a forward.
-
-    `places` `[b, n]` are the nodes' places in the text; `dtype` is that of the queries.
-    """
+    """Makes a layout's query rows and masks, once for all equal layers; `places` `[b, n]` are the nodes'."""
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
@@ -394,7 +334,7 @@ def invariant_attention(
         parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
     sums, results = zip(*parts, strict=True)
     weights = _weights(sums[0] if len(sums) == 1 else torch.cat(sums), s_aux, heads // kv_heads)
-    joined = _joined(results, weights).to(query.dtype)
+    joined = _widened(results).mul_(weights[..., None]).sum(dim=0).to(query.dtype)  # blocks one after another
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
@@ -439,11 +379,6 @@ def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Te
     return sums if read.is_missing is None else sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), states
 
 
-def _joined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Multiply the parts `[blocks, ...]` by their weights and sum them one after another, in float64."""
-    return _widened(parts).mul_(weights[..., None]).sum(dim=0)
-
-
 def _widened(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate the parts `[blocks, ...]` in float64."""
     if len(parts) == 1:
@@ -472,9 +407,7 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Let the target use `invariant_attention` inside a `with` block, which one thread at a time may enter.
-
-    This overrides `use_gqa_attention` of other threads, since that attention does not accept `BlockReads`.
-    """
+    """Let the target use `invariant_attention` inside a `with` block, which one thread at a time may enter."""
+    # The rank overrides other threads' `use_gqa_attention`, which does not accept `BlockReads`.
     with lent.holding(Change(target.config.get_text_config(), "_attn_implementation", lambda own: INVARIANT, rank=1)):
         yield

@@ -35,7 +35,7 @@ from ..unknown_targets import check_same_bits
 from ..verifier import VerifyingMode
 from .attention import INVARIANT, LENT
 from .experts import has_invariant_experts
-from .row_classes import RowClasses, RowNeeds, kernel_settings
+from .row_classes import RowClasses, RowNeeds, kernel_settings, possible_needs
 from .verifier import ExactSteps, InvariantSteps, ModelCode, TextReader, doubled
 
 
@@ -192,7 +192,7 @@ class InvariantCalls:
         self._check_cache(given_cache(arguments))
         _check_forward(model, self._engine)
         if not self._has_same_bits:
-            mode = InvariantMode(self._engine, self.code, RowNeeds.of_any_machine(model.device))
+            mode = InvariantMode(self._engine, self.code, possible_needs(model.device)[-1])
             check_same_bits(model, lambda positions: mode.verifier(TargetForward.of(model), positions))
             self._has_same_bits = True
         self._compare(model, compile)

@@ -85,10 +85,7 @@ def invariant_experts(
 
 @contextmanager
 def use_invariant_experts(target: PreTrainedModel, least: int) -> Iterator[None]:
-    """Let the target compute its experts by `invariant_experts` inside a `with` block; see `has_invariant_experts`.
-
-    The config's name of the experts' function changes for one forward; calls in other threads may see either name.
-    """
+    """Let the target, and perhaps other threads, compute its experts by `invariant_experts` inside a `with` block."""
     config, name = target.config.get_text_config(decoder=True), f"resps_invariant_{least}"
     ExpertsInterface.register(name, partial(invariant_experts, least=least))
     with lent.holding(Change(config, "_experts_implementation", lambda own: name)):
@@ -119,7 +116,6 @@ class RoutedLayer(nn.Module):
         self.in_features, self.out_features = sizes
 
     def forward(self, states: Tensor) -> Tensor:
-        """Concatenate the floating-point results of `run`."""
         results = self._run(states.flatten(0, -2))
         parts = [part for part in ([results] if isinstance(results, Tensor) else results) if part.is_floating_point()]
         joined = torch.cat(parts, dim=-1)

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..slots.buffers import SlotLayer
 from ..slots.forwards import SlotForward, by_planes, node_positions
-from .attention import BlockLayout, BlockReads, Sizes, use_invariant_attention
+from .attention import BlockLayout, BlockReads, use_invariant_attention
 from .experts import use_invariant_experts
 
 
@@ -41,28 +41,22 @@ class PartInputs(NamedTuple):
     depths: Tensor  # [1, t]
     ancestors: Tensor  # [1, t, t], see `DraftTree`
     roots: Tensor  # see `SlotInputs`
-    blocks: Tensor  # only its length is used, as `Sizes.blocks`
-    levels: Tensor  # only its length is used, as `Sizes.levels`
-
-
-_INVARIANT_SIZES = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
+    blocks: Tensor  # only its length is used, see `BlockLayout.of_sizes`
+    levels: Tensor  # only its length is used
 
 
 class InvariantForward(SlotForward):
-    """Computes nodes so that each result depends only on the node's own text.
-
-    `lock` lets one thread at a time run the target. Experts multiply a multiple of `least_rows` rows.
-    """
+    """Computes each node from its own text alone. One thread at a time may hold `lock`."""
 
     is_invariant = True
-    sizes = _INVARIANT_SIZES
+    sizes = ("bn", "bn", "b.", "bn.", "k", "s.", "bn", "r", "bg.", "bg.", "bg.", "bg", "lbn")
     layer = _FiniteSlotLayer
 
     def __init__(
         self, lock: Lock, least_rows: int, target: PreTrainedModel, cache: Cache, feature_layers: list[int] | None
     ) -> None:
         super().__init__(target, cache, feature_layers)
-        self._lock, self._least_rows = lock, least_rows
+        self._lock, self._least_rows = lock, least_rows  # experts multiply a multiple of so many rows
         self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -95,10 +89,10 @@ class PartForward(InvariantForward):
     def function(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run over the tensors of `PartInputs` and the buffers."""
         part, buffers = PartInputs(*tensors[: len(PartInputs._fields)]), tensors[len(PartInputs._fields) :]
-        sizes = Sizes(part.tokens.shape[1], len(part.blocks), len(part.levels))
-        root = part.roots[:, :1].long()
-        layout = BlockLayout.of_sizes(root, part.depths, part.ancestors, sizes)
-        first = part.depths.shape[1] - part.tokens.shape[1]
+        root, asking = part.roots[:, :1].long(), part.tokens.shape[1]
+        sizes = asking, len(part.blocks), len(part.levels)
+        layout = BlockLayout.of_sizes(root, part.depths, part.ancestors, *sizes)
+        first = part.depths.shape[1] - asking
         own = part.depths[:, first:]
         positions = node_positions(part.roots[:, 1:], own)
         inputs = InvariantInputs(part.tokens, own - first, root + first, positions, part.blocks)

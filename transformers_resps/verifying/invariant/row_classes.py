@@ -5,11 +5,10 @@ rows of seven in another order than the first four, or rows at the end of a thre
 rows inside. No documentation says when, so this module tries the kernels of the machine.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..masks import AttentionPattern
 from ..prepacking import is_prepacked
-from .attention import BLOCK, BlockLayout, BlockReads, Sizes, invariant_attention, levels_below
+from .attention import BLOCK, BlockLayout, BlockReads, invariant_attention, levels_below
 from .experts import routed_layers
 
 
@@ -47,11 +46,9 @@ def least_rows(
 ) -> int | None:
     """Return the least r of 1, 2, 4, 8 and 16 so that any multiple of r rows rounds each row alike; else `None`.
 
-    Args:
-        answer: computes a range of rows of one sample together: `[len(rows), ...]`. These are rows of a matrix, or
-            nodes of a chain, which depend on the nodes before them.
-        counts: numbers of rows to try; the sample has as many as the largest, a multiple of 16.
-        starts: first rows to try for a count; a chain begins at 0.
+    `answer` computes a range of rows of one sample together, `[len(rows), ...]`: rows of a matrix, or nodes of a
+    chain, which depend on the nodes before them. The sample has as many rows as the largest of the tried `counts`, a
+    multiple of 16. `starts` are the first rows to try for a count; a chain begins at 0.
     """
     least = None
     known = answer(range(max(counts)))
@@ -98,29 +95,20 @@ class RowNeeds:
     forward: int  # must divide the number of nodes of a forward, in all rows together
     is_exact: bool = False  # whether a forward must have exactly this number of nodes, all of one row
 
-    @classmethod
-    def of_any_machine(cls, device: torch.device) -> "RowNeeds":
-        """Return needs that suffice on any machine with such a device: an exact number of rows in each forward."""
-        *_, last = _ways(device)
-        return last
 
-
-def _ways(device: torch.device) -> Iterator[RowNeeds]:
-    """Yield the needs that kernels on such a device may have, the cheapest first."""
-    if device.type == "cpu":
-        yield RowNeeds(_CANDIDATES[0])
-        yield RowNeeds(_CANDIDATES[0], is_exact=True)  # AMX computes 16 rows in one way, and 17 in another
-    else:
-        yield RowNeeds(_EXACTLY, is_exact=True)
+def possible_needs(device: torch.device) -> list[RowNeeds]:
+    """Return the needs that kernels on such a device may have, the cheapest first; the last ones suffice anywhere."""
+    if device.type != "cpu":
+        return [RowNeeds(_EXACTLY, is_exact=True)]
+    # AMX computes 16 rows in one way, and 17 in another.
+    return [RowNeeds(_CANDIDATES[0]), RowNeeds(_CANDIDATES[0], is_exact=True)]
 
 
 class RowClasses:
-    """Finds how many rows a target's kernels need on this machine, and remembers this for each kind of layer.
-
-    A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
-    """
+    """Finds how many rows a target's kernels need on this machine, and remembers this for each kind of layer."""
 
     def __init__(self) -> None:
+        # (`kernel_settings`, needs, layer's type, sizes, dtype, bias and packing) -> rows
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel) -> RowNeeds:
@@ -138,10 +126,8 @@ class RowClasses:
         """Return the `needs` of the experts alone, for code in which our kernels compute all else."""
         return self._needs(target, _routed_parts)
 
-    def _needs(
-        self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_RowwisePart"]]
-    ) -> RowNeeds:
-        for way in _ways(target.device):
+    def _needs(self, target: PreTrainedModel, parts: Callable[[PreTrainedModel, int], Iterator["_Part"]]) -> RowNeeds:
+        for way in possible_needs(target.device):
             settings, needed = (*kernel_settings().values(), way), [1]
             for part in parts(target, way.forward):
                 found = self._rows_of(part, settings, way)
@@ -156,45 +142,24 @@ class RowClasses:
         )
 
     @torch.no_grad()
-    def _rows_of(self, part: "_RowwisePart", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
+    def _rows_of(self, part: "_Part", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
+        """Find how many rows a part needs; `None` if the needs `way` do not suffice."""
         kind = *settings, part.kind
         if kind in self._known:
             return self._known[kind]
-        found = part.rows(way)
+        found: int | None = way.forward
+        if not way.is_exact:
+            found = part.least_rows()
+        elif not part.keeps_rows(way.forward):
+            found = None
         if part.shows_order:
             self._known[kind] = found
         return found
 
 
-class _RowwisePart(ABC):
-    """A part of the target in which rows affect each other only by a kernel's rounding."""
-
-    remedy: ClassVar[str] = "Load the model in float32, where drafts change no token without the mode either"
-    shows_order = True  # whether another order of a sum could change its results
-
-    @property
-    @abstractmethod
-    def kind(self) -> Hashable:
-        """A key that is the same for parts with the same kernels."""
-
-    def rows(self, way: RowNeeds) -> int | None:
-        """Find how many rows the part needs; `None` if the needs `way` do not suffice."""
-        if not way.is_exact:
-            return self.least_rows()
-        return way.forward if self.keeps_rows(way.forward) else None
-
-    @abstractmethod
-    def least_rows(self) -> int | None:
-        """Apply `least_rows` to a random sample, with each row at several places."""
-
-    @abstractmethod
-    def keeps_rows(self, count: int) -> bool:
-        """Apply `keeps_rows` to a random sample."""
-
-
 @dataclass(frozen=True)
-class _Layer(_RowwisePart):
-    """A layer from `[..., inputs]` to `[..., outputs]`."""
+class _Layer:
+    """A layer from `[..., inputs]` to `[..., outputs]`; its rows affect each other only by a kernel's rounding."""
 
     name: str
     module: Any
@@ -203,6 +168,7 @@ class _Layer(_RowwisePart):
     dtype: torch.dtype
     device: torch.device
     weight: Tensor | None  # `[outputs, inputs]`
+    remedy = "Load the model in float32, where drafts change no token without the mode either"
 
     def __str__(self) -> str:
         return f"`{self.name}` ({type(self.module).__name__}, {self.inputs} -> {self.outputs}, {self.dtype})"
@@ -215,8 +181,8 @@ class _Layer(_RowwisePart):
         return type(module), self.inputs, self.outputs, self.dtype, self.device, layout, inner
 
     @property
-    def shows_order(self) -> bool:  # type: ignore[override]  # read only
-        """Whether any weight is not zero: a new adapter has only zeros."""
+    def shows_order(self) -> bool:
+        """Whether another order of a sum could change its results: not with a new adapter, which has only zeros."""
         return self.weight is None or bool(self.weight.any())
 
     def least_rows(self) -> int | None:
@@ -242,10 +208,8 @@ class _Layer(_RowwisePart):
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`, for each of which a linear layer computes one result near 0.
-
-        Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
-        """
+        """Draw rows `[size, inputs]`, for each of which a linear layer computes one result near 0."""
+        # Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
         if self.weight is None:
             return sample
@@ -262,7 +226,7 @@ class _Layer(_RowwisePart):
 
 
 @dataclass(frozen=True)
-class _Attention(_RowwisePart):
+class _Attention:
     """`invariant_attention` over chains of tokens that begin anywhere in a text."""
 
     heads: int
@@ -271,6 +235,7 @@ class _Attention(_RowwisePart):
     dtype: torch.dtype
     device: torch.device
     remedy = "Use the attention of PyTorch as it was released"
+    shows_order = True
 
     def __str__(self) -> str:
         return f"PyTorch's attention ({self.heads} heads over {self.kv_heads}, of {self.size}, {self.dtype})"
@@ -296,8 +261,8 @@ class _Attention(_RowwisePart):
             ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
             tree, layouts = (roots, depths, ancestors), [BlockLayout.of_chain(roots, depths)]
             if is_exact:
-                sizes = Sizes(len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1))
-                layouts.append(BlockLayout.of_sizes(*tree, sizes))
+                sizes = len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1)
+                layouts.append(BlockLayout.of_sizes(*tree, *sizes))
             else:
                 layouts.append(BlockLayout.of_tree(*tree))
             answers = []
@@ -309,6 +274,9 @@ class _Attention(_RowwisePart):
             return answers[0] if torch.equal(*answers) else torch.full_like(answers[0], torch.nan)
 
         return answer
+
+
+_Part = _Layer | _Attention
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
@@ -326,13 +294,12 @@ def _random(*sizes: int) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
-def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
-    """Yield the parts of mixtures of experts."""
+def _routed_parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
     for name, layer in routed_layers(target, enough):
         yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight)
 
 
-def _parts(target: PreTrainedModel, enough: int) -> Iterator[_RowwisePart]:
+def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
     """Yield linear layers, activations with the input size of the layer beside them, norms, experts and attention."""
     for prefix, parent in target.named_modules():
         children = dict(parent.named_children())

@@ -94,9 +94,7 @@ def _run(
             f"The target's steps could not run compiled: {engine.obstacle}. As they are, they round "
             "otherwise, so call `generate` with `compile=False` to write a text in one way."
         )
-    features = Features(forward.layers)
-    features.caught = over_slots.features(outputs, inputs, forward.layers)
-    return outputs[0], features
+    return outputs[0], Features(forward.layers, over_slots.features(outputs, inputs, forward.layers))
 
 
 class InvariantSteps(VerifyingSteps):
@@ -120,10 +118,6 @@ class InvariantSteps(VerifyingSteps):
         self.texts.buffers.clear()
         if self.engine is not None:
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
-
-    def largest_chunk(self, rows: int) -> int:
-        """The largest number of a prompt's tokens in each row that one forward reads."""
-        return _CHUNK if self.engine is None else _tried(rows)[-1]
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
         """Run over `InvariantInputs` and their layout; return logits `[b, k, v]` and features."""
@@ -157,7 +151,7 @@ class InvariantSteps(VerifyingSteps):
     def layout(self, roots: Tensor, depths: Tensor, count: int, ancestors: Tensor | None = None) -> BlockLayout:
         """Make the layout of a chain, or of a tree if `ancestors` are given; nodes from `count` on are padding."""
         is_compiled = self.engine is not None
-        least = 2 if is_compiled else 0
+        least = 2 if is_compiled else 0  # sizes of 0 and 1 would need code of their own
         if ancestors is None:
             layout = BlockLayout.of_chain(roots, depths, least)
         else:
@@ -173,18 +167,13 @@ class InvariantSteps(VerifyingSteps):
 
     def _answers(self, rows: int) -> tuple[Tensor, list[Tensor]]:
         *fewer, most = _tried(rows)
-        buffers = self._trial_buffers(rows, most)
-        answers = [self._answer(count, buffers, is_chain=True) for count in (most, *fewer)]
-        return answers[0], answers[1:] + [self._answer(count, buffers, is_chain=False) for count in _TRIED]
-
-    def _trial_buffers(self, rows: int, count: int) -> list[Tensor]:
-        """Make buffers that hold the sample's first tokens in each row, and have space for `count` more."""
-        buffers, nodes = SlotBuffers(), torch.arange(_PLACE).expand(rows, -1)
-        size = windowed(_PLACE + self.count(count, rows, 1)) + SPARE
+        buffers, text = SlotBuffers(), torch.arange(_PLACE).expand(rows, -1)
+        size = windowed(_PLACE + self.count(most, rows, 1)) + SPARE
         buffers.reserve(parts_of(self.texts.pattern), rows, size)
-        inputs = self._trial_inputs(nodes, 0)
-        self._over_slots((*inputs, *BlockLayout.of_chain(inputs.roots, nodes)), buffers.parts())
-        return buffers.parts()
+        parts, inputs = buffers.parts(), self._trial_inputs(text, 0)
+        self._over_slots((*inputs, *BlockLayout.of_chain(inputs.roots, text)), parts)  # the sample's first tokens
+        answers = [self._answer(count, parts, is_chain=True) for count in (most, *fewer)]
+        return answers[0], answers[1:] + [self._answer(count, parts, is_chain=False) for count in _TRIED]
 
     def _answer(self, count: int, buffers: list[Tensor], *, is_chain: bool) -> Tensor:
         """Compute one row's logits `[count, v]` over a chain by compiled code, in the layout of a chain or a tree."""
@@ -245,9 +234,8 @@ class ExactSteps(VerifyingSteps):
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts, dim=1).view(rows, count, -1) if len(parts) > 1 else parts[0]
 
-        features = Features(forward.layers)
-        features.caught = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
-        return joined([logits for logits, _ in read]), features
+        caught = {layer: joined([states[layer] for _, states in read]) for layer in read[0][1]}
+        return joined([logits for logits, _ in read]), Features(forward.layers, caught)
 
 
 def doubled(count: int) -> int:
@@ -262,10 +250,7 @@ def _tried(rows: int) -> tuple[int, ...]:
 
 
 class TextReader:
-    """Reads prompts as chains of tokens into the buffers, by the same steps that run trees.
-
-    `is_compiled` says whether trees run compiled, even if prompts do not.
-    """
+    """Reads prompts as chains by the steps that run trees, which may run compiled even if prompts do not."""
 
     def __init__(self, steps: InvariantSteps, is_compiled: bool) -> None:
         self._steps, self._is_compiled = steps, is_compiled
@@ -276,7 +261,7 @@ class TextReader:
         orders = [order.to(ends.device) for order in steps.texts.orders(ends.prompt_length)]
         tokens = tokens.to(ends.device)
         positions = ends.positions.expand(*ends.positions.shape[:-2], rows, -1)
-        largest, together = steps.largest_chunk(rows), [slice(None)]
+        largest, together = _CHUNK if steps.engine is None else _tried(rows)[-1], [slice(None)]
         if steps.needs.is_exact:
             largest, together = steps.needs.forward, [slice(row, row + 1) for row in range(rows)]
         logits, caught = list[Tensor](), list[dict[int, Tensor]]()
@@ -288,9 +273,8 @@ class TextReader:
         ends.slots.extend([ends.prompt_length - ends.length] * rows)
         if self._is_compiled:
             steps.forward.stop_catching()
-        features = Features(steps.forward.layers)
-        features.caught = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
-        return torch.stack(logits), [features]
+        joined = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
+        return torch.stack(logits), [Features(steps.forward.layers, joined)]
 
     def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Read rows in chunks; return each row's last logits `[1, v]`, and the features `[b, length, h]`."""
