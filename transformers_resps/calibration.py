@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +28,7 @@ from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
 from .verifying.cache import crop, record_windows
 from .verifying.forward import TargetForward
-from .verifying.growing import GrowingMode, TreeVerifier
+from .verifying.growing import GrowingMode
 from .verifying.hybrids import is_recurrent
 from .verifying.invariant.calls import InvariantCalls
 from .verifying.prepacking import is_prepacked
@@ -92,14 +92,14 @@ def calibrate(
     stock = contexts if mode.is_stock else []
     total = sum(map(len, nodes.values())) + (0 if source is None else 2 * len(WIDTHS)) + len(stock) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
-        watch = _Stopwatch(clock, bar.update)
-        verify = dict[int, dict[int, _Measured]]()
+        measure = partial(_measure, clock, bar.update)
+        verify = dict[int, dict[int, Quartiles]]()
         for context, counts in nodes.items():
             positions = torch.arange(context, device=target.device)[None]
             with mode.verifier(TargetForward.of(target), positions) as verifier:
-                verify[context] = _time_verifying(target, verifier, context, counts, watch)
-        start, draft = ({}, {}) if source is None else _time_drafting(target, source, contexts[0], watch)
-        plain = {context: _time_plain(target, context, watch) for context in stock}
+                verify[context] = _time_verifying(target, verifier, context, counts, measure)
+        start, draft = ({}, {}) if source is None else _time_drafting(target, source, contexts[0], measure)
+        plain = {context: _time_plain(target, context, measure) for context in stock}
         overhead = _time_overhead(target, source, room, mode.keywords)
         bar.update()
     table = CostTable(
@@ -185,31 +185,23 @@ def processor_name(information: Path) -> str:
     return f"{name}{generation}" if name else platform.processor() or platform.machine()
 
 
-class _Measured(NamedTuple):
-    """Median, first and third quartile of the repeats, in seconds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, taken: Sequence[float]) -> "_Measured":
-        low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
-        return cls(median, low, high)
+Quartiles = list[float]  # first quartile, median and third quartile of the repeats, in seconds
+Measure = Callable[[Callable[[], None]], list[float]]  # returns the seconds of repeated calls
+_quartiles = partial(statistics.quantiles, n=4, method="inclusive")
 
 
-def _medians(row: dict[int, _Measured]) -> dict[int, float]:
-    return {size: measured.median for size, measured in row.items()}
+def _medians(row: dict[int, Quartiles]) -> dict[int, float]:
+    return {size: median for size, (_, median, _) in row.items()}
 
 
-def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
-    return {size: (measured.low, measured.high) for size, measured in row.items()}
+def _ranges(row: dict[int, Quartiles]) -> dict[int, Range]:
+    return {size: (low, high) for size, (low, _, high) in row.items()}
 
 
 @torch.no_grad()
 def _time_verifying(
-    target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], watch: "_Stopwatch"
-) -> dict[int, _Measured]:
+    target: PreTrainedModel, verifier: Verifier, context: int, counts: Sequence[int], measure: Measure
+) -> dict[int, Quartiles]:
     """Measure the seconds to verify a tree at one context length, for each number of nodes in `counts`."""
     vocabulary = text_config(target).vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
@@ -226,11 +218,11 @@ def _time_verifying(
             verifier.undo()
         logits[0, -1, 0].item()  # wait for the device
 
-    return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
+    return {nodes: _quartiles(measure(partial(verify, nodes))) for nodes in counts}
 
 
 @torch.no_grad()
-def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
+def _time_plain(target: PreTrainedModel, context: int, measure: Measure) -> Quartiles:
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
     positions = torch.arange(context + 1, device=target.device)[None]
@@ -243,21 +235,22 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 
     target(input_ids=tokens[:, :-1], position_ids=positions[:, :-1], **options)
     crop(cache, 0)
-    return _Measured.of(watch.time(decode))
+    return _quartiles(measure(decode))
 
 
 @torch.no_grad()
 def _time_drafting(
-    target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
-) -> tuple[dict[int, float], dict[int, _Measured]]:
+    target: PreTrainedModel, source: DraftSource, context: int, measure: Measure
+) -> tuple[dict[int, float], dict[int, Quartiles]]:
     """For each width of tree levels, measure the fixed seconds of a draft, and the seconds of one more level."""
-    layers = source.feature_layers
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
-    starts, levels = dict[int, float](), dict[int, _Measured]()
-    with TreeVerifier.of(target, context, layers, before_deepstack=source.before_deepstack) as verifier:
+    starts, levels = dict[int, float](), dict[int, Quartiles]()
+    forward = TargetForward.of(target, source.feature_layers, before_deepstack=source.before_deepstack)
+    positions = torch.arange(context, device=target.device)[None]
+    with GrowingMode().verifier(forward, positions) as verifier:
         drafter = source.drafter(DraftCall(target, verifier))
         _, (read,) = verifier.prefill(tokens[:, 1:])
-        features = read.concatenated() if layers else None
+        features = read.concatenated() if source.feature_layers else None
         drafter.observe(Committed(tokens, features))
         most = min(drafter.most_levels or 3, 3)
 
@@ -267,19 +260,15 @@ def _time_drafting(
             drafter.draft(tokens, DraftRequest(TreeShape(width + 1, depth, width))).scores[0, -1].item()
 
         for width in WIDTHS:
-            several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))
-            pairs = zip(several, one, strict=False)  # on a slow machine the numbers of repeats may differ
-            one_level = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
+            several, one = measure(partial(draft, width, most)), measure(partial(draft, width, 1))
+            # seconds of one level; on a slow machine the numbers of repeats may differ
+            each = [max(long - short, 0.0) / max(most - 1, 1) for long, short in zip(several, one, strict=False)]
+            low, _, high = _quartiles(each)
             shortest = statistics.median(one)
-            median = _of_one(statistics.median(several), shortest, most - 1)
-            levels[width] = _Measured(median, min(median, one_level.low), max(median, one_level.high))
+            median = max(statistics.median(several) - shortest, 0.0) / max(most - 1, 1)
+            levels[width] = [min(median, low), median, max(median, high)]
             starts[width] = max(shortest - median, 0.0)
     return starts, levels
-
-
-def _of_one(several: float, one: float, more: int) -> float:
-    """Return the seconds of one level, at least 0: the difference of `several` and `one`, divided by `more` levels."""
-    return max(several - one, 0.0) / max(more, 1)
 
 
 def _time_overhead(
@@ -307,25 +296,19 @@ def _time_overhead(
     return float(max(statistics.median(rests), 0.0))
 
 
-class _Stopwatch:
-    """Measures the seconds of a repeated function, and calls `done` after each measurement to move a progress bar."""
-
-    def __init__(self, clock: Callable[[], float], done: Callable[[], Any]) -> None:
-        self._clock, self._done = clock, done
-
-    def time(self, run: Callable[[], None]) -> list[float]:
-        """Return the seconds of repeated calls of `run`, after a warm-up; raise `ValueError` if no time passes."""
+def _measure(clock: Callable[[], float], done: Callable[[], Any], run: Callable[[], None]) -> list[float]:
+    """Return the seconds of repeated `run`s after a warm-up; raise `ValueError` if no time passes."""
+    run()
+    taken: list[float] = []
+    while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):
+        started = clock()
         run()
-        taken: list[float] = []
-        while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):
-            started = self._clock()
-            run()
-            taken.append(self._clock() - started)
-        median = statistics.median(taken)
-        if not median > 0.0:
-            raise ValueError(
-                f"`clock` measured {median} seconds for a forward, but it must advance. Leave it out for "
-                "`time.perf_counter`, or pass a clock of its resolution."
-            )
-        self._done()
-        return taken
+        taken.append(clock() - started)
+    median = statistics.median(taken)
+    if not median > 0.0:
+        raise ValueError(
+            f"`clock` measured {median} seconds for a forward, but it must advance. Leave it out for "
+            "`time.perf_counter`, or pass a clock of its resolution."
+        )
+    done()
+    return taken

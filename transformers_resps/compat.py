@@ -53,17 +53,12 @@ TransportError = httpx.HTTPError
 
 
 class CacheLayer(Protocol):
-    """The type of a filled layer of a `Cache`, with the fields of attention, sliding and recurrent layers together."""
+    """The type of a filled layer of a `Cache`: what we use of attention, sliding and recurrent layers together."""
 
     keys: "Tensor"  # [b, kv heads, s, hd]
     values: "Tensor"
-    is_initialized: bool
-    is_sliding: bool
     sliding_window: int
     cumulative_length: int
-    record_past: bool
-    conv_states: "dict[int, Tensor | None]"
-    recurrent_states: "dict[int, Tensor | None]"
     has_previous_state: dict[int, bool]
 
     def get_seq_length(self) -> int: ...

@@ -12,7 +12,8 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.growing import TreeVerifier
+from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.growing import GrowingMode
 
 from .counting import Count
 from .device import move, on_device
@@ -92,7 +93,8 @@ def _asked(target: PreTrainedModel, count: Count, parents: list[int], path: list
     ids = on_device(torch.arange(1, 9)[None])
     tree = _moved(DraftTree.from_parents(torch.arange(len(parents))[None], torch.tensor([parents])))
     kept = on_device(torch.tensor([path]))
-    with TreeVerifier.of(target, ids.shape[1]) as verifier:
+    positions = torch.arange(ids.shape[1], device=target.device)[None]
+    with GrowingMode().verifier(TargetForward.of(target), positions) as verifier:
         verifier.prefill(ids)
         for act in (lambda: verifier.verify(tree), lambda: verifier.keep(kept, [path])):
             count.kernels.clear()

@@ -15,20 +15,12 @@ from ..compat import CACHE_KEYWORD
 from ..drafting import Entries, Places, StepModel, Wanted, at_wanted
 from ..verifying.attention import use_gqa_attention
 from ..verifying.hybrids import is_recurrent, recurrence_obstacle
-from ..verifying.masks import (
-    ATTENTION_TYPES,
-    additive,
-    attention_patterns,
-    last_position,
-    layer_types,
-)
+from ..verifying.masks import ATTENTION_TYPES, additive, attention_patterns, last_position, layer_types
+from ..verifying.unknown_targets import FAILURES, beyond_tolerance
 from .loaded import LoadedModel
 
 
 _PADDED = 0.01  # Vocabulary sizes may differ by this share, because some are padded.
-# Largest difference of logits that `_check_trees` accepts, relative to the largest logit.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_TOLERANCE = 0.25
 _SAME_TOKENS = (
     "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
     "drafts chains."
@@ -78,8 +70,7 @@ class CausalDrafter(LoadedModel):
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
-    size: int = model.config.get_text_config(decoder=True).vocab_size
-    return size
+    return model.config.get_text_config(decoder=True).vocab_size
 
 
 def _name(model: PreTrainedModel) -> str:
@@ -204,14 +195,13 @@ def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
         found = steps.logits(output)[0, [3, 5]]
         texts = tokens[:, [0, 1, 2, 3]], tokens[:, [0, 1, 2, 4, 5]]
         alone = [model(input_ids=text, use_cache=False).logits[0, -1] for text in texts]
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as failure:
+    except FAILURES as failure:
         raise ValueError(
             f"{name} fails on a draft tree's cache, positions and mask ({type(failure).__name__}: {failure}). Leave "
             "out the policy, and Transformers drafts chains with it."
         ) from failure
-    expected = torch.stack(alone)[..., : steps.proposable_tokens].float()
-    error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
-    if not error <= _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE) * scale:
+    error = beyond_tolerance(found, torch.stack(alone)[..., : steps.proposable_tokens], model.dtype)
+    if error is not None:
         raise ValueError(
             f"{name} gives logits that differ by {error:.3g} between a draft tree and the same tokens alone. Leave "
             "out the policy, and Transformers drafts chains with it."

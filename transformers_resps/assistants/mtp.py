@@ -127,7 +127,7 @@ class MtpHead(TrainableSource, nn.Module):
         self.settings, self.name_or_path = config, ""
         self.layers = nn.ModuleList(MtpLayer(target, config, depth) for depth in range(config.depths))
         self.target = target_identity(target)
-        self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
+        self._stored = {name: Stored(({-1: self._numbered(name)}, {})) for name in self.state_dict()}
         self._shift = 0  # added to the weights of norms in loading, subtracted in saving
         ids = config.draft_token_ids
         kept = None if ids is None else torch.tensor(ids, device="cpu")  # not on meta, even if the layers are
@@ -217,11 +217,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @classmethod
     def fresh(
-        cls,
-        target: PreTrainedModel,
-        *,
-        draft_token_ids: Tensor | Sequence[int] | None = None,
-        **settings: Any,
+        cls, target: PreTrainedModel, *, draft_token_ids: Tensor | Sequence[int] | None = None, **settings: Any
     ) -> "MtpHead":
         """Create untrained MTP layers in the target's dtype, on its device. Train them with `DraftHeadTrainer`.
 
@@ -495,12 +491,16 @@ class BoundMtp(TrainableModel):
         is_normed = config.feature_layer is not None and config.fed == "after"
         self._final_norm = decoder.norm if is_normed else nn.Identity()
         self._rotary = getattr(decoder, "rotary_emb", None)
-        self._kinds = _kinds_of_angles(self._rotary, config)
         self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
         types = [config.layer_type(depth) for depth in range(config.depths)]
-        self._patterns = [AttentionPattern.of_type(name, text) for name in types]
-        has_windows = any(pattern.window is not None for pattern in self._patterns)
-        is_odd = any(config.experts) or has_windows  # the control flow of both depends on values or lengths
+        # The keywords with which to call `_rotary`, for each layer type; nothing if the target has no RoPE.
+        self._kinds: dict[str, dict[str, str]] = {}
+        if self._rotary is not None:
+            is_told = "layer_type" in inspect.signature(self._rotary.forward).parameters
+            self._kinds = {kind: {"layer_type": kind} if is_told else {} for kind in types}
+        windows = [text.sliding_window if name == "sliding_attention" else None for name in types]
+        self._patterns = [AttentionPattern(window) for window in windows]
+        is_odd = any(config.experts) or any(windows)  # the control flow of both depends on values or lengths
         self.is_compilable = config.depths == 1 and not is_odd and config.fed_back != "target"
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
@@ -548,16 +548,13 @@ class BoundMtp(TrainableModel):
         options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
         layer = self._layers[depth] if self._forward is None else partial(self._forward, depth)
         output = at_wanted(layer(embeddings, hidden, **options), wanted)
-        return output if self._config.fed_back == "before" else self._normed(output, depth)
-
-    def _normed(self, output: Tensor, depth: int) -> Tensor:
-        return self._layers[depth].norm(output)
+        return output if self._config.fed_back == "before" else self._layers[depth].norm(output)
 
     def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor | None:
         return hidden if self._config.fed_back == "target" else output
 
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
-        return self._normed(output, depth) if self._config.fed_back == "before" else output
+        return self._layers[depth].norm(output) if self._config.fed_back == "before" else output
 
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         head: Any = self._outputs[depth]
@@ -577,15 +574,6 @@ class BoundMtp(TrainableModel):
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self._ids is None else self._ids[draft_ids]
-
-
-def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
-    """Return the keywords with which to call `rotary`, for each layer type; nothing if the target has no RoPE."""
-    types = [config.layer_type(depth) for depth in range(config.depths)]
-    if rotary is None:
-        return {}
-    is_told = "layer_type" in inspect.signature(rotary.forward).parameters
-    return {kind: {"layer_type": kind} if is_told else {} for kind in dict.fromkeys(types)}
 
 
 def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:

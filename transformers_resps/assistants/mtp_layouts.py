@@ -115,11 +115,6 @@ class Stored:
     # For each half: expert -> name. The key -1 means one tensor for all experts.
     parts: tuple[dict[int, str], dict[int, str]] = field(default_factory=lambda: ({}, {}))
 
-    @classmethod
-    def whole(cls, name: str) -> "Stored":
-        """Describe a tensor that is stored in one piece."""
-        return cls(({-1: name}, {}))
-
     @property
     def names(self) -> list[list[str]]:
         """The names of each half, in the order of the experts."""
@@ -130,7 +125,6 @@ class Stored:
         return -1 not in self.parts[0]
 
     def joined(self, tensor_of: Callable[[str], Tensor]) -> Tensor:
-        """Build our tensor from the stored tensors."""
         rows = [
             torch.stack([tensor_of(name) for name in names]) if self._is_apart else tensor_of(names[0])
             for names in self.names
@@ -138,7 +132,7 @@ class Stored:
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Split our tensor into the stored tensors, by name."""
+        """Do the opposite of `joined`: return the stored tensors, by name."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
         return {
@@ -190,11 +184,8 @@ def names_mtp(config: dict[str, Any]) -> bool:
 class MtpCheckpoint:
     """Reads MTP layers from a checkpoint of their target, or from one that holds them alone.
 
-    `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or has no MTP layers that are supported.
-        OSError: the Hub refuses the request.
+    `name` is a Hub id or folder; `hub` has keywords of `huggingface_hub.hf_hub_download`. Raises a `ValueError` if the
+    checkpoint is damaged or has no MTP layers that are supported, an `OSError` if the Hub refuses the request.
     """
 
     def __init__(self, name: str, hub: dict[str, Any]) -> None:
@@ -271,14 +262,9 @@ class MtpCheckpoint:
     def _depths(self) -> int:
         return 1 + max(int(name.split(".")[1]) for name in self.stored)
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether `MtpHead.save_pretrained` wrote the checkpoint."""
-        return self._config.get("model_type") == MTP.saved_as
-
     def config(self) -> MtpConfig:
         """Infer the `MtpConfig`: from the model family what the layers compute, from the tensors which parts exist."""
-        if self.is_alone:
+        if self._config.get("model_type") == MTP.saved_as:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
         depths, known = self._depths, dict[str, Any]()
@@ -291,16 +277,13 @@ class MtpCheckpoint:
         return MtpConfig(
             depths,
             layer_types=types or known.pop("layer_types", ()) * depths,
-            experts=tuple(self._has(f"layers.{depth}.block.mlp.gate.weight") for depth in range(depths)),
-            projection_bias=self._has("layers.0.eh_proj.bias"),
-            own_norm=self._has("layers.0.norm.weight"),
-            own_embedding=self._has("layers.0.embed_tokens.weight"),
-            own_output_head=self._has("layers.0.head.weight"),
+            experts=tuple(f"layers.{depth}.block.mlp.gate.weight" in self.stored for depth in range(depths)),
+            projection_bias="layers.0.eh_proj.bias" in self.stored,
+            own_norm="layers.0.norm.weight" in self.stored,
+            own_embedding="layers.0.embed_tokens.weight" in self.stored,
+            own_output_head="layers.0.head.weight" in self.stored,
             **{key: value for key, value in known.items() if key != "layer_types"},
         )
-
-    def _has(self, ours: str) -> bool:
-        return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
         """Return whether some rows of our tensor equal those of `weight` `[n, m]`; false if `weight` is offloaded."""

@@ -40,23 +40,13 @@ class StepClock:
         self.seconds[phase] += now - self._last
         self._last = now
 
-    def leave_out(self, phase: Phase, seconds: float) -> None:
-        """Subtract these seconds from a phase."""
-        self.seconds[phase] -= seconds
-
 
 class TreeDecoding:
-    """Decodes one batch with a drafter and a policy.
+    """Decodes one batch, which holds the prompts and gets the answers, with a drafter, a lookup and a policy.
 
-    Args:
-        verifier: runs the target; its `with` block must be open.
-        drafter: drafts the trees; `None` if only `lookup` drafts.
-        lookup: adds nodes found by prompt lookup.
-        policy: chooses the size of each tree.
-        batch: holds the prompts; the answers are appended.
-        max_length: limit of the length of a text, in tokens.
-        keeps_ended: copy the cache of each row that ends before other rows to `ended`.
-        clock: returns seconds; tests pass a fake clock.
+    The verifier's `with` block must be open. `drafter` is `None` if only `lookup` drafts. A text has at most
+    `max_length` tokens. With `keeps_ended`, the cache of each row that ends before other rows is copied to `ended`.
+    `clock` returns seconds; tests pass a fake one.
     """
 
     def __init__(
@@ -98,7 +88,7 @@ class TreeDecoding:
         """Draft a tree, verify it in one target forward, accept tokens, keep their cache entries, record the step."""
         self._clock.start()
         proposal = self._propose()
-        self._clock.lap("draft")
+        self._clock.lap("draft")  # nothing waits for drafts: what still runs then counts as verifying
         tree = proposal.tree
         logits, features = self._verifier.verify(tree)
         picks = self._read_picks(tree, logits)
@@ -133,15 +123,15 @@ class TreeDecoding:
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
         # how many levels the shortest text's limit and the target's positions allow
-        levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
+        levels = min(self._max_length - self.batch.shortest - 1, self._verifier.rows.levels_left)
         pricing = self._verifier.pricing
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
         """Count seconds of compiling for the call, not the step: else the policy would avoid this size of tree."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
-        self._clock.leave_out("draft", drafting)
-        self._clock.leave_out("verify", verifying)
+        self._clock.seconds["draft"] -= drafting
+        self._clock.seconds["verify"] -= verifying
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting import Committed, DraftCall, DraftRequest, DraftSource
-from ..drafting.prompt_lookup import PromptLookup
+from ..drafting.suffix_memory import SuffixMemory
 from ..tree import DraftTree, TreeShape
-from ..verifying.growing import TreeVerifier
+from ..verifying.forward import TargetForward
+from ..verifying.growing import GrowingMode
 from .comparison import SAMPLED, ModelUnderTest
 
 
@@ -38,7 +39,7 @@ class DraftReader:
     """Computes a target's distributions, and the drafts of `source`; if `source` is `None`, prompt lookup drafts."""
 
     def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
-        self._target, self._source = target, source or PromptLookup()
+        self._target, self._source = target, source or SuffixMemory()
         self._source.prepare(target)
 
     @torch.no_grad()
@@ -55,7 +56,8 @@ class DraftReader:
         root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
         levels, observed = [], 0
         layers, before = self._source.feature_layers, self._source.before_deepstack
-        with TreeVerifier.of(self._target, start, layers, before_deepstack=before) as verifier:
+        forward = TargetForward.of(self._target, layers, before_deepstack=before)
+        with GrowingMode().verifier(forward, torch.arange(start, device=text.device)[None]) as verifier:
             drafter = self._source.drafter(DraftCall(self._target, verifier))
             _, (features,) = verifier.prefill(text[None, :start], logits_to_keep=1)
             for position in range(start, len(text) - 1):

@@ -83,12 +83,7 @@ def grouped_attention(
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None
 ) -> Tensor:
     """Compute SDPA; heads that share keys become queries of one head. Returns `[b, heads, q, hd]`, like the query.
 
@@ -112,10 +107,7 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """Repeat a mask `[b, 1 or sharing, q, t]` for the heads that share keys: `[b, 1, sharing * q, t]`.
-
-    If the mask is copied, its rows begin at multiples of `alignment` elements.
-    """
+    """Repeat a mask `[b, 1 or sharing, q, t]` for heads that share keys, rows aligned: `[b, 1, sharing * q, t]`."""
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)

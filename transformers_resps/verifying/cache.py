@@ -161,17 +161,6 @@ def holds_state(layer: Any) -> bool:
     return hasattr(layer, "recurrent_states")
 
 
-def settle_recorded(layer: Any) -> None:
-    """Cut a layer's convolution states to the size that the next token needs, if `record_past` let them grow."""
-    if not layer.record_past:
-        return
-    layer.record_past = False
-    for index, state in layer.conv_states.items():
-        if state is not None:
-            size = layer.conv_kernel_size[index]
-            layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
-
-
 # Layers that can hold trees, by exact type: subclasses such as QuantizedLayer keep more than keys and values.
 _TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
@@ -205,11 +194,17 @@ def check_cache(cache: Cache) -> None:
 
 def record_windows(cache: Cache) -> None:
     """Let sliding layers keep entries that leave their window until the next `crop`; recurrent layers keep nothing."""
-    for layer in cache.layers:
-        if holds_state(layer):
-            settle_recorded(layer)
-        elif hasattr(layer, "activate_past_recording"):
-            layer.activate_past_recording()
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if not holds_state(layer):
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        elif layer.record_past:  # states may have grown: cut them to the size that the next token needs
+            layer.record_past = False
+            for index, state in layer.conv_states.items():
+                if state is not None:
+                    size = layer.conv_kernel_size[index]
+                    layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
 
 
 def stop_recording(cache: Cache) -> None:
@@ -250,18 +245,10 @@ def _crop_entries(layer: CacheLayer, count: int) -> None:
         DynamicLayer.crop(layer, -count)
 
 
-def visible_length(cache: Cache, layer_index: int) -> int:
-    """Number of cached positions that a new token attends to in layer `layer_index`."""
-    states = _states(cache_layers(cache)[layer_index])
-    window = window_of(cache, layer_index)
-    kept = states[0].shape[-2] if states else 0
-    return kept if window is None else min(kept, window - 1)
-
-
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values `[b, kv heads, visible length, hd]` that a new token attends to; there must be some."""
-    layer = cache_layers(cache)[layer_index]
-    start = layer.keys.shape[-2] - visible_length(cache, layer_index)
+    """Return keys and values `[b, kv heads, s, hd]` that a new token attends to; there must be some."""
+    layer, window = cache_layers(cache)[layer_index], window_of(cache, layer_index)
+    start = 0 if window is None else max(layer.keys.shape[-2] + 1 - window, 0)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
 
 
@@ -298,9 +285,7 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
 def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
     """Keep only each row's accepted path of a tree, for rows that end at different slots.
 
-    A layer with full attention holds the entry of slot i at index i. A sliding layer holds its rows right-aligned: all
-    end where the layer ends.
-
+    A layer with full attention holds the entry of slot i at index i; in a sliding layer all rows end where it ends.
     `path` `[b, m]` holds the kept nodes, the root first, and `slots` `[b, m]` their new slots, which are never later
     than the old ones. A row with fewer nodes repeats its last. The cache keeps `length` positions, the longest row's.
     """

@@ -4,18 +4,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..tree import DraftTree
-from .cache import (
-    compact,
-    compact_ragged,
-    crop,
-    has_windows,
-    keep_rows,
-    preallocate,
-    visible_entries,
-)
+from .cache import compact, compact_ragged, crop, has_windows, keep_rows, preallocate, visible_entries
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .masks import Masks, tree_attention_mask, tree_positions
@@ -32,29 +23,16 @@ class TreeVerifier(Verifier):
         self.reads_paths = bool(self._mixers)
         self._newest_nodes = 0  # nodes of the newest tree, with padding; 0 once it was kept or undone
 
-    @classmethod
-    def of(
-        cls,
-        target: PreTrainedModel,
-        prompt_length: int,
-        layers: list[int] | None = None,
-        *,
-        before_deepstack: bool = False,
-    ) -> Self:
-        """Make a verifier with a new cache, for unpadded prompts of equal length; for `layers` see `FeatureTap`."""
-        forward = TargetForward.of(target, layers or None, before_deepstack=before_deepstack)
-        return cls(forward, RowEnds(forward, torch.arange(prompt_length, device=target.device)[None]))
-
     def __enter__(self) -> Self:
         super().__enter__()
-        self._mixers.__enter__()
+        self._mixers.readers.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             super().__exit__(*exception)
         finally:
-            self._mixers.__exit__()
+            self._mixers.readers.__exit__(None, None, None)
 
     def _begin_steps(self) -> None:
         preallocate(self.forward.cache)

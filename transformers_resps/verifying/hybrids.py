@@ -69,8 +69,12 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
     """Return the mixers that can compute trees, by the index of their cache layer."""
-    found: list[Any] = [module for module in model.modules() if _is_known(module)]
-    return {mixer.layer_idx: mixer for mixer in found}
+    found, modules = dict[int, nn.Module](), list[Any](model.modules())
+    for module in modules:
+        folder = _MIXERS.get(type(module).__name__)
+        if type(module).__module__ == f"transformers.models.{folder}.modeling_{folder}":
+            found[module.layer_idx] = module
+    return found
 
 
 def recurrence_obstacle(model: PreTrainedModel) -> str | None:
@@ -94,12 +98,6 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _is_known(module: nn.Module) -> bool:
-    mixer_class = type(module)
-    folder = _MIXERS.get(mixer_class.__name__)
-    return folder is not None and mixer_class.__module__ == f"transformers.models.{folder}.modeling_{folder}"
-
-
 class LayerStates(NamedTuple):
     """The states of one recurrent layer, for b rows."""
 
@@ -118,17 +116,13 @@ class _Updates(NamedTuple):
     values: Tensor
     decays: Tensor
 
-    def along(self, path: Tensor, is_kept: Tensor) -> "_Updates":
-        """Pick the updates, `[layers, b, ...]`, of a path's nodes `[b, m]`; nodes that are not kept change nothing."""
+    def advance(self, states: Iterable[Tensor], path: Tensor, is_kept: Tensor) -> None:
+        """Advance layers' states in place by the updates, `[layers, b, ...]`, of the kept nodes of a path `[b, m]`."""
         index = path[None, :, None, :, None]
         keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
-        return _Updates(keys.masked_fill(~is_kept[:, None, :, None], 0.0), values, decays)
-
-    def write(self, states: Iterable[Tensor]) -> None:
-        """Advance the states of several layers in place by all updates, which form one path."""
-        whole = self.decays[..., -1:, :]
-        keys, fading = (self.keys * (whole - self.decays).exp()).mT, whole.exp().mT
-        for key, value, fade, state in zip(keys, self.values, fading, states, strict=True):  # one by one: large
+        keys, whole = keys.masked_fill(~is_kept[:, None, :, None], 0.0), decays[..., -1:, :]
+        keys, fading = (keys * (whole - decays).exp()).mT, whole.exp().mT
+        for key, value, fade, state in zip(keys, values, fading, states, strict=True):  # one by one: large
             torch.addcmul(key @ value, state, fade, out=state)
 
 
@@ -166,7 +160,6 @@ class WholeTree:
 
     @property
     def _recurrence(self) -> Tensor:
-        """The recurrent state of the layer that runs."""
         state = self.state(self._inside)
         assert state is not None
         return state
@@ -220,11 +213,8 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Compute the scan of Mamba-2; return `[b, n, heads, v]` and the unchanged state.
-
-        Transformers clamps time steps when it runs several tokens, but not for one token. Plain decoding runs token by
-        token, so a tree's time steps are not clamped.
-        """
+        """Compute the scan of Mamba-2; return `[b, n, heads, v]` and the unchanged state."""
+        # Time steps are not clamped: Transformers clamps those of several tokens, but plain decoding runs one by one.
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
         decays = rate.float()[..., None] * time_steps
@@ -325,19 +315,14 @@ class _TreeReader:
 
 
 def reading_trees(mixers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Replace scans and convolutions in these mixers' modelling files by `_TreeReader`s inside a `with` block.
-
-    Hooks cannot do this, since they reach only modules, and a scan is a function.
-    """
-    files = {type(mixer).__module__: sys.modules[type(mixer).__module__] for mixer in mixers}
-    return lent.holding(
-        *(
-            Change(file, name, partial(_TreeReader, reads=reads))
-            for file in files.values()
-            for name, reads in _READERS.items()
-            if hasattr(file, name)
-        )
-    )
+    """Replace scans and convolutions in these mixers' modelling files by `_TreeReader`s inside a `with` block."""
+    changes = [  # no hooks, since these reach only modules, and a scan is a function
+        Change(sys.modules[module], name, partial(_TreeReader, reads=reads))
+        for module in dict.fromkeys(type(mixer).__module__ for mixer in mixers)
+        for name, reads in _READERS.items()
+        if hasattr(sys.modules[module], name)
+    ]
+    return lent.holding(*changes)
 
 
 class WholeTreeCache(Cache):
@@ -425,10 +410,7 @@ class StateKinds:
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance each layer's states in place along the accepted path `[b, m]` of a tree; see `noted`.
-
-        A row with fewer accepted nodes repeats its last one.
-        """
+        """Advance layers' states in place along a path `[b, m]`, see `noted`; short rows repeat their last node."""
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
         for layers, is_scanned in self._kinds:
@@ -443,8 +425,9 @@ class StateKinds:
             torch._foreach_copy_(convolutions, after.unbind())
             if is_scanned:
                 updates = _Updates(*(next(notes) for _ in _Updates._fields))
+                recurrences = (part.recurrence for part in own if part.recurrence is not None)
                 with _without_autocast(inputs.device.type):
-                    updates.along(path, is_kept).write(part.recurrence for part in own if part.recurrence is not None)
+                    updates.advance(recurrences, path, is_kept)
 
 
 def _states_in(cache: Cache, layer: int) -> LayerStates:
@@ -453,24 +436,17 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets the mixers of a target, if it has any, compute trees with a dynamic cache inside a `with` block."""
+    """Lets the mixers of a target, if it has any, compute trees with a dynamic cache inside `with readers`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache
         self._mixers = known_mixers(target)
-        self._readers = reading_trees(self._mixers.values())
+        self.readers = reading_trees(self._mixers.values())
         self._kinds: StateKinds | None = None
         self._noted: list[Tensor] = []  # values noted for the newest tree, until `keep` or `drop`
 
     def __bool__(self) -> bool:
         return bool(self._mixers)
-
-    def __enter__(self) -> "RecurrentMixers":
-        self._readers.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._readers.__exit__(None, None, None)
 
     @contextmanager
     def reading(self, tree: DraftTree) -> Iterator[dict[str, Any]]:
@@ -485,7 +461,6 @@ class RecurrentMixers:
         self._noted = self._kinds.noted(whole)
 
     def keep(self, path: Tensor) -> None:
-        """Advance the states along the accepted path of the newest tree; see `Verifier.keep`."""
         if self._noted and self._kinds is not None:
             self._kinds.advance(self._kinds.held_by(self._cache), self._noted, path)
         self.drop()

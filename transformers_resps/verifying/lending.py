@@ -41,7 +41,6 @@ class Lent:
 
     @contextmanager
     def holding(self, *changes: Change) -> Iterator[None]:
-        """Apply these changes inside the `with` block."""
         values = list[_Value]()
         with self._lock:
             for owner, name, make, rank in changes:

@@ -35,11 +35,6 @@ class AttentionPattern:
     window: int | None = None  # number of positions that a query sees, up to its own; `None`: all
     is_causal: bool = True  # whether a query sees no later position
 
-    @classmethod
-    def of_type(cls, layer_type: str, config: PretrainedConfig) -> "AttentionPattern":
-        """Make the pattern of a layer type from a text config alone; `attention_patterns` needs a cache, too."""
-        return cls(config.sliding_window if layer_type == "sliding_attention" else None)
-
     def mask(self, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
         """Make the bool mask `[..., q, s]`, true where a query sees a key; `queries` and `keys` are positions.
 
@@ -106,40 +101,30 @@ def tree_attention_mask(
 
     Returns `[b, 1, n, visible past + n]`, or a dict of such masks by layer type, `None` for layers without attention.
     """
-    masks = {
-        name: None if pattern is None else _tree_mask(pattern, cached_length(cache), prefix_mask, tree, dtype, ends)
-        for name, pattern in attention_patterns(config, cache).items()
-    }
+    (rows, count), device, past = tree.tokens.shape, tree.tokens.device, cached_length(cache)
+
+    def mask_of(pattern: AttentionPattern) -> Tensor:  # windows count cache slots; a node's slot is `ends` + depth
+        visible = past if pattern.window is None else min(past, pattern.window - 1)
+        is_cut = pattern.cuts(past + count)
+        if prefix_mask is None and not is_cut:
+            return additive(tree.ancestors, dtype, past=visible)[:, None]
+        past_slots = torch.arange(past - visible, past, device=device).expand(rows, -1)
+        if ends is not None and pattern.window is not None:  # rows are right-aligned there, see `compact_ragged`
+            past_slots = past_slots + ends - past
+        if prefix_mask is None:
+            seen = torch.ones_like(past_slots, dtype=torch.bool)
+        else:
+            seen = (prefix_mask.gather(1, past_slots.clamp(min=0)) != 0) & (past_slots >= 0)
+        seen = torch.cat([seen[:, None].expand(-1, count, -1), tree.ancestors], dim=-1)
+        if is_cut:
+            node_slots = tree.depths + (past if ends is None else ends)
+            key_slots = torch.cat([past_slots, node_slots], dim=1)
+            seen = pattern.mask(node_slots[..., None], key_slots[:, None], seen)
+        return additive(seen, dtype)[:, None]
+
+    patterns = attention_patterns(config, cache).items()
+    masks = {name: None if pattern is None else mask_of(pattern) for name, pattern in patterns}
     return masks.get(None, masks)
-
-
-def _tree_mask(
-    pattern: AttentionPattern,
-    past: int,
-    prefix_mask: Tensor | None,
-    tree: DraftTree,
-    dtype: torch.dtype,
-    ends: Tensor | None,
-) -> Tensor:
-    """Make the mask of one pattern. As in Transformers, windows count cache slots; a node's slot is `ends` + depth."""
-    (rows, count), device = tree.tokens.shape, tree.tokens.device
-    visible = past if pattern.window is None else min(past, pattern.window - 1)
-    is_cut = pattern.cuts(past + count)
-    if prefix_mask is None and not is_cut:
-        return additive(tree.ancestors, dtype, past=visible)[:, None]
-    past_slots = torch.arange(past - visible, past, device=device).expand(rows, -1)
-    if ends is not None and pattern.window is not None:  # this layer holds rows right-aligned, see `compact_ragged`
-        past_slots = past_slots + ends - past
-    if prefix_mask is None:
-        seen = torch.ones_like(past_slots, dtype=torch.bool)
-    else:
-        seen = (prefix_mask.gather(1, past_slots.clamp(min=0)) != 0) & (past_slots >= 0)
-    seen = torch.cat([seen[:, None].expand(-1, count, -1), tree.ancestors], dim=-1)
-    if is_cut:
-        node_slots = tree.depths + (past if ends is None else ends)
-        key_slots = torch.cat([past_slots, node_slots], dim=1)
-        seen = pattern.mask(node_slots[..., None], key_slots[:, None], seen)
-    return additive(seen, dtype)[:, None]
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:

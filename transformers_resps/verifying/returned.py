@@ -108,8 +108,7 @@ class _Unread:
             if "layers" not in vars(self):
                 vars(self)["layers"] = self._make().layers
                 del self._make  # frees what it holds
-            made: list[Any] = vars(self)["layers"]
-            return made
+            return vars(self)["layers"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, which hold the filled layers."""

@@ -101,16 +101,13 @@ class SlotMap:
         return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
-        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if these are all slots.
-
-        Slots after the longest row are visible, because the caller is about to fill them for every row.
-        """
+        """Make the bool mask `[b, length]` of the slots that each row may attend to; `None` if these are all slots."""
         if self._padding is None and self._ends is None:
             return None
         seen = None if self._padding is None else _stretched(self._padding.to(device), length)
         if self._ends is not None:
             order = torch.arange(length, device=device)
-            own = (order < self.ends(device)) | (order >= self.length)
+            own = (order < self.ends(device)) | (order >= self.length)  # the caller is about to fill the last ones
             seen = own if seen is None else seen & own
         return seen
 
@@ -201,8 +198,7 @@ class RowEnds:
 
 def leading_pads(padding: Tensor) -> list[int]:
     """Count the padding tokens at the start of each row; `padding` `[b, s]` is 0 where a slot holds padding."""
-    leading: list[int] = padding.int().argmax(dim=-1).tolist()
-    return leading
+    return padding.int().argmax(dim=-1).tolist()
 
 
 def _stretched(mask: Tensor, length: int) -> Tensor:

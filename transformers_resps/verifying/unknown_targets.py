@@ -20,7 +20,7 @@ COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError)
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # times the largest logit; wrong masks cause far more
 
@@ -37,22 +37,30 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
     if model_type in COMPARED and not is_flash(config._attn_implementation):
         return
     try:
-        error, scale = _tree_error(target, make_forward)
-    except _FAILURES as failure:
+        found, expected = _tree_logits(target, make_forward)
+    except FAILURES as failure:
         raise ValueError(
             f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
             f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
         ) from failure
-    if not error <= _LOGIT_TOLERANCE.get(target.dtype, _LOW_PRECISION_LOGIT_TOLERANCE) * max(scale, 1.0):
+    error = beyond_tolerance(found, expected, target.dtype)
+    if error is not None:
         raise ValueError(
             f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
             "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."
         )
 
 
+def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
+    """Return the largest difference of logits if the model's dtype does not explain it; else `None`."""
+    error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
+    tolerance = _LOGIT_TOLERANCE.get(dtype, _LOW_PRECISION_LOGIT_TOLERANCE)
+    return None if error <= tolerance * scale else error
+
+
 @torch.no_grad()
-def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
-    """Return the largest difference between the logits of a tree and of the same text, and the largest logit.
+def _tree_logits(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[Tensor, Tensor]:
+    """Return the logits of a tree's path and of the same text, `[1, t, v]`.
 
     Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, then one
     more token is verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has up to four tokens.
@@ -72,15 +80,11 @@ def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForwar
         verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
     expected = _stepped(make_forward(), prompt, torch.cat([nodes.gather(1, path), after], dim=1))
-    of_tree = torch.cat([verified[:, path[0]], last], dim=1)
-    return float((of_tree - expected).abs().max()), float(expected.abs().max())
+    return torch.cat([verified[:, path[0]], last], dim=1), expected
 
 
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Compute the logits `[1, t, v]` of tokens `[1, t]` after a prompt, one by one like plain decoding.
-
-    If one forward read several tokens, Mamba-2 would use other time steps.
-    """
+    """Compute logits `[1, t, v]` of tokens after a prompt one by one: Mamba-2 uses other time steps for several."""
     logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
         positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
@@ -101,7 +105,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
     name, way_out = f"{type(target).__name__} ({model_type})", "Pass `invariant=False`."
     try:
         is_same = _has_same_bits(target, make_verifier)
-    except _FAILURES as failure:
+    except FAILURES as failure:
         raise ValueError(
             f"{name} fails on the attention of `invariant=True` ({type(failure).__name__}: {failure}). {way_out}"
         ) from failure

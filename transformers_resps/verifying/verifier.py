@@ -11,14 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..tree import DraftTree, Pricing
-from .cache import (
-    cached_length,
-    check_cache,
-    copied_row,
-    crop_to,
-    record_windows,
-    restore_stock_layers,
-)
+from .cache import cached_length, check_cache, copied_row, crop_to, record_windows, restore_stock_layers
 from .forward import Features, TargetForward
 from .returned import EndedRow
 from .rows import RowEnds
@@ -49,7 +42,7 @@ class Verifier(ABC):
     reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
-        self.forward, self.rows = forward, rows
+        self.forward, self.rows, self.device = forward, rows, rows.device  # trees must be on this device
         self._is_unsettled = False  # whether the cache has an unknown length, because `generate` reads the prompt
 
     def __enter__(self) -> Self:
@@ -68,19 +61,9 @@ class Verifier(ABC):
         return self.rows.length
 
     @property
-    def levels_left(self) -> int:
-        """How many levels below its root a tree may have, up to the target's largest position."""
-        return self.rows.levels_left
-
-    @property
     def pricing(self) -> Pricing:
         """Facts from which the cost of the newest step is estimated; before any step, the cost of the first step."""
         return Pricing()
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which trees must be."""
-        return self.rows.device
 
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
@@ -184,11 +167,8 @@ class Verifier(ABC):
         return None
 
     def close(self) -> None:
-        """Leave only kept entries in the cache, in Transformers' layers, so that the caller can reuse it.
-
-        If `prefill_by` was interrupted, all entries stay, since their number is unknown.
-        """
-        if not self._is_unsettled:
+        """Leave only kept entries in the cache, in Transformers' layers, so that the caller can reuse it."""
+        if not self._is_unsettled:  # else all entries stay, since their number is unknown
             crop_to(self.forward.cache, self.length)
         restore_stock_layers(self.forward.cache)
 

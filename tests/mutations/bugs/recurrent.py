@@ -30,9 +30,9 @@ def forget_the_last_node(advance: Function, self: Any, states: Any, noted: Any, 
     advance(self, states, noted, path[:, : max(path.shape[1] - 1, 1)])
 
 
-@bug("a row's last node counts again", "verifying.hybrids:_Updates.along", ROWS)
-def keep_what_is_repeated(along: Function, self: Any, path: Tensor, is_kept: Tensor) -> Any:
-    return along(self, path, torch.ones_like(is_kept))
+@bug("a row's last node counts again", "verifying.hybrids:_Updates.advance", ROWS)
+def keep_what_is_repeated(advance: Function, self: Any, states: Any, path: Tensor, is_kept: Tensor) -> None:
+    advance(self, states, path, torch.ones_like(is_kept))
 
 
 @bug("rows read the first row's state", "verifying.hybrids:WholeTree.state", ROWS)

@@ -159,7 +159,7 @@ class InvariantMode(VerifyingMode):
         texts = SlotTexts(rows, buffers, self.target_engine.pattern(forward.target), False, window)
         chunks = InvariantSteps(forward, texts, self.needs, self.code, None if self.needs.is_exact else engine)
         steps = ExactSteps(chunks, self.code, engine) if self.needs.is_exact else chunks
-        return SlotVerifier(forward, texts, steps, engine, TextReader(chunks, engine is not None), gives_back)
+        return SlotVerifier(forward, texts, steps, engine, TextReader(chunks, engine is not None).read, gives_back)
 
 
 class InvariantCalls:

@@ -67,10 +67,7 @@ def row_index(slots: Tensor) -> Tensor:
 
 
 class SlotBuffers:
-    """Keeps the static buffers of all layers of a target from call to call, as large as the largest call needed.
-
-    A part is the keys or the values of one layer.
-    """
+    """Keeps static buffers between calls, as large as needed; a part of them is one layer's keys or values."""
 
     def __init__(self) -> None:
         self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts of equal sizes move at once
@@ -138,7 +135,6 @@ class SlotBuffers:
             store.zero_()
 
     def grow(self, size: int) -> None:
-        """Copy all entries to new buffers of `size` slots."""
         before = self.parts()
         self.reserve(before, self._rows, size)
         for buffer, part in zip(self.parts(), before, strict=True):
@@ -198,10 +194,7 @@ def parts_of(cache: Cache) -> list[Tensor]:
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Replace the entries of the layers `indices` of a dynamic cache by `parts`; these layers may be empty.
-
-    `parts` are each layer's keys, then values, `[b, kv heads, length, hd]`.
-    """
+    """Replace entries of layers `indices` by `parts`: each layer's keys, then values, `[b, kv heads, length, hd]`."""
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if getattr(layer, "keys", None) is None:

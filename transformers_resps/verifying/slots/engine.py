@@ -113,11 +113,8 @@ LEAST_ROWS = 4  # rows of a forward on a CPU: oneDNN takes longer for one or two
 
 
 def padded_count(device: torch.device, count: int, rows: int = 1) -> int:
-    """Return the number of nodes to which each of `rows` trees of `count` nodes is padded.
-
-    There are few such numbers on CUDA, since each needs a graph. A CPU's compiled code runs any number from two on.
-    """
-    if device.type != "cuda":
+    """Return the number of nodes to which each of `rows` trees of `count` nodes is padded."""
+    if device.type != "cuda":  # compiled code runs any number from two on; on CUDA each number needs a graph
         return max(count, 2, -(-LEAST_ROWS // rows))
     return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
 

@@ -87,10 +87,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run the target over `SlotInputs` or `PackedInputs`, which buffers follow in `given`.
-
-        Returns its logits, and after them the hidden states at `places`.
-        """
+        """Run over `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -165,13 +162,11 @@ class HybridForward(SlotForward):
 
 
 def packs_rows(target: PreTrainedModel, *, is_batch: bool) -> bool:
-    """Whether steps over a batch skip padding: real nodes are packed in one row, which only attention unpacks.
-
-    This needs layers that pass the forward's keywords on to attention, and a CPU, because the number of nodes of a
-    captured graph is fixed.
-    """
+    """Whether steps over a batch skip padding: real nodes are packed in one row, which only attention unpacks."""
     attention = target.config.get_text_config()._attn_implementation
+    # whether layers pass the forward's keywords on to attention
     is_told = bool(target._supports_attention_backend) and attention in (STOCK, GROUPED)
+    # not in captured graphs, whose number of nodes is fixed
     return is_batch and is_told and target.device.type == "cpu" and not is_recurrent(target)
 
 
@@ -188,10 +183,7 @@ def _laid_out(
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
-    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each layer type.
-
-    A node for which `are_computed` `[b, n]` is false attends to nothing, which is cheapest.
-    """
+    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each layer type."""
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
     node_places = root + depths
@@ -199,7 +191,8 @@ def _laid_out(
     places = torch.arange(seen.shape[1], device=depths.device).expand_as(seen)
     index = slots[:, None].expand_as(ancestors)
     visible = (seen & (places < root))[:, None].expand(-1, depths.shape[1], -1).scatter(2, index, ancestors)
-    visible = visible if are_computed is None else visible & are_computed[..., None]
+    if are_computed is not None:  # it is cheapest if the other nodes attend to nothing
+        visible = visible & are_computed[..., None]
     queries, keys = node_places[..., None], places.scatter(1, slots, node_places)[:, None]
     masks = {
         name: None if pattern is None else additive(pattern.mask(queries, keys, visible), dtype)[:, None]

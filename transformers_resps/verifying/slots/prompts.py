@@ -46,15 +46,15 @@ class PartReader:
 
     def _read_chunk(self, tokens: Tensor, start: int) -> tuple[Tensor, Features]:
         size = -(-tokens.shape[1] // -(-tokens.shape[1] // _PART))  # parts of about the same size
-        features, caught = Features(self._forward.layers), list[dict[int, Tensor]]()
+        layers, caught = self._forward.layers, list[dict[int, Tensor]]()
         for place in range(0, tokens.shape[1], size):
             logits, part = self._steps.run(self.inputs(tokens[:, place : place + size], start + place))
             logits = logits[0, : self._texts.count, None] if self._steps.pricing.packs_rows else logits
             caught.append({layer: states[:, :size] for layer, states in part.caught.items()})
         if len(caught) > 1:
-            caught = [{layer: torch.cat([part[layer] for part in caught], dim=1) for layer in features.layers}]
-        features.caught = {layer: states[:, : tokens.shape[1]] for layer, states in caught[0].items()}
-        return logits, features
+            caught = [{layer: torch.cat([part[layer] for part in caught], dim=1) for layer in layers}]
+        read = {layer: states[:, : tokens.shape[1]] for layer, states in caught[0].items()}
+        return logits, Features(layers, read)
 
     def inputs(self, tokens: Tensor, start: int) -> SlotInputs | PackedInputs:
         """Make inputs for a part `[b, t]` of a prompt from position `start` on; only its last token gets logits."""

@@ -21,21 +21,17 @@ class RowStates:
     """The states of all recurrent layers, for each row of the buffers."""
 
     def __init__(self, kinds: StateKinds, cache: Cache) -> None:
-        self._kinds = kinds
+        self.kinds = kinds
         self.tensors: Sequence[Tensor] = kinds.of(cache)
         self.noted: tuple[Tensor, ...] = ()  # values of the newest tree from which `advance` updates the states
 
     def advance(self, path: Tensor) -> None:
         """Advance the states along the accepted path `[rows, m]` of the newest tree."""
-        self._kinds.advance(self._kinds.by_layer(self.tensors), self.noted, path)
+        self.kinds.advance(self.kinds.by_layer(self.tensors), self.noted, path)
 
     def keep_rows(self, rows: list[int]) -> None:
         kept = torch.tensor(rows, device=self.tensors[0].device)
         self.tensors = [part.index_select(1, kept) for part in self.tensors]
-
-    def give_back(self, cache: Cache, rows: slice) -> None:
-        """Copy the states of some rows to a cache."""
-        self._kinds.give_back(self.tensors, cache, rows)
 
 
 class VerifyingSteps(ABC):
@@ -100,9 +96,8 @@ class SlotSteps(VerifyingSteps):
             outputs = self._engine.forward(self._over_slots, given, buffers)
         if self.states is not None:
             self.states.noted = self._over_slots.noted(outputs)
-        features = Features(self._forward.layers)
-        features.caught = self._over_slots.features(outputs, inputs, features.layers)
-        return outputs[0], features
+        layers = self._forward.layers
+        return outputs[0], Features(layers, self._over_slots.features(outputs, inputs, layers))
 
     def _inputs(self, tree: DraftTree) -> SlotInputs | PackedInputs:
         """Make the inputs of a forward over `tree`, padded to the number of the buffers' rows and to few sizes."""
@@ -111,15 +106,13 @@ class SlotSteps(VerifyingSteps):
         count = self._apart(padded_count(device, tree.node_count, beside))
         nodes, seen = texts.nodes(tree, count), texts.visible(texts.reserve(max(texts.places) + count))
         if not self.pricing.packs_rows:
-            self._note_least(self._apart(padded_count(device, 1, texts.count)))
+            least = self._apart(padded_count(device, 1, texts.count))
+            self.pricing = self.pricing._replace(least_nodes=least)
             return SlotInputs(*nodes, seen, texts.first(count))
         packed = [row * count + node for row, own in enumerate(tree.row_sizes) for node in range(own)]
-        self._note_least(1 + max(LEAST_ROWS - len(tree.tokens), 0))
+        self.pricing = self.pricing._replace(least_nodes=1 + max(LEAST_ROWS - len(tree.tokens), 0))
         packed = filled_up(packed, self._apart(max(len(packed), LEAST_ROWS), count))
         return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
-
-    def _note_least(self, nodes: int) -> None:
-        self.pricing = self.pricing._replace(least_nodes=nodes)
 
     def _apart(self, count: int, *others: int) -> int:
         """Return `count`; if this step may be compiled first, return a number that no other size equals."""

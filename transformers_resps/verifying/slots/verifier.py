@@ -1,7 +1,8 @@
 """Verify trees with static cache buffers: combine buffered texts, forwards over trees, and a prompt reader."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,14 @@ from .steps import SlotSteps, VerifyingSteps
 from .texts import SlotTexts, windowed, with_rows
 
 
-class PromptReader(Protocol):
-    """Reads the end `[b, t]` of a prompt into the static cache buffers; see `Verifier.prefill`."""
-
-    def read(self, tokens: Tensor, chunk_size: int | None) -> tuple[Tensor, list[Features]]: ...
+# Reads the end `[b, t]` of a prompt into the static cache buffers, see `Verifier.prefill`: (tokens, chunk size) -> ...
+ReadPrompt = Callable[[Tensor, int | None], tuple[Tensor, list[Features]]]
 
 
 class SlotVerifier(Verifier):
     """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
-    Without a `reader`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
+    Without `read`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
     `close` copies all kept entries to that cache.
     """
 
@@ -40,11 +39,11 @@ class SlotVerifier(Verifier):
         texts: SlotTexts,
         steps: VerifyingSteps,
         engine: SlotEngine | None,
-        reader: PromptReader | None,
+        read: ReadPrompt | None,
         gives_back: bool,
     ) -> None:
         super().__init__(forward, texts.rows)
-        self._texts, self._steps, self._engine, self._reader = texts, steps, engine, reader
+        self._texts, self._steps, self._engine, self._read = texts, steps, engine, read
         self._gives_back = gives_back
         self.is_compiled = engine is not None and not engine.is_broken
 
@@ -55,11 +54,11 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """See `Verifier.prefill`. If there is a `reader`, only the last token's logits are returned."""
-        if self._reader is None:
+        """See `Verifier.prefill`. Our own readers return only the last token's logits."""
+        if self._read is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
-        return self._reader.read(tokens, chunk_size)
+        return self._read(tokens, chunk_size)
 
     def _begin_steps(self) -> None:
         self._steps.begin(self.forward.cache)
@@ -73,7 +72,7 @@ class SlotVerifier(Verifier):
         parts = [logits, *features.caught.values()]
         if any(part.shape[:2] != (rows, count) for part in parts):
             logits, *states = [part[:rows, :count] for part in parts]
-            features.caught = dict(zip(features.caught, states, strict=True))
+            features = Features(features.layers, dict(zip(features.caught, states, strict=True)))
         return logits, features
 
     def take_compile_seconds(self) -> float:
@@ -102,8 +101,9 @@ class SlotVerifier(Verifier):
 
     def _give_back(self, cache: Cache, rows: slice, length: int) -> None:
         self._texts.give_back(cache, rows, length)
-        if self._steps.states is not None:
-            self._steps.states.give_back(cache, rows)
+        states = self._steps.states
+        if states is not None:
+            states.kinds.give_back(states.tensors, cache, rows)
 
     def unread_cache(self) -> Cache | None:
         """Return a cache that is filled when it is first read, at the latest before a call overwrites the buffers."""
@@ -163,7 +163,7 @@ class SlotMode(VerifyingMode):
         if engine is not None and engine_reads and reads_compiled(forward, rows):
             texts = SlotTexts(rows, engine.buffers, engine.pattern(forward.target))
             steps = SlotSteps(forward, texts, engine, follows_parts=True)
-            return SlotVerifier(forward, texts, steps, engine, PartReader(forward, texts, steps), gives_back)
+            return SlotVerifier(forward, texts, steps, engine, PartReader(forward, texts, steps).read, gives_back)
         texts = SlotTexts(rows, SlotBuffers() if engine is None else engine.buffers, forward.cache)
         steps = SlotSteps(forward, texts, engine, self.options)
         return SlotVerifier(forward, texts, steps, engine, None, gives_back)
