@@ -144,12 +144,6 @@ class CandidatePool:
         return cls(token_ids, parent_ids, torch.tensor(probs, dtype=torch.float).view(shape).log(), level_of)
 
     @classmethod
-    def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
-        """Make a pool with one chain of tokens per row; `probs` are the probabilities of its prefixes."""
-        rows = zip(chains, probs, strict=True)
-        return cls.from_branches([Branches(chain, range(-1, len(chain) - 1), prob) for chain, prob in rows])
-
-    @classmethod
     def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
         """Join pools of the same roots on the CPU; of equal paths the first gets the best score, others get -inf."""
         levels = torch.cat([pool.levels for pool in pools])
@@ -435,8 +429,7 @@ class _Nodes:
     def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
         self.tokens, self.parents, self.scores = tokens, parents, scores
         self.proposers = [DRAFTED] * len(tokens)
-        nodes = range(len(tokens) - 1, 0, -1)  # reversed, so that the first of equal children wins
-        self._children = {(parents[node], tokens[node]): node for node in nodes}
+        (self._children,) = first_children([len(tokens)], [parents], [tokens])
 
     def with_branches(self, more: Branches) -> "_Nodes":
         """Add nodes, or merge them with nodes of equal path; nodes of probability 0 only add flags to equal paths."""

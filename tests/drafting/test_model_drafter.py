@@ -100,7 +100,7 @@ def test_few_pairs_wait_for_a_policy_that_asks_no_head(
 
     def watched(self: ModelDrafter, *committed: Any) -> None:
         observe(self, *committed)
-        waiting.append(self.waiting)
+        waiting.append(self._text.waiting)
 
     monkeypatch.setattr(ModelDrafter, "observe", watched)
     monkeypatch.setattr(FixedPolicy, "wants_head", lambda *_: True)

@@ -124,7 +124,7 @@ def test_the_rest_of_a_drafters_nodes_are_marked_alone() -> None:
     """Of the nodes that are looked up, those that pay join the tree, and those above them."""
     drafter = LookupDrafter([0])
     drafter.observe(Committed(torch.tensor([[1, 2, 3, 9, 1]])))
-    pool = drafter.weigh_beside(CandidatePool.from_chains([[2, 6]], [[0.1, 0.05]]), 3)
+    pool = drafter.weigh_beside(CandidatePool.from_branches([Branches([2, 6], [-1, 0], [0.1, 0.05])]), 3)
     assert drafter.shared == [[0]] and pool.scores.exp()[0].tolist() == pytest.approx(
         [drafter._lookups[0].found.odds[0], 0.05]
     )

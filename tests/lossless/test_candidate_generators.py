@@ -22,7 +22,7 @@ from transformers_resps.assistants import CausalDrafter
 from transformers_resps.drafting import DraftCall, DraftSource
 from transformers_resps.drafting.drafter import Drafter
 from transformers_resps.drafting.mixed_drafter import together
-from transformers_resps.drafting.prompt_lookup import PromptLookup
+from transformers_resps.drafting.suffix_memory import SuffixMemory
 
 
 PROMPT = torch.tensor([[5, 7, 11, 3, 9, 7, 11]])
@@ -91,7 +91,7 @@ def trained_head(target: PreTrainedModel) -> DraftHead:
 
 
 def lookup(target: PreTrainedModel) -> DraftSource:
-    return PromptLookup()
+    return SuffixMemory()
 
 
 @pytest.mark.parametrize("make", [trained_head, small_model, lookup])

@@ -15,7 +15,7 @@ from transformers_resps.policies.costs import CostTable
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import RecordedText, record_pools, replay_policy
 from transformers_resps.telemetry.report import StepRecord
-from transformers_resps.tree import CandidatePool
+from transformers_resps.tree import Branches, CandidatePool
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -140,7 +140,8 @@ class Phrasebook:
         tokens = self.text(length)
         coming = [[*tokens[at + 1 :], *self.words(depth)][:depth] for at in range(9, length - 1)]
         chains = [[one if self.draws.random() < 0.8 else one + 1 for one in chain] for chain in coming]
-        pool = CandidatePool.from_chains(chains, [[0.8**level for level in range(1, depth + 1)]] * len(chains))
+        probs = [0.8**level for level in range(1, depth + 1)]
+        pool = CandidatePool.from_branches([Branches(chain, range(-1, depth - 1), probs) for chain in chains])
         return RecordedText(torch.tensor(tokens), 9, torch.zeros(len(chains), 1), {1: pool})
 
 

@@ -34,30 +34,22 @@ class BlockSlots(NamedTuple):
 class Branching(NamedTuple):
     """Candidate tokens of each of D levels, and their scores. All parents of a level share its m candidates.
 
-    Attributes:
-        candidates: `[b, D, m]` target ids.
-        scores: `scores(level, chosen, state)` returns fp32 log probabilities `[b, 1 or w, m]` of the candidates of
-            `level` (from 0) below each of w parents, -inf for no child; and a new state for the next call. `chosen`
-            `[b, w]` are the parents' indices in this function's last result, flattened; `None` for the root. `state`
-            is the state from the call for the level above, `None` in the first call.
+    `scores(level, chosen, state)` returns fp32 log probabilities `[b, 1 or w, m]` of the candidates of `level` (from
+    0) below each of w parents, -inf for no child; and a new state for the next call. `chosen` `[b, w]` are the
+    parents' indices in this function's last result, flattened; `None` for the root. `state` is the state from the call
+    for the level above, `None` in the first call.
     """
 
-    candidates: Tensor
+    candidates: Tensor  # [b, D, m] target ids
     scores: Callable[[int, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class BlockModel(StepModel):
-    """A block model bound to one target. Its cache holds all positions before the root, the newest token.
+    """A block model bound to one target. Its cache holds all positions before the root, the newest token."""
 
-    Attributes:
-        block_levels: maximum number of tokens that a block drafts.
-        most_children: maximum number of children of a node.
-        patterns: for each layer, a rule for which keys a position of the block attends to.
-    """
-
-    block_levels: int
-    most_children: int
-    patterns: Sequence[AttentionPattern]
+    block_levels: int  # maximum number of tokens that a block drafts
+    most_children: int  # maximum number of children of a node
+    patterns: Sequence[AttentionPattern]  # for each layer, which keys a position of the block attends to
 
     @property
     def most_levels(self) -> int:
@@ -77,15 +69,11 @@ class BlockModel(StepModel):
         entries: Entries,
         masks: Sequence[Tensor | None],
     ) -> BlockSlots:
-        """Run one pass over a block.
+        """Run one pass over a block, which predicts `levels` tokens after the newest tokens `root` `[b]`.
 
-        Args:
-            newest: `[b, 1, h]` output of `run` at the newest position in the cache.
-            root: `[b]` the newest tokens.
-            levels: number of tokens to predict.
-            places: result of `StepModel.places` for the block's positions.
-            entries: keys and values of the text, with room for those of the block.
-            masks: for each layer, `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
+        `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are those of the
+        block's positions. `entries` hold the text's keys and values, with room for the block's. `masks` are for each
+        layer `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
@@ -168,21 +156,17 @@ class BlockPass(FirstPass[BlockPaths]):
         return f"{super().name} of {self._block_model.block_levels} levels"
 
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        parts = bounds(shape, rows, self.model.device)
-        return (
-            [F.pad(part, (0, max(fewest - part.shape[-1], 0)), value=-torch.inf) for part in parts]
-            if fewest
-            else [*parts]
-        )
+        parts = [*bounds(shape, rows, self.model.device)]
+        if not fewest:
+            return parts
+        return [F.pad(part, (0, max(fewest - part.shape[-1], 0)), value=-torch.inf) for part in parts]
 
     def ahead(self, shape: TreeShape | None) -> int:
-        return self._block_model.width(self._levels(shape))
-
-    def _levels(self, shape: TreeShape | None) -> int:
-        return self._block_model.block_levels if shape is None else shape.depth
+        return self._block_model.width(self._block_model.block_levels if shape is None else shape.depth)
 
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> BlockPaths:
-        model, levels, count, (above, ranks) = self._block_model, self._levels(shape), self.ahead(shape), edges
+        model, count, (above, ranks) = self._block_model, self.ahead(shape), edges
+        levels = model.block_levels if shape is None else shape.depth
         masks = {pattern: _mask(text, count, pattern) for pattern in dict.fromkeys(model.patterns)}
         entries = text.cache.attend(-count, text.length)
         by_layer = [masks[pattern] for pattern in model.patterns]
@@ -208,11 +192,7 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 class BlockDraft(Draft[BlockPaths]):
     """Drafts all levels in one pass over a block, and therefore never calls `goes_on`."""
 
-    at_once = True
-
-    def __init__(
-        self, model: BlockModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None
-    ) -> None:
+    def __init__(self, model: BlockModel, shape: TreeShape) -> None:
         most = max(shape.total_tokens - 1, 1)
         top_k = min(shape.top_k, most, model.most_children)
         self.model, self.first = model, BlockPass(model)

@@ -19,17 +19,13 @@ class Entries(ABC):
     """Stores the keys and values of one pass, and returns all keys and values that its tokens attend to.
 
     Layers of Transformers get this object as their cache, and `mask` as their attention mask.
-
-    Attributes:
-        mask: `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where a query attends; `None` for
-            plain causal attention, or if a single query attends to all entries.
-        first_slot: slot (index in the cache) of the first of the s entries. The text is in slots 0, 1, ...
-        is_compileable: read by models of Transformers.
     """
 
+    # `[b or 1, 1, q, s]` bool over the s entries that `update` returns, true where a query attends; `None` for plain
+    # causal attention, or if a single query attends to all entries
     mask: Tensor | None = None
-    first_slot: int = 0
-    is_compileable: bool = False
+    first_slot: int = 0  # slot (index in the cache) of the first of the s entries; the text is in slots 0, 1, ...
+    is_compileable: bool = False  # read by models of Transformers
 
     @abstractmethod
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -37,10 +33,8 @@ class Entries(ABC):
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store keys and values of t tokens, and attend with `queries` `[b, heads, q, hd]` of the newest q tokens."""
-        mask = self.mask
-        return attend(
-            queries, *self.update(keys, values, layer), None if mask is None else mask[:, :, -queries.shape[2] :]
-        )
+        mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
+        return attend(queries, *self.update(keys, values, layer), mask)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0. Models of Transformers call this, but do not need it, since they get positions and a mask."""
@@ -62,19 +56,16 @@ class DraftCache:
     it need not move while the text grows. Each tree overwrites the previous one (EAGLE's stable keys), so dropping a
     tree costs nothing. Buffers start as zeros, since attention also reads masked slots.
 
-    Args:
-        buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
-            buffers gets them when it first writes.
-        tree_room: number of slots for a tree.
-        device: device of the masks if there are no `buffers`; otherwise masks are on the buffers' device.
+    `buffers` are keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
+    buffers gets them when it first writes. Masks are on the buffers' device or, without buffers, on `device`.
     """
 
     def __init__(
         self, buffers: Sequence[Tensor] = (), tree_room: int = _TREE_ROOM, device: torch.device | str = "cpu"
     ) -> None:
         self._layers = dict(enumerate(zip(buffers[::2], buffers[1::2], strict=True)))
-        self._tree_room = tree_room
-        self._capacity = buffers[0].shape[2] - tree_room if buffers else _GROWTH
+        self.tree_room = tree_room  # number of slots for a tree
+        self.capacity = buffers[0].shape[2] - tree_room if buffers else _GROWTH  # number of slots for the text
         self.device = buffers[0].device if buffers else torch.device(device)
         self._true: Tensor | None = None
 
@@ -83,30 +74,20 @@ class DraftCache:
         """Keys and values of each layer in turn, for all layers that have written."""
         return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
-    @property
-    def tree_room(self) -> int:
-        """Number of slots for a tree."""
-        return self._tree_room
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots for the text."""
-        return self._capacity
-
     def reserve(self, length: int, tree: int = 0) -> None:
         """Grow the buffers, if needed, to hold `length` positions of the text and `tree` nodes; contents are kept."""
-        more = length - self._capacity + _GROWTH if length > self._capacity else 0
-        ahead = max(tree - self._tree_room, 0)
+        more = length - self.capacity + _GROWTH if length > self.capacity else 0
+        ahead = max(tree - self.tree_room, 0)
         if more or ahead:
             self._layers = {
                 layer: (F.pad(keys, (0, 0, ahead, more)), F.pad(values, (0, 0, ahead, more)))
                 for layer, (keys, values) in self._layers.items()
             }
-            self._capacity, self._tree_room = self._capacity + more, self._tree_room + ahead
+            self.capacity, self.tree_room = self.capacity + more, self.tree_room + ahead
 
     def forget(self, count: int, length: int) -> None:
         """Drop the first `count` of the text's `length` positions, and move the other entries to the front."""
-        room = self._tree_room
+        room = self.tree_room
         for kept in self.buffers if count < length else ():
             kept[:, :, room : room + length - count] = kept[:, :, room + count : room + length].clone()
 
@@ -121,16 +102,12 @@ class DraftCache:
     ) -> Entries:
         """Return the `Entries` for one pass, which writes its keys and values into this cache.
 
-        Without `drafted` and `mask`, the pass is over tokens of the text, and attention is causal. If a layer has
-        fewer queries than keys, the queries are those of the newest tokens.
-
-        Args:
-            where: slot of the first token in every row, below 0 for a tree; or slots of all tokens, `[b or 1, t]`.
-            end: tokens attend to slots of the text before this slot.
-            seen: `[b or 1, end]` bool, false for slots of the text that are hidden from all other tokens; `None` hides
-                no slot.
-            drafted: `[b, t, e]` bool, true where one of t nodes attends to one of the tree's e slots, -e to -1.
-            mask: `[b or 1, 1, q, s]` bool over the slots from `min(where, 0)` to `end`, if it is made in advance.
+        `where` is the slot of the first token in every row, below 0 for a tree; or the slots of all tokens,
+        `[b or 1, t]`. Tokens attend to slots of the text before `end`, except where `seen` `[b or 1, end]` is false:
+        such a slot is hidden from all other tokens. `drafted` `[b, t, e]` is true where one of t nodes attends to one
+        of the tree's e slots, -e to -1. `mask` `[b or 1, 1, q, s]` over the slots from `min(where, 0)` to `end` is
+        passed if it is made in advance. Without `drafted` and `mask`, the pass is over tokens of the text, and
+        attention is causal. If a layer has fewer queries than keys, the queries are those of the newest tokens.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 
@@ -143,7 +120,7 @@ class DraftCache:
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's buffers, made to fit `keys` and `values` if missing. Slot i has index `tree_room + i`."""
         if layer not in self._layers:
-            slots = self._tree_room + self._capacity
+            slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
             self._layers[layer] = made[0], made[1]
         return self._layers[layer]
@@ -205,9 +182,8 @@ class _CacheEntries(Entries):
         order = torch.arange(self._end, device=self._cache.device)
         own = (self._where[:, -queries:] if isinstance(self._where, Tensor) else order[None, -queries:])[..., None]
         mask = order <= own
-        if self._seen is not None:
-            mask = mask & self._seen[:, None]
-            mask = mask | (order == own)  # a hidden token sees itself: without any key its output would be NaN
+        if self._seen is not None:  # a hidden token sees itself: without any key its output would be NaN
+            mask = mask & self._seen[:, None] | (order == own)
         return mask[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from heapq import heappop, heappush
-from typing import Protocol
+from operator import or_
 
 from ..tree import Branches
 from .suffixes import SEPARATOR, Suffixes
@@ -25,10 +26,7 @@ _LENGTHS = (1, 2, 3, 4, 6, 9, 14)  # The shortest match length in each class of 
 _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # for each class: of a token that followed at the only place;
 _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # for each class: of a token that followed at all of several places;
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
-_ODDS, _OPPOSED = (
-    (0.1, 0.2, 0.4, 0.7, 0.9),
-    (0.01, 0.03, 0.06, 0.2, 0.4, 0.7),
-)  # if another drafter disagrees, by odds.
+_ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds, if a drafter disagrees.
 _NOWHERE = -2  # Index of a node that the other drafter did not propose.
 _PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
 _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome is recorded.
@@ -42,8 +40,7 @@ def length_class(length: int) -> int:
 class TrackRecord:
     """Tracks how often predictions of each class were right. Recent outcomes weigh more.
 
-    Args:
-        priors: for each class, the rate of right predictions that is assumed before any outcome is recorded.
+    `priors` are the rates of right predictions that are assumed before any outcome is recorded.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
@@ -60,13 +57,10 @@ class TrackRecord:
 
 
 def match_record() -> TrackRecord:
-    """Make a record for looked-up tokens, with a class for each range of match lengths and share of the places.
-
-    Its last classes, by the token's odds, are for tokens in whose place another drafter proposed only other tokens.
-    """
+    """Make a record for looked-up tokens, with a class for each range of match lengths and share of the places."""
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
-    return TrackRecord([*rates, *_OPPOSED])
+    return TrackRecord([*rates, *_OPPOSED])  # the last classes are for tokens that another drafter opposes
 
 
 def _class_of(length: int, count: int, places: int) -> int:
@@ -86,15 +80,6 @@ class Corpus:
     proposer: int  # the flag in `DraftTree.proposers` of nodes found in these texts
 
 
-class Remembered(Protocol):
-    """Holds texts of earlier calls. Other threads may add texts."""
-
-    @property
-    def corpus(self) -> Corpus:
-        """The texts that are remembered now."""
-        ...
-
-
 # The tokens of a searched text, the position after a match in them, and their number at the time of the search.
 Place = tuple["array[int]", int, int]
 
@@ -102,9 +87,7 @@ Place = tuple["array[int]", int, int]
 class _Occurrences:
     """Places in one corpus where the text's last tokens occur, all followed by one continuation of `depth` tokens.
 
-    Attributes:
-        corpus: the texts that contain the places.
-        odds: probability that the last of the `depth` tokens is right.
+    `odds` is the probability that the last of the `depth` tokens is right.
     """
 
     __slots__ = ("_class", "_depth", "_followers", "_length", "_places", "corpus", "odds")
@@ -115,12 +98,8 @@ class _Occurrences:
         self._followers: dict[int, _Occurrences] | None = None
 
     @property
-    def opposed_odds(self) -> float:
-        """Probability of the last token if another drafter proposes only other tokens in its place."""
-        return self.corpus.record.rate(self._opposed_class)
-
-    @property
-    def _opposed_class(self) -> int:
+    def opposed_class(self) -> int:
+        """Class of the last token if another drafter proposes only other tokens in its place."""
         return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
 
     def followers(self) -> "dict[int, _Occurrences]":
@@ -143,39 +122,23 @@ class _Occurrences:
         }
         return self._followers
 
-    def judge(self, token: int) -> "list[_Occurrences]":
-        """Record for each result of `followers` whether it is the next `token`; return the right result, if any."""
-        record, followers = self.corpus.record, self.followers()
-        for own, below in followers.items():
-            record.add(below._class, own == token)
-        return [followers[token]] if token in followers else []
+    def judge(self, token: int, drafted: Collection[int] = ()) -> "list[_Occurrences]":
+        """Record for each result of `followers` whether it is the next `token`; return the right result, if any.
 
-    def judge_beside(self, token: int, drafted: Collection[int]) -> "list[_Occurrences]":
-        """Do what `judge` does, but record only tokens that another drafter did not propose here (in `drafted`)."""
-        record, followers = self.corpus.record, self.followers()
+        If another drafter has `drafted` tokens here, record only tokens that it did not propose, in their own classes.
+        """
+        followers = self.followers()
         for own, below in followers.items():
             if own not in drafted:
-                record.add(below._opposed_class, own == token)
+                self.corpus.record.add(below.opposed_class if drafted else below._class, own == token)
         return [followers[token]] if token in followers else []
 
 
 class Continuations:
     """A tree of tokens that may follow a text. It grows on demand, by the likeliest node first.
 
-    Args:
-        text: the text to continue.
-        corpora: texts that are searched for the last tokens of `text`.
-        never_drafted: tokens that are never proposed.
-        branches: whether nodes may have several children; otherwise they are a chain of the likeliest tokens.
-
-    Attributes:
-        tokens: token of each node, every parent before its children.
-        parents: parent of each node; -1 is the text's end.
-        odds: probability of the whole path to each node, in descending order.
-        proposers: flags of the corpora in which each node was found.
-        odds_beside: for each node, 0 if another drafter proposed it, too, otherwise its probability given that
-            drafter's proposals; `None` before `weigh_beside`.
-        shared: maps the other drafter's nodes that are also in this tree to their `odds`.
+    The `corpora` are searched for the last tokens of `text`. Tokens in `never_drafted` are never proposed. Without
+    `branches` the nodes are a chain of the likeliest tokens.
     """
 
     def __init__(
@@ -186,7 +149,10 @@ class Continuations:
         *,
         branches: bool = True,
     ) -> None:
-        self.tokens, self.parents, self.odds, self.proposers = list[int](), list[int](), list[float](), list[int]()
+        self.tokens = list[int]()  # of each node, every parent before its children
+        self.parents = list[int]()  # of each node; -1 is the text's end
+        self.odds = list[float]()  # probability of the whole path to each node, in descending order
+        self.proposers = list[int]()  # flags of the corpora in which each node was found
         self._never_drafted, self._branches = never_drafted, branches
         context = text.context
         self._matches = [match for corpus in corpora for match in _matches(corpus, context)]
@@ -195,8 +161,9 @@ class Continuations:
         self._pushed = 0
         self._found = list[list[_Occurrences]]()  # the places of each node
         self._drafted: dict[int, dict[int, int]] = {}  # the other drafter's node -> its children's tokens -> nodes
-        self.odds_beside: list[float] | None = None
-        self.shared: dict[int, float] = {}
+        # For each node, 0 if another drafter proposed it, too, else its probability given that drafter's proposals.
+        self.odds_beside: list[float] | None = None  # `None` before `weigh_beside`
+        self.shared: dict[int, float] = {}  # the other drafter's nodes that are also in this tree -> their `odds`
 
     def grow(self, most: int) -> "Continuations":
         """Grow the tree to `most` nodes, or to all possible nodes if there are fewer, and return it."""
@@ -206,13 +173,10 @@ class Continuations:
                 self._push(self._matches, -1, 1.0, 1)
         while self._heap and len(self.tokens) < most:
             odds, _, token, parent, level, found = heappop(self._heap)
-            proposers = 0
-            for match in found:
-                proposers |= match.corpus.proposer
             self.tokens.append(token)
             self.parents.append(parent)
             self.odds.append(-odds)
-            self.proposers.append(proposers)
+            self.proposers.append(reduce(or_, {match.corpus.proposer for match in found}))
             self._found.append(found)
             if level < LONGEST_DRAFT:
                 self._push(found, len(self.tokens) - 1, -odds, level + 1)
@@ -236,7 +200,7 @@ class Continuations:
         """Compare the `most` best nodes with another drafter's nodes, and set `odds_beside` and `shared`.
 
         `tokens` and `parents` describe the other drafter's nodes; a parent of -1 is the text's end. If the other
-        drafter proposes only other tokens in a node's place, the node is far less likely: see `opposed_odds`.
+        drafter proposes only other tokens in a node's place, the node is far less likely: see `opposed_class`.
         """
         self._drafted, self.shared, self.odds_beside = {}, {}, []
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
@@ -247,7 +211,8 @@ class Continuations:
             if token in others:
                 twins[node], reached[node], self.shared[others[token]] = others[token], odds, odds
             elif others:
-                reached[node] = reached[parent] * max(place.opposed_odds for place in self._found[node])
+                opposed = [place.corpus.record.rate(place.opposed_class) for place in self._found[node]]
+                reached[node] = reached[parent] * max(opposed)
             else:
                 reached[node] = reached[parent] * odds / (self.odds[parent] if parent >= 0 else 1.0)
             self.odds_beside.append(0.0 if node in twins else reached[node])
@@ -280,7 +245,7 @@ class Continuations:
             drafted = self._drafted.get(twin)
             if not drafted:
                 return
-            matches = [below for match in matches for below in match.judge_beside(token, drafted)]
+            matches = [below for match in matches for below in match.judge(token, drafted)]
             twin = drafted.get(token, _NOWHERE)
 
 

@@ -14,35 +14,24 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """Describes the draft that a decoding step needs.
+    """Describes the draft that a decoding step needs."""
 
-    Attributes:
-        shape: limits the draft to `depth` levels (at least one), `top_k` children per node and `lookup` lookup nodes.
-        goes_on: decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of
-            the nodes that would get children; `None` drafts all levels.
-        least_prob: minimum acceptance probability of nodes from a lookup.
-    """
-
-    shape: TreeShape
+    shape: TreeShape  # limits the levels (at least one), the children of a node, and the lookup nodes
+    # Decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of the nodes
+    # that would get children; `None` drafts all levels.
     goes_on: Callable[[int, Tensor], bool] | None = None
-    least_prob: float = 0.0
+    least_prob: float = 0.0  # minimum acceptance probability of nodes from a lookup
 
 
 class Committed(NamedTuple):
-    """Tokens that were added to the text: first the prompt and one token of the target, later those of each step.
+    """Tokens that were added to the text: first the prompt and one token of the target, later those of each step."""
 
-    Attributes:
-        tokens: `[b, t]`. A row that gained fewer than t tokens repeats its last token.
-        features: `[b, t, F]` features of the target at the position before each token; with a prompt `[b, t - 1, F]`,
-            since no position is before its first token. `None` if no drafter reads features.
-        rows: the tokens that each row gained, on the host; `None` if all rows gained t tokens.
-        tree: the draft tree that the tokens were accepted from; `None` for the prompt.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # [b, t]; a row that gained fewer than t tokens repeats its last token
+    # [b, t, F] features of the target at the position before each token; with a prompt [b, t - 1, F], since no
+    # position is before its first token. `None` if no drafter reads features.
     features: Tensor | None = None
-    rows: Sequence[Sequence[int]] | None = None
-    tree: DraftTree | None = None
+    rows: Sequence[Sequence[int]] | None = None  # tokens that each row gained, on the host; `None` if all gained t
+    tree: DraftTree | None = None  # from which the tokens were accepted; `None` for the prompt
 
 
 class Drafter(CandidateGenerator, ABC):
@@ -50,26 +39,17 @@ class Drafter(CandidateGenerator, ABC):
 
     This library's decoding loop gets the nodes of a tree; Transformers' assisted decoding gets the tree's best path as
     a chain. A subclass implements `draft`, `observe` and `keep_rows`.
-
-    Attributes:
-        feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
-        reads_text: whether `get_candidates` needs the whole text instead of only its newest token.
-        proposable_tokens: number of different tokens that it can propose after a node.
-        most_levels: maximum number of levels that it can draft; `None` for no limit.
-        drafts_at_once: whether one pass drafts all levels, so that further levels or nodes take almost no time.
-        built_tree: the newest draft as a `DraftTree`, with all requested nodes; `None` if it was made only as a pool.
-        chain_length: number of tokens of a chain for Transformers' loop.
     """
 
-    feature_layers: Sequence[int] = ()
-    reads_text: bool = False
-    proposable_tokens: int
-    most_levels: int | None = None
-    drafts_at_once: bool = False
-    built_tree: DraftTree | None = None
-    chain_length: int = 5
-    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # Read by Transformers' loop.
-    _told = 0  # Number of tokens that Transformers' loop has passed to `observe` so far.
+    feature_layers: Sequence[int] = ()  # see `DraftSource`
+    reads_text: bool = False  # whether `get_candidates` needs the whole text instead of only its newest token
+    proposable_tokens: int  # number of different tokens that it can propose after a node
+    most_levels: int | None = None  # maximum number of levels that it can draft; `None` for no limit
+    drafts_at_once: bool = False  # whether one pass drafts all levels, so that further ones take almost no time
+    built_tree: DraftTree | None = None  # the newest draft with all requested nodes; `None` if made only as a pool
+    chain_length: int = 5  # number of tokens of a chain for Transformers' loop
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # read by Transformers' loop
+    _told = 0  # number of tokens that Transformers' loop has passed to `observe` so far
 
     @property
     def requires_model_outputs(self) -> bool:  # type: ignore[override]
@@ -78,7 +58,7 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Draft nodes below the newest token of `input_ids` `[b, s]`; see `get_candidates`."""
+        """Draft nodes below the newest token of `input_ids`; see `get_candidates`."""
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
@@ -95,16 +75,10 @@ class Drafter(CandidateGenerator, ABC):
     def get_candidates(
         self, input_ids: Tensor, request: DraftRequest | None = None, *, model_outputs: Any = None, **kwargs: Any
     ) -> CandidatePool | tuple[torch.LongTensor, Any]:
-        """Propose the next tokens, as a tree for our loop or as a chain for Transformers' loop.
+        """Propose the next tokens below the text `input_ids` `[b, s]`, or its newest token unless `reads_text`.
 
-        Args:
-            input_ids: `[b, s]` the text, or only its newest token unless `reads_text`.
-            request: the draft that our loop needs; `None` in calls by Transformers' loop.
-            model_outputs: outputs of the newest forward in Transformers' loop, with hidden states.
-            kwargs: other arguments of Transformers' loop.
-
-        Returns:
-            The nodes of a tree; or the text followed by a chain, `[1, s + c]`, and `None` in place of logits.
+        Our loop passes a `request`, and gets the nodes of a tree. Transformers' loop passes `model_outputs`, those of
+        its newest forward with hidden states; it gets the text followed by a chain, `[1, s + c]`, and no logits.
         """
         if request is not None:
             return self.draft(input_ids, request)
@@ -121,13 +95,10 @@ class Drafter(CandidateGenerator, ABC):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Learn how many of the newest candidates were accepted.
+        """Learn how many of the newest candidates were accepted in the row that accepted most, `num_matches`.
 
-        Args:
-            input_ids: `[b, s]` as in `get_candidates`.
-            scores: `[b, n, v]` the target's logits, after the root and after each node.
-            num_matches: number of accepted candidates in the row that accepted most.
-            committed: the new tokens, if our loop calls. Transformers' loop passes them in its next `get_candidates`.
+        `scores` `[b, n, v]` are the target's logits after the root and each node. Our loop passes the new tokens as
+        `committed`, Transformers' loop in its next `get_candidates`.
         """
         if committed is not None:
             self.observe(committed)

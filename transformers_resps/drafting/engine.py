@@ -31,9 +31,8 @@ Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 class DraftEngine(CompileEngine[StepModel]):
     """Runs one source's drafts fast: captures a graph for each shape, or compiles each pass once for all sizes.
 
-    Args:
-        capture: turns a function into one that runs in a single launch. The default captures CUDA graphs on a GPU; on
-            other devices nothing is captured by default, and passes are compiled.
+    `capture` turns a function into one that runs in a single launch. The default captures CUDA graphs on a GPU; on
+    other devices nothing is captured by default, and passes are compiled.
     """
 
     name = "the draft head"
@@ -67,8 +66,7 @@ class DraftEngine(CompileEngine[StepModel]):
     ) -> tuple[Root, CandidatePool, DraftTree | None]:
         """Draft like `Draft.__call__`, by a captured graph, by compiled passes, or eagerly.
 
-        Returns:
-            The root; the pool; and the tree, or `None` if no graph was used. All are valid until the next draft.
+        Returns the root, the pool, and the tree (`None` without a graph). All are valid until the next draft.
         """
         captures = self._capture is not None or self.owner.device.type == "cuda"
         count = 0 if pairs is None else pairs.tokens.shape[1]
@@ -158,15 +156,17 @@ def _example(
 class DraftEngines:
     """Holds an engine for each source until the source is deleted. Copying or pickling leaves the engines out."""
 
-    def __init__(self, make: Callable[[], DraftEngine] = DraftEngine, *, waits: bool = True) -> None:
-        self._make, self._waits = make, waits
+    def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
+        self._make = make
         self._engines: WeakKeyDictionary[object, DraftEngine] = WeakKeyDictionary()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["DraftEngines"], tuple[()]]:
         return DraftEngines, ()
 
-    def borrow(self, source: object, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
+    def borrow(
+        self, source: object, model: StepModel, *, waits: bool = True
+    ) -> AbstractContextManager[DraftEngine | None]:
         """Reserve the engine of `source` for one call; `model` is the source bound to the call's target.
 
         The result is `None` if another call uses the engine, if the model cannot be compiled, or without fixed places.
@@ -177,14 +177,7 @@ class DraftEngines:
             engine = self._engines.get(source)
             if engine is None:
                 engine = self._engines[source] = self._make()
-        return engine.borrow(model, waits=self._waits)
-
-    @property
-    def readily(self) -> "DraftEngines":
-        """View of the same engines for calls that must not wait for a compiler."""
-        ready = DraftEngines(self._make, waits=False)
-        ready._engines, ready._lock = self._engines, self._lock
-        return ready
+        return engine.borrow(model, waits=waits)
 
     @property
     def lack_code(self) -> bool:

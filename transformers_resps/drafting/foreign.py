@@ -1,7 +1,6 @@
 """Wraps any `CandidateGenerator` of Transformers as a draft source that proposes a chain of tokens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import accumulate, takewhile
 from operator import eq, mul
 from threading import Lock
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..tree import CandidatePool, TreeShape, followed
+from ..tree import Branches, CandidatePool, TreeShape, followed
 from .continuations import TrackRecord, length_class
 from .drafter import Committed, Drafter, DraftRequest
 from .source import DraftCall, DraftSource
@@ -25,11 +24,7 @@ _FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recor
 
 
 class ForeignSource(DraftSource):
-    """Drafts for one text at a time with a candidate generator, to which only a weak reference is kept.
-
-    Args:
-        generator: called before each step that needs a draft.
-    """
+    """Drafts for one text at a time with a candidate generator, to which only a weak reference is kept."""
 
     calls_generate = True
 
@@ -50,9 +45,6 @@ class ForeignSource(DraftSource):
                 "drafts with as `assistant_model`."
             )
 
-    def fingerprint(self) -> str:
-        return "0" * 16
-
     def identity(self) -> dict[str, Any]:
         return {"name_or_path": self._name}
 
@@ -64,28 +56,15 @@ class ForeignSource(DraftSource):
             raise ValueError(
                 f"{self._name} drafts for one text, as in Transformers, and the call has {call.rows}. Pass one prompt."
             )
-        call.ends.enter_context(self._held())
+        if not self._lock.acquire(blocking=False):
+            raise ValueError(f"This {self._name} drafts for another call now. Make one for each call.")
+        call.ends.callback(self._lock.release)
         vocabulary: int = call.target.config.get_text_config(decoder=True).vocab_size
         return ForeignDrafter(generator, self._record, vocabulary)
 
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise ValueError(f"This {self._name} drafts for another call now. Make one for each call.")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
 
 class ForeignDrafter(Drafter):
-    """Drafts a chain for one text.
-
-    Args:
-        generator: proposes the tokens.
-        record: how often the generator's tokens were right, by their position in the chain.
-        vocabulary: number of token ids of the target.
-    """
+    """Drafts a chain for one text; `record` says how often tokens were right, by their position in the chain."""
 
     reads_text = True
     proposable_tokens = 1
@@ -101,7 +80,8 @@ class ForeignDrafter(Drafter):
             candidates, _ = self._generator.get_candidates(cast(torch.LongTensor, input_ids))
         self._chain = self._checked(input_ids, candidates)[: request.shape.depth]
         rates = [self._record.rate(length_class(place)) for place in range(1, len(self._chain) + 1)]
-        pool = CandidatePool.from_chains([self._chain], [list(accumulate(rates, mul))])
+        chain = Branches(self._chain, range(-1, len(self._chain) - 1), list(accumulate(rates, mul)))
+        pool = CandidatePool.from_branches([chain])
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
@@ -128,11 +108,7 @@ class ForeignDrafter(Drafter):
         """Do nothing, since there is only one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """Check the generator's result, and return the candidate tokens that come after the text in it.
-
-        Raises:
-            ValueError: the generator's result does not begin with the text, or contains invalid token ids.
-        """
+        """Return the tokens after the text in the generator's result; raise a `ValueError` if that is malformed."""
         name, length = type(self._generator).__name__, input_ids.shape[1]
         if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:
             got = f"a tensor {list(candidates.shape)}" if isinstance(candidates, Tensor) else repr(candidates)
@@ -148,17 +124,14 @@ class ForeignDrafter(Drafter):
         return chain
 
 
-class _Named:
+class _Named(AbstractContextManager[Any]):
     """Adds the generator's name to errors that are raised inside the `with` block."""
 
     def __init__(self, generator: CandidateGenerator, what: str) -> None:
         self._told = f"{type(generator).__name__} failed when it {what}"
 
-    def __enter__(self) -> None:
-        return None
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            raise RuntimeError(f"{self._told}: {kind.__name__ if kind else ''}: {error}") from error
+            raise RuntimeError(f"{self._told}: {type(error).__name__}: {error}") from error

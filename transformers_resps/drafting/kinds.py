@@ -41,7 +41,6 @@ class DrafterKind:
 
     @property
     def name(self) -> str:
-        """The name of its source class."""
         return self.source.split(":")[1]
 
 
@@ -113,9 +112,7 @@ KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # in the order in which they are tri
 def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> DrafterKind:
     """Return the kind of head in a checkpoint. If none fits, return EAGLE, whose loader then reports what is missing.
 
-    Args:
-        config: contents of config.json.
-        tensors: tensors by published name. Only names are read, and for names in `SHAPING` the tensors' shapes.
+    Of `tensors`, by published name, only names are read, and for names in `SHAPING` the shapes.
     """
     saved = next((kind for kind in KINDS if kind.saved_as and kind.saved_as == config.get("model_type")), None)
     names = bare_names(tensors)
@@ -128,10 +125,6 @@ def kind_of_model(model_type: str | None) -> DrafterKind:
 
 
 def kind_of(source: DraftSource) -> DrafterKind:
-    """Return the kind of a source.
-
-    Raises:
-        StopIteration: the source is of no kind in `KINDS`.
-    """
+    """Return the kind of a source; raise `StopIteration` if it is of none in `KINDS`."""
     names = {parent.__name__ for parent in type(source).__mro__}
     return next(kind for kind in KINDS if kind.name in names)

@@ -17,11 +17,7 @@ def together(drafters: Sequence[Drafter]) -> Drafter | None:
 
 
 class MixedDrafter(Drafter):
-    """Merges the pools that several drafters propose below the same tokens; see `CandidatePool.merged`.
-
-    Args:
-        drafters: at least two. `observe` needs the features of every layer that any of these drafters reads.
-    """
+    """Merges several drafters' pools; `observe` needs the features of every layer that any of these drafters reads."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self._drafters = drafters
@@ -51,7 +47,6 @@ class MixedDrafter(Drafter):
         return [committed._replace(features=torch.cat(own, dim=-1) if own else None) for own in read]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Draft with all drafters, and merge their pools on the host."""
         return CandidatePool.merged([drafter.draft(input_ids, request).on_host() for drafter in self._drafters])
 
     def read(self, at_least: int = 1) -> None:

@@ -18,16 +18,10 @@ from .text import DraftText
 
 
 class ModelDrafter(Drafter):
-    """Drafts candidate pools with one draft model.
+    """Drafts candidate pools with one draft model for `batch_size` texts; for `prompt_mask` see `DraftText`.
 
-    Args:
-        model: draft model, bound to the call's target.
-        batch_size: number of texts decoded together.
-        prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
-            features if it reads features, otherwise all; `None` without padding.
-        engine: runs compiled code, and belongs to this call until its end; `None` drafts without compiled code.
-        verifier: the call's verifier, for a model that attends to the target's cache.
-        feature_layers: see `Drafter`.
+    `engine` runs compiled code, and belongs to this call until its end; `None` drafts without compiled code. A model
+    that attends to the target's cache needs the `verifier`.
     """
 
     def __init__(
@@ -48,11 +42,6 @@ class ModelDrafter(Drafter):
         self._text = DraftText(model, cache, batch_size, prompt_mask)
         self._root: Root | None = None  # results for the tokens that the model processed last
 
-    @property
-    def waiting(self) -> int:
-        """Number of committed tokens that the model has not processed."""
-        return self._text.waiting
-
     def observe(self, committed: Committed) -> None:
         """Queue committed tokens. The model processes them before a draft or in `read`, so plain steps cost little."""
         self._text.add(committed)
@@ -72,12 +61,9 @@ class ModelDrafter(Drafter):
         return pool
 
     def read(self, at_least: int = 1) -> None:
-        """Process all queued tokens in one pass, if there are at least `at_least`.
-
-        If the model reads no features, this does nothing unless `at_least` is 1: queued tokens without features take
-        little memory, and if no draft follows, the pass would be wasted.
-        """
-        if self.waiting >= at_least and (at_least == 1 or self._model.reads_features):
+        """Process all queued tokens in one pass, if there are at least `at_least`."""
+        # Many tokens without features may wait: they take little memory, and if no draft follows, a pass is wasted.
+        if self._text.waiting >= at_least and (at_least == 1 or self._model.reads_features):
             pairs, text = self._text.take()
             if pairs is not None:
                 self._root = read(self._model, pairs, text, self._root)

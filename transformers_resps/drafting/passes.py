@@ -21,25 +21,15 @@ from .text import Pairs, PlaceWindow, Positions, Prefix
 FEWEST = 2  # Minimum number of tokens, children or slots in a compiled pass: size 1 would need separate code.
 
 
-class BelowText(Protocol):
-    """Inputs of any pass that attends to a text."""
-
-    @property
-    def text(self) -> Prefix: ...
-
-
-Given = TypeVar("Given", bound=BelowText)
+Given = TypeVar("Given", "First", "LevelNodes")
 Found = TypeVar("Found")
 
 
 class DraftPass(ABC, Generic[Given, Found]):
-    """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` is a function that can be compiled.
+    """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` can be compiled."""
 
-    Attributes:
-        sizes: for each input tensor a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that
-            never change, other letters for sizes that change from call to call.
-    """
-
+    # For each input tensor a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that never
+    # change, other letters for sizes that change from call to call.
     sizes: ClassVar[Sequence[str]]
 
     def __init__(self, model: StepModel) -> None:
@@ -280,7 +270,6 @@ class SproutPass(FirstPass[Growth]):
 class Draft(ABC, Generic[Grown]):
     """Drafts pools of one shape with a model, by a first pass and further passes."""
 
-    at_once: ClassVar[bool]  # whether the first pass drafts all levels
     model: StepModel
     shape: TreeShape  # the requested shape, reduced to the levels and children that the model can draft
     first: FirstPass[Grown]
@@ -299,10 +288,7 @@ class Draft(ABC, Generic[Grown]):
     def __call__(
         self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
-        """Run the model over the newest tokens `pairs`, and draft below them; if `None`, draft below `before`.
-
-        `before` is the root of the previous call, and `run` executes each pass.
-        """
+        """Run the model over the newest tokens, if any, and draft below them, else below `before`, the last root."""
         if pairs is not None:
             root, grown = run(self.first, First(pairs, text, before, self.shape))
         else:
@@ -342,8 +328,6 @@ class Draft(ABC, Generic[Grown]):
 
 class LevelDraft(Draft[Growth]):
     """Drafts level by level with one pass per level. In a model with several depths, each depth drafts one level."""
-
-    at_once = False
 
     def __init__(
         self, model: StepModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None

@@ -23,25 +23,20 @@ class Root(NamedTuple):
     carried: tuple[Tensor, ...] = ()  # of each depth, hidden states [b, 1, h] for the next depth; empty for one depth
 
     def of_rows(self, rows: Tensor) -> "Root":
-        """Select the given rows."""
         tokens, output, *carried = (part.index_select(0, rows) for part in (*self[:2], *self.carried))
         return Root(tokens, output, None if self.hidden is None else self.hidden.index_select(0, rows), tuple(carried))
 
 
 class Frontier(NamedTuple):
-    """The nodes of one level that get children next.
+    """The nodes of one level that get children next."""
 
-    Attributes:
-        tokens: `[b, w]`.
-        scores: `[b, w]` path scores, as in the pool.
-        hidden: `[b, w, h]` hidden states that the nodes got from their parents; `None` if the model reads none.
-        visible: `[b, w, w + e]` bool, true where a node attends to a drafted entry: to itself among the w entries of
-            its level, and to its ancestors among the e entries of earlier levels, the newest level first.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    hidden: Tensor | None
+    tokens: Tensor  # [b, w]
+    scores: Tensor  # [b, w] path scores, as in the pool
+    hidden: (
+        Tensor | None
+    )  # [b, w, h] hidden states that the nodes got from their parents; `None` if the model reads none
+    # [b, w, w + e] bool, true where a node attends to a drafted entry: to itself among the w entries of its level, and
+    # to its ancestors among the e entries of earlier levels, the newest level first
     visible: Tensor
 
 
@@ -59,18 +54,12 @@ RunLevel = Callable[[Frontier, int, bool], Growth]
 
 
 def grow_pool(
-    first: Growth,
-    depth: int,
-    run: RunLevel,
-    goes_on: Callable[[int, Tensor], bool] | None = None,
+    first: Growth, depth: int, run: RunLevel, goes_on: Callable[[int, Tensor], bool] | None = None
 ) -> CandidatePool:
     """Draft levels below the level `first` by calls of `run`, and return up to `depth` levels as a pool.
 
-    `goes_on` decides whether to draft another level, given the number of levels so far and the scores `[b, w]` of the
-    best nodes of the last level.
-
-    Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best nodes of a level, by path probability, get children; all
-    children are candidates.
+    For `goes_on` see `DraftRequest`. As in EAGLE-2 (arXiv 2406.16858, section 4.1), the best nodes of a level, by path
+    probability, get children, and all children are candidates.
     """
     levels, frontier = [first], first.frontier
     while frontier is not None and len(levels) < depth and (goes_on is None or goes_on(len(levels), frontier.scores)):
@@ -87,9 +76,8 @@ def sprout(model: StepModel, root: Root, itself: Tensor, is_last: bool) -> Growt
         return Growth(tokens, scores, None, None)
     hidden = root.carried[0] if root.carried else model.feedback(root.output, root.hidden)
     hidden = None if hidden is None else hidden.expand(-1, top_k, -1)
-    return Growth(
-        tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself.expand(len(tokens), -1, -1))
-    )
+    frontier = Frontier(tokens[:, 0], scores[:, 0], hidden, itself.expand(len(tokens), -1, -1))
+    return Growth(tokens, scores, None, frontier)
 
 
 def branch(
@@ -101,16 +89,11 @@ def branch(
     is_last: bool,
     depth: int = 0,
 ) -> Growth:
-    """Draft k children of each node of a frontier, and choose the k best of all children to get children next.
+    """Draft k children of each of w nodes of a frontier, and choose the k best of all children to get children next.
 
-    Args:
-        model: the draft model.
-        frontier: w nodes.
-        output: `[b, w, h]` outputs of the model at these nodes.
-        hidden: `[b, w, h]` hidden states to pair with the children of each node.
-        itself: `[b or 1, k, k]` identity matrix: in their own level, the k chosen children attend only to themselves.
-        is_last: whether the children are the last level.
-        depth: index of the model's depth that made `output`.
+    The model's depth number `depth` gave the `output` `[b, w, h]` at these nodes. `hidden` `[b, w, h]` is to be paired
+    with each node's children. `itself` `[b or 1, k, k]` is an identity matrix: in their own level, the k chosen
+    children attend only to themselves.
     """
     top_k = itself.shape[2]
     tokens, scores = model.children(output, top_k, depth)

@@ -8,17 +8,21 @@ from dataclasses import replace
 from itertools import zip_longest
 from math import log
 from operator import mul
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..tree import LOOKED_UP, Branches, CandidatePool, TreeShape
+from ..tree import LOOKED_UP, Branches, CandidatePool
 from ..verifying.rows import leading_pads
-from .continuations import LONGEST_DRAFT, Continuations, Corpus, Remembered, match_record
+from .continuations import LONGEST_DRAFT, Continuations, Corpus, match_record
 from .drafter import Committed, Drafter, DraftRequest
-from .source import DraftCall, DraftSource
+from .source import DraftCall
 from .suffixes import Suffixes
+
+
+if TYPE_CHECKING:  # it imports this module
+    from .suffix_memory import SuffixMemory
 
 
 _SEEN_NODES = 16  # Maximum number of nodes whose odds are passed to a policy.
@@ -28,16 +32,14 @@ _STRIDE = 3  # Outcomes are recorded at every third position of the text.
 class Lookup:
     """Proposes continuations of one text. Records how often they are right, even if no step uses them.
 
-    Args:
-        never_drafted: tokens that are never proposed, such as placeholders of an image; nothing follows them.
-        memories: objects such as `SuffixMemory`, whose texts are searched, too.
-        branches: whether continuations may branch; otherwise they are a chain.
+    The texts of `memories` are searched, too. `never_drafted` tokens, such as placeholders of an image, are never
+    proposed, and nothing follows them. Without `branches` the continuations are a chain.
     """
 
     def __init__(
         self,
         never_drafted: frozenset[int] = frozenset(),
-        memories: Sequence[Remembered] = (),
+        memories: "Sequence[SuffixMemory]" = (),
         *,
         branches: bool = True,
     ) -> None:
@@ -47,9 +49,7 @@ class Lookup:
         self._found: Continuations | None = None
         self._judged: tuple[int, Continuations] | None = None  # next position to record, and the proposals found there
 
-    @property
-    def length(self) -> int:
-        """Number of tokens of the text so far."""
+    def __len__(self) -> int:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -62,14 +62,14 @@ class Lookup:
             self._found.judge_beside(tokens)
         start = 0
         if self._judged is not None:
-            while (end := self._judged[0] + _STRIDE - self.length + start) <= len(tokens):
+            while (end := self._judged[0] + _STRIDE - len(self) + start) <= len(tokens):
                 self._append(tokens[start:end])
                 place, continuations = self._judged
                 continuations.judge(self._text.tokens[place:])
-                self._judged, start = (self.length, self.found), end
+                self._judged, start = (len(self), self.found), end
         self._append(tokens[start:])
         if self._judged is None:
-            self._judged = self.length, self.found
+            self._judged = len(self), self.found
 
     def _append(self, tokens: Sequence[int]) -> None:
         if tokens:
@@ -96,10 +96,8 @@ class Lookup:
 class LookupDrafter(Drafter):
     """Holds a `Lookup` for each row of a batch. Observed tokens are indexed before the next proposal.
 
-    Args:
-        pads: number of padding tokens before each row's prompt.
-        origins: for each row, source tokens to search before the text, such as an encoder's input; `None` for none.
-        never_drafted, memories, branches: see `Lookup`.
+    `pads` counts the padding tokens before each row's prompt. `origins` are, for each row, source tokens to search
+    before the text, such as an encoder's input; `None` for none. All others are as in `Lookup`.
     """
 
     proposable_tokens = 1
@@ -111,13 +109,24 @@ class LookupDrafter(Drafter):
         *,
         origins: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
-        memories: Sequence[Remembered] = (),
+        memories: "Sequence[SuffixMemory]" = (),
         branches: bool = True,
     ) -> None:
         self._lookups = [Lookup(never_drafted, memories, branches=branches) for _ in pads]
         self._pads = pads
         self._origins = [[] for _ in pads] if origins is None else origins
         self._unread: list[Tensor | Sequence[Sequence[int]]] = []
+
+    @classmethod
+    def of_call(cls, call: DraftCall, memories: "Sequence[SuffixMemory]" = ()) -> "LookupDrafter":
+        """Make the drafter of one call, which also searches the texts of `memories`."""
+        return cls(
+            [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask),
+            origins=call.origins,
+            never_drafted=call.never_drafted,
+            memories=memories,
+            branches=not call.target.config.is_encoder_decoder,  # these number tokens in order: no branches
+        )
 
     def observe(self, committed: Committed) -> None:
         self._unread.append(committed.tokens if committed.rows is None else committed.rows)
@@ -127,20 +136,19 @@ class LookupDrafter(Drafter):
             found: Sequence[Sequence[int]] = part.tolist() if isinstance(part, Tensor) else part
             rows = zip(self._lookups, self._pads, self._origins, found, strict=True)
             for lookup, pads, origin, tokens in rows:
-                lookup.extend(tokens if lookup.length else [*origin, *tokens[pads:]])
+                lookup.extend(tokens if len(lookup) else [*origin, *tokens[pads:]])
         self._unread.clear()
 
     @property
     def odds(self) -> list[list[float]]:
-        """For each row, the probabilities that `Lookup.odds` returns."""
+        """`Lookup.odds` of each row."""
         self.read()
         return [lookup.odds for lookup in self._lookups]
 
     def weigh_beside(self, pool: CandidatePool, most: int) -> CandidatePool:
         """Compare the `most` best nodes of each row with another drafter's pool, which must be on the host.
 
-        Returns:
-            That pool. Each of its nodes that the lookup also found gets the higher one of the two scores.
+        Returns that pool, in which each node that the lookup also found gets the higher one of the two scores.
         """
         self.read()
         scores = pool.scores.tolist()
@@ -162,7 +170,6 @@ class LookupDrafter(Drafter):
         return [lookup.found.branches(request.shape.lookup, request.least_prob) for lookup in self._lookups]
 
     def draft(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool:
-        """Return the nodes of `branches` as a pool on the host."""
         return CandidatePool.from_branches(self.branches(request))
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -170,33 +177,6 @@ class LookupDrafter(Drafter):
         self._lookups = [self._lookups[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
         self._origins = [self._origins[row] for row in rows]
-
-
-class PromptLookup(DraftSource):
-    """Draft source that makes the prompt lookup of each call. Every call uses such a source.
-
-    Args:
-        memories: objects such as `SuffixMemory`, whose texts are searched, too.
-    """
-
-    def __init__(self, memories: Sequence[Remembered] = ()) -> None:
-        self._memories = memories
-
-    @property
-    def default_shape(self) -> TreeShape:
-        return TreeShape(1, 0, 1, lookup=LONGEST_DRAFT)
-
-    def fingerprint(self) -> str:
-        return "0" * 16
-
-    def identity(self) -> dict[str, Any]:
-        return {"name_or_path": "prompt lookup"}
-
-    def drafter(self, call: DraftCall) -> LookupDrafter:
-        pads = [0] * call.rows if call.text_mask is None else leading_pads(call.text_mask)
-        told: dict[str, Any] = {"origins": call.origins, "never_drafted": call.never_drafted}
-        branches = not call.target.config.is_encoder_decoder  # encoder-decoders number tokens in order: no branches
-        return LookupDrafter(pads, **told, memories=self._memories, branches=branches)
 
 
 def mean_odds(rows: Sequence[Sequence[float]], row_weights: Sequence[float]) -> list[float]:

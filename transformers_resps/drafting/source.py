@@ -13,58 +13,37 @@ from transformers import PreTrainedModel
 from ..tree import TreeShape
 from ..verifying.verifier import Verifier
 from .drafter import Drafter
-from .engine import DraftEngine, DraftEngines
+from .engine import DraftEngines
 from .model_drafter import ModelDrafter
 from .step_model import StepModel, TrainableModel
 
 
 @dataclass(frozen=True)
 class DraftCall:
-    """Describes a call of `generate` to the source that makes its drafter.
-
-    Attributes:
-        target: the model that is drafted for.
-        verifier: the call's verifier, for a source that attends to the target's cache.
-        rows: number of texts that are decoded together.
-        text_mask: `[b, s]`, 0 where the prompt is padding, for the positions of all tokens; `None` without padding.
-        paired_mask: like `text_mask`, but only for the positions whose target features are available.
-        origins: for each row, input tokens outside its text, such as an encoder's input; `None` for none.
-        never_drafted: tokens that must not be drafted, such as placeholders of an image.
-        engines: hold the compiled code of each source; `None` if nothing runs compiled.
-        ends: a stack that is closed at the end of the call, and then releases the engine used by the drafter.
-    """
+    """Describes a call of `generate` to the source that makes its drafter."""
 
     target: PreTrainedModel
-    verifier: Verifier | None = None
-    rows: int = 1
-    text_mask: Tensor | None = None
-    paired_mask: Tensor | None = None
-    origins: list[list[int]] | None = None
-    never_drafted: frozenset[int] = frozenset()
-    engines: DraftEngines | None = None
-    ends: ExitStack = field(default_factory=ExitStack)
-
-    def engine(self, source: "DraftSource", model: StepModel) -> DraftEngine | None:
-        """Reserve the engine of `source` until the call ends; `None` if none is free. `model` is the bound source."""
-        return None if self.engines is None else self.ends.enter_context(self.engines.borrow(source, model))
+    verifier: Verifier | None = None  # the call's, for a source that attends to the target's cache
+    rows: int = 1  # number of texts that are decoded together
+    text_mask: Tensor | None = None  # [b, s], 0 where a token of the prompt is padding; `None` without padding
+    paired_mask: Tensor | None = None  # the same, only for positions whose target features are available
+    origins: list[list[int]] | None = None  # for each row, input outside its text, such as an encoder's; `None`: none
+    never_drafted: frozenset[int] = frozenset()  # tokens that must not be drafted, such as placeholders of an image
+    engines: DraftEngines | None = None  # hold the compiled code of each source; `None` if nothing runs compiled
+    waits: bool = True  # whether the call waits for a compiler
+    ends: ExitStack = field(default_factory=ExitStack)  # closed when the call ends, to release the drafter's engine
 
 
 class DraftSource(ABC):
-    """Proposes tokens for a target: makes a `Drafter` for each call.
+    """Proposes tokens for a target: makes a `Drafter` for each call."""
 
-    Attributes:
-        feature_layers: indices of the target's hidden states that it reads, 0 for the embeddings; empty for none.
-        before_deepstack: whether it reads these hidden states before image features are added to them.
-        reads_target: whether it attends to the target's cache, and reads the features of the newest token only.
-        calls_generate: whether drafting may call the target's `generate`; such an inner call must not draft itself.
-    """
-
-    before_deepstack: bool = False
-    calls_generate: bool = False
-    reads_target: bool = False
+    before_deepstack: bool = False  # whether it reads hidden states before image features are added to them
+    calls_generate: bool = False  # whether drafting may call the target's `generate`, which then must not draft
+    reads_target: bool = False  # whether it attends to the target's cache; it then reads the newest features only
 
     @property
     def feature_layers(self) -> list[int]:
+        """Indices of the target's hidden states that it reads, 0 for the embeddings; empty for none."""
         return []
 
     @property
@@ -78,16 +57,12 @@ class DraftSource(ABC):
         """Tree shape that is used if `generate` gets no policy."""
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Check, before any work of a call, that the source can draft for the target now.
-
-        Raises:
-            ValueError: the source was made for another target, or is on another device.
-        """
+        """Raise a `ValueError`, before any work of a call, if the source cannot draft for the target now."""
         return None
 
-    @abstractmethod
     def fingerprint(self) -> str:
-        """Return a hash of the source's weights: 16 hexadecimal digits."""
+        """Return a hash of the source's weights: 16 hexadecimal digits, all 0 without weights."""
+        return "0" * 16
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -95,11 +70,7 @@ class DraftSource(ABC):
 
     @abstractmethod
     def drafter(self, call: DraftCall) -> Drafter:
-        """Make the drafter of one call.
-
-        Raises:
-            ValueError: the source cannot draft for this call.
-        """
+        """Make the drafter of one call; raise a `ValueError` if the source cannot draft for this call."""
 
 
 class LevelSource(DraftSource):
@@ -107,19 +78,11 @@ class LevelSource(DraftSource):
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
-        """Check that the source was made for this target.
-
-        Raises:
-            ValueError: it was made for another target; the message names both targets and their differences.
-        """
+        """Raise a `ValueError` if the source was made for another target; it names both and their differences."""
 
     @abstractmethod
     def bind(self, target: PreTrainedModel) -> StepModel:
-        """Return the model that drafts for `target`.
-
-        Raises:
-            ValueError: the source was made for another target, or is on another device.
-        """
+        """Return the model that drafts for `target`; raise a `ValueError` as `prepare` does."""
 
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
@@ -127,7 +90,10 @@ class LevelSource(DraftSource):
     def drafter(self, call: DraftCall) -> ModelDrafter:
         model = self.bind(call.target)
         mask, layers = call.paired_mask if model.reads_features else call.text_mask, self.feature_layers
-        return ModelDrafter(model, call.rows, mask, call.engine(self, model), call.verifier, feature_layers=layers)
+        engine = None
+        if call.engines is not None:
+            engine = call.ends.enter_context(call.engines.borrow(self, model, waits=call.waits))
+        return ModelDrafter(model, call.rows, mask, engine, call.verifier, feature_layers=layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +109,15 @@ class FileReading(ABC):
 
 
 class TrainableSource(LevelSource):
-    """Source that can be trained: a module with its own weights, which also uses some weights of its target.
+    """Source that can be trained: a module with its own weights, which also uses some weights of its target."""
 
-    Attributes:
-        vocab_size: size of the target's vocabulary.
-        target: describes the target for which it was made, as far as its files say; see `target_identity`.
-        depths: number of layers that draft one level each; 1 if one layer drafts any number of levels.
-    """
-
-    target: dict[str, Any]
-    depths: int = 1
+    target: dict[str, Any]  # the target for which it was made, as far as its files say; see `target_identity`
+    depths: int = 1  # number of layers that draft one level each; 1 if one layer drafts any number of levels
 
     @property
     @abstractmethod
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Size of the target's vocabulary."""
 
     @abstractmethod
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
@@ -179,13 +140,10 @@ class TrainableSource(LevelSource):
     @classmethod
     @abstractmethod
     def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
-        """Make an untrained source for `target`.
+        """Make an untrained source for `target`, with `fields` of its config.
 
-        Args:
-            target: the model to draft for.
-            draft_token_ids: ids `[d]`, in the target's vocabulary, of the tokens that it can propose; `None` for all.
-            levels: number of consecutive tokens that it drafts in training.
-            fields: fields of its config.
+        `draft_token_ids` `[d]`, in the target's vocabulary, are the tokens that it can propose; `None` for all. In
+        training it drafts `levels` consecutive tokens.
         """
 
     @abstractmethod
@@ -198,11 +156,7 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Load the weights that `save_pretrained` wrote during training.
-
-        Raises:
-            ValueError: the folder was written by a module with other sizes or settings.
-        """
+        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if sizes or settings differ."""
 
     def whole(self, target: PreTrainedModel) -> Self:
         """Return a copy that saves all of its weights, even those that it shares with its target."""

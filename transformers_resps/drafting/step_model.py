@@ -31,28 +31,17 @@ class StepModel(ABC):
     A depth is one part of the model, such as a layer that drafts one level. Depth k pairs token j with the output of
     depth k - 1 at token j - 1, or depth 0 with the target's hidden state there. A model with only one depth drafts any
     number of levels with it, and pairs a drafted node with the output at its parent.
-
-    Attributes:
-        depths: number of depths, which draft one level each; 1 if the only depth drafts any number of levels.
-        reads_features: whether it pairs tokens with hidden states.
-        has_fixed_places: whether the result of `places` for a position does not depend on the other positions.
-        counts_padding: whether positions may count a prompt's padding, for instance because only distances matter.
-        sliding_window: maximum number of newest positions that it attends to, padding included; `None` for all.
-        is_compilable: whether its passes may run as compiled or captured code.
-        proposable_tokens: number of different tokens that it can propose after a node.
-        device: device of its inputs.
-        dtype: dtype of its hidden states.
     """
 
-    depths: int = 1
-    reads_features: bool = True
-    has_fixed_places: bool = True
-    counts_padding: bool = True
-    sliding_window: int | None = None
-    is_compilable: bool = False
-    proposable_tokens: int
-    device: torch.device
-    dtype: torch.dtype
+    depths: int = 1  # number of depths, which draft one level each; 1 if the only depth drafts any number of levels
+    reads_features: bool = True  # whether it pairs tokens with hidden states
+    has_fixed_places: bool = True  # whether `places` of a position do not depend on the other positions
+    counts_padding: bool = True  # whether positions may count a prompt's padding: so if only distances matter
+    sliding_window: int | None = None  # number of newest positions that it attends to, with padding; `None`: all
+    is_compilable: bool = False  # whether its passes may run as compiled or captured code
+    proposable_tokens: int  # number of different tokens that it can propose after a node
+    device: torch.device  # of its inputs
+    dtype: torch.dtype  # of its hidden states
 
     @property
     def most_levels(self) -> int | None:
@@ -74,18 +63,11 @@ class StepModel(ABC):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """Run one depth over tokens.
+        """Run depth number `depth` over tokens `[b, t]`; return the outputs `[b, q, h]` at the `wanted` ones.
 
-        Args:
-            depth: index of the depth, from 0 on.
-            tokens: `[b, t]` target vocabulary ids.
-            hidden: `[b, t, h]` the hidden state paired with each token; `None` if the model reads none.
-            places: result of `places` for the tokens' positions.
-            entries: stores the tokens' keys and values, and returns all that the tokens attend to.
-            wanted: the tokens whose outputs are returned.
-
-        Returns:
-            `[b, q, h]` outputs at the wanted tokens.
+        `hidden` `[b, t, h]` is the hidden state paired with each token, `None` if the model reads none. `places` are
+        those of the tokens' positions. `entries` stores the tokens' keys and values, and returns all that they attend
+        to.
         """
 
     @abstractmethod
@@ -121,12 +103,9 @@ class StepModel(ABC):
         return draft_ids
 
     def oldest_seen(self, length: int) -> int:
-        """Return the position of the oldest token to keep in the cache after a text of `length` tokens.
-
-        The result changes only every few tokens, because each change moves the entries of the cache.
-        """
+        """Return the position of the oldest token to keep in the cache after a text of `length` tokens."""
         window = self.sliding_window or length
-        stride = max(window // _WINDOW_PARTS, 1)
+        stride = max(window // _WINDOW_PARTS, 1)  # not at every token, because each move moves the cache's entries
         return max(-(-(length - window) // stride), 0) * stride
 
 

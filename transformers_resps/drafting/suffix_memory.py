@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..tree import REMEMBERED, TreeShape
 from .continuations import Corpus, match_record
 from .drafter import Drafter
-from .prompt_lookup import PromptLookup
+from .prompt_lookup import LookupDrafter
 from .source import DraftCall, DraftSource
 from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
 
@@ -98,15 +98,12 @@ class SuffixMemory(DraftSource):
     def default_shape(self) -> TreeShape:
         return TreeShape(1, 0, 1, lookup=_NODES)
 
-    def fingerprint(self) -> str:
-        return "0" * 16
-
     def identity(self) -> dict[str, Any]:
         return {"name_or_path": "suffix memory"}
 
     def drafter(self, call: DraftCall) -> Drafter:
         """Make a drafter for prompt lookup that also searches this memory."""
-        return PromptLookup([self]).drafter(call)
+        return LookupDrafter.of_call(call, [self])
 
     def prepare(self, target: PreTrainedModel) -> None:
         """Raise a `ValueError` if the target's vocabulary lacks a stored token or is not as large as earlier ones."""
@@ -236,12 +233,8 @@ class SuffixMemory(DraftSource):
     def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Write all texts to one file that only its owner can read. It replaces an existing file atomically.
 
-        Args:
-            path: path of the file.
-            tokenizer: tokenizer of the texts. `load` must be called with the same tokenizer.
-
-        Raises:
-            OSError: the file cannot be written; an existing file is unchanged.
+        `load` must be called with the same `tokenizer`, that of the texts. Raises an `OSError` if the file cannot be
+        written; an existing file is unchanged.
         """
         segments, path = self._segments, Path(path)
         told = {"format": FORMAT, "max_tokens": self._max_tokens, "remember": self._remember}

@@ -28,15 +28,12 @@ class Suffixes:
     """Indexes a growing text, or several texts joined by `SEPARATOR`. The index takes 12 to 14 bytes for each token.
 
     Threads may share an index that no longer grows.
-
-    Attributes:
-        tokens: tokens of all texts.
-        order: indices in `tokens`, without 0, sorted by the tokens before each index, the nearest token first.
     """
 
     def __init__(self, tokens: "Sequence[int] | array[int]" = ()) -> None:
-        self.tokens = array("I")
+        self.tokens = array("I")  # of all texts
         self._backwards = bytearray()  # the tokens, newest first and big-endian, so that bytes sort like tokens
+        # Indices in `tokens`, without 0, sorted by the tokens before each index, the nearest token first.
         self.order = array("I")
         self._marks = list[bytes]()  # contexts of every `_STRIDE`th position in `order`; empty after single insertions
         self._newest: tuple[bytes, int] | None = None  # context of the text's end and its index in the order, if known
@@ -119,11 +116,7 @@ class Suffixes:
 
 
 class Search:
-    """Finds where the newest tokens of a context occur in an index, with fewer tokens at each call of `run`.
-
-    Attributes:
-        longest: largest number of the context's newest tokens that occur in the index with a token after them.
-    """
+    """Finds where a context's newest tokens, at most `longest`, occur in an index: ever fewer tokens at each `run`."""
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
 

@@ -65,7 +65,7 @@ class Positions(NamedTuple):
 
     @property
     def places(self) -> Places:
-        """The result of the model's `StepModel.places` for these positions."""
+        """`StepModel.places` of these positions."""
         return self.window.places(self.every, self.wanted)
 
     @property
@@ -79,17 +79,10 @@ class Positions(NamedTuple):
 
 
 class Prefix:
-    """A text in a cache, and the positions after the text.
+    """A text in a cache, which has room for a tree, and the positions `ahead` of (after) the text.
 
-    Args:
-        cache: holds the text's keys and values, and has room for a tree.
-        length: number of cache slots from 0 on that the text may use.
-        ahead: positions after the text.
-        rows: the slots that each row uses; `None` if `seen` and `ends` are passed.
-
-    Attributes:
-        seen: `[b or 1, length]` bool, true for each slot that tokens may attend to; `None` if they may attend to all.
-        ends: `[b or 1, 1]` the slot after each row's text; `None` if this is `length` for all rows.
+    The text may use `length` cache slots from 0 on. `rows` tells the slots that each row uses; it is `None` if `seen`
+    and `ends` are passed.
     """
 
     def __init__(
@@ -106,12 +99,14 @@ class Prefix:
 
     @property
     def seen(self) -> Tensor | None:
+        """Bool `[b or 1, length]`, true for each slot that tokens may attend to; `None` if they may attend to all."""
         if self._seen is None and self._rows is not None:
             self._seen = self._rows.visible(self.length, self.cache.device)
         return self._seen
 
     @property
     def ends(self) -> Tensor | None:
+        """The slot after each row's text, `[b or 1, 1]`; `None` if this is `length` for all rows."""
         if self._rows is None or self.seen is None:
             return self._ends
         return self._rows.ends(self.cache.device)
@@ -168,13 +163,10 @@ class _Waiting:
 
 
 class DraftText:
-    """Holds the texts of a call for one draft model: a cache of processed tokens, and a queue of unprocessed ones.
+    """Holds the `rows` texts of a call for one model: a cache of processed tokens, and a queue of unprocessed ones.
 
-    Args:
-        cache: stores the keys and values of processed tokens.
-        rows: number of texts decoded together.
-        prompt_mask: `[b, s]`, 0 where the prompt is padding, for the positions that the model reads: those with
-            features if it reads features, otherwise all; `None` without padding.
+    `prompt_mask` `[b, s]` is 0 where the prompt is padding, for the positions that the model reads: those with
+    features if it reads features, otherwise all; `None` without padding.
     """
 
     def __init__(self, model: StepModel, cache: DraftCache, rows: int, prompt_mask: Tensor | None) -> None:
@@ -209,9 +201,7 @@ class DraftText:
     def take(self, ahead: int = 0, tree: int = 0) -> tuple[Pairs | None, Prefix]:
         """Assign cache slots to all queued tokens; return these tokens (`None` if there are none) and the text.
 
-        Args:
-            ahead: number of positions after the text that the draft needs.
-            tree: number of cache slots that the draft needs.
+        A draft needs `ahead` positions after the text, and `tree` cache slots.
         """
         self._forget()
         model, device = self._model, self._model.device
@@ -231,12 +221,10 @@ class DraftText:
             every = every if pads is None else slots - pads
             where = start if is_even else slots[:, :width]
         self._cache.reserve(self._slots.length, tree)
-        text = Prefix(
-            self._cache, self._slots.length, Positions(self._window, every, slice(width, width + ahead)), self._slots
-        )
+        here = Positions(self._window, every, slice(0, width))
+        text = Prefix(self._cache, self._slots.length, here.part(width, width + ahead), self._slots)
         if not width:
             return None, text
-        here = Positions(self._window, every, slice(0, width))
         tokens = _joined([part.tokens.to(device) for part in self._waiting])
         features = [part.features.to(device, model.dtype) for part in self._waiting if part.features is not None]
         self._waiting.clear()

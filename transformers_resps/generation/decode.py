@@ -14,7 +14,7 @@ from ..decoding.loop import TreeDecoding
 from ..decoding.text import Batch
 from ..drafting import DraftCall, Drafter
 from ..drafting.mixed_drafter import together
-from ..drafting.prompt_lookup import LookupDrafter, PromptLookup
+from ..drafting.prompt_lookup import LookupDrafter
 from ..drafting.source import LevelSource
 from ..drafting.suffix_memory import SuffixMemory
 from ..telemetry import SpeculationReport
@@ -31,10 +31,7 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Read the prompt, then run steps until all texts are finished.
-
-    Returns the texts, the report, and the cache that plain decoding would return (`None` if the caller wants none).
-    """
+    """Decode all texts; return them, the report, and plain decoding's cache (`None` if the caller wants none)."""
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
     with ExitStack() as stack:
@@ -59,7 +56,8 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report
-    report.reason, report.answers = policy.explain(report.steps), batch.answers(prepared.input_ids.shape[1])
+    report.reason = policy.explain(report.steps)
+    report.answers = batch.input_ids[:, prepared.input_ids.shape[1] :].tolist()
     if plan.lacks_code or (not plan.waits and (state.slot_engine.lacks_code or state.draft_engines.lack_code)):
         _compile_beside(plan, state)
     if plan.request.memories:
@@ -108,12 +106,12 @@ def _drafters(
         paired_mask=None if mask is None else mask[:, verifier.length :][:, -batch.length - 1 :],
         origins=prepared.sources(),
         never_drafted=prepared.never_drafted(),
-        engines=(state.draft_engines if plan.waits else state.draft_engines.readily) if verifier.is_compiled else None,
+        engines=state.draft_engines if verifier.is_compiled else None,
+        waits=plan.waits,
         ends=stack,
     )
-    return together([source.drafter(call) for source in plan.sources]), PromptLookup(plan.request.memories).drafter(
-        call
-    )
+    lookup = LookupDrafter.of_call(call, plan.request.memories)
+    return together([source.drafter(call) for source in plan.sources]), lookup
 
 
 def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationReport) -> None:

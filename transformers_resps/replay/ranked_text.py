@@ -161,7 +161,7 @@ def _lookups(tokens: list[int], prompt_length: int) -> tuple[tuple[Tensor, Tenso
     lookup = Lookup()
     nodes, parents, ranks, counts = [], [], [], []
     for position in range(prompt_length, len(tokens) - 1):
-        lookup.extend(tokens[lookup.length : position + 1])
+        lookup.extend(tokens[len(lookup) : position + 1])
         found = lookup.found.grow(_LOOKED_UP)
         counts.append(len(found.tokens))
         nodes.append([*found.tokens, *[-1] * (_LOOKED_UP - counts[-1])])
