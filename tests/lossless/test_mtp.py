@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tests.assistants.mtp_cases import CASES
 from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare, padded, tokens
@@ -63,9 +63,10 @@ def test_a_config_that_asks_for_the_layers_gets_trees_of_a_policy(
 ) -> None:
     plain = answer(hybrid, padded(3))
     monkeypatch.setattr(hybrid.generation_config, "use_mtp", True)
-    found = answer(hybrid, padded(3), policy=FixedPolicy(TreeShape(8, 3, 2)))
-    assert found.sequences.tolist() == plain.sequences.tolist()
-    assert sum(step.drafted for step in found.speculation.steps)
+    for config in (None, GenerationConfig()):  # the call's own config leaves the setting open
+        found = answer(hybrid, padded(3), policy=FixedPolicy(TreeShape(8, 3, 2)), generation_config=config)
+        assert found.sequences.tolist() == plain.sequences.tolist()
+        assert sum(step.drafted for step in found.speculation.steps)
 
 
 @NEEDS_STATES

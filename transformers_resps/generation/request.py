@@ -54,11 +54,7 @@ class Assistants:
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """Load an assistant from its folder or Hub id; with `as_source`, wrap a model of Transformers in a source.
-
-        Raises:
-            ValueError, OSError: the assistant does not exist, or cannot draft for this target.
-        """
+        """Load a named assistant; with `as_source`, wrap a model in a source. Raises if missing or unable to draft."""
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
@@ -73,16 +69,11 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Make a `DraftSource` of the argument `head` of a tool: a source, a model, a folder or Hub id, or `None`.
-
-        Raises:
-            ValueError, OSError: `head` is anything else, does not exist, or cannot draft for this target.
-        """
+        """Make a source of a tool's `head`: source, model, folder or Hub id, or `None`. Raises as `load` does."""
         if head is None:
             return None
         check_drafter(head)
-        source: DraftSource = unwrapped(self.load(target, head, as_source=True))
-        return source
+        return unwrapped(self.load(target, head, as_source=True))
 
 
 class SpeculationState:
@@ -128,16 +119,10 @@ class GenerateCall(NamedTuple):
         """Names of the passed arguments that hold images, sounds or embeddings of the prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
-    @property
-    def drafts_for_another(self) -> bool:
-        """Whether the caller is Transformers' assisted decoding, and this model is the assistant that drafts."""
-        return bool(getattr(self.config, "is_assistant", False))
-
     def asks_mtp(self, own: GenerationConfig | None) -> bool:
-        """Whether the call, its config or the model's `own` config asks for the target's MTP layers."""
-        configs = [config for config in (self.config, own) if config is not None]
-        saved = next((getattr(config, USE_MTP, None) for config in configs), None)
-        return bool(self.arguments.get(USE_MTP, saved))
+        """Whether the call, else its config, else the model's `own` config asks for the target's MTP layers."""
+        given = self.arguments.get(USE_MTP), *(getattr(config, USE_MTP, None) for config in (self.config, own))
+        return bool(next((value for value in given if value is not None), False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +146,7 @@ class Request:
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and yield a copy in which a policy's name is replaced by the loaded policy.
-
-        Raises:
-            ValueError: the request asks for something that trees do not support.
-        """
+        """Check the request, and yield a copy with its policy loaded; raise `ValueError` for what trees cannot do."""
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
                 stack.enter_context(SpeculationDefaults.suspended())
@@ -212,12 +193,11 @@ def resolve(
 ) -> Request:
     """Make a `Request`: each keyword is from the call, else its config, else the model's `own` config, else `attach`.
 
-    `load` is `Assistants.load` of this target.
-
-    Raises:
-        ValueError: keywords have a wrong type, contradict each other, or would have no effect.
+    `load` is `Assistants.load` of this target. Raises a `ValueError` if keywords have a wrong type, contradict each
+    other, or would have no effect.
     """
-    said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or call.drafts_for_another
+    drafts_for_another = bool(getattr(call.config, "is_assistant", False))  # in Transformers' assisted decoding
+    said, are_suspended = call.keywords, SpeculationDefaults.are_suspended() or drafts_for_another
     if not (are_suspended or said.has_stock_assistant):
         for further in (call.config, own, attached):
             if said.is_plain:  # ignores all later settings
