@@ -32,7 +32,6 @@ class Acceptance:
 
     @property
     def counts(self) -> list[int]:
-        """Number of nodes that each row kept."""
         return list(map(len, self.paths))
 
     @property
@@ -70,10 +69,7 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Pick the target's token at all nodes at once from logits `[b, n, v]`, with one wait for the target.
-
-    Returns `None` if `accept_batch` has to pick the tokens one by one.
-    """
+    """Pick tokens at all nodes from logits `[b, n, v]`, with one wait; `None` if `accept_batch` has to pick them."""
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
@@ -90,9 +86,9 @@ def accept_batch(
     """Append the target's tokens to every decoded row. `reached` is as in `accept`, and filled only in lockstep."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
-        picks = Picks.asked(tree, logits)
+        picks = Picks(tree.children(), None, logits)
     elif picks is None and batch.picks_by_scores(tree.node_count):
-        picks = Picks.asked(tree, logits, texts[0].pick)
+        picks = Picks(tree.children(), None, logits, pick=texts[0].pick)
     if picks is not None:
         acceptance = accept_picks(picks, texts)
     elif batch.in_lockstep:
@@ -181,16 +177,7 @@ def _filled(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Picks:
-    """The token that the target picks at each node of a tree.
-
-    Args:
-        children: see `DraftTree.children`.
-        rows: the token of each row at every node; `None` on a CPU, where `at` picks only along the path.
-        logits: `[b, n, v]`.
-        tokens: `[b, n]` the same tokens on the target's device; `None` on a CPU.
-        processed: processed scores and random numbers; `None` if the tokens are the argmax of `logits`.
-        pick: function from logits `[r, v]` to tokens `[r]`, called in the order of the text; `None` is the argmax.
-    """
+    """The token that the target picks at each node of a tree."""
 
     def __init__(
         self,
@@ -201,14 +188,13 @@ class Picks:
         processed: "ProcessedPicks | None" = None,
         pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._pick = pick
-        self.children, self.tokens, self.processed, self.device = children, tokens, processed, logits.device
-        self._rows, self._logits = rows, logits
-
-    @classmethod
-    def asked(cls, tree: DraftTree, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> "Picks":
-        """Make `Picks` that compute a node's token only when `at` is called."""
-        return cls(tree.children(), None, logits, pick=pick)
+        self.children = children  # see `DraftTree.children`
+        self.tokens = tokens  # `rows` on the target's device, [b, n]; `None` on a CPU
+        self.processed = processed  # scores and random numbers; `None` if the tokens are the argmax of `logits`
+        self.device = logits.device
+        self._rows = rows  # the token of each row at every node; `None` on a CPU, where `at` picks along the path only
+        self._logits = logits  # [b, n, v]
+        self._pick = pick  # from logits [r, v] to tokens [r], called in the order of the text; `None`: the argmax
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
@@ -225,8 +211,7 @@ class Picks:
         if self._rows is not None:
             return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
         logits = logits_at(rows, nodes, self._logits)
-        found: list[int] = (_largest(logits) if self._pick is None else self._pick(logits)).tolist()
-        return found
+        return (_largest(logits) if self._pick is None else self._pick(logits)).tolist()
 
 
 @dataclass(frozen=True, slots=True)

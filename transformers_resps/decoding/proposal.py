@@ -57,18 +57,9 @@ class Proposal:
 
 
 class Proposer:
-    """Makes the tree of each step; `drafter` is `None` if lookup alone drafts.
+    """Makes the tree of each step, as the policy decides; `drafter` is `None` if lookup alone drafts."""
 
-    The policy chooses the shape, whether to draft another level after each level, and the number of nodes to verify.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        drafter: Drafter | None,
-        rows: DecodedRows,
-        lookup: LookupDrafter,
-    ) -> None:
+    def __init__(self, policy: Policy, drafter: Drafter | None, rows: DecodedRows, lookup: LookupDrafter) -> None:
         self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
         self._newest_features: Tensor | None = None  # [b, F]
 
@@ -95,19 +86,14 @@ class Proposer:
             self._drafter.read()
 
     def propose(
-        self,
-        root: Tensor,
-        step: int,
-        context_length: int,
-        room: int,
-        pricing: Pricing,
-        prompt_seconds: float = 0.0,
+        self, root: Tensor, step: int, context_length: int, room: int, pricing: Pricing, prompt_seconds: float = 0.0
     ) -> Proposal:
         """Draft the tree below the newest tokens `root` `[b]`, which are on the target's device.
 
         All other arguments are as in `Observation`. Raises a `ValueError` if the policy returns an impossible shape or
         number of nodes.
         """
+        is_ragged = pricing.packs_rows and not self._rows.in_lockstep
         observation = Observation(
             self._newest_features,
             context_length,
@@ -123,12 +109,11 @@ class Proposer:
             row_count=len(root),
             device_type=root.device.type,
             shared=lambda: self._lookup.shared,
-            row_accept_probs=self._row_accept_probs if pricing.packs_rows and not self._rows.in_lockstep else None,
+            row_accept_probs=(lambda: self._lookup.odds) if is_ragged else None,
         )
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
         )
-        is_ragged = observation.row_accept_probs is not None
         pool, looked_up = self._draft(root, shape), 0
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))
@@ -183,9 +168,6 @@ class Proposer:
             return self._drafter.get_candidates(self._text(self._drafter, root), self._request(shape))
         self._drafter.read(at_least=MAX_UNREAD)
         return None
-
-    def _row_accept_probs(self) -> list[list[float]]:
-        return self._lookup.odds
 
     def _prefix_accept_probs(self) -> list[float]:
         rows = self._lookup.odds

@@ -27,10 +27,6 @@ class StopConditions:
     length: int  # maximum length
     warning_free_length: int  # Transformers warns if the text gets longer than this
 
-    def are_silent(self, length: int) -> bool:
-        """Whether Transformers logs no warning of excessive length before the text ends or has `length` tokens."""
-        return self.warning_free_length == self.length or length <= self.warning_free_length
-
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
         """Read end tokens and maximum length from `criteria`; return `None` if other criteria may end a text."""
@@ -47,17 +43,11 @@ class StopConditions:
 class Text:
     """The text of each row, for one row or several rows that all gain the same number of tokens per step.
 
-    Args:
-        input_ids: the prompts `[b, s]`.
-        logits_processor: called once for each appended position; `commit` never calls it for a rejected node.
-        stopping_criteria: called after each appended position.
-        do_sample: whether to draw from the processed scores; else their argmax is taken.
-        pad_token: appended to finished rows, if an end token is among the criteria.
-        streamer: receives each appended token.
-        keep_scores: store the processed scores of each position.
-        keep_logits: store the raw logits of each position.
-        keep_padding: also decode the padding of finished rows, since plain decoding leaves it in the caller's cache.
-        stops_at_ends: end a step as soon as a row ends, so that the cache holds that row up to its end.
+    `input_ids` `[b, s]` are the prompts. `commit` calls `logits_processor` once for each appended position, never for
+    a rejected node. `pad_token` is appended to finished rows, if an end token is among the criteria. `keep_scores` and
+    `keep_logits` store each position's processed scores and raw logits. With `keep_padding` the padding of finished
+    rows is decoded, too, since plain decoding leaves it in the caller's cache. With `stops_at_ends` a step ends as
+    soon as a row ends, so that the cache holds that row up to its end.
     """
 
     def __init__(
@@ -163,8 +153,12 @@ class Text:
         return token in conditions.token_ids or self.length + count >= conditions.length
 
     def _ends_silently(self, count: int) -> bool:
+        """Whether Transformers logs no warning of excessive length before the text ends or gains `count` tokens."""
         conditions = self.stop_conditions
-        return conditions is not None and conditions.are_silent(self.length + count)
+        if conditions is None:
+            return False
+        free = conditions.warning_free_length
+        return free == conditions.length or self.length + count <= free
 
     def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return raw and processed scores `[n, v]` of one row's tree; logits `[1, n or more, v]` may have padding."""
@@ -264,13 +258,11 @@ class Batch:
 
     @property
     def row_weights(self) -> list[float]:
-        """How much one more token in each decoded row is worth, 1.0 on average; slow rows have higher values.
-
-        It is the derivative of a soft minimum of the lengths, since the batch ends with its slowest row.
-        """
+        """How much one more token in each decoded row is worth, 1.0 on average; slow rows have higher values."""
         if self.in_lockstep:
             return [1.0] * self._texts[0].decoded_count
         lengths, shortest = [self._texts[index].length for index in self._decoded], self.shortest
+        # the derivative of a soft minimum of the lengths, since the batch ends with its slowest row
         weights = [math.exp((shortest - length) / _PATIENCE) for length in lengths]
         total = sum(weights)
         return [weight * len(weights) / total for weight in weights]
@@ -280,11 +272,9 @@ class Batch:
         return [self._texts[index] for index in self._decoded]
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether `Text.is_plain_greedy` holds for every decoded text."""
         return all(text.is_plain_greedy(count) for text in self.decoded_texts)
 
     def picks_by_scores(self, count: int) -> bool:
-        """Whether `Text.picks_by_scores` holds for every decoded text."""
         return all(text.picks_by_scores(count) for text in self.decoded_texts)
 
     def of_all_rows(self, counts: list[int]) -> list[int]:
@@ -312,11 +302,6 @@ class Batch:
         if self.in_lockstep:
             return self._texts[0].ended
         return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
-
-    def answers(self, start: int) -> list[list[int]]:
-        """Return the tokens of all rows from position `start`, with rows that ended early padded."""
-        found: list[list[int]] = self.input_ids[:, start:].tolist()
-        return found
 
     @property
     def input_ids(self) -> Tensor:

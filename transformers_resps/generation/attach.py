@@ -81,8 +81,7 @@ def attach(
 def detach(model: Model) -> Model:
     """Undo `attach`: restore the model's class, and forget its defaults and what calls have learned or loaded."""
     inner = unwrapped(model)
-    if isinstance(inner, ReSpSGenerationMixin):
-        _take_state(inner)
+    vars(inner).pop("speculation_state", None)
     _remove_mixin(inner)
     return model
 
@@ -107,7 +106,7 @@ def detached(model: Model) -> Iterator[Model]:
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
         return
-    state = _take_state(inner)
+    state = vars(inner).pop("speculation_state", None)
     _remove_mixin(inner)
     try:
         yield model
@@ -135,15 +134,6 @@ def _check_generate(model: Any) -> None:
             "`custom_generate` folder with `trust_remote_code=True` gives it. Call `del model.generate` before "
             "`attach`, if the class's decoding is what you want."
         )
-
-
-def _take_state(model: ReSpSGenerationMixin) -> SpeculationState | None:
-    """Remove and return the model's `speculation_state`; `None` if it has none yet."""
-    if "speculation_state" not in vars(model):
-        return None
-    state = model.speculation_state
-    del model.speculation_state
-    return state
 
 
 def _add_mixin(model: Any) -> None:

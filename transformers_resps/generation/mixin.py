@@ -10,13 +10,7 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..drafting import DraftSource
 from ..policies.base import Policy
@@ -42,13 +36,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         return SpeculationState()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, so that loading keeps our settings in the `generation_config`.
-
-        Transformers 5.24 would drop unknown settings on loading if `_from_model_config` were true in that config.
-        """
+        """Save as `PreTrainedModel` does, so that loading keeps our settings in the `generation_config`."""
         config = self.generation_config
         if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
-            config._from_model_config = False
+            config._from_model_config = False  # else Transformers 5.24 drops unknown settings on loading
         cast(Any, super()).save_pretrained(*args, **kwargs)
 
     def generate(  # type: ignore[override]  # the parent's is decorated; this adds keywords
@@ -131,13 +122,10 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode a prepared call. Transformers' `generate` calls this method, since it gets no assistant from us.
-
-        Transformers passes `inputs_tensor`, the encoder's input, only to a method whose signature has this name.
-        """
+        """Decode a prepared call. Transformers' `generate` calls this method, since it gets no assistant from us."""
         request, state = _request.get(), self.speculation_state
         if request.is_stock:
             return cast(Any, super())._sample(*args, **kwargs)
-        kwargs["inputs_tensor"] = inputs_tensor
+        kwargs["inputs_tensor"] = inputs_tensor  # the encoder's input, passed only where a signature names it
         prepared = prepare(cast(PreTrainedModel, self), state, *args, **kwargs)
         return output(prepared, *decode(plan(request, prepared, state), state))
