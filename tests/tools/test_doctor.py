@@ -20,7 +20,7 @@ from transformers_resps.drafting import DraftCache
 from transformers_resps.heads import BoundHead, DraftHead
 from transformers_resps.heads.unrolled import unroll
 from transformers_resps.tools.cli import main
-from transformers_resps.tools.doctor import DEPTHS, Allowance, LabelledText, refined, write_answers
+from transformers_resps.tools.doctor import DEPTHS, LabelledText, refined, write_answers
 from transformers_resps.verifying.forward import FeatureTap
 from transformers_resps.verifying.prepacking import PackedWeight
 
@@ -214,7 +214,7 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     command = ["doctor", str(tmp_path), str(folder), "--device", "cpu", "--max-new-tokens", "12", "--answers", "12"]
     status = main([*command, "--set", "feature_layers=[2,3,4]"])
     printed, told = capsys.readouterr()
-    assert "resps doctor: 2 of 12 answers read\n" in told and "12 of 12 answers read" in told, "on a pipe, too"
+    assert "12/12 answers: " in told, "on a pipe, too"
     assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
     assert printed.startswith(("The head", "Too little evidence")) and "`--thorough` reads all answers" in printed
     tried, shown = 12, len(re.findall(r"^[> ][* ]\d, \d, \d ", printed, re.MULTILINE))
@@ -259,7 +259,7 @@ def test_an_examination_ends_in_time_and_short_answers_of_the_first_look_count(p
         return answers[first:end]
 
     head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])
-    found = list(refined(target, head, source, 24, 20, allowance=Allowance(25.0, fake_clock)))
+    found = list(refined(target, head, source, 24, 20, seconds=25.0, clock=fake_clock))
     assert asked == [(0, 8), (8, 12)] and [one.answers for one in found] == [8, 12]
     whole = diagnose(target, head, answers[:12])
     assert found[-1].configured.agreement == whole.configured.agreement and found[-1].overrides == whole.overrides

@@ -16,7 +16,6 @@ from tests.tokenizers import letter_tokenizer
 from tests.tools.examples import examination
 from tests.tools.test_inspect_page import parsed
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.data import to_tokens
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.inspect import Examination, examine, is_explained
 from transformers_resps.tools.session import Dialogue
@@ -96,8 +95,8 @@ def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
 
     monkeypatch.setattr("transformers_resps.tools.inspect.examine", spy)
     inspected(tmp_path / "page.html", *folders, "--prompt", "dedede")
-    asked = Dialogue.of("d/0", [{"role": "user", "content": "dedede"}]).asked([])
-    assert seen == [to_tokens(asked, letter_tokenizer()).tolist()] * 2  # to warm up, and to be timed
+    asked = Dialogue.of("d/0", [{"role": "user", "content": "dedede"}]).prompt(letter_tokenizer())
+    assert seen == [asked.input_ids.tolist()] * 2  # to warm up, and to be timed
 
 
 def test_without_a_head_it_shows_lookup_drafts(folders: tuple[str, str], tmp_path: Path) -> None:

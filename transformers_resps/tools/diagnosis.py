@@ -79,13 +79,13 @@ class Diagnosis:
         gain, error = self.gain(score, other)
         if abs(gain) > max(_SURE * error, _MIN_GAIN):
             return gain > 0
-        likelier, doubt = self._likelier(score, other)
+        likelier, doubt = self._mean_difference("log_prob", score, other)
         return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
 
     def _might_be_better(self, score: ReadingScore, other: ReadingScore) -> bool:
         """Whether more answers might still show that `score` is better than `other`."""
         gain, error = self.gain(score, other)
-        likelier, doubt = self._likelier(score, other)
+        likelier, doubt = self._mean_difference("log_prob", score, other)
         most = gain + _SURE * error
         return most > _MIN_GAIN or (most >= 0 and likelier + _SURE * doubt > _MIN_NATS)
 
@@ -119,26 +119,25 @@ class Diagnosis:
         kept = [self.configured]
         for score in self.scores[1:]:
             gain, error = self.gain(score, self.best)
-            nats, doubt = self._likelier(score, self.best)
+            nats, doubt = self._mean_difference("log_prob", score, self.best)
             if score is self.best or gain >= -_HOPELESS * error or nats >= -_HOPELESS * doubt:
                 kept.append(score)
         return tuple(score.reading for score in kept)
 
     def _changes(self, score: ReadingScore) -> dict[str, Any]:
-        configured = asdict(self.configured.reading)
-        return {name: value for name, value in asdict(score.reading).items() if value != configured[name]}
+        """The settings in which an interpretation differs from the configured one, as JSON values."""
+        configured, own = asdict(self.configured.reading), asdict(score.reading)
+        changes = {name: value for name, value in own.items() if value != configured[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
         """Return the gain of `score` over `over` (default: configured) in tokens per position, and its error."""
-        other = over or self.configured
-        return self._mean([a.kept - b.kept for a, b in zip(score.tallies, other.tallies, strict=True)], score)
+        return self._mean_difference("kept", score, over or self.configured)
 
-    def _likelier(self, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:
-        nats = [a.log_prob - b.log_prob for a, b in zip(score.tallies, other.tallies, strict=True)]
-        return self._mean(nats, score)
-
-    def _mean(self, differences: list[float] | list[int], score: ReadingScore) -> tuple[float, float]:
-        """Divide the sum of `differences` (one per answer) by the number of positions; return this and its error."""
+    def _mean_difference(self, field: str, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:
+        """Return the difference of a field of the tallies, per position, and its standard error."""
+        pairs = zip(score.tallies, other.tallies, strict=True)
+        differences = [getattr(own, field) - getattr(others, field) for own, others in pairs]
         answers, mean = len(differences), sum(differences) / score.positions
         spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, score.tallies, strict=True))
         return mean, math.sqrt(spread * answers / (answers - 1)) / score.positions
@@ -151,19 +150,29 @@ class Diagnosis:
     @property
     def overrides(self) -> dict[str, Any]:
         """Keywords for `from_pretrained` that select the best interpretation; empty if it is the configured one."""
-        changes = self._changes(self.best)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
-
-    @property
-    def _passed(self) -> str:
-        """Format `overrides` as Python keyword arguments."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
+        return self._changes(self.best)
 
     @property
     def verdict(self) -> str:
         """The result in one or two sentences; if there is too little evidence, they say so."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
-        finding = self._finding(accepted)
+        passed = ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
+        so_far = f"{accepted} as configured, and no other settings are surely better"
+        if not self.is_healthy:
+            gain, error = self.gain(self.best)
+            so_far = f"{accepted} as configured, {self.best.accepted:.2f} with `{passed}`"
+            finding = (
+                f"The head is read wrongly: {so_far} (gain {gain:.2f} +- {error:.2f}; "
+                f"{self.best.log_prob - self.configured.log_prob:+.3f} nats per token). Pass "
+                f"`{self.best.reading.loader}.from_pretrained(..., {passed})`."
+            )
+        elif self.configured.agreement[0] < _STRANGER:
+            finding = (
+                f"No settings make this head agree with this target ({accepted}). It was trained for another target, "
+                "or too little."
+            )
+        else:
+            finding = f"The head is read as it was trained: {accepted}, and no other settings are better."
         if self.has_evidence:
             return finding
         doubt = f"other settings might accept {self.possible_gain:.2f} tokens more"
@@ -171,24 +180,4 @@ class Diagnosis:
             doubt = f"{self.answers} answers of {self.configured.positions} positions"
         elif not self.is_healthy:
             return f"{finding} With more answers, {doubt}."
-        if self.is_healthy:
-            so_far = f"{accepted} as configured, and no other settings are surely better"
-        else:
-            so_far = f"{accepted} as configured, {self.best.accepted:.2f} with `{self._passed}`"
         return f"Too little evidence: {doubt}. So far {so_far}. Read more answers."
-
-    def _finding(self, configured: str) -> str:
-        if not self.is_healthy:
-            passed = self._passed
-            gain, error = self.gain(self.best)
-            return (
-                f"The head is read wrongly: {configured} as configured, {self.best.accepted:.2f} with `{passed}` "
-                f"(gain {gain:.2f} +- {error:.2f}; {self.best.log_prob - self.configured.log_prob:+.3f} nats per "
-                f"token). Pass `{self.best.reading.loader}.from_pretrained(..., {passed})`."
-            )
-        if self.configured.agreement[0] < _STRANGER:
-            return (
-                f"No settings make this head agree with this target ({configured}). It was trained for another "
-                "target, or too little."
-            )
-        return f"The head is read as it was trained: {configured}, and no other settings are better."

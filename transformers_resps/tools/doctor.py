@@ -5,10 +5,8 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 from transformers.utils.logging import tqdm
 
@@ -41,7 +39,6 @@ from .loading import load_target, questions_in, read_conversations, up_to
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # the first verdict uses up to 8 answers of 48 tokens
-_LOOK_CHARACTERS = 1 << 16  # this many characters of a file are searched for images
 _ROUND = 10  # answers between two verdicts
 _SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
 _LONG_TOKENS = 256  # tokens per answer with `--thorough`
@@ -111,7 +108,12 @@ class Probe:
         self._unroll: Callable[..., Tensor] = unroll.load()
         chosen = head.readings(target, whole, has_images=has_images) if readings is None else readings
         self._target = target
-        self._trials = [_TriedReading.of(target, reading, head.read_as(reading, target, whole)) for reading in chosen]
+        self._trials = []
+        for reading in chosen:
+            own = head.read_as(reading, target, whole)
+            # not prepacked: that would copy the weights for each interpretation, and saves no time in large batches
+            drafter = own.bind(target, own)  # type: ignore[arg-type]  # a module, too
+            self._trials.append(_TriedReading(reading, own, drafter))
         self._depths = min(DEPTHS, *(trial.drafter.most_levels or DEPTHS for trial in self._trials))
         self._seen = 0
 
@@ -194,11 +196,6 @@ class _TriedReading:
     tallies: list[Tally] = field(default_factory=list)
     agreed: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))  # [depths]
 
-    @classmethod
-    def of(cls, target: PreTrainedModel, reading: FileReading, head: TrainableSource) -> "_TriedReading":
-        # weights are not prepacked: that would copy them for each interpretation, and saves no time in large batches
-        return cls(reading, head, head.bind(target, head))  # type: ignore[arg-type]  # a module, too
-
     def score(self) -> ReadingScore:
         share = self.agreed / sum(tally.positions for tally in self.tallies)
         return ReadingScore(self.reading, tuple(share.tolist()), tuple(self.tallies))
@@ -229,27 +226,6 @@ def _pad(answers: list[LabelledText], depths: int) -> _ScoredTexts:
     return _ScoredTexts(tokens, (slots >= first) & (slots < end))
 
 
-class Allowance:
-    """A time limit for scoring answers; `answers` estimates how many more can be scored before it."""
-
-    def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._end = clock, clock() + seconds
-        self._per_token = 0.0
-
-    @contextmanager
-    def reading(self, tokens: int) -> Iterator[None]:
-        """Measure the seconds per token of the `with` block, which scores `tokens` tokens."""
-        start = self._clock()
-        yield
-        self._per_token = (self._clock() - start) / tokens
-
-    def answers(self, tokens: int) -> int:
-        """Return how many answers of `tokens` tokens can be scored in the remaining time, at the measured speed."""
-        seconds = self._per_token * tokens
-        left = max(self._end - self._clock(), 0.0)
-        return sys.maxsize if not seconds or left == math.inf else int(left / seconds)
-
-
 def refined(
     target: PreTrainedModel,
     head: TrainableSource,
@@ -258,60 +234,37 @@ def refined(
     max_new_tokens: int,
     *,
     has_images: bool = False,
-    allowance: Allowance | None = None,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Diagnosis]:
     """Diagnose `head` on a few short answers from `source`, then on more and longer ones; yield each diagnosis.
 
     After the first, interpretations of the checkpoint that score far worse are dropped. If later answers are longer,
-    the first answers are discarded. Ends when the result is settled, after `count` answers, or at the time limit.
+    the first answers are discarded. Ends when the result is settled, after `count` answers, or after `seconds`.
     """
-    probe, start, has_verdict = Probe(target, head, has_images=has_images), 0, False
-    allowance = allowance or Allowance()
-    if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
-        first, most = min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)
-        with allowance.reading(first * most):
-            probe.add(source(0, first, most))
-        readings = None
-        if has_verdict := probe.is_ready:
-            look = probe.diagnosis()
-            readings = look.worth_following
-            yield look
-        if most < max_new_tokens:
-            probe = Probe(target, head, readings, has_images=has_images)
-        else:
-            start = first
-            if readings is not None:
-                probe.follow(readings)
+    probe, found, deadline = Probe(target, head, has_images=has_images), None, clock() + seconds
+    start, end, most, is_look = 0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS), True
     while start < count:
-        fitting = allowance.answers(max_new_tokens)
-        if has_verdict and not fitting:
-            return
-        end = min(start + min(_ROUND, max(fitting, 1)), count)
-        with allowance.reading((end - start) * max_new_tokens):
-            probe.add(source(start, end, max_new_tokens))
+        began = clock()
+        probe.add(source(start, end, most))
+        per_answer = (clock() - began) / (end - start) * max_new_tokens / most
         start = end
-        if probe.is_ready or end == count:
-            found, has_verdict = probe.diagnosis(), True
+        if probe.is_ready or (start == count and most == max_new_tokens):
+            found = probe.diagnosis()
             yield found
             if found.is_settled:
                 return
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` for SIGTERM inside the `with` block; schedulers send SIGTERM before a kill."""
-    if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
-        yield
-        return
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_look:
+            followed, is_look = None if found is None else found.worth_following, False
+            if most < max_new_tokens:
+                probe, start, most = Probe(target, head, followed, has_images=has_images), 0, max_new_tokens
+            elif followed is not None:
+                probe.follow(followed)
+        left = max(deadline - clock(), 0.0)
+        fitting = _ROUND if per_answer * _ROUND <= left else int(left / per_answer)
+        if found is not None and not fitting:
+            return
+        end = min(start + max(fitting, 1), count)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -319,8 +272,9 @@ def run(args: argparse.Namespace) -> int:
 
     Returns 1 if another interpretation is better than the configured one, 130 after Ctrl-C or SIGTERM, else 0.
     """
-    if not sys.stderr.isatty():  # do not write bars into a log
+    if not sys.stderr.isatty():  # do not write bars into a log: each round's verdict shows the progress
         transformers_logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: schedulers send SIGTERM before a kill
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     given = {"revision": args.revision, **corrections(args.set)}
@@ -336,16 +290,13 @@ def run(args: argparse.Namespace) -> int:
     how_long = "to the end" if args.thorough else "within a minute"
     promise = f"A first verdict comes from a few answers, better ones from up to {count}, {how_long}; Ctrl-C ends it."
     print(promise, file=sys.stderr, flush=True)
-    with tqdm(desc="Answers", total=count, unit="answer") if sys.stderr.isatty() else Lines(count) as bar:
-        source = source_of(target, answers, prompts, bar)
-        allowance = Allowance(math.inf if args.thorough else _SECONDS)
-        verdicts = refined(target, head, source, count, most, has_images=has_images, allowance=allowance)
+    with tqdm(desc="Answers", total=count, unit="answer") as bar:
+        source, seconds = source_of(target, answers, prompts, bar), math.inf if args.thorough else _SECONDS
         try:
-            with interruptible():
-                for found in verdicts:
-                    tried = max(tried, len(found.scores))
-                    bar.clear()
-                    print(f"{found.answers}/{count} answers: {found.verdict}", file=sys.stderr, flush=True)
+            for found in refined(target, head, source, count, most, has_images=has_images, seconds=seconds):
+                tried = max(tried, len(found.scores))
+                bar.clear()
+                print(f"{found.answers}/{count} answers: {found.verdict}", file=sys.stderr, flush=True)
         except KeyboardInterrupt as interrupt:
             if found is None:
                 raise KeyboardInterrupt("before the first verdict") from interrupt
@@ -358,30 +309,6 @@ def run(args: argparse.Namespace) -> int:
         if not args.thorough:
             print("`--thorough` reads all answers, and long ones: a wrong RoPE base shows on these alone.")
     return status or int(not found.is_healthy)
-
-
-class Lines:
-    """Progress for logs: prints a line to stderr after every tenth of the answers, where a terminal shows a bar."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._said = total, 0, 0
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def update(self, n: int) -> None:
-        """Add `n` to the number of finished answers; `n` is negative if answers are scored again."""
-        self._done += n
-        self._said = min(self._said, self._done)
-        if self._done > self._said and 10 * (self._done - self._said) >= self._total:
-            self._said = self._done
-            print(f"resps doctor: {self._done} of {self._total} answers read", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Do nothing: there is no bar to remove."""
 
 
 def told(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -444,16 +371,9 @@ def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
     """Tokenize each conversation up to its first assistant turn; drop conversations without such a turn."""
-    found = []
-    for conversation in conversations:
-        turns = up_to(conversation, "assistant")
-        if len(turns) < 2:
-            continue
-        example = make_example(turns, tokenizer, max_length)
-        if example.loss_mask.any():
-            prompt_length = int(example.loss_mask.int().argmax())
-            found.append(LabelledText(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
-    return found
+    cut = [turns for conversation in conversations if len(turns := up_to(conversation, "assistant")) > 1]
+    examples = [make_example(turns, tokenizer, max_length) for turns in cut]
+    return [first_answer(example, max_new_tokens) for example in examples if example.loss_mask.any()]
 
 
 def about_images(
@@ -462,49 +382,45 @@ def about_images(
     """Read the first answers of `--dataset` if its rows have images; otherwise return an empty list."""
     if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
         return []
-    if Path(args.dataset).is_file():
-        with Path(args.dataset).open(encoding="utf-8", errors="ignore") as file:
-            if '"image' not in file.read(_LOOK_CHARACTERS):
-                return []
+    file = Path(args.dataset)
+    if file.is_file() and '"image' not in file.read_text(encoding="utf-8", errors="ignore"):
+        return []
     rows = load_rows(args.dataset, args.split)
     if not shows_images(rows):
         return []
     processor = load_processor(target)
     how = {"max_length": args.max_length, "vocab_size": target.config.get_text_config().vocab_size}
     few = rows.select(range(min(len(rows), args.answers)))
-    found = []
-    for row in prepare_dataset(few, args.dataset, tokenizer, processor=processor, **how):
-        example = Example.of_row(row)
-        start = int(example.loss_mask.int().argmax())
-        end = start + int(example.loss_mask[start:].int().cumprod(0).sum())
-        tokens = example.input_ids[: min(end, start + most)]
-        shown = None if example.pictures is None else example.pictures.before(start)
-        inputs = {} if processor is None else image_inputs([shown], processor, len(tokens))
-        found.append(LabelledText(tokens, start, inputs))
-    return found
+    prepared = prepare_dataset(few, args.dataset, tokenizer, processor=processor, **how)
+    return [first_answer(Example.of_row(row), most, processor) for row in prepared]
+
+
+def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixin | None = None) -> LabelledText:
+    """Cut an example after the first tokens of its first answer; `processor` makes the inputs of its images."""
+    start = int(example.loss_mask.int().argmax())
+    end = start + min(int(example.loss_mask[start:].int().cumprod(0).sum()), max_new_tokens)
+    shown = None if example.pictures is None else example.pictures.before(start)
+    inputs = {} if processor is None else image_inputs([shown], processor, end)
+    return LabelledText(example.input_ids[:end], start, inputs)
 
 
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
     """Print the verdict and a table of scores, the best first; `tried` interpretations were tested, some dropped."""
-    print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
-    depths = range(1, len(diagnosis.configured.agreement) + 1)
-    columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
-    print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
-    told = [score.reading.told for score in diagnosis.scores]
-    widths = {name: max(len(name), *(len(one[name]) for one in told)) for name in told[0]}
+    print(f"{diagnosis.verdict}\n\nRead on {machine_line()}.")
+    print(f"\nAgreement with the target, at {configured.positions} positions of {diagnosis.answers} answers:\n")
+    columns = "".join(f"  depth {depth}" for depth in range(1, len(configured.agreement) + 1))
+    widths = {
+        name: max(len(name), *(len(one.reading.told[name]) for one in diagnosis.scores))
+        for name in configured.reading.told
+    }
     names = "  ".join(f"{name:{width}}" for name, width in widths.items())
     print(f"  {names}{columns}  accepted  log likelihood")
     for score in sorted(diagnosis.scores, key=lambda score: -score.accepted):
-        print(row(score, diagnosis, widths))
+        marks = (">" if score is configured else " ") + ("*" if score is diagnosis.best else " ")
+        settings = "  ".join(f"{score.reading.told[name]:{width}}" for name, width in widths.items())
+        numbers = "".join(f"{share:9.3f}" for share in score.agreement)
+        print(f"{marks}{settings}{numbers}{score.accepted:10.2f}{score.log_prob:16.3f}")
     dropped = tried - len(diagnosis.scores)
     left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
     print(f"\n  > as configured   * best{left_out}")
-
-
-def row(score: ReadingScore, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
-    """Format the table's line for one interpretation of the checkpoint."""
-    marks = (">" if score is diagnosis.configured else " ") + ("*" if score is diagnosis.best else " ")
-    numbers = "".join(f"{share:9.3f}" for share in score.agreement)
-    told = "  ".join(f"{score.reading.told[name]:{width}}" for name, width in widths.items())
-    return f"{marks}{told}{numbers}{score.accepted:10.2f}{score.log_prob:16.3f}"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -180,30 +181,23 @@ def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict
     """Return the page's data as JSON values; texts in them are not escaped yet."""
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)
-    previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
     steps, start = [], 0
-    for number, record in enumerate(report.steps):
-        tokens = written[start : start + record.emitted[0]]
-        step = _step(record, tokens)
-        if number > 0:
-            step |= _decision(examination.steps[number - 1])
-            step["nodes"] = _nodes(examination.steps[number - 1], decode, previous[start - 1])
-            _mark_sources(step)
+    for record, own in zip(report.steps, [None, *examination.steps], strict=True):
+        texts = written[start : start + record.emitted[0]]
+        accepted = [] if own is None else [own.sources[node] for node in own.path[1:]]
+        sources = [*accepted[: len(texts) - 1], "target"]
+        step: _Json = {
+            "tokens": [{"text": text, "source": source} for text, source in zip(texts, sources, strict=False)],
+            "drafted": record.drafted,
+            "verified": record.verified,
+            "seconds": {"draft": record.draft_seconds, "verify": record.verify_seconds, "rest": record.rest_seconds},
+        }
+        if own is not None:
+            before_root = report.answers[0][start - 2] if start > 1 else int(examination.prompt_ids[-1])
+            step |= _decision(own) | {"nodes": _nodes(own, decode, before_root)}
         steps.append(step)
         start += record.emitted[0]
-    return {
-        "prompt": prompt,
-        "promptTokens": len(examination.prompt_ids),
-        "facts": facts,
-        "totals": _totals(examination),
-        "sameText": _same_text(examination, decode),
-        "steps": steps,
-    }
-
-
-def _totals(examination: Examination) -> dict[str, float]:
-    report = examination.report
-    return {
+    totals = {
         "emitted": report.emitted_total,
         "forwards": report.target_forwards,
         "tau": report.tau,
@@ -213,6 +207,14 @@ def _totals(examination: Examination) -> dict[str, float]:
         "verify": sum(step.verify_seconds for step in report.steps),
         "rest": sum(step.rest_seconds for step in report.steps),
     }
+    return {
+        "prompt": prompt,
+        "promptTokens": len(examination.prompt_ids),
+        "facts": facts,
+        "totals": totals,
+        "sameText": _same_text(examination, decode),
+        "steps": steps,
+    }
 
 
 def _same_text(examination: Examination, decode: Decode) -> _Json:
@@ -220,33 +222,17 @@ def _same_text(examination: Examination, decode: Decode) -> _Json:
     position, divergence = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
-
-    def token_of(answer: list[int]) -> str | None:
-        return decode([answer[position]]) if position < len(answer) else None
-
-    told: _Json = {
-        "same": False,
-        "position": position,
-        "plain": token_of(examination.plain_ids.tolist()),
-        "own": token_of(examination.report.answers[0]),
-    }
+    told: _Json = {"same": False, "position": position}
+    for name, answer in (("plain", examination.plain_ids.tolist()), ("own", examination.report.answers[0])):
+        told[name] = decode([answer[position]]) if position < len(answer) else None
     if divergence is not None and math.isfinite(divergence.gap):
         told |= {name: getattr(divergence, name) for name in ("gap", "spacing", "explained")}
         told["dtype"] = str(divergence.dtype).removeprefix("torch.")
     return told
 
 
-def _step(record: StepRecord, tokens: list[str]) -> _Json:
-    return {
-        "tokens": [{"text": text, "source": "head"} for text in tokens[:-1]]
-        + [{"text": text, "source": "target"} for text in tokens[-1:]],
-        "drafted": record.drafted,
-        "verified": record.verified,
-        "seconds": {"draft": record.draft_seconds, "verify": record.verify_seconds, "rest": record.rest_seconds},
-    }
-
-
 def _decision(step: RecordedStep) -> _Json:
+    sources = Counter(step.sources)
     return {
         "seen": {
             "context": step.context_length,
@@ -257,55 +243,34 @@ def _decision(step: RecordedStep) -> _Json:
         "chosen": _shape(step.chosen),
         "cut": None if step.record.shape == step.chosen else _shape(step.record.shape),
         "levels": step.levels,
-        "headNodes": step.sources.count("head") + step.sources.count("both"),
-        "lookupNodes": step.sources.count("lookup"),
-        "memoryNodes": step.sources.count("memory"),
+        "headNodes": sources["head"] + sources["both"],
+        "lookupNodes": sources["lookup"],
+        "memoryNodes": sources["memory"],
     }
 
 
 def _shape(shape: TreeShape) -> _Json:
-    return {
-        "name": str(shape),
-        "nodes": shape.total_tokens if shape.asks_head else 1,
-        "depth": shape.depth,
-        "topK": shape.top_k,
-        "lookup": shape.lookup,
-    }
+    nodes = shape.total_tokens if shape.asks_head else 1
+    return {"name": str(shape), "nodes": nodes, "depth": shape.depth, "topK": shape.top_k, "lookup": shape.lookup}
 
 
 def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[_Json]:
     """Describe each node, root first: text, parent, depth, probabilities, source, and whether it was accepted."""
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
-    paths = [math.exp(score) for score in tree.scores[0].tolist()]
-    sources, accepted = step.sources, set(step.path)
-    nodes = []
-    for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
-        before = paths[parent]
-        nodes.append(
-            {
-                "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),
-                "parent": parent,
-                "depth": depth,
-                "path": _finite(paths[node]),
-                "probability": _finite(paths[node] / before if before else math.nan),
-                "source": sources[node],
-                "accepted": node in accepted,
-            }
-        )
-    return nodes
-
-
-def _mark_sources(step: _Json) -> None:
-    """Copy the source of each accepted node to its token; both are listed in the same order."""
-    path = [node for node in step["nodes"][1:] if node["accepted"]]
-    for token, node in zip(step["tokens"], path, strict=False):
-        if token["source"] == "head":
-            token["source"] = node["source"]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    probs = tree.scores[0].exp().tolist()  # of the path from the root to each node
+    return [
+        {
+            "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),
+            "parent": parent,
+            "depth": depth,
+            "path": probs[node],
+            "probability": probs[node] / probs[parent] if probs[parent] else None,
+            "source": source,
+            "accepted": node in step.path,
+        }
+        for node, (token, parent, depth, source) in enumerate(zip(tokens, parents, depths, step.sources, strict=True))
+    ]
 
 
 def page(data: _Json) -> str:
@@ -314,8 +279,10 @@ def page(data: _Json) -> str:
     No text in the data can run as code: the JSON is escaped so that it cannot close its script element, the script
     inserts values as text only, and a content security policy allows only this style and script, by their hashes.
     """
-    style, script = _asset("page.css"), _asset("page.js")
-    return Template(_asset("page.html")).substitute(
+    style, script, html = (
+        files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html")
+    )
+    return Template(html).substitute(
         title=escape(f"{data['facts']['target']}, step by step"),
         style_hash=_hash(style),
         script_hash=_hash(script),
@@ -325,10 +292,6 @@ def page(data: _Json) -> str:
         prompt=escape(data["prompt"]),
         answer=escape("".join(token["text"] for step in data["steps"] for token in step["tokens"])),
     )
-
-
-def _asset(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(value: _Json) -> str:
