@@ -141,14 +141,13 @@ def serving_from(
     **names: Any,
 ) -> Iterator[tuple[int, serving.AttachedModels]]:
     """The port of a server of these targets, and what it serves."""
-    figures = serving.Figures()
-    worker = serving.OneAtATime(figures, serving.Memories() if remembers else None)
+    worker = serving.OneAtATime(remembers=remembers)
     served = {str(folder / name): head for name, head in heads.items()}
     policy = "10,2,9,8" if remembers else "10,2,9"
     loading: dict[str, Any] = {"policy": policy, "compile": None, "device": "cpu", "packed": False}
     loading |= {"dtype": dtype, "invariant": invariant}
     models = serving.AttachedModels(served, **loading, **names, worker=worker)
-    app = serving.build_app(models, worker, figures)
+    app = serving.build_app(models, worker)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -5,7 +5,7 @@ import logging
 import socket
 
 from ..compat import check_extra
-from .loading import default_device, named_tree
+from .loading import named_tree
 
 
 _GRACE_SECONDS = 5  # time for running requests after Ctrl-C
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     server_log = logging.getLogger("transformers.cli.serving")
     server_log.setLevel(logging.ERROR)  # Transformers logs a warning for every request
     with socket.create_server((args.host, args.port)) as listening:
-        figures = serving.Figures()
-        worker = serving.OneAtATime(figures, serving.Memories() if args.memory else None)
+        worker = serving.OneAtATime(remembers=args.memory)
         models = serving.AttachedModels(
             dict(zip(args.targets, heads or [None] * len(args.targets), strict=True)),
             served=served,
@@ -49,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
             compile={"auto": "auto", "always": True, "never": None}[args.compile],
             invariant=args.invariant,
             dtype=args.dtype,
-            device=args.device or default_device(),
+            device=args.device,
             packed=args.pack,
             worker=worker,
         )
-        app = serving.build_app(models, worker, figures)
         host, port = listening.getsockname()[:2]
         print(f"Serving {', '.join(models.names)} at http://{host}:{port}/v1. Ctrl-C stops it.", flush=True)
+        app = serving.build_app(models, worker)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
         uvicorn.Server(config).run(sockets=[listening])
     return 0

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import PurePath
-from threading import Event, Lock
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -67,6 +69,8 @@ class Exchange:
     plain_reason: str | None = None  # why the request was decoded plainly
     error: str | None = None  # message of an error in `generate`
     status: int = 200  # HTTP status: 400 for a request that cannot be answered, 500 for a fault of the server
+    prompt_tokens: int = 0  # of a request that was answered
+    emitted_tokens: int = 0
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -80,6 +84,25 @@ class Exchange:
         if not self.ended:
             return "left" if self.has_left else "refused"
         return "plain" if self.report is None else "speculative"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures that a finished request adds to those of `/metrics`."""
+        figures: dict[str, float] = {
+            f'resps_requests_total{{outcome="{self.outcome}"}}': 1,
+            "resps_prompt_tokens_total": self.prompt_tokens,
+            "resps_emitted_tokens_total": self.emitted_tokens,
+        }
+        if self.report is None:
+            return figures
+        told = self.report.acceptance()
+        return figures | {
+            "resps_target_forwards_total": told["num_target_forwards"],
+            "vllm:spec_decode_num_drafts_total": told["num_spec_steps"],
+            "vllm:spec_decode_num_draft_tokens_total": told["num_draft_tokens"],
+            "vllm:spec_decode_num_accepted_tokens_total": told["num_accepted_draft_tokens"],
+            "resps_speculation_seconds_total": self.report.seconds,
+        }
 
     def leave(self) -> None:
         """Record that the client has disconnected, and set `has_left` unless its answer was complete."""
@@ -133,34 +156,11 @@ class _Watch(StoppingCriteria):
             self._streamer.end()
 
 
-class Memories:
-    """Keeps one `SuffixMemory` of earlier texts per API key and model, so that callers never draft from others' texts.
-
-    Only the most recently used memories are kept. Requests without a key have no memory.
-    """
-
-    def __init__(self) -> None:
-        self._of_caller: dict[tuple[bytes, int], SuffixMemory] = {}
-
-    def sources(self, model: PreTrainedModel, exchange: Exchange) -> dict[str, Any]:
-        """Return the keywords that add the caller's memory to a call of `generate`."""
-        if exchange.caller is None:
-            return {}
-        key = exchange.caller, id(model)
-        known = self._of_caller.pop(key, None)
-        memory = self._of_caller[key] = known or SuffixMemory()
-        if len(self._of_caller) > _MOST_MEMORIES:
-            del self._of_caller[next(iter(self._of_caller))]
-        return {"assistant_model": [*cast(Any, model).speculation_state.defaults.assistants, memory]}
-
-
 class RequestModel:
     """Wraps an attached model for one request. It replaces `generate`; other attributes are the model's."""
 
-    def __init__(
-        self, model: PreTrainedModel, exchange: Exchange, figures: "Figures", memories: Memories | None = None
-    ) -> None:
-        self._model, self._exchange, self._figures, self._memories = model, exchange, figures, memories
+    def __init__(self, model: Any, exchange: Exchange, memory: SuffixMemory | None) -> None:
+        self._model, self._exchange, self._memory = model, exchange, memory
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -175,29 +175,28 @@ class RequestModel:
             exchange.status = 400 if isinstance(error, ValueError) else 500
             exchange.error, exchange.ended = f"{type(error).__name__}: {error}", True
             raise
-        exchange.ended = True
-        self._figures.add_answer(exchange, arguments["input_ids"].shape[1], sequences.shape[1])
+        exchange.ended, exchange.prompt_tokens = True, arguments["input_ids"].shape[1]
+        exchange.emitted_tokens = sequences.shape[1] - exchange.prompt_tokens
         watch.finish()
         return sequences
 
     def _answer(self, watch: _Watch, arguments: dict[str, Any]) -> Tensor:
         exchange = self._exchange
         asked = getattr(arguments["generation_config"], "invariant", None)
-        is_invariant = asked or cast(Any, self._model).speculation_state.defaults.invariant
-        plain = FixedPolicy(TreeShape.plain()) if is_invariant else "plain"
-        if exchange.policy != "plain":
+        is_invariant = asked or self._model.speculation_state.defaults.invariant
+        if exchange.policy == "plain":
+            exchange.plain_reason = "The request asks for it."
+        else:
             try:
-                out = self._decode(watch, arguments, policy=exchange.policy)
+                out = self._decode(watch, arguments, exchange.policy)
+                exchange.report = out.speculation
+                return out.sequences
             except ValueError as refusal:
                 if watch.has_tokens or is_invariant:  # plain decoding rounds differently
                     raise
                 exchange.plain_reason = str(refusal)
-            else:
-                exchange.report = out.speculation
-                return out.sequences
-        else:
-            exchange.plain_reason = "The request asks for it."
-        return self._decode(watch, arguments, policy=plain).sequences
+        plain = FixedPolicy(TreeShape.plain()) if is_invariant else "plain"
+        return self._decode(watch, arguments, plain).sequences
 
     def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: Policy | str | None) -> Any:
         if self._exchange.seed is not None:
@@ -205,14 +204,13 @@ class RequestModel:
         config = arguments["generation_config"]
         config.return_dict_in_generate = True
         beams = config.num_beams or self._model.generation_config.num_beams or 1
-        watching: dict[str, Any] = {"streamer": watch}
+        added: dict[str, Any] = {"streamer": watch}
         if beams > 1:  # beam search takes no streamer
-            watching = {"stopping_criteria": StoppingCriteriaList([watch])}
-        if self._memories is not None and policy in (None, "auto"):
-            watching |= self._memories.sources(self._model, self._exchange)
+            added = {"stopping_criteria": StoppingCriteriaList([watch])}
+        if self._memory is not None and policy in (None, "auto"):
+            added["assistant_model"] = [*self._model.speculation_state.defaults.assistants, self._memory]
         watch.start()
-        generate = cast(Any, self._model).generate
-        out = generate(**arguments, **watching, policy=policy)
+        out = self._model.generate(**arguments, **added, policy=policy)
         if beams > 1:
             length = arguments["input_ids"].shape[1]
             watch.put(out.sequences[0, :length].cpu())
@@ -221,11 +219,16 @@ class RequestModel:
 
 
 class OneAtATime(utils.GenerateManager):
-    """Runs the requests to all models one by one in one thread, since they share the random generator and cores."""
+    """Runs the requests to all models one by one in one thread, since they share the random generator and cores.
 
-    def __init__(self, figures: "Figures", memories: Memories | None = None) -> None:
+    If it `remembers`, it keeps a memory of earlier texts per API key and model, the most recently used ones, so that
+    callers never draft from others' texts. Requests without a key have no memory.
+    """
+
+    def __init__(self, *, remembers: bool) -> None:
         cast(Any, super()).__init__()
-        self._figures, self._memories = figures, memories
+        self._remembers = remembers
+        self._memory_of = lru_cache(_MOST_MEMORIES)(lambda caller, model: SuffixMemory())
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
@@ -241,11 +244,9 @@ class OneAtATime(utils.GenerateManager):
 
     def _of_request(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Any:
         _fit(config, inputs["input_ids"].shape[1], model)
-        return RequestModel(model, _exchange.get(), self._figures, self._memories)
-
-    def drain(self) -> None:
-        """Wait until all requests have ended; requests whose client has disconnected end at once."""
-        self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
+        exchange = _exchange.get()
+        memory = self._memory_of(exchange.caller, id(model)) if self._remembers and exchange.caller else None
+        return RequestModel(model, exchange, memory)
 
 
 def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
@@ -279,14 +280,9 @@ class OneManager(utils.GenerationState):
 class AttachedModels(model_manager.ModelManager):
     """Loads and attaches the targets of the command line, once each, and serves no other models.
 
-    Args:
-        heads: name of a target -> name of its head.
-        served: names that clients use for the targets, in the same order; empty for the targets' own names.
-        policy: name of a policy, see `load_policy`.
-        compile: as in `attach`.
-        invariant: whether every request is answered in the invariant mode.
-        worker: must finish its requests before models are dropped.
-        loading: keywords of `load_target`.
+    `heads` maps each target's name to its head's, and `served` are the names that clients use for the targets, in the
+    same order, if not their own. `policy` is a name for `load_policy`, `compile` and `invariant` are as in `attach`,
+    and `loading` has keywords of `load_target`. `worker` must finish its requests before models are dropped.
     """
 
     def __init__(
@@ -302,7 +298,10 @@ class AttachedModels(model_manager.ModelManager):
     ) -> None:
         super().__init__(model_timeout=-1)  # never unloaded
         self.names = list(served or heads)
-        self._targets = _targets_by_name(list(heads), self.names)
+        folders = Counter(PurePath(target).name for target in heads)
+        # What a request may call a target: its folder, if no other has that name, its own name, and the served one
+        self._targets = {folder: target for target in heads if folders[folder := PurePath(target).name] == 1}
+        self._targets |= dict(zip(heads, heads, strict=True)) | dict(zip(self.names, heads, strict=True))
         self._served = {self.process_model_name(target): (target, head) for target, head in heads.items()}
         self._policy, self._compile, self._worker = policy, compile, worker
         self.is_invariant, self._loading = invariant, loading
@@ -318,9 +317,8 @@ class AttachedModels(model_manager.ModelManager):
         name, head_name = self._served[model_id_and_revision]
         target = load_target(name, **self._loading)
         head = load_source(head_name, target)
-        policy: Policy | str = load_policy(self._policy, head)
-        defaults: dict[str, Any] = {"policy": policy, "compile": self._compile, "invariant": self.is_invariant or None}
-        model = attach(target, assistant_model=head, **defaults)
+        defaults: dict[str, Any] = {"compile": self._compile, "invariant": self.is_invariant or None}
+        model = attach(target, assistant_model=head, policy=load_policy(self._policy, head), **defaults)
         if self.is_invariant:  # raises now if the mode does not support the model
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, invariant=True)
@@ -340,15 +338,8 @@ class AttachedModels(model_manager.ModelManager):
     get_gen_models = list_models  # type: ignore[assignment]  # its name before Transformers 5.24
 
     def shutdown(self) -> None:
-        self._worker.drain()
+        self._worker.submit(int).result(timeout=_SHUTDOWN_SECONDS)  # all requests before this one have ended then
         super().shutdown()
-
-
-def _targets_by_name(targets: list[str], served: list[str]) -> dict[str, str]:
-    """Return a dict from every accepted name to its target: own names, names in `served`, and unique folder names."""
-    folders = Counter(PurePath(target).name for target in targets)
-    names = {folder: target for target in targets if folders[folder := PurePath(target).name] == 1}
-    return names | dict(zip(targets, targets, strict=True)) | dict(zip(served, targets, strict=True))
 
 
 # Unsupported field -> values that change nothing. Any other value is an error.
@@ -537,64 +528,27 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse(_error_body(status, message), status)
 
 
-class Figures:
-    """Counts requests, tokens and forwards since the server's start; `str()` formats the counts for Prometheus."""
+_FIGURES = {
+    "resps_requests_total": "Requests, by what came of them.",
+    "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
+    "resps_emitted_tokens_total": "Tokens of the answers.",
+    "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
+    # vLLM's names, which the benchmark AIPerf reads
+    "vllm:spec_decode_num_drafts_total": "Steps after the prompt, of answers with draft trees.",
+    "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that the target verified.",
+    "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that the target accepted.",
+    "resps_speculation_seconds_total": "Seconds of the steps of answers with draft trees.",
+    "resps_requests_in_progress": "Requests that wait or are answered.",
+}
 
-    _HELP = {
-        "resps_requests_total": "Requests, by what came of them.",
-        "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
-        "resps_emitted_tokens_total": "Tokens of the answers.",
-        "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
-        # vLLM's names, which the benchmark AIPerf reads
-        "vllm:spec_decode_num_drafts_total": "Steps after the prompt, of answers with draft trees.",
-        "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that the target verified.",
-        "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that the target accepted.",
-        "resps_speculation_seconds_total": "Seconds of the steps of answers with draft trees.",
-        "resps_requests_in_progress": "Requests that wait or are answered.",
-    }
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._counts: Counter[str] = Counter(dict.fromkeys(list(self._HELP)[1:], 0))
-        self._outcomes: Counter[str] = Counter()
-
-    def add_answer(self, exchange: Exchange, prompt_length: int, length: int) -> None:
-        """Count an answer; `length` is the number of tokens of prompt and answer together."""
-        added: dict[str, float] = {
-            "resps_prompt_tokens_total": prompt_length,
-            "resps_emitted_tokens_total": length - prompt_length,
-        }
-        if exchange.report is not None:
-            told = exchange.report.acceptance()
-            added["resps_target_forwards_total"] = told["num_target_forwards"]
-            added["vllm:spec_decode_num_drafts_total"] = told["num_spec_steps"]
-            added["vllm:spec_decode_num_draft_tokens_total"] = told["num_draft_tokens"]
-            added["vllm:spec_decode_num_accepted_tokens_total"] = told["num_accepted_draft_tokens"]
-            added["resps_speculation_seconds_total"] = exchange.report.seconds
-        with self._lock:
-            self._counts.update(added)
-
-    def begin(self) -> None:
-        with self._lock:
-            self._counts["resps_requests_in_progress"] += 1
-
-    def end(self, exchange: Exchange) -> None:
-        with self._lock:
-            self._counts["resps_requests_in_progress"] -= 1
-            self._outcomes[exchange.outcome] += 1
-
-    def __str__(self) -> str:
-        with self._lock:
-            counts, outcomes = dict(self._counts), dict(self._outcomes)
-        lines = []
-        for name, text in self._HELP.items():
-            metric_type = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {metric_type}"]
-            if name in counts:
-                lines.append(f"{name} {counts[name]}")
-            else:
-                lines += [f'{name}{{outcome="{outcome}"}} {count}' for outcome, count in sorted(outcomes.items())]
-        return "\n".join(lines) + "\n"
+def prometheus_text(figures: Mapping[str, float]) -> str:
+    """Format the figures since the server's start in Prometheus' text format."""
+    lines = []
+    for name, text in _FIGURES.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"]
+        lines += [f"{key} {value}" for key, value in sorted(figures.items()) if key.partition("{")[0] == name]
+    return "\n".join(lines) + "\n"
 
 
 class Door:
@@ -602,7 +556,7 @@ class Door:
 
     _ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
-    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+    def __init__(self, app: ASGIApp, figures: "Counter[str]") -> None:
         self._app, self._figures = app, figures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -613,35 +567,31 @@ class Door:
         exchange = Exchange(caller=sha256(login).digest() if login not in _NO_KEY else None)
         _exchange.set(exchange)
         is_counted = scope["path"] in self._ANSWERING
-        if is_counted:
-            self._figures.begin()
+        self._figures["resps_requests_in_progress"] += is_counted
+        body = bytearray()
         try:
-            body = await self._read(receive, exchange)
-            if body is None:
+            async for part in Request(scope, receive).stream():
+                body += part if len(body) <= MAX_BODY_BYTES else b""  # the excess is read, and not kept in memory
+            if len(body) > MAX_BODY_BYTES:
                 told = f"The body has more than {MAX_BODY_BYTES:,} bytes. Send a smaller one."
                 await _error(413, told)(scope, receive, send)
-            elif not exchange.has_left:
-                await self._pass_on(body, scope, receive, send, exchange)
+            else:
+                await self._pass_on(bytes(body), scope, receive, send, exchange)
+        except ClientDisconnect:
+            exchange.leave()
         finally:
             if is_counted:
-                self._figures.end(exchange)
-
-    async def _read(self, receive: Receive, exchange: Exchange) -> bytes | None:
-        """Read the body; `None` if it is too large, in which case the excess is not kept in memory."""
-        parts, size, is_whole = [], 0, False
-        while not is_whole:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                exchange.leave()
-                return b""
-            size += len(message.get("body", b""))
-            if size <= MAX_BODY_BYTES:
-                parts.append(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
-        return b"".join(parts) if size <= MAX_BODY_BYTES else None
+                self._figures.update(cast(Any, exchange.figures))
+                self._figures["resps_requests_in_progress"] -= 1
 
     async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
-        gone = asyncio.create_task(_departure(receive, exchange))
+        async def departure() -> Message:
+            while (message := await receive())["type"] != "http.disconnect":
+                pass
+            exchange.leave()
+            return message
+
+        gone = asyncio.create_task(departure())
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -659,19 +609,12 @@ class Door:
             gone.cancel()
 
 
-async def _departure(receive: Receive, exchange: Exchange) -> Message:
-    while (message := await receive())["type"] != "http.disconnect":
-        pass
-    exchange.leave()
-    return message
-
-
 _DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # routes for other models and for unloading
 
 
-def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> ASGIApp:
+def build_app(models: AttachedModels, worker: OneAtATime) -> ASGIApp:
     """Make the ASGI application that serves `models`; `worker` runs each request."""
-    state = OneManager(worker)
+    state, figures = OneManager(worker), Counter(dict.fromkeys(list(_FIGURES)[1:], 0))
     app: FastAPI = server.build_server(
         models,
         ChatHandler(models, state),
@@ -684,8 +627,8 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _DROPPED]
 
     @app.get("/metrics")
-    def metrics() -> PlainTextResponse:
-        return PlainTextResponse(str(figures))
+    async def metrics() -> PlainTextResponse:  # as all that counts, in the thread of the event loop
+        return PlainTextResponse(prometheus_text(figures))
 
     @app.exception_handler(StarletteHTTPException)
     def refused(request: Request, error: StarletteHTTPException) -> Response:
