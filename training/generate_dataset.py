@@ -35,7 +35,7 @@ from prompts.batched_answers import answer, batches
 from runs.progress import PromptProgress
 from runs.refusal import run
 from transformers_resps import DraftHead, attach
-from transformers_resps.data import Conversation, read_conversations
+from transformers_resps.data import Conversation, load_conversations
 from transformers_resps.generation.output import end_ids
 from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.loading import context_of
@@ -58,7 +58,7 @@ def read_prompts(
     prompts: dict[str, Prompt] = {}
     opened: list[Conversation] = []
     for path in paths:
-        opened.extend(conversation for conversation in read_conversations(path) if conversation)
+        opened.extend(conversation for conversation in load_conversations(path) if conversation)
     random.Random(seed).shuffle(opened)
     for conversation in opened:
         ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]

@@ -4,7 +4,7 @@ import sys
 import datasets
 import pytest
 
-from transformers_resps.data import load_conversations, read_conversations
+from transformers_resps.data import load_conversations
 
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -37,7 +37,7 @@ def test_every_known_layout_gives_the_same_messages(tmp_path, row):
 def test_a_list_that_is_cut_off_gives_its_whole_rows(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"messages": [USER]}, {"messages": [ASSISTANT]}])[:-5])
-    assert list(read_conversations(path)) == [[USER]]
+    assert list(load_conversations(path)) == [[USER]]
 
 
 def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lost(tmp_path):
@@ -45,7 +45,7 @@ def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lo
     rows = [json.dumps({"messages": [USER]})] * 4
     path.write_text("[" + ", ".join([rows[0], '{"messages": x}', *rows]) + "]")
     with pytest.raises(ValueError, match="broken row: Expecting value at 'x}.*Fix that row"):
-        list(read_conversations(path))
+        list(load_conversations(path))
 
 
 @pytest.mark.parametrize(
@@ -70,20 +70,20 @@ def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
-        list(read_conversations(path))
+        list(load_conversations(path))
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON .*utf-8.* Fix or remove that line"):
-        list(read_conversations(path))
+        list(load_conversations(path))
 
 
 def test_a_question_without_an_answer_may_say_so(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "q", "completion": null}')
-    assert list(read_conversations(path)) == [[USER]]
+    assert list(load_conversations(path)) == [[USER]]
 
 
 def test_a_dataset_of_the_hub_is_read_by_id_config_and_split(tmp_path, monkeypatch):

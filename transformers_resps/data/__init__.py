@@ -1,6 +1,6 @@
 """Prepare training data: conversations, tokenized examples, draft vocabularies, hashes of training prompts."""
 
-from .conversations import Conversation, load_conversations, read_conversations, to_tokens
+from .conversations import Conversation, load_conversations, to_tokens
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .preparation import Example, make_example, prepare_dataset
 from .training_prompts import (
@@ -22,7 +22,6 @@ __all__ = [
     "make_example",
     "prepare_dataset",
     "prompt_fingerprint",
-    "read_conversations",
     "read_training_prompts",
     "to_tokens",
     "training_prompts_of",

@@ -5,6 +5,7 @@ roles are renamed here because TRL's `maybe_convert_to_chatml` keeps them.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,43 +14,33 @@ import torch
 from torch import Tensor
 
 
-Message = dict[str, str]
-Conversation = list[Message]
+Conversation = list[dict[str, str]]
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "system": "system"}
-_BLOCK_CHARACTERS = 1 << 20
-
-
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Yield the conversations of a `.jsonl` file, or of a `.json` file with one list.
-
-    A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns`
-    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A truncated JSON list yields its
-    complete rows.
-
-    Raises:
-        ValueError: a row has none of these fields, its content is not text, or a JSONL line is not JSON in UTF-8.
-    """
-    path = Path(path)
-    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
-    for number, row in enumerate(rows):
-        yield _conversation(row, f"{path}, row {number}")
+_BETWEEN_ROWS = re.compile(r"[,\s]*")
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
     """Yield the conversations of a file, or of a `split`, such as `train[:1000]`, of a dataset.
 
-    A dataset is given as Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout.
+    A file is `.jsonl`, or `.json` with one list; of a truncated list, the complete rows count. A dataset is given as
+    Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout. A row may have `messages`;
+    `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user turns); `question` and
+    optionally `answer`; or ShareGPT's `conversations`.
 
     Raises:
-        ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
-            is missing.
+        ValueError: `source` looks like a file but does not exist or is no JSON in UTF-8, a row has none of these
+            fields or its content is not text, or the package `datasets` is missing.
     """
-    if Path(source).is_file():
-        yield from read_conversations(source)
-        return
-    for number, row in enumerate(load_rows(source, split)):
-        yield _conversation(row, f"{source}, row {number}")
+    path = Path(source)
+    read = _jsonl_rows if path.suffix == ".jsonl" else _json_list_rows
+    rows = read(path) if path.is_file() else load_rows(source, split)
+    for number, row in enumerate(rows):
+        try:
+            conversation = _messages(row)
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number} {error} Fix or remove that row.") from None
+        yield conversation
 
 
 def load_rows(source: str | Path, split: str = "train") -> Any:
@@ -88,45 +79,25 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
 
 def _json_list_rows(path: Path) -> Iterator[Any]:
     """Yield the complete rows of a JSON list, which may be a truncated download."""
-    decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8", errors="ignore") as file:
-        text = file.read(_BLOCK_CHARACTERS).lstrip()
-        if not text.startswith("["):
-            raise ValueError(
-                f"{path} does not begin with `[`, but a .json dataset must be one list of conversations. "
-                "Fix it, or write one JSON object per line to a .jsonl file."
-            )
-        position = 1
-        while True:
-            while position < len(text) and text[position] in ", \r\n\t":
-                position += 1
-            try:
-                row, position = decoder.raw_decode(text, position)
-                yield row
-                continue
-            except json.JSONDecodeError as error:
-                block, fault = file.read(_BLOCK_CHARACTERS), error
-            if block:
-                text, position = text[position:] + block, 0
-            elif text[position : position + 1] == "]" or _is_truncated(fault):
+    text = path.read_text(encoding="utf-8", errors="ignore").strip()
+    if not text.startswith("["):
+        raise ValueError(
+            f"{path} does not begin with `[`, but a .json dataset must be one list of conversations. "
+            "Fix it, or write one JSON object per line to a .jsonl file."
+        )
+    decoder, place = json.JSONDecoder(), 1
+    while (place := _BETWEEN_ROWS.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            # A file is cut off if the error lies in a string without an end, or in the last word, such as `fals`
+            if error.msg.startswith("Unterminated string") or error.pos >= len(text) - 6:
                 return
-            else:
-                raise ValueError(
-                    f"{path} has a broken row: {fault.msg} at {fault.doc[fault.pos : fault.pos + 20]!r}, before the "
-                    "end of the file. Fix that row."
-                )
-
-
-def _is_truncated(error: json.JSONDecodeError) -> bool:
-    """Return whether a JSON error is due to a cut file: it is in a string, or at most six characters from the end."""
-    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
-
-
-def _conversation(row: Any, where: str) -> Conversation:
-    try:
-        return _messages(row)
-    except ValueError as error:
-        raise ValueError(f"{where} {error} Fix or remove that row.") from None
+            raise ValueError(
+                f"{path} has a broken row: {error.msg} at {text[error.pos : error.pos + 20]!r}, before the end of the "
+                "file. Fix that row."
+            ) from error
+        yield row
 
 
 def _messages(row: Any) -> Conversation:
@@ -181,7 +152,7 @@ def with_images(value: Any, images: int) -> list[dict[str, Any]]:
     text of the first user turn, as in TRL. Errors are those of `as_messages`; also an image in an assistant's turn.
     """
     messages: list[dict[str, Any]] = [
-        {"role": str(one["role"]), "content": _parts(one["content"])} for one in _checked(value)
+        {"role": str(one["role"]), "content": _parts(one["content"], has_images=True)} for one in _checked(value)
     ]
     asked = next((message["content"] for message in messages if message["role"] == "user"), None)
     if asked is not None and not any(map(images_in, messages)):
@@ -201,20 +172,21 @@ def text_of(content: str | list[dict[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _parts(content: Any) -> list[dict[str, str]]:
+def _parts(content: Any, *, has_images: bool) -> list[dict[str, str]]:
+    """Split a message's content, which may be a string, a number or a list, into parts."""
     if isinstance(content, (str, int, float)):
         return [{"type": "text", "text": str(content)}]
     parts = []
     for part in content if isinstance(content, list) else [content]:
         fields = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
-        if fields == {"type": "image"}:
+        if has_images and fields == {"type": "image"}:
             parts.append({"type": "image"})
         elif isinstance(fields.get("text"), str):
             parts.append({"type": "text", "text": fields["text"]})
         else:
             raise ValueError(
-                f"has the content {str(part)[:60]}, but a part must be text or the place of an image, "
-                "`{'type': 'image'}`, and the images lie in the column `images`."
+                f"has the content {str(part)[:60]}, but only text can be trained on: a part must be text or the place "
+                "of an image, `{'type': 'image'}`, where the dataset has a column `images`."
             )
     return parts
 
@@ -226,17 +198,7 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    """Convert a string, a number or a list of text parts to one string."""
-    if isinstance(content, (str, int, float)):
-        return str(content)
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise ValueError(
-        f"has the content {str(content)[:60]}, but only text can be trained on, or images where the dataset has a "
-        "column `images`."
-    )
+    return text_of(_parts(content, has_images=False))
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:

@@ -6,7 +6,7 @@ the images. Pixels are large, so they are computed again for each batch.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -15,29 +15,31 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-# Further columns of a prepared dataset with images.
-IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
-# Values of the last four columns in a row without images.
-NO_IMAGES: tuple[list[str], list[int], list[int], str] = ([], [], [], "")
+IMAGE_COLUMNS = ("images", "pictures")  # further columns of a prepared dataset with images
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pictures:
     """The images of one text, and the parts of the text that contain images."""
 
     images: list[Any]  # in the order of the text
-    texts: list[str]  # parts, rendered by the chat template with a placeholder for each image
-    counts: list[int]  # number of images in each part
-    starts: list[int]  # index of each part's first token
-    key: str  # a hash of the processor's output
+    texts: list[str] = field(default_factory=list)  # parts, rendered with a placeholder for each image
+    counts: list[int] = field(default_factory=list)  # number of images in each part
+    starts: list[int] = field(default_factory=list)  # index of each part's first token
+    key: str = ""  # a hash of the processor's output
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
         """Collect the pictures of a row that `prepare_dataset` made; `None` if it has no images."""
-        if not row.get("image_texts"):
+        parts = row.get("pictures")
+        if not parts or not parts["texts"]:
             return None
-        texts, counts, starts, key = (row[column] for column in IMAGE_COLUMNS[1:])
-        return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
+        return cls(images_of(row)[: sum(parts["counts"])], **parts)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The value of the column `pictures`: all but the images."""
+        return {"texts": self.texts, "counts": self.counts, "starts": self.starts, "key": self.key}
 
     def before(self, place: int) -> "Pictures | None":
         """Return only the parts that begin before token number `place`, with their images; `None` if none does."""
@@ -47,48 +49,28 @@ class Pictures:
         counts = self.counts[:kept]
         return Pictures(self.images[: sum(counts)], self.texts[:kept], counts, self.starts[:kept], self.key)
 
-    @property
-    def columns(self) -> tuple[list[str], list[int], list[int], str]:
-        """The values of `IMAGE_COLUMNS` except its first column, the images."""
-        return self.texts, self.counts, self.starts, self.key
+    def add(self, processor: ProcessorMixin, text: str, count: int, start: int, room: int) -> list[int] | None:
+        """Tokenize the next part, at token `start` and with `count` images, and add it.
+
+        Returns `None`, and adds nothing, if the part has more than `room` tokens.
+        """
+        shown = sum(self.counts)
+        read = _read(processor, [text], [self.images[shown : shown + count]])
+        tokens: list[int] = read["input_ids"][0].tolist()
+        if len(tokens) > room:
+            return None
+        self.texts.append(text)
+        self.counts.append(count)
+        self.starts.append(start)
+        content = [name.encode() + read[name].float().numpy().tobytes() for name in sorted(read)]
+        self.key = hashlib.sha256(b"".join([self.key.encode(), *content])).hexdigest()
+        return tokens
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
     """Return the images of a row as a list. Its column `images` may hold a list, one image, or `None`."""
     images = row["images"]
     return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
-
-
-class ImageReader:
-    """Tokenizes the parts of one text that contain images, one after the other, and collects its `Pictures`."""
-
-    def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
-        self._processor, self._images = processor, images
-        self._texts: list[str] = []
-        self._counts: list[int] = []
-        self._starts: list[int] = []
-        self._digest = hashlib.sha256()
-
-    def tokens_of(self, text: str, count: int, start: int, room: int) -> list[int] | None:
-        """Tokenize the part at token `start`, with `count` images; return `None` if it has more than `room` tokens."""
-        shown = sum(self._counts)
-        read = _read(self._processor, [text], [self._images[shown : shown + count]])
-        tokens: list[int] = read["input_ids"][0].tolist()
-        if len(tokens) > room:
-            return None
-        self._texts.append(text)
-        self._counts.append(count)
-        self._starts.append(start)
-        for name in sorted(read):
-            self._digest.update(name.encode() + read[name].float().numpy().tobytes())
-        return tokens
-
-    @property
-    def pictures(self) -> Pictures | None:
-        if not self._texts:
-            return None
-        shown = self._images[: sum(self._counts)]
-        return Pictures(shown, self._texts, self._counts, self._starts, self._digest.hexdigest())
 
 
 def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:

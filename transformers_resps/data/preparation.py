@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .conversations import Conversation, as_messages, images_in, text_of, with_images
-from .image_texts import IMAGE_COLUMNS, NO_IMAGES, ImageReader, Pictures, images_of
+from .image_texts import Pictures, images_of
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ Row = dict[str, Any]
 
 PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")  # columns that `prepare_dataset` writes
 _COLUMNS = ("input_ids", "messages", "prompt", "text")
-_MASKS = ("assistant_masks", "completion_mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +109,16 @@ def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: R
     return pieces
 
 
-def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: ImageReader | None = None) -> Example:
+def _joined(
+    pieces: Iterable[_Piece], tokenizer: Any, max_length: int, images: list[Any] | None = None, processor: Any = None
+) -> Example:
     """Tokenize and join pieces; cut at `max_length`, or before the first piece whose images do not fit."""
     ids: list[int] = []
     mask: list[bool] = []
+    pictures = Pictures(images or [])
     for piece in pieces:
-        if piece.images and reader is not None:
-            tokens = reader.tokens_of(piece.text, piece.images, start=len(ids), room=max_length - len(ids))
+        if piece.images and images is not None:
+            tokens = pictures.add(processor, piece.text, piece.images, len(ids), max_length - len(ids))
         else:
             tokens = tokenizer(piece.text, add_special_tokens=piece.is_raw)["input_ids"]
         if tokens is None:
@@ -125,8 +127,8 @@ def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: I
         mask += [piece.is_learned] * len(tokens)
         if len(ids) >= max_length:
             break
-    pictures = None if reader is None else reader.pictures
-    return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), pictures)
+    shown = pictures if pictures.texts else None
+    return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), shown)
 
 
 def prepare_dataset(
@@ -143,21 +145,12 @@ def prepare_dataset(
 
     The first column among `input_ids`, `messages`, `prompt` and `text` is used. Messages, also in `prompt` and
     `completion`, are rendered by the chat template, strings are not. The head learns from assistant turns, from the
-    completion, or from all of `text`. Images come from a column `images` or `image`.
+    completion, or from all of `text`. Images come from a column `images` or `image`, and need a `processor`. Texts
+    above `max_length` tokens are cut, but never within an image. `name` is the dataset's, for messages.
 
-    Args:
-        dataset: has these columns. A dataset that is already prepared is returned unchanged.
-        name: of the dataset, for errors and the progress bar.
-        tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; longer texts are cut, but never within an image.
-        vocab_size: the target's.
-        num_proc: number of processes that tokenize.
-        processor: the target's; needed for images.
-
-    Returns:
-        A dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user turn)
-            and `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns). If
-            there are images, it also has `IMAGE_COLUMNS`. An iterable dataset is prepared while it is read.
+    Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
+    turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for
+    images, `images` and `pictures`. An iterable dataset is prepared while it is read; a prepared one is returned.
 
     Raises:
         ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or has
@@ -183,14 +176,13 @@ def prepare_dataset(
         dataset = dataset.rename_column("image", "images")
     reader = _Reader(column, tokenizer, processor, max_length)
     how = {"name": name, "reader": reader, "vocab_size": vocab_size}
-    options: Any = {"batched": True, "with_indices": True, "fn_kwargs": how}
+    options: Any = {"with_indices": True, "fn_kwargs": how}
     options["remove_columns"] = [column for column in first if column not in ("image", "images")]
     options["features"] = _features(dataset, has_images=has_images)
     if isinstance(dataset, datasets.IterableDataset):
-        streamed = dataset.map(_prepared_batch, **options)
-        return streamed.filter(bool, input_columns="length") if has_images else streamed
-    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **options)
-    if has_images:  # not in `map`, which keeps the images only if no row of a batch is dropped
+        return dataset.map(_prepared_row, **options).filter(bool, input_columns="length")
+    prepared = dataset.map(_prepared_row, num_proc=num_proc, desc=f"Tokenizing {name}", **options)
+    if not all(prepared["length"]):
         prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
@@ -220,36 +212,26 @@ def _features(dataset: Any, *, has_images: bool) -> Any:
     kinds = (List(Value("int32")), List(Value("bool")), Value("int64"), Value("string"), Value("bool"))
     features = dict(zip(PREPARED, kinds, strict=True))
     if has_images:
-        images = (dataset.features or {}).get("images", List(Image()))
-        shown = (images, List(Value("string")), List(Value("int32")), List(Value("int32")), Value("string"))
-        features |= zip(IMAGE_COLUMNS, shown, strict=True)
+        features["images"] = (dataset.features or {}).get("images", List(Image()))
+        parts = {"texts": List(Value("string")), "counts": List(Value("int32")), "starts": List(Value("int32"))}
+        features["pictures"] = parts | {"key": Value("string")}
     return Features(features)
 
 
-def _prepared_batch(
-    batch: dict[str, list[Any]], numbers: Iterable[int], name: str, reader: "_Reader", vocab_size: int
-) -> dict[str, list[Any]]:
-    has_images = "images" in batch
-    columns = PREPARED + IMAGE_COLUMNS[1:] if has_images else PREPARED
-    made: dict[str, list[Any]] = {column: [] for column in columns}
-    for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
-        row = dict(zip(batch, values, strict=True))
-        try:
-            example, is_shortened = reader.example_of(row)
-            question = reader.question_of(row)
-        except ValueError as error:
-            raise ValueError(f"Row {number} of `{name}`: {error}") from None
-        if example.predicted.any():
-            example.check_ids(vocab_size, number)
-        elif has_images:
-            example = Example(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
-        else:
-            continue
-        tokenized = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
-        shown = NO_IMAGES if example.pictures is None else example.pictures.columns
-        for column, value in zip(columns, (*tokenized, question, is_shortened, *shown), strict=False):
-            made[column].append(value)
-    return made
+def _prepared_row(row: Row, number: int, name: str, reader: "_Reader", vocab_size: int) -> Row:
+    """Prepare one row; a row without a token to learn from becomes empty."""
+    try:
+        example, is_shortened = reader.example_of(row)
+        question = reader.question_of(row)
+    except ValueError as error:
+        raise ValueError(f"Row {number} of `{name}`: {error}") from None
+    if example.predicted.any():
+        example.check_ids(vocab_size, number)
+    else:
+        example = Example(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+    values = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids), question, is_shortened)
+    pictures = {"pictures": None if example.pictures is None else example.pictures.parts} if "images" in row else {}
+    return dict(zip(PREPARED, values, strict=True)) | pictures
 
 
 def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) -> None:
@@ -260,20 +242,13 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
         )
     if dropped := rows - len(prepared):
         logger.warning(
-            "%d of %d rows of `%s` have no assistant turn, or completion, that begins within %d tokens: they are left "
-            "out.",
-            dropped,
-            rows,
-            name,
-            max_length,
+            f"{dropped} of {rows} rows of `{name}` have no assistant turn, or completion, that begins within "
+            f"{max_length} tokens: they are left out."
         )
     if shortened := sum(prepared["is_shortened"]):
         logger.warning(
-            "The chat template rewrites earlier turns in %d of %d conversations of `%s`: only their first answers are "
-            "used.",
-            shortened,
-            rows,
-            name,
+            f"The chat template rewrites earlier turns in {shortened} of {rows} conversations of `{name}`: only their "
+            "first answers are used."
         )
 
 
@@ -308,11 +283,7 @@ class _Reader:
             return _tokenized(row, self.max_length), False
         images = images_of(row) if "images" in row else None
         pieces, is_shortened = self._pieces(row, images)
-        reader = None
-        if images is not None:
-            assert self.processor is not None
-            reader = ImageReader(self.processor, images)
-        return _joined(pieces, self.tokenizer, self.max_length, reader), is_shortened
+        return _joined(pieces, self.tokenizer, self.max_length, images, self.processor), is_shortened
 
     def _pieces(self, row: Row, images: list[Any] | None) -> tuple[list[_Piece], bool]:
         if self.column == "text":
@@ -372,7 +343,7 @@ def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple
 def _tokenized(row: Row, max_length: int) -> Example:
     ids = _integers(row["input_ids"], "input_ids")
     mask = torch.ones(len(ids), dtype=torch.bool)
-    for column in (*_MASKS, "labels"):
+    for column in ("assistant_masks", "completion_mask", "labels"):
         if row.get(column) is not None:
             values = _integers(row[column], column)
             if len(values) != len(ids):

@@ -44,10 +44,9 @@ def training_prompts_of(source: str) -> set[str] | None:
     """Load the hashes stored with a head or policy, a folder or Hub id; if there are none, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
-        logger.warning(
-            "%s has no %s, so it may have been trained on prompts that it will be measured on.",
-            source,
-            TRAINING_PROMPTS,
+        why = (
+            f"{source} has no {TRAINING_PROMPTS}, so it may have been trained on prompts that it will be measured on."
         )
+        logger.warning(why)
         return None
     return read_training_prompts(file.parent)
