@@ -24,10 +24,9 @@ def warnings_of(pace: Pace, calls: list[list[float]], caplog: Any, *, threads: i
     """How often it warns in these calls, each of the seconds of its steps; every third step verifies four nodes."""
     caplog.clear()
     for seconds in calls:
-        call = pace.of_call("here", threads)
         for place, one in enumerate(seconds):
             nodes = 4 if place % 3 == 0 else 1
-            call.see(step(one * (1.0 + 0.1 * (nodes - 1)), nodes), context)
+            pace.see(step(one * (1.0 + 0.1 * (nodes - 1)), nodes), context, threads, "here")
     return sum("other processes use the cores" in record.message for record in caplog.records)
 
 
@@ -72,9 +71,9 @@ def test_a_longer_context_has_costs_of_its_own(caplog: pytest.LogCaptureFixture)
 
 
 def test_sizes_that_were_never_seen_are_no_evidence(caplog: pytest.LogCaptureFixture) -> None:
-    call = Pace().of_call("here", 2)
+    pace = Pace()
     for nodes in [1] * 30 + list(range(2, 40)):
-        call.see(step(1.0 if nodes == 1 else 20.0, nodes), 100)
+        pace.see(step(1.0 if nodes == 1 else 20.0, nodes), 100, 2, "here")
     assert not caplog.records
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps.testing import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
+from transformers_resps.testing.divergence import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
 
 
 Prompt = dict[str, torch.Tensor]

@@ -26,7 +26,7 @@ from transformers_resps import (
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies.auto import PolicyCache
-from transformers_resps.testing import MAX_SPACINGS, lossless, spacing_at
+from transformers_resps.testing import lossless
 from transformers_resps.testing.comparison import (
     SAMPLED,
     ComparedCall,
@@ -34,6 +34,7 @@ from transformers_resps.testing.comparison import (
     compare,
 )
 from transformers_resps.testing.distribution import check_distribution
+from transformers_resps.testing.divergence import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.lossless import built_in_prompts
 from transformers_resps.tree import DraftTree
 
@@ -371,7 +372,7 @@ def test_a_sound_engine_passes_in_half_precision(target: Any, head: DraftHead) -
 
 
 @few_draws
-@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked])
+@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked, keeps_drafts_too_often])
 def test_half_precision_excuses_no_lossy_rule(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:

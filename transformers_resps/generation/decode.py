@@ -46,12 +46,11 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         decoding.prefill(_reader(plan, verifier))
         threads = torch.get_num_threads() if target.device.type == "cpu" else 1
         setting = target.dtype, threads, verifier.is_compiled, request.invariant, state.compiler.is_running
-        pace = state.pace.of_call(setting, threads)
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 context = verifier.length
                 decoding.step()
-                pace.see(decoding.report.steps[-1], context)
+                state.pace.see(decoding.report.steps[-1], context, threads, setting)
         # most callers never read the cache, so it is filled when it is read
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None

@@ -30,12 +30,10 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
         )
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
-    scalings = []
     # A block head guesses its positions independently, so its error grows with every level
     most = max(LEVELS, texts[0].depth) if texts[0].block_nodes else LEVELS
-    for level in range(1, most + 1):
-        here = levels >= level if level == most else levels == level
-        scalings.append(fit_platt_scaling(scores[here], accepted[here]))
+    levels = levels.clamp(max=most)
+    scalings = [fit_platt_scaling(scores[levels == one], accepted[levels == one]) for one in range(1, most + 1)]
     return ThroughputPolicy(top_k=top_k, acceptance=AcceptanceModel(scalings), **settings)
 
 

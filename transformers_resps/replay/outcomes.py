@@ -15,7 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Results of a step with each action (tree shape) at each text position; raises `ValueError` for wrong values."""
+    """Results of a step with each action (tree shape) at each text position; `ValueError` for impossible seconds."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
@@ -23,19 +23,6 @@ class TextOutcomes:
     grid: ActionGrid | None = None  # the shape of each action, if known
 
     def __post_init__(self) -> None:
-        length = len(self.features)
-        if not length or len(self.emitted) != length or self.seconds.shape != self.emitted.shape:
-            raise ValueError(
-                f"TextOutcomes got features {list(self.features.shape)}, emitted {list(self.emitted.shape)} and "
-                f"seconds {list(self.seconds.shape)}, but they need the same number of positions, at least one, and "
-                "the same actions. Build them with `RankedText.outcomes`."
-            )
-        left = length - torch.arange(length, device=self.emitted.device)[:, None]
-        if bool(((self.emitted < 1) | (self.emitted > left)).any()):
-            raise ValueError(
-                f"TextOutcomes got steps of {int(self.emitted.min())} to {int(self.emitted.max())} tokens in a text "
-                f"of {length}, but a step adds at least 1 and ends with the text. Clip them to what is left."
-            )
         if not bool((self.seconds.isfinite() & (self.seconds > 0)).all()):
             raise ValueError(
                 f"TextOutcomes got steps of {float(self.seconds.min())} to {float(self.seconds.max())} seconds, but a "
@@ -51,13 +38,12 @@ class HeldOutcomes:
     seconds: Tensor  # seconds of all these steps
     mean_rates: Tensor  # mean of the steps' tokens per second (Re-SpS, equation 5)
 
-    def at(self, positions: Tensor) -> "HeldOutcomes":
+    def at(self, positions: Tensor | tuple[Tensor, Tensor]) -> "HeldOutcomes":
         return HeldOutcomes(self.emitted[positions], self.seconds[positions], self.mean_rates[positions])
 
     def of_actions(self, actions: Tensor) -> "HeldOutcomes":
         """Select, from outcomes `[n, a]`, the outcomes `[n]` of the action that `actions` `[n]` names in each row."""
-        rows = torch.arange(len(actions))
-        return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
+        return self.at((torch.arange(len(actions)), actions))
 
 
 class OutcomeTable:

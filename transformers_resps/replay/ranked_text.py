@@ -28,7 +28,7 @@ _NEVER = torch.iinfo(torch.int32).max  # Rank of a token that is in no node.
 _LOOKED_UP = 16  # Number of looked-up nodes that are ranked; no shape of a grid has more.
 _CONTEXT_BUCKET = 16  # Number of positions with the same assumed costs, since costs vary slowly with the context.
 _TENSORS = ("features", "ranks", "looked_up_ranks", "lookups", "proposed")
-_SIZES = ("context_length", "spare_room")
+_SIZES = ("context_length", "spare_room", "block_nodes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class RankedText:
     with the k-th `top_k`. A tree of n nodes contains the ranks below n - 1, so the ranks show what a shape accepts.
     """
 
-    FORMAT: ClassVar[int] = 3  # version of files
+    FORMAT: ClassVar[int] = 4  # version of files
 
     features: Tensor  # [t, F] input of a policy before the step at each position, in the target's dtype
     ranks: Tensor  # [t, K, D, D] int32
@@ -114,7 +114,7 @@ class RankedText:
 
     def save(self, file: str | Path) -> None:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        sizes = {name: str(getattr(self, name)) for name in (*_SIZES, "block_nodes")}
+        sizes = {name: str(getattr(self, name)) for name in _SIZES}
         save_file(tensors, file, sizes | {"top_ks": ",".join(map(str, self.top_ks))})
 
     @classmethod
@@ -123,7 +123,6 @@ class RankedText:
         with open_recording(file, "ranks") as (opened, metadata):
             fields: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
             fields |= {name: int(metadata[name]) for name in _SIZES}
-            fields["block_nodes"] = int(metadata.get("block_nodes", 0))  # older files of draft heads lack it
             return cls(**fields, top_ks=tuple(map(int, metadata["top_ks"].split(","))))
 
 

@@ -28,13 +28,14 @@ from ..verifying.forward import FeatureTap
 
 MOST_NODES = 64  # Default number of recorded nodes below a root for block heads: the largest tree of "auto".
 _MAX_QUERIES = 256  # Nodes in one pass of the head.
+_SIZES = ("prompt_length", "spare_room", "block_nodes")
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
     """A prompt and its output, with the head's drafts at each position after the output's first token."""
 
-    FORMAT: ClassVar[int] = 1  # version of files; recorders put it into file names
+    FORMAT: ClassVar[int] = 2  # version of files; recorders put it into file names
 
     input_ids: Tensor  # [s] prompt and output
     prompt_length: int
@@ -65,7 +66,7 @@ class RecordedText:
         for k, pool in self.pools.items():
             tensors |= {f"tokens.{k}": pool.tokens.int(), f"parents.{k}": pool.parents.int()}
             tensors |= {f"scores.{k}": pool.scores, f"levels.{k}": pool.levels}
-        metadata = {name: str(getattr(self, name)) for name in ("prompt_length", "spare_room", "block_nodes")}
+        metadata = {name: str(getattr(self, name)) for name in _SIZES}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
     @classmethod
@@ -80,9 +81,8 @@ class RecordedText:
                 )
                 for k in top_ks
             }
-            prompt_length, spare_room = int(metadata["prompt_length"]), int(metadata["spare_room"])
-            block_nodes = int(metadata.get("block_nodes", 0))  # older files of draft heads lack it
-            return cls(get("input_ids"), prompt_length, get("features"), pools, spare_room, block_nodes)
+            sizes = {name: int(metadata[name]) for name in _SIZES}
+            return cls(input_ids=get("input_ids"), features=get("features"), pools=pools, **sizes)
 
 
 @torch.no_grad()

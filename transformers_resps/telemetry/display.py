@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,7 @@ _UNFINISHED = "\ufffd"  # What the first bytes of a character decode to while it
 
 def decoder(tokenizer: Any) -> Decode:
     """Return a function that decodes token ids, keeping special tokens and all spaces."""
-
-    def decode(token_ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
-
-    return decode
+    return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:

@@ -25,45 +25,30 @@ class Pace:
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds
         self._newest: defaultdict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=_ENOUGH))
+        self._times: deque[float] = deque(maxlen=_STEPS)  # of the newest steps: time divided by best time
         self._has_warned = False
 
-    def of_call(self, settings: Hashable, threads: int) -> "CallPace":
-        """Start a call with `threads` CPU threads; times are compared only between calls with equal `settings`."""
-        return CallPace(self, settings, threads)
+    def see(self, record: StepRecord, context: int, threads: int, settings: Hashable) -> None:
+        """Add a step (not the prefill) that began after `context` positions; warn if the newest steps are too slow.
 
-    def times_best(self, key: Hashable, seconds: float) -> float | None:
-        """Return a forward's time divided by the best time for `key`; `None` while there is no best time yet."""
+        Times are compared only between steps with equal `settings`; `threads` is the number of CPU threads.
+        """
+        seconds = record.verify_seconds
+        if threads < 2 or seconds <= 0.0:
+            return
+        # Forwards take longer with more context, so each power of two has its own best time
+        key = settings, record.decoded_rows, record.computed, context.bit_length()
         best, newest = self._best.get(key), self._newest[key]
         newest.append(seconds)
         if len(newest) == _ENOUGH:
             self._best[key] = median(newest) if best is None else min(median(newest), best)
-        return None if best is None else seconds / best
-
-    def warn(self, times: float, threads: int) -> None:
-        if not self._has_warned:
+        if best is None:
+            return
+        self._times.append(seconds / best)
+        times = median_low(self._times)
+        if len(self._times) == _STEPS and times >= _MANY and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 f"Steps take {times:.0f} times as long as they did, with {threads} threads: other processes use the "
                 "cores. Wait until they end, or call `torch.set_num_threads(1)`, which no busy core holds up."
             )
-
-
-class CallPace:
-    """Compares the steps of one call of `generate` with the best times."""
-
-    def __init__(self, pace: Pace, settings: Hashable, threads: int) -> None:
-        self._pace, self._settings, self._threads = pace, settings, threads
-        self._times: deque[float] = deque(maxlen=_STEPS)  # of the newest steps: time divided by best time
-
-    def see(self, record: StepRecord, context: int) -> None:
-        """Add a step (not the prefill) that began after `context` positions; warn if the newest steps are too slow."""
-        if self._threads < 2 or record.verify_seconds <= 0.0:
-            return
-        # Forwards take longer with more context, so each power of two has its own best time
-        key = self._settings, record.decoded_rows, record.computed, context.bit_length()
-        times = self._pace.times_best(key, record.verify_seconds)
-        if times is None:
-            return
-        self._times.append(times)
-        if len(self._times) == _STEPS and median_low(self._times) >= _MANY:
-            self._pace.warn(median_low(self._times), self._threads)

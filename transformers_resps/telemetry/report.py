@@ -154,9 +154,8 @@ class StepRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values; counts of a single row are integers."""
         names = ("accepted", "emitted", "drafted_match", "sizes")
-        counts: dict[str, RowCounts] = {name: getattr(self, name) for name in names}
-        values = {name: count.to_json() for name, count in counts.items()}
-        return asdict(self) | values | {"proposed": self.proposed._asdict()}
+        counts = {name: getattr(self, name).to_json() for name in names}
+        return asdict(self) | counts | {"proposed": self.proposed._asdict()}
 
 
 @dataclass(slots=True)
@@ -178,7 +177,6 @@ class SpeculationReport:
 
     @property
     def emitted_total(self) -> int:
-        """Number of new tokens of all rows."""
         return sum(step.emitted_total for step in self.steps)
 
     @property
@@ -230,10 +228,9 @@ class SpeculationReport:
 
     def to_dict(self) -> dict[str, Any]:
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
-        names = ("batch_size", *totals, "reason")
-        summary: dict[str, Any] = {name: getattr(self, name) for name in names}
-        summary["accepted_by_source"] = self.accepted_by_source._asdict()
-        return summary | {"steps": [step.to_dict() for step in self.steps]}
+        summary = {name: getattr(self, name) for name in ("batch_size", *totals, "reason")}
+        sources = self.accepted_by_source._asdict()
+        return summary | {"accepted_by_source": sources, "steps": [step.to_dict() for step in self.steps]}
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
         """Print the output of `row` with accepted tokens in colour, then a table of the steps.

@@ -1,15 +1,13 @@
 """The lossless check: compares output with speculative decoding to output of plain decoding."""
 
-from .divergence import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
+from .divergence import Divergence, explain_divergence
 from .lossless import LosslessReport, NotLosslessError, assert_lossless
 
 
 __all__ = [
-    "MAX_SPACINGS",
     "Divergence",
     "LosslessReport",
     "NotLosslessError",
     "assert_lossless",
     "explain_divergence",
-    "spacing_at",
 ]

@@ -7,7 +7,7 @@ token if its logit were a few floating-point spacings higher? In the exact mode 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..generation.keywords import SpeculationDefaults
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
-from ..verifying.lending import evaluation_mode
+from ..verifying.lending import Change, evaluation_mode, lent
 from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
 
 
@@ -96,18 +96,11 @@ class ModelUnderTest:
         with self._forked(), SpeculationDefaults.suspended(), evaluation_mode(self.model), attached(self.model):
             yield
 
-    @contextmanager
-    def without_settings(self) -> Iterator[None]:
+    def without_settings(self) -> AbstractContextManager[None]:
         """Replace the model's generation settings by the defaults, without logits processors and end tokens."""
-        holders = [self.target] if self.model is self.target else [self.target, self.model]  # a PEFT model has its own
-        kept = [holder.generation_config for holder in holders]
-        for holder in holders:
-            holder.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            for holder, settings in zip(holders, kept, strict=True):
-                holder.generation_config = settings
+        holders = dict.fromkeys((self.model, self.target))  # a PEFT model has its own settings
+        changes = [Change(holder, "generation_config", lambda own: GenerationConfig()) for holder in holders]
+        return lent.holding(*changes)
 
     def _forked(self) -> Any:
         device = self.target.device
@@ -215,12 +208,11 @@ def _mismatches_beside(plain: Written, own: Written) -> list[str]:
     """If the outputs are equal, describe other differences: padding, and the random generator's state."""
     if not all(map(torch.equal, plain.outputs, own.outputs)):
         return []
-    mismatches = []
-    if not torch.equal(plain.generated, own.generated):
-        mismatches.append("other tokens after the end of an answer")
-    if not torch.equal(plain.random_state, own.random_state):
-        mismatches.append("a different number of random numbers was drawn")
-    return mismatches
+    equal = {
+        "other tokens after the end of an answer": torch.equal(plain.generated, own.generated),
+        "a different number of random numbers was drawn": torch.equal(plain.random_state, own.random_state),
+    }
+    return [mismatch for mismatch, is_equal in equal.items() if not is_equal]
 
 
 def _first_difference(model: ModelUnderTest, call: ComparedCall, plain: Tensor, own: Tensor) -> Difference | None:

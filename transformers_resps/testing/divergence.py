@@ -87,18 +87,9 @@ def explain_divergence(
     def token_and_logit(output: list[int]) -> tuple[int | None, float]:
         return (output[position], float(logits[output[position]])) if position < len(output) else (None, -math.inf)
 
-    plain_token, plain_logit = token_and_logit(plain)
-    speculative_token, speculative_logit = token_and_logit(speculative)
-    return Divergence(
-        position=position,
-        plain_token=plain_token,
-        speculative_token=speculative_token,
-        plain_logit=plain_logit,
-        speculative_logit=speculative_logit,
-        best_logit=float(logits.max()),
-        dtype=model.dtype,
-        invariant=invariant,
-    )
+    (plain_token, plain_logit), (other_token, other_logit) = map(token_and_logit, (plain, speculative))
+    logits_of_both = plain_logit, other_logit, float(logits.max())
+    return Divergence(position, plain_token, other_token, *logits_of_both, model.dtype, invariant=invariant)
 
 
 def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:

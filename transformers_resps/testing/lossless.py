@@ -109,18 +109,16 @@ def assert_lossless(
     decoding in that mode, and any difference fails; rows of padded and chunked batches are also compared with output
     for each prompt alone.
 
-    The model need not be attached. The model and the global random generators are restored at the end; do not use the
-    model during the check. Its generation settings apply to the comparisons, but not to the statistical test.
+    The model need not be attached. It and the global random generators are restored at the end; do not use the model
+    during the check. Its generation settings apply to the comparisons, but not to the statistical test.
 
     Args:
         model: any model that `attach` takes.
-        head: a draft head, MTP layers, an assistant, a small model, or the name of one of these; `None` drafts only by
-            lookup.
+        head: anything that drafts, or its name; `None` drafts only by lookup.
         policy: a policy or its name; if both `head` and `policy` are `None`, "auto".
-        prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts that fit any
-            vocabulary. Real prompts test more, because more drafts are accepted.
-        seeds: number of outputs per sampling setting, for the prompts in turn; the statistical test uses twelve times
-            as many outputs.
+        prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts. Of real prompts, more
+            drafts are accepted.
+        seeds: number of outputs per sampling setting; the statistical test uses twelve times as many.
         max_new_tokens: length of each compared output.
         invariant: whether to test `generate(..., invariant=True)`.
 
