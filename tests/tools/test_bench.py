@@ -24,7 +24,7 @@ from transformers_resps.tools import bench as command
 from transformers_resps.tools.bench import BenchConfig, load_policies, read_options
 from transformers_resps.tools.cli import BENCH_METHODS, add_bench_options, main
 from transformers_resps.tools.methods import Bench
-from transformers_resps.tools.quiet import BusyMachineError, check_load
+from transformers_resps.tools.quiet import BusyMachineError, checked_load
 from transformers_resps.tools.results import SAME_TEXT_INVARIANT
 
 
@@ -254,13 +254,16 @@ def test_a_machine_that_becomes_noisy_stops_the_measurement_and_what_is_there_is
 
 
 @pytest.mark.parametrize("load", [None, 0.0, 0.5])
-def test_a_quiet_machine_is_accepted(load: float | None) -> None:
-    check_load(load)
+def test_a_quiet_machine_is_accepted(load: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: load)
+    assert checked_load(accept_noise=False) == load
 
 
-def test_a_machine_that_others_use_is_refused_before_the_start() -> None:
+def test_a_machine_that_others_use_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 1.7)
     with pytest.raises(BusyMachineError, match="use 1.7 CPUs, but at most 0.5 .*--accept-noise"):
-        check_load(1.7)
+        checked_load(accept_noise=False)
+    assert checked_load(accept_noise=True) == 1.7
 
 
 def test_without_a_terminal_nothing_but_the_findings_is_printed(

@@ -75,7 +75,7 @@ def test_another_model_than_the_checkpoint_is_refused(
     monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled
     monkeypatch.setenv(FOLDER_VARIABLE, str(checkpoint))
     assert cli.main(["compile", str(checkpoint), "--only-as", "another"]) == 2
-    assert "the model differs from its checkpoint. Pass `compile=True`" in capsys.readouterr().err
+    assert "The model differs from its checkpoint. Pass `compile=True`" in capsys.readouterr().err
 
 
 def test_where_no_code_is_kept_nothing_is_loaded(

@@ -24,7 +24,6 @@ from transformers_resps.tools.results import (
     plain_spread,
     summarise,
     summary_rows,
-    token_count,
     write_results,
 )
 
@@ -95,7 +94,7 @@ def test_the_advice_is_over_everything_that_was_measured() -> None:
     assert advice.endswith("Use auto: 3.00 times plain decoding (3.00 to 3.00).")
     equal = [replace(m, seconds=4.0) if m.method == "tree 8/3/2" else m for m in timings]
     assert "on these: Use tree 8/3/2" in advice_of(EFFORTS, equal, 1.5)
-    assert "no prompt was answered" in advice_of(EFFORTS, [], None)
+    assert "no prompt was answered" in advice_of(EFFORTS, [], 1.5)
 
 
 def test_results_keep_seven_digits_and_a_line_for_each_run(tmp_path: Path) -> None:
@@ -119,14 +118,6 @@ def measured(
     return AnswerTiming(method, prompt, repeat, tokens, forwards, seconds)
 
 
-@pytest.mark.parametrize(
-    ("answer", "most", "count"),
-    [([5, 6, 7], 8, 3), ([5, 2, 7, 2], 8, 2), ([2], 8, 1), ([5, 6, 7, 8], 3, 3), ([5, 6, 7, 2], 3, 3), ([], 8, 0)],
-)
-def test_tokens_count_to_the_first_end_token_and_the_budget(answer: list[int], most: int, count: int) -> None:
-    assert token_count(answer, {2}, most) == count
-
-
 def test_a_summary_compares_with_plain_decoding_on_the_same_prompts() -> None:
     rows = []
     for prompt, plain_seconds in (("x", 10.0), ("y", 30.0)):
@@ -134,11 +125,13 @@ def test_a_summary_compares_with_plain_decoding_on_the_same_prompts() -> None:
             rows.append(measured("plain", prompt, 100, plain_seconds, repeat, forwards=100))
             rows.append(measured("tree", prompt, 100, plain_seconds / 2 * (1 + 0.2 * repeat), repeat, forwards=40))
     found = summarise(rows, "tree")
-    assert found.ratio == pytest.approx(2 / 1.1)
-    assert found.tokens_per_second == pytest.approx(400 / 44)
-    assert found.tau == 2.5
-    assert found.spread == pytest.approx(0.2)
-    assert found.low == pytest.approx(found.ratio) == pytest.approx(found.high)  # the same gain on every prompt
+    assert found["ratio"] == pytest.approx(2 / 1.1)
+    assert found["tokens_per_second"] == pytest.approx(400 / 44)
+    assert found["tau"] == 2.5
+    assert found["spread"] == pytest.approx(0.2)
+    assert (
+        found["low"] == pytest.approx(found["ratio"]) == pytest.approx(found["high"])
+    )  # the same gain on every prompt
 
 
 def test_methods_are_compared_where_both_have_answered() -> None:
@@ -267,17 +260,13 @@ def test_the_advice_follows_from_the_intervals(standings: list[Standing], advice
     assert advise(standings, 2.1, 10).startswith(advice)
 
 
-def test_without_a_cost_table_the_advice_names_no_cost() -> None:
-    assert "verification" not in advise([standing("auto", 4, (0.9, 0.8, 0.95))], None, 10)
-
-
 def test_one_prompt_gives_no_advice_and_a_few_are_told_first() -> None:
     fast = [standing("auto", 4, (2.0, 1.9, 2.1))]
     assert advise(fast, 2.1, 1).startswith("NOT ENOUGH EVIDENCE: one prompt says nothing about others.")
     few = advise(fast, 2.1, 2)
     assert few.startswith("NOT ENOUGH EVIDENCE: 2 prompts") and few.endswith(advise(fast, 2.1, 8))
     assert advise(fast, 2.1, 8).startswith("Use auto")
-    assert advise([], None, 2).startswith("Nothing was compared")
+    assert advise([], 2.1, 2).startswith("Nothing was compared")
 
 
 def test_huge_pages_are_told_and_other_variables_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

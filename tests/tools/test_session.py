@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,13 +155,12 @@ def test_every_user_turn_follows_the_answers_that_are_given() -> None:
         {"role": "assistant", "content": "an answer of the dataset"},
         {"role": "user", "content": "two"},
     ]
-    found = Dialogue.of("d/0", messages)
-    assert found.asked([]) == messages[:2]
-    assert found.asked(["mine"]) == [
-        *messages[:2],
-        {"role": "assistant", "content": "mine"},
-        {"role": "user", "content": "two"},
-    ]
+    found, asked = Dialogue.of("d/0", messages), list[Any]()
+    tokenizer = SimpleNamespace(chat_template="", apply_chat_template=lambda turns, **_: asked.append(turns) or [0])
+    for answers in ([], ["mine"]):
+        found.prompt(tokenizer, answers)
+    mine = {"role": "assistant", "content": "mine"}
+    assert asked == [messages[:2], [*messages[:2], mine, {"role": "user", "content": "two"}]]
 
 
 def letters(text: str) -> dict[str, list[int]]:

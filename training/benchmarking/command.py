@@ -26,7 +26,6 @@ from transformers_resps.tools.bench import (
     report,
     results_of,
     settings_of,
-    start,
 )
 from transformers_resps.tools.cli import add_bench_options
 from transformers_resps.tools.methods import Method, Prompt, fixed_tree
@@ -120,7 +119,6 @@ def benchmark(config: FullConfig) -> int:
             "`.venv/vllm/bin/python` after `make .venv/vllm/.filled`."
         )
     load = checked_load(config.accept_noise)
-    start(config)
     models = BenchModels.load(config)
     head = replayable(models)
     others, versions = load_peers(config.peers, models.target), peer_versions(config.peers)

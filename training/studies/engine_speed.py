@@ -22,7 +22,7 @@ recurrent, Transformers has no prompt lookup.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from transformers_resps.tools.methods import (
     policies,
     prompt_lookup,
 )
-from transformers_resps.tools.quiet import check_load, other_load
+from transformers_resps.tools.quiet import checked_load
 from transformers_resps.tools.results import AnswerTiming, plain_spread, summarise
 from transformers_resps.verifying.hybrids import is_recurrent
 from transformers_resps.verifying.prepacking import prepack
@@ -186,13 +186,13 @@ class EngineBench:
 
 
 def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
-    """Sum up a row for each model and way: a `Summary` of `resps bench`, the planted tau, the share of equal texts."""
+    """Sum up a row for each model and way: what `resps bench` sums up, the planted tau, the share of equal texts."""
     timed = [run for run in runs if run.timing.repeat >= 0]
     rows = []
     for model, way in dict.fromkeys((run.model, run.timing.method) for run in timed):
         own = [run for run in timed if (run.model, run.timing.method) == (model, way)]
         timings = [run.timing for run in timed if run.model == model]
-        found = asdict(summarise(timings, way))
+        found = summarise(timings, way)
         rows.append(
             {"model": model, "way": found.pop("method"), "planted": own[0].planted}
             | {name: value for name, value in found.items() if name != "temperature"}
@@ -203,9 +203,7 @@ def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> int:
     """Decode, write, print."""
-    load = other_load()
-    if not args.accept_noise:
-        check_load(load)
+    load = checked_load(args.accept_noise)
     if args.threads:
         torch.set_num_threads(args.threads)
     runs: list[EngineRun] = []

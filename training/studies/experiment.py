@@ -14,7 +14,7 @@ from transformers_resps.compat import check_extra
 from transformers_resps.heads import DraftHead
 from transformers_resps.hub.upload import RESULTS
 from transformers_resps.tools.bench import BenchConfig, BenchModels
-from transformers_resps.tools.cli import device, dtype, model, positive, shape
+from transformers_resps.tools.cli import DTYPES, device, model, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.results import machine
 from transformers_resps.tools.session import read_dialogues, spread
@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup] of every tree")
-    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    parser.add_argument("--dtype", choices=DTYPES, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     parser.add_argument("--device", type=device, help="default: cuda if available, otherwise cpu")
     parser.add_argument("--pack", action="store_true", help="prepack the target's weights, for every way")
     parser.add_argument("--repeats", type=positive, default=3)

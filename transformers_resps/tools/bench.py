@@ -63,7 +63,6 @@ from .session import Dialogue, Judge, Session, check_apart, read_dialogues, spre
 
 
 _ADVICE_CONTEXT = 128  # context length, in tokens, whose costs the advice uses
-_PLOT = "ratios.svg"  # file in the folder of the results
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,6 @@ def read_options(args: argparse.Namespace, config_type: type[Config]) -> Config:
 
 def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False, plots: bool = False) -> int:
     """Run the benchmark; return 1 if an answer differs from plain decoding beyond rounding, 130 after Ctrl-C, or 0."""
-    start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
     models.check_unseen(dialogues)
@@ -154,17 +152,10 @@ def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = Fal
         file = write_results(config.output / RESULTS, results)
     status = report(results, file, as_json=as_json)
     if plots and results["measurements"]:
-        file.with_name(_PLOT).write_text(ratios(results), encoding="utf-8")
-        print(f"Drawn in {file.with_name(_PLOT)}", file=sys.stderr if as_json else sys.stdout)
+        drawing = file.with_name("ratios.svg")
+        drawing.write_text(ratios(results), encoding="utf-8")
+        print(f"Drawn in {drawing}", file=sys.stderr if as_json else sys.stdout)
     return status
-
-
-def start(config: BenchConfig) -> None:
-    """Set the threads of this process, and hide progress bars unless stderr is a terminal."""
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    if config.threads:
-        torch.set_num_threads(config.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +172,23 @@ class BenchModels:
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
-        """Load the models and policies of `config`; raise `ValueError` if one is missing or unfit for the target."""
+        """Load the models and policies of `config`; raise `ValueError` if one is missing or unfit for the target.
+
+        Also sets the threads of this process, and hides progress bars unless stderr is a terminal.
+        """
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        if config.threads:
+            torch.set_num_threads(config.threads)
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         head = load_source(config.head, target, config.revision)
         loaded = load_policies(config.policies, target, head)
-        small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
-        named = zip(loaded, config.policies, strict=True)
+        small: Any = None
+        if config.draft_model is not None:  # Transformers refuses one of another vocabulary in the warm-up
+            small = AutoModelForCausalLM.from_pretrained(config.draft_model, dtype=target.dtype).to(target.device)
         sources = {} if head is None else {"head": str(head.identity()["name_or_path"])}
-        sources |= {name: source for name, source in named if source != "auto"}
+        sources |= {name: source for name, source in zip(loaded, config.policies, strict=True) if source != "auto"}
         trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
         return cls(target, tokenizer, head, loaded, small, sources, trained_on)
 
@@ -202,8 +201,10 @@ class BenchModels:
 def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
     """Load policies by folder, Hub id or "auto"; return a dict from the name in the results to the policy."""
     policies_by_name: dict[str, Policy | str] = {}
-    known: set[str | Path] = set()
     counts = Counter(map(short_name, names))
+    origins = Counter(Path(name).resolve() if Path(name).is_dir() else name for name in names)
+    if twice := [origin for origin, count in origins.items() if count > 1]:
+        raise ValueError(f"`--policy` names {twice[0]} twice. Pass each policy once.")
     for source in names:
         if named_tree(source) is not None:
             raise ValueError(
@@ -215,33 +216,15 @@ def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -
             raise ValueError(f"`--policy {source}` shapes the trees of a draft head. Name a HEAD after TARGET.")
         if isinstance(policy, Policy) and policy.has_identity:
             policy.check_identity(**pair_identity(target, head))
-        origin = Path(source).resolve() if Path(source).is_dir() else source
-        if origin in known:
-            raise ValueError(f"`--policy` names {source} twice. Pass each policy once.")
-        known.add(origin)
-        short = short_name(source)
-        policies_by_name[_policy_name(short if counts[short] == 1 else source.rstrip("/"), policy)] = policy
+        called = short_name(source)
+        if counts[called] > 1:
+            called = source.rstrip("/")
+        if isinstance(policy, ReSpSPolicy):
+            called = f"Re-SpS {called}"
+        elif isinstance(policy, Policy) and not called.startswith("policy"):
+            called = f"policy {called}"
+        policies_by_name[called] = policy
     return policies_by_name
-
-
-def _policy_name(called: str, policy: Policy | str) -> str:
-    if isinstance(policy, str):
-        return policy
-    if isinstance(policy, ReSpSPolicy):
-        return f"Re-SpS {called}"
-    return called if called.startswith("policy") else f"policy {called}"
-
-
-def load_draft_model(name: str, target: Any) -> PreTrainedModel:
-    """Load a small model for assisted generation; raise `ValueError` if its vocabulary size is not the target's."""
-    small: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
-    own, other = (m.config.get_text_config().vocab_size for m in (small, target))
-    if own != other:
-        raise ValueError(
-            f"The draft model {name} has a vocabulary of {own} tokens, the target one of {other}. Pass a small model "
-            "of the target's family."
-        )
-    return small.to(target.device)
 
 
 def read_datasets(config: BenchConfig) -> list[list[Dialogue]]:
@@ -329,9 +312,10 @@ def results_of(
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
     """Return the results so far (see training/benchmarking/RESULTS.md); `estimates` are marked as not measured."""
-    timings, names = session.timings, [method.name for method in session.methods]
+    timings, runs = session.timings, dict[str, list[Run]]({method.name: [] for method in session.methods})
+    for run in session.runs:
+        runs[run.timing.method].append(run)
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
-    reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]
     return {
         "schema_version": SCHEMA_VERSION,
         "target": config.target,
@@ -350,8 +334,8 @@ def results_of(
         "same_text_invariant": dict(judge.same_text_invariant),
         "unexplained": judge.unexplained,
         "plain_spread": plain_spread(timings),
-        **summary_rows(timings, names, estimates),
-        "steps": {name: summarise_steps(session.runs_of(name)) for name in reported},
+        **summary_rows(timings, list(runs), estimates),
+        "steps": {name: summarise_steps(own) for name, own in runs.items() if own and own[0].steps},
         "measurements": [asdict(timing) for timing in timings],
     }
 

@@ -21,14 +21,14 @@ def run(args: argparse.Namespace) -> int:
     """Decode a few tokens with compiled steps; raise `ValueError` if the code cannot be compiled or stored."""
     folder = packages_folder()
     if folder is None:
-        raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder")
+        raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder.")
     if args.threads:
         torch.set_num_threads(args.threads)
     target = attach(load_target(args.target, args.dtype, "cpu", packed=args.pack))
     engine = target.speculation_state.slot_engine
     with engine.borrow(target) as lent:
         if args.only_as and lent.packages.identity != args.only_as:
-            raise ValueError("the model differs from its checkpoint. Pass `compile=True` to wait for the code")
+            raise ValueError("The model differs from its checkpoint. Pass `compile=True` to wait for the code.")
     tokens = AutoTokenizer.from_pretrained(args.target)(_TEXT, return_tensors="pt").input_ids
     for head in (None, *args.heads):
         source = load_source(head, target)
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
             do_sample=False,
         )
     if not engine.is_stored(target, is_batch=args.rows > 1):
-        raise ValueError(engine.obstacle or f"its code cannot be kept in {folder}")
+        raise ValueError(
+            engine.obstacle or f"Its code cannot be kept in {folder}. Name another folder in {FOLDER_VARIABLE}."
+        )
     print(f"The code lies in {folder}.")
     return 0

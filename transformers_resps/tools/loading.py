@@ -50,9 +50,8 @@ def default_device() -> str:
 def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
     """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32."""
     device = device or default_device()
-    chosen = dtype or ("float32" if device == "cpu" else "auto")
-    target = load_model(name, dtype=chosen)
-    return prepack(target.to(device)) if packed else target.to(device)
+    target = load_model(name, dtype=dtype or ("float32" if device == "cpu" else "auto")).to(device)
+    return prepack(target) if packed else target
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:

@@ -3,10 +3,10 @@
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from ..drafting import DraftSource
 from ..generation.keywords import SpeculationDefaults
-from ..generation.output import end_ids, sampling
+from ..generation.output import end_ids, sampling, up_to_end
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
 from ..tree import TreeShape
 from ..verifying.forward import decoder_layers
-from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run, token_count
+from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run
 
 
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGLE's counting
@@ -50,7 +50,6 @@ class Method(ABC):
 
     @property
     def reports_steps(self) -> bool:
-        """Whether answers have a report of their steps."""
         return False
 
     @abstractmethod
@@ -74,8 +73,9 @@ class Generate(Method):
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
         keywords = {**self.keywords, **sampling(temperature)}
-        watch = _FirstToken()
+        times: list[float] = []  # when `generate` passed on the prompt, and then each token
         if self.reports_steps:  # each answer starts with the loaded policy; "auto" goes on learning
+            watch = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
             keywords |= {"policy": copy.deepcopy(keywords["policy"]), "streamer": watch}
 
         def answer() -> Answer:
@@ -90,22 +90,9 @@ class Generate(Method):
                 )
             token_ids = output.sequences[0, input_ids.shape[1] :].tolist()
             report = getattr(output, "speculation", None)
-            return Answer(token_ids, report, prefill_seconds=watch.times[1] - started if self.reports_steps else 0.0)
+            return Answer(token_ids, report, prefill_seconds=times[1] - started if self.reports_steps else 0.0)
 
         return answer
-
-
-class _FirstToken:
-    """A streamer that records the times at which it receives the prompt and each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def plain() -> Generate:
@@ -148,10 +135,8 @@ def fixed_tree(head: DraftSource | None, shape: TreeShape, name: str | None = No
 
 def eagle_trees(head: DraftSource) -> list[Generate]:
     """Return decoding with each of the trees that EAGLE-3 publishes."""
-    return [
-        fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
-        for numbers in EAGLE_TREES
-    ]
+    shapes = {f"EAGLE-3 {'/'.join(map(str, numbers))}": TreeShape.from_eagle(*numbers) for numbers in EAGLE_TREES}
+    return [fixed_tree(head, shape, name) for name, shape in shapes.items()]
 
 
 def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
@@ -161,16 +146,6 @@ def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> li
         Generate(name, {**assistant, "policy": policy}, effort=4 if policy == "auto" else 5)
         for name, policy in loaded.items()
     ]
-
-
-def check_distinct(methods: Sequence[Method]) -> None:
-    """Raise `ValueError` if two methods have the same name."""
-    twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"Several methods have the name {', '.join(twice)}. Pass each policy and shape once, and give policy "
-            "folders different names."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,31 +181,27 @@ class Bench:
     ) -> Run:
         """Time an answer of `method`, with `repeat` as the seed. If something compiled meanwhile, time it again."""
         most = max_new_tokens or self.max_new_tokens
-        while True:
-            answer, run = self._decode(prompt, method, repeat, temperature, most)
-            if answer.report is None or not answer.report.compile_seconds:
-                return run
-
-    def _decode(
-        self, prompt: Prompt, method: Method, repeat: int, temperature: float, most: int
-    ) -> tuple[Answer, Run]:
         input_ids = prompt.input_ids[None].to(self.target.device)
-        write = method.prepare(self.target, input_ids, most, temperature, sorted(self._end_ids))
-        torch.manual_seed(repeat)
-        with self._forwards_noted(method) as begun:
-            started = self._clock()
-            answer = write()
-            seconds = self._clock() - started
+        while True:
+            write = method.prepare(self.target, input_ids, most, temperature, sorted(self._end_ids))
+            torch.manual_seed(repeat)
+            with self._forwards_noted(method) as begun:
+                started = self._clock()
+                answer = write()
+                seconds = self._clock() - started
+            report = answer.report
+            if report is None or not report.compile_seconds:
+                break
         forwards, prefill = answer.target_forwards, answer.prefill_seconds
-        if answer.report is not None:
-            forwards = answer.report.target_forwards
+        if report is not None:
+            forwards = report.target_forwards
         elif forwards is None:
             forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
-        count = token_count(answer.token_ids, self._end_ids, most)
+        token_ids = up_to_end(answer.token_ids, self._end_ids)[:most]
         asked = (prompt.turn, temperature)
-        timing = AnswerTiming(method.name, prompt.name, repeat, count, forwards, seconds, *asked, prefill)
-        steps = [] if answer.report is None else answer.report.steps
-        return answer, Run(timing, torch.tensor(answer.token_ids[:count], dtype=torch.long), steps)
+        timing = AnswerTiming(method.name, prompt.name, repeat, len(token_ids), forwards, seconds, *asked, prefill)
+        steps = [] if report is None else report.steps
+        return Run(timing, torch.tensor(token_ids, dtype=torch.long), steps)
 
     @contextmanager
     def _forwards_noted(self, method: Method) -> Iterator[list[float]]:

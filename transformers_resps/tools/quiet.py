@@ -16,10 +16,13 @@ class BusyMachineError(ValueError):
 
 
 def checked_load(accept_noise: bool) -> float | None:
-    """Return how many CPUs other processes use; raise `BusyMachineError` if too many, unless `accept_noise`."""
+    """Return how many CPUs other processes use, `None` if unknown; raise `BusyMachineError` if above `MAX_LOAD`."""
     load = other_load()
-    if not accept_noise:
-        check_load(load)
+    if load is not None and load > MAX_LOAD and not accept_noise:
+        raise BusyMachineError(
+            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
+            f"until they are done, {NOISE_OPTION}."
+        )
     return load
 
 
@@ -40,15 +43,6 @@ def other_load(seconds: float = 1.0) -> float | None:
     time.sleep(seconds)
     idle, total = (now - then for now, then in zip(idle_and_all(), before, strict=True))
     return (1 - idle / total) * (os.cpu_count() or 1) if total else None
-
-
-def check_load(load: float | None) -> None:
-    """Raise `BusyMachineError` if other processes use `load` CPUs, more than `MAX_LOAD`; `None` (unknown) passes."""
-    if load is not None and load > MAX_LOAD:
-        raise BusyMachineError(
-            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
-            f"until they are done, {NOISE_OPTION}."
-        )
 
 
 def spread_of(values: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..calibration import device_name
 from ..compilation.kernels import machine_line
-from ..generation.output import up_to_end
 from ..telemetry.report import StepRecord, Timing, bootstrap_interval, rate
 from .quiet import NOISE_OPTION, BusyMachineError, spread_of
 
@@ -103,28 +102,6 @@ class Interval:
         return f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One row of the table, as described in training/benchmarking/RESULTS.md."""
-
-    method: str
-    tokens_per_second: float
-    ratio: float
-    low: float
-    high: float
-    tau: float
-    efficiency: float
-    compiled_ratio: float | None  # `None`, as the next, if compiled plain decoding was not measured
-    compiled_efficiency: float | None
-    spread: float  # rate of the fastest repeat over that of the slowest, minus one
-    temperature: float | None = 0.0  # `None` if the row covers several temperatures
-
-
-def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
-    """Count the tokens of an answer up to its first end token; the maximum is `most`."""
-    return min(len(up_to_end(token_ids, end_ids)), most)
-
-
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
     """Group timings by `key`, in the order in which the keys first occur."""
     groups: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
@@ -164,20 +141,25 @@ def tau_of(timings: Iterable[AnswerTiming]) -> float:
     return sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
 
 
-def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
-    """Compute the table row of `method`: its speed and its ratio to plain decoding, over all prompts and repeats."""
+def summarise(timings: Sequence[AnswerTiming], method: str) -> dict[str, Any]:
+    """Compute the table row of `method`, over all prompts and repeats (see training/benchmarking/RESULTS.md)."""
     own = [m for m in timings if m.method == method]
     speed, tau = compare([timings], method, PLAIN), tau_of(own)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
     temperatures = {m.temperature for m in own}
-    compiled = None
-    if any(m.method == COMPILED_PLAIN for m in timings):
-        compiled = ratio(timings, method, COMPILED_PLAIN)
-    return Summary(
-        method, rate(own), speed.ratio, speed.low, speed.high, tau, speed.ratio / tau, compiled,
-        None if compiled is None else compiled / tau, max(repeats) / min(repeats) - 1,
-        temperatures.pop() if len(temperatures) == 1 else None,
-    )  # fmt: skip
+    is_compared = any(m.method == COMPILED_PLAIN for m in timings)
+    compiled = ratio(timings, method, COMPILED_PLAIN) if is_compared else None
+    return {
+        "method": method,
+        "tokens_per_second": rate(own),
+        **asdict(speed),
+        "tau": tau,
+        "efficiency": speed.ratio / tau,
+        "compiled_ratio": compiled,
+        "compiled_efficiency": None if compiled is None else compiled / tau,
+        "spread": max(repeats) / min(repeats) - 1,
+        "temperature": temperatures.pop() if len(temperatures) == 1 else None,
+    }
 
 
 def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
@@ -192,8 +174,8 @@ def summarise_steps(runs: Sequence[Run]) -> dict[str, float]:
         "prefill_seconds": prefill / tokens,
         "draft_seconds": draft / tokens,  # the policy's decisions and drafting
         "verify_seconds": verify / tokens,
-        "rest_seconds": (seconds - prefill - draft - verify)
-        / tokens,  # acceptance, caches, and `generate` outside the loop
+        # acceptance, caches, and `generate` outside the loop
+        "rest_seconds": (seconds - prefill - draft - verify) / tokens,
     }
 
 
@@ -215,7 +197,7 @@ def summary_rows(
 def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[str, Any]]:
     present = dict.fromkeys(m.method for m in timings)
     ordered = [name for name in names if name in present] + [name for name in present if name not in names]
-    return [{**asdict(summarise(timings, name)), "measured": name in names} for name in ordered]
+    return [{**summarise(timings, name), "measured": name in names} for name in ordered]
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
@@ -231,30 +213,24 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
     return spread_of([value / (sum(own) / whole if whole > 1 else 1.0) for own in rates for value in own])
 
 
-def slowest_forward(timings: Iterable[AnswerTiming]) -> float:
-    """Return the largest ratio of an answer's seconds per forward to the median of its method; at least 1.
+def check_spread(timings: Sequence[AnswerTiming]) -> None:
+    """Raise `BusyMachineError` if `plain_spread` is too large, or if the forwards of one answer took far too long.
 
     Rates are total tokens over total seconds, so one answer on a busy core could distort the rate of a method.
     """
-    told = [m for m in timings if m.tokens >= _MIN_TOKENS and m.target_forwards > 1]
-    slowest = 1.0
-    for part in grouped(told, lambda m: m.method):
-        seconds = [(m.seconds - m.prefill_seconds) / (m.target_forwards - 1) for m in part]
-        slowest = max(slowest, max(seconds) / middle if (middle := median(seconds)) > 0 else 1.0)
-    return slowest
-
-
-def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Raise `BusyMachineError` if `plain_spread` or `slowest_forward` is too large and there are eight answers."""
     answers = sum(m.method == PLAIN for m in timings)
     if answers < _MIN_ANSWERS:
         return
-    spread, slowest = plain_spread(timings), slowest_forward(timings)
-    if slowest > _INTERRUPTED:
-        raise BusyMachineError(
-            f"The machine is noisy: forwards of one answer took {slowest:.0f} times as long as others of its method. "
-            f"Measure again when no other process uses the cores, {NOISE_OPTION}."
-        )
+    told = [m for m in timings if m.tokens >= _MIN_TOKENS and m.target_forwards > 1]
+    for part in grouped(told, lambda m: m.method):
+        seconds = [(m.seconds - m.prefill_seconds) / (m.target_forwards - 1) for m in part]
+        if max(seconds) > _INTERRUPTED * median(seconds) > 0:
+            raise BusyMachineError(
+                f"The machine is noisy: forwards of one answer took {max(seconds) / median(seconds):.0f} times as "
+                "long as others of its method. Measure again when no other process uses the cores, "
+                f"{NOISE_OPTION}."
+            )
+    spread = plain_spread(timings)
     if spread is not None and spread > MAX_SPREAD:
         raise BusyMachineError(
             f"The machine is noisy: plain decoding's rates spread by {spread:.0%} (interquartile range over median, "
@@ -272,7 +248,7 @@ class Standing:
     to_fastest: Interval  # rate over the rate of the fastest method
 
 
-def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
+def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float) -> str:
     """Return advice on which method to use. `verify_cost`: cost of verifying `NAMED_NODES` nodes, in plain steps."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
@@ -286,7 +262,7 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
     return advise(standings, verify_cost, len({m.prompt for m in timings}))
 
 
-def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
+def advise(standings: Sequence[Standing], verify_cost: float, prompts: int) -> str:
     """Return advice on which method to use, from the `standings` of all methods except plain decoding.
 
     A ratio whose 95% interval contains 1 counts as no difference. `prompts` is their number; one has no interval.
@@ -303,21 +279,19 @@ def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: in
     return said
 
 
-def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
+def _choice(standings: Sequence[Standing], verify_cost: float) -> str:
     if not standings:
         return "Nothing was compared with plain decoding: choose with --methods, --policy or --shapes."
     fastest = max(standings, key=lambda standing: standing.to_plain.ratio)
     if fastest.to_plain.low <= 1:
-        verdict, cost = "Decode plainly: nothing is faster beyond noise on this machine", ""
+        verdict = "Decode plainly: nothing is faster beyond noise on this machine"
         if fastest.to_plain.high < 1:
             verdict = "Speculation does not pay on this machine"
-        if verify_cost is not None:
-            cost = f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps, and "
-        return f"{verdict}: {cost}the fastest, {fastest.name}, reaches {fastest.to_plain}."
-    equal = [s for s in standings if s is fastest or s.to_fastest.high >= 1]
+        cost = f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps"
+        return f"{verdict}: {cost}, and the fastest, {fastest.name}, reaches {fastest.to_plain}."
+    # one that is not surely faster than plain decoding equals the fastest only because its interval is wide
+    equal = [s for s in standings if s is fastest or (s.to_fastest.high >= 1 and s.to_plain.low > 1)]
     simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
-    if simplest.to_plain.low <= 1:  # it equals the fastest only because its interval is wide
-        simplest = fastest
     gain = simplest.to_plain
     times = f"{gain.ratio:.2f} times plain decoding ({gain.low:.2f} to {gain.high:.2f})"
     if simplest is fastest:
@@ -345,18 +319,14 @@ def markdown_table(results: dict[str, Any]) -> str:
             nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
             same = same_text(row, results) if dataset == ALL else ""
             cells = [dataset, *([f"{row['temperature']:g}"] if several else [])]
-            lines.append(table_row([*cells, *summary_cells(row), *_efficiency_cells(row, told), nodes, same]))
+            values = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in told]
+            efficiency = ["" if value is None else f"{value:.2f}" for value in values]
+            lines.append(table_row([*cells, *summary_cells(row), *efficiency, nodes, same]))
     if results.get("not_compiled"):
         lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
     if results.get("same_text_invariant"):
         lines += ["", SAME_TEXT_INVARIANT]
     return "\n".join(lines)
-
-
-def _efficiency_cells(row: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Format the values of `row` for the columns `names`; values that are unknown or estimated become empty."""
-    told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
-    return ["" if value is None else f"{value:.2f}" for value in told]
 
 
 def summary_cells(row: dict[str, Any]) -> list[str]:
@@ -437,8 +407,4 @@ def _compact(part: Any) -> str:
 
 def rounded(part: Any) -> Any:
     """Round all floats in JSON values to seven significant digits."""
-    if isinstance(part, dict):
-        return {name: rounded(value) for name, value in part.items()}
-    if isinstance(part, list | tuple):
-        return [rounded(value) for value in part]
-    return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part
+    return json.loads(json.dumps(part), parse_float=lambda text: float(f"{float(text):.{_DIGITS}g}"))

@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..data import Conversation, load_conversations, prompt_fingerprint, to_tokens
 from ..testing import explain_divergence
-from .methods import Bench, Method, Prompt, check_distinct
+from .methods import Bench, Method, Prompt
 from .results import PLAIN, AnswerTiming, Run
 
 
@@ -37,16 +37,13 @@ class Dialogue:
             raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
         return cls(name, messages[: users[0]], tuple(messages[index]["content"] for index in users))
 
-    def asked(self, answers: Sequence[str]) -> Conversation:
-        """Return the conversation with these answers, up to the next user turn."""
+    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
+        """Return the conversation with these answers, up to the next user turn, as tokens."""
         messages = [*self.opening]
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
-
-    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
-        """Return the conversation with these answers, up to the next user turn, as tokens."""
-        return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
+        messages.append({"role": "user", "content": self.turns[len(answers)]})
+        return Prompt(self.name, to_tokens(messages, tokenizer), len(answers) + 1)
 
     @property
     def fingerprint(self) -> str:
@@ -88,9 +85,7 @@ class Judge:
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
-        self._target = target
-        self._promises = {method.name for method in methods if method.seed_exact}
-        self._references = {method.name: method.reference for method in methods}
+        self._target, self._methods = target, {method.name: method for method in methods}
         # Method -> how many answers of the first repeat equal plain decoding; below: plain decoding in the same mode
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
         in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
@@ -100,10 +95,10 @@ class Judge:
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
         by_name = {run.timing.method: run for run in runs}
         for name, run in by_name.items():
-            timing, reference = run.timing, by_name[self._references[name]]
-            same = _is_same(run, reference)
+            timing, reference = run.timing, by_name[self._methods[name].reference]
+            same = torch.equal(run.token_ids, reference.token_ids)
             if timing.repeat == 0:
-                self.same_text[name] += _is_same(run, by_name[PLAIN])
+                self.same_text[name] += torch.equal(run.token_ids, by_name[PLAIN].token_ids)
                 if name in self.same_text_invariant:
                     self.same_text_invariant[name] += same
             difference = None if same else self._difference(prompt, reference, run)
@@ -118,13 +113,9 @@ class Judge:
             divergence = explain_divergence(self._target, prompt.input_ids, *ids, invariant=is_invariant)
             return None if divergence is None or divergence.explained else str(divergence)
         exact = is_invariant or self._target.dtype in (torch.float32, torch.float64)
-        if name in self._promises and exact:
+        if self._methods[name].seed_exact and exact:
             return "sampled another text than plain decoding with the same seed"
         return None
-
-
-def _is_same(run: Run, other: Run) -> bool:
-    return run.token_ids.tolist() == other.token_ids.tolist()
 
 
 class Session:
@@ -145,12 +136,18 @@ class Session:
         repeats: Sequence[int] = (0,),
         base: str = PLAIN,
     ) -> None:
-        check_distinct(methods)
+        twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"Several methods have the name {', '.join(twice)}. Pass each policy and shape once, and give policy "
+                "folders different names."
+            )
         self.bench, self.dialogues, self.methods = bench, dialogues, methods
         self._tokenizer, self._temperatures, self._repeats, self._base = tokenizer, temperatures, repeats, base
         self.runs: list[Run] = []  # only turns that every method has answered
         self.cut: set[str] = set()  # names of conversations that ended early
-        self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * len(repeats)
+        turns = sum(len(dialogue.turns) for dialogue in dialogues)
+        self.total = turns * len(temperatures) * len(repeats) * len(methods)  # number of answers
         context: int = bench.target.config.get_text_config().max_position_embeddings
         self._max_length = context - bench.max_new_tokens
         for dialogue in dialogues:
@@ -162,15 +159,8 @@ class Session:
                 )
 
     @property
-    def total(self) -> int:
-        return self._planned * len(self.methods)
-
-    @property
     def timings(self) -> list[AnswerTiming]:
         return [run.timing for run in self.runs]
-
-    def runs_of(self, method: str) -> list[Run]:
-        return [run for run in self.runs if run.timing.method == method]
 
     def warm_up(self) -> None:
         """Decode a few tokens with every method, so that no timed answer has to compile or allocate."""
@@ -200,7 +190,7 @@ class Session:
             prompt = dialogue.prompt(self._tokenizer, answers)
             if len(prompt.input_ids) > self._max_length:
                 self.cut.add(dialogue.name)
-                self._planned -= len(dialogue.turns) - turn + 1
+                self.total -= (len(dialogue.turns) - turn + 1) * len(self.methods)
                 return
             runs: dict[str, Run] = {}
             for method in order:
