@@ -34,7 +34,7 @@ def target() -> PreTrainedModel:
         ({"feature_layers": [3, 2]}, "distinct and ascending"),
         ({"confidence": True, "confidence_with_markov": True}, "a Markov correction"),
         ({"conv_kernel_size": 2, "conv_group_size": 7, "hidden_size": 32}, "must divide the width 32"),
-        ({"draft_vocab_size": 16}, "a draft vocabulary needs one"),
+        ({"draft_vocab_size": 16}, "a draft vocabulary needs an output head of its own"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers=0`"),
         ({"shifted": 1}, "`shifted=1`.*True or False"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "RoPE of the kind 'spiral'"),

@@ -93,7 +93,7 @@ def test_what_looking_up_takes_beside_the_forward_is_learned_and_fades_where_not
 
 
 def test_a_rescaled_copy_takes_longer_and_leaves_the_original_alone() -> None:
-    costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, level_seconds=0.1, overhead=0.05)
+    costs = RunningCosts({1: 1.0, 4: 1.2}, level_seconds=0.1, overhead=0.05)
     longer = costs.rescaled(2.0)
     assert [longer.verify_seconds(nodes) for nodes in (1, 4)] == [2.0, 2.4]
     assert [costs.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]

@@ -254,7 +254,7 @@ def test_losses_are_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(pla
         guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
         return guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
 
-    guard._own_costs = RunningCosts.starting_from({1: 1.0, 2: 1.1}, 0.05)
+    guard._own_costs = RunningCosts({1: 1.0, 2: 1.1}, 0.05)
     shape, steps = shape_after(1.0), 0
     while not shape.is_plain:
         guard.observe(StepRecord(shape, 1, 2, RowCounts([steps % 2]), RowCounts([1 + steps % 2]), 0.05, 1.65, 1.7))
@@ -294,7 +294,7 @@ def test_costs_of_the_policy_are_its_own_to_change(learns: bool) -> None:
     """In a far longer context all steps take twice as long. The guard asks for it and changes nothing itself."""
 
     class Owner(FixedPolicy):
-        costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, 0.05) if learns else None
+        costs = RunningCosts({1: 1.0, 4: 1.2}, 0.05) if learns else None
 
     policy = Owner(TreeShape(4, 3, 1))
     known, guard = policy.costs, BaselineGuard(policy)

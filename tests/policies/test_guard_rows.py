@@ -47,7 +47,7 @@ def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> N
 @pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
 def test_what_was_too_expensive_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
     guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
-    guard._own_costs = RunningCosts.starting_from({1: 1.0, 2: 1.2}, 0.05)
+    guard._own_costs = RunningCosts({1: 1.0, 2: 1.2}, 0.05)
     written, step = 0, 0
 
     def next_step(emitted: tuple[int, ...]) -> bool:
@@ -72,7 +72,7 @@ def test_the_budget_pays_for_the_nodes_of_all_rows_together() -> None:
             return [9, 1, 1, 1]
 
     guard = BaselineGuard(Greedy(TreeShape(9, 1, 8)))
-    guard._own_costs = RunningCosts.starting_from({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
+    guard._own_costs = RunningCosts({1: 1.0, 5: 1.2, 33: 3.0}, 0.01)
     guard._plain.seconds = 1.0
     guard._budget.seconds = -0.3
     seen = replace(observation(4, 3), pricing=Pricing(packs_rows=True), row_accept_probs=lambda: [[]] * 4)

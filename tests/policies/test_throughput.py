@@ -221,7 +221,7 @@ def test_a_node_that_does_not_pay_is_taken_for_the_sake_of_those_after_it() -> N
 
 def test_a_changed_cost_is_seen_at_the_next_step() -> None:
     """Eight looked-up nodes pay until the machine turns out to be slower at trees of eight."""
-    costs = RunningCosts.starting_from({1: 1.0, 9: 1.4}, level_seconds=0.0)
+    costs = RunningCosts({1: 1.0, 9: 1.4}, level_seconds=0.0)
     policy = ThroughputPolicy(costs=costs)
     observation = Observation(None, 100, 1, 96, lambda: [0.95**place for place in range(1, 9)], can_draft=False)
     assert policy.choose(observation).lookup == 8
@@ -236,7 +236,7 @@ def test_where_one_pass_gives_all_levels_all_are_drafted_and_nobody_asks_between
     """Further levels and children cost nothing there: how many nodes pay is decided afterwards."""
     shapes = {}
     for at_once in (False, True):
-        policy = ThroughputPolicy(costs=RunningCosts.starting_from({1: 0.02, 8: 0.03}, 0.02, start_seconds=0.001))
+        policy = ThroughputPolicy(costs=RunningCosts({1: 0.02, 8: 0.03}, 0.02, start_seconds=0.001))
         seen = Observation(None, 50, 3, 100, list, device_type=device, drafts_at_once=at_once)
         shapes[at_once] = policy.choose(seen)
         assert policy.grows is (device == "cpu" and not at_once)

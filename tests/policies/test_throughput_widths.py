@@ -246,3 +246,13 @@ def test_a_width_that_never_wins_is_tried_ever_less(most: int) -> None:
     trials = [step for step, width in enumerate(chosen) if width > 1]
     assert trials == ([] if most == 1 else [8, 25, 58, 123, 252, 509, 766, 1023])
     assert set(chosen[step] for step in trials) <= {2}
+
+
+def test_a_batch_that_allows_only_chains_teaches_nothing_about_wider_drafts() -> None:
+    memory = WidthMemory(4)
+    for step in range(400):
+        assert memory.choose(1) == 1
+        memory.add(2.0, 0.5 + 0.5 * (step % 9 != 8))  # every step after eight, when a trial is due, is fast by chance
+    assert memory.choose(4) == 2, "the first trial"
+    memory.add(2.0, 9.0)
+    assert memory.choose(4) == 1

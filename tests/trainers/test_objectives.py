@@ -12,9 +12,8 @@ from tests.conftest import build_target
 from tests.heads.blocks import CASES, LAYERS, Block, random_tensors, reference_outputs, reference_scores
 from tests.trainers.heads import config
 from transformers_resps import BlockHead
-from transformers_resps.trainers.blocks import draw_anchors
 from transformers_resps.trainers.features import FrozenTarget, TargetFeatures
-from transformers_resps.trainers.objectives import BlockObjective
+from transformers_resps.trainers.objectives import BlockObjective, draw_anchors
 
 
 LEVELS, DECAY = 3, 0.7

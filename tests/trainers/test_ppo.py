@@ -11,10 +11,8 @@ from transformers_resps.trainers.ppo import (
     entropy,
     expected_gain,
     gae,
-    relative_gains,
     standardized,
     tokens_per_second,
-    value_loss,
 )
 
 
@@ -67,10 +65,6 @@ def test_entropy_of_known_distributions() -> None:
     torch.testing.assert_close(entropy(logits), tensor(math.log(4), 1.75 * math.log(2), 0))
 
 
-def test_value_loss_by_hand() -> None:
-    assert value_loss(tensor(1, 2), tensor(3, 5)).item() == pytest.approx((4 + 9) / 2)
-
-
 def test_standardized_values_and_the_case_of_no_spread() -> None:
     values = standardized(tensor(1, 2, 3, 6))
     assert values.mean().item() == pytest.approx(0, abs=1e-9)
@@ -88,13 +82,13 @@ def test_gain_prefers_throughput_where_the_mean_of_rates_does_not() -> None:
     assert tokens_per_second(**outcomes, persistence=10).tolist() == pytest.approx([0.15, 0.16])
 
 
-def test_relative_gains_are_blind_to_states_and_units() -> None:
+def test_standardized_gains_are_blind_to_states_and_units() -> None:
     values = torch.stack([tensor(1, 2, 6), tensor(-3, 0, 3)])
-    relative = relative_gains(values)
+    relative = standardized(values)
     by_hand = torch.stack([tensor(-2, -1, 3), tensor(-3, 0, 3)]) / math.sqrt((4 + 1 + 9 + 9 + 9) / 6)
     torch.testing.assert_close(relative, by_hand)
-    torch.testing.assert_close(relative_gains(7 * values + tensor(5, -7)[:, None]), relative)
-    assert relative_gains(torch.ones(2, 3)).abs().max() == 0
+    torch.testing.assert_close(standardized(7 * values + tensor(5, -7)[:, None]), relative)
+    assert standardized(torch.ones(2, 3)).abs().max() == 0
 
 
 def test_expected_gain_has_the_exact_policy_gradient() -> None:

@@ -7,6 +7,7 @@ order: the layers, the corrections, the head, and the head bound to one target.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar, cast
 
@@ -16,51 +17,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ..compat import input_embedding
-from ..drafting import Entries, FileReading, Places, TrainableModel, Wanted, at_wanted
+from ..drafting import Entries, FileReading, Places, Wanted, at_wanted
 from ..drafting.blocks import BlockModel, BlockSlots, Branching
 from ..tree import TreeShape
-from ..verifying.attention import attend
 from ..verifying.masks import AttentionPattern
-from ..verifying.prepacking import PackedWeights
-from .config import BlockHeadConfig, has_fixed_rope
-from .formats.blocks import canonical_block_head
+from .config import BlockHeadConfig
+from .formats.blocks import read_block
 from .formats.writing import export_block_head
 from .fresh import block_fields, fresh_head, start_layers
 from .identity import parameter_fingerprint
-from .model import DraftHead, Formats, HeadModel, Rope, RotaryEmbedding
+from .model import Attend, BoundModel, DraftHead, HeadAttention, HeadModel, Rope, with_masks
 
 
 _CORRECTED = 64  # A Markov head corrects only so many likeliest tokens of a slot: DominoTree (arXiv 2607.08642).
-
-
-# Attention: (layer index, queries [b, heads, q, hd], keys [b, kv heads, q, hd], values) -> [b, heads, q, hd]
-AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class BlockAttention(nn.Module):
-    """Attention of a block's positions (slots) to the text and to each other, with one key projection for both."""
-
-    def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
-        super().__init__()
-        self.layer_index, self.head_dim = layer_index, config.head_dim
-        widths = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, widths[0], bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, widths[1], bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, widths[1], bias=config.attention_bias)
-        self.o_proj = nn.Linear(widths[0], config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-    def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Compute keys, rotated by RoPE, and values from states `[b, t, h]`: `[b, kv heads, t, hd]` each."""
-        keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rope.turn(keys), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(self, states: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
-        queries = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        attended = attend(self.layer_index, rope.turn(queries), *self.entries(states, rope))
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 class GroupedConvolution(nn.Module):
@@ -75,10 +44,11 @@ class GroupedConvolution(nn.Module):
         self.base_kernel = nn.Parameter(torch.zeros(2, taps, config.hidden_size))
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * taps * (config.hidden_size // group), bias=False)
 
-    def kernels(self, states: Tensor) -> Tensor:
-        """Compute both kernels `[b, q, 2, taps, groups, channels of a group]` from the input of the sublayer."""
+    def forward(self, states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a sublayer to states `[b, q, h]`, between the two convolutions."""
         own = self.base_kernel.unflatten(-1, (self._shape[2], -1))
-        return self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
+        kernels = self.kernel_projection(states).unflatten(-1, self._shape) + own.to(states.dtype)
+        return self.convolve(sublayer(self.convolve(states, kernels[:, :, 0])), kernels[:, :, 1])
 
     @staticmethod
     def convolve(states: Tensor, kernels: Tensor) -> Tensor:
@@ -91,12 +61,16 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the positions of a block: maps `[b, q, h]` to `[b, q, h]`."""
+    """A decoder layer over the positions of a block: maps `[b, q, h]` to `[b, q, h]`.
+
+    The slots attend to the text and to each other, with one key projection for both.
+    """
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
         super().__init__()
+        width, bias = config.hidden_size, config.attention_bias
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = BlockAttention(config, layer_index)
+        self.self_attn = HeadAttention(config, layer_index, width, output_bias=bias, qk_norm=True)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
         if config.conv_kernel_size is not None:
@@ -104,18 +78,13 @@ class BlockLayer(nn.Module):
             self.mlp_conv = GroupedConvolution(config)
         self.has_convolutions = config.conv_kernel_size is not None
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
+    def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
         states = self.input_layernorm(hidden)
         if not self.has_convolutions:
             hidden = hidden + self.self_attn(states, rope, attend)
             return hidden + self.mlp(self.post_attention_layernorm(hidden))
-        kernels = self.attention_conv.kernels(states)
-        states = self.self_attn(GroupedConvolution.convolve(states, kernels[:, :, 0]), rope, attend)
-        hidden = hidden + GroupedConvolution.convolve(states, kernels[:, :, 1])
-        states = self.post_attention_layernorm(hidden)
-        kernels = self.mlp_conv.kernels(states)
-        states = self.mlp(GroupedConvolution.convolve(states, kernels[:, :, 0]))
-        return hidden + GroupedConvolution.convolve(states, kernels[:, :, 1])
+        hidden = hidden + self.attention_conv(states, partial(self.self_attn, rope=rope, attend=attend))
+        return hidden + self.mlp_conv(self.post_attention_layernorm(hidden), self.mlp)
 
 
 class MarkovHead(nn.Module):
@@ -166,11 +135,8 @@ class MarkovHead(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        return self.markov_w2.weight  # [d, r]
-
-    def rows(self, candidates: Tensor) -> Tensor:
-        """Look up the vectors `[..., r]` of possible next tokens, given as draft ids."""
-        return F.embedding(candidates, self.table)
+        """The vectors `[d, r]` of possible next tokens, by draft id."""
+        return self.markov_w2.weight
 
 
 class CandidateSelector(nn.Module):
@@ -193,9 +159,6 @@ class CandidateSelector(nn.Module):
     @property
     def table(self) -> Tensor:
         return self.successor_codebook.weight
-
-    def rows(self, candidates: Tensor) -> Tensor:
-        return F.embedding(candidates, self.table)
 
 
 class ConfidenceHead(nn.Module):
@@ -249,7 +212,7 @@ class BlockHead(HeadModel):
     main_input_name = "features"
     _no_split_modules = ["BlockLayer"]
     sizing_fields = (*DraftHead.sizing_fields, "block_size", "mask_token_id", "shifted", "causal", "correction")
-    _formats = Formats(canonical_block_head, export_block_head)
+    _read, _export = staticmethod(read_block), staticmethod(export_block_head)
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__(config)
@@ -257,19 +220,13 @@ class BlockHead(HeadModel):
         self.fc = nn.Linear(len(config.feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if config.owns_output_head:
-            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
-        if config.draft_vocab_size is not None:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self._add_last_parts()
         if config.correction == "selector":
             self.candidate_selector = CandidateSelector(config)
         elif config.correction != "none":
             self.markov_head = MarkovHead(config)
         if config.confidence:
             self.confidence_head = ConfidenceHead(config)
-        self.rotary_emb = RotaryEmbedding(cast(Any, config))
-        self._packed = PackedWeights()
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     @property
@@ -287,7 +244,7 @@ class BlockHead(HeadModel):
         for index, layer in enumerate(cast(Sequence[BlockLayer], self.layers)):
             entries.update(*layer.self_attn.entries(fused, rope), index)
 
-    def forward(self, embeddings: Tensor, rope: Rope, attend: AttendBlock) -> Tensor:
+    def forward(self, embeddings: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """Run the layers and the final norm over the embeddings `[b, q, h]` of blocks' tokens; return `[b, q, h]`."""
         hidden = embeddings
         for layer in self.layers:
@@ -353,55 +310,28 @@ class BlockHead(HeadModel):
         unchanged or shifted by one, with both values of `shifted` and of `causal`. The last ones change only the RoPE
         base or only the embedding scale.
         """
-        config, text = self.config, target.config.get_text_config()
-        assert config.feature_layers is not None and config.rope_parameters is not None and config.causal is not None
-        theirs = getattr(text, "rope_parameters", None) or {}
-        theirs = theirs.get("full_attention") or theirs
-        base, scale = config.rope_parameters["rope_theta"], config.embedding_scale
-        near = [tuple(layer + shift for layer in config.feature_layers) for shift in (0, 1, -1)]
-        within = [layers for layers in near if layers[0] >= 0 and layers[-1] <= text.num_hidden_layers]
-        alike = [(flag,) * config.num_hidden_layers for flag in (True, False)]
+        config, (within, (base, *others)) = self.config, self.near(target)
+        assert config.causal is not None
+        scale, alike = config.embedding_scale, [(flag,) * config.num_hidden_layers for flag in (True, False)]
         kinds = dict.fromkeys([tuple(config.causal), *alike])
-        first = BlockReading(near[0], config.shifted, tuple(config.causal), base, scale)
+        first = BlockReading(within[0], config.shifted, tuple(config.causal), base, scale)
         for layers, shifted, causal in product(within, (config.shifted, not config.shifted), kinds):
             yield BlockReading(layers, shifted, causal, base, scale)
-        others = {other for other in (1e4, 1e6, theirs.get("rope_theta")) if other} - {base}
         yield from (replace(first, rope_theta=other) for other in sorted(others))
         yield from (replace(first, embedding_scale=other) for other in {1.0, config.hidden_size**0.5} - {scale})
 
 
-class BoundBlockHead(BlockModel, TrainableModel):
-    """A block head together with the embedding table and output head of its target; see `BoundHead`."""
-
-    is_compilable = True
+class BoundBlockHead(BlockModel, BoundModel):
+    """A block head together with its target's parts."""
 
     def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
-        head.prepare(target)
-        config, table = head.config, input_embedding(target)
+        super().__init__(head, target, forward)
+        config = self._config = head.config
         assert config.windows is not None and config.causal is not None
-        self.device, self.dtype = head.device, head.dtype
-        self.proposable_tokens, self.block_levels = config.proposable_tokens, config.levels
+        self.block_levels, self.mask_token_id = config.levels, config.mask_token_id
         self.most_children = self.proposable_tokens if head.correction is None else head.correction.candidates
-        self.mask_token_id = config.mask_token_id
-        self.has_fixed_places = has_fixed_rope(config.rope_parameters)
         self.patterns = list(map(AttentionPattern, config.windows, config.causal))
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
-        self._head, self._config = head.packed_view() if forward is None else head, config
-        self._forward = forward or self._head
-        self._table = table
-        output = self._head.lm_head if config.owns_output_head else target.get_output_embeddings()
-        self._output = output
-        self._draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
-
-    @property
-    def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, self._table, self._output])
-
-    def fuse(self, features: Tensor) -> Tensor:
-        return self._head.fuse(features)
-
-    def places(self, positions: Tensor) -> Places:
-        return self._head.rope(positions)
 
     def run(
         self,
@@ -414,7 +344,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
     ) -> Tensor:
         """Append the keys and values of committed tokens to `entries`; return the tokens' fused features, `hidden`."""
         assert hidden is not None
-        self._head.write_context(hidden, Rope(*places), entries)
+        self.head.write_context(hidden, Rope(*places), entries)
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
@@ -424,12 +354,12 @@ class BoundBlockHead(BlockModel, TrainableModel):
 
     def context_entries(self, layer: int, fused: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Project fused features `[b, t, h]` to the keys and values of one layer."""
-        return cast(BlockLayer, self._head.layers[layer]).self_attn.entries(fused, Rope(*places))
+        return cast(BlockLayer, self.head.layers[layer]).self_attn.entries(fused, Rope(*places))
 
-    def run_block(self, tokens: Tensor, places: Places, attend: AttendBlock) -> Tensor:
+    def run_block(self, tokens: Tensor, places: Places, attend: Attend) -> Tensor:
         """Run the head over the tokens `[b, q]` of blocks; return outputs `[b, q, h]` after the final norm."""
-        table = self._table.weight
-        rows = F.embedding(tokens.to(table.device), table)  # not `self._table(tokens)`, which may scale its rows
+        table = self.embed_tokens.weight
+        rows = F.embedding(tokens.to(table.device), table)  # not `embed_tokens(tokens)`, which may scale its rows
         embeddings = rows.to(self.device, self.dtype)
         if self._config.embedding_scale != 1.0:
             embeddings = embeddings * self._config.embedding_scale
@@ -449,11 +379,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         masks: Sequence[Tensor | None],
     ) -> BlockSlots:
         tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self.mask_token_id)
-
-        def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return attend(queries, *entries.update(keys, values, layer), masks[layer])
-
-        output = self.run_block(tokens, places, attend_block)
+        output = self.run_block(tokens, places, with_masks(entries, masks))
         hidden = self.predicting(output, levels)
         return BlockSlots(hidden, self.logits(hidden), None if self._config.shifted else output[:, 0])
 
@@ -461,25 +387,13 @@ class BoundBlockHead(BlockModel, TrainableModel):
         multiplier = self._config.output_multiplier
         return output if multiplier == 1.0 else output * multiplier
 
-    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        return self._output.weight, getattr(self._output, "bias", None)
-
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """Compute the output head's logits, not corrected by `MarkovHead` or `CandidateSelector`."""
-        weight = self._output.weight
-        logits = self._output(normed.to(weight.device, weight.dtype)).to(normed.device, torch.float32)
-        cap = self._config.final_logit_softcapping
+        logits, cap = super().normed_logits(normed), self._config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        if self._draft_token_ids is None:
-            return draft_ids
-        if torch.compiler.is_compiling():  # saved compiled code can refer only to buffers of the head
-            return draft_ids + cast(Tensor, self._head.d2t)[draft_ids]
-        return self._draft_token_ids[draft_ids]
-
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
-        correction, logits = self._head.correction, slots.logits
+        correction, logits = self.head.correction, slots.logits
         if correction is None:
             scores, best = logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
             scores = self._sure((scores + ranks)[:, :, None], slots.hidden[:, :, None])
@@ -487,7 +401,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         # Correct only a slot's likeliest tokens (candidates), and keep the sum of their probabilities.
         base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
         mass = base.logsumexp(-1)
-        tokens, rows = self.target_ids(candidates), correction.rows(candidates)  # [b, D, m, r]
+        tokens, rows = self.target_ids(candidates), F.embedding(candidates, correction.table)  # [b, D, m, r]
         # Rows of the tokens that may come before each slot: [b, D, m, r].
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
@@ -529,7 +443,7 @@ class BoundBlockHead(BlockModel, TrainableModel):
         """
         if not self._config.confidence:
             return scores
-        return scores + F.logsigmoid(self._head.confidence(hidden, before))[..., None]
+        return scores + F.logsigmoid(self.head.confidence(hidden, before))[..., None]
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:

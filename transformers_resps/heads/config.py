@@ -1,7 +1,6 @@
 """Configurations of draft heads and block heads. Heads in every published layout are converted to these."""
 
 import os
-from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -34,9 +33,16 @@ def default_feature_layers(layer_count: int) -> list[int]:
     return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
 
 
-def check_numbers(config: PreTrainedConfig, what: str) -> None:
-    """Raise a `ValueError` if a flag is no bool or a number not positive. `what` names the head in the message."""
-    for name, kind in type(config).__annotations__.items():
+def default_layer_ids(depth: int, count: int) -> list[int]:
+    """Return the target layers that z-lab's heads of `count` layers read (z-lab/dflash, `build_target_layer_ids`)."""
+    if count == 1:
+        return [depth // 2]
+    return [round(1 + index * (depth - 4) / (count - 1)) for index in range(count)]
+
+
+def _check_numbers(config: "HeadConfig") -> None:
+    """Raise a `ValueError` if a flag is no bool or a number not positive."""
+    for name, kind in config.field_types().items():
         value = getattr(config, name)
         is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
         if kind is bool:
@@ -48,39 +54,82 @@ def check_numbers(config: PreTrainedConfig, what: str) -> None:
         else:
             continue
         if not is_right and not (value is None and kind in (int | None, float | None)):
-            raise ValueError(f"A {what} got `{name}={value!r}`, but it must be {needed}. Correct it.")
-
-
-def check_rope(rope: dict[str, Any] | None, what: str) -> None:
-    """Raise a `ValueError` if heads do not support these RoPE parameters. `what` names the head in the message."""
-    rope = rope or {}
-    kind = rope.get("rope_type") or rope.get("type", "default")
-    if kind not in _ROPE_NEEDS:
-        raise ValueError(
-            f"A {what} got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct `rope_parameters`."
-        )
-    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
-    if missing:
-        raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
-    if not rope.get("rope_theta", ROPE_BASE) > 0:
-        raise ValueError(
-            f"A {what} got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number. Correct it."
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
-            "but only full rotation is supported. Use another head."
-        )
-
-
-def has_fixed_rope(rope: dict[str, Any] | None) -> bool:
-    """Return whether RoPE's angles at a position are the same for texts of any length."""
-    rope = rope or {}
-    return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
+            raise ValueError(f"A {config.kind_of_head} got `{name}={value!r}`, but it must be {needed}. Correct it.")
 
 
 class HeadConfig(PreTrainedConfig):
-    """Base class of the heads' configurations."""
+    """Base class of the heads' configurations, with the fields that all of them have; see `DraftHeadConfig`."""
+
+    kind_of_head = "head"  # in messages
+
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    feature_layers: list[int] | None = None
+    vocab_size: int = 49152
+    draft_vocab_size: int | None = None
+    owns_output_head: bool = True
+    target: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        rope = self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": ROPE_BASE}
+        kind = rope.get("rope_type") or rope.get("type", "default")
+        if kind not in _ROPE_NEEDS:
+            raise ValueError(
+                f"A {self.kind_of_head} got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct "
+                "`rope_parameters`."
+            )
+        missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
+        if missing:
+            raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
+        for is_wrong, told in self._misfits():
+            if is_wrong:
+                raise ValueError(f"A {self.kind_of_head} got {told}.")
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def _misfits(self) -> list[tuple[bool, str]]:
+        """Return for each check of the fields whether it fails, and what to tell: what came, is needed, and to do."""
+        queries, keys, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim or 1
+        rope = self.rope_parameters or {}
+        theta, share = rope.get("rope_theta", ROPE_BASE), rope.get("partial_rotary_factor", 1.0)
+        return [
+            (not theta > 0, f"`rope_theta={theta!r}`, but it must be a positive number. Correct it"),
+            (
+                share != 1.0,
+                f"RoPE that rotates {share} of each attention head (`partial_rotary_factor`), but only full rotation "
+                "is supported. Use another head",
+            ),
+            (
+                self.hidden_act not in ACT2FN,
+                f"the activation {self.hidden_act!r}, but Transformers does not know it. Pass the right `hidden_act`",
+            ),
+            (
+                self.draft_vocab_size is not None and not self.owns_output_head,
+                f"draft_vocab_size={self.draft_vocab_size} and owns_output_head=False, but a draft vocabulary needs "
+                "an output head of its own. Leave out one of them",
+            ),
+            (
+                queries % keys != 0,
+                f"`num_attention_heads={queries}` and `num_key_value_heads={keys}`, but queries share keys evenly. "
+                "Make the first a multiple of the second",
+            ),
+            (head_dim % 2 != 0, f"`head_dim={head_dim}`, but RoPE rotates pairs. Pass an even `head_dim`"),
+        ]
+
+    @classmethod
+    def field_types(cls) -> dict[str, Any]:
+        """Return name and type of each field, without those of `PreTrainedConfig`."""
+        return HeadConfig.__annotations__ | cls.__annotations__
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -92,14 +141,12 @@ class HeadConfig(PreTrainedConfig):
 
     @property
     def target_width(self) -> int:
-        sizes: Any = self
-        return int(getattr(sizes, "target_hidden_size", None) or sizes.hidden_size)
+        return self.hidden_size
 
     @property
     def proposable_tokens(self) -> int:
         """Number of tokens the head can propose: the draft vocabulary's size or, without one, the target's."""
-        sizes: Any = self
-        return int(sizes.vocab_size if sizes.draft_vocab_size is None else sizes.draft_vocab_size)
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
 
 class DraftHeadConfig(HeadConfig):
@@ -115,9 +162,8 @@ class DraftHeadConfig(HeadConfig):
         sliding_window: number of newest positions that the head sees when it drafts; `None` for all. Old positions
             are dropped in groups, so it may see up to 1/16 fewer. In training it sees all.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
-        attention_bias: whether the query, key and value projections have biases.
-        attention_output_bias: whether the attention's output projection has a bias.
-        fc_bias: whether `fc`, which fuses the features, has a bias.
+        attention_bias: whether the query, key and value projections have biases; `attention_output_bias` is for the
+            output projection, `fc_bias` for `fc`, which fuses the features.
         target_hidden_size: width of the target's hidden states; `None` means h.
         feature_layers: ascending indices of the target's hidden states that the head reads, as in
             `output_hidden_states` of Transformers. 0 is the embedding output; j is the output of decoder layer j - 1
@@ -148,29 +194,16 @@ class DraftHeadConfig(HeadConfig):
 
     model_type = EAGLE.saved_as
 
-    hidden_size: int = 576
-    intermediate_size: int = 1536
+    kind_of_head = "draft head"
+
     num_hidden_layers: int = 1
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    head_dim: int | None = None
-    hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 2048
     sliding_window: int | None = None
-    rope_parameters: dict[str, Any] | None = None
-    initializer_range: float = 0.02
-    attention_bias: bool = False
     attention_output_bias: bool = False
-    mlp_bias: bool = False
     fc_bias: bool = False
     target_hidden_size: int | None = None
-    feature_layers: list[int] | None = None
     before_deepstack: bool = False
-    vocab_size: int = 49152
-    draft_vocab_size: int | None = None
     owns_embedding: bool = False
-    owns_output_head: bool = True
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -179,71 +212,59 @@ class DraftHeadConfig(HeadConfig):
     mask_token_id: int | None = None
     parallel_levels: int | None = None
     default_tree: list[int] | None = None
-    target: dict[str, Any] | None = None
-    source: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_numbers(self, "draft head")
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
+        _check_numbers(self)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.target_hidden_size = self.target_hidden_size or self.hidden_size
         if self.feature_layers is None:
             self.feature_layers = [2, 15, 27]
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
-        self._check_parts()
-        check_rope(self.rope_parameters, "draft head")
+        super().__post_init__(**kwargs)
+        TreeShape(*self.default_tree)  # raises a `ValueError` if no tree has these sizes
         self.feature_layers = sorted(self.feature_layers)
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     @property
-    def has_fixed_rope(self) -> bool:
-        return has_fixed_rope(self.rope_parameters)
+    def target_width(self) -> int:
+        assert self.target_hidden_size is not None
+        return self.target_hidden_size
 
     @property
     def features_width(self) -> int:
         """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
-        assert self.feature_layers is not None and self.target_hidden_size is not None
-        return len(self.feature_layers) * self.target_hidden_size
+        return len(self.feature_layers or ()) * self.target_width
 
-    def _check_parts(self) -> None:
+    def _misfits(self) -> list[tuple[bool, str]]:
         assert self.feature_layers is not None and self.default_tree is not None
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"A draft head got the activation {self.hidden_act!r}, which Transformers does not know. Pass "
-                "`hidden_act=` with the right one."
-            )
-        layers = self.feature_layers
+        layers, token, levels = self.feature_layers, self.mask_token_id, self.parallel_levels
         are_numbers = all(isinstance(layer, int) and layer >= 0 for layer in layers)
-        if not layers or not are_numbers or len(set(layers)) < len(layers):
-            raise ValueError(
-                f"A draft head got the feature layers {layers!r}, but they must be a list of distinct integers, at "
-                "least 0. Pass `feature_layers=[...]`, counted as in `output_hidden_states`."
-            )
-        if self.norm_before_fc and self.fc_norm:
-            raise ValueError(
-                "A draft head got both `norm_before_fc` and `fc_norm`, but features are normed once. Keep the one "
-                "that it was trained with."
-            )
-        is_parallel = self.mask_token_id is not None
-        if is_parallel != (self.parallel_levels is not None) or not 0 <= (self.mask_token_id or 0) < self.vocab_size:
-            raise ValueError(
-                f"A draft head got mask_token_id={self.mask_token_id} and parallel_levels={self.parallel_levels}, but "
-                f"a P-EAGLE head needs both, and a token from 0 to {self.vocab_size - 1}. Correct them."
-            )
-        if not 3 <= len(self.default_tree) <= 4:
-            raise ValueError(
-                f"A draft head got `default_tree={self.default_tree!r}`, but it must be a list of total_tokens, "
-                "depth, top_k and optionally lookup. Write it like [60, 8, 10]."
-            )
-        TreeShape(*self.default_tree)
+        return [
+            *super()._misfits(),
+            (
+                not layers or not are_numbers or len(set(layers)) < len(layers),
+                f"the feature layers {layers!r}, but they must be a list of distinct integers, at least 0. Pass "
+                "`feature_layers=[...]`, counted as in `output_hidden_states`",
+            ),
+            (
+                self.norm_before_fc and self.fc_norm,
+                "both `norm_before_fc` and `fc_norm`, but features are normed once. Keep the one that it was trained "
+                "with",
+            ),
+            (
+                (token is None) != (levels is None) or not 0 <= (token or 0) < self.vocab_size,
+                f"mask_token_id={token} and parallel_levels={levels}, but a P-EAGLE head needs both, and a token from "
+                f"0 to {self.vocab_size - 1}. Correct them",
+            ),
+            (
+                not 3 <= len(self.default_tree) <= 4,
+                f"`default_tree={self.default_tree!r}`, but it must be a list of total_tokens, depth, top_k and "
+                "optionally lookup. Write it like [60, 8, 10]",
+            ),
+        ]
 
 
 CORRECTIONS = ("none", "vanilla", "gated", "rnn", "selector")
@@ -275,27 +296,16 @@ class BlockHeadConfig(HeadConfig):
 
     model_type = BLOCK.saved_as
 
-    hidden_size: int = 576
-    intermediate_size: int = 1536
+    kind_of_head = "block head"
+
     num_hidden_layers: int = 2
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
     head_dim: int = 64
-    hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
-    rope_parameters: dict[str, Any] | None = None
-    initializer_range: float = 0.02
-    attention_bias: bool = False
-    mlp_bias: bool = False
     block_size: int = 8
     mask_token_id: int = 0
     shifted: bool = False
     causal: list[bool] | None = None
     windows: list[int | None] | None = None
-    feature_layers: list[int] | None = None
-    vocab_size: int = 49152
-    draft_vocab_size: int | None = None
     owns_output_head: bool = False
     embedding_scale: float = 1.0
     output_multiplier: float = 1.0
@@ -307,84 +317,63 @@ class BlockHeadConfig(HeadConfig):
     confidence_with_markov: bool = False
     conv_kernel_size: int | None = None
     conv_group_size: int | None = None
-    target: dict[str, Any] | None = None
-    source: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_numbers(self, "block head")
+        _check_numbers(self)
         if self.causal is None:
             self.causal = [False] * self.num_hidden_layers
         if self.windows is None:
             self.windows = [None] * self.num_hidden_layers
         if self.feature_layers is None:
             self.feature_layers = [2, 9, 15, 21, 28]
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
-        check_rope(self.rope_parameters, "block head")
-        for is_wrong, came, needed in self._misfits():
-            if is_wrong:
-                raise ValueError(f"A block head got {came}, but {needed}.")
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+        super().__post_init__(**kwargs)
 
-    def _misfits(self) -> Iterator[tuple[bool, str, str]]:
-        """For each check of the fields, yield whether it fails, the values that were passed, and the values needed."""
+    def _misfits(self) -> list[tuple[bool, str]]:
         assert self.causal is not None and self.windows is not None and self.feature_layers is not None
-        count, slots, layers = self.num_hidden_layers, self.block_size, self.feature_layers
+        count, slots, layers, rank = self.num_hidden_layers, self.block_size, self.feature_layers, self.correction_rank
+        kind, taps, group = self.correction, self.conv_kernel_size or 0, self.conv_group_size
         shortest = min(filter(None, self.windows), default=slots)
-        is_markov, taps, group = self.correction in CORRECTIONS[1:4], self.conv_kernel_size or 0, self.conv_group_size
-        yield (
-            self.correction not in CORRECTIONS,
-            f"the correction {self.correction!r}",
-            f"known are {list(CORRECTIONS)}. Use a head with one of them",
-        )
-        yield (
-            not len(self.causal) == len(self.windows) == count,
-            f"causal={self.causal} and windows={self.windows}",
-            f"each needs one value for each of its {count} layers. Correct them",
-        )
-        yield (
-            shortest < slots,
-            f"a window of {shortest} positions",
-            f"its blocks have {slots} slots, which see each other. Correct `windows` or `block_size`",
-        )
-        yield (
-            self.levels < 1 or taps > slots,
-            f"block_size={slots}",
-            f"it needs {max(2 - self.shifted, taps)} slots at least. Correct `block_size`",
-        )
-        yield (
-            not 0 <= self.mask_token_id < self.vocab_size,
-            f"the mask token {self.mask_token_id}",
-            f"the table has rows 0 to {self.vocab_size - 1}. Correct `mask_token_id`",
-        )
-        yield (
-            not layers or layers != sorted({layer for layer in layers if layer >= 0}),
-            f"the feature layers {layers}",
-            "they must be distinct and ascending, counted as in `output_hidden_states`. Correct `feature_layers`",
-        )
-        yield (
-            (self.correction != "none") != bool(self.correction_rank)
-            or (self.correction == "selector") != bool(self.selector_top_k),
-            f"correction={self.correction!r}, correction_rank={self.correction_rank} and "
-            f"selector_top_k={self.selector_top_k}",
-            "a correction needs a rank, and a selector its number of candidates. Correct them",
-        )
-        yield (
-            self.confidence_with_markov and not (self.confidence and is_markov),
-            "confidence_with_markov=True",
-            "that needs a confidence head and a Markov correction. Correct it",
-        )
-        yield (
-            bool(taps) and (not group or self.hidden_size % group != 0),
-            f"conv_group_size={group}",
-            f"it must divide the width {self.hidden_size}. Correct it",
-        )
-        yield (
-            self.draft_vocab_size is not None and not self.owns_output_head,
-            f"draft_vocab_size={self.draft_vocab_size} without an output head of its own",
-            "a draft vocabulary needs one. Pass `owns_output_head=True`",
-        )
+        return [
+            *super()._misfits(),
+            (kind not in CORRECTIONS, f"the correction {kind!r}, but known are {list(CORRECTIONS)}. Use one of them"),
+            (
+                not len(self.causal) == len(self.windows) == count,
+                f"causal={self.causal} and windows={self.windows}, but each needs one value for each of its {count} "
+                "layers. Correct them",
+            ),
+            (
+                shortest < slots,
+                f"a window of {shortest} positions, but its blocks have {slots} slots, which see each other. Correct "
+                "`windows` or `block_size`",
+            ),
+            (
+                self.levels < 1 or taps > slots,
+                f"block_size={slots}, but it needs {max(2 - self.shifted, taps)} slots at least. Correct `block_size`",
+            ),
+            (
+                not 0 <= self.mask_token_id < self.vocab_size,
+                f"the mask token {self.mask_token_id}, but the table has rows 0 to {self.vocab_size - 1}. Correct "
+                "`mask_token_id`",
+            ),
+            (
+                not layers or layers != sorted({layer for layer in layers if layer >= 0}),
+                f"the feature layers {layers}, but they must be distinct and ascending, counted as in "
+                "`output_hidden_states`. Correct `feature_layers`",
+            ),
+            (
+                (kind != "none") != bool(rank) or (kind == "selector") != bool(self.selector_top_k),
+                f"correction={kind!r}, correction_rank={rank} and selector_top_k={self.selector_top_k}, but a "
+                "correction needs a rank, and a selector its number of candidates. Correct them",
+            ),
+            (
+                self.confidence_with_markov and not (self.confidence and kind in CORRECTIONS[1:4]),
+                "confidence_with_markov=True, but that needs a confidence head and a Markov correction. Correct it",
+            ),
+            (
+                bool(taps) and (not group or self.hidden_size % group != 0),
+                f"conv_group_size={group}, but it must divide the width {self.hidden_size}. Correct it",
+            ),
+        ]
 
     @property
     def levels(self) -> int:

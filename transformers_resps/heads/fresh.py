@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..compat import output_layer, text_config
 from ..verifying.forward import decoder_layers
-from .config import ROPE_BASE, default_feature_layers
+from .config import CORRECTIONS, ROPE_BASE, default_feature_layers, default_layer_ids
 from .identity import check_is_model, target_identity
 
 
@@ -49,6 +49,7 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     return ordered.long()
 
 
+@torch.no_grad()
 def fresh_head(
     kind: type[Head],
     target: PreTrainedModel,
@@ -56,12 +57,24 @@ def fresh_head(
     draft_token_ids: Tensor | Sequence[int] | None,
     fields: dict[str, Any],
 ) -> Head:
-    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`."""
+    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`.
+
+    To train faster, its `fc` copies the deepest feature, and its norm and output rows are the target's.
+    """
     rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
-    head = kind(_config(kind, target, None if rows is None else len(rows), fields))
-    head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
-    _start(head, target, rows)
-    return head
+    head: Any = kind(_config(kind, target, None if rows is None else len(rows), fields))
+    head.to(device=target.device, dtype=target.dtype)
+    width, output = head.config.hidden_size, output_layer(target)
+    if width == text_config(target).hidden_size:
+        head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
+    if rows is not None:
+        head.d2t.copy_(rows - torch.arange(len(rows)))
+    if output is not None and output.weight.shape[-1] == width:
+        if head.config.owns_output_head:
+            head.lm_head.weight.copy_(output.weight if rows is None else output.weight[rows.to(output.weight.device)])
+        if (norm := _plain_norm(target)) is not None:
+            head.norm.weight.copy_(norm)
+    return cast(Head, head)
 
 
 def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | None, fields: dict[str, Any]) -> Any:
@@ -72,11 +85,11 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
             f"{where} got a {type(target).__name__}, which is an encoder-decoder, but a head needs a decoder-only "
             "target. Call `generate` with `policy='auto'` and without a head: it drafts from the source and the text."
         )
-    unknown = sorted(set(fields) - set(of.__annotations__))
+    unknown = sorted(set(fields) - set(of.field_types()))
     if unknown:
         raise ValueError(
             f"{where} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
-            f"`{of.__name__}`, {sorted(of.__annotations__)}."
+            f"`{of.__name__}`, {sorted(of.field_types())}."
         )
     theirs = _target_sizes(target)
     chosen = {
@@ -84,27 +97,10 @@ def _config(kind: type[Head], target: PreTrainedModel, draft_vocab_size: int | N
         "draft_vocab_size": draft_vocab_size,
         "owns_output_head": draft_vocab_size is not None,
     }
-    config = of(**{name: theirs[name] for name in theirs if name in of.__annotations__} | chosen | fields)
+    config = of(**{name: theirs[name] for name in theirs if name in of.field_types()} | chosen | fields)
     for came, mend in _misfits(config, theirs):
         raise ValueError(f"{where} got {came}. {mend}.")
     return config
-
-
-@torch.no_grad()
-def _start(head: Any, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Let `fc` copy the deepest feature, and take norm and output `rows` from the target: this trains faster."""
-    width = head.config.hidden_size
-    if width == text_config(target).hidden_size:
-        head.fc.weight[:, -width:] += torch.eye(width, dtype=head.dtype, device=head.device)
-    if rows is not None:
-        head.d2t.copy_(rows - torch.arange(len(rows)))
-    output = output_layer(target)
-    if output is None or output.weight.shape[-1] != width:
-        return
-    if head.config.owns_output_head:
-        head.lm_head.weight.copy_(output.weight if rows is None else output.weight[rows.to(output.weight.device)])
-    if (norm := _plain_norm(target)) is not None:
-        head.norm.weight.copy_(norm)
 
 
 def _plain_norm(target: PreTrainedModel) -> Tensor | None:
@@ -119,7 +115,7 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
     check_is_model(target)
     config = text_config(target)
     depth, theirs = config.num_hidden_layers, getattr(config, "rope_parameters", None) or {}
-    spread = {min(max(round(1 + place * (depth - 4) / 4) + 1, 0), depth) for place in range(5)}  # as in DFlash's code
+    spread = {min(max(layer + 1, 0), depth) for layer in default_layer_ids(depth, 5)}
     fields = {
         "feature_layers": feature_layers or sorted(spread),
         "shifted": True,
@@ -128,9 +124,8 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
         "mask_token_id": _stated(config, "bos_token_id", config.vocab_size - 1),
         "rope_parameters": {"rope_type": "default", "rope_theta": theirs.get("rope_theta", ROPE_BASE)},
     } | given
-    ranked = {"correction_rank": 64, "selector_top_k": 16} if fields["correction"] == "selector" else {}
-    ranked = {"correction_rank": 64} if fields["correction"] in ("vanilla", "gated", "rnn") else ranked
-    return ranked | fields
+    ranked = {"correction_rank": 64} if fields["correction"] in CORRECTIONS[1:] else {}
+    return ranked | ({"selector_top_k": 16} if fields["correction"] == "selector" else {}) | fields
 
 
 @torch.no_grad()
@@ -150,8 +145,7 @@ def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None
 
 def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each contradiction among the config's fields or with the target's sizes, and how to correct it."""
-    layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
-    width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
+    layers, depth, width = config.feature_layers, theirs["target"]["num_hidden_layers"], theirs["hidden_size"]
     if layers[-1] > depth:
         yield (
             f"the feature layers {layers}, but this target has the hidden states 0 to {depth}",
@@ -170,18 +164,6 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"`hidden_size={config.hidden_size}`, but what it borrows from the target is {width} wide",
             "Leave it out" + ", or pass `owns_embedding=True` and `owns_output_head=True`" * may_differ,
         )
-    if config.draft_vocab_size is not None and not config.owns_output_head:
-        yield (
-            "`owns_output_head=False`, but a draft vocabulary needs an output head of its own",
-            "Leave out one of them",
-        )
-    if heads % shared:
-        yield (
-            f"`num_attention_heads={heads}` and `num_key_value_heads={shared}`, but queries share keys evenly",
-            "Make the first a multiple of the second",
-        )
-    if not config.head_dim or config.head_dim % 2:
-        yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:

@@ -13,13 +13,8 @@ from ..compat import text_config
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
     """Return the name and sizes of `target`, for `DraftHeadConfig.target`."""
     config = text_config(target)
-    return {
-        "name_or_path": target.config.name_or_path,
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-    }
+    sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return {"name_or_path": target.config.name_or_path, **{name: getattr(config, name) for name in sizes}}
 
 
 def check_is_model(target: Any) -> None:

@@ -12,28 +12,19 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from ..compat import input_embedding
-from ..drafting import (
-    DraftSource,
-    Entries,
-    FileReading,
-    Places,
-    TrainableModel,
-    TrainableSource,
-    Wanted,
-    at_wanted,
-)
+from ..drafting import DraftSource, Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..drafting.blocks import BlockModel, BlockSlots
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.attention import attend
 from ..verifying.masks import AttentionPattern
 from ..verifying.prepacking import PackedWeights
-from .config import DraftHeadConfig
-from .formats.reading import Canonical, canonical_head, read_checkpoint, split_keywords
+from .config import DraftHeadConfig, HeadConfig
+from .formats.reading import canonical_head, read_checkpoint, read_eagle, split_keywords
 from .formats.tensor_names import check_exact
 from .formats.writing import export_head
 from .fresh import fresh_head
@@ -49,9 +40,6 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE of Transformers, but `head.to(torch.bfloat16)` does not round its frequencies. Rounding would change them
     by up to 0.4%, an error of a whole turn after about 1,600 positions.
     """
-
-    def __init__(self, config: DraftHeadConfig) -> None:
-        super().__init__(cast(LlamaConfig, config))  # has the same fields
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def move(tensor: Tensor) -> Tensor:
@@ -76,33 +64,33 @@ class Rope(NamedTuple):
         return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
 
-class DraftAttention(nn.Module):
-    """Attention of a `DraftLayer`. The first layer reads the concatenation of embedding and feature, `2h` wide."""
+class HeadAttention(nn.Module):
+    """Attention of a head's layer over states of `width` numbers; with `qk_norm` queries and keys have RMSNorms."""
 
-    def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
+    def __init__(self, config: Any, layer_index: int, width: int, *, output_bias: bool, qk_norm: bool) -> None:
         super().__init__()
-        assert config.head_dim is not None
-        self.layer_index = layer_index
-        self.head_dim = config.head_dim
-        width = 2 * config.hidden_size if layer_index == 0 else config.hidden_size
-        key_width = config.num_key_value_heads * config.head_dim
-        query_width = config.num_attention_heads * config.head_dim
+        self.layer_index, self.head_dim = layer_index, config.head_dim
+        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=output_bias)
+        norms = (nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = norms
 
-    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
+    def entries(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Compute keys, rotated by RoPE, and values from states `[b, t, width]`: `[b, kv heads, t, hd]` each."""
+        keys, values = self._keys_and_values(states)
+        return rope.turn(keys), values
+
+    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return keys, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)) -> Tensor:
         """Map states `[b, t, width]` to outputs `[b, q, h]` at the `wanted` positions."""
-        heads = (-1, self.head_dim)
-        queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
-        values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
+        queries = self.q_proj(at_wanted(states, wanted)).unflatten(-1, (-1, self.head_dim))
+        queries, (keys, values) = self.q_norm(queries).transpose(1, 2), self._keys_and_values(states)
         if isinstance(wanted, slice) and queries.shape[2] == keys.shape[2]:  # rotate both together
             turned = rope.turn(torch.cat([queries, keys], dim=1))
             queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
@@ -122,7 +110,9 @@ class DraftLayer(nn.Module):
         if self.reads_embedding:
             self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = DraftAttention(config, layer_index)
+        width = config.hidden_size * (1 + self.reads_embedding)  # the first layer reads embedding and feature
+        bias, qk_norm = config.attention_output_bias, config.qk_norm
+        self.self_attn = HeadAttention(config, layer_index, width, output_bias=bias, qk_norm=qk_norm)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -160,22 +150,29 @@ class HeadReading(FileReading):
         }
 
 
-class Formats(NamedTuple):
-    """The functions that read heads of one kind from published checkpoints and write them for other engines."""
-
-    read: Canonical
-    write: Callable[[Any, dict[str, Tensor], Path, str], None]
-
-
 class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each kind saves in its own way
     """Base class of draft heads and block heads: loads, saves and publishes them, and checks their targets."""
 
     sizing_fields: ClassVar[tuple[str, ...]]  # config fields that must stay the same when training is resumed
+    config_class: type[HeadConfig]
     config: Any
     norm: nn.RMSNorm
     rotary_emb: RotaryEmbedding
     _packed: PackedWeights
-    _formats: ClassVar["Formats"]
+    _read: ClassVar[Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]]  # a `Reader` of published layouts
+    _export: ClassVar[Callable[..., None]]  # writes the head for another engine
+
+    def _add_last_parts(self) -> None:
+        """Add the parts after the layers: the final norm, the output head and draft vocabulary if any, and RoPE."""
+        config = self.config
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.owns_output_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
+        if config.draft_vocab_size is not None:
+            # Offsets, as in published files: the target id of draft id i is i + d2t[i].
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self.rotary_emb = RotaryEmbedding(config)
+        self._packed = PackedWeights()
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         """If Transformers' assisted decoding reads `generation_config`, raise an error that explains `attach`."""
@@ -217,19 +214,10 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
         self, repo_id: str, *, commit_message: str | None = None, **where: Any
     ) -> str:
-        """Publish the head on the Hub in one commit, with a plain model card if the repository has none.
+        """Publish the head on the Hub in one commit, and return the commit's URL.
 
-        Args:
-            repo_id: the repository, created if missing.
-            commit_message: by default, it names the class.
-            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            OSError: the Hub refused the upload, and nothing was committed. A `ConnectionError` if the connection
-                broke: all files were committed or none.
+        A missing repository is created, and gets a plain model card if it has none. `where` has `private`, `token`,
+        `revision` and `create_pr`, see `Destination`. Raises the errors of `upload`.
         """
         card, message = self.plain_card(repo_id), commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
@@ -259,6 +247,16 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         self.check_target(target)
         check_beside(self.device, input_embedding(target))
 
+    def near(self, target: PreTrainedModel) -> tuple[list[tuple[int, ...]], list[float]]:
+        """Return feature layers and RoPE bases that the head's file may mean, the configured ones first."""
+        text = target.config.get_text_config()
+        shifted = [tuple(layer + shift for layer in self.feature_layers) for shift in (0, 1, -1)]
+        theirs = getattr(text, "rope_parameters", None) or {}
+        theirs = theirs.get("full_attention") or theirs  # Gemma 3 has one entry for each type of layer
+        bases = dict.fromkeys([self.config.rope_parameters["rope_theta"], 1e4, 1e6, theirs.get("rope_theta")])
+        within = [layers for layers in shifted if layers[0] >= 0 and layers[-1] <= text.num_hidden_layers]
+        return within, [base for base in bases if base]
+
     def packed_view(self) -> Self:
         """Return a copy of the head with weights in a layout that is fast on CPUs (packed); return the head itself if
         packing would not be faster. The copy shares all parameters with the head. It is valid until modules of the
@@ -275,25 +273,19 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     ) -> Self:
         """Load a head in this package's format or a published layout. No weight is newly initialized.
 
-        Args:
-            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
-            target: the model to draft for. The head must fit it. It supplies sizes that the config leaves out, and the
-                dtype and device unless you pass these.
-            keywords: the loading arguments of Transformers, such as `revision`. Also any field of the head's config,
-                or `rope_theta`, to correct the config, for example as `resps doctor` suggests. `sliding_window` limits
-                how many tokens a `DraftHead` sees; `None` removes the limit.
-
-        Raises:
-            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
-                not fit `target`.
+        Without a Hub id or folder pass `config` and `state_dict`. The head must fit `target`, the model to draft for,
+        which supplies sizes that the config leaves out, and the dtype and device unless you pass these. `keywords` are
+        the loading arguments of Transformers, such as `revision`; also any field of the head's config, or
+        `rope_theta`, to correct the config, for example as `resps doctor` suggests. `sliding_window` limits how many
+        tokens a `DraftHead` sees; `None` removes the limit. Raises a `ValueError` if the files are damaged or
+        incomplete, hold another kind of drafter, contradict each other, or do not fit `target`.
         """
-        assert cls.config_class is not None
         hub, loading, overrides = split_keywords(keywords, cls.config_class)
         if target is not None:
             check_is_model(target)
         stated = loading.pop("config", None)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, stated, loading.pop("state_dict", None), **hub)
-        config, tensors = cls._formats.read(checkpoint, target, overrides)
+        config, tensors = canonical_head(checkpoint, target, overrides, cls.config_class, cls._read)
         with torch.device("meta"):
             wanted = cls(config)
         check_exact(wanted.state_dict(), tensors, checkpoint.name)
@@ -313,16 +305,10 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     ) -> None:
         """Write the head to a folder, in this package's format or in a layout of another engine.
 
-        Args:
-            save_directory: created if missing.
-            args: as in Transformers; for format "resps" only.
-            format: "resps" for this package. For other engines, a `DraftHead` has "specforge" (SGLang, llama.cpp) and
-                "speculators" (vLLM), a `BlockHead` "z-lab" and "speculators". If these engines would silently ignore a
-                property of the head, an error is raised or a warning logged: see docs/train-a-head.md.
-            keywords: as in Transformers; for format "resps" only.
-
-        Raises:
-            ValueError: the format is unknown, cannot express this head, or takes no such options.
+        `format` is "resps" for this package, which takes the options of Transformers. For other engines a `DraftHead`
+        has "specforge" (SGLang, llama.cpp) and "speculators" (vLLM), a `BlockHead` "z-lab" and "speculators". If these
+        engines would silently ignore a property of the head, a `ValueError` is raised or a warning logged: see
+        docs/train-a-head.md.
         """
         if format == "resps":
             PreTrainedModel.save_pretrained(self, save_directory, *args, **keywords)
@@ -332,7 +318,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
                 f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
                 "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
             )
-        self._formats.write(self.config, self.state_dict(), Path(save_directory), format)
+        self._export(self.config, self.state_dict(), Path(save_directory), format)
 
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
         saved = type(self).from_pretrained(folder, dtype=self.dtype)
@@ -367,7 +353,7 @@ class DraftHead(HeadModel):
     main_input_name = "features"
     _no_split_modules = ["DraftLayer"]
     sizing_fields = ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers")
-    _formats = Formats(canonical_head, export_head)
+    _read, _export = staticmethod(read_eagle), staticmethod(export_head)
 
     def __init__(self, config: DraftHeadConfig) -> None:
         super().__init__(config)
@@ -383,16 +369,9 @@ class DraftHead(HeadModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(config.features_width, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.mask_token_id is not None:
             self.mask_hidden = nn.Parameter(torch.zeros(config.features_width))
-        if config.owns_output_head:
-            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
-        if config.draft_vocab_size is not None:
-            # Offsets, as in published files: the target id of draft id i is i + d2t[i].
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.rotary_emb = RotaryEmbedding(config)
-        self._packed = PackedWeights()
+        self._add_last_parts()
         self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # (version of `fc`, fingerprint)
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
@@ -406,22 +385,13 @@ class DraftHead(HeadModel):
         return self.fc(features)
 
     def forward(
-        self,
-        hidden: Tensor,
-        embeddings: Tensor,
-        rope: Rope,
-        attend: Attend,
-        wanted: Wanted = slice(None),
+        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
     ) -> Tensor:
         """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
-        Args:
-            hidden: `[b, t, h]` fused features or, for later drafted tokens, what `feedback` returned.
-            embeddings: `[b, t, h]` of the token after each feature.
-            rope: the angles of all t positions.
-            attend: attention over the keys and values that the caller keeps (see `DraftCache`).
-            wanted: positions that need an output, a slice or indices `[b, q]`. The other positions only get keys and
-                values, which is a third of the work.
+        `hidden` `[b, t, h]` are fused features or, for later drafted tokens, what `feedback` returned; `embeddings`
+        `[b, t, h]` belong to the tokens after them. `attend` is the attention over the keys and values that the caller
+        keeps (see `DraftCache`). Positions that are not wanted only get keys and values, a third of the work.
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)
@@ -476,12 +446,9 @@ class DraftHead(HeadModel):
     ) -> "DraftHead":
         """Create an untrained head in the target's dtype, on its device. To train it see docs/train-a-head.md.
 
-        Args:
-            target: the model whose features the head will read.
-            draft_vocab_size: number d of tokens the head can propose. `None` for all, with the target's output head.
-            draft_token_ids: the target ids of these tokens, `[d]`, in any order; `None` for the lowest ids.
-            feature_layers: as in `DraftHeadConfig`; `None` for EAGLE-3's low, middle and high layer.
-            overrides: any other field of `DraftHeadConfig`.
+        The head can propose `draft_vocab_size` tokens (d), those with the target ids `draft_token_ids` `[d]`, by
+        default the lowest; `None` for all, with the target's output head. `feature_layers` are as in
+        `DraftHeadConfig`, by default EAGLE-3's low, middle and high layer; `overrides` are other fields of it.
 
         Raises:
             ValueError: the draft vocabulary is not part of the target's, or the config does not fit the target.
@@ -500,24 +467,15 @@ class DraftHead(HeadModel):
         """Yield ways to interpret the head's file, the configured one first. They combine the feature
         layers, also shifted by one, RoPE bases, and both values of `norm_before_residual` and `before_deepstack`.
         """
-        config, text = self.config, target.config.get_text_config()
-        assert config.feature_layers is not None and config.rope_parameters is not None
-        near = [tuple(layer + shift for layer in config.feature_layers) for shift in (0, 1, -1)]
-        theirs = getattr(text, "rope_parameters", None) or {}
-        theirs = theirs.get("full_attention") or theirs  # Gemma 3 has one entry for each type of layer
-        bases = [config.rope_parameters["rope_theta"], 1e4, 1e6, theirs.get("rope_theta")]
+        config = self.config
         tower = getattr(target.config, "vision_config", None)
         is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
-        axes = [
-            [layers for layers in near if layers[0] >= 0 and layers[-1] <= text.num_hidden_layers],
-            dict.fromkeys(base for base in bases if base),
-            (config.norm_before_residual, not config.norm_before_residual),
-            (config.before_deepstack, not config.before_deepstack)[: 1 + is_ambiguous],
-        ]
-        return (HeadReading(*values) for values in product(*axes))
+        residuals = config.norm_before_residual, not config.norm_before_residual
+        stacks = (config.before_deepstack, not config.before_deepstack)[: 1 + is_ambiguous]
+        return (HeadReading(*values) for values in product(*self.near(target), residuals, stacks))
 
 
-class BoundHead(TrainableModel):
+class BoundModel(TrainableModel):
     """A head together with the embedding table and output head that it borrows from its target; see `bind`.
 
     Each call of `generate` makes a new object. So the head itself holds no part of its target, and can be saved,
@@ -527,35 +485,57 @@ class BoundHead(TrainableModel):
 
     is_compilable = True
 
-    def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, head: Any, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.prepare(target)
-        config, table = head.config, input_embedding(target)
-        assert config.head_dim is not None
-        self.head = head
+        config, rope = head.config, head.config.rope_parameters
         self.device, self.dtype = head.device, head.dtype
-        self.proposable_tokens, self.has_fixed_places = config.proposable_tokens, config.has_fixed_rope
-        self.sliding_window = config.sliding_window
-        self._fast = head.packed_view() if forward is None else head
-        self._forward = forward or self._fast.forward
-        self.embed_tokens = head.embed_tokens if config.owns_embedding else table
-        output = self._fast.lm_head if config.owns_output_head else target.get_output_embeddings()
-        self._output = output
-        self._output_weight = output.weight
+        self.proposable_tokens = config.proposable_tokens
+        # Other kinds of RoPE turn a position by the same angles in texts of any length
+        self.has_fixed_places = (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
+        self.head = head.packed_view() if forward is None else head
+        self._forward = forward or self.head.forward
+        self.embed_tokens = input_embedding(target)
+        self._output = self.head.lm_head if config.owns_output_head else target.get_output_embeddings()
+        self._output_weight = self._output.weight
         self.draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
 
     @property
     def modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.head, self.embed_tokens, self._output])
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the embeddings `[b, t, h]` of target ids `[b, t]`, in the head's dtype."""
-        return self.embed_tokens(tokens).to(self.head.dtype)
-
     def fuse(self, features: Tensor) -> Tensor:
-        return self._fast.fuse(features)
+        return self.head.fuse(features)
 
     def places(self, positions: Tensor) -> Places:
         return self.head.rope(positions)
+
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
+        logits = self._output(normed.to(self._output_weight.dtype))
+        return logits.to(normed.device, torch.float32)  # a borrowed output head may be on another device
+
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        return self._output_weight, getattr(self._output, "bias", None)  # some targets have a bias
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        if self.draft_token_ids is None:
+            return draft_ids
+        if torch.compiler.is_compiling():  # saved compiled code can refer only to buffers of the head
+            return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
+        return self.draft_token_ids[draft_ids]
+
+
+class BoundHead(BoundModel):
+    """An EAGLE-3 head together with its target's parts."""
+
+    def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
+        super().__init__(head, target, forward)
+        self.sliding_window = head.config.sliding_window
+        if head.config.owns_embedding:
+            self.embed_tokens = head.embed_tokens
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the embeddings `[b, t, h]` of target ids `[b, t]`, in the head's dtype."""
+        return self.embed_tokens(tokens).to(self.dtype)
 
     def run(
         self,
@@ -572,22 +552,13 @@ class BoundHead(TrainableModel):
     def normed(self, output: Tensor, depth: int = 0) -> Tensor:
         return self.head.norm(output)
 
-    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
-        logits = self._output(normed.to(self._output_weight.dtype))
-        return logits.to(normed.device, torch.float32)  # a borrowed output head may be on another device
-
-    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
-        return self._output_weight, getattr(self._output, "bias", None)  # some targets have a bias
-
     def feedback(self, output: Tensor, hidden: Tensor | None) -> Tensor:
         return self.head.feedback(output)
 
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        if self.draft_token_ids is None:
-            return draft_ids
-        if torch.compiler.is_compiling():  # saved compiled code can refer only to buffers of the head
-            return draft_ids + cast(Tensor, self.head.d2t)[draft_ids]
-        return self.draft_token_ids[draft_ids]
+
+def with_masks(entries: Entries, masks: Sequence[Tensor | None]) -> Attend:
+    """Make the attention of a block pass: to `entries`, under the mask of each layer."""
+    return lambda layer, queries, keys, values: attend(queries, *entries.update(keys, values, layer), masks[layer])
 
 
 class BoundParallelHead(BoundHead, BlockModel):
@@ -623,12 +594,9 @@ class BoundParallelHead(BoundHead, BlockModel):
         entries: Entries,
         masks: Sequence[Tensor | None],
     ) -> BlockSlots:
-        def attend_block(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return attend(queries, *entries.update(keys, values, layer), masks[layer])
-
         tokens = root.new_full((len(root), self.width(levels)), self.mask_token_id)
         hidden = self.fuse(self.head.mask_hidden.expand(*tokens.shape, -1))
-        output = self._forward(hidden, self.embed(tokens), Rope(*places), attend_block, slice(None))
+        output = self._forward(hidden, self.embed(tokens), Rope(*places), with_masks(entries, masks), slice(None))
         normed = self.normed(torch.cat([newest, output], dim=1)[:, :levels])
         return BlockSlots(normed, self.normed_logits(normed))
 

@@ -33,8 +33,7 @@ class UnrolledEntries(Entries):
 
     def __init__(self, slots: Tensor, length: int) -> None:
         self._sees = torch.arange(length, device=slots.device) <= slots[:, None, :, None]  # [b, 1, q, t]
-        self._keys: dict[int, list[Tensor]] = {}  # layer -> one tensor for each level
-        self._values: dict[int, list[Tensor]] = {}
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # layer -> keys and values of each level
 
     @property
     def mask(self) -> Tensor | None:  # type: ignore[override]  # depends on the level
@@ -52,37 +51,26 @@ class UnrolledEntries(Entries):
     @property
     def _own_entries(self) -> int:
         """Total number of keys that all `slots` have stored at levels 1 and later, as of the beginning of a level."""
-        return self._sees.shape[2] * len(next(iter(self._keys.values()), ()))
+        return self._sees.shape[2] * len(next(iter(self._kept.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        joined = []
-        for kept, new in ((self._keys, keys), (self._values, values)):
-            kept.setdefault(layer_idx, []).append(new)
-            of_text, *own = kept[layer_idx]
-            joined.append(torch.cat([*own, of_text], dim=2) if own else of_text)
-        return joined[0], joined[1]
+        kept = self._kept.setdefault(layer_idx, [])
+        kept.append((keys, values))
+        (text_keys, *own_keys), (text_values, *own_values) = zip(*kept, strict=True)
+        return torch.cat([*own_keys, text_keys], dim=2), torch.cat([*own_values, text_values], dim=2)
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attend = self._next_level if layer in self._keys else self._first_level
-        self._keys.setdefault(layer, []).append(keys)
-        self._values.setdefault(layer, []).append(values)
-        return attend(queries, self._keys[layer], self._values[layer])
+        kept = self._kept.setdefault(layer, [])
+        kept.append((keys, values))
+        if len(kept) > 1:
+            return self._next_level(queries, kept)
+        mask = None if queries.shape[2] == keys.shape[2] else self._sees
+        shares = queries.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=shares)
 
-    def _first_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attend causally over all positions."""
-        is_whole = queries.shape[2] == keys[0].shape[2]
-        return F.scaled_dot_product_attention(
-            queries,
-            keys[0],
-            values[0],
-            attn_mask=None if is_whole else self._sees,
-            is_causal=is_whole,
-            enable_gqa=queries.shape[1] != keys[0].shape[1],
-        )
-
-    def _next_level(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def _next_level(self, queries: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attend from each position in `slots` to the text up to it, and to its own keys of levels 1 to k."""
-        (true_keys, *own_keys), (true_values, *own_values) = keys, values
+        (true_keys, *own_keys), (true_values, *own_values) = zip(*kept, strict=True)
         batch, heads, length, width = queries.shape
         groups = true_keys.shape[1]
         grouped = queries.reshape(batch, groups, heads // groups, length, width) * width**-0.5
@@ -116,13 +104,9 @@ def unroll(
     t + 2 + k. Level 0 also reads the features; later levels read the output of the level before instead. Outputs that
     predict a token after the end of the text are meaningless.
 
-    Args:
-        model: a bound head. If it has several depths, level k runs depth k, which sees only keys of that depth.
-        features: `[b, t, F]`
-        tokens: `[b, t]`
-        levels: at least 1; at most the number of depths, if there are several.
-        slots: ascending positions `[b, q]` that need predictions. Other positions only get keys and values at level 0.
-        first_pass: replaces `model.run` at level 0.
+    If the model has several depths, level k runs depth k, which sees only keys of that depth. `features` are
+    `[b, t, F]`, `tokens` `[b, t]`, and `slots` `[b, q]` the ascending positions that need predictions; others only get
+    keys and values at level 0. `first_pass` replaces `model.run` at level 0.
     """
     batch, length = tokens.shape
     everywhere = torch.arange(length, device=features.device).expand(batch, length)

@@ -39,13 +39,8 @@ class ActionGrid:
 
         The paper's filter drops three of 180 (depth 3, top_k 8, 80 or more nodes), although a head could fill them.
         """
-        return cls(
-            tuple(
-                TreeShape.from_eagle(total_token, depth, top_k)
-                for total_token, depth, top_k in product((32, 48, 64, 80, 96, 128), range(3, 9), (8, 12, 16, 20, 32))
-                if total_token <= top_k ** (depth - 1)
-            )
-        )
+        sizes = product((32, 48, 64, 80, 96, 128), range(3, 9), (8, 12, 16, 20, 32))  # total_token, depth, top_k
+        return cls(tuple(TreeShape.from_eagle(n, depth, k) for n, depth, k in sizes if n <= k ** (depth - 1)))
 
     @classmethod
     def small(cls) -> "ActionGrid":

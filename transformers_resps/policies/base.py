@@ -183,39 +183,19 @@ class Policy(ABC):
         self.costs = costs
 
 
-def _of_wrapped(name: str) -> Any:
-    """Make a property that reads `name`, an attribute or method, from the wrapped policy at each access."""
-    return property(attrgetter(f"policy.{name}"))
-
-
 class PolicyWrapper(Policy):
     """Forwards all methods and attributes to the wrapped `policy`; subclasses override some of them."""
 
-    needs_head: bool = _of_wrapped("needs_head")
-    uses_lookup: bool = _of_wrapped("uses_lookup")
-    needs_drafted_match: bool = _of_wrapped("needs_drafted_match")
-    grows: bool = _of_wrapped("grows")
-    probes_head: bool = _of_wrapped("probes_head")
-    least_lookup_prob: float = _of_wrapped("least_lookup_prob")
-    weighs_lookup: bool = _of_wrapped("weighs_lookup")
-    discounts: Sequence[float] = _of_wrapped("discounts")
-    costs: RunningCosts | None = _of_wrapped("costs")
-    target_identity: Identity | None = _of_wrapped("target_identity")
-    head_identity: Identity | None = _of_wrapped("head_identity")
-
-    is_confident = _of_wrapped("is_confident")
-    check_identity = _of_wrapped("check_identity")
-    wants_head = _of_wrapped("wants_head")
-    choose = _of_wrapped("choose")
-    grow = _of_wrapped("grow")
-    size = _of_wrapped("size")
-    on_verified = _of_wrapped("on_verified")
-    observe = _of_wrapped("observe")
-    explain = _of_wrapped("explain")
-    adopt_costs = _of_wrapped("adopt_costs")
-
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return self.policy.choose(observation)
+
+
+for _forwarded in vars(Policy).keys() - vars(PolicyWrapper).keys():
+    if not _forwarded.startswith("_"):
+        setattr(PolicyWrapper, _forwarded, property(attrgetter(f"policy.{_forwarded}")))  # read anew at each access
 
 
 class Trials:

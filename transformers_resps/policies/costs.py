@@ -5,8 +5,8 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class CostTable(CostModel):
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
         first, second = (self.draft_seconds(top_k, levels) for levels in (1, 2))
         widths = {width: self.draft_seconds(width, 2) / second for width in (top_k, *self.draft)} if second > 0 else {}
-        return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second, widths)
+        return RunningCosts(verify, second - first, self.overhead, 2 * first - second, widths)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
         """Raise `ValueError` if the table's identity differs from `here`, which `calibration.identity_of` returns."""
@@ -126,16 +126,15 @@ class CostTable(CostModel):
         """Load a saved table; raises `ValueError` if the file cannot be read or is no table."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows: dict[str, Any] = {name: _row(saved.get(name, {})) for name in ("plain", "draft_start")}
+            rows |= {name: _ranges(saved.get(name, {})) for name in ("draft_range", "plain_range")}
             return cls(
                 verify={int(context): _row(row) for context, row in saved["verify"].items()},
                 draft=_row(saved["draft"]),
                 identity=dict(saved["identity"]),
                 overhead=float(saved.get("overhead", 0.0)),
-                plain=_row(saved.get("plain", {})),
                 verify_range={int(context): _ranges(row) for context, row in saved.get("verify_range", {}).items()},
-                draft_range=_ranges(saved.get("draft_range", {})),
-                plain_range=_ranges(saved.get("plain_range", {})),
-                draft_start=_row(saved.get("draft_start", {})),
+                **rows,
             )
         except OSError as error:
             raise ValueError(
@@ -176,9 +175,7 @@ def _interpolated(row: dict[int, float], at: int) -> float:
 
 
 def _is_row(row: Any) -> bool:
-    return (
-        isinstance(row, dict) and all(map(_is_size, row)) and all(_is_cost(value) and value for value in row.values())
-    )
+    return isinstance(row, dict) and all(_is_size(size) and _is_cost(cost) and cost for size, cost in row.items())
 
 
 def _is_size(value: Any) -> bool:
@@ -218,9 +215,19 @@ class RunningCosts(CostModel):
 
     Each measurement rescales the costs of all sizes, because machines have slow moments. Otherwise a tree measured in
     a slow moment would look expensive and never be tried again.
+
+    Known costs may be passed: `verify` maps nodes to the seconds of a target forward, and a draft costs
+    `start_seconds` plus `level_seconds` per level, times the factor in `widths` for its width.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        verify: Mapping[int, float] | None = None,
+        level_seconds: float = 0.0,
+        overhead: float = 0.0,
+        start_seconds: float = 0.0,
+        widths: Mapping[int, float] | None = None,
+    ) -> None:
         self.overhead = 0.0
         self.lookup_seconds = 0.0  # seconds that lookup adds to a plain step, outside the forward
         self._looks, self._look_seconds = 0, 0.0  # number of lookups that found nothing, and their mean seconds
@@ -229,38 +236,24 @@ class RunningCosts(CostModel):
         self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
         self._curve: Sequence[float] = ()  # cache of `verify_curve`
-
-    @classmethod
-    def starting_from(
-        cls,
-        verify: dict[int, float],
-        level_seconds: float,
-        overhead: float = 0.0,
-        start_seconds: float = 0.0,
-        widths: Mapping[int, float] | None = None,
-    ) -> "RunningCosts":
-        """Make costs from known values; `verify` maps nodes to the seconds of a target forward.
-
-        A draft costs `start_seconds` plus `level_seconds` per level, times the factor in `widths` for its width.
-        """
-        costs = cls()
-        for nodes, seconds in verify.items():
-            costs.add(nodes, 0, seconds, 0.0, seconds)
+        for nodes, seconds in (verify or {}).items():
+            self.add(nodes, 0, seconds, 0.0, seconds)
         if start_seconds + level_seconds > 0:
-            costs._draft = _DraftPrice(_LEARNED, 1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
-            costs._draft.widths = {width: (_LEARNED_WIDTH, factor) for width, factor in (widths or {}).items()}
-        costs.overhead = overhead
-        return costs
+            self._draft = _DraftPrice(_LEARNED, 1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
+            self._draft.widths = {width: (_LEARNED_WIDTH, factor) for width, factor in (widths or {}).items()}
+        self.overhead = overhead
 
     def copy(self) -> "RunningCosts":
-        copied = copy(self)
-        copied._verify, copied._draft = dict(self._verify), replace(self._draft, widths=dict(self._draft.widths))
-        return copied
+        return deepcopy(self)
 
     def rescaled(self, factor: float) -> "RunningCosts":
         copied = self.copy()
         copied._rescale(factor)
         return copied
+
+    def _rescale(self, factor: float) -> None:
+        self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
+        self._curve = ()
 
     def add(
         self,
@@ -296,7 +289,6 @@ class RunningCosts(CostModel):
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _add_rest(self, seconds: float, *, looks_up: bool) -> None:
-        """Learn how many `seconds` a step without the head took outside the target's forward."""
         if not looks_up:
             self._plain_rest = _mean(self._plain_rest, seconds)
             self.lookup_seconds *= _FORGETTING
@@ -323,10 +315,6 @@ class RunningCosts(CostModel):
             for fewer in self._verify:
                 if 1 < fewer < nodes or (fewer == 1 and newest < _OUTDATED_PLAIN * self._verify[1]):
                     self._verify[fewer] = min(self._verify[fewer], newest)
-        self._curve = ()
-
-    def _rescale(self, factor: float) -> None:
-        self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
         self._curve = ()
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:

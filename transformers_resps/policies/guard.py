@@ -6,7 +6,6 @@ outcome. Here the worst outcome is that no drafted token is accepted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any, Self
 
 from torch import Tensor
@@ -117,7 +116,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if observation.step == 0:
             self._begin_call(observation.context_length)
             self._head.begin_call(observation.prompt_seconds if observation.can_draft else None)
-        self._plain.begin_step(observation.context_length)
+        self._plain.context = observation.context_length
         self._levels = 0
         if not self._known.knows_plain or self._plain.is_due:
             return TreeShape.plain()
@@ -151,7 +150,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         seconds, gained = max(record.step_seconds, 0.0), self._progress.add(record)
         self._follow_rows(record)
         if record.verified == 1:
-            self._time_plain(seconds - max(record.draft_seconds, 0.0))
+            factor = self._plain.time(seconds - max(record.draft_seconds, 0.0), self._budget)
+            if factor != 1.0:
+                self._adopt(self._known.rescaled(factor))
         expected = OUTDATED * self._known.verify_seconds(record.computed)
         is_outdated = record.verified > 1 and record.verify_seconds < expected
         if record.shape.is_plain:
@@ -206,7 +207,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def _follow_rows(self, record: StepRecord) -> None:
         """Save the costs when the first row ends; raise a low budget whenever half of the rows have ended."""
-        if self._of_all_rows is None and record.decoded_rows < self._progress.row_count:
+        if self._of_all_rows is None and record.decoded_rows < len(self._progress.written):
             self._of_all_rows = self._known.copy(), self._plain.seconds
         is_half = 2 * record.decoded_rows <= self._rows
         if is_half:
@@ -225,19 +226,6 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._budget.seconds += earned
         if record.shape.asks_head:
             self._head.earned += earned
-
-    def _time_plain(self, seconds: float) -> None:
-        timing = self._plain.time(seconds)
-        match timing.change:
-            case PlainChange.FIRST:
-                self._budget.forgive(self._plain.seconds)
-            case PlainChange.MOVED:
-                self._adopt(self._known.rescaled(timing.factor))
-                self._budget.seconds *= timing.factor
-            case PlainChange.CHEAPER:
-                self._budget.reprice(self._plain.seconds)
-            case PlainChange.USUAL:
-                self._budget.excuse(timing.excess)
 
     def _affordable(self, shape: TreeShape, observation: Observation) -> TreeShape:
         """Reduce `shape` to the largest that the budget can pay for if nothing is accepted."""
@@ -424,31 +412,12 @@ class _HeadCalls:
         return self.trials.is_due(pays=is_unknown or self.earned / self.tokens * room > price)
 
 
-class PlainChange(Enum):
-    """How a newly measured time of a plain step relates to the known time."""
-
-    FIRST = auto()  # no time was known
-    MOVED = auto()  # the context is far longer or shorter, so all steps are assumed to change by the same factor
-    CHEAPER = auto()  # the known time is outdated
-    USUAL = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class PlainTiming:
-    """The result of timing a plain step."""
-
-    change: PlainChange
-    factor: float = 1.0  # for `MOVED`: new over known seconds
-    # For `USUAL`: seconds to add to the gains of the trees since the last timing, because plain steps are slower now
-    excess: float = 0.0
-
-
 class PlainClock:
     """Keeps the measured `seconds` of a plain step (0 before the first) and decides when to measure again."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
-        self._context = self._timed_at = 0  # context length of this step and of the last timing
+        self.context = self._timed_at = 0  # context length of this step and of the last timing
         self._moved = False  # whether this call began with a context length far from that of the last timing
         self._trees = 0  # trees since the last timing
         self._gained = 0.0  # tokens of these trees
@@ -456,9 +425,6 @@ class PlainClock:
     def begin_call(self, context: int) -> None:
         self._gained = 0.0
         self._moved = self._timed_at > 0 and abs(context - self._timed_at) > FAR_POSITIONS
-
-    def begin_step(self, context: int) -> None:
-        self._context = context
 
     @property
     def is_due(self) -> bool:
@@ -475,50 +441,51 @@ class PlainClock:
         """Make the next step plain, to time a plain step again."""
         self._trees = MAX_TREES_BETWEEN
 
-    def time(self, seconds: float) -> PlainTiming:
-        """Learn from the `seconds`, drafting excluded, of a step that verified only the root."""
-        self._timed_at = self._context
+    def time(self, seconds: float, budget: ExplorationBudget) -> float:
+        """Learn from the `seconds`, drafting excluded, of a step that verified only the root; correct the `budget`.
+
+        Returns by which factor the costs of all steps have changed: 1 unless the context is far longer or shorter.
+        """
+        self._timed_at = self.context
         gained, self._gained = self._gained, 0.0
         known = self.seconds
         if self._moved and min(seconds, known) > 0.0:
             self.seconds, self._moved = seconds, False
-            return PlainTiming(PlainChange.MOVED, factor=seconds / known)
+            budget.seconds *= seconds / known
+            return seconds / known
         if known <= 0:
             self.seconds = max(seconds, 0.0)
-            return PlainTiming(PlainChange.FIRST)
-        if 0.0 < seconds < OUTDATED * known:
+            budget.forgive(self.seconds)
+        elif 0.0 < seconds < OUTDATED * known:
             self.seconds = seconds
-            return PlainTiming(PlainChange.CHEAPER)
-        seconds = min(seconds, INTERRUPTED * known)
-        self.seconds += (PLAIN_DOWN if seconds < known else PLAIN_UP) * (seconds - known)
-        return PlainTiming(PlainChange.USUAL, excess=gained * (seconds - known))
+            budget.reprice(seconds)
+        else:
+            seconds = min(seconds, INTERRUPTED * known)
+            self.seconds += (PLAIN_DOWN if seconds < known else PLAIN_UP) * (seconds - known)
+            budget.excuse(gained * (seconds - known))  # plain steps are slower now, so the trees gained more
+        return 1.0
 
 
 class RowProgress:
     """Measures a batch's progress by its slowest row, which ends the call; a lag of `LAG_TOKENS` is ignored."""
 
     def __init__(self) -> None:
-        self._written: list[int] = []  # tokens of each row in this call
-
-    @property
-    def row_count(self) -> int:
-        """Number of rows, finished ones included; 0 before the first step of a call."""
-        return len(self._written)
+        self.written: list[int] = []  # tokens of each row in this call, finished ones included; empty before a step
 
     def begin_call(self) -> None:
-        self._written = []
+        self.written = []
 
     def add(self, record: StepRecord) -> float:
         """Add a step and return by how many tokens it advanced the unfinished rows."""
-        if len(self._written) != len(record.emitted):
-            self._written = [0] * len(record.emitted)
+        if len(self.written) != len(record.emitted):
+            self.written = [0] * len(record.emitted)
         writing = [row for row, count in enumerate(record.emitted) if count]
         before = self._of(writing)
         for row in writing:
-            self._written[row] += record.emitted[row]
+            self.written[row] += record.emitted[row]
         return self._of(writing) - before
 
     def _of(self, rows: list[int]) -> float:
         """Return the progress of `rows`: the slowest's tokens plus `LAG_TOKENS`, but at most the mean over rows."""
-        written = [self._written[row] for row in rows]
+        written = [self.written[row] for row in rows]
         return min(min(written) + LAG_TOKENS, sum(written) / len(written)) if written else 0.0

@@ -59,14 +59,6 @@ class ReSpSConfig:
         published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
         return replace(published, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__} | {"grid": self.grid.to_list()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ReSpSConfig":
-        check_known("resps", values, tuple(field.name for field in fields(cls)))
-        return cls(**{**values, "grid": ActionGrid.from_list(values["grid"])})
-
 
 class ActorCritic(nn.Module):
     """Two separate MLPs of two tanh layers each, as in Re-SpS: the actor scores tree shapes, the critic rates states.
@@ -203,28 +195,26 @@ class ReSpSPolicy(SavedPolicy):
             )
 
     def to_config(self) -> dict[str, Any]:
-        return self.config.to_dict()
+        grid = self.config.grid.to_list()
+        return {field.name: getattr(self.config, field.name) for field in fields(self.config)} | {"grid": grid}
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.network.state_dict()
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        loaded = ReSpSConfig.from_dict(config)
-        network = _unfilled(loaded)
+        check_known(cls.policy_type, config, tuple(field.name for field in fields(ReSpSConfig)))
+        loaded = ReSpSConfig(**{**config, "grid": ActionGrid.from_list(config["grid"])})
+        network = _fresh(loaded, "meta")
         network.load_state_dict(tensors, assign=True)
         return cls(loaded, network.float())
 
 
-def _unfilled(config: ReSpSConfig) -> ActorCritic:
-    """Make a network without memory for weights, on the meta device, because sizes in a saved config may be huge."""
-    with torch.device("meta"):
-        return _fresh(config)
-
-
-def _fresh(config: ReSpSConfig) -> ActorCritic:
-    sizes = config.feature_size, len(config.grid)
-    return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)
+def _fresh(config: ReSpSConfig, device: str | None = None) -> ActorCritic:
+    """Make a network; on the device "meta" its weights take no memory, because sizes in a saved config may be huge."""
+    with torch.device(device or torch.get_default_device()):
+        sizes = config.feature_size, len(config.grid)
+        return ActorCritic(*sizes, hidden_size=config.hidden_size, normalize=config.normalize)
 
 
 def _check_network(network: Any, config: ReSpSConfig) -> None:
@@ -235,7 +225,7 @@ def _check_network(network: Any, config: ReSpSConfig) -> None:
             "it out for a fresh one."
         )
     try:
-        _unfilled(config).load_state_dict(network.state_dict(), assign=True)
+        _fresh(config, "meta").load_state_dict(network.state_dict(), assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"`network` has other sizes than its config ({error}). Pass the network that was made for this config."

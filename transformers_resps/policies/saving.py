@@ -56,36 +56,19 @@ class SavedPolicy(Policy):
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
         """Load a policy like `AutoPolicy.from_pretrained`; raises `ValueError` if it is not of this class."""
-        folder, config = _found(id_or_folder, revision, **hub)
-        if config["policy_type"] != cls.policy_type:
+        policy = AutoPolicy.from_pretrained(id_or_folder, revision=revision, **hub)
+        if not isinstance(policy, cls):
             raise ValueError(
-                f"{id_or_folder} holds a policy of type {config['policy_type']!r}, but {cls.__name__} loads "
+                f"{id_or_folder} holds a policy of type {policy.policy_type!r}, but {cls.__name__} loads "
                 f"{cls.policy_type!r}. Load it with `AutoPolicy.from_pretrained`."
             )
-        return cls._loaded(folder, config)
-
-    @classmethod
-    def _loaded(cls, folder: Path, config: dict[str, Any]) -> Self:
-        weights = folder / WEIGHTS_FILE
-        values = {key: value for key, value in config.items() if key != "policy_type"}
-        try:
-            return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two come from weights
-            raise ValueError(
-                f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). "
-                f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
-            ) from error
+        return policy
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
         """Upload the policy to the Hub in one commit and return the commit's URL.
 
-        A repository without a model card gets a minimal one. `where` takes `private`, `token`, `revision` and
-        `create_pr`, see `Destination`.
-
-        Raises:
-            OSError: the Hub refused; nothing was committed.
-            ConnectionError: the connection broke; either everything was committed or nothing.
-            ValueError: `repo_id` is no Hub id.
+        A repository without a model card gets a minimal one. `where` has `private`, `token`, `revision` and
+        `create_pr`, see `Destination`. Raises the errors of `upload`.
         """
         message = commit_message or f"Upload {type(self).__name__}"
         return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
@@ -111,13 +94,28 @@ class AutoPolicy:
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
         """Load a policy from a folder or the Hub; its `policy_type` determines the class of the result.
 
-        `hub` is passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
-
-        Raises:
-            ValueError: no policy is found, or its type is unknown to this release.
+        `hub` is passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`. Raises `ValueError`
+        if no policy is found, or its type is unknown to this release.
         """
-        folder, config = _found(id_or_folder, revision, **hub)
-        return class_of(config["policy_type"])._loaded(folder, config)
+        if not isinstance(id_or_folder, str | Path):
+            raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
+        folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
+        file = folder / CONFIG_FILE
+        try:
+            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+            raise ValueError(f"{file} is not JSON ({error}). Download or save the policy again.") from error
+        if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
+            missing = "`config.json` has no `policy_type`" if config else "no `config.json`"
+            raise ValueError(f"{folder} holds no policy: {missing}. Check the path or the repository.")
+        kind, weights = class_of(config.pop("policy_type")), folder / WEIGHTS_FILE
+        try:
+            return kind.from_saved(config, load_file(weights) if weights.is_file() else {})
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two come from weights
+            raise ValueError(
+                f"{folder} holds a policy of type {kind.policy_type!r} that this release cannot read ({error}). "
+                f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
+            ) from error
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
@@ -147,22 +145,6 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
     for child in cls.__subclasses__():
         yield child
         yield from _descendants(child)
-
-
-def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
-    """Return a policy's folder, downloaded from the Hub if it is not local, and the content of its `config.json`."""
-    if not isinstance(id_or_folder, str | Path):
-        raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
-    folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
-    file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{file} is not JSON ({error}). Download or save the policy again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
-        missing = "`config.json` has no `policy_type`" if config else "no `config.json`"
-        raise ValueError(f"{folder} holds no policy: {missing}. Check the path or the repository.")
-    return folder, config
 
 
 def _downloaded(repo_id: str, revision: str | None, **hub: Any) -> Path:

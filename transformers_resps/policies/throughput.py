@@ -96,6 +96,7 @@ class ThroughputPolicy(SavedPolicy):
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
         self._memory, self._widths, self._wider = ThroughputMemory(), WidthMemory(top_k), WiderDrafts(top_k)
+        self.widths = self._wider.widths  # numbers of children per node that it tries for a single row, ascending
         self._step = _Step()
         self.grows = True
 
@@ -129,11 +130,6 @@ class ThroughputPolicy(SavedPolicy):
         else:
             depth = self._largest.depth if self.grows else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, lookup)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Numbers of children per node that the policy tries for a single row, ascending."""
-        return self._wider.widths
 
     def _width(self, observation: Observation) -> int:
         rows, most, paths_cost = observation.row_count, self._largest.top_k, observation.pricing.paths_cost
@@ -244,14 +240,10 @@ class ThroughputPolicy(SavedPolicy):
         step = self._step
         alone = [(step.factors[row] * prob, prob) for row, own in enumerate(step.odds()) for prob in own]
         step.looked_up = sorted(alone, reverse=True)
-        both = [(row, node) for row, nodes in enumerate(step.shared()) for node in nodes]
-        probs = [
-            self.acceptance.probabilities([float(scores[at]) - step.discount(level_of[at[1]])], level_of[at[1]])[0]
-            for at in both
-        ]
-        worth = [one for one, _ in alone] + [
-            step.factors[row] * prob for (row, _), prob in zip(both, probs, strict=True)
-        ]
+        worth = [one for one, _ in alone]
+        for row, node in ((row, node) for row, nodes in enumerate(step.shared()) for node in nodes):
+            score, level = float(scores[row, node]) - step.discount(level_of[node]), level_of[node]
+            worth.append(step.factors[row] * self.acceptance.probabilities([score], level)[0])
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
@@ -532,8 +524,9 @@ class WidthMemory:
         self._trial_in = self._trial_every = _FIRST_TRIAL
 
     def choose(self, most: int) -> int:
-        self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
-        return min(self._widths[self._chosen], most)
+        widest = bisect_right(self._widths, most) - 1
+        self._chosen = min(self._neighbour() if self._trial_in <= 0 else self._best, widest)
+        return self._widths[self._chosen]
 
     def add(self, tokens: float, seconds: float) -> None:
         """Learn from the expected tokens and the seconds of a step with the chosen width."""

@@ -9,24 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import field, fields, replace
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
@@ -35,6 +28,8 @@ from ..hub.upload import CARD, METRICS, RECIPE, RESULTS, Destination, Existing, 
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
+
+Value = TypeVar("Value")
 
 _UNMEASURED = Existing(refuse=(RESULTS,))
 
@@ -49,6 +44,7 @@ class ArtefactTrainer(Trainer):
     """
 
     artefact_name: ClassVar[str]
+    steps_per_update = 1  # number of optimiser steps; an interrupted run stops at the end of an update
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,17 +73,8 @@ class ArtefactTrainer(Trainer):
         return {}
 
     @property
-    def steps_per_update(self) -> int:
-        """Number of optimiser steps per update; an interrupted run stops at the end of an update."""
-        return 1
-
-    @property
     def artefact_folder(self) -> Path:
         return Path(str(self.args.output_dir)) / self.artefact_name
-
-    @property
-    def unfinished_folder(self) -> Path:
-        return _unfinished(self.artefact_folder)
 
     @property
     def is_finished(self) -> bool:
@@ -151,17 +138,14 @@ class ArtefactTrainer(Trainer):
             self.write_artefact(Path(output_dir) if output_dir else self.artefact_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = _unfinished(self.artefact_folder)
         with written(str(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                self.write_artefact(self.unfinished_folder)
+                self.write_artefact(folder)
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             message = f"Training in progress, step {self.state.global_step}"
-            folder = self.unfinished_folder
-            files = [
-                *folder.glob("config.json"),
-                *folder.glob("*.safetensors"),
-            ]  # no card or metrics of an earlier run
+            files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]  # no card or metrics of earlier runs
             try:
                 push_folder(folder, self.args, message, files=files)
             except OSError as error:  # training goes on: the next checkpoint is pushed, too
@@ -175,12 +159,9 @@ class ArtefactTrainer(Trainer):
     ) -> Any:
         """Push `artefact_folder` to `args.hub_model_id` in one commit and return the commit's URL.
 
-        A minimal card is added if there is none. `where` overrides `token`, `revision` or `private` of `args`.
-        With several processes, only the main process pushes; the others return `None`.
-
-        Raises:
-            ValueError: the run has not finished.
-            OSError: the Hub refused, the connection broke, or the repository already holds published measurements.
+        A minimal card is added if there is none. `where` overrides `token`, `revision` or `private` of `args`. With
+        several processes, only the main process pushes; the others return `None`. Raises `ValueError` if the run has
+        not finished, and the errors of `upload`, also if the repository already holds published measurements.
         """
         self._check_finished("pushed")
         if not self.is_world_process_zero():
@@ -199,7 +180,7 @@ class ArtefactTrainer(Trainer):
             raise ValueError(
                 f"The run stopped at step {self.state.global_step} of {self.state.max_steps}, so its "
                 f"{self.artefact_name} is not {what}. Train on with `resume_from_checkpoint=True`; the newest state "
-                f"is in {self.unfinished_folder}."
+                f"is in {_unfinished(self.artefact_folder)}."
             )
 
 
@@ -236,12 +217,12 @@ _LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Ends of the na
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
     """Write `recipe.yaml`: the names of a run's models, and its settings that differ from the defaults."""
     settings: dict[str, Any] = {}
-    for field in fields(args):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        value = getattr(args, field.name)
+    for setting in fields(args):
+        default = setting.default_factory() if callable(setting.default_factory) else setting.default
+        value = getattr(args, setting.name)
         value = value.value if isinstance(value, Enum) else value
-        if value != default and not field.name.endswith(_LOCAL_SUFFIXES) and _is_plain(value):
-            settings[field.name] = value
+        if value != default and not setting.name.endswith(_LOCAL_SUFFIXES) and _is_plain(value):
+            settings[setting.name] = value
     names = {
         name: Path(model).resolve().name if model and Path(model).is_dir() else model for name, model in models.items()
     }
@@ -295,9 +276,8 @@ def push_folder(
     **where: Any,
 ) -> str:
     """Upload a folder, or only its `files`, in one commit; add `card` if it has none. Return the commit's URL."""
-    content: dict[str, Path | bytes] = {
-        file.relative_to(folder).as_posix(): file for file in (_files(folder) if files is None else files)
-    }
+    paths = _files(folder) if files is None else files
+    content: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in paths}
     existing = _UNMEASURED
     if card is not None and CARD not in content:
         content[CARD], existing = card.encode(), replace(_UNMEASURED, keep=(CARD,))
@@ -333,7 +313,7 @@ class InterruptionCallback(TrainerCallback):
         self.received: int | None = None
         self._trainer, self._steps = trainer, steps
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.global_step % self._steps == 0:
             accelerator = self._trainer.accelerator
             if accelerator.num_processes > 1:
@@ -341,7 +321,6 @@ class InterruptionCallback(TrainerCallback):
                 self.received = int(accelerator.gather(received).max()) or None
             if self.received is not None:
                 control.should_save = control.should_training_stop = True
-        return control
 
 
 @contextmanager
@@ -349,7 +328,7 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
     """On the first SIGINT or SIGTERM, save a checkpoint and stop `trainer` at the next multiple of `steps` steps.
 
     Then raise `KeyboardInterrupt` or, for SIGTERM, `SystemExit` with status 143. A second signal stops immediately.
-    Slurm and Kubernetes send SIGTERM before they kill a process. Outside Python's main thread this has no effect.
+    Outside Python's main thread this has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -437,6 +416,14 @@ class TimingCallback(TrainerCallback):
         if self.seconds is not None:
             self.seconds += now - self._last
         self._last = now
+
+
+InitKwargs = dict[str, Any] | str | None  # on a command line a string of JSON
+
+
+def option(default: Value, help: str) -> Value:
+    """Make a field of a trainer's settings; `help` is shown by the scripts' `--help`."""
+    return field(default=default, metadata={"help": help})
 
 
 def check_type(name: str, value: Any, *kinds: type[Any]) -> None:

@@ -66,18 +66,12 @@ class FrozenTarget:
 
     @torch.no_grad()
     def run(
-        self,
-        input_ids: Tensor,
-        predicted: Tensor | None = None,
-        image_inputs: dict[str, Tensor] | None = None,
+        self, input_ids: Tensor, predicted: Tensor | None = None, image_inputs: dict[str, Tensor] | None = None
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        The target's best token is computed for tokens marked in `predicted` `[b, t]`. `None` marks all tokens; this
-        takes a fifth longer. See `collate` for `image_inputs`.
-
-        Raises:
-            ValueError: with images, the target's attention is not causal.
+        The target's best token is computed for tokens marked in `predicted` `[b, t]`; `None` marks all, which takes a
+        fifth longer. See `collate` for `image_inputs`. Raises `ValueError` if attention to images is not causal.
         """
         if image_inputs and not self._is_known_causal:
             self._check_causal(input_ids, image_inputs)
@@ -160,7 +154,12 @@ class CachedFeatures(PreparedTexts):
         starts = range(0, len(self), _BLOCK)
         self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]
         self._open: dict[Path, Any] = {}
-        self._fill()
+        missing = [index for index, path in enumerate(self._paths) if not path.exists()]
+        tokens = {index: sum(self.lengths[index * _BLOCK : (index + 1) * _BLOCK]) for index in missing}
+        with tqdm(total=sum(tokens.values()), desc="Caching features", unit=" tokens", disable=not missing) as bar:
+            for index, count in tokens.items():
+                self._write(self._paths[index], self._block(index * _BLOCK))
+                bar.update(count)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         block, row = divmod(index, _BLOCK)
@@ -190,14 +189,6 @@ class CachedFeatures(PreparedTexts):
             digest.update(example.predicted.numpy().tobytes() + b"|")  # only predicted tokens have picks
             digest.update(b"" if example.pictures is None else example.pictures.key.encode())
         return digest.hexdigest()[:24]
-
-    def _fill(self) -> None:
-        missing = [index for index, path in enumerate(self._paths) if not path.exists()]
-        tokens = {index: sum(self.lengths[index * _BLOCK : (index + 1) * _BLOCK]) for index in missing}
-        with tqdm(total=sum(tokens.values()), desc="Caching features", unit=" tokens", disable=not missing) as bar:
-            for index, count in tokens.items():
-                self._write(self._paths[index], self._block(index * _BLOCK))
-                bar.update(count)
 
     def _write(self, path: Path, block: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}

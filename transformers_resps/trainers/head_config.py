@@ -1,6 +1,6 @@
 """The settings of `DraftHeadTrainer`, and whether bf16 autocast is faster on this machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +10,12 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from ..compat import cpu_flags
 from ..drafting.kinds import KINDS
-from .base import check_count, check_mapping, check_setting
+from .base import InitKwargs, check_count, check_mapping, check_setting, option
 
 
 MUON = "muon"
 _TRANSFORMERS_BATCH_SIZE = 8
-_LEAST = {
-    "draft_vocab_size": 0,
-    "tokens_per_batch": 2,
-    "ttt_steps": 1,
-    "loss_chunk_size": 1,
-    "tau_texts": 0,
-}
+_LEAST = {"draft_vocab_size": 0, "tokens_per_batch": 2, "ttt_steps": 1, "loss_chunk_size": 1, "tau_texts": 0}
 
 
 @dataclass
@@ -36,69 +30,31 @@ class DraftHeadTrainingConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "target_init_kwargs"]
 
-    learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of Muon, whose updates are scaled to fit, and of AdamW."}
+    learning_rate: float = option(2e-3, "Peak learning rate of Muon, whose updates are scaled to fit, and of AdamW.")
+    logging_steps: float = option(10, "Optimiser steps between two lines of metrics.")
+    max_grad_norm: float = option(0.5, "Largest gradient norm; EAGLE-3 uses 0.5.")
+    lr_scheduler_type: str = option("cosine", "Any learning rate schedule of Transformers.")
+    bf16: bool | None = option(  # type: ignore[assignment]  # as in TRL
+        None, "Autocast to bf16; by default where that is faster on this machine."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of metrics."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any learning rate schedule of Transformers."})
-    bf16: bool | None = field(  # type: ignore[assignment]  # as in TRL
-        default=None, metadata={"help": "Autocast to bf16; by default where that is faster on this machine."}
+    optim: OptimizerNames | str = option(MUON, "muon (AdamW for what is no matrix), or any optimiser of Transformers.")
+    adam_beta2: float = option(0.95, "AdamW's decay rate of squares; EAGLE-3 uses 0.95.")
+    model_init_kwargs: InitKwargs = option(None, "For a new or loaded head: fields of its config, revision, ...")
+    target_init_kwargs: InitKwargs = option(None, "For a loaded target: dtype (default auto), revision, ...")
+    new_head: str = option(
+        "eagle3", "Kind of a new head: eagle3; block, which drafts ttt_steps tokens in one pass; or mtp (one layer)."
     )
-    optim: OptimizerNames | str = field(
-        default=MUON,
-        metadata={"help": "muon for the matrices and AdamW for the rest, or any optimiser of Transformers."},
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For a head that is loaded or made: fields of its config, and revision and the like."},
-    )
-    target_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For a target that is loaded by name: dtype (default auto), revision, ..."}
-    )
-    new_head: str = field(
-        default="eagle3",
-        metadata={
-            "help": "What a new head is: eagle3; block, which drafts ttt_steps tokens in one pass; or mtp for a layer "
-            "such as many checkpoints bring along."
-        },
-    )
-    draft_vocab_size: int = field(
-        default=8192,
-        metadata={"help": "Tokens that a new head can propose: those most used in the answers; 0 for all."},
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Maximum length of a text in tokens; longer ones are cut. None: no maximum."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the datasets."})
-    feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Cache the target's features in this folder, and read them in every epoch."}
-    )
-    tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Tokens per batch and device, padding included; texts are not split."}
-    )
-    ttt_steps: int = field(
-        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
-    )
-    ttt_step_decay: float = field(
-        default=0.8, metadata={"help": "Weight of the loss of level k is ttt_step_decay ** k."}
-    )
-    anchor_share: float = field(
-        default=0.5, metadata={"help": "Share of an answer's tokens below which a block is learned in each epoch."}
-    )
-    loss_chunk_size: int = field(
-        default=1024,
-        metadata={"help": "Positions whose logits are in memory at once: two fp32 buffers x draft vocabulary."},
-    )
-    freeze_output_head: bool = field(
-        default=True,
-        metadata={"help": "Do not train the output head (the target's rows): a third less work, less overfitting."},
-    )
-    tau_texts: int = field(
-        default=8,
-        metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
-    )
+    draft_vocab_size: int = option(8192, "Tokens a new head can propose: the most used in the answers; 0 for all.")
+    max_length: int | None = option(1024, "Maximum length of a text in tokens; longer ones are cut. None: no maximum.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenize the datasets.")
+    feature_cache_dir: str | None = option(None, "Cache the target's features in this folder.")
+    tokens_per_batch: int = option(2048, "Tokens per batch and device, padding included; texts are not split.")
+    ttt_steps: int = option(7, "Levels of the training-time test: how deep the head learns to draft.")
+    ttt_step_decay: float = option(0.8, "Weight of the loss of level k is ttt_step_decay ** k.")
+    anchor_share: float = option(0.5, "Share of an answer's tokens below which a block is learned in each epoch.")
+    loss_chunk_size: int = option(1024, "Positions whose logits (two fp32 buffers x draft vocabulary) exist at once.")
+    freeze_output_head: bool = option(True, "Do not train the output head: a third less work, less overfitting.")
+    tau_texts: int = option(8, "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:

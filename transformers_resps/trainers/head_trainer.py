@@ -20,7 +20,7 @@ from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..drafting import TrainableSource
-from ..drafting.kinds import KINDS
+from ..drafting.kinds import KINDS, kind_of
 from ..heads import DraftHead
 from ..verifying.lending import evaluation_mode
 from ..verifying.prepacking import prepack
@@ -30,7 +30,7 @@ from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
 from .loading import as_target, default_folder, load_named_head, new_head
 from .muon import muon_for
-from .objectives import Loss, objective_for
+from .objectives import Objective
 from .tau import simulated_tau
 
 
@@ -107,20 +107,14 @@ class DraftHeadTrainer(ArtefactTrainer):
 
             head = get_peft_model(head, peft_config)
         freeze_output_head(unwrapped(head), args.freeze_output_head)
-        objective = objective_for(unwrapped(head), args)
-        super().__init__(
-            model=head,
-            args=args,
-            data_collator=kwargs.pop("data_collator", self._data.collate),
-            train_dataset=rows,
-            eval_dataset=held_out,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        objective = cast(Any, kind_of(unwrapped(head)).objective).load()
+        objective.check(unwrapped(head), args)
+        kwargs.setdefault("data_collator", self._data.collate)
+        super().__init__(head, args, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's number of predicted tokens
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
         self.target = FrozenTarget(loaded, self.head.feature_layers, before_deepstack=self.head.before_deepstack)
-        self._objective = objective(self.target, args)
+        self._objective: Objective = objective(self.target, args)
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._speed = RunSpeed()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
@@ -168,21 +162,19 @@ class DraftHeadTrainer(ArtefactTrainer):
         """Compute the sum of all levels' losses, divided by the number of predicted tokens in the optimiser step."""
         if model.training:
             self._speed.start(self.state.global_step)  # a resumed run does not know its step before
-        loss, losses, hits, predicted = self._loss(model, inputs)
+        is_predicted = inputs["labels"] != IGNORED
+        if "features" in inputs:
+            outputs = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
+        else:
+            outputs = self.target.run(inputs["input_ids"], is_predicted, inputs.get("image_inputs"))
+        with self.accelerator.autocast():
+            found = self._objective(self.head, model, inputs["input_ids"], is_predicted, outputs)
+        loss, losses, hits, predicted = found
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
         counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
         loss = loss / count * (self.accelerator.num_processes if counted_together else 1)
         return (loss, {}) if return_outputs else loss
-
-    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Loss:
-        predicted = inputs["labels"] != IGNORED
-        if "features" in inputs:
-            outputs = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
-        else:
-            outputs = self.target.run(inputs["input_ids"], predicted, inputs.get("image_inputs"))
-        with self.accelerator.autocast():
-            return self._objective(self.head, model, inputs["input_ids"], predicted, outputs)
 
     def evaluation_loop(
         self,
@@ -212,9 +204,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         is_result = self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval"
         if is_result and not isinstance(rows, dict) and not is_streamed(rows):
-            prefix = "eval_accuracy_"
-            levels = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
-            agreement = {level: metrics[prefix + level] for level in levels}
+            of_levels = [name for name in metrics if name.startswith("eval_accuracy_")]
+            agreement = {name.removeprefix("eval_accuracy_"): metrics[name] for name in of_levels}
             result = {"held_out_texts": len(rows), "agreement": agreement}
             if "eval_tau" in metrics:
                 tree = str(replace(self.head.default_shape, lookup=0))  # the trees of `simulated_tau`
@@ -346,11 +337,8 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
         )
     if train_dataset is not None:
         check_dataset(train_dataset, "train_dataset", may_stream=True)
-        if is_streamed(train_dataset):
-            _check_stream(args)
-
-
-def _check_stream(args: DraftHeadTrainingConfig) -> None:
+    if train_dataset is None or not is_streamed(train_dataset):
+        return
     if args.max_steps <= 0:
         raise ValueError(
             "`train_dataset` is an `IterableDataset`, whose length is not known before its end. Set `max_steps`."
@@ -434,9 +422,8 @@ class LevelMeter:
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
         first_loss = float(losses[0] / predicted[0].clamp(min=1))
-        return {"loss_1": round(first_loss, 4)} | {
-            f"accuracy_{level}": round(share, 4) for level, share in enumerate(agreement, start=1)
-        }, int(everything[-1])
+        accuracies = {f"accuracy_{level}": round(share, 4) for level, share in enumerate(agreement, start=1)}
+        return {"loss_1": round(first_loss, 4), **accuracies}, int(everything[-1])
 
 
 class RunSpeed:

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..assistants import load_head
 from ..compat import load_model, text_config, unwrapped
@@ -29,6 +23,7 @@ from .head_config import DraftHeadTrainingConfig
 from .policy_config import PolicyTrainingConfig
 
 
+_WHERE = ("revision", "subfolder", "token", "cache_dir")  # Arguments of loading that locate files.
 _ODD_SHARE = 0.01  # A fine-tune's tokenizer may use this share of ids for other tokens, such as reserved ids.
 
 
@@ -50,13 +45,20 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
     options = init_kwargs or {}
-    check_target_name(target, **_where(options))
+    check_target_name(target, **{name: options[name] for name in _WHERE if name in options})
     return load_model(target, **{"dtype": "auto", **options})
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Raise `ValueError` if the folder or Hub id `target` holds a draft head; `hub` is passed to `holds_head`."""
-    if holds_head(target, **hub):
+    """Raise `ValueError` if the folder or Hub id `target` holds a draft head, by names and fields in its config.
+
+    `hub` may be `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(target, **hub)
+    names = [config.get("model_type"), *(config.get("architectures") or ())]
+    marks = [mark for kind in KINDS for mark in (kind.saved_as, *kind.marks) if mark]
+    is_named = any(mark in str(one).lower() for one in names for mark in marks)
+    if is_named or "draft_vocab_size" in config or "speculators_model_type" in config:
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
             "the head by its own argument."
@@ -134,23 +136,6 @@ def new_head(
     kind = next(kind for kind in KINDS if kind.new == args.new_head)
     head: TrainableSource = kind.source.load().untrained(target, ids, args.ttt_steps, **init_kwargs).to(torch.float32)
     return head
-
-
-def holds_head(name: str, **hub: Any) -> bool:
-    """Return whether a folder or Hub id holds a draft head, by names and fields that only heads have in their config.
-
-    `hub` may be `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
-    """
-    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    names = [config.get("model_type"), *(config.get("architectures") or ())]
-    marks = [mark for kind in KINDS for mark in (kind.saved_as, *kind.marks) if mark]
-    is_named = any(mark in str(one).lower() for one in names for mark in marks)
-    return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
-
-
-def _where(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Select from loading arguments the ones that locate files, such as `revision`."""
-    return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
 def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | None:

@@ -50,18 +50,13 @@ def soft_cross_entropy(
     Gradients are computed together with the logits, chunk by chunk, as in fused linear losses. Under autocast to bf16
     the head's logits are computed in bf16, the teacher's in its own dtype, and sums over the draft vocabulary in fp32.
 
-    Args:
-        hidden: `[k, n, h]` normed hidden states of the k levels, which predict the same n tokens.
-        weight: `[d, h]` the head's output rows.
-        teacher: the target's distribution at the n tokens.
-        row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a token out.
-        chunk_size: number of positions whose logits are in memory at once, as 2 fp32 buffers `[chunk_size, d]`.
-        bias: `[d]` bias of the output rows, if they are the target's and have one; it is not trained.
-        added: states `[k, n, r]` and rows `[d, r]` whose product is added to the logits.
+    `hidden` `[k, n, h]` are normed hidden states of k levels, which predict the same n tokens, `weight` `[d, h]` the
+    head's output rows, and `row_weights` `[k, n]` the fp32 factors of the losses; 0 leaves a token out. The logits of
+    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. `bias` `[d]` is that of the
+    target's output rows, and not trained. `added` has states `[k, n, r]` and rows `[d, r]`, whose product is added.
 
-    Returns:
-        The weighted sum. Also, without gradient and only for non-zero weights: each level's unweighted sum `[k]`, and
-        how often each level's best token is the target's best token, `[k]`.
+    Returns the weighted sum. Also, without gradient and only for non-zero weights: each level's unweighted sum `[k]`,
+    and how often each level's best token is the target's best token, `[k]`.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]
@@ -75,12 +70,7 @@ def soft_cross_entropy(
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        teacher: Teacher,
-        row_weights: Tensor,
-        chunk_size: int,
-        bias: Tensor | None,
-        *pairs: Tensor,
+        ctx: Any, teacher: Teacher, row_weights: Tensor, chunk_size: int, bias: Tensor | None, *pairs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the loss. `pairs` alternates states and output rows; the logits are the sum of their products."""
         trained, weights = ctx.needs_input_grad[4:], pairs[1::2]

@@ -6,7 +6,6 @@ the eigenvalues, in float32: half as many if m = n, a third if n = 3 m. To updat
 `torch.optim.Muon` took 1.25 times as long if the CPU multiplies bfloat16, and 6.5 times as long if not.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,17 +61,6 @@ class Muon(Optimizer):
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # trainers pass no closure
         for group in self.param_groups:
@@ -110,10 +98,6 @@ def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim == 2 and not any(table in name for table in _TABLES)].append(parameter)
-    return Muon(
-        [{"params": found, "matrices": is_matrix} for is_matrix, found in groups.items() if found],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        eps=args.adam_epsilon,
-    )
+    betas, kinds = (args.adam_beta1, args.adam_beta2), [(kind, found) for kind, found in groups.items() if found]
+    settings = {"lr": args.learning_rate, "betas": betas, "weight_decay": args.weight_decay, "eps": args.adam_epsilon}
+    return Muon([{"params": found, "matrices": is_matrix} for is_matrix, found in kinds], settings)

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..drafting import TrainableModel, TrainableSource
-from ..drafting.kinds import kind_of
+from ..drafting import TrainableSource
 from ..heads import BlockHead
 from ..heads.block_head import BoundBlockHead, CandidateSelector, MarkovHead
 from ..heads.unrolled import run_blocks, unroll
-from .blocks import contexts_of, draw_anchors, selection_loss, shared_probability
 from .features import FrozenTarget, TargetFeatures
 from .head_config import DraftHeadTrainingConfig
 from .losses import Teacher, pack, soft_cross_entropy
@@ -80,10 +78,11 @@ class LevelObjective(Objective):
         factors = (self.decay**levels * exists[:, learnt]).float()
         hidden = unroll(bound, read.features, tokens, len(levels), packed, first_pass=first_pass)
         hidden = hidden[levels, rows, columns]  # [k, m, h]
-        parts = [
-            soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.chunk_size, bias)
-            for one, (weight, bias) in _by_output_head(bound, len(levels))
-        ]
+        each = [[level] for level in range(self.levels)]
+        parts = []
+        for one in each if bound.depths > 1 else [[*range(self.levels)]]:  # levels that share an output head
+            weight, bias = bound.output_rows(one[0])
+            parts.append(soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.chunk_size, bias))
         loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
         return Loss(loss.sum(), losses, hits, exists.sum(-1))
 
@@ -152,38 +151,85 @@ class BlockObjective(Objective):
         """Return the loss of n outputs of one level, with the losses of a selector and confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
-        total, losses, hits = soft_cross_entropy(
-            normed[None],
-            weight,
-            teacher,
-            torch.ones(1, len(normed), device=normed.device),
-            self.chunk_size,
-            bias,
-            None if added is None else (added[0][None], added[1]),
-        )
+        ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])
+        total, losses, hits = soft_cross_entropy(normed[None], weight, teacher, ones, self.chunk_size, bias, pair)
         if isinstance(correction, CandidateSelector):
             assert context is not None
-            chosen = selection_loss(normed, weight, teacher, correction, context, self.chunk_size, bias)
-            total = total + chosen.sum()
+            found = logits_of(normed, weight, bias, self.chunk_size)
+            total = total + selection_loss(found, teacher, correction, context).sum()
         if head.config.confidence:
-            wanted = shared_probability(normed, weight, teacher, self.chunk_size, bias, added)
+            wanted = shared_probability(logits_of(normed, weight, bias, self.chunk_size), teacher, added)
             sure = head.confidence(states, None if correction is None else correction.before(before))
             total = total + F.binary_cross_entropy_with_logits(sure, wanted, reduction="sum")
         return total, losses, hits
 
 
-def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
-    """Yield the levels that share an output head, and its output rows and bias, for each output head."""
-    if model.depths == 1:
-        yield list(range(levels)), model.output_rows()
-    else:
-        yield from (([level], model.output_rows(level)) for level in range(levels))
+def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Draw a share of the positions at which a block can start; a share of 1 takes all, without random numbers.
+
+    A block can start where this token and the next are `predicted` (`[b, t]` bool). Returns m positions per text,
+    `[b, m]`, and `[b, m]` bool, false for padding.
+    """
+    may = predicted[:, :-1] & predicted[:, 1:]
+    counts = (may.sum(-1, keepdim=True) * share).ceil().long()
+    order = torch.zeros_like(may, dtype=torch.float32) if share == 1 else torch.rand_like(may, dtype=torch.float32)
+    anchors = order.masked_fill(~may, 2.0).argsort(dim=-1, stable=True)[:, : max(int(counts.max()), 1)]
+    return anchors, torch.arange(anchors.shape[1], device=anchors.device) < counts
 
 
-def objective_for(head: TrainableSource, args: DraftHeadTrainingConfig) -> type[Objective]:
-    """Return the class that computes the loss of `head`; raises `ValueError` if `args` do not fit the head."""
-    reference = kind_of(head).objective
-    assert reference is not None
-    objective: type[Objective] = reference.load()
-    objective.check(head, args)
-    return objective
+def contexts_of(
+    correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
+) -> Tensor:
+    """Compute vectors `[k, n, r]` of rank r: times a correction's table, they are added to the logits of n blocks.
+
+    `hidden` `[k, n, h]` has the outputs that predict the tokens of k levels, `before` `[k, n]` the true token before
+    each, and `first` `[n, h]` the outputs at the blocks' roots, or `None` if those predict the first level.
+    """
+    rows = correction.before(before)
+    if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
+        return correction.context(rows[:, :, None], hidden)[:, :, 0]
+    state, contexts = correction.state_at(rows[0, :, None], first), []
+    for states, token_rows in zip(hidden, rows, strict=True):
+        context, state = correction.step(token_rows[:, None], states, state)
+        contexts.append(context[:, 0])
+    return torch.stack(contexts)
+
+
+Logits = Iterator[tuple[slice, Tensor]]  # which of n outputs, and their logits [c, d]
+
+
+@torch.no_grad()
+def logits_of(normed: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int) -> Logits:
+    """Yield the head's fp32 logits of normed outputs `[n, h]`, at most `chunk_size` outputs at a time."""
+    for start in range(0, max(len(normed), 1), chunk_size):
+        rows = slice(start, start + chunk_size)
+        yield rows, F.linear(normed[rows].to(weight.dtype), weight, bias).float()
+
+
+def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector, contexts: Tensor) -> Tensor:
+    """Compute the cross entropy `[n]` of a selector's scores, for the head's likeliest tokens, with the target.
+
+    The target's probabilities are not renormalised over these tokens. `contexts` `[n, r]` come from `contexts_of`.
+    """
+    losses = []
+    for rows, logits in found:
+        base, candidates = logits.topk(selector.candidates, dim=-1)
+        wanted = teacher.probabilities(rows).gather(1, candidates)
+        successors = F.embedding(candidates, selector.table)
+        scores = base + (successors @ contexts[rows, :, None].to(successors.dtype))[..., 0].float()
+        losses.append(-(wanted * scores.log_softmax(-1)).sum(-1))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def shared_probability(found: Logits, teacher: Teacher, added: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Compute the overlap of head's and target's probabilities, 1 - L1 / 2, fp32 `[n]`: a confidence head's labels.
+
+    `added` is as in `soft_cross_entropy`, for one level. Source: DSpark (arXiv 2607.05147).
+    """
+    shares = []
+    for rows, logits in found:
+        if added is not None:
+            logits += F.linear(added[0][rows].to(added[1].dtype), added[1]).float()
+        shares.append(torch.minimum(logits.softmax(-1), teacher.probabilities(rows)).sum(-1))
+    return torch.cat(shares)

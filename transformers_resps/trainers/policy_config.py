@@ -1,12 +1,11 @@
 """The settings of `PolicyTrainer` and `fit_policy`."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from .base import check_count, check_mapping, check_setting
+from .base import InitKwargs, check_count, check_mapping, check_setting, option
 
 
 _CHOICES = {
@@ -14,15 +13,8 @@ _CHOICES = {
     "grid": ("small", "paper"),
     "preset": ("repaired", "paper"),
 }
-_LEAST = {
-    "max_completion_length": 2,
-    "persistence": 1,
-    "persistence_in_use": 1,
-    "num_ppo_epochs": 1,
-    "num_mini_batches": 1,
-    "max_steps": 1,
-    "per_device_train_batch_size": 1,
-}
+_POSITIVE = ("persistence", "persistence_in_use", "num_ppo_epochs", "num_mini_batches", "max_steps")
+_LEAST = {"max_completion_length": 2, "per_device_train_batch_size": 1, **dict.fromkeys(_POSITIVE, 1)}
 
 
 @dataclass
@@ -37,77 +29,41 @@ class PolicyTrainingConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "target_init_kwargs"]
 
-    objective: str = field(
-        default="full_information",
-        metadata={
-            "help": "full_information: maximise the expected reward; needs the outcomes of all actions (replayed "
-            "texts). ppo: clipped policy gradient on the actions taken. max_entropy_ppo: with Re-SpS' entropy bonus."
-        },
+    objective: str = option(
+        "full_information",
+        "full_information: maximise the expected reward; needs the outcomes of all actions (replayed texts). ppo: "
+        "clipped policy gradient on the actions taken. max_entropy_ppo: with Re-SpS' entropy bonus.",
     )
-    live_rollouts: bool = field(
-        default=False,
-        metadata={"help": "Learn by decoding instead of from recorded answers; for the two ppo objectives."},
-    )
-    max_completion_length: int = field(default=128, metadata={"help": "Maximum length of an answer in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
-    persistence: int = field(default=1, metadata={"help": "Steps a decision is held in training; Re-SpS: 10."})
-    num_ppo_epochs: int = field(
-        default=1, metadata={"help": "Passes over the decisions of an update; Re-SpS and TRL's PPO: 4."}
-    )
-    num_mini_batches: int = field(default=4, metadata={"help": "Optimiser steps per pass; Re-SpS: 2."})
-    cliprange: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may be from 1."})
-    entropy_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the entropy bonus; default 0.1, or 0.01 for ppo."}
-    )
-    vf_coef: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
-    gamma: float = field(
-        default=0.0,
-        # The code of Re-SpS sets 0.95 but ends an episode after every decision, so its effective value is 0
-        metadata={"help": "PPO: weight of the next decision of the same text; 0, as in effect in Re-SpS, for none."},
-    )
-    lam: float = field(default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if gamma is 0."})
-    reward_includes_drafting: bool = field(
-        default=True, metadata={"help": "Count drafting as part of a step's time; Re-SpS does not."}
-    )
+    live_rollouts: bool = option(False, "Learn by decoding, not from recorded answers; for the two ppo objectives.")
+    max_completion_length: int = option(128, "Maximum length of an answer in tokens.")
+    temperature: float = option(0.0, "Of the answers; 0 is greedy.")
+    persistence: int = option(1, "Steps a decision is held in training; Re-SpS: 10.")
+    num_ppo_epochs: int = option(1, "Passes over the decisions of an update; Re-SpS and TRL's PPO: 4.")
+    num_mini_batches: int = option(4, "Optimiser steps per pass; Re-SpS: 2.")
+    cliprange: float = option(0.2, "PPO: how far the probability ratio may be from 1.")
+    entropy_coef: float | None = option(None, "Weight of the entropy bonus; default 0.1, or 0.01 for ppo.")
+    vf_coef: float = option(0.5, "PPO: weight of the critic's loss.")
+    # The code of Re-SpS sets 0.95 but ends an episode after every decision, so its effective value is 0
+    gamma: float = option(0.0, "PPO: weight of the text's next decision; 0, as in effect in Re-SpS, for none.")
+    lam: float = option(0.9, "PPO: lambda of the advantage estimate; unused if gamma is 0.")
+    reward_includes_drafting: bool = option(True, "Count drafting as part of a step's time; Re-SpS does not.")
 
-    target_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For a target that is loaded by name: dtype (default auto), revision, ..."}
-    )
-    grid: str = field(
-        default="small",
-        metadata={"help": "Of a new policy. small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."},
-    )
-    drop_hopeless: bool = field(
-        default=True,
-        metadata={"help": "Of a new policy: leave out shapes that could not pay here if all drafts were accepted."},
-    )
-    preset: str = field(
-        default="repaired",
-        metadata={"help": "Of a new policy. repaired: normalised features, likeliest action. paper: raw, drawn."},
-    )
-    persistence_in_use: int = field(
-        default=1, metadata={"help": "Of a new policy: steps that a decision is kept in use; Re-SpS: 30."}
-    )
+    target_init_kwargs: InitKwargs = option(None, "For a loaded target: dtype (default auto), revision, ...")
+    grid: str = option("small", "Of a new policy. small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS.")
+    drop_hopeless: bool = option(True, "Of a new policy: drop shapes that could not pay with all drafts accepted.")
+    preset: str = option("repaired", "Of a new policy. repaired: normed features, top action. paper: raw, drawn.")
+    persistence_in_use: int = option(1, "Of a new policy: steps that a decision is kept in use; Re-SpS: 30.")
 
-    max_steps: int = field(default=800, metadata={"help": "Optimiser steps of the run, in whole updates."})
-    per_device_train_batch_size: int = field(
-        default=8,
-        # The code of Re-SpS ends an update after 64 decisions, about 8 outputs; whole texts allow an exact resume
-        metadata={"help": "Prompts per update."},
-    )
-    save_steps: float = field(default=80, metadata={"help": "Steps between two checkpoints, in whole updates."})
-    logging_steps: float = field(
-        default=40, metadata={"help": "Steps between two lines of metrics; the default is ten updates."}
-    )
-    eval_steps: float | None = field(
-        default=80, metadata={"help": "Steps between two evaluations, if eval_strategy is steps."}
-    )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of Adam; Re-SpS: 3e-4."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Any learning rate schedule of Transformers."}
-    )
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon, as in stable-baselines3."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; Re-SpS: 0.5."})
+    max_steps: int = option(800, "Optimiser steps of the run, in whole updates.")
+    # The code of Re-SpS ends an update after 64 decisions, about 8 outputs; whole texts allow an exact resume
+    per_device_train_batch_size: int = option(8, "Prompts per update.")
+    save_steps: float = option(80, "Steps between two checkpoints, in whole updates.")
+    logging_steps: float = option(40, "Steps between two lines of metrics; the default is ten updates.")
+    eval_steps: float | None = option(80, "Steps between two evaluations, if eval_strategy is steps.")
+    learning_rate: float = option(3e-4, "Learning rate of Adam; Re-SpS: 3e-4.")
+    lr_scheduler_type: str = option("constant", "Any learning rate schedule of Transformers.")
+    adam_epsilon: float = option(1e-5, "Adam's epsilon, as in stable-baselines3.")
+    max_grad_norm: float = option(0.5, "Largest gradient norm; Re-SpS: 0.5.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers is untyped

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
@@ -76,13 +76,9 @@ class RolloutTrainer(ArtefactTrainer):
         super().__init__(model=policy.network, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
-        self._has_warned = False
+        self.steps_per_update, self._has_warned = args.steps_per_update, False
         self._update: Update | None = None
         self._noted: dict[str, list[float]] = defaultdict(list)  # values since the last logged metrics
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.args.steps_per_update
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._update = None
@@ -90,29 +86,23 @@ class RolloutTrainer(ArtefactTrainer):
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader of as many numbers as an epoch has batches; each update collects its own decisions."""
-        numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
-        return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
-
-    @property
-    def _given_rollouts(self) -> Rollouts:
         if self.rollouts is None:
             raise ValueError("`rollouts` are missing, but training needs decisions. Pass `ReplayRollouts`.")
-        return self.rollouts
+        numbers, size = len(self.rollouts) * self.steps_per_update, self.args.per_device_train_batch_size
+        return DataLoader(cast(Any, range(numbers)), size, collate_fn=lambda steps: {"step": torch.tensor(steps)})
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        number, step = divmod(self.state.global_step, self.args.steps_per_update)
+        number, step = divmod(self.state.global_step, self.steps_per_update)
         if self._update is None or self._update.number != number:
-            self._update = Update(number, self.policy, self._given_rollouts, self.reward_func, self.args)
-            self._note(self._update.metrics)
+            assert self.rollouts is not None  # else there would be no loader
+            self._update = Update(number, self.policy, self.rollouts, self.reward_func, self.args)
+            for name, value in self._update.metrics.items():
+                self._noted[name].append(value)
         loss, entropy = self._update.loss(model, step)
-        self._note({"entropy": entropy})
+        self._noted["entropy"].append(entropy)
         return (loss, {}) if return_outputs else loss
-
-    def _note(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._noted[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
@@ -151,10 +141,12 @@ class RolloutTrainer(ArtefactTrainer):
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
-        table = held_out.table
+        table, ends = held_out.table, decisions.ends.long()
+        seconds = torch.zeros(len(texts), dtype=torch.float64)
+        seconds.index_add_(0, ends.cumsum(0) - ends, decisions.outcomes.seconds.double())
         tokens = (table.stops - table.starts).tolist()
         return PolicyComparison(
-            list(map(Timing, tokens, decisions.seconds_of_texts.tolist())),
+            list(map(Timing, tokens, seconds.tolist())),
             list(map(Timing, tokens, table.fixed_seconds[:, searched.table.best_fixed].tolist())),
             float(table.best_seconds.sum()),
             len(decisions.actions.unique()),
@@ -174,10 +166,6 @@ class RolloutTrainer(ArtefactTrainer):
 
     def write_artefact(self, folder: Path) -> None:
         self.policy.save_pretrained(folder)
-
-
-def _collate(steps: list[int]) -> dict[str, Tensor]:
-    return {"step": torch.tensor(steps)}
 
 
 class PolicyTrainer(RolloutTrainer):
@@ -251,10 +239,8 @@ class PolicyTrainer(RolloutTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Record missing answers, then train as `ArtefactTrainer.train` does.
 
-        If there is no checkpoint yet, `resume_from_checkpoint=True` starts from the beginning.
-
-        Raises:
-            ValueError: a checkpoint in the output folder was trained on other inputs, or `train_dataset` is missing.
+        If there is no checkpoint yet, `resume_from_checkpoint=True` starts from the beginning. Raises `ValueError` if
+        a checkpoint in the output folder was trained on other inputs, or if `train_dataset` is missing.
         """
         data, folder, grid = self.data, str(self.args.output_dir), self.policy.config.grid
         data.check_has("train_dataset", "training")
@@ -310,10 +296,8 @@ def fit_policy(
     the same values as `PolicyTrainer.evaluate` returns, and a warning says if the policy is no better.
 
     `model` is "auto", or a `ThroughputPolicy` whose sizes are kept, in a guard or not, or its folder or Hub id. `args`
-    gives `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments.
-
-    Raises:
-        OSError: with `args.push_to_hub`, the Hub refused or the repository already holds published measurements.
+    gives `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments. Raises `OSError` if
+    `args.push_to_hub` is set, and the Hub refuses or the repository already holds published measurements.
     """
     args = args or PolicyTrainingConfig(default_folder(target, "policy"))
     check_type("args", args, PolicyTrainingConfig)

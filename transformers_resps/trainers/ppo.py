@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..policies.resps import ReSpSPolicy
@@ -46,21 +47,22 @@ class Update:
         if decisions.all_outcomes is not None:
             # Uses the rate of the likeliest actions at the visited positions, because decoding takes these actions
             every = rewards(decisions.all_outcomes, decisions.all_outcomes.of_actions(likeliest))
-            self._gains = relative_gains(every)
+            self._gains = standardized(every)
         if not is_exact:
             values = values.to(taken)
             advantages = gae(taken, values, decisions.ends, discount=args.gamma, decay=args.lam)
             self._advantages, self._returns = standardized(advantages), advantages + values
 
         self._decisions = decisions
-        self.metrics = {"tokens_per_second": decisions.tokens_per_second, "distinct_actions": len(likeliest.unique())}
+        emitted, seconds = float(decisions.outcomes.emitted.sum()), float(decisions.outcomes.seconds.sum())
+        self.metrics = {"tokens_per_second": emitted / seconds, "distinct_actions": len(likeliest.unique())}
         if reward_func is not tokens_per_second:
             self.metrics["reward"] = float(taken.mean())
         elif every is not None:
             lost = every.max(-1).values - every.gather(1, likeliest[:, None]).squeeze(1)
             self.metrics["gain_regret"] = float(lost.mean())
-        if decisions.oracle_regret is not None:
-            self.metrics["oracle_regret"] = decisions.oracle_regret
+        if decisions.oracle_seconds is not None:
+            self.metrics["oracle_regret"] = seconds / decisions.oracle_seconds - 1
         if not rollouts.knows_all_outcomes:
             self.metrics["dropped"] = decisions.dropped
 
@@ -82,7 +84,7 @@ class Update:
                 part[index].to(logits) for part in (decisions.log_probs, self._advantages, self._returns)
             )
             loss = -clipped_surrogate(log_probs, old, advantages, args.cliprange)
-            loss = loss + args.vf_coef * value_loss(values, returns)
+            loss = loss + args.vf_coef * F.mse_loss(values, returns)  # unclipped, as in stable-baselines3
         bonus = entropy(logits).mean()
         return loss - (args.entropy_coef or 0.0) * bonus, bonus.item()
 
@@ -151,8 +153,12 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay
 
 
 def standardized(values: Tensor) -> Tensor:
-    """Shift and scale values `[n]` to mean 0 and standard deviation 1; equal values, or a single one, become 0."""
-    centred = values - values.mean()
+    """Shift values `[n]`, or each row of `[n, a]`, to mean 0, and scale all to standard deviation 1 overall.
+
+    Equal values become 0. The entropy bonus then has the same weight at every scale of rewards, so that the policy
+    stays uncertain enough to adapt when the rate changes.
+    """
+    centred = values - values.mean(-1, keepdim=True)
     return centred / (centred.square().mean().sqrt() + 1e-8)
 
 
@@ -168,24 +174,6 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Compute the critic's mean squared error from two tensors `[n]`, unclipped as in stable-baselines3."""
-    return (values - returns).square().mean()
-
-
-def relative_gains(action_gains: Tensor) -> Tensor:
-    """Shift and scale the rewards of actions `[n, a]` to mean 0 per decision and standard deviation 1 overall.
-
-    The entropy bonus then has the same weight at every scale of rewards, so that the policy stays uncertain enough
-    to adapt when the rate changes.
-    """
-    relative = action_gains - action_gains.mean(-1, keepdim=True)
-    return relative / (relative.square().mean().sqrt() + 1e-8)
-
-
 def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
-    """Compute the policy's expected gain, a scalar to maximise, from logits and gains of all actions `[n, a]`.
-
-    Because the gains of all actions are known, the policy gradient is exact and needs neither samples nor a critic.
-    """
+    """Compute the policy's expected gain, a scalar to maximise, from logits and gains of all actions `[n, a]`."""
     return (logits.softmax(-1) * action_gains).sum(-1).mean()

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -40,24 +41,6 @@ class Decisions:
 
     def __len__(self) -> int:
         return len(self.actions)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return float(self.outcomes.emitted.sum() / self.outcomes.seconds.sum())
-
-    @property
-    def seconds_of_texts(self) -> Tensor:
-        """Seconds of each text, fp64 `[texts]`."""
-        texts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends.long().cumsum(0)])[:-1]
-        total = torch.zeros(int(self.ends.sum()), dtype=torch.float64)
-        return total.index_add(0, texts, self.outcomes.seconds.double())
-
-    @property
-    def oracle_regret(self) -> float | None:
-        """How much longer the texts took than with the fastest sequence of tree shapes, as a share of its time."""
-        if self.oracle_seconds is None:
-            return None
-        return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
 
 
 class Rollouts(ABC):
@@ -127,7 +110,15 @@ class ReplayRollouts(Rollouts):
         temperature: float = 1.0,
     ) -> Decisions:
         """Replay the texts number `texts`, all at once; without a generator the policy takes its likeliest actions."""
-        self._check(policy)
+        replayed = (self.table.features.shape[1], self.table.action_count)
+        needed = (policy.config.feature_size, len(policy.config.grid))
+        if replayed != needed:
+            raise ValueError(
+                f"The replayed texts have features of width {replayed[0]} and {replayed[1]} actions, but the policy "
+                f"reads width {needed[0]} and has {needed[1]} actions. Record the texts with the policy's own head, "
+                "and make their outcomes for `policy.config.grid`."
+            )
+        policy.check_identity(grid=self.table.grid)
         held = self.table.held(persistence)
         positions, stops = self.table.starts[texts], self.table.stops[texts]
         lanes = torch.arange(len(texts))
@@ -152,17 +143,6 @@ class ReplayRollouts(Rollouts):
             float(self.table.best_seconds[texts].sum()),
         )
 
-    def _check(self, policy: ReSpSPolicy) -> None:
-        replayed = (self.table.features.shape[1], self.table.action_count)
-        needed = (policy.config.feature_size, len(policy.config.grid))
-        if replayed != needed:
-            raise ValueError(
-                f"The replayed texts have features of width {replayed[0]} and {replayed[1]} actions, but the policy "
-                f"reads width {needed[0]} and has {needed[1]} actions. Record the texts with the policy's own head, "
-                "and make their outcomes for `policy.config.grid`."
-            )
-        policy.check_identity(grid=self.table.grid)
-
 
 @dataclass(slots=True)
 class _Decision:
@@ -170,6 +150,7 @@ class _Decision:
     action: int
     log_prob: float
     records: list[StepRecord] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds of each step
 
 
 class DecisionRecorder(Policy):
@@ -235,34 +216,27 @@ class LiveRollouts(Rollouts):
     ) -> Decisions:
         """Collect decisions as in `Rollouts`; raises `ValueError` if no decision has a plausible time."""
         chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
-        kept: list[_Decision] = []
-        times: list[list[float]] = []  # seconds of each decision's steps
-        ends: list[bool] = []
-        decided = 0
+        kept, ends, decided = list[_Decision](), list[bool](), 0
         for index in chosen:
             decisions = self._decode(index, DecisionRecorder(policy, persistence, None if greedy else generator))
-            timed = [(one, seconds) for one in decisions if (seconds := self._believable(one.records)) is not None]
+            timed = [one for one in decisions if self._is_timed(one)]
             decided += len(decisions)
-            kept += [one for one, _ in timed]
-            times += [seconds for _, seconds in timed]
-            ends += [number == len(timed) for number in range(1, len(timed) + 1)]
+            kept += timed
+            ends += [one is timed[-1] for one in timed]
         if not kept:
             raise ValueError(
                 f"None of the {decided} decisions over {len(chosen)} prompts took a positive, steady time. Check the "
                 "clock of this machine, or pass prompts with longer answers."
             )
         emitted = [[record.emitted_total for record in decision.records] for decision in kept]
-        rates = [
-            sum(e / s for e, s in zip(tokens, seconds, strict=True)) / len(seconds)
-            for tokens, seconds in zip(emitted, times, strict=True)
-        ]
+        rates = [sum(map(truediv, tokens, one.times)) / len(tokens) for tokens, one in zip(emitted, kept, strict=True)]
         return Decisions(
             torch.cat([decision.features for decision in kept]),
             torch.tensor([decision.action for decision in kept]),
             torch.tensor([decision.log_prob for decision in kept]),
             HeldOutcomes(
                 torch.tensor(list(map(sum, emitted)), dtype=torch.float64),
-                torch.tensor(list(map(sum, times)), dtype=torch.float64),
+                torch.tensor([sum(one.times) for one in kept], dtype=torch.float64),
                 torch.tensor(rates, dtype=torch.float64),
             ),
             torch.tensor(ends),
@@ -278,17 +252,16 @@ class LiveRollouts(Rollouts):
         )
         return [decision for decision in recorder.decisions if decision.records]
 
-    def _believable(self, records: list[StepRecord]) -> list[float] | None:
-        """Return the seconds of each step, or `None` if the clock stood still, ran backwards or jumped."""
-        times = []
-        for record in records:
+    def _is_timed(self, decision: _Decision) -> bool:
+        """Note the seconds of each step; return `False` if the clock stood still, ran backwards or jumped."""
+        for record in decision.records:
             seconds = record.step_seconds - (0.0 if self._includes_drafting else record.draft_seconds)
             if not (math.isfinite(seconds) and seconds > 0):
-                return None
+                return False
             usual = self._usual[record.shape]
             jumped = bool(usual) and seconds > _JUMP * median(usual)
             usual.append(seconds)
             if jumped:
-                return None
-            times.append(seconds)
-        return times
+                return False
+            decision.times.append(seconds)
+        return True

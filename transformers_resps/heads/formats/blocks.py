@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...drafting.kinds import BLOCK, bare_names
-from ..config import BlockHeadConfig
-from .publishers import PublishedConfig, Publisher
-from .reading import Checkpoint, PublishedHead, check_kind, corrected, own_corrections
+from ...drafting.kinds import bare_names
+from ..config import BlockHeadConfig, default_layer_ids
+from .publishers import Publisher
+from .reading import Checkpoint, PublishedHead
 
 
 class BlockPublisher(StrEnum):
@@ -60,24 +60,14 @@ _KINDS = {
 }
 
 
-def canonical_block_head(
+def read_block(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
-) -> tuple[BlockHeadConfig, dict[str, Tensor]]:
-    """Convert any publisher's block head to this package's config and tensors; arguments as in `canonical_head`.
-
-    Raises:
-        ValueError: it is no block head, is of an unsupported kind, contradicts itself, or does not fit the target.
-    """
-    check_kind(checkpoint, BLOCK)
-    if checkpoint.config.get("model_type") == BlockHeadConfig.model_type:
-        return BlockHeadConfig.from_dict(corrected(checkpoint.config, overrides)), checkpoint.tensors
-    fields, tensors = _PublishedBlock(checkpoint, target, overrides).read()
-    return BlockHeadConfig(**fields | own_corrections(overrides)), tensors
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a block head, see `Reader`."""
+    return _PublishedBlock(checkpoint, target, overrides).read()
 
 
-class _PublishedBlock:
-    """Interprets a published block head; `PublishedHead` interprets the fields that all kinds of heads have."""
-
+class _PublishedBlock(PublishedHead):
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config
         self._publisher = _publisher_of(config, names)
@@ -87,45 +77,42 @@ class _PublishedBlock:
         fields |= {"rope_parameters": rope["sliding_attention"]} if "sliding_attention" in rope else {}
         if self._publisher is BlockPublisher.MUSE and not rope:
             fields = {"rope_theta": _MUSE_BASE, **fields}
-        self._source, self._stated = checkpoint.name, fields
-        self._tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
-        published = PublishedConfig(fields, overrides, Publisher.DEEPSPEC, checkpoint.name)
-        self._head = PublishedHead(checkpoint.name, target, self._tensors, published)
+        tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
+        super().__init__(checkpoint.name, fields, overrides, Publisher.DEEPSPEC, tensors, target)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the fields for `BlockHeadConfig`, and the tensors by this package's names."""
         self._refuse_others()
-        head, published = self._head, self._head.published
-        sizes, identity = head.sizes(), head.identity()
+        sizes, identity = self.sizes(), self.identity()
         if sizes["hidden_size"] != sizes["target_hidden_size"]:
             raise ValueError(
-                f"{self._source} is {sizes['hidden_size']} wide and reads features of {sizes['target_hidden_size']}, "
+                f"{self.source} is {sizes['hidden_size']} wide and reads features of {sizes['target_hidden_size']}, "
                 "but a block head is as wide as its target. Use another head."
             )
         windows = self._windows(sizes["num_hidden_layers"])
         fields = {
-            **head.copied_fields(),
+            **self.copied_fields(),
             **sizes,
             **self._correction(),
-            "attention_bias": f"{_QUERY}.bias" in self._tensors,
+            "attention_bias": f"{_QUERY}.bias" in self.tensors,
             "block_size": self._needed("block_size"),
             "mask_token_id": self._needed("mask_token_id"),
             "shifted": self._is_shifted,
             "causal": self._causal(windows),
             "windows": [window or None for window in windows],
             "feature_layers": self._feature_layers(sizes, identity.get("num_hidden_layers")),
-            "embedding_scale": float(self._stated.get("input_embedding_scale", 1.0)),
-            "output_multiplier": float(self._stated.get("output_multiplier", 1.0)),
-            "final_logit_softcapping": self._stated.get("final_logit_softcapping") or None,
-            "rope_parameters": published.rope_parameters(),
+            "embedding_scale": float(self.stated.get("input_embedding_scale", 1.0)),
+            "output_multiplier": float(self.stated.get("output_multiplier", 1.0)),
+            "final_logit_softcapping": self.stated.get("final_logit_softcapping") or None,
+            "rope_parameters": self.rope_parameters(),
             "target": identity,
-            "source": {"format": str(self._publisher), "layer_ids": published.layer_ids},
+            "source": {"format": str(self._publisher), "layer_ids": self.layer_ids},
         }
-        fields, tensors = head.without_borrowed(fields)
-        return {key: fields[key] for key in fields if key in BlockHeadConfig.__annotations__}, tensors
+        fields, tensors = self.without_borrowed(fields)
+        return {key: fields[key] for key in fields if key in BlockHeadConfig.field_types()}, tensors
 
     def _refuse_others(self) -> None:
-        stated, names = self._stated, self._tensors
+        stated, names = self.stated, self.tensors
         reasons = [reason for part, reason in _OTHER_PARTS.items() if any(part in name.lower() for name in names)]
         reasons += ["is a LiLiCorr head" for key in stated if "lilicorr" in key.lower()]
         reasons += [
@@ -138,33 +125,33 @@ class _PublishedBlock:
         ]
         if reasons:
             raise ValueError(
-                f"{self._source} {reasons[0]}, which no block head of this package has. Use a plain DFlash, DSpark, "
+                f"{self.source} {reasons[0]}, which no block head of this package has. Use a plain DFlash, DSpark, "
                 "JetSpec or DFlash 2 head of the same target."
             )
         missing = [name for name in _EVERY if name not in names]
         if missing:
-            raise ValueError(f"{self._source} lacks {missing}, which every block head has. Download it again.")
+            raise ValueError(f"{self.source} lacks {missing}, which every block head has. Download it again.")
 
     def _needed(self, field: str) -> Any:
-        if field not in self._stated:
-            raise ValueError(f"{self._source} states no `{field}`. Pass `{field}=` as it was trained with.")
-        return self._stated[field]
+        if field not in self.stated:
+            raise ValueError(f"{self.source} states no `{field}`. Pass `{field}=` as it was trained with.")
+        return self.stated[field]
 
     @property
     def _is_shifted(self) -> bool:
         """Whether each position of a block predicts the token after it; see `BlockHeadConfig.shifted`."""
         if self._publisher is BlockPublisher.SPECULATORS:
-            default = self._stated.get("speculators_model_type") == "dspark"
-            return bool(self._stated.get("sample_from_anchor", default))
-        return self._publisher is BlockPublisher.DEEPSPEC or bool(self._stated.get("shift_label"))
+            default = self.stated.get("speculators_model_type") == "dspark"
+            return bool(self.stated.get("sample_from_anchor", default))
+        return self._publisher is BlockPublisher.DEEPSPEC or bool(self.stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
         """Return each layer's window: `None` for full attention, 0 for sliding attention without a limit."""
-        window = self._stated.get("sliding_window") if self._stated.get("use_sliding_window", True) else 0
-        kinds = self._stated.get("layer_types") or ["full_attention"] * count
+        window = self.stated.get("sliding_window") if self.stated.get("use_sliding_window", True) else 0
+        kinds = self.stated.get("layer_types") or ["full_attention"] * count
         if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
             raise ValueError(
-                f"{self._source} has {count} layers and `layer_types` {kinds}, but each needs one, full or sliding. "
+                f"{self.source} has {count} layers and `layer_types` {kinds}, but each needs one, full or sliding. "
                 "Correct config.json."
             )
         # In Transformers' Muse the window does not count the slot itself.
@@ -173,7 +160,7 @@ class _PublishedBlock:
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
         """Return for each layer whether it is causal: positions of a block do not attend to later ones."""
-        stated, is_sliding = self._stated, [window is not None for window in windows]
+        stated, is_sliding = self.stated, [window is not None for window in windows]
         if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
             return [False] * len(windows)
         if self._publisher is BlockPublisher.SPECULATORS:
@@ -184,22 +171,22 @@ class _PublishedBlock:
 
     def _feature_layers(self, sizes: dict[str, int], depth: int | None) -> list[int]:
         """Convert layer ids to indices of `output_hidden_states`: add one, except to the ids of speculators."""
-        ids, count = self._head.published.layer_ids, self._head.feature_count(sizes["target_hidden_size"])
-        layers: list[int] | None = self._stated.get("feature_layers")
+        ids, count = self.layer_ids, self.feature_count(sizes["target_hidden_size"])
+        layers: list[int] | None = self.stated.get("feature_layers")
         if layers is None and ids is not None:
             layers = [layer + (self._publisher is not BlockPublisher.SPECULATORS) for layer in ids]
         elif layers is None and depth is not None:
             layers = [layer + 1 for layer in default_layer_ids(depth, sizes["num_hidden_layers"])]
         if layers is None or len(layers) != count:
             raise ValueError(
-                f"{self._source} has an fc that reads {count} layers of its target, and its config names "
+                f"{self.source} has an fc that reads {count} layers of its target, and its config names "
                 f"{layers or 'none'}. Pass `feature_layers=[...]`, counted as in `output_hidden_states`."
             )
         return layers
 
     def _correction(self) -> dict[str, Any]:
         """Infer the config fields for correction, confidence head and convolutions from the head's tensors."""
-        tensors, fields = self._tensors, dict[str, Any]()
+        tensors, fields = self.tensors, dict[str, Any]()
         if "markov_head.markov_w1.weight" in tensors:
             parts = {"gate_proj": "gated", "joint_proj": "rnn"}
             found = [kind for part, kind in parts.items() if f"markov_head.{part}.weight" in tensors]
@@ -229,10 +216,3 @@ def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPubl
     has_copies = is_flat and not {"embed_tokens.weight", "lm_head.weight"}.isdisjoint(names)
     has_markov = any(name.startswith("markov_head.") for name in names)
     return BlockPublisher.DEEPSPEC if is_spark or has_copies or has_markov else BlockPublisher.ZLAB
-
-
-def default_layer_ids(depth: int, count: int) -> list[int]:
-    """Return the target layers that z-lab's heads of `count` layers read (z-lab/dflash, `build_target_layer_ids`)."""
-    if count == 1:
-        return [depth // 2]
-    return [round(1 + index * (depth - 4) / (count - 1)) for index in range(count)]

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from ..config import ROPE_BASE, default_feature_layers
 
 
@@ -36,7 +39,8 @@ _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
 _TRY_DOCTOR = "Try `resps doctor` if few tokens are accepted."
 
 
-def _publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
+def publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
+    """Recognise the publisher of an EAGLE-3 head by its config, and by this package's names of its tensors."""
     architectures = config.get("architectures") or []
     if {"speculators_model_type", "transformer_layer_config"} & set(config):
         return Publisher.SPECULATORS
@@ -53,45 +57,31 @@ def _publisher_of(config: dict[str, Any], names: Container[str]) -> Publisher:
     return Publisher.EAGLE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PublishedConfig:
-    """A published `config.json`, with the user's corrections."""
+    """A published head and its `config.json`, with the user's corrections."""
 
-    fields: dict[str, Any]  # merged with `transformer_layer_config` and `eagle_config`, without nulls
-    corrections: dict[str, Any]  # fields that the user passed; they are also in `fields`
-    publisher: Publisher  # decides what the fields mean
     source: str  # Hub id or folder, for messages
-
-    @classmethod
-    def of(
-        cls, config: dict[str, Any], names: Container[str], corrections: dict[str, Any], source: str
-    ) -> "PublishedConfig":
-        """Merge `config.json` with the user's corrections. The tensors' `names` help to recognise the publisher."""
-        parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
-        flat = {key: value for part in parts for key, value in part.items() if value is not None} | corrections
-        fields = {key: value for key, value in flat.items() if value is not None}
-        return cls(fields, corrections, _publisher_of(config, names), source)
-
-    @property
-    def target_name(self) -> str | None:
-        """Name of the target in the field `speculators_config`, if it is there."""
-        name: str | None = self.fields.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
-        return name
+    stated: dict[str, Any]  # all fields of the config, those in `transformer_layer_config` and the like too; no nulls
+    corrections: dict[str, Any]  # fields that the user passed; they are also in `stated`
+    publisher: Publisher  # decides what the fields mean
+    tensors: dict[str, Tensor]  # by this package's names
+    target: PreTrainedModel | None
 
     @property
     def layer_ids(self) -> list[int] | None:
         """The published layer ids in ascending order, in which `fc` reads the features: ModelOpt does not sort ids."""
-        return sorted(self.fields[self._id_field]) if self._id_field else None
+        return sorted(self.stated[self._id_field]) if self._id_field else None
 
     @property
     def _id_field(self) -> str:
-        return next((field for field in _ID_FIELDS if self.fields.get(field)), "")
+        return next((field for field in _ID_FIELDS if self.stated.get(field)), "")
 
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
         """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if their
         number is not `count`, which `fc` reads, or if the ids are ambiguous.
         """
-        given, ids = self.fields.get("feature_layers"), self.layer_ids
+        given, ids = self.stated.get("feature_layers"), self.layer_ids
         if given is not None:
             layers = sorted(given)
         elif ids is not None:
@@ -149,7 +139,7 @@ class PublishedConfig:
         ignored unless the user corrects it. M-RoPE is read as plain RoPE: for text they are the same, but after an
         image M-RoPE's positions are lower. Raises a `ValueError` if the config has two different bases.
         """
-        rope = dict(self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {})
+        rope = dict(self.stated.get("rope_parameters") or self.stated.get("rope_scaling") or {})
         rope = dict(rope.get("full_attention") or rope)  # per layer type, as Transformers 5 writes it
         legacy_kind = rope.pop("type", None)
         kind = rope.get("rope_type") or legacy_kind or "default"
@@ -164,7 +154,7 @@ class PublishedConfig:
             )
         rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
         kind = "default" if kind == "mrope" else kind
-        inner, outer = rope.get("rope_theta"), self.fields.get("rope_theta")
+        inner, outer = rope.get("rope_theta"), self.stated.get("rope_theta")
         if inner is not None and outer is not None and inner != outer and "rope_theta" not in self.corrections:
             raise ValueError(
                 f"The config states two RoPE bases, {inner} and {outer}. Pass the one used in training as "
@@ -182,17 +172,17 @@ class PublishedConfig:
             theta = ROPE_BASE
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
-    def norm_flags(self, *, is_parallel: bool = False) -> dict[str, bool]:
+    def norm_flags(self) -> dict[str, bool]:
         """Return `norm_before_residual` and `feedback_post_norm`; in P-EAGLE heads both are false unless stated.
         `norm_output` means `feedback_post_norm` in speculators' files only. In SpecForge's files it controls a norm
         before the logits, so it is ignored here.
         """
-        is_speculators = self.publisher is Publisher.SPECULATORS
-        before = self.fields.get("norm_before_residual")
+        is_speculators, is_parallel = self.publisher is Publisher.SPECULATORS, "mask_hidden" in self.tensors
+        before = self.stated.get("norm_before_residual")
         if before is None and is_speculators and not is_parallel:
             logger.warning("%s: true is used for the missing `norm_before_residual`. %s", self.source, _TRY_DOCTOR)
             before = True
-        after = self.fields.get("feedback_post_norm")
+        after = self.stated.get("feedback_post_norm")
         if after is None:
-            after = is_speculators and self.fields.get("norm_output") is True
+            after = is_speculators and self.stated.get("norm_output") is True
         return {"norm_before_residual": bool(before), "feedback_post_norm": bool(after)}

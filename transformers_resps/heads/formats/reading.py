@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...drafting.kinds import BLOCK, EAGLE, SHAPING, DrafterKind, kind_of_files
+from ...drafting.kinds import BLOCK, SHAPING, DrafterKind, kind_of_files
 from ...hub.checkpoint import HUB, CheckpointFiles, tensor_of
-from ..config import DraftHeadConfig
+from ..config import HeadConfig
 from ..identity import target_identity
-from .publishers import MODELOPT_LAYER, PublishedConfig
+from .publishers import MODELOPT_LAYER, PublishedConfig, publisher_of
 from .tensor_names import canonical_names, check_complete, layer_count
 
 
@@ -39,28 +39,20 @@ def read_checkpoint(
     """Read `config.json` and the weights of a Hub id or folder; without a `name`, use `config` and `tensors`.
 
     With a name, `config` replaces the one in the files. `hub` has keywords of `huggingface_hub.hf_hub_download`.
-
-    Raises:
-        ValueError: a file is missing, damaged, or holds more than tensors. Or the arguments are neither a name nor a
-            config and a state dict.
-        OSError: the Hub refuses the request.
+    Raises `ValueError` if a file is missing, damaged, or holds more than tensors, `OSError` if the Hub refuses.
     """
-    if name is not None and tensors is None:
-        found, weights = _read_files(os.fspath(name), hub)
-        return Checkpoint(str(name), found if config is None else config.to_dict(), weights)
-    if name is not None or not isinstance(config, PreTrainedConfig) or not isinstance(tensors, Mapping):
+    if name is None and isinstance(config, PreTrainedConfig) and isinstance(tensors, Mapping):
+        return Checkpoint("the given state dict", config.to_dict(), dict(tensors))
+    if name is None or tensors is not None:
         raise ValueError(
             f"Got the name {name!r}, a config of type {type(config).__name__} and a state dict of type "
             f"{type(tensors).__name__}. Pass a name alone, or None with `config=DraftHeadConfig(...)` and "
             "`state_dict=...`."
         )
-    return Checkpoint("the given state dict", config.to_dict(), dict(tensors))
-
-
-def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    name = os.fspath(name)
     files = CheckpointFiles(name, hub)
-    config = files.config()
-    if config is None:
+    found = files.config()
+    if found is None:
         raise ValueError(
             f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
             "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
@@ -71,13 +63,13 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
             f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their "
             ".index.json. Check that the download is complete, and whether you are offline."
         )
-    check_is_head(config, canonical_names(places, name), name)  # before reading the weights of a whole model
-    if kind_of_files(config, dict.fromkeys(places)) is BLOCK and files.has(_PICKLE):
+    check_is_head(found, canonical_names(places, name), name)  # before reading the weights of a whole model
+    if kind_of_files(found, dict.fromkeys(places)) is BLOCK and files.has(_PICKLE):
         raise ValueError(
             f"{name} has a part in {_PICKLE}, a pickle, which could run code. Use a head whose tensors are all in "
             "safetensors."
         )
-    return config, files.read(places, tensor_of)
+    return Checkpoint(name, found if config is None else config.to_dict(), files.read(places, tensor_of))
 
 
 def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
@@ -88,52 +80,41 @@ def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
     return kind_of_files(config, dict.fromkeys(places) | files.read(shaping, tensor_of))
 
 
-def check_kind(checkpoint: Checkpoint, wanted: DrafterKind) -> None:
-    """Raise a `ValueError` if a checkpoint is not of the `wanted` kind. The message names the class that loads it."""
-    found = kind_of_files(checkpoint.config, checkpoint.tensors)
-    if found is not wanted:
-        raise ValueError(
-            f"{checkpoint.name} is no `{wanted.name}`, but one for `{found.name}`. Load it with "
-            f"`{found.name}.from_pretrained`, or any kind with `AutoDraftHead.from_pretrained`."
-        )
-
-
-PUBLISHED_ONLY = {"rope_theta"}  # Users may correct it, but our configs have it inside `rope_parameters`.
+# Reads a published layout, with the user's corrections of its config: returns the fields of our config, and tensors.
+Reader = Callable[[Checkpoint, PreTrainedModel | None, dict[str, Any]], tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 def canonical_head(
-    checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
-) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    """Convert any publisher's EAGLE-3 head to this package's config and tensors.
+    checkpoint: Checkpoint,
+    target: PreTrainedModel | None,
+    overrides: dict[str, Any],
+    config_class: type[HeadConfig],
+    read: Reader,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Convert any publisher's head to this package's config and tensors; `read` is for the layouts of others.
 
     `target` supplies sizes that the config leaves out. `overrides` are the user's corrections of the config: fields of
-    `DraftHeadConfig`, and `rope_theta`.
-
-    Raises:
-        ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
+    `config_class`, and `rope_theta`, which our configs have inside `rope_parameters`. Raises a `ValueError` if the
+    head is of another kind, contradicts itself, or does not fit the target.
     """
-    check_kind(checkpoint, EAGLE)
-    if checkpoint.config.get("model_type") != DraftHeadConfig.model_type:
-        fields, tensors = _read_eagle(checkpoint, target, overrides)
-        return DraftHeadConfig(**fields | own_corrections(overrides)), tensors
+    found = kind_of_files(checkpoint.config, checkpoint.tensors)
+    if found.saved_as != config_class.model_type:
+        raise ValueError(
+            f"{checkpoint.name} is no `{config_class.__name__.removesuffix('Config')}`, but one for `{found.name}`. "
+            f"Load it with `{found.name}.from_pretrained`, or any kind with `AutoDraftHead.from_pretrained`."
+        )
+    corrections = {field: value for field, value in overrides.items() if field != "rope_theta"}
+    if checkpoint.config.get("model_type") != config_class.model_type:
+        fields, tensors = read(checkpoint, target, overrides)
+        return config_class(**fields | corrections), tensors
+    fields = checkpoint.config | corrections
+    if overrides.get("rope_theta") is not None:
+        rope = fields.get("rope_parameters") or {"rope_type": "default"}
+        fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
     try:
-        return DraftHeadConfig.from_dict(corrected(checkpoint.config, overrides)), checkpoint.tensors
+        return config_class.from_dict(fields), checkpoint.tensors
     except AttributeError as error:  # a dtype that PyTorch does not have
         raise ValueError(f"The config of {checkpoint.name} cannot be read ({error}). Download it again.") from error
-
-
-def own_corrections(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Select the user's corrections that are fields of this package's configs."""
-    return {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
-
-
-def corrected(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Apply the user's corrections to a config in this package's format."""
-    fields, theta = config | own_corrections(overrides), overrides.get("rope_theta")
-    if theta is not None:
-        rope = fields.get("rope_parameters") or {"rope_type": "default"}
-        fields["rope_parameters"] = {**rope, "rope_theta": float(theta)}
-    return fields
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
@@ -144,12 +125,15 @@ _MASK_TOKENS = ("mask_token_id", "ptd_token_id", "pard_token")
 _PARALLEL_LEVELS = 8  # Speculators' default for P-EAGLE heads.
 
 
-def _read_eagle(
+def read_eagle(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors = canonical_names(checkpoint.tensors, checkpoint.name)
-    published = PublishedConfig.of(checkpoint.config, tensors, overrides, checkpoint.name)
-    head, stated = PublishedHead(checkpoint.name, target, tensors, published), published.fields
+    """Read an EAGLE-3 head, see `Reader`."""
+    tensors, config = canonical_names(checkpoint.tensors, checkpoint.name), checkpoint.config
+    parts = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {}, config)
+    flat = {key: value for part in parts for key, value in part.items() if value is not None} | overrides
+    stated = {key: value for key, value in flat.items() if value is not None}
+    head = PublishedHead(checkpoint.name, stated, overrides, publisher_of(config, tensors), tensors, target)
     check_is_head(stated, tensors, head.source)
     for reason in other_kinds(stated, tensors):
         raise ValueError(
@@ -162,13 +146,13 @@ def _read_eagle(
         **head.copied_fields(),
         **sizes,
         **_structure(tensors, stated),
-        **published.norm_flags(is_parallel="mask_hidden" in tensors),
-        "rope_parameters": published.rope_parameters(),
-        "feature_layers": published.feature_layers(count, identity.get("num_hidden_layers")),
+        **head.norm_flags(),
+        "rope_parameters": head.rope_parameters(),
+        "feature_layers": head.feature_layers(count, identity.get("num_hidden_layers")),
         "sliding_window": _window(head, sizes["num_hidden_layers"]),
         **_parallel(head),
         "target": identity,
-        "source": {"format": str(published.publisher), "layer_ids": published.layer_ids},
+        "source": {"format": str(head.publisher), "layer_ids": head.layer_ids},
     }
     return head.without_borrowed(fields)
 
@@ -219,15 +203,8 @@ def _parallel(head: "PublishedHead") -> dict[str, Any]:
     return {"mask_token_id": int(token), "parallel_levels": levels, "default_tree": [33, levels, 8]}
 
 
-class PublishedHead:
+class PublishedHead(PublishedConfig):
     """Infers from a published head its sizes, its vocabulary, and which parts it borrows from the target."""
-
-    def __init__(
-        self, source: str, target: PreTrainedModel | None, tensors: dict[str, Tensor], published: PublishedConfig
-    ) -> None:
-        self.source, self.tensors, self.published, self.stated = source, tensors, published, published.fields
-        self._target = target
-        self._target_config = None if target is None else target.config.get_text_config()
 
     def copied_fields(self) -> dict[str, Any]:
         """Return the fields that mean the same in every format."""
@@ -268,7 +245,7 @@ class PublishedHead:
 
     def _vocabulary_sizes(self) -> dict[str, int]:
         """Infer the sizes v of the target's vocabulary and d of the draft vocabulary."""
-        theirs = None if self._target_config is None else self._target_config.vocab_size
+        theirs = None if self.target is None else self.target.config.get_text_config().vocab_size
         vocab_size = self._rows_of("t2d", "embed_tokens.weight") or theirs or self.stated.get("vocab_size")
         if vocab_size is None:
             raise ValueError(
@@ -288,15 +265,15 @@ class PublishedHead:
 
     def _target_hidden_size(self, hidden_size: int) -> int:
         stated: int | None = self.stated.get("target_hidden_size")
-        if self._target_config is not None:
-            width: int = self._target_config.hidden_size
+        if self.target is not None:
+            width: int = self.target.config.get_text_config().hidden_size
             if stated not in (None, width):
                 raise ValueError(
                     f"{self.source} reads a target of hidden size {stated}, but the target has {width}. "
                     "Load the head that was made for this target."
                 )
             return width
-        ids, width = self.published.layer_ids, self.tensors["fc.weight"].shape[1]
+        ids, width = self.layer_ids, self.tensors["fc.weight"].shape[1]
         if stated is None and ids is not None and width % len(ids) == 0:
             return width // len(ids)
         return stated or hidden_size
@@ -314,10 +291,11 @@ class PublishedHead:
     def identity(self) -> dict[str, Any]:
         """Return the target's `target_identity`; if no target was passed, its name and depth from the config."""
         layer_count = self.stated.get("num_target_layers")
-        if self._target is None:
-            told = {"name_or_path": self.published.target_name, "num_hidden_layers": layer_count}
+        if self.target is None:
+            verifier = self.stated.get("speculators_config", {}).get("verifier", {})
+            told = {"name_or_path": verifier.get("name_or_path"), "num_hidden_layers": layer_count}
             return {key: value for key, value in told.items() if value is not None}
-        identity = target_identity(self._target)
+        identity = target_identity(self.target)
         if layer_count not in (None, identity["num_hidden_layers"]):
             raise ValueError(
                 f"The head was made for a target of {layer_count} layers, but this target has "
@@ -337,21 +315,16 @@ class PublishedHead:
         owns_embedding = not same_width or bool(is_trained)
         if not owns_embedding:
             tensors.pop("embed_tokens.weight", None)  # a copy of the target's, perhaps outdated
-        output = tensors.get("lm_head.weight")
-        if output is None:
-            owns_output_head = offsets is not None or not same_width
-        else:
-            owns_output_head = self.stated.get("owns_output_head") is not False and not self._is_targets(output)
+        owns_output_head = offsets is not None or not same_width
+        if (output := tensors.get("lm_head.weight")) is not None:
+            theirs: Any = None if self.target is None else self.target.get_output_embeddings()
+            is_theirs = theirs is not None and output.shape == theirs.weight.shape
+            is_theirs = is_theirs and torch.equal(output, theirs.weight.detach().to(device="cpu", dtype=output.dtype))
+            owns_output_head = self.stated.get("owns_output_head") is not False and not is_theirs
         if not owns_output_head:
             tensors.pop("lm_head.weight", None)
         owned = {"owns_embedding": owns_embedding, "owns_output_head": owns_output_head}
         return fields | owned | ({"draft_vocab_size": None} if offsets is None else {}), tensors
-
-    def _is_targets(self, weight: Tensor) -> bool:
-        output = None if self._target is None else self._target.get_output_embeddings()
-        if output is None or weight.shape != output.weight.shape:
-            return False
-        return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # Ends of class names of whole models.
@@ -436,10 +409,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
 
     A file holds the offsets as `d2t`, the target ids themselves as `hot_token_id` (SGLang), or a mask of them as `t2d`
     `[v]`. Some files store target ids as `d2t`; comparison with `t2d` reveals this. `rows` is d, the rows of the
-    output head.
-
-    Raises:
-        ValueError: ids leave the vocabulary, are not ascending, contradict `t2d`, or are missing although d < v.
+    output head. Raises `ValueError` if ids are missing, not ascending, beyond the vocabulary, or contradict `t2d`.
     """
     allowed = tensors["t2d"].nonzero().squeeze(-1) if "t2d" in tensors else None
     if "hot_token_id" in tensors:
@@ -470,27 +440,16 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
 
 
 _LOADING = {
-    "adapter_kwargs",
-    "attn_implementation",
-    "config",
-    "device_map",
-    "dtype",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "quantization_config",
-    "state_dict",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_safetensors",
+    *("adapter_kwargs", "attn_implementation", "config", "device_map", "dtype", "low_cpu_mem_usage", "max_memory"),
+    *("offload_folder", "quantization_config", "state_dict", "torch_dtype", "trust_remote_code", "use_safetensors"),
 }
 
 
 def split_keywords(
-    keywords: dict[str, Any], config_class: type[PreTrainedConfig]
+    keywords: dict[str, Any], config_class: type[HeadConfig]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Split keywords into three: for the Hub, for loading by Transformers, and corrections of the head's config."""
-    fields = set(config_class.__annotations__) | PUBLISHED_ONLY
+    fields = {*config_class.field_types(), "rope_theta"}
     hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
@@ -504,6 +463,3 @@ def split_keywords(
     if "torch_dtype" in loading:
         loading["dtype"] = loading.pop("torch_dtype")
     return hub, loading, overrides
-
-
-Canonical = Callable[[Checkpoint, PreTrainedModel | None, dict[str, Any]], tuple[Any, dict[str, Tensor]]]

@@ -24,15 +24,8 @@ _IGNORED_ENDS = ("rotary_emb.inv_freq", ".cos_cached", ".sin_cached")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _LAYER = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
+    *("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
 )
 
 

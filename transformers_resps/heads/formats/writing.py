@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...drafting.kinds import BLOCK, EAGLE
-from ..config import ROPE_BASE, BlockHeadConfig, DraftHeadConfig
+from ..config import ROPE_BASE, BlockHeadConfig, DraftHeadConfig, HeadConfig
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
 _PROJECTIONS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+_NESTED = 'Use `format="speculators"`'
 _LAYER_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "mlp_bias"),
@@ -26,10 +27,8 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
     """Write `config.json` and `model.safetensors` of a head in the layout "specforge" or "speculators".
 
     SpecForge's config is flat, its tensors' prefix is `midlayer.`, and its ids number layers. In speculators the
-    config is nested, the prefix is `layers.0.`, and ids number the boundaries before layers.
-
-    Raises:
-        ValueError: the layout is unknown, or cannot express this head.
+    config is nested, the prefix is `layers.0.`, and ids number the boundaries before layers. Raises `ValueError` if
+    the layout is unknown, or cannot express this head.
     """
     if layout not in EAGLE.exports:
         known = ["resps", *EAGLE.exports]
@@ -38,8 +37,25 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
             'Write "specforge" for SGLang and llama.cpp, "speculators" for vLLM.'
         )
     _check_expressible(config, layout)
-    written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
-    _write(written, _published_tensors(tensors, config, layout), folder)
+    published = _on_disk(tensors, config.vocab_size)
+    if _has_attention_biases(config):
+        weights = {name: weight for name, weight in published.items() if name.endswith(_PROJECTIONS)}
+        for name, weight in weights.items():
+            published.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
+    if layout == "specforge":
+        renamed = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in published.items()}
+        _write(_specforge_config(config), renamed, folder)
+    else:
+        _write(_speculators_config(config), published, folder)
+
+
+def _on_disk(state: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, and add the mask `t2d` `[v]` of the draft vocabulary if its offsets `d2t` are there."""
+    tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
+    if "d2t" in tensors:
+        allowed = tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        allowed[torch.arange(len(tensors["d2t"])) + tensors["d2t"]] = True
+    return tensors
 
 
 def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
@@ -52,12 +68,10 @@ def _write(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
 def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder: Path, layout: str) -> None:
     """Write a block head in the layout "z-lab" (`dflash_config`, ids number layers) or "speculators"."""
     _check_block(config, layout)
-    tensors = {name: part.detach().cpu().contiguous() for name, part in state.items()}
+    tensors = _on_disk(state, config.vocab_size)
     if layout == "z-lab":
         _write(_zlab_config(config), tensors, folder)
         return
-    if "d2t" in tensors:
-        tensors["t2d"] = _allowed(tensors["d2t"], config.vocab_size)
     bare = {name.replace("_codebook.weight", "_codebook"): part for name, part in tensors.items()}
     _write(_speculators_block_config(config), bare, folder)
 
@@ -96,7 +110,7 @@ def _block_layer(config: BlockHeadConfig) -> dict[str, Any]:
     """Convert the fields that describe the layers to those of a Qwen3 config."""
     is_sliding, rope = _is_sliding(config), config.rope_parameters or {}
     return {
-        **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.__annotations__},
+        **{field: getattr(config, field) for field in _LAYER_FIELDS if field in BlockHeadConfig.field_types()},
         "model_type": "qwen3",
         "attention_bias": config.attention_bias,
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in is_sliding],
@@ -146,71 +160,44 @@ def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
     return {
         **_block_fields(config),
         **(spark if kind == "dspark" else {}),
-        "architectures": [f"{name}DraftModel"],
-        "speculators_model_type": kind,
-        "speculators_version": "0.9.0",
         "aux_hidden_state_layer_ids": config.feature_layers,
         "draft_vocab_size": config.proposable_tokens,
         "sample_from_anchor": config.shifted,
         "sliding_window_non_causal": not any(config.causal or ()),
-        "tie_word_embeddings": False,
-        "transformer_layer_config": _block_layer(config),
-        "speculators_config": _proposal(kind, config.levels, config.target or {}),
+        **_speculators_fields(config, kind, f"{name}DraftModel", "0.9.0", config.levels, _block_layer(config)),
     }
 
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
     """Raise a `ValueError` if vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load the head wrongly."""
     assert config.feature_layers is not None
-    is_flat, nested = layout == "specforge", 'Use `format="speculators"`.'
-    outer_biases = config.attention_output_bias or config.mlp_bias
+    is_flat, outer_biases = layout == "specforge", config.attention_output_bias or config.mlp_bias
     for cannot, reason, way_out in (
         (
             config.mask_token_id is not None,
             "is a P-EAGLE head, which is read but not written in other layouts",
-            "Copy the files that it was read from.",
+            "Copy the files that it was read from",
         ),
         (
             config.before_deepstack,
             "reads features before DeepStack adds to them, but other engines read them after it",
-            "Train one with `before_deepstack=False`.",
+            "Train one with `before_deepstack=False`",
         ),
-        (config.fc_bias, "has a bias in `fc`, which other engines drop", "Train one with `fc_bias=False`."),
-        (is_flat and config.qk_norm, "norms queries and keys, which the SpecForge layout cannot express", nested),
+        (config.fc_bias, "has a bias in `fc`, which other engines drop", "Train one with `fc_bias=False`"),
         (
             config.qk_norm and outer_biases,
             "norms queries and keys and has biases after them, which vLLM drops",
-            "Train one with `attention_output_bias=False` and `mlp_bias=False`.",
+            "Train one with `attention_output_bias=False` and `mlp_bias=False`",
         ),
+        (is_flat and config.qk_norm, "norms queries and keys, which SpecForge cannot express", _NESTED),
         (
             is_flat and 0 in config.feature_layers,
-            "reads the embedding output, which the SpecForge layout cannot express",
-            nested,
+            "reads the embedding output, which SpecForge cannot express",
+            _NESTED,
         ),
     ):
         if cannot:
-            raise ValueError(f"This head {reason}. {way_out}")
-
-
-def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout: str) -> dict[str, Tensor]:
-    first = "midlayer." if layout == "specforge" else "layers.0."
-    tensors = {
-        name.replace("layers.0.", first, 1): tensor.detach().cpu().contiguous() for name, tensor in state.items()
-    }
-    if _has_attention_biases(config):
-        weights = {name: tensor for name, tensor in tensors.items() if name.endswith(_PROJECTIONS)}
-        for name, weight in weights.items():
-            tensors.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
-    if "d2t" in tensors:
-        tensors["t2d"] = _allowed(tensors["d2t"], config.vocab_size)
-    return tensors
-
-
-def _allowed(offsets: Tensor, vocab_size: int) -> Tensor:
-    """Make the mask `t2d` `[v]` from the offsets `d2t` `[d]`."""
-    allowed = torch.zeros(vocab_size, dtype=torch.bool)
-    allowed[torch.arange(len(offsets)) + offsets] = True
-    return allowed
+            raise ValueError(f"This head {reason}. {way_out}.")
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
@@ -241,17 +228,10 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
     """Return the fields of both layouts. `feature_layers` and `feedback_post_norm` are this package's own names: the
     published names differ in meaning.
     """
-    return {
-        "feature_layers": config.feature_layers,
-        "feedback_post_norm": config.feedback_post_norm,
-        "norm_output": config.feedback_post_norm,
-        "draft_vocab_size": config.proposable_tokens,
-        "owns_embedding": config.owns_embedding,
-        "target_hidden_size": config.target_hidden_size,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": config.norm_before_fc,
-        "fc_norm": config.fc_norm,
-    }
+    own = ("feature_layers", "feedback_post_norm", "owns_embedding", "target_hidden_size")
+    norms = ("norm_before_residual", "norm_before_fc", "fc_norm")
+    computed = {"norm_output": config.feedback_post_norm, "draft_vocab_size": config.proposable_tokens}
+    return {field: getattr(config, field) for field in own + norms} | computed
 
 
 def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
@@ -276,26 +256,31 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
-    depth = (config.default_tree or [0, 3])[1]
+    levels = max((config.default_tree or [0, 3])[1], 1)
     return {
         **_shared_fields(config),
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.3.0",
         "eagle_aux_hidden_state_layer_ids": config.feature_layers,
         "embed_requires_grad": config.owns_embedding,
-        "tie_word_embeddings": False,
-        "transformer_layer_config": _layer_config(config),
-        "speculators_config": _proposal("eagle3", max(depth, 1), config.target or {}),
+        **_speculators_fields(config, "eagle3", "Eagle3Speculator", "0.3.0", levels, _layer_config(config)),
     }
 
 
-def _proposal(algorithm: str, tokens: int, target: dict[str, Any]) -> dict[str, Any]:
-    """Make the field `speculators_config`, which names the target and the default way to draft."""
+def _speculators_fields(
+    config: HeadConfig, algorithm: str, architecture: str, version: str, tokens: int, layer: dict[str, Any]
+) -> dict[str, Any]:
+    """Make the fields of every config of speculators, which name the target and the default way to draft."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    target = config.target or {}
     return {
-        "algorithm": algorithm,
-        "default_proposal_method": "greedy",
-        "proposal_methods": [method],
-        "verifier": {"name_or_path": target.get("name_or_path"), "architectures": target.get("architectures", [])},
+        "architectures": [architecture],
+        "speculators_model_type": algorithm,
+        "speculators_version": version,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": {"name_or_path": target.get("name_or_path"), "architectures": target.get("architectures", [])},
+        },
     }
