@@ -5,6 +5,7 @@ from .causal import CausalDrafter
 from .gemma import GemmaAssistant
 from .mtp import MtpHead
 from .mtp_layouts import MtpConfig
+from .self_draft import SelfDraft
 
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GemmaAssistant",
     "MtpConfig",
     "MtpHead",
+    "SelfDraft",
     "load_drafter",
     "load_head",
     "source_of",

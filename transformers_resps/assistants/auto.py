@@ -15,9 +15,11 @@ from ..heads.formats.reading import WholeModelError, kind_in
 from ..hub.checkpoint import HUB
 from .mtp import MtpHead
 from .mtp_layouts import names_mtp
+from .self_draft import SelfDraft
 
 
-CAME_ALONG = "mtp"  # Name to pass instead of a folder or Hub id: loads the MTP layers in the target's checkpoint.
+# Names to pass instead of a folder or Hub id: the MTP layers in the target's checkpoint, and the target itself.
+CAME_ALONG, ITSELF = "mtp", "self"
 
 
 class AutoDraftHead:
@@ -57,7 +59,9 @@ class AutoDraftHead:
 def load_drafter(
     name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
 ) -> DraftSource | PreTrainedModel:
-    """Load a head, a causal model or, for "mtp", the target's MTP layers, in the target's dtype and on its device."""
+    """Load a head or a causal model in the target's dtype and on its device; see `CAME_ALONG` and `ITSELF`."""
+    if name == ITSELF:
+        return SelfDraft(target)
     if name == CAME_ALONG:
         return MtpHead.from_target(target, **keywords)
     try:

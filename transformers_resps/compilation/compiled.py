@@ -50,7 +50,8 @@ class CompiledFunction:
     input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
     separate code. `options` are arguments of `torch.compile` to use in place of inductor with freezing. `packages`
     store the code under `name` for later processes. With `is_invariant`, the result of a row must not depend on other
-    rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code.
+    rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code. Packaged
+    code rounds weights in bfloat16 to `bits` (8 or 4) where our kernels read them.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class CompiledFunction:
         name: str = "",
         *,
         is_invariant: bool = False,
+        bits: int = 16,
     ) -> None:
         self._function, self._options = function, options
         self._inductor = _INDUCTOR | (_AS_EAGER if is_invariant else {})
-        self._is_invariant, self._packages, self._name = is_invariant, packages, name
+        self._is_invariant, self._bits, self._packages, self._name = is_invariant, bits, packages, name
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
         self._compiled: dict[tuple[_Sizes, Hashable], _Function] = {}
 
@@ -82,6 +84,8 @@ class CompiledFunction:
                 code = self._compile_package(tensors, sizes, self._setting(inputs, buffers))
             except _UNPACKAGED as fault:
                 reason = str(fault).partition("\n")[0]
+                if self._bits < 16 or (self._packages is not None and self._packages.hold_few_bits):
+                    raise RuntimeError(f"weights of few bits need code that can be stored, and {reason}") from fault
                 logger.info(f"Compiled code of {self._name} ends with this process: {reason}")
             else:
                 outputs = code(*tensors)
@@ -126,7 +130,7 @@ class CompiledFunction:
             outputs[:] = [self._function(*tensors)]
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
-        job = CompileJob(function, tensors, sizes, self._inductor, self._is_invariant)
+        job = CompileJob(function, tensors, sizes, self._inductor, self._is_invariant, self._bits)
         with _without_advice():
             code = self._packages.compile(self._name, setting, job)
         return _Packaged(code, outputs[0])

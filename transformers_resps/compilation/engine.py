@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .captured import CapturedFunction, Outputs
 from .compiled import CompiledFunction, callers_settings
+from .few_bits import plain_tensors
 from .kernels import NO_COMPILER, compiler
 from .packages import ModulePackages, packages_folder
 
@@ -41,6 +42,7 @@ class Code:
     compared: Callable[[Outputs], Tensor]  # picks the outputs that must agree
     values: str  # the name of these values in a warning
     dtype: torch.dtype  # of the weights
+    tolerance: float | None = None  # relative difference that may be, if not what rounding in `dtype` explains
 
 
 class CompileEngine(ABC, Generic[Owner]):
@@ -184,7 +186,7 @@ class CompileEngine(ABC, Generic[Owner]):
     ) -> str | None:
         """Run compiled code; describe its error or its difference from `expected` values, or return `None`."""
         try:
-            difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
+            difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype, code.tolerance)
         except FAULTS as fault:
             return described(fault)
         return None if difference is None else f"its {code.values} {difference}"
@@ -239,13 +241,16 @@ _NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
-def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None) -> str | None:
     """Describe how far compiled values are from eager values; `None` if rounding in the weights' `dtype` explains it.
+
+    `tolerance` is the relative difference that may be, in place of what the `dtype` explains.
 
     The norm over all values is compared, since in low precision a single value may be far off.
     """
     difference, scale = (float(part.float().norm()) for part in (fast - expected, expected))
-    if difference <= _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) * max(scale, 1.0):
+    most = _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) if tolerance is None else tolerance
+    if difference <= most * max(scale, 1.0):
         return None
     return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
 
@@ -269,7 +274,7 @@ class WeightFingerprint:
     """
 
     def __init__(self, module: nn.Module, *setting: object) -> None:
-        tensors = list(chain(module.parameters(), module.buffers()))
+        tensors = [part for each in chain(module.parameters(), module.buffers()) for part in plain_tensors(each)]
         self._marks = [_mark(tensor) for tensor in tensors]
         self._values = _sampled(tensors)
         self._setting = (module.training, type(module), *setting)

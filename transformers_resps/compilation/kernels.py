@@ -102,6 +102,16 @@ def our_kernels() -> tuple[str, ...]:
     return VECTORS, TILES
 
 
+def reads_few_bits() -> bool:
+    """Whether our kernels multiply by weights of few bits here: with AVX512-VBMI, if `RESPS_KERNELS` allows them."""
+    return bool(our_kernels()) and "avx512_vbmi" in cpu_flags() and demanded_kernel() != ONEDNN
+
+
+def few_bits_kernel() -> Choice:
+    """Choose the kernel for weights of few bits: tiles for any number of rows, or vectors without AMX."""
+    return Kernels.only(demanded_kernel() or our_kernels()[-1]).linear
+
+
 @cache
 def demanded_kernel() -> str | None:
     """Return the kernel named by the variable `RESPS_KERNELS`, or `None` if there is none that can run."""

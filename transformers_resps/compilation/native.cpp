@@ -1,4 +1,4 @@
-// Operators for bfloat16 with AVX512-BF16, with or without AMX. native.py puts them into the C++ of packaged code, and
+// Operators for bfloat16 with AVX512-BF16, with or without AMX; weights may have 8 or 4 bits (with AVX512-VBMI). native.py puts them into the C++ of packaged code, and
 // says what they compute. kernels.py also compiles them alone, to time and to test them. From `tiles_from` rows on,
 // AMX's tiles multiply, if the process may use them. A row's bits do not depend on the other rows, but tiles give other
 // bits than vectors. Inductor puts "extern" before this file, inside extern "C": so a declaration must come first, and
@@ -197,7 +197,7 @@ static void resps_release_tiles(void) {
 
 // Writes the products of up to 32 rows with a block of weights [depth / 2, BLOCK, 2] to `sums` [rows, BLOCK].
 static void resps_multiply_block(
-    float* sums, int count, const Bf16* rows, int64_t depth, const Bf16* weights, int fetches) {
+    float* sums, int count, const Bf16* rows, int64_t stride, int64_t depth, const Bf16* weights, int fetches) {
     const int first = count < LINES ? count : LINES, second = count - first;
     resps_prepare_tiles(first, second);
     RESPS_WRITTEN;
@@ -210,13 +210,13 @@ static void resps_multiply_block(
         if (fetches) {
             for (int line = 0; line < DEEP; ++line) __builtin_prefetch(read + (4 * DEEP + line) * BLOCK, 0, 2);
         }
-        resps_tile_load(4, rows + k, depth * sizeof *rows);
+        resps_tile_load(4, rows + k, stride * sizeof *rows);
         resps_tile_load(6, read, 2 * BLOCK * sizeof *read);
         resps_tile_multiply(0, 4, 6);
         resps_tile_load(7, read + 2 * LANES, 2 * BLOCK * sizeof *read);
         resps_tile_multiply(1, 4, 7);
         if (second) {
-            resps_tile_load(5, rows + LINES * depth + k, depth * sizeof *rows);
+            resps_tile_load(5, rows + LINES * stride + k, stride * sizeof *rows);
             resps_tile_multiply(2, 5, 6);
             resps_tile_multiply(3, 5, 7);
         }
@@ -262,12 +262,21 @@ static void resps_add_products(
 
 // ---- linear layers
 
+// Weights in few bits: a weight is its code's value times the scale, plus the offset, of its output and group of inputs.
+typedef struct {
+    const uint8_t* codes;  // [blocks, lines, 64]; a line has 32 outputs' codes for 2 inputs (8 bits) or 4 (4 bits)
+    const float *scales, *offsets;  // [blocks, groups, BLOCK]; offsets may be null
+    const Bf16* table;  // numbers of the 16 codes of 4 bits; null for 8 bits, whose codes stand for -127.5 to 127.5
+    int64_t groups;
+} RespsFewBits;
+
 typedef struct {
     const Bf16 *rows, *packed, *bias;
     Bf16* result;
     int64_t count, depth, width;
     int is_gated;  // whether a block's first half has weights of the gate, and its second half those that are gated
     int64_t tiles_from;  // least number of rows for tiles
+    RespsFewBits bits;  // in place of `packed`, which then is null
 } RespsLinear;
 
 // silu(gate) * up, rounded as PyTorch does after each operator.
@@ -313,7 +322,8 @@ static void resps_linear_tiles(const RespsLinear* of, int64_t block) {
     for (int64_t row = 0; row < of->count; row += 2 * LINES) {
         const int count = (int)resps_least(of->count - row, 2 * LINES);
         const Bf16* weights = of->packed + block * BLOCK * of->depth;
-        resps_multiply_block((float*)sums, count, of->rows + row * of->depth, of->depth, weights, row == 0);
+        const Bf16* rows = of->rows + row * of->depth;
+        resps_multiply_block((float*)sums, count, rows, of->depth, of->depth, weights, row == 0);
         for (int i = 0; i < count; ++i) resps_write(of, row + i, block, sums + i * NARROW);
     }
 }
@@ -363,6 +373,198 @@ static void resps_gate(const Bf16* both, Bf16* result, int64_t count, int64_t wi
         }
     }
 }
+
+// ---- linear layers with weights in few bits
+
+#pragma GCC push_options
+#pragma GCC target("avx512vbmi")
+
+enum { CODE_LINE = 64, AHEAD_LINES = 96 };  // bytes in a line of codes; distance of the lines to prefetch
+
+// Lookup tables for codes: the bytes of 128 bf16 numbers, or 16 bf16 numbers twice.
+RESPS_INLINE void resps_tables(const Bf16* table, __m512i* tables) {
+    if (table) {
+        tables[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));
+        return;
+    }
+    uint8_t bytes[4 * CODE_LINE];
+    for (int i = 0; i < 2 * CODE_LINE; ++i) {
+        const float value = (float)i + 0.5f;
+        uint32_t bits;
+        __builtin_memcpy(&bits, &value, sizeof bits);
+        bytes[i] = (uint8_t)(bits >> 16), bytes[2 * CODE_LINE + i] = (uint8_t)(bits >> 24);
+    }
+    for (int i = 0; i < 4; ++i) tables[i] = _mm512_loadu_si512(bytes + i * CODE_LINE);
+}
+
+// Turns a line of codes into bf16 pairs: [2, LANES, 2] for 8 bits, [2, 2, LANES, 2] for 4 bits. A code of 8 bits has
+// a sign bit and 7 bits for 0.5 to 127.5: so a number needs two lookups in 128 bytes.
+RESPS_INLINE void resps_decode(const int width, const uint8_t* line, const __m512i* tables, __m512i* numbers) {
+    const __m512i codes = _mm512_loadu_si512(line);
+    if (width == 8) {
+        const __m512i low = _mm512_permutex2var_epi8(tables[0], codes, tables[1]);
+        const __m512i high = _mm512_permutex2var_epi8(tables[2], codes, tables[3]);
+        const __m512i sign = _mm512_set1_epi8((char)0x80);
+        const __m512i both = _mm512_ternarylogic_epi32(codes, sign, high, 0xea);  // codes & sign | high
+        numbers[0] = _mm512_unpacklo_epi8(low, both);
+        numbers[1] = _mm512_unpackhi_epi8(low, both);
+        return;
+    }
+    numbers[0] = _mm512_permutexvar_epi16(codes, tables[0]);
+    numbers[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), tables[0]);
+    numbers[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), tables[0]);
+    numbers[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), tables[0]);
+}
+
+// `resps_multiply` for a block of codes, with the same order of sums.
+RESPS_INLINE void resps_multiply_codes(
+    __m512* sums, const int count, const int width, const Bf16* rows, int64_t stride, const uint8_t* codes,
+    int64_t lines, const __m512i* tables) {
+    const int pairs = 8 / width;
+    for (int64_t line = 0; line < lines; ++line) {
+        __m512i numbers[2 * NARROW];
+        __builtin_prefetch(codes + (line + AHEAD_LINES) * CODE_LINE, 0, 2);
+        resps_decode(width, codes + line * CODE_LINE, tables, numbers);
+        for (int pair = 0; pair < pairs; ++pair) {
+            for (int i = 0; i < count; ++i) {
+                int32_t two;
+                __builtin_memcpy(&two, rows + i * stride + 2 * (line * pairs + pair), sizeof two);
+                const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+                for (int v = 0; v < NARROW; ++v) {
+                    const __m512bh read = (__m512bh)numbers[pair * NARROW + v];
+                    sums[i * NARROW + v] = _mm512_dpbf16_ps(sums[i * NARROW + v], inputs, read);
+                }
+            }
+        }
+    }
+}
+
+// The sum of each group of inputs of each row, [count, groups].
+static void resps_sum_inputs(const RespsLinear* of, float* sums) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    const int64_t inputs = of->depth / of->bits.groups;
+    for (int64_t group = 0; group < of->count * of->bits.groups; ++group) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < inputs; k += 2 * LANES) {
+            const __mmask32 read = inputs - k < 2 * LANES ? (1u << (inputs - k)) - 1 : 0xffffffffu;
+            const __m512i values = _mm512_maskz_loadu_epi16(read, of->rows + group * inputs + k);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)values, ones);
+        }
+        sums[group] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Adds a group's sums of `count` rows [count, BLOCK] to the totals.
+RESPS_INLINE void resps_add_group(
+    __m512* totals, const __m512* sums, int count, const RespsLinear* of, int64_t row, int64_t block, int64_t group,
+    const float* inputs) {
+    const int64_t place = (block * of->bits.groups + group) * BLOCK;
+    for (int v = 0; v < NARROW; ++v) {
+        const __m512 scale = _mm512_loadu_ps(of->bits.scales + place + v * LANES);
+        for (int i = 0; i < count; ++i) {
+            totals[i * NARROW + v] = _mm512_fmadd_ps(sums[i * NARROW + v], scale, totals[i * NARROW + v]);
+        }
+        if (!of->bits.offsets) continue;
+        const __m512 offset = _mm512_loadu_ps(of->bits.offsets + place + v * LANES);
+        for (int i = 0; i < count; ++i) {
+            const __m512 sum = _mm512_set1_ps(inputs[(row + i) * of->bits.groups + group]);
+            totals[i * NARROW + v] = _mm512_fmadd_ps(sum, offset, totals[i * NARROW + v]);
+        }
+    }
+}
+
+// Multiplies `count` rows with a block, either of codes or, if there are any, of decoded `weights` [depth / 2, BLOCK, 2].
+RESPS_INLINE void resps_few_bits_rows(
+    const int count, const RespsLinear* of, int64_t row, int64_t block, const Bf16* weights, const __m512i* tables,
+    const float* inputs) {
+    const RespsFewBits* bits = &of->bits;
+    const int64_t depth = of->depth / bits->groups, lines = bits->table ? depth / 4 : depth / 2;
+    const uint8_t* codes = bits->codes + block * bits->groups * lines * CODE_LINE;
+    const Bf16* rows = of->rows + row * of->depth;
+    __m512 totals[SUMS], sums[SUMS];
+    for (int i = 0; i < count * NARROW; ++i) totals[i] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < bits->groups; ++group, rows += depth, codes += lines * CODE_LINE) {
+        for (int i = 0; i < count * NARROW; ++i) sums[i] = _mm512_setzero_ps();
+        if (weights) {
+            const Bf16* read = weights + group * depth * BLOCK;
+            resps_multiply(sums, count, NARROW, rows, of->depth, read, depth / 2, read, 0);
+        } else if (bits->table) {
+            resps_multiply_codes(sums, count, 4, rows, of->depth, codes, lines, tables);
+        } else {
+            resps_multiply_codes(sums, count, 8, rows, of->depth, codes, lines, tables);
+        }
+        resps_add_group(totals, sums, count, of, row, block, group, inputs);
+    }
+    for (int i = 0; i < count; ++i) resps_write(of, row + i, block, totals + i * NARROW);
+}
+
+static void resps_few_bits_tiles(const RespsLinear* of, int64_t block, const Bf16* weights, const float* inputs) {
+    const int64_t depth = of->depth / of->bits.groups;
+    __m512 totals[2 * LINES * NARROW], sums[2 * LINES * NARROW];
+    for (int64_t row = 0; row < of->count; row += 2 * LINES) {
+        const int count = (int)resps_least(of->count - row, 2 * LINES);
+        for (int i = 0; i < count * NARROW; ++i) totals[i] = _mm512_setzero_ps();
+        for (int64_t group = 0; group < of->bits.groups; ++group) {
+            const Bf16* rows = of->rows + row * of->depth + group * depth;
+            const Bf16* read = weights + group * depth * BLOCK;
+            resps_multiply_block((float*)sums, count, rows, of->depth, depth, read, 0);
+            resps_add_group(totals, sums, count, of, row, block, group, inputs);
+        }
+        for (int i = 0; i < count; ++i) resps_write(of, row + i, block, totals + i * NARROW);
+    }
+}
+
+static void resps_decode_block(const RespsFewBits* bits, int64_t depth, int64_t block, const __m512i* tables, Bf16* weights) {
+    const int64_t lines = bits->table ? depth / 4 : depth / 2;
+    const uint8_t* codes = bits->codes + block * lines * CODE_LINE;
+    for (int64_t line = 0; line < lines; ++line, codes += CODE_LINE) {
+        __m512i numbers[2 * NARROW];
+        __builtin_prefetch(codes + AHEAD_LINES * CODE_LINE, 0, 2);
+        if (bits->table) resps_decode(4, codes, tables, numbers);
+        else resps_decode(8, codes, tables, numbers);
+        const int vectors = bits->table ? 2 * NARROW : NARROW;
+        for (int v = 0; v < vectors; ++v) _mm512_store_si512(weights + (line * vectors + v) * 2 * LANES, numbers[v]);
+    }
+}
+
+// Decodes codes where they are used; for tiles, or for more rows than one group has, a block at a time. Returns 0 if
+// there is no memory.
+static int resps_few_bits(const RespsLinear* of) {
+    const int64_t columns = of->is_gated ? 2 * of->width : of->width, blocks = (columns + BLOCK - 1) / BLOCK;
+    const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = omp_get_max_threads();
+    const int by_tiles =
+        of->count >= of->tiles_from && of->depth / of->bits.groups % DEEP == 0 && resps_has_tiles();
+    const int64_t decoded = by_tiles || groups > 1 ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
+    const int64_t sums = (of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0) + CODE_LINE;
+    uint8_t* memory = (uint8_t*)_mm_malloc(threads * decoded + sums, CODE_LINE);
+    if (!memory) return 0;
+    float* inputs = (float*)(memory + threads * decoded);
+    if (of->bits.offsets) resps_sum_inputs(of, inputs);
+#pragma omp parallel num_threads(threads)
+    {
+        Bf16* weights = decoded ? (Bf16*)(memory + omp_get_thread_num() * decoded) : 0;
+        __m512i tables[4];
+        resps_tables(of->bits.table, tables);
+#pragma omp for schedule(static) nowait
+        for (int64_t block = 0; block < blocks; ++block) {
+            if (weights) resps_decode_block(&of->bits, of->depth, block, tables, weights);
+            if (by_tiles) {
+                resps_few_bits_tiles(of, block, weights, inputs);
+                continue;
+            }
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t row = of->count * group / groups;
+                const int count = (int)(of->count * (group + 1) / groups - row);
+                RESPS_BY_TWELVE(resps_few_bits_rows, count, of, row, block, weights, tables, inputs)
+            }
+        }
+        resps_release_tiles();
+    }
+    _mm_free(memory);
+    return 1;
+}
+
+#pragma GCC pop_options
 
 // ---- attention
 
@@ -816,9 +1018,17 @@ int resps_run_alone(
     const void* rows, const void* packed, const void* bias, void* result, int64_t count, int64_t depth, int64_t width,
     int is_gated, int64_t tiles_from) {
     const RespsLinear of = {(const Bf16*)rows, (const Bf16*)packed, (const Bf16*)bias, (Bf16*)result, count, depth,
-                            width, is_gated, tiles_from};
+                            width, is_gated, tiles_from, {0}};
     resps_linear(&of);
     return 1;
+}
+
+int resps_run_few_bits_alone(
+    const void* rows, const void* codes, const void* scales, const void* offsets, const void* table, const void* bias,
+    void* result, int64_t count, int64_t depth, int64_t width, int64_t groups, int is_gated, int64_t tiles_from) {
+    const RespsLinear of = {(const Bf16*)rows, 0, (const Bf16*)bias, (Bf16*)result, count, depth, width, is_gated, tiles_from,
+                            {(const uint8_t*)codes, (const float*)scales, (const float*)offsets, (const Bf16*)table, groups}};
+    return resps_few_bits(&of);
 }
 
 // Attends in one row, with contiguous states and without a mask.
@@ -885,7 +1095,7 @@ static AOTITorchError resps_run_linear(
         return aoti_torch_delete_tensor_object(both);
     }
     const RespsLinear of = {(const Bf16*)input, (const Bf16*)weights, (const Bf16*)start, (Bf16*)output, count,
-                            sizes[dimensions - 1], width, is_gated, tiles_from};
+                            sizes[dimensions - 1], width, is_gated, tiles_from, {0}};
     resps_linear(&of);
     return AOTI_TORCH_SUCCESS;
 }
@@ -894,6 +1104,37 @@ AOTITorchError aoti_torch_cpu_bf16_linear(
     AtenTensorHandle rows, AtenTensorHandle packed, AtenTensorHandle* bias, AtenTensorHandle* weight, int64_t width,
     int64_t tiles_from, int64_t library_from, AtenTensorHandle* result) {
     return resps_run_linear(rows, packed, bias, weight, width, 0, tiles_from, library_from, result);
+}
+
+// Numbers of codes of 4 bits, see few_bits.py: whole numbers from -8 on, and the quantiles of NF4, rounded to bf16.
+static const Bf16 resps_numbers[2][LANES] = {
+    {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0,
+     0x40e0},
+    {0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0, 0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39,
+     0x3f80},
+};
+
+AOTITorchError aoti_torch_cpu_packed_few_bits(
+    AtenTensorHandle rows, AtenTensorHandle codes, AtenTensorHandle scales, AtenTensorHandle* offsets,
+    AtenTensorHandle* bias, int64_t width, int64_t kind, int is_gated, int64_t tiles_from, AtenTensorHandle* result) {
+    int64_t dimensions, *sizes, *lines, *groups, shape[MOST_DIMENSIONS], count = 1;
+    void *input, *bytes, *scale, *offset = 0, *added = 0, *output;
+    if (aoti_torch_get_dim(rows, &dimensions) || dimensions < 1 || dimensions > MOST_DIMENSIONS ||
+        aoti_torch_get_sizes(rows, &sizes) || aoti_torch_get_data_ptr(rows, &input) ||
+        aoti_torch_get_sizes(codes, &lines) || aoti_torch_get_data_ptr(codes, &bytes) ||
+        aoti_torch_get_sizes(scales, &groups) || aoti_torch_get_data_ptr(scales, &scale) ||
+        (offsets && aoti_torch_get_data_ptr(*offsets, &offset)) || (bias && aoti_torch_get_data_ptr(*bias, &added)) ||
+        lines[0] * BLOCK < (1 + is_gated) * width || kind < 0 || kind > 2 ||
+        lines[1] * (kind ? 4 : 2) != sizes[dimensions - 1] || sizes[dimensions - 1] % groups[1]) {
+        return AOTI_TORCH_FAILURE;
+    }
+    for (int64_t i = 0; i < dimensions - 1; ++i) shape[i] = sizes[i], count *= sizes[i];
+    shape[dimensions - 1] = width;
+    if (resps_made(dimensions, shape, aoti_torch_dtype_bfloat16(), result, &output)) return AOTI_TORCH_FAILURE;
+    const RespsLinear of = {
+        (const Bf16*)input, 0, (const Bf16*)added, (Bf16*)output, count, sizes[dimensions - 1], width, is_gated, tiles_from,
+        {(const uint8_t*)bytes, (const float*)scale, (const float*)offset, kind ? resps_numbers[kind - 1] : 0, groups[1]}};
+    return resps_few_bits(&of) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 AOTITorchError aoti_torch_cpu_bf16_gated(

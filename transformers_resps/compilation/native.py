@@ -7,9 +7,9 @@ rows, not even in its last bits. `kernels.py` chooses the kernel for each number
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +18,20 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 from torch.nn import functional
 
-from .kernels import NEVER, SOURCE, Choice, Kernels, Products, chosen_kernels, our_kernels
+from .few_bits import BLOCK, Codes, in_blocks, rounding
+from .kernels import (
+    NEVER,
+    SOURCE,
+    Choice,
+    Kernels,
+    Products,
+    chosen_kernels,
+    few_bits_kernel,
+    our_kernels,
+    reads_few_bits,
+)
 
 
-_BLOCK = 32  # Number of outputs whose weights are stored together, as in `native.cpp`.
 _STEP = 32  # A head's width is a multiple of this.
 _Operator: TypeAlias = torch._ops.OpOverload
 
@@ -32,13 +42,13 @@ def pack_linear(weights: Sequence[Tensor]) -> Tensor:
 
     The result is `[blocks, i / 2, 32, 2]`: blocks of 32 outputs, padded by zeros, with pairs of neighbouring inputs.
     """
-    return _packed(torch.cat(list(weights)))
+    return _packed(weights, is_gated=False)
 
 
 @pack_linear.register_fake
 def _(weights: Sequence[Tensor]) -> Tensor:
-    blocks = -(-sum(weight.shape[0] for weight in weights) // _BLOCK)
-    return weights[0].new_empty(blocks, weights[0].shape[1] // 2, _BLOCK, 2)
+    blocks = -(-sum(weight.shape[0] for weight in weights) // BLOCK)
+    return weights[0].new_empty(blocks, weights[0].shape[1] // 2, BLOCK, 2)
 
 
 @torch.library.custom_op("resps::bf16_linear", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
@@ -70,13 +80,12 @@ def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
 
     The number of outputs must be a multiple of 16.
     """
-    halves = [part.unflatten(0, (-1, _BLOCK // 2)) for part in (gate, up)]
-    return _packed(torch.stack(halves, dim=1).flatten(0, 2))
+    return _packed([gate, up], is_gated=True)
 
 
 @pack_gated.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(2 * gate.shape[0] // _BLOCK, gate.shape[1] // 2, _BLOCK, 2)
+    return gate.new_empty(2 * gate.shape[0] // BLOCK, gate.shape[1] // 2, BLOCK, 2)
 
 
 @torch.library.custom_op("resps::bf16_gated", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
@@ -87,7 +96,7 @@ def bf16_gated(
 
     `weight` `[2 * width, inputs]` begins with the gate's weight; for the other arguments see `bf16_linear`.
     """
-    both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, _BLOCK // 2))
+    both = bf16_linear(rows, packed, None, None, 2 * width, NEVER, NEVER).unflatten(-1, (-1, 2, BLOCK // 2))
     return functional.silu(both[..., 0, :]).mul(both[..., 1, :]).flatten(-2)
 
 
@@ -161,6 +170,7 @@ def native_operators() -> Mapping[_Operator, list[str]]:
         operators.bf16_gated,
         operators.bf16_attention,
         operators.bf16_block_attention,
+        operators.packed_few_bits,
     )
     return {first.default: [SOURCE.read_text(encoding="utf-8")], **{call.default: [] for call in others}}
 
@@ -182,44 +192,90 @@ def keeps_rows_apart(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and bool(our_kernels())
 
 
-def use_native(program: ExportedProgram, *, alike: bool) -> Kernels:
+def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kernels:
     """Change a program in place so that it calls our operators, and return the kernels chosen for it.
 
     All linear layers with the same input become one operator. With `alike`, the result of a row must not depend on
-    other rows.
+    other rows. Weights in bf16 are rounded to `bits` (8 or 4) if our kernels read them here.
     """
     graph = program.graph
+    if bits < 16 and reads_few_bits():
+        _round_weights(program, bits)
     by_input = _layers(program) if our_kernels() else {}
     attending = [
         node
         for operator in (torch.ops.resps.bf16_attention.default, torch.ops.resps.bf16_block_attention.default)
         for node in graph.find_nodes(op="call_function", target=operator)
     ]
-    weights = [_value(layer.args[1]) for layers in by_input.values() for layer in layers]
+    weights = [
+        _value(layer.args[1]) for (_, layout), layers in by_input.items() if layout.kind is None for layer in layers
+    ]
     states = [[_value(part) for part in node.args[:2]] for node in attending]
     heads = tuple((query.shape[1], key.shape[1], query.shape[3]) for query, key in states)
     products = Products(tuple((weight.shape[1], weight.shape[0]) for weight in weights), heads)
     kernels = chosen_kernels(products, alike=alike)
     for node in attending:
         _choose_attention(graph, node, kernels.attention)
-    if kernels.linear.library_from > 1:
-        for layers in by_input.values():
-            if not _fuse_gated(graph, layers, kernels.linear):
-                _join(graph, layers, kernels.linear)
+    for (_, layout), layers in by_input.items():
+        choice = kernels.linear if layout.kind is None else few_bits_kernel()
+        if choice.library_from > 1 and not _fuse_gated(graph, layers, layout, choice):
+            _join(graph, layers, choice)
     program.graph_module.recompile()
     return kernels
 
 
-def _layers(program: ExportedProgram) -> dict[tuple[Node, bool], list[Node]]:
-    """Return the layers that `bf16_linear` can replace, grouped by their input and whether they have a bias."""
+class _Layout(NamedTuple):
+    """Says how the weight of a layer is stored. Layers of the same input and layout can become one operator."""
+
+    has_bias: bool
+    kind: Codes | None = None  # `None` for bf16
+    groups: int = 1
+    has_offsets: bool = False
+
+
+def _layers(program: ExportedProgram) -> dict[tuple[Node, _Layout], list[Node]]:
+    """Return the layers that our operators can replace, grouped by their input and layout."""
+    by_input: dict[tuple[Node, _Layout], list[Node]] = defaultdict(list)
+    for node, rows, own in _bf16_layers(program):
+        by_input[rows, _Layout(has_bias=len(own) == 2)].append(node)
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.resps.few_bits_linear.default):
+        rows, _, scales, offsets, bias, kind = node.args
+        if _value(rows).dtype is torch.bfloat16:
+            layout = _Layout(bias is not None, Codes(kind), _value(scales).shape[1], offsets is not None)
+            by_input[rows, layout].append(node)
+    return by_input
+
+
+def _bf16_layers(program: ExportedProgram) -> Iterator[tuple[Node, Node, list[Node]]]:
+    """Yield each linear layer with bf16 weights, its input, and its weight and bias."""
     signature = program.graph_signature
     weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-    by_input: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         rows, *own = node.all_input_nodes
         if all(part.name in weights for part in own) and _is_served(*(_value(part) for part in (rows, *own))):
-            by_input[rows, len(own) == 2].append(node)
-    return by_input
+            yield node, rows, own
+
+
+def _round_weights(program: ExportedProgram, bits: int) -> None:
+    """Let all linear layers with bf16 weights multiply by rounded ones."""
+    graph, operators = program.graph, torch.ops.resps
+    first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
+    rounds = {
+        Codes.INT8: (operators.int8_codes.default, operators.int8_scales.default),
+        Codes.INT4: (operators.int4_codes.default, operators.int4_scales.default),
+    }
+    for node, rows, (weight, *bias) in list(_bf16_layers(program)):
+        kind, *groups = rounding(_value(weight), bits)
+        with graph.inserting_before(first):
+            parts = [_call(graph, operator, weight, *groups) for operator in rounds[kind]]
+        for part, operator in zip(parts, rounds[kind], strict=True):
+            part.meta["val"] = operator(_value(weight), *groups)
+        arguments = rows, *parts, None, bias[0] if bias else None, int(kind)
+        with graph.inserting_before(node):
+            rounded = _call(graph, operators.few_bits_linear.default, *arguments)
+        rounded.meta["val"] = _value(node)
+        node.replace_all_uses_with(rounded)
+        graph.erase_node(node)
 
 
 def _value(node: Argument) -> Tensor:
@@ -251,9 +307,8 @@ def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
     graph.erase_node(node)
 
 
-def _packed(weight: Tensor) -> Tensor:
-    padded = functional.pad(weight, (0, 0, 0, -len(weight) % _BLOCK))
-    return padded.view(-1, _BLOCK, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+def _packed(weights: Sequence[Tensor], *, is_gated: bool) -> Tensor:
+    return in_blocks(weights, is_gated=is_gated).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
 
 
 def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -261,25 +316,22 @@ def _is_served(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
     return dtypes == {torch.bfloat16} and weight.device.type == "cpu" and weight.shape[1] % 2 == 0
 
 
-def _fuse_gated(graph: Graph, layers: list[Node], choice: Choice) -> bool:
+def _fuse_gated(graph: Graph, layers: list[Node], layout: _Layout, choice: Choice) -> bool:
     """Replace `silu(gate(x)) * up(x)` by one operator; return false if `layers` do not compute this."""
-    if len(layers) != 2 or any(len(layer.users) != 1 or len(layer.all_input_nodes) > 2 for layer in layers):
+    if len(layers) != 2 or layout.has_bias or any(len(layer.users) != 1 for layer in layers):
         return False
-    aten, operators = torch.ops.aten, torch.ops.resps
+    aten = torch.ops.aten
     for gate, up in permutations(layers):
         (silu,), (product,) = gate.users, up.users
         width = _value(gate).shape[-1]
-        fits = width == _value(up).shape[-1] and width % (_BLOCK // 2) == 0
+        fits = width == _value(up).shape[-1] and width % (BLOCK // 2) == 0
         is_gated = (silu.target, product.target) == (aten.silu.default, aten.mul.Tensor)
         if is_gated and fits and len(silu.users) == 1 and set(product.args) == {silu, up}:
             break
     else:
         return False
     with graph.inserting_before(product):
-        weights = [gate.args[1], up.args[1]]
-        packed, library = _call(graph, operators.pack_gated.default, *weights), _library_weight(graph, weights, choice)
-        fused = _call(graph, operators.bf16_gated.default, gate.args[0], packed, library, width, *choice)
-        product.replace_all_uses_with(fused)
+        product.replace_all_uses_with(_multiply(graph, [gate, up], choice, is_gated=True))
     for node in (product, silu, gate, up):
         graph.erase_node(node)
     return True
@@ -294,20 +346,39 @@ def _library_weight(graph: Graph, weights: list[Argument], choice: Choice) -> Ar
 
 def _join(graph: Graph, layers: list[Node], choice: Choice) -> None:
     """Replace layers with the same input by one operator, inserted before the first layer."""
-    weights, biases = [layer.args[1] for layer in layers], [layer.args[2] for layer in layers if len(layer.args) > 2]
-    widths = [_value(weight).shape[0] for weight in weights]
-    operators, aten = torch.ops.resps, torch.ops.aten
     with graph.inserting_before(layers[0]):
-        bias = _call(graph, aten.cat.default, biases) if biases else None
-        packed = _call(graph, operators.pack_linear.default, weights)
-        arguments = layers[0].args[0], packed, bias, _library_weight(graph, weights, choice), sum(widths), *choice
-        joined = _call(graph, operators.bf16_linear.default, *arguments)
-        start = 0
-        for layer, width in zip(layers, widths, strict=True):
-            stop = start + width
+        joined, start = _multiply(graph, layers, choice, is_gated=False), 0
+        for layer in layers:
+            stop = start + _value(layer).shape[-1]
             is_whole = len(layers) == 1
-            own = joined if is_whole else _call(graph, aten.slice.Tensor, joined, -1, start, stop)
+            own = joined if is_whole else _call(graph, torch.ops.aten.slice.Tensor, joined, -1, start, stop)
             layer.replace_all_uses_with(own)
             start = stop
     for layer in layers:
         graph.erase_node(layer)
+
+
+def _multiply(graph: Graph, layers: list[Node], choice: Choice, *, is_gated: bool) -> Node:
+    """Insert one operator for all layers; with `is_gated` for `silu(first) * second`, whose layers have no bias."""
+    operators, rows = torch.ops.resps, layers[0].args[0]
+    width = _value(layers[0]).shape[-1] if is_gated else sum(_value(layer).shape[-1] for layer in layers)
+    is_few_bits = layers[0].target is operators.few_bits_linear.default
+    columns = list(zip(*(layer.args[1:] for layer in layers), strict=True))  # weights, then further arguments
+    biases = columns[3] if is_few_bits else columns[1] if len(columns) > 1 else [None]
+    bias = None if biases[0] is None else _call(graph, torch.ops.aten.cat.default, list(biases))
+    weights = list(columns[0])
+    if is_few_bits:
+        kind = layers[0].args[5]
+        codes = _call(graph, operators.pack_codes.default, weights, kind, is_gated)
+        factors = [
+            None if parts[0] is None else _call(graph, operators.pack_factors.default, list(parts), is_gated)
+            for parts in columns[1:3]
+        ]
+        arguments = rows, codes, *factors, bias, width, kind, is_gated, choice.tiles_from
+        return _call(graph, operators.packed_few_bits.default, *arguments)
+    library = _library_weight(graph, weights, choice)
+    if is_gated:
+        packed = _call(graph, operators.pack_gated.default, *weights)
+        return _call(graph, operators.bf16_gated.default, rows, packed, library, width, *choice)
+    packed = _call(graph, operators.pack_linear.default, weights)
+    return _call(graph, operators.bf16_linear.default, rows, packed, bias, library, width, *choice)

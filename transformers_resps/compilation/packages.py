@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
@@ -35,6 +34,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 from transformers.utils.logging import tqdm
 
+from .few_bits import exposed, few_bits, named_weights
 from .kernels import demanded_kernel, our_kernels
 from .native import native_operators, use_native
 from .pages import collapse
@@ -116,6 +116,7 @@ class CompileJob:
     dynamic: Sequence[Sequence[int]]  # for each argument, the dimensions whose sizes may change
     config: Mapping[str, _Json]  # inductor's settings
     alike: bool  # whether a row's result must not depend on other rows, not even in its last bits
+    bits: int = 16  # to which bf16 weights are rounded, where our kernels read such weights
 
 
 class ModulePackages:
@@ -128,6 +129,11 @@ class ModulePackages:
     def __init__(self, module: Callable[[], nn.Module], name: str) -> None:
         self._module, self._name = module, name
         self._about = _about(module())  # read now: running code changes names of attention in configs
+
+    @property
+    def hold_few_bits(self) -> bool:
+        """Whether the module has quantized weights; only packaged code reads them as they are."""
+        return any(few_bits(layer) is not None for layer in self._module().modules())
 
     @property
     def identity(self) -> str:
@@ -240,7 +246,7 @@ class PackagedCode:
             raise UnfitPackageError(f"it was made for other {' and '.join(different)}")
         if _digest_of_file(path / _CODE) != manifest["digest"]:
             raise UnfitPackageError("it is damaged")
-        weights = _named(module)
+        weights = named_weights(module)
         self._parts: list[_LoadedPart] = []
         with tempfile.TemporaryDirectory(prefix="resps-") as folder:  # Loaded code needs no files.
             with zipfile.ZipFile(path / _CODE) as archive:
@@ -279,11 +285,11 @@ def _compile(module: nn.Module, job: CompileJob, path: Path, bar: Any) -> _Manif
         {dimension: torch.export.Dim.DYNAMIC for dimension in changing if part.shape[dimension] > 1}
         for part, changing in zip(job.tensors, job.dynamic, strict=True)
     )
-    with _compiling, torch.inference_mode(False), torch.no_grad():
+    with _compiling, torch.inference_mode(False), torch.no_grad(), exposed(module):
         wrapped, example = _Program(module, job.function), tuple(part.clone() for part in job.tensors)
         program = torch.export.export(wrapped, example, dynamic_shapes=(sizes,), strict=False)
         bar.update()
-        writer, weights = _Writer(path, job.config, job.alike), _named(module)
+        writer, weights = _Writer(path, job), named_weights(module)
         try:
             return writer.write_parts(program, parts_of(program), weights, bar)
         except UncuttableError:  # A new archive replaces the one that may hold some parts.
@@ -295,8 +301,7 @@ class _Writer:
     """Compiles one program and writes its code into the archive `path`."""
 
     path: Path
-    config: Mapping[str, _Json]
-    alike: bool
+    job: CompileJob
 
     def write_whole(self, program: ExportedProgram, weights: Mapping[str, Tensor]) -> _Manifest:
         with zipfile.ZipFile(self.path, "w") as archive:
@@ -343,14 +348,14 @@ class _Writer:
 
         Return its manifest entry, which has recipes of constants and names of kernels, and the result of `_limits`.
         """
-        kernels, recipes = use_native(program, alike=self.alike), _Recipes(weights)
+        kernels, recipes = use_native(program, alike=self.job.alike, bits=self.job.bits), _Recipes(weights)
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
             path = Path(folder) / _CODE
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(path),
                 inductor_configs={
-                    **self.config,
+                    **self.job.config,
                     "aot_inductor.package_constants_in_so": False,
                     "aot_inductor.custom_ops_to_c_shims": native_operators(),
                     # A lambda, since inductor copies its settings; copying a method would copy its object, too.
@@ -487,11 +492,6 @@ def _made(recipe: _Json, weights: Mapping[str, Tensor]) -> Any:
         return operator(*_made(recipe["arguments"], weights), **keywords)
 
 
-def _named(module: nn.Module) -> dict[str, Tensor]:
-    every = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    return {name: weight.detach() for name, weight in every}
-
-
 def _place(tensor: Tensor) -> tuple[object, ...]:
     storage = tensor.untyped_storage().data_ptr()
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -522,7 +522,8 @@ def _check_private(path: Path) -> None:
 def _about(module: nn.Module) -> dict[str, str]:
     """Return texts that describe what a module's code depends on, without the function and most weight values."""
     weights = {
-        name: (list(part.shape), str(part.dtype), _sampled_values(part)) for name, part in _named(module).items()
+        name: (list(part.shape), str(part.dtype), _sampled_values(part))
+        for name, part in named_weights(module).items()
     }
     count = sum(part.numel() for part in module.parameters())
     settings = torch._inductor.config.save_config_portable()
@@ -605,7 +606,7 @@ def _sampled_values(weight: Tensor) -> list[str]:
 
 def _digest_of_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, weight in _named(module).items():
+    for name, weight in named_weights(module).items():
         digest.update(name.encode())
         digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

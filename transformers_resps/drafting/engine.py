@@ -43,6 +43,7 @@ class DraftEngine(CompileEngine[StepModel]):
         self._capture = capture
         self._cache: DraftCache | None = None
         self._in_batch = False
+        self.rounds = True  # whether compiled passes may read weights rounded to int8
 
     @property
     def module(self) -> nn.Module:
@@ -124,12 +125,13 @@ class DraftEngine(CompileEngine[StepModel]):
         def make() -> Code:
             fixed = "1*" if is_batch else "1*b"
             dynamic = [tuple(at for at, size in enumerate(sizes) if size not in fixed) for sizes in one.sizes]
-            name = f"{one.name} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}"
+            bits = 8 if self.rounds else 16
+            name = f"{one.name} of {type(self.owner).__name__}, {tree_room} slots, {is_batch=}, {bits=}"
             of_buffers = (0, 2) if is_batch else (2,)
-            fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name)
+            fast = CompiledFunction(draft_pass, dynamic, of_buffers, packages=self.packages, name=name, bits=bits)
             return Code(draft_pass, fast, _scores, "log probabilities", cache.buffers[0].dtype)
 
-        return self.code((one.name, tree_room, is_batch), make)
+        return self.code((one.name, tree_room, is_batch, self.rounds), make)
 
 
 def _scores(outputs: Any) -> Tensor:
@@ -165,11 +167,12 @@ class DraftEngines:
         return DraftEngines, ()
 
     def borrow(
-        self, source: object, model: StepModel, *, waits: bool = True
+        self, source: object, model: StepModel, *, waits: bool = True, rounds: bool = True
     ) -> AbstractContextManager[DraftEngine | None]:
         """Reserve the engine of `source` for one call; `model` is the source bound to the call's target.
 
-        The result is `None` if another call uses the engine, if the model cannot be compiled, or without fixed places.
+        With `rounds`, compiled passes may read weights rounded to int8. The result is `None` if another call uses the
+        engine, if the model cannot be compiled, or without fixed places.
         """
         if not model.is_compilable or not model.has_fixed_places:
             return nullcontext()
@@ -177,6 +180,7 @@ class DraftEngines:
             engine = self._engines.get(source)
             if engine is None:
                 engine = self._engines[source] = self._make()
+            engine.rounds = rounds
         return engine.borrow(model, waits=waits)
 
     @property

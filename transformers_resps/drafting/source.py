@@ -39,6 +39,8 @@ class DraftSource(ABC):
 
     before_deepstack: bool = False  # whether it reads hidden states before image features are added to them
     calls_generate: bool = False  # whether drafting may call the target's `generate`, which then must not draft
+    needs_compiled: bool = False  # whether it drafts only beside compiled steps of the target
+    is_rounded: bool = True  # whether compiled drafts may read int8 weights: faster, with other drafts now and then
     reads_target: bool = False  # whether it attends to the target's cache; it then reads the newest features only
 
     @property
@@ -92,7 +94,8 @@ class LevelSource(DraftSource):
         mask, layers = call.paired_mask if model.reads_features else call.text_mask, self.feature_layers
         engine = None
         if call.engines is not None:
-            engine = call.ends.enter_context(call.engines.borrow(self, model, waits=call.waits))
+            lent = call.engines.borrow(self, model, waits=call.waits, rounds=self.is_rounded)
+            engine = call.ends.enter_context(lent)
         return ModelDrafter(model, call.rows, mask, engine, call.verifier, feature_layers=layers)
 
 

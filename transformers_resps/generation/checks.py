@@ -104,7 +104,7 @@ _ROUNDING_LAYERS = frozenset(
     + ("BitLinear", "AutoBitLinear")
 )
 # Attributes of torchao's weights; not `None` if the layer rounds its input.
-_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type", "input_quant_func")
 # `model_type` of encoder-decoders that override `prepare_inputs_for_generation` without effect on a decoding step.
 _PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
@@ -623,6 +623,15 @@ def check_compiles(obstacle: str | None) -> None:
     """Raise if an invariant call cannot run compiled, as `obstacle` says: eager steps would round differently."""
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
+
+
+def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) -> None:
+    """Raise if a source drafts only beside compiled steps, and steps are not compiled because of `why_eager`."""
+    if why_eager is not None and any(source.needs_compiled for source in sources):
+        raise ValueError(
+            f"`assistant_model='self'` drafts with compiled code, and steps are not compiled here: {why_eager}. Pass "
+            "`compile=True`, or another assistant."
+        )
 
 
 def check_lockstep(lockstep: bool | None, reason: str | None) -> None:

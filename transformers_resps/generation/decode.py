@@ -72,7 +72,8 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
     identity = state.slot_engine.identity(target)
     if identity is None:
         return
-    names = [source.identity()["name_or_path"] for source in plan.request.sources if isinstance(source, LevelSource)]
+    sources = [one for one in plan.request.sources if isinstance(one, LevelSource) or one.needs_compiled]
+    names = [source.identity()["name_or_path"] for source in sources]
     heads = [MTP if name == target.name_or_path else name for name in names if name]
     dtype, rows = str(target.dtype).removeprefix("torch."), min(len(plan.prepared.input_ids), 2)
     options = ["--dtype", dtype, "--threads", str(torch.get_num_threads()), "--rows", str(rows)]

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from ..compat import CACHE_KEYWORD
+from ..compilation.few_bits import unread_weights
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..drafting import DraftSource
@@ -40,6 +41,7 @@ from .checks import (
     check_forward_arguments,
     check_lengths,
     check_lockstep,
+    check_needs_compiled,
     check_room,
     check_static,
     check_synced,
@@ -319,11 +321,17 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
     skips = skips_positions(target) and bool(reading_all)
     options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip features, too
     assert isinstance(request.policy, Policy)  # `Request.admitted` loaded it
-    sources = request.sources
+    sources = request.sources if why_eager is None else _eager_sources(request.sources, why_eager)
     if sources and not _wants_sources(request.policy, prepared):
         sources = ()
     ways = in_lockstep, drops, mode, why_eager, warns, prefiller, options
     return Plan(request, prepared, request.policy, sources, forward, *ways)
+
+
+def _eager_sources(sources: Sequence[DraftSource], why_eager: str) -> tuple[DraftSource, ...]:
+    """Leave out sources that need compiled code which is not ready yet; refuse them if there will be none."""
+    check_needs_compiled(sources, None if why_eager == NO_CODE_YET else why_eager)
+    return tuple(source for source in sources if not source.needs_compiled)
 
 
 def _wants_sources(policy: Policy, prepared: Prepared) -> bool:
@@ -370,6 +378,7 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     weights = list(target.parameters())
     is_elsewhere = len({weight.device for weight in weights}) != 1 or target.device.type not in ("cpu", "cuda")
     is_in_graph = is_recurrent(target) and target.device.type != "cpu"
+    unread = unread_weights(target)
     obstacles = {
         "the model is in training mode": target.training,
         "the model has recurrent layers, and its states would have to stay where they are in a graph": is_in_graph,
@@ -379,7 +388,9 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         "the model is an encoder-decoder": target.config.is_encoder_decoder,
         "an adapter is active; merge it first": _has_active_adapter(target),
         "the model is not on one CPU or CUDA device": is_elsewhere,
-        "its weights are quantized or sharded": any(type(weight) is not nn.Parameter for weight in weights),
+        f"its weights are quantized or sharded, and compiled steps do not read a {', '.join(unread)} here": bool(
+            unread
+        ),
         "gradients are enabled": torch.is_grad_enabled(),
     }
     return next((obstacle for obstacle, stands in obstacles.items() if stands), None)

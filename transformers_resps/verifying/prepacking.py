@@ -7,6 +7,7 @@ never, on AVX-512 in some sizes (docs/lossless.md). In bfloat16, on CPUs that mu
 layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ..compilation.pages import collapse
 
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -147,8 +150,9 @@ def prepack(module: Module) -> Module:
     weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
     Args:
-        module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are
-            packed; parameters and their names stay.
+        module: a model, a head, or any other module; changed in place, if all weights could be packed. Only layers
+            that are exactly `nn.Linear` are packed; quantized ones stay, and a warning names one. Parameters and
+            their names stay.
 
     Returns:
         `module`, its linear layers now `PrepackedLinear`.
@@ -158,18 +162,27 @@ def prepack(module: Module) -> Module:
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
-    packed = list[Tensor]()
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            # A new object would lack what others have put on this one: hooks and their handles, the `forward` of
-            # accelerate's offloading, references in lists. `torch.nn.utils.parametrize` swaps the class as well.
-            layer.__class__ = PrepackedLinear
-        if type(layer) is PrepackedLinear:
-            layer.packed = PackedWeight()  # `.data` may have changed
-            weight = layer._parameters.get("weight")
-            blocks = None if weight is None else layer.packed.blocks(weight)
-            packed += [] if blocks is None else [blocks]
-    collapse(packed)  # together: alone, most weights of a small model fill no huge page
+    packed, left = dict[nn.Module, PackedWeight](), dict[str, str]()
+    for name, layer in module.named_modules():
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, nn.Linear) and weight is not None and not _is_plain(weight):
+            left[type(weight).__name__] = name
+        elif type(layer) in (nn.Linear, PrepackedLinear):
+            packed[layer] = PackedWeight()  # a new one, since `.data` may have changed
+    blocks = [
+        own.blocks(weight) for layer, own in packed.items() if (weight := layer._parameters.get("weight")) is not None
+    ]
+    for layer, own in packed.items():
+        # A new object would lack what others have put on this one: hooks and their handles, the `forward` of
+        # accelerate's offloading, references in lists. `torch.nn.utils.parametrize` swaps the class as well.
+        layer.__class__ = PrepackedLinear
+        layer.packed = own  # type: ignore[assignment]  # its new class has this attribute
+    collapse(own for own in blocks if own is not None)  # together: alone, most weights of a small model fill no page
+    for kind, name in left.items():
+        logger.warning(
+            f"`prepack` leaves `{name}` and its like as they are: oneDNN packs no {kind}. Compiled steps may read it: "
+            "pass `compile=True`."
+        )
     return module
 
 
@@ -193,10 +206,16 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight holds its own values; weights of other classes may be quantized or sharded."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def _can_prepack(weight: Tensor) -> bool:
     """Whether a weight can be packed. An inference tensor has no version, so its packed copy could become stale."""
     return (
-        (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
+        _is_plain(weight)
+        and (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
         and weight.device.type == "cpu"
         and weight.numel() > 0
         and not weight.is_inference()

@@ -16,6 +16,7 @@ from .forward import Features, TargetForward
 from .returned import EndedRow
 from .rows import RowEnds
 from .slots.engine import SlotEngine
+from .slots.steps import RoundedSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Verifier(ABC):
 
     is_compiled: bool = False  # whether forwards over trees run compiled
     reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
+    rounded: RoundedSteps | None = None  # runs the target with rounded weights over drafts; `None` if not compiled
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         self.forward, self.rows, self.device = forward, rows, rows.device  # trees must be on this device

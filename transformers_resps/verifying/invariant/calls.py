@@ -20,6 +20,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from ...compilation.few_bits import few_bits, unread_weights
 from ...compilation.native import keeps_rows_apart
 from ..cache import cached_length, given_cache
 from ..forward import TargetForward, is_compiled
@@ -70,7 +71,7 @@ def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
         yield f"{name}, which caps the scores of its attention (`attn_logit_softcapping`)", _OTHER_MODEL
 
 
-def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
+def _of_weights(model: PreTrainedModel, compile: bool | str | None) -> Iterator[Obstacle]:
     if not has_invariant_experts(model):
         name = type(model).__name__
         yield f"the experts of {name}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
@@ -80,8 +81,10 @@ def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
         yield f"weights on {odd}, where the mode has never run", "Decode on a CPU"
     if model.dtype is torch.float64 and model.device.type != "cpu":
         yield "float64 on a GPU, where PyTorch has no attention for it", "Use float32"
-    if getattr(model, "hf_quantizer", None) is not None or any(type(weight) is not nn.Parameter for weight in weights):
-        yield "quantized or sharded weights", "Load the model without"
+    is_odd = getattr(model, "hf_quantizer", None) is not None or any(type(one) is not nn.Parameter for one in weights)
+    is_read = not unread_weights(model) and any(few_bits(layer) is not None for layer in model.modules())
+    if is_odd and not (is_read and compile is True):
+        yield "quantized or sharded weights", "Pass `compile=True`" if is_read else "Load the model without"
 
 
 def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
@@ -187,7 +190,7 @@ class InvariantCalls:
         sounds or embeddings of prompts.
         """
         call = _of_call(setting, arguments, media, compile)
-        for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
+        for came, way_out in chain(_of_model(model), _of_weights(model, compile), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
         _check_forward(model, self._engine)

@@ -18,6 +18,9 @@ from .forwards import SlotForward, steps_kind
 _BUFFER_SIZES = "b.s."  # dimensions of a buffer, as in `SlotForward.sizes`
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)  # numbers of nodes in captured graphs; above, multiples of 64
 
+# Relative difference of logits that weights rounded to 4 bits may cause; a wrong mask or layer costs more.
+_ROUNDED_TOLERANCE = 0.7
+
 
 class SlotEngine(CompileEngine[PreTrainedModel]):
     """Compiles or captures the forwards of one target over static cache buffers, and owns these buffers."""
@@ -97,8 +100,10 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                     packages=self.packages,
                     name=_code_name(forward.kind, is_batch),
                     is_invariant=forward.is_invariant,
+                    bits=forward.bits,
                 )
-            return Code(run, fast, _centred_logits, "logits", forward.target.dtype)
+            tolerance = None if forward.bits == 16 else _ROUNDED_TOLERANCE
+            return Code(run, fast, _centred_logits, "logits", forward.target.dtype, tolerance)
 
         layers = () if forward.feature_layers is None else (*forward.feature_layers,)
         return self.code((forward.kind, is_batch, row, layers, str(forward.options)), make)

@@ -60,6 +60,7 @@ class SlotForward:
     `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
     the last layer's states before the final norm. With `None` the forward returns all states, so that one code works
     for every head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
+    Compiled code rounds weights to `bits`.
     """
 
     is_invariant = False
@@ -76,11 +77,14 @@ class SlotForward:
         options: dict[str, Any] | None = None,
         *,
         packs_rows: bool = False,
+        bits: int = 16,
     ) -> None:
-        self.target, self.feature_layers, self.options = target, feature_layers, options
+        self.target, self.feature_layers, self.options, self.bits = target, feature_layers, options, bits
         self._inputs: type[SlotInputs] | type[PackedInputs] = PackedInputs if packs_rows else SlotInputs
         if packs_rows:
             self.kind, self.sizes, self.layer = PACKED_STEPS, _PACKED_SIZES, _PackedSlotLayer
+        if bits < 16:
+            self.kind = f"steps of {bits} bits"
         self._last = target.config.get_text_config().num_hidden_layers
         self.places = list(range(self._last + 1) if feature_layers is None else output_places(target, feature_layers))
         self.run = _run(target, cache, self.places, self.layer)

@@ -119,6 +119,32 @@ class SlotSteps(VerifyingSteps):
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
+class RoundedSteps:
+    """Runs a target with weights rounded to 4 bits over drafted tokens, compiled by `engine`.
+
+    Keys and values of the tokens lie in the slots that the next tree overwrites.
+    """
+
+    def __init__(self, forward: TargetForward, texts: SlotTexts, engine: SlotEngine) -> None:
+        self._texts, self._engine, self._compile_seconds = texts, engine, 0.0
+        self._over_slots = SlotForward(forward.target, texts.pattern, [], bits=4)
+
+    def logits(self, tokens: Tensor, level: int) -> Tensor:
+        """Return fp32 logits `[b, v]` after `tokens` `[b]` of this level, given those of all levels from 0 on."""
+        texts, rows = self._texts, len(tokens)
+        count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
+        ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)
+        seen = texts.visible(texts.reserve(max(texts.places) + level + count))
+        given = SlotInputs(ids, depths, ancestors, roots + level, seen, texts.first(count))
+        logits, *_ = self._engine.forward(self._over_slots, given, texts.buffers.parts())
+        self._compile_seconds += self._engine.take_compile_seconds()
+        return logits[:rows, 0].float()
+
+    def take_compile_seconds(self) -> float:
+        seconds, self._compile_seconds = self._compile_seconds, 0.0
+        return seconds
+
+
 def apart(count: int, *others: int) -> int:
     """Return the least number >= `count` that is not in `others`; the compiler assumes that equal sizes stay equal."""
     return next(number for number in range(count, count + len(others) + 1) if number not in others)

@@ -11,6 +11,7 @@ from transformers import Cache
 from ...tree import DraftTree, Pricing, moved
 from ..cache import copied_row, window_of
 from ..forward import Features, TargetForward
+from ..hybrids import is_recurrent
 from ..masks import AttentionPattern, additive
 from ..returned import UnreadDynamicCache
 from ..rows import RowEnds
@@ -18,7 +19,7 @@ from ..verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 from .buffers import SlotBuffers, filled
 from .engine import SlotEngine
 from .prompts import PartReader, reads_compiled
-from .steps import SlotSteps, VerifyingSteps
+from .steps import RoundedSteps, SlotSteps, VerifyingSteps
 from .texts import SlotTexts, windowed, with_rows
 
 
@@ -46,6 +47,8 @@ class SlotVerifier(Verifier):
         self._texts, self._steps, self._engine, self._read = texts, steps, engine, read
         self._gives_back = gives_back
         self.is_compiled = engine is not None and not engine.is_broken
+        if engine is not None and self.is_compiled and not is_recurrent(forward.target):
+            self.rounded = RoundedSteps(forward, texts, engine)
 
     @property
     def pricing(self) -> Pricing:

@@ -1,0 +1,253 @@
+"""Weights of few bits: what libraries hold against what we read, multiply and compile."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from tests.kernels import needs_compiler
+from tests.targets import VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach, prepack, unprepack
+from transformers_resps.compilation.few_bits import (
+    Codes,
+    exposed,
+    few_bits,
+    few_bits_linear,
+    named_weights,
+    numbers,
+    pack_codes,
+    pack_factors,
+    unread_weights,
+)
+from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, kernels_alone, our_kernels, reads_few_bits
+from transformers_resps.compilation.packages import FOLDER_VARIABLE
+
+
+needs_lookups = pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
+
+
+def library_of(kernel: str) -> ctypes.CDLL:
+    """Without AMX, tiles are emulated."""
+    return kernels_alone("RESPS_EMULATES_TILES" if kernel == TILES and TILES not in our_kernels() else "")
+
+
+def run(
+    kernel: str,
+    rows: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    offsets: list[Tensor] | None,
+    kind: Codes,
+    bias: Tensor | None = None,
+    *,
+    is_gated: bool = False,
+) -> Tensor:
+    packed = [pack_codes(codes, kind, is_gated), pack_factors(scales, is_gated)]
+    packed.append(None if offsets is None else pack_factors(offsets, is_gated))
+    table = None if kind is Codes.INT8 else numbers(torch.arange(16, dtype=torch.uint8), kind).bfloat16()
+    width = len(codes[0]) if is_gated else sum(map(len, codes))
+    result = rows.new_empty(len(rows), width)
+    places = [
+        None if part is None else ctypes.c_void_p(part.data_ptr()) for part in (rows, *packed, table, bias, result)
+    ]
+    sizes = map(ctypes.c_int64, (*rows.shape, width, scales[0].shape[1]))
+    from_row = ctypes.c_int64(1 if kernel == TILES else NEVER)
+    assert library_of(kernel).resps_run_few_bits_alone(*places, *sizes, ctypes.c_int(is_gated), from_row)
+    return result
+
+
+def drawn(kind: Codes, outputs: int, inputs: int, groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    least, most = (-128, 128) if kind is Codes.INT8 else (0, 16)
+    codes = torch.randint(least, most, (outputs, inputs), generator=generator)
+    scales, offsets = torch.rand(2, outputs, groups, generator=generator) / 100 + 0.001
+    return codes.to(torch.int8 if kind is Codes.INT8 else torch.uint8), scales, offsets
+
+
+def weight_of(codes: Tensor, scales: Tensor, offsets: Tensor | None, kind: Codes) -> Tensor:
+    """In float64, from numbers as the kernels have them: NF4's are rounded to bfloat16."""
+    values = numbers(codes, kind).bfloat16().double().unflatten(1, (scales.shape[1], -1)) * scales.double()[..., None]
+    return (values if offsets is None else values + offsets.double()[..., None]).flatten(1)
+
+
+@needs_lookups
+@needs_compiler
+@pytest.mark.parametrize("kernel", [VECTORS, TILES])
+@pytest.mark.parametrize("kind", list(Codes))
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(64, 96, 1), (576, 200, 9), (256, 7, 8)])
+@pytest.mark.parametrize("has_offsets", [True, False])
+def test_products_are_those_of_the_same_numbers_and_a_row_gets_the_same_bits_beside_others(
+    kernel: str, kind: Codes, inputs: int, outputs: int, groups: int, has_offsets: bool
+) -> None:
+    codes, scales, offsets = drawn(kind, outputs, inputs, groups)
+    own = [offsets] if has_offsets else None
+    rows, bias = torch.randn(70, inputs).bfloat16(), torch.randn(outputs).bfloat16()
+    whole = run(kernel, rows, [codes], [scales], own, kind, bias)
+    exactly = functional.linear(
+        rows.double(), weight_of(codes, scales, offsets if has_offsets else None, kind), bias.double()
+    )
+    assert (whole.double() - exactly).norm() < 2**-8 * exactly.norm()  # what rounding the result to bfloat16 costs
+    for count in (1, 2, 5, 12, 13, 32, 33, 69):
+        some = run(kernel, rows[-count:].contiguous(), [codes], [scales], own, kind, bias)
+        assert torch.equal(some, whole[-count:])
+
+
+@needs_lookups
+@needs_compiler
+@pytest.mark.parametrize("kernel", [VECTORS, TILES])
+def test_layers_are_joined_and_gated(kernel: str) -> None:
+    kind, rows = Codes.INT4, torch.randn(37, 128).bfloat16()
+    gate, up = drawn(kind, 96, 128, 2, seed=1), drawn(kind, 96, 128, 2, seed=2)
+    codes, scales, offsets = map(list, zip(gate, up, strict=True))
+    apart = [run(kernel, rows, [part[0]], [part[1]], [part[2]], kind) for part in (gate, up)]
+    assert torch.equal(run(kernel, rows, codes, scales, offsets, kind), torch.cat(apart, dim=1))
+    gated = run(kernel, rows, codes, scales, offsets, kind, is_gated=True)
+    assert (gated == functional.silu(apart[0]) * apart[1]).float().mean() > 0.98
+
+
+def test_a_scale_that_is_not_finite_is_told() -> None:
+    with pytest.raises(RuntimeError, match="scale of its quantized weights is not finite"):
+        pack_factors([torch.tensor([[1.0], [float("nan")]])], False)
+
+
+def torchao_layer(config: Callable[[Any, Any], Any]) -> Callable[[nn.Linear], nn.Linear]:
+    def quantize(layer: nn.Linear) -> nn.Linear:
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(layer, config(quantization, quantization.quant_primitives.MappingType))
+        return layer
+
+    return quantize
+
+
+def nf4_layer(layer: nn.Linear, *, is_nested: bool = False, ran: bool = False) -> nn.Linear:
+    library = pytest.importorskip("bitsandbytes")
+    made: nn.Linear = library.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        quant_type="nf4",
+        compress_statistics=is_nested,
+    )
+    made.load_state_dict(layer.state_dict())
+    made = made.to(torch.bfloat16).to("cpu")
+    assert made.weight.quant_state is not None
+    if ran:
+        with torch.no_grad():
+            made.eval()(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
+    return made
+
+
+LIBRARIES: dict[str, Callable[[nn.Linear], nn.Linear]] = {
+    "int8": torchao_layer(lambda ao, _: ao.Int8WeightOnlyConfig(version=2)),
+    "intx 8": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int8, ao.PerGroup(64))),
+    "intx 4": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32))),
+    "intx 3": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int3, ao.PerGroup(128))),
+    "intx 4 with zeros": torchao_layer(
+        lambda ao, kinds: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(64), mapping_type=kinds.ASYMMETRIC)
+    ),
+    "nf4": nf4_layer,
+    "nf4, nested": lambda layer: nf4_layer(layer, is_nested=True),
+    "nf4, after a forward": lambda layer: nf4_layer(layer, ran=True),
+    "nf4, nested, after a forward": lambda layer: nf4_layer(layer, is_nested=True, ran=True),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_we_read_the_numbers_of_the_libraries(name: str) -> None:
+    torch.manual_seed(0)
+    layer = LIBRARIES[name](nn.Linear(256, 64).bfloat16())
+    weight = few_bits(layer)
+    assert weight is not None
+    rows = torch.randn(5, 256).bfloat16()
+    ours = few_bits_linear(rows, *weight.read(), layer.bias, int(weight.kind))
+    with torch.no_grad():
+        theirs = layer.eval()(rows)
+    assert (ours.float() - theirs.float()).norm() < 0.01 * theirs.float().norm()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: setattr(weight, "act_pre_scale", torch.ones(256)),
+        lambda weight: setattr(weight, "act_quant_kwargs", object()),
+        lambda weight: setattr(weight, "block_size", [1, 16]),  # groups that no tile divides
+        lambda weight: setattr(weight, "block_size", [2, 256]),
+    ],
+)
+def test_a_layout_that_we_do_not_read_is_left_to_its_library(change: Callable[[Any], None]) -> None:
+    layer = LIBRARIES["int8"](nn.Linear(256, 64).bfloat16())
+    assert few_bits(layer) is not None
+    change(layer.weight)
+    assert few_bits(layer) is None and unread_weights(layer) == ["Int8Tensor"]
+
+
+def test_weights_are_exposed_inside_the_block_alone() -> None:
+    layer = LIBRARIES["int8"](nn.Linear(256, 64).bfloat16())
+    rows, weight = torch.randn(3, 256).bfloat16(), layer.weight
+    before, attributes = layer(rows), dict(vars(layer))
+    with exposed(layer):
+        assert dict(layer.named_buffers()).keys() == {"weight_codes", "weight_scales", "weight_offsets"}
+        assert named_weights(layer).keys() == {"bias", "weight_codes", "weight_scales", "weight_offsets"}
+        assert (layer(rows) - before).norm() < 0.01 * before.norm()
+    assert layer.weight is weight and vars(layer).keys() == attributes.keys() and torch.equal(layer(rows), before)
+    assert named_weights(layer).keys() == {"bias", "weight_codes", "weight_scales", "weight_offsets"}
+
+
+SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def quantized(name: str) -> PreTrainedModel:
+    target = Architecture("qwen2", SIZES).build("sdpa").bfloat16()
+    for parent in list(target.model.modules()):
+        for child, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(parent, child, LIBRARIES[name](layer))
+    return target.eval()
+
+
+@needs_lookups
+@needs_compiler
+@pytest.mark.parametrize("name", ["int8", "intx 4", "nf4"])
+def test_steps_of_a_quantized_target_run_compiled_and_exactly(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    target = attach(quantized(name), compile=True, invariant=True)
+    prompt = torch.randint(1, VOCABULARY, (1, 9))
+    with torch.no_grad():
+        before = target(prompt).logits
+    head = DraftHead.from_target(target)
+    settings = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
+    texts = [
+        target.generate(prompt, **settings, **drafting).sequences.tolist()
+        for drafting in (
+            {},
+            {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=4))},
+            {"assistant_model": head, "policy": FixedPolicy(TreeShape(12, 2, 5))},
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    engine = target.speculation_state.slot_engine
+    assert engine.is_compiled and not engine.is_broken and "without compilation" not in caplog.text
+    detach(target)
+    with torch.no_grad():
+        assert torch.equal(target(prompt).logits, before)
+
+
+def test_prepack_leaves_quantized_layers_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    target, prompt = quantized("int8"), torch.randint(1, VOCABULARY, (1, 9))
+    with torch.no_grad():
+        before = target(prompt).logits
+        packed = prepack(target)(prompt).logits
+        assert "oneDNN packs no Int8Tensor" in caplog.text and "q_proj" in caplog.text
+        assert (packed - before).norm() < 0.02 * before.norm()
+        assert torch.equal(unprepack(target)(prompt).logits, before)

@@ -1,0 +1,387 @@
+"""Read the weights of quantized linear layers out of the tensors of torchao and bitsandbytes.
+
+Few bits are read faster than bfloat16, and a step takes as long as reading its weights. Packaged code multiplies by
+such weights as they are, see `native.py`; other code leaves them to their library.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .kernels import reads_few_bits
+
+
+_GROUP = 64  # Inputs that share a scale when we round a weight to 4 bits.
+_OUTPUT_HEAD = 16384  # A layer with at least this many outputs is taken for an output head.
+_UNITS = 256  # Rows of the identity that are multiplied at the same time.
+_LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX tile has.
+
+
+class Codes(IntEnum):
+    """Says which numbers codes stand for; `native.cpp` has the same list."""
+
+    INT8 = 0  # int8 codes; code c stands for c + 0.5, whose sign and magnitude `native.cpp` looks up
+    INT4 = 1  # uint8 codes from 0 to 15; code c stands for c - 8
+    NF4 = 2  # uint8 codes from 0 to 15, for the quantiles of a normal distribution (arXiv 2305.14314, appendix E)
+
+
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+_BUFFERS = ("weight_codes", "weight_scales", "weight_offsets")
+BLOCK = 32  # Number of outputs whose weights are stored together, as in `native.cpp`.
+_HALF = BLOCK // 2
+
+
+Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """The weight `[outputs, inputs]` of a linear layer: for each code, its number times a scale, plus an offset.
+
+    Equally many neighbouring inputs share a group's scale and offset. `read` returns codes `[outputs, inputs]`, int8
+    or uint8, and scales and offsets `[outputs, groups]` in float32; the offsets are `None` if all are zero.
+    """
+
+    kind: Codes
+    read: Callable[[], Parts]
+
+    def named(self) -> dict[str, Tensor]:
+        """Read the parts, by the names of the buffers that `exposed` makes of them."""
+        return {name: part for name, part in zip(_BUFFERS, self.read(), strict=True) if part is not None}
+
+
+def numbers(codes: Tensor, kind: Codes | int) -> Tensor:
+    """Return the numbers, in float32, that codes stand for."""
+    if kind == Codes.INT8:
+        return codes.float() + 0.5
+    return codes.float() - 8 if kind == Codes.INT4 else codes.new_tensor(NF4_VALUES, dtype=torch.float32)[codes.long()]
+
+
+@torch.library.custom_op("resps::few_bits_linear", mutates_args=())
+def few_bits_linear(
+    rows: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, kind: int
+) -> Tensor:
+    """Compute `torch.nn.functional.linear`, `[..., inputs]` -> `[..., outputs]`, with the parts of a `FewBits`."""
+    weight = numbers(codes, kind).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+    weight = weight if offsets is None else weight + offsets[..., None]
+    return functional.linear(rows, weight.flatten(1).to(rows.dtype), bias)
+
+
+@few_bits_linear.register_fake
+def _(rows: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], codes.shape[0])
+
+
+@torch.library.custom_op("resps::int8_scales", mutates_args=())
+def int8_scales(weight: Tensor) -> Tensor:
+    """Return the scale `[outputs, 1]` of each output that lets the codes from -128 to 127 span a bf16 weight."""
+    return weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127.5
+
+
+@int8_scales.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("resps::int8_codes", mutates_args=())
+def int8_codes(weight: Tensor) -> Tensor:
+    """Round a bf16 weight to codes for `int8_scales`, whose numbers are the halves between integers."""
+    return (weight.float() / int8_scales(weight)).floor().clamp(-128, 127).to(torch.int8)
+
+
+@int8_codes.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("resps::int4_scales", mutates_args=())
+def int4_scales(weight: Tensor, groups: int) -> Tensor:
+    """Return the scale `[outputs, groups]` that turns a group's largest weight into -8, as llama.cpp's Q4_0 does."""
+    parts = weight.float().unflatten(1, (groups, -1))
+    scales = parts.gather(-1, parts.abs().argmax(dim=-1, keepdim=True))[..., 0] / -8
+    return torch.where(scales == 0, 1e-30, scales)
+
+
+@int4_scales.register_fake
+def _(weight: Tensor, groups: int) -> Tensor:
+    return weight.new_empty(weight.shape[0], groups, dtype=torch.float32)
+
+
+@torch.library.custom_op("resps::int4_codes", mutates_args=())
+def int4_codes(weight: Tensor, groups: int) -> Tensor:
+    """Round a bf16 weight to codes from 0 to 15 for `int4_scales`."""
+    parts = weight.float().unflatten(1, (groups, -1)) / int4_scales(weight, groups)[..., None]
+    return (parts.round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
+
+
+@int4_codes.register_fake
+def _(weight: Tensor, groups: int) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.uint8)
+
+
+def rounding(weight: Tensor, bits: int) -> tuple[Codes, *tuple[int, ...]]:
+    """Return the kind of codes to which a bf16 weight is rounded, and for 4 bits the number of groups of inputs.
+
+    With 4 bits, output heads and layers that cannot be divided into groups are rounded to 8.
+    """
+    outputs, inputs = weight.shape
+    if bits == 4 and outputs < _OUTPUT_HEAD and inputs % _GROUP == 0:
+        return Codes.INT4, inputs // _GROUP
+    return (Codes.INT8,)
+
+
+@torch.library.custom_op("resps::pack_codes", mutates_args=())
+def pack_codes(codes: Sequence[Tensor], kind: int, is_gated: bool) -> Tensor:
+    """Rearrange the codes of layers with the same inputs for `packed_few_bits`.
+
+    The result is `[blocks, lines, 64]` uint8. A block has 32 outputs, the last ones padded, and a line their codes for
+    two inputs (int8: sign and magnitude) or four. With `is_gated`, half of each block is of the first of two layers.
+    """
+    blocks = in_blocks(codes, is_gated=is_gated)
+    if kind == Codes.INT8:
+        signed = torch.where(blocks < 0, ~blocks | -128, blocks).view(torch.uint8)
+        pairs = signed.unflatten(2, (-1, 2)).transpose(1, 2)  # [blocks, lines, 32, 2]
+        # `native.cpp` takes 8 codes in turn for each of two vectors.
+        return pairs.reshape(len(blocks), -1, 2, 4, 8).transpose(2, 3).reshape(len(blocks), -1, 64).contiguous()
+    pairs = blocks.to(torch.int32).unflatten(2, (-1, 2, 2)).permute(0, 2, 3, 1, 4)  # [blocks, lines, 2, 32, 2]
+    vectors = pairs.reshape(len(blocks), -1, 4, 32)
+    words = sum(vectors[:, :, place] << 4 * place for place in range(4))
+    return words.to(torch.uint16).contiguous().view(torch.uint8).reshape(len(blocks), -1, 64)
+
+
+@pack_codes.register_fake
+def _(codes: Sequence[Tensor], kind: int, is_gated: bool) -> Tensor:
+    blocks = -(-sum(len(part) for part in codes) // BLOCK)
+    return codes[0].new_empty(blocks, codes[0].shape[1] // (2 if kind == Codes.INT8 else 4), 64, dtype=torch.uint8)
+
+
+@torch.library.custom_op("resps::pack_factors", mutates_args=())
+def pack_factors(factors: Sequence[Tensor], is_gated: bool) -> Tensor:
+    """Rearrange scales or offsets `[outputs, groups]` like `pack_codes`, to `[blocks, groups, 32]`.
+
+    Raises a `RuntimeError` if one is not finite.
+    """
+    if not all(bool(part.isfinite().all()) for part in factors):
+        raise RuntimeError("a scale of its quantized weights is not finite")
+    return in_blocks(factors, is_gated=is_gated).transpose(1, 2).contiguous()
+
+
+@pack_factors.register_fake
+def _(factors: Sequence[Tensor], is_gated: bool) -> Tensor:
+    return factors[0].new_empty(-(-sum(len(part) for part in factors) // BLOCK), factors[0].shape[1], BLOCK)
+
+
+@torch.library.custom_op("resps::packed_few_bits", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,))
+def packed_few_bits(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    width: int,
+    kind: int,
+    is_gated: bool,
+    tiles_from: int,
+) -> Tensor:
+    """Multiply bf16 rows by packed weights of few bits, `[..., inputs]` -> `[..., width]`, in packaged code alone.
+
+    With `is_gated` the result is `silu(gate(rows)) * up(rows)`. For `tiles_from` see `Choice`.
+    """
+    raise NotImplementedError("native.cpp has the only implementation")
+
+
+@packed_few_bits.register_fake
+def _(
+    rows: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, width: int, *_: int
+) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], width)
+
+
+def in_blocks(parts: Sequence[Tensor], *, is_gated: bool) -> Tensor:
+    """Join matrices `[outputs, n]` to blocks `[blocks, 32, n]`, padded by zeros.
+
+    With `is_gated`, each block has 16 outputs of the first of two parts, then 16 of the second.
+    """
+    if is_gated:
+        joined = torch.stack([part.unflatten(0, (-1, _HALF)) for part in parts], dim=1).flatten(0, 2)
+    else:
+        joined = torch.cat(list(parts))
+    return functional.pad(joined, (0, 0, 0, -len(joined) % BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def few_bits(layer: nn.Module) -> FewBits | None:
+    """Return a layer's weight of 8 or 4 bits, which is read later, or `None` if the layer has another weight.
+
+    Only weights whose layer computes in bfloat16 on a CPU are recognised, by the names of their classes.
+    """
+    weight: Any = layer._parameters.get("weight")
+    kind = type(weight)
+    recognise = _KNOWN.get(f"{kind.__module__.partition('.')[0]} {kind.__name__}")
+    return recognise(weight) if recognise and isinstance(layer, nn.Linear) and weight.device.type == "cpu" else None
+
+
+def unread_weights(module: nn.Module) -> list[str]:
+    """Return the names of the classes of weights, quantized or sharded, that compiled code cannot read here."""
+    known = (
+        {id(layer.weight) for layer in module.modules() if few_bits(layer) is not None} if reads_few_bits() else set()
+    )
+    odd = (weight for weight in module.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
+    return sorted({type(weight).__name__ for weight in odd})
+
+
+def _int8_tensor(weight: Any) -> FewBits | None:
+    """Recognise torchao's `Int8Tensor`."""
+    is_plain = weight.act_quant_kwargs is weight.act_quant_scale is weight.act_pre_scale is None
+    return _integers(weight, weight.qdata, bits=8) if is_plain else None
+
+
+def _intx_tensor(weight: Any) -> FewBits | None:
+    """Recognise torchao's `IntxUnpackedToInt8Tensor`, whose integers of up to 8 bits are stored as int8."""
+    bits = int(str(weight.target_dtype).removeprefix("torch.int"))
+    return _integers(weight, weight.qdata, bits=bits) if weight.activation_quantization is None else None
+
+
+def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
+    """Recognise `(integers - zero_point) * scale`; `block_size` has the numbers of outputs and inputs of a scale."""
+    if integers.dim() != 2 or weight.dtype is not torch.bfloat16:
+        return None
+    (outputs, inputs), (height, width) = integers.shape, weight.block_size
+    if height not in (1, outputs) or not _has_groups(inputs, width):
+        return None
+
+    def read() -> Parts:
+        scales = weight.scale.float().reshape(-1, inputs // width).expand(outputs, -1).contiguous()
+        zeros = (
+            torch.zeros(1, 1) if weight.zero_point is None else weight.zero_point.float().reshape(-1, inputs // width)
+        )
+        if bits > 4:
+            return integers, scales, -(zeros + 0.5) * scales
+        return (integers + 8).to(torch.uint8), scales, -zeros * scales if bool(zeros.any()) else None
+
+    return FewBits(Codes.INT8 if bits > 4 else Codes.INT4, read)
+
+
+def _opaque_tensor(weight: Any) -> FewBits | None:
+    """Recognise torchao's `Int4OpaqueTensor`, whose codes PyTorch has packed for this processor."""
+    inputs, (height, width) = weight.shape[1], weight.block_size
+    is_plain = weight.act_mapping_type is weight.act_pre_scale is None and weight.dtype is torch.bfloat16
+    if not is_plain or height != 1 or not _has_groups(inputs, width):
+        return None
+
+    def read() -> Parts:
+        # The operator computes `(code - 8) * scale + zero`: with these factors, products with the identity are codes.
+        factors = weight.scale_and_zero.new_tensor([1.0, 8.0]).expand_as(weight.scale_and_zero).contiguous()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        units = torch.eye(inputs, dtype=torch.bfloat16).split(_UNITS)
+        columns = [multiply(part, weight.qdata, width, factors).to(torch.uint8) for part in units]
+        scales, offsets = weight.scale_and_zero.float().permute(2, 1, 0).contiguous()
+        return torch.cat(columns).t().contiguous(), scales, offsets
+
+    return FewBits(Codes.INT4, read)
+
+
+def _params_4bit(weight: Any) -> FewBits | None:
+    """Recognise the NF4 weight of bitsandbytes; its first forward packs it for this processor."""
+    state = weight.quant_state
+    if state is None or state.quant_type != "nf4" or state.dtype is not torch.bfloat16:
+        return None
+    outputs, inputs = state.shape
+
+    def read() -> Parts:
+        data = weight.data.view(torch.uint8)
+        if getattr(state, "packing_format_for_cpu", False):
+            # Blocks of 32 outputs hold pairs of inputs. A byte has the nibbles of two places 32 apart.
+            places = data.reshape(-1, 1, BLOCK)
+            pairs = torch.cat([places & 15, places >> 4], dim=1).reshape(-1, inputs // 2, BLOCK, 2)
+            return pairs.transpose(1, 2).reshape(outputs, inputs), state.absmax.t().float().contiguous(), None
+        scales = state.absmax
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        codes = torch.stack([data >> 4, data & 15], dim=-1).reshape(outputs, inputs)
+        return codes, scales.bfloat16().float().reshape(outputs, -1), None  # rounded, as packing rounds them
+
+    return FewBits(Codes.NF4, read) if _has_groups(inputs, state.blocksize) else None
+
+
+def _has_groups(inputs: int, width: int) -> bool:
+    return inputs % width == 0 and width % _LEAST_GROUP == 0
+
+
+_KNOWN: Mapping[str, Callable[[Any], FewBits | None]] = {  # by package and class
+    "torchao Int8Tensor": _int8_tensor,
+    "torchao IntxUnpackedToInt8Tensor": _intx_tensor,
+    "torchao Int4OpaqueTensor": _opaque_tensor,
+    "bitsandbytes Params4bit": _params_4bit,
+}
+
+
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, and in place of a weight of few bits the buffers of `exposed`."""
+    made, read = dict[str, Tensor](), dict[str, FewBits]()
+    for name, layer in module.named_modules(remove_duplicate=False):
+        weight = few_bits(layer)
+        if weight is not None:
+            read[f"{name}.weight".removeprefix(".")] = weight
+    every = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, tensor in every:
+        if name in read:
+            made |= {name.removesuffix("weight") + part: value for part, value in read[name].named().items()}
+        else:
+            made[name] = tensor.detach()
+    return made
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold the values of a tensor, whose class may be a library's."""
+    names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))
+    if not names:
+        yield tensor
+
+
+@contextmanager
+def exposed(module: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, let layers with weights of few bits call our operator on plain buffers.
+
+    `torch.export` then traces no code of a library. The layers are as before after the block.
+    """
+    changed = list[tuple[nn.Module, dict[str, Any]]]()
+    try:
+        for layer in module.modules():
+            weight = few_bits(layer)
+            if weight is None:
+                continue
+            changed.append((layer, dict(vars(layer))))
+            layer._parameters = {name: part for name, part in layer._parameters.items() if name != "weight"}
+            layer._buffers = {**layer._buffers, **weight.named()}
+            layer.forward = _operator_of(layer, weight.kind)
+        yield
+    finally:
+        for layer, before in changed:
+            vars(layer).clear()
+            vars(layer).update(before)
+
+
+def _operator_of(layer: nn.Module, kind: Codes) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        codes, scales, offsets = map(layer._buffers.get, _BUFFERS)
+        return torch.ops.resps.few_bits_linear(input, codes, scales, offsets, layer._parameters["bias"], int(kind))
+
+    return forward
