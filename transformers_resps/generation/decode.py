@@ -55,7 +55,9 @@ def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationRepor
         is_filled_now = prepared.is_cache_given or prepared.static is not None or request.invariant or decoding.ended
         cache = verifier.unread_cache() if prepared.returns_dict and not is_filled_now else None
     report = decoding.report
-    report.reason = policy.explain(report.steps)
+    report.reason, report.why_eager = policy.explain(report.steps), plan.why_eager
+    if plan.compiles and (state.slot_engine.is_broken or not verifier.is_compiled):
+        report.why_eager = state.slot_engine.obstacle or "another call uses the compiled code"
     report.answers = batch.input_ids[:, prepared.input_ids.shape[1] :].tolist()
     if plan.lacks_code or (not plan.waits and (state.slot_engine.lacks_code or state.draft_engines.lack_code)):
         _compile_beside(plan, state)

@@ -167,6 +167,7 @@ class SpeculationReport:
         answers: the new token ids of each row, padded after a row's end.
         compile_seconds: seconds of compiling forwards and capturing CUDA graphs; no step includes them.
         reason: why most steps were plain, as the policy explains it; `None` without an explanation.
+        why_eager: why steps did not run compiled; `None` if they did.
     """
 
     batch_size: int = 1
@@ -174,6 +175,7 @@ class SpeculationReport:
     answers: list[list[int]] = field(default_factory=list)
     compile_seconds: float = 0.0
     reason: str | None = None
+    why_eager: str | None = None
 
     @property
     def emitted_total(self) -> int:
@@ -228,7 +230,7 @@ class SpeculationReport:
 
     def to_dict(self) -> dict[str, Any]:
         totals = ("emitted_total", "target_forwards", "tau", "seconds", "tokens_per_second", "compile_seconds")
-        summary = {name: getattr(self, name) for name in ("batch_size", *totals, "reason")}
+        summary = {name: getattr(self, name) for name in ("batch_size", *totals, "reason", "why_eager")}
         sources = self.accepted_by_source._asdict()
         return summary | {"accepted_by_source": sources, "steps": [step.to_dict() for step in self.steps]}
 
@@ -271,6 +273,7 @@ class SpeculationReport:
         trees = sum(step.verified > 1 for step in self.steps)
         return (
             f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over "
-            f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}. "
+            + ("Compiled." if self.why_eager is None else f"Not compiled: {self.why_eager}.")
             + (f" {self.reason}" if self.reason else "")
         )
