@@ -3,6 +3,7 @@
 import ctypes
 import logging
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -203,24 +204,25 @@ def test_weights_are_exposed_inside_the_block_alone() -> None:
 SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
-def quantized(name: str) -> PreTrainedModel:
+def quantized(*names: str) -> PreTrainedModel:
+    """Layers take turns with these formats."""
     target = Architecture("qwen2", SIZES).build("sdpa").bfloat16()
+    formats = cycle(names)
     for parent in list(target.model.modules()):
         for child, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
-                setattr(parent, child, LIBRARIES[name](layer))
+                setattr(parent, child, LIBRARIES[next(formats)](layer))
     return target.eval()
 
 
 @needs_lookups
 @needs_compiler
-@pytest.mark.parametrize("name", ["int8", "intx 4", "nf4"])
 def test_steps_of_a_quantized_target_run_compiled_and_exactly(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    target = attach(quantized(name), compile=True, invariant=True)
+    target = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
     prompt = torch.randint(1, VOCABULARY, (1, 9))
     with torch.no_grad():
         before = target(prompt).logits

@@ -473,10 +473,8 @@ RESPS_INLINE void resps_add_group(
     }
 }
 
-// Multiplies `count` rows with a block, either of codes or, if there are any, of decoded `weights` [depth / 2, BLOCK, 2].
 RESPS_INLINE void resps_few_bits_rows(
-    const int count, const RespsLinear* of, int64_t row, int64_t block, const Bf16* weights, const __m512i* tables,
-    const float* inputs) {
+    const int count, const RespsLinear* of, int64_t row, int64_t block, const __m512i* tables, const float* inputs) {
     const RespsFewBits* bits = &of->bits;
     const int64_t depth = of->depth / bits->groups, lines = bits->table ? depth / 4 : depth / 2;
     const uint8_t* codes = bits->codes + block * bits->groups * lines * CODE_LINE;
@@ -485,14 +483,8 @@ RESPS_INLINE void resps_few_bits_rows(
     for (int i = 0; i < count * NARROW; ++i) totals[i] = _mm512_setzero_ps();
     for (int64_t group = 0; group < bits->groups; ++group, rows += depth, codes += lines * CODE_LINE) {
         for (int i = 0; i < count * NARROW; ++i) sums[i] = _mm512_setzero_ps();
-        if (weights) {
-            const Bf16* read = weights + group * depth * BLOCK;
-            resps_multiply(sums, count, NARROW, rows, of->depth, read, depth / 2, read, 0);
-        } else if (bits->table) {
-            resps_multiply_codes(sums, count, 4, rows, of->depth, codes, lines, tables);
-        } else {
-            resps_multiply_codes(sums, count, 8, rows, of->depth, codes, lines, tables);
-        }
+        if (bits->table) resps_multiply_codes(sums, count, 4, rows, of->depth, codes, lines, tables);
+        else resps_multiply_codes(sums, count, 8, rows, of->depth, codes, lines, tables);
         resps_add_group(totals, sums, count, of, row, block, group, inputs);
     }
     for (int i = 0; i < count; ++i) resps_write(of, row + i, block, totals + i * NARROW);
@@ -527,14 +519,14 @@ static void resps_decode_block(const RespsFewBits* bits, int64_t depth, int64_t 
     }
 }
 
-// Decodes codes where they are used; for tiles, or for more rows than one group has, a block at a time. Returns 0 if
-// there is no memory.
+// Decodes codes for each group of rows, which takes less time than storing and loading them; for tiles once. Returns 0
+// if there is no memory.
 static int resps_few_bits(const RespsLinear* of) {
     const int64_t columns = of->is_gated ? 2 * of->width : of->width, blocks = (columns + BLOCK - 1) / BLOCK;
     const int64_t groups = (of->count + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = omp_get_max_threads();
     const int by_tiles =
         of->count >= of->tiles_from && of->depth / of->bits.groups % DEEP == 0 && resps_has_tiles();
-    const int64_t decoded = by_tiles || groups > 1 ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
+    const int64_t decoded = by_tiles ? of->depth * BLOCK * (int64_t)sizeof(Bf16) : 0;
     const int64_t sums = (of->bits.offsets ? of->count * of->bits.groups * (int64_t)sizeof(float) : 0) + CODE_LINE;
     uint8_t* memory = (uint8_t*)_mm_malloc(threads * decoded + sums, CODE_LINE);
     if (!memory) return 0;
@@ -547,15 +539,15 @@ static int resps_few_bits(const RespsLinear* of) {
         resps_tables(of->bits.table, tables);
 #pragma omp for schedule(static) nowait
         for (int64_t block = 0; block < blocks; ++block) {
-            if (weights) resps_decode_block(&of->bits, of->depth, block, tables, weights);
             if (by_tiles) {
+                resps_decode_block(&of->bits, of->depth, block, tables, weights);
                 resps_few_bits_tiles(of, block, weights, inputs);
                 continue;
             }
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t row = of->count * group / groups;
                 const int count = (int)(of->count * (group + 1) / groups - row);
-                RESPS_BY_TWELVE(resps_few_bits_rows, count, of, row, block, weights, tables, inputs)
+                RESPS_BY_TWELVE(resps_few_bits_rows, count, of, row, block, tables, inputs)
             }
         }
         resps_release_tiles();

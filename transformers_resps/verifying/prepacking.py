@@ -166,7 +166,7 @@ def prepack(module: Module) -> Module:
     for name, layer in module.named_modules():
         weight = layer._parameters.get("weight")
         if isinstance(layer, nn.Linear) and weight is not None and not _is_plain(weight):
-            left[type(weight).__name__] = name
+            left.setdefault(type(weight).__name__, name)
         elif type(layer) in (nn.Linear, PrepackedLinear):
             packed[layer] = PackedWeight()  # a new one, since `.data` may have changed
     blocks = [
