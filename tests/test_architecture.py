@@ -18,7 +18,7 @@ ROOMS = {
     "verifying": "compat tree compilation",
     "drafting": "compat tree compilation verifying",
     "heads": "compat hub tree verifying drafting",
-    "assistants": "compat hub tree verifying drafting heads",
+    "assistants": "compat hub tree compilation verifying drafting heads",
     "telemetry": "tree",
     "policies": "hub tree telemetry",
     "decoding": "compat tree verifying telemetry policies drafting",

@@ -1,7 +1,7 @@
 """Read the weights of quantized linear layers out of the tensors of torchao and bitsandbytes.
 
 Few bits are read faster than bfloat16, and a step takes as long as reading its weights. Packaged code multiplies by
-such weights as they are, see `native.py`; other code leaves them to their library.
+such weights without decoding them in memory, see `native.py`; other code leaves them to their library.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ _LEAST_GROUP = 32  # A group has a multiple of this number of inputs, as an AMX 
 class Codes(IntEnum):
     """Says which numbers codes stand for; `native.cpp` has the same list."""
 
-    INT8 = 0  # int8 codes; code c stands for c + 0.5, whose sign and magnitude `native.cpp` looks up
-    INT4 = 1  # uint8 codes from 0 to 15; code c stands for c - 8
+    INT8 = 0  # int8 codes; the number of code c is c + 0.5, whose sign and magnitude `native.cpp` looks up
+    INT4 = 1  # uint8 codes from 0 to 15; the number of code c is c - 8
     NF4 = 2  # uint8 codes from 0 to 15, for the quantiles of a normal distribution (arXiv 2305.14314, appendix E)
 
 

@@ -132,7 +132,7 @@ class ModulePackages:
 
     @property
     def hold_few_bits(self) -> bool:
-        """Whether the module has quantized weights; only packaged code reads them as they are."""
+        """Whether the module has quantized weights, which only packaged code reads."""
         return any(few_bits(layer) is not None for layer in self._module().modules())
 
     @property
