@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -126,8 +127,11 @@ class RoundedSteps:
     """
 
     def __init__(self, forward: TargetForward, texts: SlotTexts, engine: SlotEngine) -> None:
-        self._texts, self._engine, self._compile_seconds = texts, engine, 0.0
-        self._over_slots = SlotForward(forward.target, texts.pattern, [], bits=4)
+        self._target, self._texts, self._engine, self._compile_seconds = forward.target, texts, engine, 0.0
+
+    @cached_property
+    def _over_slots(self) -> SlotForward:  # made only for calls that draft so
+        return SlotForward(self._target, self._texts.pattern, [], bits=4)
 
     def logits(self, tokens: Tensor, level: int) -> Tensor:
         """Return fp32 logits `[b, v]` after `tokens` `[b]` of this level, given those of all levels from 0 on."""
