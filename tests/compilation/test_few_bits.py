@@ -146,7 +146,8 @@ def nf4_layer(layer: nn.Linear, *, is_nested: bool = False, ran: bool = False) -
 
 
 LIBRARIES: dict[str, Callable[[nn.Linear], nn.Linear]] = {
-    "int8": torchao_layer(lambda ao, _: ao.Int8WeightOnlyConfig(version=2)),
+    # Without `set_inductor_config=False` torchao changes settings for all tests that follow.
+    "int8": torchao_layer(lambda ao, _: ao.Int8WeightOnlyConfig(version=2, set_inductor_config=False)),
     "intx 8": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int8, ao.PerGroup(64))),
     "intx 4": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32))),
     "intx 3": torchao_layer(lambda ao, _: ao.IntxWeightOnlyConfig(torch.int3, ao.PerGroup(128))),

@@ -48,6 +48,6 @@ def texts(name: str) -> tuple[list[list[int]], list[list[int]]]:
         ids = ids * mask
     writing["max_new_tokens"] = _NEW_TOKENS
     plain = generate(pair(), ids, attention_mask=mask, **writing)
-    with Count(), patch.object(calls, "_of_weights", lambda model: ()):
+    with Count(), patch.object(calls, "_of_weights", lambda *_: ()):
         drafted = generate(moved_pair(), on_device(ids), attention_mask=on_device(mask), **writing, **drafting)
     return plain.tolist(), held(drafted).tolist()

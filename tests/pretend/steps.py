@@ -257,7 +257,7 @@ def count(name: str) -> StepCount:
         head.config.sliding_window = call.pop("window", None)
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
-            stack.enter_context(patch.object(calls, "_of_weights", lambda model: ()))
+            stack.enter_context(patch.object(calls, "_of_weights", lambda *_: ()))
             if call.pop("captures", False):
                 made = partial(DraftEngine, lambda function: _Captured(function, counts))
                 state.draft_engines = DraftEngines(made)

@@ -217,7 +217,8 @@ def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[st
         with safe_open(file, framework="pt") as opened:
             if not any(name.startswith(needed) for name in opened.keys()):  # noqa: SIM118
                 raise KeyError(needed)
-            yield opened, opened.metadata() or {}
+            # Older recordings of draft heads lack the entry.
+            yield opened, {"block_nodes": "0"} | (opened.metadata() or {})
     except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
         raise ValueError(
             f"{file} is no recording that this release can read ({error!r}). Delete it and record the text again."
