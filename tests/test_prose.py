@@ -20,7 +20,7 @@ PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "be
 PAGES += [ROOT / "training" / name for name in ("PUBLISHING.md", "PROTOCOL.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
-MAX_WORDS_OF_DOCS = 12_260  # a cell of a table may hold a hundred
+MAX_WORDS_OF_DOCS = 11_870  # a cell of a table may hold a hundred
 MEASURED, MAX_LINES_OF_MEASURED = "benchmarks.md", 110  # written from results files, a row for each that is there
 MAX_WORDS = {"README.md": 900, "CHANGELOG.md": 850, "CONTRIBUTING.md": 1300}
 # Words of ours -> the word that a reader knows.
