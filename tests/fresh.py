@@ -49,6 +49,9 @@ def bare_jobs() -> list[Job]:
         Job(f"resps verify {DECODING} --prompts 1 --seeds 1 --max-new-tokens 8"),
         Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
         Job(f"python training/publish.py {HEAD} me/head --dry-run", says="would be uploaded", in_clone=True),
+        Job(
+            f"resps verify {DECODING} --quantization nf4", status=2, says="pip install 'transformers-resps[quantized]'"
+        ),
         Job("python -m examples.demo", status=2, says="pip install 'transformers-resps[demo]'"),
         Job(f"resps bench {SMALL} --methods prompt-lookup --plot"),
         Job(f"python {BENCHMARK} {SMALL}", status=2, says="pip install 'transformers-resps[bench]'"),
@@ -92,6 +95,10 @@ def jobs() -> dict[str, list[Job]]:
         ],
         "": bare_jobs(),
         "bench": [Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup")],
+        "quantized": [
+            Job(f"resps verify {DECODING} --quantization {name} --prompts 1 --seeds 1 --max-new-tokens 8")
+            for name in ("int8", "nf4")
+        ],
         "serve": [Job("python ask.py", says="by the openai client")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),

@@ -141,9 +141,10 @@ def _admitted(target: PreTrainedModel) -> VerifyingMode:
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:
     """Describe all that measured seconds depend on: hardware, versions, models, and the name of the `attention`."""
     config = target.config
+    quantized = {type(weight).__name__ for weight in target.parameters() if type(weight) is not torch.nn.Parameter}
     return {
         "device": device_name(target.device),
-        "dtype": str(target.dtype),
+        "dtype": ", ".join([str(target.dtype), *sorted(quantized)]),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

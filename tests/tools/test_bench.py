@@ -141,6 +141,16 @@ def test_trees_and_policies_are_measured_in_both_modes(
     assert len(re.findall(r"\| all \| .*, invariant .*\| 3 of 3 \|\n", told)) >= 2 and SAME_TEXT_INVARIANT in told
 
 
+@pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_target_is_quantized_for_all_methods(bench: BenchCommand, tmp_path: Path, name: str, library: str) -> None:
+    pytest.importorskip(library)
+    build_target(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "target")
+    assert bench("--methods", "--shapes", "1,0,1,6", "--quantization", name, head=None) == 0
+    found = results(tmp_path)
+    assert (found["quantization"], found["dtype"]) == (name, "bfloat16") and not found["unexplained"]
+    assert len(found["pooled"]) == 3
+
+
 def test_plain_decoding_is_compiled_by_the_real_compiler(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

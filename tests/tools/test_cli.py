@@ -92,6 +92,8 @@ def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.Monkey
         "inspect target --prompt x --output x.html --max-new-tokens 0",
         "doctor target head --dtype float17",
         "serve target --dtype float17",
+        "serve target --quantization int2",
+        "bench target --dataset x.jsonl --quantization fp8",
         "serve ./not/there",
         "verify target --device gpu",
         "verify target --device meta",

@@ -1,18 +1,24 @@
 """What a command line names."""
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.assistants.kinds import pair_of
+from tests.compilation.test_few_bits import LIBRARIES
+from tests.conftest import build_target
 from tests.drafting.test_block_drafter import block_head
-from transformers_resps import DraftHead, FixedPolicy, MtpHead, TreeShape
-from transformers_resps.heads import BlockHead
-from transformers_resps.tools.loading import load_policy, load_source, short_name
+from transformers_resps import DraftHead, FixedPolicy, MtpHead, TreeShape, compat
+from transformers_resps.calibration import identity_of
+from transformers_resps.heads import BlockHead, parameter_fingerprint
+from transformers_resps.tools.cli import QUANTIZATIONS, main
+from transformers_resps.tools.loading import load_policy, load_source, load_target, short_name
 
 
 @pytest.mark.parametrize(
@@ -83,3 +89,46 @@ def test_a_folder_of_a_run_is_called_after_the_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "gsm8k-run" / "policy")
     assert short_name(".") == short_name("../policy/") == "gsm8k-run"
     assert short_name("policy") == "policy", "nothing stands before it"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    build_target(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "target")
+    return str(tmp_path / "target")
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_target_is_quantized_while_loading_as_its_library_quantizes_layers(name: str, checkpoint: str) -> None:
+    pytest.importorskip("bitsandbytes" if name == "nf4" else "torchao")
+    settings = torch._inductor.config.save_config_portable()
+    loaded = load_target(checkpoint, None, "cpu", quantization=name)
+    assert torch._inductor.config.save_config_portable() == settings
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16")
+    assert identity_of(loaded, None)["dtype"] != identity_of(stock, None)["dtype"] == "torch.bfloat16"
+    assert parameter_fingerprint(loaded) != parameter_fingerprint(stock)
+    for parent in list(stock.model.modules()):
+        for child, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(parent, child, LIBRARIES["intx 4" if name == "int4" else name](layer))
+    prompt = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert loaded.dtype is torch.bfloat16 and torch.equal(loaded(prompt).logits, stock.eval()(prompt).logits)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZATIONS, '{"quant_method": "bitsandbytes", "load_in_4bit": true}'])
+def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(
+    name: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(checkpoint) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    assert main(["calibrate", checkpoint, "--quantization", name]) == 2
+    assert f"{checkpoint} is quantized already. Leave out `--quantization`." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_missing_library_is_told_with_the_extra_that_has_it(
+    name: str, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "requires", lambda _: ['absent>=3; extra == "quantized"', 'other; extra == "serve"'])
+    assert main(["calibrate", checkpoint, "--quantization", name]) == 2
+    assert "needs absent>=3. Run `pip install 'transformers-resps[quantized]'`" in capsys.readouterr().err

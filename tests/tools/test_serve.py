@@ -34,6 +34,7 @@ from transformers_resps import DraftHead, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.tools import serving
 from transformers_resps.tools.cli import main
+from transformers_resps.tools.loading import load_target
 from transformers_resps.verifying.invariant.verifier import TextReader
 
 
@@ -96,7 +97,7 @@ def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
-def save_target(folder: Path, seed: int = 0) -> None:
+def save_target(folder: Path, seed: int = 0, **sizes: int) -> None:
     target = build_target(
         vocab_size=VOCABULARY,
         initializer_range=0.6,
@@ -104,6 +105,7 @@ def save_target(folder: Path, seed: int = 0) -> None:
         eos_token_id=None,
         max_position_embeddings=LENGTH,
         seed=seed,
+        **sizes,
     )
     target.save_pretrained(folder)
     templated().save_pretrained(folder)
@@ -507,6 +509,25 @@ def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=200) == 130
         assert "Traceback" not in (told := process.stderr.read()) and "resps serve: stopped." in told
+
+
+@pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_quantized_target_answers_as_it_does_alone(tmp_path: Path, name: str, library: str) -> None:
+    pytest.importorskip(library)
+    save_target(tmp_path / "target", hidden_size=64, intermediate_size=64)  # bitsandbytes fails with fewer inputs
+    head = DraftHead.from_target(AutoModelForCausalLM.from_pretrained(tmp_path / "target"))
+    head.save_pretrained(tmp_path / "head")
+    with serving_from(tmp_path, {"target": str(tmp_path / "head")}, quantization=name) as (port, models):
+        own = Client(port, tmp_path)
+        target, _ = models.load_model_and_processor(models.process_model_name(own.target))
+        plain = own.text({"messages": ASKED, "max_tokens": 9, "policy": "plain"})
+        drafted = own.ask({"messages": ASKED, "max_tokens": 9})[1]
+    prompt = templated().apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    alone = load_target(own.target, None, "cpu", quantization=name)
+    answer = alone.generate(**prompt, max_new_tokens=9)[0, prompt["input_ids"].shape[1] :]
+    assert plain == templated().decode(answer, skip_special_tokens=True)
+    assert drafted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+    assert target.hf_quantizer.quantization_config.to_dict() == alone.hf_quantizer.quantization_config.to_dict()
 
 
 def test_each_key_is_drafted_from_what_its_own_requests_wrote(client: Client) -> None:

@@ -66,6 +66,7 @@ def parameter_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
+        values = parameter.dequantize() if hasattr(parameter, "qdata") else parameter.detach()  # torchao has no views
+        numbers = values.flatten()[:: max(1, parameter.numel() // _SAMPLED)]
         digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

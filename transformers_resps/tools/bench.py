@@ -89,6 +89,7 @@ class BenchConfig:
     compile: bool = False
     invariant: bool = False
     pack: bool = False
+    quantization: str | None = None
     threads: int | None = None
     accept_noise: bool = False
     output: Path = Path("results/bench")
@@ -180,7 +181,8 @@ class BenchModels:
             transformers_logging.disable_progress_bar()
         if config.threads:
             torch.set_num_threads(config.threads)
-        target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
+        options: dict[str, Any] = {"packed": config.pack, "quantization": config.quantization}
+        target = attach(load_target(config.target, config.dtype, config.device, **options))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         head = load_source(config.head, target, config.revision)
         loaded = load_policies(config.policies, target, head)
@@ -320,6 +322,7 @@ def results_of(
         "schema_version": SCHEMA_VERSION,
         "target": config.target,
         "packed": is_prepacked(models.target),
+        "quantization": config.quantization,
         "target_parameters": models.target.num_parameters(),
         "head": config.head,
         "policies": dict(zip(models.policies, config.policies, strict=True)),

@@ -18,7 +18,7 @@ _PAYS_BELOW = 1.6  # drafting can save time if verifying a tree costs less than 
 
 def run(args: argparse.Namespace) -> int:
     """Print the measured or stored cost table, and whether drafting can save time."""
-    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
+    target = load_target(args.target, args.dtype, args.device, packed=args.pack, quantization=args.quantization)
     table = calibrate(target, load_source(args.head, target), invariant=args.invariant, refresh=args.refresh)
     if args.json:
         print(json.dumps(asdict(table) | {"machine": machine_line(), "verdict": what_must_be_accepted(table)}))

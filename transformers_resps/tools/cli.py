@@ -24,6 +24,7 @@ PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
 BENCH_METHODS = {PROMPT_LOOKUP: "Transformers' prompt lookup", EAGLE: "EAGLE-3's published trees"}
 _DATASET = ".json, .jsonl or Hub id of conversations"
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4", "nf4")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "target", "--dtype", "--device", "--split", "--json")
+    add = _shared(parser, "target", "--dtype", "--quantization", "--device", "--split", "--json")
     add("--dataset", help=f"{_DATASET}; without assistant turns the target writes the answers")
     read = "folder or Hub id of a draft head or MTP layers for the target, in any published format; mtp for its own"
     add("head", type=model, help=read)
@@ -99,7 +100,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "target", "head", "--dtype", "--device")
+    add = _shared(parser, "target", "head", "--dtype", "--quantization", "--device")
     add("--prompt", required=True, help="the user's message to the target")
     add("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
     named = "auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; default: the head's tree"
@@ -111,13 +112,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "target", "head", "--dtype", "--device", "--pack", "--json")
+    add = _shared(parser, "target", "head", "--dtype", "--quantization", "--device", "--pack", "--json")
     _add_invariant(add, "measure steps")
     add("--refresh", action="store_true", help="measure again even if a table is stored")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "target", "head", "--dtype", "--device", "--split", "--pack", "--revision", "--json")
+    loading = ("--dtype", "--quantization", "--device", "--pack", "--revision")
+    add = _shared(parser, "target", "head", *loading, "--split", "--json")
     add("--dataset", help=f"{_DATASET}; its first user turns are the prompts")
     named = "folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; default: the head's tree"
     add("policy", nargs="?", help=named)
@@ -154,7 +156,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--split", help="of datasets from the Hub; default: test")
     add("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
 
-    add = _shared(parser.add_argument_group("conditions"), "--dtype", "--device")
+    add = _shared(parser.add_argument_group("conditions"), "--dtype", "--quantization", "--device")
     greedy = "0 (the default) is greedy"
     add("--temperature", nargs="+", type=temperature, dest="temperatures", metavar="T", help=greedy)
     add("--max-new-tokens", type=positive, help="of an answer; default: 128")
@@ -168,7 +170,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "--dtype", "--device", "--pack")
+    add = _shared(parser, "--dtype", "--quantization", "--device", "--pack")
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
     add("--head", type=model, action="append", help=f"{HEAD}; one per target, in their order")
     told = "what clients call a target instead; one per target, in their order. A folder's own name does, too"
@@ -185,7 +187,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
-    add = _shared(parser, "target", "--dtype", "--pack")
+    add = _shared(parser, "target", "--dtype", "--quantization", "--pack")
     add("heads", type=model, nargs="*", metavar="head", help=HEAD)
     add("--threads", type=positive, help="CPU threads of the calls; default: as torch chooses")
     add("--rows", type=positive, default=1, help="prompts of a call; 2 stands for any batch (default: 1)")
@@ -242,6 +244,13 @@ def device(text: str) -> str:
     return text
 
 
+def quantization(text: str) -> str:
+    """Accept the name of a quantization, or a quantization config of Transformers in JSON."""
+    if text not in QUANTIZATIONS and not text.startswith("{"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no quantization. Write {', '.join(QUANTIZATIONS)}.")
+    return text
+
+
 def positive(text: str) -> int:
     """Parse an integer above 0."""
     if not text.isdigit() or not int(text):
@@ -253,6 +262,11 @@ _SHARED: dict[str, dict[str, Any]] = {  # arguments of several commands
     "target": {"type": model, "help": "folder or Hub id of the target"},
     "head": {"type": model, "nargs": "?", "help": f"{HEAD}; without one, drafts by lookup"},
     "--dtype": {"choices": DTYPES, "metavar": "DTYPE", "help": "auto, bfloat16, ...; default on a CPU: float32"},
+    "--quantization": {
+        "type": quantization,
+        "metavar": "|".join(QUANTIZATIONS),
+        "help": "load the target quantized, in bfloat16: int8 and int4 by torchao, nf4 by bitsandbytes",
+    },
     "--device": {"type": device, "help": "default: cuda if available, or cpu"},
     "--pack": {"action": "store_true", "help": "prepack the target's weights first, as `prepack` does"},
     "--revision": {"help": "of a draft head"},

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{FOLDER_VARIABLE} is off, so no code is kept. Unset it, or name a folder.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    target = attach(load_target(args.target, args.dtype, "cpu", packed=args.pack))
+    options = {"packed": args.pack, "quantization": args.quantization}
+    target = attach(load_target(args.target, args.dtype, "cpu", **options))
     engine = target.speculation_state.slot_engine
     with engine.borrow(target) as lent:
         if args.only_as and lent.packages.identity != args.only_as:

@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> int:
         transformers_logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: schedulers send SIGTERM before a kill
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args.target, args.dtype, args.device)
+    target = load_target(args.target, args.dtype, args.device, quantization=args.quantization)
     given = {"revision": args.revision, **corrections(args.set)}
     head = load_head(args.head, target, **given)
     most = args.max_new_tokens or (_LONG_TOKENS if args.thorough else _LOOK_TOKENS)

@@ -311,7 +311,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # to fail now, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = attach(load_target(args.target, args.dtype, args.device))
+    target = attach(load_target(args.target, args.dtype, args.device, quantization=args.quantization))
     head = load_source(args.head, target)
     named = load_policy(args.policy, head)
     policy = default_policy() if isinstance(named, str) else named

@@ -1,6 +1,7 @@
 """Load the targets, drafters, policies and prompts that are named on a command line."""
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from itertools import islice
@@ -8,9 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from transformers import AutoConfig, BitsAndBytesConfig, TorchAoConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..assistants import load_drafter
-from ..compat import load_model
+from ..compat import check_extra, load_model
 from ..data import Conversation, load_conversations
 from ..drafting import DraftSource
 from ..generation.attach import attach
@@ -20,8 +23,10 @@ from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import prepack
-from .cli import shape
+from .cli import QUANTIZATIONS, shape
 
+
+_GROUP = 32  # Inputs that share a scale in int4, as in llama.cpp's Q4_0.
 
 # Folder names that do not identify a model, since every training run has them.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
@@ -47,11 +52,39 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
-    """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32."""
+def load_target(
+    name: str, dtype: str | None, device: str | None = None, *, packed: bool = False, quantization: str | None = None
+) -> Any:
+    """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32.
+
+    `quantization` is a name in `QUANTIZATIONS`, or a quantization config of Transformers in JSON. With it, the default
+    dtype is bfloat16, in which compiled steps read such weights.
+    """
     device = device or default_device()
-    target = load_model(name, dtype=dtype or ("float32" if device == "cpu" else "auto")).to(device)
+    dtype = dtype or ("bfloat16" if quantization else "float32" if device == "cpu" else "auto")
+    options: dict[str, Any] = {}
+    if quantization:
+        options = {"quantization_config": _quantization_config(name, quantization), "device_map": device}
+    target = load_model(name, dtype=dtype, **options).to(device)
     return prepack(target) if packed else target
+
+
+def _quantization_config(name: str, quantization: str) -> Any:
+    """Make the config; raise `ValueError` if the checkpoint `name` is quantized already or a library is missing."""
+    config = AutoConfig.from_pretrained(name)
+    if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config(decoder=True))):
+        raise ValueError(f"The checkpoint {name} is quantized already. Leave out `--quantization`.")
+    if quantization not in QUANTIZATIONS:
+        return AutoQuantizationConfig.from_dict(json.loads(quantization))
+    check_extra("quantized")
+    if quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if quantization == "int4":
+        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP)))  # type: ignore[attr-defined]
+    # By default torchao changes inductor's settings, and compiled code is stored for one choice of them.
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2, set_inductor_config=False))
 
 
 def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             device=args.device,
             packed=args.pack,
+            quantization=args.quantization,
             worker=worker,
         )
         host, port = listening.getsockname()[:2]

@@ -15,7 +15,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 def run(args: argparse.Namespace) -> int:
     """Print the report; return 1 if an output differs from plain decoding's, 2 if no draft was accepted, else 0."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
+    target = load_target(args.target, args.dtype, args.device, packed=args.pack, quantization=args.quantization)
     head = load_source(args.head, target, args.revision)
     policy = None if args.policy is None else load_policy(args.policy, head)
     questions = questions_in(read_conversations(args, args.prompts), args.prompts)
