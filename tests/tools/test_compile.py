@@ -13,8 +13,10 @@ from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
 from transformers_resps import attach
+from transformers_resps.compilation.kernels import reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.tools import cli
+from transformers_resps.tools.loading import load_target
 
 
 @pytest.fixture
@@ -67,6 +69,27 @@ def test_drafts_of_a_block_head_are_compiled_for_later_calls(
     state = target.speculation_state
     assert state.slot_engine.is_compiled and not state.draft_engines.lack_code and not state.compiler.is_running
     assert len(stored_packages(tmp_path / "compiled")) == 2, "nothing else was compiled"
+
+
+@needs_compiler
+@pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
+@pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_target_that_was_quantized_while_loading_is_quantized_there_too(
+    name: str, library: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(library)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "eos_token_id": None}
+    build_target(vocab_size=VOCABULARY, **sizes).save_pretrained(checkpoint)
+    target = attach(load_target(str(checkpoint), None, "cpu", quantization=name))
+    written(target)
+    state = target.speculation_state
+    process = state.compiler._process
+    assert process is not None
+    process.wait()
+    assert not state.compiler.is_running and len(stored_packages(tmp_path / "compiled")) == 1, "it has not failed"
+    written(target)
+    assert state.slot_engine.is_compiled
 
 
 def test_another_model_than_the_checkpoint_is_refused(

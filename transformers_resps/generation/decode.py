@@ -1,5 +1,6 @@
 """Run the decoding loop of one `generate` call, as its `Plan` says."""
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -80,6 +81,9 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
     dtype, rows = str(target.dtype).removeprefix("torch."), min(len(plan.prepared.input_ids), 2)
     options = ["--dtype", dtype, "--threads", str(torch.get_num_threads()), "--rows", str(rows)]
     options += ["--pack"] if is_prepacked(target) else []
+    quantizer = getattr(target, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.pre_quantized:  # the checkpoint holds the weights before quantization
+        options += ["--quantization", json.dumps(quantizer.quantization_config.to_dict(), default=str)]
     state.compiler.start(identity, target.name_or_path or "", *heads, *options)
 
 
