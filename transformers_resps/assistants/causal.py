@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..drafting import Entries, Places, StepModel, Wanted, at_wanted
+from ..drafting import ALL, Entries, Places, StepModel, Wanted, at_wanted
 from ..verifying.attention import use_gqa_attention
 from ..verifying.hybrids import is_recurrent, recurrence_obstacle
 from ..verifying.masks import ATTENTION_TYPES, additive, attention_patterns, last_position, layer_types
@@ -126,13 +126,7 @@ class _Steps(StepModel):
         return (positions.clamp(0, self._last_position),)
 
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         (positions,) = places
         with use_gqa_attention(self._model):

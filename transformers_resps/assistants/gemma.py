@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..drafting import DraftCache, Entries, Places, StepModel, Wanted
+from ..drafting import ALL, DraftCache, Entries, Places, StepModel, Wanted
 from ..verifying.forward import decoder_layers
 from ..verifying.masks import layer_types
 from ..verifying.verifier import TargetEntries, Verifier
@@ -119,13 +119,7 @@ class _Queries(StepModel):
         return _TargetCache(verifier)
 
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         assert hidden is not None and isinstance(wanted, slice) and isinstance(entries, _OfTarget)
         tokens, hidden, kept = tokens[:, wanted], hidden[:, wanted], entries.kept

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD, input_embedding
-from ..drafting import Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
+from ..drafting import ALL, Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
@@ -522,13 +522,7 @@ class BoundMtp(TrainableModel):
         return (*(part for pair in angles for part in pair), positions[..., None])
 
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         """Run MTP layer number `depth`; then apply its norm, except if `fed_back` is "before"."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)

@@ -3,10 +3,11 @@
 from .cache import DraftCache, Entries
 from .drafter import Committed, Drafter, DraftRequest
 from .source import DraftCall, DraftSource, FileReading, LevelSource, TrainableSource
-from .step_model import Places, StepModel, TrainableModel, Wanted, at_wanted
+from .step_model import ALL, Places, StepModel, TrainableModel, Wanted, at_wanted
 
 
 __all__ = [
+    "ALL",
     "Committed",
     "DraftCache",
     "DraftCall",

@@ -23,6 +23,10 @@ from .step_model import Places, StepModel
 from .text import Prefix
 
 
+# For each layer `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
+Masks = Sequence[Tensor | None]
+
+
 class BlockSlots(NamedTuple):
     """Outputs of one pass of a block model, for D levels. A slot is one of the block's positions."""
 
@@ -61,19 +65,12 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def fill(
-        self,
-        newest: Tensor,
-        root: Tensor,
-        levels: int,
-        places: Places,
-        entries: Entries,
-        masks: Sequence[Tensor | None],
+        self, newest: Tensor, root: Tensor, levels: int, places: Places, entries: Entries, masks: Masks
     ) -> BlockSlots:
         """Run one pass over a block, which predicts `levels` tokens after the newest tokens `root` `[b]`.
 
         `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are those of the
-        block's positions. `entries` hold the text's keys and values, with room for the block's. `masks` are for each
-        layer `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
+        block's positions. `entries` hold the text's keys and values, with room for the block's.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .cache import DraftCache
 from .pool_growth import Frontier, Growth, Root, branch, grow_pool, numbered, sprout
-from .step_model import StepModel
+from .step_model import ALL, StepModel
 from .text import Pairs, PlaceWindow, Positions, Prefix
 
 
@@ -96,7 +96,7 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
     """Run all depths of the model over new tokens, and return the new root; `before` is the previous root, if any."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
-    wanted = newest if model.depths == 1 else slice(None)
+    wanted = newest if model.depths == 1 else ALL
     hidden = None if features is None else model.fuse(features)
     outputs: list[Tensor] = []  # `list[Tensor]()` would break the compiled graph
     carried: list[Tensor] = []

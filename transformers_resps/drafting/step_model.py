@@ -9,8 +9,9 @@ from ..verifying.verifier import Verifier
 from .cache import DraftCache, Entries
 
 
-# Selects the tokens of `[b, t]` whose outputs are returned: a slice, or indices `[b, q]` in each row.
+# Selects the tokens of `[b, t]` whose outputs are returned: a slice such as `ALL`, or indices `[b, q]` in each row.
 Wanted = slice | Tensor
+ALL = slice(None)
 # Tensors that a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each.
 Places = tuple[Tensor, ...]
 _WINDOW_PARTS = 16  # A sliding window moves in steps of this fraction of its length.
@@ -55,13 +56,7 @@ class StepModel(ABC):
 
     @abstractmethod
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         """Run depth number `depth` over tokens `[b, t]`; return the outputs `[b, q, h]` at the `wanted` ones.
 

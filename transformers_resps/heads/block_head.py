@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ..drafting import Entries, FileReading, Places, Wanted, at_wanted
-from ..drafting.blocks import BlockModel, BlockSlots, Branching
+from ..drafting import ALL, Entries, FileReading, Places, Wanted, at_wanted
+from ..drafting.blocks import BlockModel, BlockSlots, Branching, Masks
 from ..tree import TreeShape
 from ..verifying.masks import AttentionPattern
 from .config import BlockHeadConfig
@@ -334,13 +334,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         self.sliding_window = None if None in config.windows else max(filter(None, config.windows))
 
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         """Append the keys and values of committed tokens to `entries`; return the tokens' fused features, `hidden`."""
         assert hidden is not None
@@ -370,13 +364,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return output.narrow(-2, int(not self._config.shifted), levels)
 
     def fill(
-        self,
-        newest: Tensor,
-        root: Tensor,
-        levels: int,
-        places: Places,
-        entries: Entries,
-        masks: Sequence[Tensor | None],
+        self, newest: Tensor, root: Tensor, levels: int, places: Places, entries: Entries, masks: Masks
     ) -> BlockSlots:
         tokens = F.pad(root[:, None], (0, self.width(levels) - 1), value=self.mask_token_id)
         output = self.run_block(tokens, places, with_masks(entries, masks))
@@ -414,7 +402,7 @@ class BoundBlockHead(BlockModel, BoundModel):
 
         if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
             context = correction.context(before, slots.hidden)
-            table = self._sure(corrected(context, slice(None)), slots.hidden[:, :, None], before)
+            table = self._sure(corrected(context, ALL), slots.hidden[:, :, None], before)
 
             def looked_up(level: int, chosen: Tensor | None, state: Tensor | None) -> tuple[Tensor, None]:
                 own = table[:, level]

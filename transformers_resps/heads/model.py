@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from ..compat import input_embedding
-from ..drafting import DraftSource, Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
-from ..drafting.blocks import BlockModel, BlockSlots
+from ..drafting import DraftSource, Entries, FileReading, Places, TrainableModel, TrainableSource
+from ..drafting.blocks import BlockModel, BlockSlots, Masks
+from ..drafting.step_model import ALL, Wanted, at_wanted
 from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.attention import attend
@@ -87,7 +88,7 @@ class HeadAttention(nn.Module):
         keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return keys, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)) -> Tensor:
+    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted = ALL) -> Tensor:
         """Map states `[b, t, width]` to outputs `[b, q, h]` at the `wanted` positions."""
         queries = self.q_proj(at_wanted(states, wanted)).unflatten(-1, (-1, self.head_dim))
         queries, (keys, values) = self.q_norm(queries).transpose(1, 2), self._keys_and_values(states)
@@ -384,9 +385,7 @@ class DraftHead(HeadModel):
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
-    def forward(
-        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = ALL) -> Tensor:
         """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
         `hidden` `[b, t, h]` are fused features or, for later drafted tokens, what `feedback` returned; `embeddings`
@@ -395,7 +394,7 @@ class DraftHead(HeadModel):
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)
-            hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
+            hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else ALL)
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
@@ -538,13 +537,7 @@ class BoundHead(BoundModel):
         return self.embed_tokens(tokens).to(self.dtype)
 
     def run(
-        self,
-        depth: int,
-        tokens: Tensor,
-        hidden: Tensor | None,
-        places: Places,
-        entries: Entries,
-        wanted: Wanted = slice(None),
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, places: Places, entries: Entries, wanted: Wanted = ALL
     ) -> Tensor:
         assert hidden is not None
         return self._forward(hidden, self.embed(tokens), Rope(*places), entries, wanted)
@@ -556,7 +549,7 @@ class BoundHead(BoundModel):
         return self.head.feedback(output)
 
 
-def with_masks(entries: Entries, masks: Sequence[Tensor | None]) -> Attend:
+def with_masks(entries: Entries, masks: Masks) -> Attend:
     """Make the attention of a block pass: to `entries`, under the mask of each layer."""
     return lambda layer, queries, keys, values: attend(queries, *entries.update(keys, values, layer), masks[layer])
 
@@ -586,17 +579,11 @@ class BoundParallelHead(BoundHead, BlockModel):
         return max(levels - 1, 1)
 
     def fill(
-        self,
-        newest: Tensor,
-        root: Tensor,
-        levels: int,
-        places: Places,
-        entries: Entries,
-        masks: Sequence[Tensor | None],
+        self, newest: Tensor, root: Tensor, levels: int, places: Places, entries: Entries, masks: Masks
     ) -> BlockSlots:
         tokens = root.new_full((len(root), self.width(levels)), self.mask_token_id)
         hidden = self.fuse(self.head.mask_hidden.expand(*tokens.shape, -1))
-        output = self._forward(hidden, self.embed(tokens), Rope(*places), with_masks(entries, masks), slice(None))
+        output = self._forward(hidden, self.embed(tokens), Rope(*places), with_masks(entries, masks), ALL)
         normed = self.normed(torch.cat([newest, output], dim=1)[:, :levels])
         return BlockSlots(normed, self.normed_logits(normed))
 

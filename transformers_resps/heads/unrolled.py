@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..drafting import Entries, TrainableModel, Wanted
+from ..drafting import ALL, Entries, TrainableModel, Wanted
 from ..verifying.attention import attend
 from ..verifying.masks import AttentionPattern
 from .block_head import BoundBlockHead
@@ -124,7 +124,7 @@ def unroll(
         fed = model.feedback(output, hidden if level or model.depths > 1 else hidden[texts, later])
         assert fed is not None
         hidden = fed
-        at, run, wanted = later, model.run, slice(None)
+        at, run, wanted = later, model.run, ALL
     states = torch.stack(outputs)
     return states if model.depths == 1 else states[:, texts, slots]
 
