@@ -56,24 +56,21 @@ def calibrate(
 ) -> CostTable:
     """Measure how long steps take on this machine, or load the table of an earlier measurement.
 
-    Args:
-        target: the model, in the dtype and on the device that it decodes with.
-        head: a draft head, MTP layers, an assistant or a small model, a folder or Hub id of one, or `None`.
-        invariant: measure the invariant mode, in a separate table without times of plain decoding.
-        refresh: measure again even if a table is stored.
-        folder: where tables are stored; by default in the Hugging Face cache.
-        clock: returns seconds.
+    The model is measured as it is, in its dtype and on its device. `head` is a draft head, MTP layers, an assistant or
+    a small model, a folder or Hub id of one, or `None`. `invariant` measures the invariant mode, in a separate table
+    without times of plain decoding; `refresh` measures again even if a table is stored. `clock` returns seconds.
 
-    Returns:
-        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention, mode
-        or head change.
-
-    Raises:
-        ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
-            target does not support draft trees or the invariant mode, or the clock does not advance.
+    The table is stored in `folder`, by default in the Hugging Face cache, and reused until device, dtype, threads,
+    versions, target, attention, mode or head change. Raises a `ValueError` if the stored table is damaged or was
+    measured elsewhere, if the head belongs to another target, if the target does not support draft trees or the mode,
+    or if the clock does not advance.
     """
     _check_target(target, has_head=head is not None)
-    mode = _admitted(target) if invariant else GrowingMode()
+    mode: VerifyingMode = GrowingMode()
+    if invariant:
+        calls = InvariantCalls(SlotEngine())
+        calls.admit(target, partial(setting_of, arguments={}, configs=(target.generation_config,)), {})
+        mode = calls.mode(target)
     assistants = Assistants()  # must live as long as the loaded source
     source = assistants.source(target, head)
     identity = identity_of(target, source, mode.attention)
@@ -129,13 +126,6 @@ def _check_target(target: Any, *, has_head: bool) -> None:
             "out: `policy='auto'` measures while it decodes."
         )
     check_model(target, has_head=has_head)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
-
-
-def _admitted(target: PreTrainedModel) -> VerifyingMode:
-    """Return the verifying mode of calls with `invariant=True`; raise if the target does not support it."""
-    calls = InvariantCalls(SlotEngine())
-    calls.admit(target, partial(setting_of, model=target, config=None, arguments={}), {})
-    return calls.mode(target)
 
 
 def identity_of(target: PreTrainedModel, source: DraftSource | None, attention: str | None = None) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def check_sources(sources: Sequence[DraftSource]) -> None:
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
     """Raise for settings, in the call's `config` or `arguments`, that draft trees do not support."""
-    setting = partial(setting_of, model=model, config=config, arguments=arguments)
+    setting = partial(setting_of, arguments=arguments, configs=(config, model.generation_config))
     for name, is_asked in _SETTINGS.items():
         value = setting(name)
         if value is not None and is_asked(value):
@@ -273,11 +273,9 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     _check_user_cache(model, arguments)
 
 
-def setting_of(
-    name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
-) -> Any:
-    """Look up a setting in the call's `arguments`, else its `config`, else the model's `generation_config`."""
-    given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
+def setting_of(name: str, arguments: Mapping[str, Any], configs: Iterable[GenerationConfig | None]) -> Any:
+    """Look up a setting in a call's `arguments`, else in the first of `configs` that has it; `None` if none has."""
+    given = arguments.get(name), *(getattr(config, name, None) for config in configs)
     return next((value for value in given if value is not None), None)
 
 

@@ -27,7 +27,7 @@ from ..verifying.returned import EndedRow, UnreadDynamicCache, UnreadStaticCache
 from ..verifying.rows import leading_pads
 from ..verifying.verifier import Verifier
 from .keywords import MTP
-from .plan import Plan, Prefiller, Prepared
+from .plan import Plan, Prepared
 from .request import SpeculationState
 
 
@@ -131,7 +131,7 @@ def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationRepor
 def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
     """Return the function that runs the target over the prompt `[b, s]`: the verifier's, or Transformers' own."""
     prepared, kwargs = plan.prepared, plan.prepared.model_kwargs | plan.prompt_options
-    if plan.prefiller is Prefiller.VERIFIER:
+    if not plan.stock_reads:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=prepared.config.prefill_chunk_size, **kept)
     is_first = not prepared.config.is_assistant  # an assistant reads the images in its first call only

@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -244,13 +243,6 @@ def prepare(
     return prepared
 
 
-class Prefiller(StrEnum):
-    """Which code runs the target over the prompt."""
-
-    VERIFIER = "the verifier"
-    STOCK = "stock `generate`"
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All choices about how one call is decoded.
@@ -268,7 +260,7 @@ class Plan:
     mode: VerifyingMode  # how trees are verified
     why_eager: str | None  # why steps do not run compiled; None if they do
     warns: bool  # whether the caller asked to compile, so that `why_eager` is a warning
-    prefiller: Prefiller
+    stock_reads: bool  # whether Transformers' own code runs the target over the prompt, not the verifier
     prompt_options: dict[str, Any]  # options of the target's forward over the prompt, beside `model_kwargs`
 
     @property
@@ -292,16 +284,16 @@ class Plan:
         return Batch(list(texts), drops_finished=self.drops_finished)
 
     def __str__(self) -> str:
-        """Summarise in one line: mode, prefiller, how rows advance, number of sources, why steps run eagerly."""
-        rows, compiled = "in lockstep" if self.in_lockstep else "apart", self.why_eager or "compiled"
-        return " | ".join(map(str, (self.mode, self.prefiller, rows, len(self.sources), compiled)))
+        """Return one line: mode, reader of the prompt, how rows advance, number of sources, why steps are eager."""
+        reader = "stock `generate`" if self.stock_reads else "the verifier"
+        rows = "in lockstep" if self.in_lockstep else "apart"
+        return f"{self.mode} | {reader} | {rows} | {len(self.sources)} | {self.why_eager or 'compiled'}"
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
     """Choose how a checked call is decoded; `state` is asked which compiled code is ready.
 
-    Raises:
-        ValueError: the call asks for options that exclude each other, or that its target does not support.
+    Raises a `ValueError` if the call's options exclude each other, or if its target does not support them.
     """
     target = prepared.target
     in_lockstep, drops = _rows(request.lockstep, prepared)
@@ -310,35 +302,28 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
         check_static(target)
     forward = prepared.forward(request.sources)
     why_eager, warns = _compiling(request, prepared, state, forward.layers)
-    prefiller = Prefiller.STOCK if _has_to_read(prepared) else Prefiller.VERIFIER
+    stock_reads = _has_to_read(prepared)
     mode: VerifyingMode = GrowingMode()
     if request.invariant:
         check_compiles(why_eager if warns else None)
         mode = state.invariant_calls.mode(target, compiles=why_eager is None)
     elif why_eager is None or (is_static and gives_hidden_states(target, forward.layers)):
-        mode = SlotMode(_compile_options(prepared), stock_reads=prefiller is Prefiller.STOCK)
+        options = prepared.config.compile_config
+        options = None if options is None or options == CompileConfig() else options.to_dict()
+        mode = SlotMode(options, stock_reads=stock_reads)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
-    options = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip features, too
+    kept = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip features, too
     assert isinstance(request.policy, Policy)  # `Request.admitted` loaded it
-    sources = request.sources if why_eager is None else _eager_sources(request.sources, why_eager)
-    if sources and not _wants_sources(request.policy, prepared):
-        sources = ()
-    ways = in_lockstep, drops, mode, why_eager, warns, prefiller, options
-    return Plan(request, prepared, request.policy, sources, forward, *ways)
-
-
-def _eager_sources(sources: Sequence[DraftSource], why_eager: str) -> tuple[DraftSource, ...]:
-    """Leave out sources that need compiled code which is not ready yet; refuse them if there will be none."""
-    check_needs_compiled(sources, None if why_eager == NO_CODE_YET else why_eager)
-    return tuple(source for source in sources if not source.needs_compiled)
-
-
-def _wants_sources(policy: Policy, prepared: Prepared) -> bool:
-    """Whether the policy wants the request's sources to draft in this call."""
-    rows, length = prepared.input_ids.shape
+    sources, (rows, length) = request.sources, prepared.input_ids.shape
+    if why_eager is not None:  # leave out sources whose compiled code is not ready yet; refuse them if there is none
+        check_needs_compiled(sources, None if why_eager == NO_CODE_YET else why_eager)
+        sources = tuple(source for source in sources if not source.needs_compiled)
     unread = rows * max(length - cached_length(prepared.cache), 1)
-    return policy.wants_head(rows, unread, prepared.max_length - length)
+    if sources and not request.policy.wants_head(rows, unread, prepared.max_length - length):
+        sources = ()
+    ways = in_lockstep, drops, mode, why_eager, warns, stock_reads, kept
+    return Plan(request, prepared, request.policy, sources, forward, *ways)
 
 
 def _compiling(
@@ -347,7 +332,9 @@ def _compiling(
     """Return why steps are not compiled (`None` if they are), and whether to warn the caller of that."""
     target, choice, engine = prepared.target, request.compile, state.slot_engine
     if choice is None:
-        choice = _stock_would_compile(prepared)
+        # as Transformers would: on CUDA with a static cache, or by a `compile_config`
+        is_static = prepared.static is not None and target.device.type == "cuda"
+        choice = not prepared.config.disable_compile and (is_static or prepared.config.compile_config is not None)
     if not choice:
         return "nothing asks for it", False
     is_batch = len(prepared.input_ids) > 1
@@ -357,20 +344,6 @@ def _compiling(
     if choice == AUTO and target.device.type == "cpu" and not engine.is_stored(target, is_batch=is_batch):
         return NO_CODE_YET, False
     return ("the caller compiled the model" if is_compiled(target) else None), False
-
-
-def _stock_would_compile(prepared: Prepared) -> bool:
-    """Whether Transformers would compile this call: on CUDA with a static cache, or by a `compile_config`."""
-    if prepared.config.disable_compile:
-        return False
-    is_static = prepared.static is not None and prepared.target.device.type == "cuda"
-    return prepared.config.compile_config is not None or is_static
-
-
-def _compile_options(prepared: Prepared) -> dict[str, Any] | None:
-    """Return the caller's options for `torch.compile`; `None` if they are the defaults."""
-    config = prepared.config.compile_config
-    return None if config is None or config == CompileConfig() else config.to_dict()
 
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:

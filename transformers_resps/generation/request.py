@@ -119,11 +119,6 @@ class GenerateCall(NamedTuple):
         """Names of the passed arguments that hold images, sounds or embeddings of the prompts."""
         return sorted(name for name in PROMPT_ARGUMENTS & self.arguments.keys() if self.arguments[name] is not None)
 
-    def asks_mtp(self, own: GenerationConfig | None) -> bool:
-        """Whether the call, else its config, else the model's `own` config asks for the target's MTP layers."""
-        given = self.arguments.get(USE_MTP), *(getattr(config, USE_MTP, None) for config in (self.config, own))
-        return bool(next((value for value in given if value is not None), False))
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -160,9 +155,9 @@ class Request:
             check_settings(target, call.config, call.arguments)
             check_inputs(target, call.prompts, call.arguments)
             if self.invariant:
-                setting = partial(setting_of, model=target, config=call.config, arguments=call.arguments)
-                given = call.arguments, call.media, self.compile
-                state.invariant_calls.admit(target, setting, *given)
+                configs, given = (call.config, target.generation_config), (call.media, self.compile)
+                setting = partial(setting_of, arguments=call.arguments, configs=configs)
+                state.invariant_calls.admit(target, setting, call.arguments, *given)
             check_sources(self.sources)
             for source in (*self.sources, *self.memories):
                 source.prepare(target)
@@ -205,7 +200,7 @@ def resolve(
             said = said.or_else(further if isinstance(further, Keywords) else Keywords.saved_in(further))
     check_keywords(said)
     told: dict[str, Any] = {}
-    if said.asks_trees and not said.assistants and call.asks_mtp(own):
+    if said.asks_trees and not said.assistants and setting_of(USE_MTP, call.arguments, (call.config, own)):
         said, told = replace(said, assistant_model=MTP), {USE_MTP: False}
     said = said.loaded(partial(load, as_source=said.asks_trees))
     memories = tuple(source for source in said.sources if isinstance(source, SuffixMemory))
