@@ -186,10 +186,8 @@ class DraftHeadConfig(HeadConfig):
         source: for a converted head, the publisher's format and the layer ids as published.
         tie_word_embeddings: always false: a head stores no copies of the target's weights.
 
-    Raises:
-        ValueError: a field has an invalid value; the message names it.
-
-    Source: EAGLE-3 (arXiv 2503.01840) section 3. The flags describe how published checkpoints differ.
+    Raises a `ValueError` that names a field with an invalid value. Source: EAGLE-3 (arXiv 2503.01840) section 3; the
+    flags describe how published checkpoints differ.
     """
 
     model_type = EAGLE.saved_as
@@ -220,10 +218,8 @@ class DraftHeadConfig(HeadConfig):
         _check_numbers(self)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.target_hidden_size = self.target_hidden_size or self.hidden_size
-        if self.feature_layers is None:
-            self.feature_layers = [2, 15, 27]
-        if self.default_tree is None:
-            self.default_tree = [60, 8, 10]
+        self.feature_layers = [2, 15, 27] if self.feature_layers is None else self.feature_layers
+        self.default_tree = [60, 8, 10] if self.default_tree is None else self.default_tree
         super().__post_init__(**kwargs)
         TreeShape(*self.default_tree)  # raises a `ValueError` if no tree has these sizes
         self.feature_layers = sorted(self.feature_layers)
@@ -320,12 +316,10 @@ class BlockHeadConfig(HeadConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_numbers(self)
-        if self.causal is None:
-            self.causal = [False] * self.num_hidden_layers
-        if self.windows is None:
-            self.windows = [None] * self.num_hidden_layers
-        if self.feature_layers is None:
-            self.feature_layers = [2, 9, 15, 21, 28]
+        count = self.num_hidden_layers
+        self.causal = [False] * count if self.causal is None else self.causal
+        self.windows = [None] * count if self.windows is None else self.windows
+        self.feature_layers = [2, 9, 15, 21, 28] if self.feature_layers is None else self.feature_layers
         super().__post_init__(**kwargs)
 
     def _misfits(self) -> list[tuple[bool, str]]:

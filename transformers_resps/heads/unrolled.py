@@ -77,12 +77,8 @@ class UnrolledEntries(Entries):
         scores = grouped.flatten(2, 3) @ true_keys.mT  # [b, kv heads, group * length, t]
         scores = scores.unflatten(2, (heads // groups, length)).masked_fill(~self._sees[:, None], float("-inf"))
         diagonals = [(grouped * own[:, :, None]).sum(-1, keepdim=True) for own in own_keys]
-        weights = (
-            torch.cat([scores, *diagonals], dim=-1)
-            .softmax(-1, dtype=torch.promote_types(true_values.dtype, torch.float32))
-            .to(true_values.dtype)
-        )
-        total = true_keys.shape[2]
+        total, exact = true_keys.shape[2], torch.promote_types(true_values.dtype, torch.float32)
+        weights = torch.cat([scores, *diagonals], dim=-1).softmax(-1, dtype=exact).to(true_values.dtype)
         attended: Tensor = (weights[..., :total].flatten(2, 3) @ true_values).unflatten(2, (heads // groups, length))
         for index, own in enumerate(own_values):
             attended = attended + weights[..., total + index, None] * own[:, :, None]

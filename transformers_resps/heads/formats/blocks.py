@@ -6,7 +6,6 @@ predicts, which positions a slot sees, and whether layer ids number layers or hi
 """
 
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +15,6 @@ from ...drafting.kinds import bare_names
 from ..config import BlockHeadConfig, default_layer_ids
 from .publishers import Publisher
 from .reading import Checkpoint, PublishedHead
-
-
-class BlockPublisher(StrEnum):
-    """The project whose conventions a head's file uses."""
-
-    ZLAB = "z-lab"
-    DEEPSPEC = "deepspec"
-    SPECULATORS = "speculators"
-    MUSE = "muse"
 
 
 _SPELLINGS = {
@@ -70,15 +60,15 @@ def read_block(
 class _PublishedBlock(PublishedHead):
     def __init__(self, checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]) -> None:
         names, config = bare_names(checkpoint.tensors), checkpoint.config
-        self._publisher = _publisher_of(config, names)
+        publisher = _publisher_of(config, names)
         nested = config.get("transformer_layer_config") or {}, config, config.get("dflash_config") or {}, overrides
         fields = {key: value for part in nested for key, value in part.items() if value is not None}
         rope = fields.get("rope_parameters") or {}
         fields |= {"rope_parameters": rope["sliding_attention"]} if "sliding_attention" in rope else {}
-        if self._publisher is BlockPublisher.MUSE and not rope:
+        if publisher is Publisher.MUSE and not rope:
             fields = {"rope_theta": _MUSE_BASE, **fields}
         tensors = {_SPELLINGS.get(name, name): part for name, part in names.items()}
-        super().__init__(checkpoint.name, fields, overrides, Publisher.DEEPSPEC, tensors, target)
+        super().__init__(checkpoint.name, fields, overrides, publisher, tensors, target)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the fields for `BlockHeadConfig`, and the tensors by this package's names."""
@@ -106,7 +96,7 @@ class _PublishedBlock(PublishedHead):
             "final_logit_softcapping": self.stated.get("final_logit_softcapping") or None,
             "rope_parameters": self.rope_parameters(),
             "target": identity,
-            "source": {"format": str(self._publisher), "layer_ids": self.layer_ids},
+            "source": {"format": str(self.publisher), "layer_ids": self.layer_ids},
         }
         fields, tensors = self.without_borrowed(fields)
         return {key: fields[key] for key in fields if key in BlockHeadConfig.field_types()}, tensors
@@ -140,10 +130,10 @@ class _PublishedBlock(PublishedHead):
     @property
     def _is_shifted(self) -> bool:
         """Whether each position of a block predicts the token after it; see `BlockHeadConfig.shifted`."""
-        if self._publisher is BlockPublisher.SPECULATORS:
+        if self.publisher is Publisher.SPECULATORS:
             default = self.stated.get("speculators_model_type") == "dspark"
             return bool(self.stated.get("sample_from_anchor", default))
-        return self._publisher is BlockPublisher.DEEPSPEC or bool(self.stated.get("shift_label"))
+        return self.publisher is Publisher.DEEPSPEC or bool(self.stated.get("shift_label"))
 
     def _windows(self, count: int) -> list[int | None]:
         """Return each layer's window: `None` for full attention, 0 for sliding attention without a limit."""
@@ -155,15 +145,15 @@ class _PublishedBlock(PublishedHead):
                 "Correct config.json."
             )
         # In Transformers' Muse the window does not count the slot itself.
-        more = 1 if self._publisher is BlockPublisher.MUSE and window else 0
+        more = 1 if self.publisher is Publisher.MUSE and window else 0
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
         """Return for each layer whether it is causal: positions of a block do not attend to later ones."""
         stated, is_sliding = self.stated, [window is not None for window in windows]
-        if self._publisher in (BlockPublisher.DEEPSPEC, BlockPublisher.MUSE):
+        if self.publisher in (Publisher.DEEPSPEC, Publisher.MUSE):
             return [False] * len(windows)
-        if self._publisher is BlockPublisher.SPECULATORS:
+        if self.publisher is Publisher.SPECULATORS:
             default = stated.get("speculators_model_type") == "dflash2"
             return [False] * len(windows) if stated.get("sliding_window_non_causal", default) else is_sliding
         flags = [stated[key] for key in ("causal_head", "is_causal", "causal") if isinstance(stated.get(key), bool)]
@@ -174,7 +164,7 @@ class _PublishedBlock(PublishedHead):
         ids, count = self.layer_ids, self.feature_count(sizes["target_hidden_size"])
         layers: list[int] | None = self.stated.get("feature_layers")
         if layers is None and ids is not None:
-            layers = [layer + (self._publisher is not BlockPublisher.SPECULATORS) for layer in ids]
+            layers = [layer + (self.publisher is not Publisher.SPECULATORS) for layer in ids]
         elif layers is None and depth is not None:
             layers = [layer + 1 for layer in default_layer_ids(depth, sizes["num_hidden_layers"])]
         if layers is None or len(layers) != count:
@@ -206,13 +196,13 @@ class _PublishedBlock(PublishedHead):
         return fields
 
 
-def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> BlockPublisher:
+def _publisher_of(config: dict[str, Any], names: Mapping[str, Any]) -> Publisher:
     if "encoder.fc.weight" in names:
-        return BlockPublisher.MUSE
+        return Publisher.MUSE
     if {"speculators_model_type", "transformer_layer_config"} & set(config):
-        return BlockPublisher.SPECULATORS
+        return Publisher.SPECULATORS
     is_spark = any(kind.endswith("DSparkModel") for kind in config.get("architectures") or ())
     is_flat = "target_layer_ids" in config and "dflash_config" not in config
     has_copies = is_flat and not {"embed_tokens.weight", "lm_head.weight"}.isdisjoint(names)
     has_markov = any(name.startswith("markov_head.") for name in names)
-    return BlockPublisher.DEEPSPEC if is_spark or has_copies or has_markov else BlockPublisher.ZLAB
+    return Publisher.DEEPSPEC if is_spark or has_copies or has_markov else Publisher.ZLAB

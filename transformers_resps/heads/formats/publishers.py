@@ -20,7 +20,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class Publisher(StrEnum):
-    """The project that wrote a file."""
+    """The project that wrote a file, or whose conventions it uses; the last two have block heads only."""
 
     EAGLE = "eagle"
     SPECFORGE = "specforge"
@@ -28,6 +28,8 @@ class Publisher(StrEnum):
     MODELOPT = "modelopt"
     SPECULATORS = "speculators"
     DEEPSPEC = "deepspec"
+    ZLAB = "z-lab"
+    MUSE = "muse"
 
 
 # ModelOpt's flags for optional parts of a layer -> the value that a flag has for an EAGLE-3 layer.

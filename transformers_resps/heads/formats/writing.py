@@ -148,9 +148,8 @@ def _zlab_config(config: BlockHeadConfig) -> dict[str, Any]:
 
 
 def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
-    kind, name = {"none": ("dflash", "DFlash"), "selector": ("dflash2", "DFlash2")}.get(
-        config.correction, ("dspark", "DSpark")
-    )
+    kinds = {"none": ("dflash", "DFlash"), "selector": ("dflash2", "DFlash2")}
+    kind, name = kinds.get(config.correction, ("dspark", "DSpark"))
     spark = {
         "markov_rank": config.correction_rank,
         "markov_head_type": config.correction,
@@ -170,8 +169,8 @@ def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
     """Raise a `ValueError` if vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load the head wrongly."""
-    assert config.feature_layers is not None
     is_flat, outer_biases = layout == "specforge", config.attention_output_bias or config.mlp_bias
+    reads_embedding = 0 in (config.feature_layers or ())
     for cannot, reason, way_out in (
         (
             config.mask_token_id is not None,
@@ -190,11 +189,7 @@ def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
             "Train one with `attention_output_bias=False` and `mlp_bias=False`",
         ),
         (is_flat and config.qk_norm, "norms queries and keys, which SpecForge cannot express", _NESTED),
-        (
-            is_flat and 0 in config.feature_layers,
-            "reads the embedding output, which SpecForge cannot express",
-            _NESTED,
-        ),
+        (is_flat and reads_embedding, "reads the embedding output, which SpecForge cannot express", _NESTED),
     ):
         if cannot:
             raise ValueError(f"This head {reason}. {way_out}.")
