@@ -15,19 +15,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ModuleUtilsMixin
 
-from ..compat import CACHE_KEYWORD, input_embedding
+from ..compat import CACHE_KEYWORD
 from ..drafting import ALL, Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..drafting.kinds import MTP
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
-from ..heads.identity import check_beside, check_is_model, check_made_for, parameter_fingerprint, target_identity
+from ..heads.identity import check_is_model, check_made_for, parameter_fingerprint, target_identity
 from ..hub.checkpoint import HUB
 from ..hub.upload import plain_card
 from ..tree import TreeShape
@@ -115,7 +116,7 @@ class MtpReading(FileReading):
         }
 
 
-class MtpHead(TrainableSource, nn.Module):
+class MtpHead(TrainableSource, ModuleUtilsMixin, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
     It uses the target's final norm, embedding and output head. If the checkpoint has other embeddings or output heads
@@ -164,22 +165,15 @@ class MtpHead(TrainableSource, nn.Module):
         dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> "MtpHead":
-        """Load MTP layers onto the target's device. No weight is newly initialized.
+        """Load MTP layers for `target` onto its device. No weight is newly initialized.
 
-        Args:
-            id_or_folder: a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the
-                original of a quantised or fine-tuned target. Only files that hold the layers are opened.
-            target: the model to draft for.
-            draft_token_ids: ids `[d]` of the tokens that can be proposed, in any order; `None` for all. With few ids
-                the output head is faster, and a small model spends most of a draft's time there.
-            dtype: of the layers; `None` for the target's.
-            keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`. Also any field of
-                `MtpConfig`, to correct the settings that are inferred from the checkpoint.
-
-        Raises:
-            ValueError: the checkpoint has no supported MTP layers; they are quantised in an unknown way, damaged or
-                incomplete; or they do not fit `target`.
-            OSError: the Hub refuses the request.
+        `id_or_folder` is a folder that `save_pretrained` wrote, or a checkpoint of the target's kind, such as the
+        original of a quantised or fine-tuned target; only files that hold the layers are opened. `draft_token_ids`
+        `[d]` are the tokens that can be proposed, in any order; `None` for all. With few ids the output head is
+        faster, and a small model spends most of a draft's time there. `dtype` is the layers', by default the target's.
+        `keywords` are `revision`, `token` and others of `huggingface_hub.hf_hub_download`; also fields of `MtpConfig`,
+        to correct what is inferred from the checkpoint. Raises a `ValueError` if the checkpoint has no supported MTP
+        layers, if they are quantised in an unknown way, damaged or incomplete, or if they do not fit `target`.
         """
         check_is_model(target)
         hub = {key: keywords.pop(key) for key in HUB & keywords.keys()}
@@ -218,19 +212,13 @@ class MtpHead(TrainableSource, nn.Module):
     @classmethod
     def fresh(
         cls, target: PreTrainedModel, *, draft_token_ids: Tensor | Sequence[int] | None = None, **settings: Any
-    ) -> "MtpHead":
+    ) -> Self:
         """Create untrained MTP layers in the target's dtype, on its device. Train them with `DraftHeadTrainer`.
 
         They start as copies of the target's last layer that output the hidden state unchanged: this trains faster.
-        `save_pretrained` gives their tensors DeepSeek-V3's names.
-
-        Args:
-            target: the model to draft for.
-            draft_token_ids: as in `from_pretrained`.
-            settings: any field of `MtpConfig`.
-
-        Raises:
-            ValueError: the draft vocabulary is not part of the target's, or there is no such setting.
+        `save_pretrained` gives their tensors DeepSeek-V3's names. For `draft_token_ids` see `from_pretrained`;
+        `settings` are fields of `MtpConfig`. Raises a `ValueError` if an id is not in the target's vocabulary, or if
+        there is no such setting.
         """
         rows = draft_vocabulary(target, None, draft_token_ids)
         ids = None if rows is None else tuple(rows.tolist())
@@ -242,9 +230,7 @@ class MtpHead(TrainableSource, nn.Module):
         return head.eval()
 
     @classmethod
-    def untrained(
-        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
-    ) -> "MtpHead":
+    def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
         return cls.fresh(target, draft_token_ids=draft_token_ids, **fields)
 
     @torch.no_grad()
@@ -341,14 +327,6 @@ class MtpHead(TrainableSource, nn.Module):
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
     def depths(self) -> int:  # type: ignore[override]  # stored in the settings
         return self.settings.depths
 
@@ -400,10 +378,6 @@ class MtpHead(TrainableSource, nn.Module):
     def plain_card(self, repo_id: str) -> str:
         use = f'head = MtpHead.from_pretrained("{repo_id}", target=model)'
         return plain_card("MTP module", "mtp", self.target["name_or_path"], use)
-
-    def prepare(self, target: PreTrainedModel) -> None:
-        self.check_target(target)
-        check_beside(self.device, input_embedding(target))
 
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
         self.prepare(target)
@@ -529,7 +503,9 @@ class BoundMtp(TrainableModel):
         positions = places[-1]
         options: dict[str, Any] = {}
         if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
-            embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
+            # the first token of each text sees only itself
+            starts = positions == 0 if entries.mask is None else entries.mask[:, 0].sum(-1, keepdim=True) == 1
+            embeddings = embeddings.masked_fill(starts, 0)
         if self._kinds:
             at = 2 * list(self._kinds).index(self._config.layer_type(depth))
             options["position_embeddings"] = places[at : at + 2]
@@ -568,11 +544,6 @@ class BoundMtp(TrainableModel):
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self._ids is None else self._ids[draft_ids]
-
-
-def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Find the first token of each text, the one that sees only itself: bool `[b or 1, t, 1]`."""
-    return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:

@@ -5,11 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import input_embedding
 from ..tree import TreeShape
 from ..verifying.verifier import Verifier
 from .drafter import Drafter
@@ -116,6 +117,15 @@ class TrainableSource(LevelSource):
 
     target: dict[str, Any]  # the target for which it was made, as far as its files say; see `target_identity`
     depths: int = 1  # number of layers that draft one level each; 1 if one layer drafts any number of levels
+
+    def prepare(self, target: PreTrainedModel) -> None:
+        super().prepare(target)
+        own, table = next(cast(nn.Module, self).parameters()).device, input_embedding(target)
+        if table.weight.device != own and not hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"The head is on {own}, but the target's embedding is on {table.weight.device}. "
+                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
+            )
 
     @property
     @abstractmethod

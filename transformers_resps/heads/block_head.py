@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -259,9 +259,7 @@ class BlockHead(HeadModel):
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "block_size", "correction")
-        named = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
-        return named | {"fingerprint": self.fingerprint()}
+        return self._named("block_size", "correction") | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
         """Compute fp32 confidence logits `[...]` from outputs `[..., h]` and previous tokens' embeddings `before`."""
@@ -282,7 +280,7 @@ class BlockHead(HeadModel):
         draft_token_ids: Tensor | Sequence[int] | None = None,
         feature_layers: list[int] | None = None,
         **overrides: Any,
-    ) -> "BlockHead":
+    ) -> Self:
         """Create an untrained head. Arguments are those of `DraftHead.from_target`; `overrides` are fields of
         `BlockHeadConfig`. By default the head has two causal layers, copied from the target's last layers where
         possible. It reads five feature layers, as in DFlash, and has a Markov correction that starts at zero.
@@ -295,14 +293,12 @@ class BlockHead(HeadModel):
         return head
 
     @classmethod
-    def untrained(
-        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
-    ) -> "BlockHead":
+    def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
         slots = {"block_size": levels + (not fields.get("shifted", True))}
         return cls.from_target(target, draft_token_ids=draft_token_ids, **slots | fields)
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> "BlockHead":
+    def of_model(cls, model: PreTrainedModel, target: PreTrainedModel) -> Self:
         return cls.from_pretrained(None, target, config=model.config, state_dict=model.state_dict())
 
     def readings(self, target: PreTrainedModel, whole: "BlockHead", *, has_images: bool) -> Iterator[BlockReading]:

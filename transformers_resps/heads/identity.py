@@ -3,7 +3,6 @@
 import hashlib
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -44,16 +43,6 @@ def check_made_for(
             f"This head was made for {known.get('name_or_path') or 'another target'}, not for "
             f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
             "belongs to this target (its MTP layers with `MtpHead.from_target`), or train one with `DraftHeadTrainer`."
-        )
-
-
-def check_beside(own: torch.device, table: nn.Module) -> None:
-    """Raise a `ValueError` if a head on the device `own` and its target's embedding `table` are on two devices."""
-    device = table.weight.device
-    if device != own and not hasattr(table, "_hf_hook"):
-        raise ValueError(
-            f"The head is on {own}, but the target's embedding is on {device}. "
-            f"Call `head.to('{device}')`, or load the head with `target=model`."
         )
 
 

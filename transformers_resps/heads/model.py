@@ -29,7 +29,7 @@ from .formats.reading import canonical_head, read_checkpoint, read_eagle, split_
 from .formats.tensor_names import check_exact
 from .formats.writing import export_head
 from .fresh import fresh_head
-from .identity import check_beside, check_is_model, check_made_for, target_identity
+from .identity import check_is_model, check_made_for, target_identity
 
 
 # Attention: (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]. Only the
@@ -227,6 +227,11 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         use = f'head = {type(self).__name__}.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
+    def _named(self, *fields: str) -> dict[str, Any]:
+        """Return the config's name and sizes, with these further `fields`, to identify the head."""
+        sizes = ("name_or_path", "feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", *fields)
+        return {name: getattr(self.config, name) for name in sizes}
+
     def read_as(self, reading: FileReading, target: PreTrainedModel, whole: Self) -> Self:
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(reading).items()}
         config = type(self.config).from_dict(self.config.to_dict())
@@ -243,10 +248,6 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
     def check_target(self, target: PreTrainedModel) -> None:
         needed = {"vocab_size": self.config.vocab_size, "hidden_size": self.config.target_width}
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
-
-    def prepare(self, target: PreTrainedModel) -> None:
-        self.check_target(target)
-        check_beside(self.device, input_embedding(target))
 
     def near(self, target: PreTrainedModel) -> tuple[list[tuple[int, ...]], list[float]]:
         """Return feature layers and RoPE bases that the head's file may mean, the configured ones first."""
@@ -424,8 +425,7 @@ class DraftHead(HeadModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the head's name and sizes and, unless it is in float16, its `fingerprint`."""
-        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
-        identity = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
+        identity = self._named("draft_vocab_size")
         if self.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
             identity["fingerprint"] = self.fingerprint()
         return identity
@@ -442,23 +442,19 @@ class DraftHead(HeadModel):
         draft_token_ids: Tensor | Sequence[int] | None = None,
         feature_layers: list[int] | None = None,
         **overrides: Any,
-    ) -> "DraftHead":
+    ) -> Self:
         """Create an untrained head in the target's dtype, on its device. To train it see docs/train-a-head.md.
 
         The head can propose `draft_vocab_size` tokens (d), those with the target ids `draft_token_ids` `[d]`, by
         default the lowest; `None` for all, with the target's output head. `feature_layers` are as in
-        `DraftHeadConfig`, by default EAGLE-3's low, middle and high layer; `overrides` are other fields of it.
-
-        Raises:
-            ValueError: the draft vocabulary is not part of the target's, or the config does not fit the target.
+        `DraftHeadConfig`, by default EAGLE-3's low, middle and high layer; `overrides` are other fields of it. A
+        `ValueError` is raised if an id is not in the target's vocabulary, or if the config does not fit the target.
         """
         layers = {} if feature_layers is None else {"feature_layers": feature_layers}
         return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
 
     @classmethod
-    def untrained(
-        cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any
-    ) -> "DraftHead":
+    def untrained(cls, target: PreTrainedModel, draft_token_ids: Tensor | None, levels: int, **fields: Any) -> Self:
         defaults: dict[str, Any] = {"fc_norm": True, "default_tree": [8, 4, 2]}
         return cls.from_target(target, draft_token_ids=draft_token_ids, **defaults | fields)
 
