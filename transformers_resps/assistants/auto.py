@@ -31,24 +31,14 @@ class AutoDraftHead:
     ) -> DraftHead | BlockHead | MtpHead | PreTrainedModel:
         """Load a drafter for `target`, to pass to `generate` as `assistant_model`.
 
-        Args:
-            id_or_folder: a Hub id or a folder.
-            target: the model to draft for.
-            keywords: arguments of `from_pretrained` of the returned class, such as `revision`.
-
-        Returns:
-            A `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer), a saved
-                `MtpHead`, or an assistant of Gemma 4.
-
-        Raises:
-            ValueError: as in `DraftHead.from_pretrained`; a `WholeModelError` for a model that is not an assistant.
+        Returns a `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer), a saved
+        `MtpHead`, or an assistant of Gemma 4. `keywords` are arguments of `from_pretrained` of that class, such as
+        `revision`. Raises its `ValueError`s, and a `WholeModelError` for a model that is not an assistant.
         """
         hub = {key: keywords[key] for key in HUB & keywords.keys()}
-        kind = kind_in(id_or_folder, **hub)
+        source = kind_in(id_or_folder, **hub).source.load()
         try:
-            head: DraftHead | BlockHead | MtpHead = kind.source.load().from_pretrained(
-                id_or_folder, target, **keywords
-            )
+            head: DraftHead | BlockHead | MtpHead = source.from_pretrained(id_or_folder, target, **keywords)
         except WholeModelError as error:
             if kind_of_model(error.model_type) is CAUSAL:
                 raise
@@ -73,9 +63,7 @@ def load_drafter(
 def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableSource:
     """Load a head that can be trained or diagnosed; from the checkpoint of a whole model, load its MTP layers.
 
-    Raises:
-        ValueError: as in `from_pretrained` of the head's class. A `WholeModelError` if a model has no MTP layers.
-        OSError: there is no such folder or Hub id.
+    Raises the errors of `from_pretrained` of the head's class, and a `WholeModelError` if a model has no MTP layers.
     """
     if name == CAME_ALONG:
         return MtpHead.from_target(target, **{key: value for key, value in keywords.items() if value is not None})

@@ -60,7 +60,10 @@ class CausalDrafter(LoadedModel):
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
         if not self._is_probed:
-            _check_tokenizers(self.model, target)
+            known = [_tokens(found) for found in (self.model, target)]
+            if None not in known and known[0] != known[1]:
+                theirs = target.config.name_or_path
+                raise ValueError(f"{_name(self.model)} has another tokenizer than the target {theirs}. {_SAME_TOKENS}")
             _check_trees(self.model, _Steps(self.model, _vocab_size(target)))
             self._is_probed = True
 
@@ -75,15 +78,6 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 def _name(model: PreTrainedModel) -> str:
     return f"The assistant {model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
-
-
-def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Raise a `ValueError` if the vocabularies of both tokenizers are known and differ."""
-    known = [_tokens(found) for found in (model, target)]
-    if None not in known and known[0] != known[1]:
-        raise ValueError(
-            f"{_name(model)} has another tokenizer than the target {target.config.name_or_path}. {_SAME_TOKENS}"
-        )
 
 
 def _tokens(model: PreTrainedModel) -> Any:

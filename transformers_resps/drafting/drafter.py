@@ -12,14 +12,17 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from ..tree import CandidatePool, DraftTree, TreeShape
 
 
+# Decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of the nodes that
+# would get children.
+GoesOn = Callable[[int, Tensor], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
     """Describes the draft that a decoding step needs."""
 
     shape: TreeShape  # limits the levels (at least one), the children of a node, and the lookup nodes
-    # Decides whether to draft another level, given the number of drafted levels and the scores `[b, k]` of the nodes
-    # that would get children; `None` drafts all levels.
-    goes_on: Callable[[int, Tensor], bool] | None = None
+    goes_on: GoesOn | None = None  # `None` drafts all levels
     least_prob: float = 0.0  # minimum acceptance probability of nodes from a lookup
 
 

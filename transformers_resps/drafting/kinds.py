@@ -5,7 +5,7 @@ Most drafter classes are in packages that import this one, so the list holds cla
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from .source import DraftSource
@@ -18,8 +18,7 @@ class Reference(str):
 
     def load(self) -> Any:
         """Import the object."""
-        module, name = self.split(":")
-        return getattr(import_module(f"..{module}", __package__), name)
+        return resolve_name(f"transformers_resps.{self}")
 
 
 @dataclass(frozen=True, slots=True)

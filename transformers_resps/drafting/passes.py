@@ -4,7 +4,7 @@ The same function runs eagerly and compiled, and a CUDA graph captures the whole
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .cache import DraftCache
+from .drafter import GoesOn
 from .pool_growth import Frontier, Growth, Root, branch, grow_pool, numbered, sprout
 from .step_model import ALL, StepModel
 from .text import Pairs, PlaceWindow, Positions, Prefix
@@ -276,7 +277,7 @@ class Draft(ABC, Generic[Grown]):
     ahead: int  # number of positions after the text that a draft needs
     tree_room: int  # number of cache slots that a draft needs
     level_sizes: list[int]  # number of nodes in each level of the pool
-    goes_on: Callable[[int, Tensor], bool] | None = None  # see `DraftRequest`; also `None` if it is never called
+    goes_on: GoesOn | None = None  # see `DraftRequest`; also `None` if it is never called
 
     @abstractmethod
     def __init__(self, model: Any, shape: TreeShape) -> None: ...
@@ -329,9 +330,7 @@ class Draft(ABC, Generic[Grown]):
 class LevelDraft(Draft[Growth]):
     """Drafts level by level with one pass per level. In a model with several depths, each depth drafts one level."""
 
-    def __init__(
-        self, model: StepModel, shape: TreeShape, goes_on: Callable[[int, Tensor], bool] | None = None
-    ) -> None:
+    def __init__(self, model: StepModel, shape: TreeShape, goes_on: GoesOn | None = None) -> None:
         # A node is never kept unless it is among the best `total_tokens - 1` nodes of its level.
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), model.proposable_tokens)
         depth = min(shape.depth, model.depths) if model.depths > 1 else shape.depth

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tree import CandidatePool
+from .drafter import GoesOn
 from .step_model import StepModel
 
 
@@ -32,9 +33,8 @@ class Frontier(NamedTuple):
 
     tokens: Tensor  # [b, w]
     scores: Tensor  # [b, w] path scores, as in the pool
-    hidden: (
-        Tensor | None
-    )  # [b, w, h] hidden states that the nodes got from their parents; `None` if the model reads none
+    # [b, w, h] hidden states that the nodes got from their parents; `None` if the model reads none
+    hidden: Tensor | None
     # [b, w, w + e] bool, true where a node attends to a drafted entry: to itself among the w entries of its level, and
     # to its ancestors among the e entries of earlier levels, the newest level first
     visible: Tensor
@@ -53,9 +53,7 @@ class Growth(NamedTuple):
 RunLevel = Callable[[Frontier, int, bool], Growth]
 
 
-def grow_pool(
-    first: Growth, depth: int, run: RunLevel, goes_on: Callable[[int, Tensor], bool] | None = None
-) -> CandidatePool:
+def grow_pool(first: Growth, depth: int, run: RunLevel, goes_on: GoesOn | None = None) -> CandidatePool:
     """Draft levels below the level `first` by calls of `run`, and return up to `depth` levels as a pool.
 
     For `goes_on` see `DraftRequest`. As in EAGLE-2 (arXiv 2406.16858, section 4.1), the best nodes of a level, by path

@@ -25,7 +25,7 @@ from .continuations import Corpus, match_record
 from .drafter import Drafter
 from .prompt_lookup import LookupDrafter
 from .source import DraftCall, DraftSource
-from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes
+from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes, count_shared
 
 
 FORMAT = "suffix memory 1"
@@ -46,12 +46,8 @@ class SuffixMemory(DraftSource):
     It holds users' texts as token ids, in RAM and in the files that `save` writes. Anyone who can run calls with this
     memory can find out what it remembers, from drafts and their timing. Threads may share a memory.
 
-    Args:
-        max_tokens: maximum number of remembered tokens; the oldest are forgotten first.
-        remember: "answers" remembers what calls generate, "all" also their prompts.
-
-    Raises:
-        ValueError: an argument has another type or is out of range.
+    It holds at most `max_tokens` tokens, and forgets the oldest first. With `remember="answers"` it remembers what
+    calls generate, with "all" also their prompts. Raises a `ValueError` for other values.
     """
 
     def __init__(self, max_tokens: int = 1_000_000, remember: Literal["answers", "all"] = "answers") -> None:
@@ -120,8 +116,7 @@ class SuffixMemory(DraftSource):
     def add(self, texts: Iterable[Sequence[int] | Tensor]) -> None:
         """Remember texts, given as token ids such as `tokenizer(texts)["input_ids"]`, the newest text last.
 
-        Raises:
-            ValueError: a text is a string, or has a token id that is invalid or outside the targets' vocabulary.
+        Raises a `ValueError` for a string, and for a token id that is invalid or outside the targets' vocabulary.
         """
         if isinstance(texts, str):
             texts = [texts]  # `_as_tokens` raises for a string
@@ -154,7 +149,7 @@ class SuffixMemory(DraftSource):
             return
         for prompt, answer in zip(prompts, answers, strict=True):
             text = _as_tokens([*prompt, *answer])
-            lengths = [(_shared(text, one), one) for one in self._conversations]
+            lengths = [(count_shared(text.tobytes(), one.tobytes()), one) for one in self._conversations]
             known, last = max(lengths, key=itemgetter(0), default=(0, text))
             if known < len(text):
                 self.add([text[max(known - LONGEST_MATCH, 0) :]])  # begins with known tokens, so that they can match
@@ -166,9 +161,7 @@ class SuffixMemory(DraftSource):
         """End the current age, and forget all texts except those of the `keep` newest ages, this one included.
 
         An age consists of the texts added between two calls of `advance`, for instance with the same trained weights.
-
-        Raises:
-            ValueError: `keep` is no integer, or negative.
+        Raises a `ValueError` if `keep` is no integer, or negative.
         """
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
             raise ValueError(f"`keep` must be an integer of at least 0, got {keep!r}. It counts ages.")
@@ -259,9 +252,8 @@ class SuffixMemory(DraftSource):
     def load(cls, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Self:
         """Load a memory that `save` wrote.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a saved memory, is damaged, or was written with another tokenizer.
+        Raises a `FileNotFoundError` without the file, a `ValueError` if it is no saved memory, is damaged, or was
+        written with another tokenizer.
         """
         told = _told(path)
         if told is None:
@@ -298,13 +290,6 @@ def _joined(segments: Sequence[Suffixes]) -> Suffixes:
     for one in segments:
         tokens.extend(one.tokens)
     return Suffixes(tokens)
-
-
-def _shared(one: "array[int]", other: "array[int]") -> int:
-    """Return the length of the longest common beginning of two texts."""
-    count = min(len(one), len(other))
-    differing = np.flatnonzero(np.array(one[:count]) != np.array(other[:count]))
-    return int(differing[0]) if len(differing) else count
 
 
 def _as_tokens(text: Any) -> "array[int]":

@@ -124,7 +124,7 @@ class Search:
         self._text, self._context = text, context
         self._first = self._last = place
         neighbours = text.order[max(place - 1, 0) : place + 1]  # they hold the longest match
-        self.longest = max((_alike(context, text.before(position)) for position in neighbours), default=0)
+        self.longest = max((count_shared(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":
         """Return up to `most` positions after occurrences of the context's `length` newest tokens, evenly selected.
@@ -141,8 +141,8 @@ class Search:
         return order[first : last : max(-(-(last - first) // most), 1)]
 
 
-def _alike(one: bytes, other: bytearray) -> int:
-    """Return the number of tokens in the longest common beginning of two contexts."""
+def count_shared(one: bytes, other: bytes | bytearray) -> int:
+    """Return the number of tokens in the longest common beginning of two texts, as bytes."""
     shared = min(len(one), len(other))
     differing = int.from_bytes(one[:shared]) ^ int.from_bytes(other[:shared])
     return shared // _BYTES if not differing else (8 * shared - differing.bit_length()) // (8 * _BYTES)
