@@ -173,17 +173,12 @@ class TreeDecoding:
         matches = max(acceptance.counts) - 1
         self._proposer.update(logits, matches, Committed(acceptance.tokens, states, acceptance.picks, tree))
 
-    def _keep_ended(self) -> None:
-        """Copy the cache of rows that have just ended into `self.ended`, before later steps drop or pad these rows."""
-        if self.batch.finished and not self.ended and self._verifier.is_even:
-            return  # the cache itself still holds all rows
-        for row, place in self.batch.ended.items():
-            if row not in self.ended:
-                self.ended[row] = self._verifier.ended_row(place)
-
     def _drop_finished(self) -> None:
-        if self._keeps_ended:
-            self._keep_ended()
+        # if all rows end together, the cache itself still holds them
+        if self._keeps_ended and not (self.batch.finished and not self.ended and self._verifier.is_even):
+            for row, place in self.batch.ended.items():  # before later steps drop or pad these rows
+                if row not in self.ended:
+                    self.ended[row] = self._verifier.ended_row(place)
         rows = self.batch.drop_finished()
         if rows is None:
             return

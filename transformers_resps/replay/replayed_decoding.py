@@ -6,6 +6,7 @@ policy's own computation counts as free.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def decode_again(
     `drafter` must have observed the prompt except its last position.
     """
     unknown = text.features.new_empty(1, 1, 0)  # logits
-    proposer = Proposer(policy, drafter, _OneRow(text.input_ids), LookupDrafter([0], memories=memories))
+    proposer = Proposer(policy, drafter, _OneRow(text.input_ids[None]), LookupDrafter([0], memories=memories))
     place = observed = step = 0
     while place < len(text):
         root, left = text.prompt_length + place, len(text) - place
@@ -96,12 +97,10 @@ def decode_again(
         step, observed, place = step + 1, place + 1, place + len(path)
 
 
-class _OneRow:
-    in_lockstep = True
+class _OneRow(NamedTuple):
+    input_ids: Tensor
+    in_lockstep: bool = True
     row_weights: Sequence[float] = (1.0,)
-
-    def __init__(self, input_ids: Tensor) -> None:
-        self.input_ids = input_ids[None]
 
 
 class RecordedDrafter(Drafter):

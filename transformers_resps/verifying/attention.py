@@ -125,11 +125,13 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 
     At each forward, layers look up their attention's name in the config. We change it only around forwards over trees,
     so that prompts, and other users of the target, still get `sdpa` bit for bit. Threads that run the target meanwhile
-    may see either name, with equal results up to rounding. FlashAttention keeps its name, see `_take_trees`.
+    may see either name, with equal results up to rounding. FlashAttention keeps its name, see `_flash_or_tree`.
     """
     config = target.config.get_text_config()
-    if is_flash(config._attn_implementation):
-        _take_trees(config._attn_implementation)
+    name = config._attn_implementation
+    function: Any = ALL_ATTENTION_FUNCTIONS[name] if is_flash(name) else None
+    if function is not None and getattr(function, "func", None) is not _flash_or_tree:
+        AttentionInterface.register(name, partial(_flash_or_tree, function))
     with lent.holding(Change(config, "_attn_implementation", lambda own: GROUPED if own == STOCK else own)):
         yield
 
@@ -137,13 +139,6 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 def is_flash(attention: str) -> bool:
     """Whether an attention implementation is FlashAttention, of any release or from the Hub."""
     return "flash" in attention and not attention.startswith("paged|")
-
-
-def _take_trees(attention: str) -> None:
-    """Wrap a registered FlashAttention so that it also accepts trees' masks; otherwise it works as before."""
-    function: Any = ALL_ATTENTION_FUNCTIONS[attention]
-    if getattr(function, "func", None) is not _flash_or_tree:
-        AttentionInterface.register(attention, partial(_flash_or_tree, function))
 
 
 def _flash_or_tree(

@@ -258,11 +258,6 @@ def window_of(cache: Cache, layer_index: int) -> int | None:
     return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
 
 
-def has_windows(cache: Cache) -> bool:
-    """Whether any layer has a sliding window."""
-    return any(window_of(cache, index) is not None for index in range(len(cache.layers)))
-
-
 def _states(layer: CacheLayer) -> tuple[Tensor, Tensor] | None:
     """Return keys and values `[b, heads, s, hd]`; `None` if the layer is empty or uses another layer's keys."""
     keys = getattr(layer, "keys", None)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -171,9 +171,7 @@ class TargetForward:
             )
 
     @classmethod
-    def of(
-        cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False
-    ) -> "TargetForward":
+    def of(cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False) -> Self:
         """Make the forward of a decoder-only target with a new dynamic cache."""
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         return cls(target, layers, cache, before_deepstack=before_deepstack)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
-from .cache import compact, compact_ragged, crop, has_windows, keep_rows, preallocate, visible_entries
+from .cache import compact, compact_ragged, crop, keep_rows, preallocate, visible_entries
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .masks import Masks, tree_attention_mask, tree_positions
@@ -39,7 +39,8 @@ class TreeVerifier(Verifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         """Run one forward over the tree. If it has only a root, the mask is that of plain decoding."""
-        if tree.node_count == 1 and (self.rows.slots.is_even or not has_windows(self.forward.cache)):
+        slides = (getattr(layer, "is_sliding", False) for layer in self.forward.cache.layers)
+        if tree.node_count == 1 and (self.rows.slots.is_even or not any(slides)):
             mask: Masks = self.rows.prompt_mask(self.length + 1)
         else:
             mask = self._tree_mask(tree)

@@ -149,16 +149,9 @@ def prepack(module: Module) -> Module:
     work as before. Packed copies take as much memory as the weights. Results differ by rounding at most. Changes of
     weights through `.data`, as in PEFT's merge, are not noticed: call `prepack` again after them.
 
-    Args:
-        module: a model, a head, or any other module; changed in place, if all weights could be packed. Only layers
-            that are exactly `nn.Linear` are packed; quantized ones stay, and a warning names one. Parameters and
-            their names stay.
-
-    Returns:
-        `module`, its linear layers now `PrepackedLinear`.
-
-    Raises:
-        ValueError: `module` is no `nn.Module`.
+    Returns `module`, which is changed in place: layers that are exactly `nn.Linear` become `PrepackedLinear`, with the
+    same parameters and names. Quantized layers stay, and a warning names one. Raises a `ValueError` if `module` is no
+    `nn.Module`, and changes nothing if packing fails.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")

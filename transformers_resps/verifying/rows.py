@@ -162,9 +162,8 @@ class RowEnds:
     @property
     def levels_left(self) -> int:
         """How many levels below its root a tree may have, up to the target's largest position."""
-        return (
-            sys.maxsize if self.last_position is None else max(self.last_position - int(max(map(max, self.roots))), 0)
-        )
+        last = self.last_position
+        return sys.maxsize if last is None else max(last - int(max(map(max, self.roots))), 0)
 
     def __len__(self) -> int:
         return len(self.shifts)

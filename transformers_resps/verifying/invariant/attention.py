@@ -12,7 +12,7 @@ node gets the same bits as a token of plain text, alone or in a long prompt.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -82,9 +82,7 @@ class BlockLayout(NamedTuple):
         return layout._replace(groups=groups, places=places, slots=slots, starts=starts)
 
     @classmethod
-    def of_sizes(
-        cls, roots: Tensor, depths: Tensor, ancestors: Tensor, asking: int, blocks: int, levels: int
-    ) -> "BlockLayout":
+    def of_sizes(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, asking: int, blocks: int, levels: int) -> Self:
         """Make the layout of a tree's last nodes, on any device and without a transfer to the host.
 
         A forward computes the `asking` last nodes; earlier nodes' entries are in their slots. There are `blocks`

@@ -119,17 +119,6 @@ def _of_call(
         yield "`guidance_scale`, which runs the model once more, in the normal mode", "Leave it out"
 
 
-def _check_forward(model: PreTrainedModel, engine: SlotEngine) -> None:
-    """Raise a `ValueError` if cache entries lack the weights' dtype: then autocast runs inside the forward."""
-    dtypes = {str(part.dtype) for part in parts_of(engine.pattern(model))}
-    odd = sorted(dtypes - {str(model.dtype)})
-    if odd:
-        raise ValueError(
-            f"`invariant=True` does not support a forward that computes in {odd} with weights in {model.dtype}, as "
-            "under autocast. Use the model as it was loaded, or pass `invariant=False`."
-        )
-
-
 def _holds(kind: type, given: Iterable[Any] | None) -> bool:
     return any(isinstance(one, kind) for one in given or ())
 
@@ -192,8 +181,19 @@ class InvariantCalls:
         call = _of_call(setting, arguments, media, compile)
         for came, way_out in chain(_of_model(model), _of_weights(model, compile), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
-        self._check_cache(given_cache(arguments))
-        _check_forward(model, self._engine)
+        cache = given_cache(arguments)
+        if cache is not None and cached_length(cache) > self._filled.get(cache, 0):  # it may have been cropped
+            raise ValueError(
+                f"`invariant=True` goes on from a cache that only such calls of this model have filled, and this "
+                f"`{type(cache).__name__}` has other entries. Pass one that such a call returned, itself and no copy, "
+                "or leave it out."
+            )
+        odd = sorted({str(part.dtype) for part in parts_of(self._engine.pattern(model))} - {str(model.dtype)})
+        if odd:  # cache entries of another dtype: autocast runs inside the forward
+            raise ValueError(
+                f"`invariant=True` does not support a forward that computes in {odd} with weights in {model.dtype}, "
+                "as under autocast. Use the model as it was loaded, or pass `invariant=False`."
+            )
         if not self._has_same_bits:
             mode = InvariantMode(self._engine, self.code, possible_needs(model.device)[-1])
             check_same_bits(model, lambda positions: mode.verifier(TargetForward.of(model), positions))
@@ -225,15 +225,6 @@ class InvariantCalls:
         self._filled.pop(cache, None)
         if is_invariant:
             self._filled[cache] = cached_length(cache)
-
-    def _check_cache(self, cache: Any) -> None:
-        """Raise a `ValueError` if a cache has entries that this mode did not compute; cropped caches are accepted."""
-        if cache is not None and cached_length(cache) > self._filled.get(cache, 0):
-            raise ValueError(
-                f"`invariant=True` goes on from a cache that only such calls of this model have filled, and this "
-                f"`{type(cache).__name__}` has other entries. Pass one that such a call returned, itself and no copy, "
-                "or leave it out."
-            )
 
     def _compare(self, model: PreTrainedModel, compile: bool | str | None) -> None:
         own = {"the dtype": model.dtype, "`prepack`": is_prepacked(model), "`compile`": bool(compile)}
