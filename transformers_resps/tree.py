@@ -31,8 +31,7 @@ class TreeShape:
         top_k: number of children of a node, and of nodes per level that get children; at least 1.
         lookup: maximum number of looked-up nodes, which are added to the `total_tokens` nodes.
 
-    Raises:
-        ValueError: a size is too small or not an integer.
+    Raises a `ValueError` if a size is too small or not an integer.
     """
 
     total_tokens: int

@@ -26,11 +26,9 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
     A file is `.jsonl`, or `.json` with one list; of a truncated list, the complete rows count. A dataset is given as
     Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout. A row may have `messages`;
     `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user turns); `question` and
-    optionally `answer`; or ShareGPT's `conversations`.
-
-    Raises:
-        ValueError: `source` looks like a file but does not exist or is no JSON in UTF-8, a row has none of these
-            fields or its content is not text, or the package `datasets` is missing.
+    optionally `answer`; or ShareGPT's `conversations`. Raises a `ValueError` if `source` looks like a file but does
+    not exist or is no JSON in UTF-8, if a row has none of these fields or other content than text, or if the package
+    `datasets` is missing.
     """
     path = Path(source)
     read = _jsonl_rows if path.suffix == ".jsonl" else _json_list_rows

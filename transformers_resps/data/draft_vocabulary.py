@@ -23,11 +23,9 @@ def choose_draft_vocabulary(
 ) -> DraftVocabulary:
     """Choose `draft_vocab_size` token ids: all of `always`, then the most frequent tokens of the assistant's turns.
 
-    Among equally frequent tokens, low ids are preferred: in byte-pair vocabularies they tend to be frequent.
-
-    Raises:
-        ValueError: `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or a token id
-            is not in the target's vocabulary.
+    Among equally frequent tokens, low ids are preferred: in byte-pair vocabularies they tend to be frequent. Raises a
+    `ValueError` if `draft_vocab_size` is above `vocab_size` or not above the number of `always` tokens, or if a token
+    id is not in the target's vocabulary.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:

@@ -151,10 +151,8 @@ def prepare_dataset(
     Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
     turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for
     images, `images` and `pictures`. An iterable dataset is prepared while it is read; a prepared one is returned.
-
-    Raises:
-        ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or has
-            nothing to learn from.
+    Raises a `ValueError` if the dataset is empty, has other columns or content or another tokenizer's ids, or has
+    nothing to learn from.
     """
     import datasets
 

@@ -22,9 +22,8 @@ def prompt_fingerprint(text: str) -> str:
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
     """Write the hashes of first user turns, `texts`, and `earlier` hashes, of the head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
-    (Path(folder) / TRAINING_PROMPTS).write_text(
-        json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
-    )
+    text = json.dumps({"sha256_16": hashes}, separators=(",", ":"))
+    (Path(folder) / TRAINING_PROMPTS).write_text(text, encoding="utf-8")
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
@@ -44,9 +43,7 @@ def training_prompts_of(source: str) -> set[str] | None:
     """Load the hashes stored with a head or policy, a folder or Hub id; if there are none, warn and return `None`."""
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
-        why = (
-            f"{source} has no {TRAINING_PROMPTS}, so it may have been trained on prompts that it will be measured on."
-        )
-        logger.warning(why)
+        danger = "it may have been trained on prompts that it will be measured on."
+        logger.warning(f"{source} has no {TRAINING_PROMPTS}, so {danger}")
         return None
     return read_training_prompts(file.parent)

@@ -49,8 +49,7 @@ def attach(
         eval_mode: run every call in evaluation mode, without dropout, even if the model is in training mode.
         invariant: as in `generate`; with `True` the text does not depend on the drafts, even in half precision.
 
-    Raises:
-        ValueError: the model cannot generate, or cannot use one of the defaults.
+    Raises a `ValueError` if the model cannot generate, or cannot use one of the defaults.
     """
     inner = unwrapped(model)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, invariant, eval_mode)

@@ -87,12 +87,9 @@ class ReSpSGenerationMixin(GenerationMixin):
           division of the prompt into chunks, and other greedy rows in the batch. It equals the text of an invariant
           call without head and policy; plain decoding rounds differently.
 
-        Returns:
-            Token ids `[b, s + t]`, equal to those of the same call without head and policy, with the same seed; with
-            `return_dict_in_generate=True` a `SpeculativeOutput`.
-
-        Raises:
-            ValueError: the head was made for another target, or the call asks for something that trees do not support.
+        Returns token ids `[b, s + t]`, equal to those of the same call without head and policy, with the same seed;
+        with `return_dict_in_generate=True` a `SpeculativeOutput`. Raises a `ValueError` if the head was made for
+        another target, or if the call asks for something that trees do not support.
         """
         named: dict[str, Any] = {
             "generation_config": generation_config,

@@ -21,10 +21,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """Output of `generate` with a draft head and `return_dict_in_generate=True`.
 
     `past_key_values` is the cache that plain decoding would return, and a later call can continue from it. If rows of
-    a batch ended early, the cache is built on first access, when the target reads their padding.
-
-    Attributes:
-        speculation: every step's shape, tokens and seconds.
+    a batch ended early, the cache is built on first access, when the target reads their padding. `speculation` has
+    every step's shape, tokens and seconds.
     """
 
     speculation: SpeculationReport | None = None

@@ -31,11 +31,8 @@ def tensor_of(file: Any, name: str) -> Tensor:
 class CheckpointFiles:
     """The files of a Hub id or folder, each fetched when it is first needed.
 
-    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. All methods may raise these errors.
-
-    Raises:
-        ValueError: a file is missing or damaged, or holds more than tensors.
-        OSError: the Hub refuses the request.
+    `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. All methods raise a `ValueError` if a
+    file is missing or damaged, or holds more than tensors, and an `OSError` if the Hub refuses the request.
     """
 
     def __init__(self, name: str | os.PathLike[str], hub: dict[str, Any]) -> None:

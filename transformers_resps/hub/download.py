@@ -35,10 +35,8 @@ class RepositoryFiles:
     def fetch(self, name: str) -> Path | None:
         """Download a file, again if it is damaged; return its local path, or `None` if the commit has no such file.
 
-        Raises:
-            ValueError: the id is no Hub id, or the file is damaged both times.
-            OSError: the Hub refuses the request.
-            ConnectionError: the Hub cannot be reached, or the connection broke.
+        Raises a `ValueError` if the id is no Hub id or the file is damaged both times, an `OSError` if the Hub
+        refuses, and a `ConnectionError` if it cannot be reached or the connection breaks.
         """
         path = self._download(name, **self._hub)
         if path is None:

@@ -65,12 +65,9 @@ def upload(
     """Commit `files` on top of the repository's newest commit; return the URL of the new commit.
 
     `files` maps paths in the repository to local paths or contents. While the Hub is busy, the upload is retried.
-
-    Raises:
-        OSError: the Hub refused, or the repository was changed meanwhile. Nothing was committed. A `FileExistsError`
-            if the repository has a file that `existing` refuses.
-        ConnectionError: the connection broke. Either all files were committed or none.
-        ValueError: `repo_id` is no Hub id.
+    Raises an `OSError`, and commits nothing, if the Hub refuses or the repository was changed meanwhile; a
+    `FileExistsError` if it has a file that `existing` refuses; a `ConnectionError` if the connection breaks, after
+    which all files are committed or none; and a `ValueError` if `repo_id` is no Hub id.
     """
     with _explained(destination.repo_id):
         before = _prepared(destination, existing, sleep)

@@ -238,10 +238,7 @@ class SpeculationReport:
         """Print the output of `row` with accepted tokens in colour, then a table of the steps.
 
         Without a `tokenizer` token ids are printed. `console` is a `rich.console.Console`; by default the terminal.
-
-        Raises:
-            ImportError: the package `rich` is missing.
-            ValueError: the batch has no such `row`.
+        Raises an `ImportError` without the package `rich`, a `ValueError` if the batch has no such `row`.
         """
         try:
             from .console import print_steps

@@ -122,9 +122,8 @@ def assert_lossless(
         max_new_tokens: length of each compared output.
         invariant: whether to test `generate(..., invariant=True)`.
 
-    Raises:
-        NotLosslessError: outputs differ, and rounding does not explain it; the error contains the report.
-        ValueError: an argument cannot be used, or `generate` refuses it.
+    Raises a `NotLosslessError`, with the report, if outputs differ and rounding does not explain it; a `ValueError` if
+    an argument cannot be used, or if `generate` refuses it.
     """
     started = time.perf_counter()
     _check_kinds(model, policy)

@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
             do_sample=False,
         )
     if not engine.is_stored(target, is_batch=args.rows > 1):
-        raise ValueError(
-            engine.obstacle or f"Its code cannot be kept in {folder}. Name another folder in {FOLDER_VARIABLE}."
-        )
+        full = f"Its code cannot be kept in {folder}. Name another folder in {FOLDER_VARIABLE}."
+        raise ValueError(engine.obstacle or full)
     print(f"The code lies in {folder}.")
     return 0

@@ -58,8 +58,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         target: the model to draft for, or its folder or Hub id; it is neither trained nor saved.
         kwargs: passed to `transformers.Trainer`.
 
-    Raises:
-        ValueError: the head was made for another target, or an argument cannot be used.
+    Raises a `ValueError` if the head was made for another target, or if an argument cannot be used.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; for block heads DFlash (arXiv 2602.06036) section 3.
     """
