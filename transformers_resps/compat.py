@@ -92,18 +92,12 @@ def load_model(name: str, **options: Any) -> Any:
 
     A class that `AutoModelForCausalLM` does not know is loaded with its vision and audio towers.
     """
-    from transformers import (  # imported here, because it takes half a second
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MULTIMODAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMultimodalLM,
-    )
-
     config_options = {key: options[key] for key in _CONFIG_OPTIONS & options.keys()}
-    config_class = type(AutoConfig.from_pretrained(name, **config_options))
-    sees = config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING and config_class not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
+    config_class = type(transformers.AutoConfig.from_pretrained(name, **config_options))
+    is_causal = config_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    sees = config_class in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and not is_causal
+    model_class = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
+    return model_class.from_pretrained(name, **options)
 
 
 FLAGS_VARIABLE = "RESPS_CPU_FLAGS"  # If set, other CPU flags are ignored, to test as on a weaker CPU.

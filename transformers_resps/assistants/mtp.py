@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ModuleUtilsMixin
 
 from ..compat import CACHE_KEYWORD
 from ..drafting import ALL, Entries, FileReading, Places, TrainableModel, TrainableSource, Wanted, at_wanted
@@ -116,7 +115,7 @@ class MtpReading(FileReading):
         }
 
 
-class MtpHead(TrainableSource, ModuleUtilsMixin, nn.Module):
+class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
     It uses the target's final norm, embedding and output head. If the checkpoint has other embeddings or output heads
@@ -325,6 +324,14 @@ class MtpHead(TrainableSource, ModuleUtilsMixin, nn.Module):
         if self.settings.draft_token_ids is not None:  # write its thousands of numbers on one line
             text = re.sub(r'("draft_token_ids": )\[[^]]*\]', rf"\g<1>{list(self.settings.draft_token_ids)}", text)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     @property
     def depths(self) -> int:  # type: ignore[override]  # stored in the settings

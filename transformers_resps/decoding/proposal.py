@@ -111,9 +111,8 @@ class Proposer:
             shared=lambda: self._lookup.shared,
             row_accept_probs=(lambda: self._lookup.odds) if is_ragged else None,
         )
-        shape = choose_shape(
-            self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
-        )
+        proposable = 0 if self._drafter is None else self._drafter.proposable_tokens
+        shape = choose_shape(self._policy, observation, proposable)
         pool, looked_up = self._draft(root, shape), 0
         if pool is None and not shape.lookup:
             return Proposal(shape, DraftTree.root_only(root))

@@ -159,9 +159,8 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
         folder = Path(name)
         save(folder)
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
-        return upload(
-            {CARD: card.encode(), **files}, destination, message, existing=Existing((CARD,), (RESULTS, METRICS))
-        )
+        existing = Existing(keep=(CARD,), refuse=(RESULTS, METRICS))
+        return upload({CARD: card.encode(), **files}, destination, message, existing=existing)
 
 
 def as_hub_id(name: str | None) -> str | None:

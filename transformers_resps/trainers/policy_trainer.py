@@ -115,11 +115,10 @@ class RolloutTrainer(ArtefactTrainer):
         `eval_dataset` holds prompts for a `PolicyTrainer`, `ReplayRollouts` for a `RolloutTrainer`; `None` uses the
         trainer's own. After training the result is written to `metrics.json` in the policy's folder.
 
-        Returns:
-            `tokens_per_second`; `best_fixed_tokens_per_second`, for the fixed tree that is fastest on the training
-            texts (with live rollouts, on the held-out texts); `gain_over_best_fixed`, the ratio of both, with its 95%
-            interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the
-            number of chosen trees; `held_out_texts`.
+        Returns `tokens_per_second`; `best_fixed_tokens_per_second`, for the fixed tree that is fastest on the training
+        texts (with live rollouts, on the held-out texts); `gain_over_best_fixed`, the ratio of both, with its 95%
+        interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the number
+        of chosen trees; and `held_out_texts`.
         """
         comparison = self.compared(eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in comparison.metrics().items()}

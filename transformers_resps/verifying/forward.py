@@ -261,9 +261,7 @@ class EncoderDecoderForward(TargetForward):
         self._takes_positions = not counts_slots(target)
 
     @classmethod
-    def of_first(
-        cls, target: PreTrainedModel, encoder_outputs: ModelOutput, encoder_mask: Tensor | None
-    ) -> "EncoderDecoderForward":
+    def of_first(cls, target: PreTrainedModel, encoder_outputs: ModelOutput, encoder_mask: Tensor | None) -> Self:
         """Make a forward for the first row of the encoder's batch, with new dynamic caches."""
         config = target.config.get_text_config(decoder=True)
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
