@@ -120,7 +120,9 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path) -> None:
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "torchao" in page.read_text(encoding="utf-8"):  # its configs change settings for all tests that follow
+        monkeypatch.setattr("torchao.quantization.utils.recommended_inductor_config_setter", lambda: None)
     namespace: dict[str, object] = {}  # a page defines every name that it uses
     for number, block in enumerate(blocks(page, "python"), start=1):
         exec(compile(tiny(block), f"{page.name}, block {number}", "exec"), namespace)
