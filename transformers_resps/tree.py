@@ -212,7 +212,7 @@ class CandidatePool:
         return CandidatePool(tokens, parents, scores, self.levels.to(host))
 
 
-def followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
+def followed(tokens: list[int], parents: list[int], path: Sequence[int], root: int) -> list[int]:
     """Return the nodes of one row along the tokens of `path`, starting below `root`, until a node is missing."""
     # Uses lists: every step calls this function, and for so few nodes tensor operations would take longer
     node, nodes = root, []

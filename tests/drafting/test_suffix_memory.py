@@ -22,8 +22,10 @@ from tests.drafting.test_suffixes import scan
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import SuffixMemory
-from transformers_resps.drafting.continuations import Continuations
+from transformers_resps.drafting.continuations import Continuations, Corpus, match_record
+from transformers_resps.drafting.prompt_lookup import Lookup
 from transformers_resps.drafting.suffixes import LONGEST_MATCH, SEPARATOR, Suffixes
+from transformers_resps.tree import LOOKED_UP
 
 
 def settled(memory: SuffixMemory) -> SuffixMemory:
@@ -52,6 +54,58 @@ def proposed(memory: SuffixMemory, end: list[int], most: int = 8) -> list[tuple[
 
 def drawn(seed: int, count: int, length: int, largest: int = 300) -> list[list[int]]:
     return np.random.default_rng(seed).integers(0, largest, (count, length)).tolist()
+
+
+def promised_and_kept(rounds: list[list[int]]) -> tuple[float, float, list[float]]:
+    """What a text and a memory promise at the same place, before and after these outcomes, and what each one kept.
+
+    After 5 the text had 6, 7 and the memory has 8, 9, each at one place: 0.3 for the first, 0.35 more for the second.
+    """
+    memory, text = SuffixMemory(), Suffixes([5, 6, 7, 5])
+    memory.add([[5, 8, 9]])
+    own, sums, kept = Corpus([text], match_record(), LOOKED_UP), list[float](), list[float]()
+    for tokens in [*rounds, []]:
+        found = Continuations(text, [own, memory.corpus]).grow(4)
+        assert sorted(found.tokens) == [6, 7, 8, 9]
+        sums.append(sum(found.odds))
+        kept.append(len([0 for ours, theirs in zip(tokens, [8, 9], strict=False) if ours == theirs]))
+        found.judge_sum(tokens)
+    return sums[0], sums[-1], kept[:-1]
+
+
+def test_a_sum_that_a_text_and_a_memory_promise_in_vain_is_soon_corrected() -> None:
+    first, last, _ = promised_and_kept([[1]] * 3)
+    assert first == pytest.approx(2 * (0.3 + 0.3 * 0.35))
+    right, tried = 4 * 0.98**3, 4 * 0.98**3 + first * (0.98**2 + 0.98 + 1)
+    assert last == pytest.approx(first * right / tried) and last < 0.65 * first
+
+
+def test_a_pair_is_never_valued_above_what_it_kept() -> None:
+    _, last, kept = promised_and_kept([[8, 1], [1], [1], [1]] * 100)
+    weights = [0.98**age for age in reversed(range(len(kept)))]
+    assert last == pytest.approx(sum(map(np.multiply, weights, kept)) / sum(weights), rel=0.01)
+    first, last, _ = promised_and_kept([[8, 9, 1]] * 50)
+    assert last == first, "nor above what the places promise"
+
+
+def test_of_a_tree_that_the_text_follows_what_comes_later_is_no_broken_promise() -> None:
+    first, last, _ = promised_and_kept([[8]])
+    known = first - 0.3 * 0.35  # not 9
+    assert last == pytest.approx(first * min((4 * 0.98 + 1) / (4 * 0.98 + known), 1.0))
+    assert promised_and_kept([[]])[1] == first
+
+
+def test_a_memory_learns_from_every_text_what_the_sums_beside_it_are_worth() -> None:
+    memory = SuffixMemory()
+    memory.add([[5, 8, 9]])
+    texts = [Lookup(memories=[memory]) for _ in range(2)]
+    for text in texts:
+        text.extend([5, 6, 7, 5])
+    promised = sum(texts[0].odds)
+    texts[0].extend([1])
+    texts[1]._found = None  # which was found before
+    share = 4 * 0.98 / (4 * 0.98 + promised)
+    assert sum(texts[1].odds) == pytest.approx(share * promised)
 
 
 @given(

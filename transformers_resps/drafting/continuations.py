@@ -12,7 +12,7 @@ from functools import reduce
 from heapq import heappop, heappush
 from operator import or_
 
-from ..tree import Branches
+from ..tree import Branches, followed
 from .suffixes import SEPARATOR, Suffixes
 
 
@@ -27,6 +27,7 @@ _ONCE = (0.3, 0.35, 0.4, 0.45, 0.55, 0.8, 0.85)  # for each class: of a token th
 _ALWAYS = (0.7, 0.7, 0.7, 0.75, 0.8, 0.9, 0.95)  # for each class: of a token that followed at all of several places;
 _SHARES, _PARTLY = (0.125, 0.25, 0.5), (0.04, 0.1, 0.18, 0.3)  # of a token that followed at a share of the places;
 _ODDS, _OPPOSED = (0.1, 0.2, 0.4, 0.7, 0.9), (0.01, 0.03, 0.06, 0.2, 0.4, 0.7)  # by odds, if a drafter disagrees.
+_SUM = -1  # Index of the class in a record for the sum of a tree's odds: its rate is the share that texts kept.
 _NOWHERE = -2  # Index of a node that the other drafter did not propose.
 _PRIOR_WEIGHT = 4.0  # Number of outcomes that an assumed rate counts for.
 _MEMORY = 0.98  # Factor on the weight of all earlier outcomes when an outcome is recorded.
@@ -51,16 +52,17 @@ class TrackRecord:
         """Estimate the probability that a prediction of the class `index` is right."""
         return self._right[index] / self._tried[index]
 
-    def add(self, index: int, right: bool) -> None:
+    def add(self, index: int, right: float, tried: float = 1.0) -> None:
+        """Record that of `tried` predictions of a class `right` were right; `tried` may be an expected number."""
         self._right[index] = self._right[index] * _MEMORY + right
-        self._tried[index] = self._tried[index] * _MEMORY + 1.0
+        self._tried[index] = self._tried[index] * _MEMORY + tried
 
 
 def match_record() -> TrackRecord:
     """Make a record for looked-up tokens, with a class for each range of match lengths and share of the places."""
     priors = zip(_ONCE, _ALWAYS, strict=True)
     rates = [rate for once, always in priors for rate in (once, always, (1 + always) / 2, *_PARTLY)]
-    return TrackRecord([*rates, *_OPPOSED])  # the last classes are for tokens that another drafter opposes
+    return TrackRecord([*rates, *_OPPOSED, 1.0])  # the last classes: tokens that another drafter opposes, and `_SUM`
 
 
 def _class_of(length: int, count: int, places: int) -> int:
@@ -100,7 +102,7 @@ class _Occurrences:
     @property
     def opposed_class(self) -> int:
         """Class of the last token if another drafter proposes only other tokens in its place."""
-        return bisect_right(_ODDS, self.odds) - len(_OPPOSED)
+        return bisect_right(_ODDS, self.odds) - len(_OPPOSED) + _SUM
 
     def followers(self) -> "dict[int, _Occurrences]":
         """Map each possible next token to the places where it follows; omit tokens that follow too rarely."""
@@ -156,6 +158,9 @@ class Continuations:
         self._never_drafted, self._branches = never_drafted, branches
         context = text.context
         self._matches = [match for corpus in corpora for match in _matches(corpus, context)]
+        # Of several corpora the highest odds count, so all together promise too much: scale by what texts kept of them
+        self._sums = corpora[-1].record if len(corpora) > 1 else None
+        self._share = 1.0 if self._sums is None else min(max(self._sums.rate(_SUM), _LEAST_ODDS), 1.0)
         self._ends = len(text) > 0 and text.tokens[-1] in never_drafted
         self._heap: list[tuple[float, int, int, int, int, list[_Occurrences]]] | None = None
         self._pushed = 0
@@ -175,7 +180,7 @@ class Continuations:
             odds, _, token, parent, level, found = heappop(self._heap)
             self.tokens.append(token)
             self.parents.append(parent)
-            self.odds.append(-odds)
+            self.odds.append(-odds * self._share)
             self.proposers.append(reduce(or_, {match.corpus.proposer for match in found}))
             self._found.append(found)
             if level < LONGEST_DRAFT:
@@ -237,6 +242,19 @@ class Continuations:
         matches = self._matches
         for token in tokens:
             matches = [below for match in matches for below in match.judge(token)]
+
+    def judge_sum(self, tokens: Sequence[int]) -> None:
+        """Record how many of the grown nodes the `tokens` after the text kept, and how many their odds promised."""
+        if self._sums is None or not self.tokens or not tokens:
+            return
+        path, promised = followed(self.tokens, self.parents, tokens, -1), 0.0
+        unknown = set(path[-1:]) if len(path) == len(tokens) else set[int]()  # this node's descendants
+        for node, (parent, odds) in enumerate(zip(self.parents, self.odds, strict=True)):
+            if parent in unknown:
+                unknown.add(node)
+            else:
+                promised += odds / self._share
+        self._sums.add(_SUM, len(path), promised)
 
     def judge_beside(self, tokens: Sequence[int]) -> None:
         """Record which nodes that the other drafter lacked were right, given the `tokens` after the text."""

@@ -59,6 +59,7 @@ class Lookup:
         each step. At the prompt nothing is recorded, since the target did not generate it.
         """
         if self._found is not None:
+            self._found.judge_sum(tokens)
             self._found.judge_beside(tokens)
         start = 0
         if self._judged is not None:
