@@ -31,16 +31,16 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 Value = TypeVar("Value")
 
-_UNMEASURED = Existing(refuse=(RESULTS,))
+_UNMEASURED = Existing(refuse=(RESULTS,))  # a results file describes the weights that the upload would replace
 
 
 class ArtefactTrainer(Trainer):
     """Trains a head or policy, writes it to `OUTPUT_DIR/artefact_name`, and pushes only that folder to the Hub.
 
-    A finished run writes the folder with its settings (`recipe.yaml`), its size and later evaluations
-    (`metrics.json`). Before that, each checkpoint writes the current head or policy to
-    `OUTPUT_DIR/artefact_name-unfinished` and, unless `hub_strategy="end"`, pushes it. Transformers' own trainer would
-    push weights in training precision and a pickle.
+    A finished run writes the folder, with the run's settings in `recipe.yaml`, and its length and the results of later
+    evaluations in `metrics.json`. Before that, each checkpoint writes the current head or policy to
+    `OUTPUT_DIR/artefact_name-unfinished` and, unless `hub_strategy="end"`, pushes it. Transformers' `Trainer` would
+    instead push the weights in training precision, and a pickle.
     """
 
     artefact_name: ClassVar[str]
@@ -65,11 +65,11 @@ class ArtefactTrainer(Trainer):
         raise NotImplementedError
 
     def metrics(self) -> dict[str, Any]:
-        """Return the content of `metrics.json` for a finished run. Its entry `training` has the size of the run."""
+        """Return the content of `metrics.json` for a finished run; the entry `training` says how long the run was."""
         return {"training": {"steps": self.state.global_step}}
 
     def models(self) -> dict[str, str | None]:
-        """Return the folders or Hub ids of the models that the run started from, for `recipe.yaml`."""
+        """Return the folder or Hub id of each model that the run started from, by role: "target" or "head"."""
         return {}
 
     @property
@@ -86,10 +86,10 @@ class ArtefactTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as in Transformers, then write `artefact_folder`.
+        """Train as Transformers' `Trainer` does, and write `artefact_folder` if the run has finished.
 
         `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest complete checkpoint in
-        `output_dir`. SIGINT and SIGTERM save a checkpoint, then raise `KeyboardInterrupt` or `SystemExit`.
+        `output_dir`. After SIGINT or SIGTERM, a checkpoint is saved and `KeyboardInterrupt` or `SystemExit` raised.
         """
         if resume_from_checkpoint is True:  # the newest checkpoint may be incomplete after a kill
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir)) or True
@@ -110,7 +110,7 @@ class ArtefactTrainer(Trainer):
         write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
-        """Restore a checkpoint of the run's last step without training; return `None` if steps are missing."""
+        """If no step is left to train after this checkpoint, load it instead; otherwise return `None`."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return None
@@ -129,7 +129,7 @@ class ArtefactTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the head or policy for decoding to `output_dir`; if omitted, to the folder of a finished run."""
+        """Write the head or policy for decoding to `output_dir`, by default `artefact_folder` of a finished run."""
         if _internal_call:  # a checkpoint, in training precision
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
@@ -152,7 +152,7 @@ class ArtefactTrainer(Trainer):
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing, because `_save_checkpoint` pushes."""
+        """Do nothing, although Transformers would push here: `_save_checkpoint` has pushed already."""
 
     def push_to_hub(  # type: ignore[override]  # without Trainer's other parameters, which do not apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
@@ -161,7 +161,7 @@ class ArtefactTrainer(Trainer):
 
         A minimal card is added if there is none. `where` overrides `token`, `revision` or `private` of `args`. With
         several processes, only the main process pushes; the others return `None`. Raises `ValueError` if the run has
-        not finished, and the errors of `upload`, also if the repository already holds published measurements.
+        not finished, `FileExistsError` if the repository has a results file, and the other errors of `upload`.
         """
         self._check_finished("pushed")
         if not self.is_world_process_zero():
@@ -171,7 +171,7 @@ class ArtefactTrainer(Trainer):
         return push_folder(self.artefact_folder, self.args, commit_message or "End of training", card=card, **where)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository; called before training, so that no training is lost if the Hub refuses."""
+        """Create the Hub repository. Transformers calls this before training, so that a refusal loses no work."""
         if self.is_world_process_zero():
             self.hub_model_id: Any = make_unmeasured_repository(self.args)
 
@@ -193,7 +193,7 @@ def _unfinished(folder: Path) -> Path:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary folder, then move its files to `folder`, so that a kill leaves no partial file."""
+    """Call `write` with a temporary folder, then move its files to `folder`, which thus never has a partial file."""
     unfinished = _unfinished(folder)
     with written(unfinished):
         write(unfinished)
@@ -205,13 +205,13 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Add `metrics` to `metrics.json` in a head's or policy's folder; other values in the file are kept."""
+    """Write `metrics` into `metrics.json` in a head's or policy's folder; entries with other names stay there."""
     file = folder / METRICS
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(known | metrics, indent=2) + "\n", encoding="utf-8")
 
 
-_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Ends of the names of settings for one machine or run.
+_LOCAL_SUFFIXES = ("_dir", "_token", "run_name", "local_rank")  # Name endings of settings left out of recipes.
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
@@ -240,7 +240,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def written(place: str | Path) -> Iterator[None]:
-    """Convert errors of writing files in the `with` block to an `OSError` with `place`, the cause and a remedy."""
+    """If writing files in the `with` block fails, raise an `OSError` that names `place`, the cause and a remedy."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -262,7 +262,7 @@ def destination_of(args: TrainingArguments, **where: Any) -> Destination:
 
 
 def make_unmeasured_repository(args: TrainingArguments) -> str:
-    """Create a run's repository and return its id; raises `OSError` if it already holds published measurements."""
+    """Create a run's repository if missing, and return its id; raise `FileExistsError` if it has a results file."""
     return make_repository(destination_of(args), _UNMEASURED)
 
 
@@ -275,7 +275,7 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload a folder, or only its `files`, in one commit; add `card` if it has none. Return the commit's URL."""
+    """Upload a folder, or only `files` of it, in one commit; return its URL. `card` is added if no card exists."""
     paths = _files(folder) if files is None else files
     content: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in paths}
     existing = _UNMEASURED
@@ -285,13 +285,13 @@ def push_folder(
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest complete checkpoint in `folder`: one with `trainer_state.json`, the last file; or `None`."""
+    """Return the newest checkpoint in `folder` that has `trainer_state.json`, which is written last, or `None`."""
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Raise `ValueError` if `folder` has a checkpoint made with different `facts` (input -> hash); else save them."""
+    """Raise `ValueError` if `folder` has a checkpoint trained on other `facts` (input -> hash); else store them."""
     file = Path(folder) / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
@@ -307,7 +307,7 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
 
 
 class InterruptionCallback(TrainerCallback):
-    """When one process has received a signal, saves a checkpoint and stops all processes at the same step."""
+    """After a signal to any process, saves a checkpoint and stops all processes at the same step."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self.received: int | None = None
@@ -365,7 +365,7 @@ def interruptible(trainer: Trainer, steps: int = 1) -> Iterator[None]:
 
 
 def fit_schedule(args: TrainingArguments, steps: int) -> None:
-    """Shorten warmup and decay in `args` in proportion, and warn, if they take more than the run's `steps`."""
+    """If warmup and decay take more than the run's `steps`, shorten both in `args` in proportion, and warn."""
     # otherwise Transformers would start the run in the middle of the decay
     asked: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is parsed before
     warmup, decay = args.get_warmup_steps(steps), asked.get("num_decay_steps", 0)
@@ -418,7 +418,7 @@ class TimingCallback(TrainerCallback):
         self._last = now
 
 
-InitKwargs = dict[str, Any] | str | None  # on a command line a string of JSON
+InitKwargs = dict[str, Any] | str | None  # keywords for loading a model; on a command line a string of JSON
 
 
 def option(default: Value, help: str) -> Value:
@@ -436,7 +436,7 @@ def check_type(name: str, value: Any, *kinds: type[Any]) -> None:
 
 
 def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: str) -> None:
-    """Raise `ValueError` if a setting of a trainer is not valid; `needed` describes valid values."""
+    """Raise `ValueError` unless `is_valid`: the message has the setting `name`, its value, and the `needed` values."""
     if not is_valid:
         raise ValueError(
             f"`{name}` is {getattr(config, name)!r}, but it must be {needed}. See `{type(config).__name__}`."
@@ -444,7 +444,7 @@ def check_setting(config: TrainingArguments, name: str, is_valid: bool, needed: 
 
 
 def check_count(config: TrainingArguments, name: str, least: int, otherwise: str = "") -> None:
-    """Raise `ValueError` if a setting is not an int of at least `least`; `otherwise` is added to the message."""
+    """Raise `ValueError` if a setting is not an int of at least `least`; the message ends with `otherwise`."""
     value = getattr(config, name)
     check_setting(config, name, isinstance(value, int) and value >= least, f"a whole number from {least}{otherwise}")
 

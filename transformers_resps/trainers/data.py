@@ -36,7 +36,7 @@ from .rollouts import LiveRollouts, ReplayRollouts
 
 
 def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
-    """Raise `ValueError` if the argument `name` is not a dataset of a supported class."""
+    """Raise `ValueError` unless the argument `name` is a `Dataset` or, if it `may_stream`, an `IterableDataset`."""
     import datasets
 
     if isinstance(dataset, Mapping):
@@ -79,7 +79,7 @@ class HeadTexts:
         self._max_length: int = args.max_length or context
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
-        self.tokenizer = load_tokenizer(target, processing_class)  # `None` is enough for datasets of token ids
+        self.tokenizer = load_tokenizer(target, processing_class)  # may be `None` for datasets of token ids
         self._target, self._processing_class = target, processing_class
         self.processor: ProcessorMixin | None = None  # `None` until a dataset has images
 
@@ -87,7 +87,7 @@ class HeadTexts:
         return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Tokenize a dataset, or each of a dict, and mask tokens without a loss; errors call the dataset `name`."""
+        """Tokenize a dataset, or each dataset in a dict, and mark the tokens with a loss; errors call it `name`."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
@@ -120,7 +120,7 @@ class HeadTexts:
         """Return a loader of batches of at most `tokens_per_batch` tokens; `shuffle` has no effect on a stream."""
         args = self._args
         options: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
-        if isinstance(texts, StreamedBatches):  # each item is a batch; processes divide them as they would rows
+        if isinstance(texts, StreamedBatches):  # each item is a batch; the processes share them out
             return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **options)
         batches = TokenBudgetBatches(texts.lengths, args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
         return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **options)
@@ -132,12 +132,12 @@ def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:
-    """Yield the examples from which a draft vocabulary is counted: all, or the first few thousand of a stream."""
+    """Yield the examples whose tokens are counted for a draft vocabulary: all, or a stream's first few thousand."""
     return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS) if is_streamed(rows) else PreparedTexts(rows).examples()
 
 
 def questions_in(rows: Any) -> set[str]:
-    """Return the first user turns in a prepared dataset, or in a dict of datasets; empty for a stream."""
+    """Return the first user turn of each row of a prepared dataset, or of a dict of them; empty for a stream."""
     if isinstance(rows, Mapping):
         return set().union(*map(questions_in, rows.values()))
     questions = () if rows is None or is_streamed(rows) else rows["question"]
@@ -184,7 +184,7 @@ class PolicyPrompts:
 
 
 def _tokenized_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
-    """Return a prompt's token ids `[s]` and its first question."""
+    """Return the token ids `[s]` and the first user turn of a prompt, a string or a list of messages."""
     if isinstance(value, str) and column == "prompt" and value.strip():
         return tensor(tokenizer(value)["input_ids"]), value
     messages = as_messages(value, None)
@@ -209,18 +209,18 @@ Recorded = TypeVar("Recorded", RankedText, RecordedText)
 
 @dataclass
 class AnswerRecorder(Generic[Recorded]):
-    """Generates answers with an attached target, and stores a recording of each in `folder`; reuses existing files."""
+    """Generates answers with an attached target, and stores each with its drafts in `folder`; reuses such files."""
 
     target: Any
     head: DraftHead | BlockHead
-    recording: type[Recorded]  # the class of a recording
+    recording: type[Recorded]  # class of the recordings
     depths: dict[int, int]  # see `record_pools`
     folder: Path
     generation: dict[str, Any]  # arguments of `generate` as JSON values, with `max_new_tokens`
     block_nodes: int = MOST_NODES  # see `record_pools`
 
     def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
-        """Record and return answers to prompts `[s]`, except one-token answers; processes divide the missing ones."""
+        """Record the missing answers to prompts `[s]`, a share in each process; return all longer than one token."""
         from accelerate import PartialState  # needs the extra `train`
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ class AnswerRecorder(Generic[Recorded]):
         return digest(answered + kept)[:8]
 
     def _answer(self, prompt: Tensor) -> Recorded | None:
-        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
+        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # so that answers do not depend on earlier answers
         inputs = prompt[None].to(self.target.device)
         mask = torch.ones_like(inputs)
         text = self.target.generate(
@@ -271,11 +271,11 @@ class AnswerRecorder(Generic[Recorded]):
         return self.recording.from_recording(pools)
 
 
-_USUAL_CONTEXT = 256  # Assumed number of positions if there are no prompts.
+_USUAL_CONTEXT = 256  # Assumed number of positions while decoding, if there are no prompts.
 
 
 class PolicyData:
-    """The prompts of each dataset argument. Answers are recorded, and costs measured, when they are first needed."""
+    """Holds the prompts of each dataset argument; records answers and measures costs when they are first needed."""
 
     def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
@@ -305,7 +305,7 @@ class PolicyData:
 
     @cached_property
     def costs(self) -> CostTable:
-        """Costs of steps on this machine, read from `OUTPUT_DIR/costs.json`; without that file they are measured."""
+        """Seconds of steps on this machine, from `OUTPUT_DIR/costs.json`; if that is missing, they are measured."""
         file = self._folder / "costs.json"
         with self._args.main_process_first(desc="measuring what steps cost"):
             if not file.is_file():
@@ -328,7 +328,7 @@ class PolicyData:
         return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
-        """Return the first questions of the datasets `names`; missing datasets are skipped."""
+        """Return the first user turns in the datasets `names`; missing datasets are skipped."""
         return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
 
     def learned(self, name: str) -> int:
@@ -337,7 +337,7 @@ class PolicyData:
         return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
-        """Compute what each tree shape of `grid` yields at every position of the answers to a dataset's prompts."""
+        """Compute tokens and seconds of a step with each shape of `grid`, at every position of a dataset's answers."""
         if name not in self._replays:
             most = max(shape.total_tokens - 1 for shape in grid.shapes)
             texts = self.record(name, RankedText, depths_of(grid), max(most, MOST_NODES))

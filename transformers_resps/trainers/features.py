@@ -27,7 +27,7 @@ from .losses import Teacher
 
 
 _PICK_CHUNK = 512  # Number of positions whose full logits are in memory at once.
-_SAME = 0.02  # Features that differ by less count as equal, given half precision; a share of the largest feature.
+_SAME = 0.02  # Features count as equal up to this share of the largest feature, because of half precision.
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class TargetFeatures:
 
     features: Tensor  # [b, t, F]
     hidden: Tensor  # [b, t, target hidden] after the target's final norm: the input of its output head
-    picks: Tensor  # [b, t] the target's most likely next token at each wanted position; 0 at others
+    picks: Tensor  # [b, t] the target's most likely next token; 0 where `run` did not compute it
 
 
 class FrozenTarget:
     """Runs the target from which a head learns, in evaluation mode and without gradients.
 
-    It is not part of the trained module. See `DraftHeadConfig` for `feature_layers` and `before_deepstack`. Raises
-    `ValueError` if the model has no output head.
+    The target is not part of the trained module. See `DraftHeadConfig` for `feature_layers` and `before_deepstack`.
+    Raises `ValueError` if the model has no output head.
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -62,7 +62,7 @@ class FrozenTarget:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kept_logits = {"logits_to_keep": 1} if keeps_logits else {}
-        self._is_known_causal = False  # for texts with images
+        self._is_known_causal = False  # whether a text with images has shown that attention is causal
 
     @torch.no_grad()
     def run(
@@ -70,8 +70,8 @@ class FrozenTarget:
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        The target's best token is computed for tokens marked in `predicted` `[b, t]`; `None` marks all, which takes a
-        fifth longer. See `collate` for `image_inputs`. Raises `ValueError` if attention to images is not causal.
+        The best token is computed only where the next token is true in `predicted` `[b, t]`; `None`, everywhere, takes
+        a fifth longer. See `collate` for `image_inputs`. Raises `ValueError` if attention to images is not causal.
         """
         if image_inputs and not self._is_known_causal:
             self._check_causal(input_ids, image_inputs)
@@ -110,18 +110,18 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Return the likeliest token at each wanted position; scale and soft cap are left out: they keep the order."""
+        """Return the likeliest token after each position `[b, t]`, but 0 if that token is not `predicted`."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token
         rows = hidden[wanted].to(self._output.weight.dtype)
-        best = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        best = [self._output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]  # scale and soft cap keep the order
         picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
         picks[wanted] = torch.cat(best)
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
-        """Return the target's distribution over `token_ids` `[d]`, given its hidden states `[n, target hidden]`."""
+        """Return the target's distributions over `token_ids` `[d]`, for n positions' states `[n, target hidden]`."""
         bias = getattr(self._output, "bias", None)
         bias = None if bias is None else bias[token_ids]
         return Teacher(hidden, self._output.weight[token_ids], self.scale, self.softcap, bias)
@@ -137,7 +137,7 @@ class CachedFeatures(PreparedTexts):
     """Texts with the target's outputs on disk, so that training does not run the target.
 
     Missing outputs are computed when the object is made. Each block of 64 texts has a safetensors file, named by a
-    hash of the texts, so a killed run continues, and after texts are appended only the new ones are computed.
+    hash of the texts and the target. So only missing files are computed after a kill, or after texts were appended.
     """
 
     def __init__(

@@ -22,10 +22,10 @@ _LEAST = {"draft_vocab_size": 0, "tokens_per_batch": 2, "ttt_steps": 1, "loss_ch
 class DraftHeadTrainingConfig(TrainingArguments):
     """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` plus settings for training draft heads.
 
-    `tokens_per_batch` sets the batch size; `per_device_train_batch_size` and `per_device_eval_batch_size` raise
+    `tokens_per_batch` sets the batch size; to set `per_device_train_batch_size` or `per_device_eval_batch_size` raises
     `ValueError`.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; `ttt_steps` and `ttt_step_decay` default to those of its code.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "target_init_kwargs"]
@@ -69,7 +69,7 @@ class DraftHeadTrainingConfig(TrainingArguments):
         accelerator: Any = self.accelerator_config
         accelerator.dispatch_batches = False  # a stream's batches differ in size, so no process can split them for all
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # the wrapper does not see that later levels use parameters
+            self.ddp_find_unused_parameters = False  # DDP does not see that later levels use parameters
         self._check()
 
     def _check(self) -> None:

@@ -44,8 +44,8 @@ class DraftHeadTrainer(ArtefactTrainer):
     `completion`, or `text`, or `input_ids` with `assistant_masks` or `completion_mask`. Conversations are formatted
     with the tokenizer's chat template. Only the assistant's turns, or the completions, have a loss.
 
-    A checkpoint contains only the head, which the head's `from_pretrained` loads. A finished run writes the head in
-    bf16 to `OUTPUT_DIR/head`, with hashes of its prompts.
+    A checkpoint contains only the head, and the head's `from_pretrained` loads it. A finished run writes the head in
+    bf16 to `OUTPUT_DIR/head`, with hashes of the training prompts.
 
     Args:
         model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the target's own MTP layers; `None` for
@@ -160,7 +160,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     ) -> Any:
         """Compute the sum of all levels' losses, divided by the number of predicted tokens in the optimiser step."""
         if model.training:
-            self._speed.start(self.state.global_step)  # a resumed run does not know its step before
+            self._speed.start(self.state.global_step)  # earlier, a resumed run does not know its step
         is_predicted = inputs["labels"] != IGNORED
         if "features" in inputs:
             outputs = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
@@ -188,7 +188,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics, _ = self._meters["eval"].summary(self._over_processes)
-        if self.args.tau_texts:  # in every process, since each keeps track of the best metric
+        if self.args.tau_texts:  # every process needs tau, to know the best checkpoint
             started = time.monotonic()
             metrics |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
         cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in metrics.items()})
@@ -230,7 +230,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _tau(self, texts: Any) -> float:
         """Simulate tau (tokens per target forward) of the default tree, on `tau_texts` texts of various lengths."""
-        is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
+        is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a wrapped stream
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
@@ -350,7 +350,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
 
 
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
-    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if they must be, or cannot be, frozen."""
+    """Freeze the head's output rows if `is_frozen`; raise `ValueError` if this head does not allow that value."""
     if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
@@ -397,7 +397,7 @@ def warn_if_small(tokens: int) -> bool:
 
 
 class LevelMeter:
-    """Sums, for each level since the last reset, the loss and how often the head's best token is the target's.
+    """Sums each level's loss, and how often the head's best token is the target's best, since the last reset.
 
     A best token of the target that is outside the draft vocabulary counts as a miss, as in decoding.
     """
@@ -416,7 +416,7 @@ class LevelMeter:
         self._tokens += tokens
 
     def summary(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], int]:
-        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ... by level, and the number of tokens of all batches."""
+        """Return `loss_1`, `accuracy_1`, `accuracy_2`, ..., and all tokens; `over_processes` adds up the processes."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
@@ -429,7 +429,7 @@ class RunSpeed:
     """Measures the training speed between two lines of logged metrics, and estimates the remaining time."""
 
     def __init__(self) -> None:
-        self._since: tuple[float, int] | None = None  # seconds and step
+        self._since: tuple[float, int] | None = None  # time and step at the last call of `start` or `lap`
 
     def start(self, step: int) -> None:
         """Start the clock at the first call; later calls do nothing."""
@@ -440,7 +440,7 @@ class RunSpeed:
             self._since = self._since[0] + seconds, self._since[1]
 
     def lap(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
-        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; empty without a step."""
+        """Return `tokens_per_second` and `minutes_left`, from the tokens since the last call; `{}` without a step."""
         now = time.monotonic()
         (before, first), self._since = self._since or (now, step), (now, step)
         if step <= first:

@@ -24,7 +24,7 @@ from .policy_config import PolicyTrainingConfig
 
 
 _WHERE = ("revision", "subfolder", "token", "cache_dir")  # Arguments of loading that locate files.
-_ODD_SHARE = 0.01  # A fine-tune's tokenizer may use this share of ids for other tokens, such as reserved ids.
+_ODD_SHARE = 0.01  # A fine-tune's tokenizer may give other ids to this share of the tokens, such as reserved tokens.
 
 
 def default_folder(target: Any, artefact_name: str) -> str:
@@ -50,7 +50,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Raise `ValueError` if the folder or Hub id `target` holds a draft head, by names and fields in its config.
+    """Raise `ValueError` if the config in the folder or Hub repository `target` is that of a draft head.
 
     `hub` may be `revision`, `subfolder`, `token` and `cache_dir`. Raises `OSError` if there is no config.
     """
@@ -71,7 +71,7 @@ def context_of(target: PreTrainedModel) -> int:
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """Return `processing_class` or its tokenizer, or by default the target's; raise if it does not fit the target."""
+    """Return the tokenizer that is, or is in, `processing_class`, or the target's own; raise if it does not fit."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)
@@ -106,7 +106,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_named_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
-    """Load the head `name` by `load_head`; if that is a whole model, the error says which `argument` is wrong."""
+    """Load the head `name` by `load_head`; raise a `ValueError` about `argument` if that is a whole model."""
     try:
         return load_head(name, target, **init_kwargs)
     except WholeModelError as error:

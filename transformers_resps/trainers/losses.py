@@ -17,14 +17,14 @@ _CACHED_ROWS = 32  # Number of positions whose fp32 logits fit into a CPU's cach
 class Teacher:
     """The target's distribution over the draft vocabulary, kept as hidden states and output rows to save memory."""
 
-    hidden: Tensor  # [n, h] the target's last hidden state after its final norm
+    hidden: Tensor  # [n, h] the target's last hidden states at n positions, after its final norm
     weight: Tensor  # [d, h] the target's output rows of the draft vocabulary
     scale: float = 1.0  # factor of the target's logits
     softcap: float | None = None  # soft cap of the target's final logits
     bias: Tensor | None = None  # [d] bias of the target's output head
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Return the fp32 probabilities `[c, d]` of c positions, `rows`, normalised over the draft vocabulary."""
+        """Return fp32 probabilities `[c, d]` at the c positions that `rows` selects, normalised over the d tokens."""
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         for part in _cached_parts(logits):
@@ -52,11 +52,11 @@ def soft_cross_entropy(
 
     `hidden` `[k, n, h]` are normed hidden states of k levels, which predict the same n tokens, `weight` `[d, h]` the
     head's output rows, and `row_weights` `[k, n]` the fp32 factors of the losses; 0 leaves a token out. The logits of
-    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. `bias` `[d]` is that of the
-    target's output rows, and not trained. `added` has states `[k, n, r]` and rows `[d, r]`, whose product is added.
+    `chunk_size` positions are in memory at once, as 2 fp32 buffers `[chunk_size, d]`. `bias` `[d]`, which is not
+    trained, and the product of `added`, states `[k, n, r]` and rows `[d, r]` of rank r, are added to the logits.
 
-    Returns the weighted sum. Also, without gradient and only for non-zero weights: each level's unweighted sum `[k]`,
-    and how often each level's best token is the target's best token, `[k]`.
+    Returns the weighted sum of all losses and, without gradient and only over tokens with non-zero weights, the
+    unweighted sum of each level, `[k]`, and how often a level's best token is the target's best token, `[k]`.
     """
     device = hidden.device.type
     pairs = [hidden, weight, *(added or ())]
@@ -113,13 +113,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy, and whether `best` has the top logit, for c positions; write gradients to `logits`."""
+    """Return cross entropies `[c]`, and where `best` is the top token; overwrite `logits` by their gradient."""
     losses, tops = [], []
     for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
         exact = part.float()
         top = exact.argmax(-1, keepdim=True)
         predicted = exact.softmax(-1)
-        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the highest never underflows
+        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the top probability never underflows
         losses.append(normaliser.squeeze(-1) - torch.linalg.vecdot(wanted, exact))
         tops.append(top.squeeze(-1))
         part.copy_(predicted.sub_(wanted))
@@ -127,17 +127,17 @@ def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tens
 
 
 def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split `rows` `[c, d]` into views that fit into a CPU's cache."""
+    """Split `rows` `[c, d]` into views that fit into a CPU's cache; on other devices return them as one view."""
     parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
     return parts
 
 
 def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Choose the positions (slots) at which a batch of texts `(b, t)` needs outputs: the same number q per text.
+    """List the positions (slots) of each text at which outputs are needed, filled up to the same number q per text.
 
-    For m predicted tokens, `rows` `[m]` are their texts, and `slots` `[k, m]` the positions that predict them at each
-    level; numbers below 0 count as 0. Returns the chosen positions `[b, q]`, ascending, and the indices `[k, m]` at
-    which `slots` are among them.
+    `shape` is `(b, t)`, that of the batch. For m predicted tokens, `rows` `[m]` are their texts, and `slots` `[k, m]`
+    the positions that predict them at each of k levels; numbers below 0 count as 0. Returns the positions `[b, q]`,
+    ascending, and for each of `slots` its index among its text's positions, `[k, m]`.
     """
     slots = slots.clamp(min=0)
     needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)

@@ -1,9 +1,9 @@
 """An optimiser that uses Muon for matrices and AdamW for other parameters, with one state dict and schedule.
 
 `torch.optim.Muon` takes only matrices. On every device it iterates in bfloat16, which takes `5 (4 m^2 n + 2 m^3)`
-operations for a matrix `[m, n]`, m <= n. With eigenvalues it takes `4 m^2 n + 2 m^3` operations, plus some 9 m^3 for
-the eigenvalues, in float32: half as many if m = n, a third if n = 3 m. To update a draft head's matrices on a CPU,
-`torch.optim.Muon` took 1.25 times as long if the CPU multiplies bfloat16, and 6.5 times as long if not.
+operations for a matrix `[m, n]`, m <= n. Here, on a CPU, eigenvalues are iterated in float32. That takes
+`4 m^2 n + 2 m^3` operations, and some 9 m^3 to find them: in all half as many if m = n, a third if n = 3 m. To update
+a draft head's matrices, `torch.optim.Muon` took 1.25 times as long on a CPU that multiplies bfloat16, else 6.5 times.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ _TABLES = ("lm_head", "embed", "markov_w", "codebook")  # Name parts of matrices
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return a matrix `[m, n]` with the same singular vectors and singular values near 1, by five Newton-Schulz steps.
+    """Move all singular values of a matrix `[m, n]` near 1 by five Newton-Schulz steps; keep its singular vectors.
 
     On a CPU the steps are applied to the eigenvalues of the smaller Gram matrix, in float32; on CUDA to matrices in
     bfloat16. If the input is not finite, neither is the result.
@@ -48,14 +48,14 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def _has_eigenvalues(matrix: Tensor) -> bool:
-    """Return whether to use eigenvalues: not on a GPU, where they take longer than the iteration."""
+    """Return whether to iterate eigenvalues: if the matrix is finite, and not on a GPU, where that takes longer."""
     return matrix.device.type == "cpu" and bool(matrix.norm().isfinite())
 
 
 class Muon(Optimizer):
     """Updates parameter groups with `matrices=True` by Muon (orthogonalised momentum), other groups by AdamW.
 
-    Muon's update has a root mean square of 0.2, so that one learning rate fits both; `betas` and `eps` are for AdamW.
+    Muon's updates have a root mean square of 0.2, so that AdamW's learning rate fits; Muon ignores `betas` and `eps`.
     The weight decay is decoupled and applies to all parameters with at least two dimensions.
 
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
@@ -93,7 +93,7 @@ class Muon(Optimizer):
 
 
 def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
-    """Make the optimiser of a model; vectors and matrices with a row for each token are updated by AdamW."""
+    """Make a model's optimiser: Muon, but AdamW for vectors and for matrices that have a row for each token."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

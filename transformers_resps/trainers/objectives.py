@@ -19,10 +19,10 @@ from .losses import Teacher, pack, soft_cross_entropy
 
 
 class Loss(NamedTuple):
-    """The loss of a batch, and how often the head agrees with the target."""
+    """The loss of a batch over k levels (drafted depths), and how often the head agrees with the target."""
 
     total: Tensor  # weighted sum over all levels and tokens
-    losses: Tensor  # [k] unweighted sum of each level
+    losses: Tensor  # [k] sum of the unweighted losses of each level
     hits: Tensor  # [k] how often the head's best token is the target's best token
     predicted: Tensor  # [k] number of predicted tokens, including those outside the draft vocabulary
 
@@ -90,9 +90,9 @@ class LevelObjective(Objective):
 class BlockObjective(Objective):
     """Computes the loss of a block head for blocks that start at random positions, in evaluation at all positions.
 
-    Each position of a block learns the target's distribution. A head's correction reads the true token before
-    the position. DFlash's decay exp(-(k - 1) / g) is `ttt_step_decay` to the power of the level. Positions
-    after the end of an answer have no loss.
+    Each position of a block learns the target's distribution. A Markov head or candidate selector reads the true token
+    before the position. The weight of a loss, `ttt_step_decay ** level`, is DFlash's exp(-(k - 1) / g) for the k-th
+    token. Positions after the end of an answer have no loss.
 
     Source: DFlash (arXiv 2602.06036) section 3, DSpark (arXiv 2607.05147).
     """
@@ -148,7 +148,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss of n outputs of one level, with the losses of a selector and confidence head."""
+        """Compute `soft_cross_entropy` for n outputs of a level, and add losses of a selector and confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])
@@ -167,8 +167,8 @@ class BlockObjective(Objective):
 def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Draw a share of the positions at which a block can start; a share of 1 takes all, without random numbers.
 
-    A block can start where this token and the next are `predicted` (`[b, t]` bool). Returns m positions per text,
-    `[b, m]`, and `[b, m]` bool, false for padding.
+    A block can start at a token if it and the next one are `predicted` (`[b, t]` bool). Returns positions `[b, m]`, m
+    for each text, and a mask `[b, m]` that is false where a text has fewer and is padded.
     """
     may = predicted[:, :-1] & predicted[:, 1:]
     counts = (may.sum(-1, keepdim=True) * share).ceil().long()
@@ -180,10 +180,10 @@ def draw_anchors(predicted: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contexts_of(
     correction: MarkovHead | CandidateSelector, hidden: Tensor, before: Tensor, first: Tensor | None
 ) -> Tensor:
-    """Compute vectors `[k, n, r]` of rank r: times a correction's table, they are added to the logits of n blocks.
+    """Compute context vectors `[k, n, r]` for n blocks; times the correction's table `[d, r]`, they adjust the logits.
 
-    `hidden` `[k, n, h]` has the outputs that predict the tokens of k levels, `before` `[k, n]` the true token before
-    each, and `first` `[n, h]` the outputs at the blocks' roots, or `None` if those predict the first level.
+    `hidden` `[k, n, h]` has the outputs that predict the tokens of k levels, `before` `[k, n]` the true tokens before
+    these, and `first` `[n, h]` the outputs at the blocks' roots, or `None` if the roots predict the first level.
     """
     rows = correction.before(before)
     if not isinstance(correction, MarkovHead) or correction.kind != "rnn":
@@ -195,19 +195,19 @@ def contexts_of(
     return torch.stack(contexts)
 
 
-Logits = Iterator[tuple[slice, Tensor]]  # which of n outputs, and their logits [c, d]
+Logits = Iterator[tuple[slice, Tensor]]  # yields a slice that selects c of n outputs, and their logits [c, d]
 
 
 @torch.no_grad()
 def logits_of(normed: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int) -> Logits:
-    """Yield the head's fp32 logits of normed outputs `[n, h]`, at most `chunk_size` outputs at a time."""
+    """Yield slices of at most `chunk_size` of the n normed outputs `[n, h]`, each with the head's fp32 logits."""
     for start in range(0, max(len(normed), 1), chunk_size):
         rows = slice(start, start + chunk_size)
         yield rows, F.linear(normed[rows].to(weight.dtype), weight, bias).float()
 
 
 def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector, contexts: Tensor) -> Tensor:
-    """Compute the cross entropy `[n]` of a selector's scores, for the head's likeliest tokens, with the target.
+    """Compute the cross entropy `[n]` of the target with a selector's scores for the head's likeliest tokens.
 
     The target's probabilities are not renormalised over these tokens. `contexts` `[n, r]` come from `contexts_of`.
     """
@@ -223,7 +223,7 @@ def selection_loss(found: Logits, teacher: Teacher, selector: CandidateSelector,
 
 @torch.no_grad()
 def shared_probability(found: Logits, teacher: Teacher, added: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Compute the overlap of head's and target's probabilities, 1 - L1 / 2, fp32 `[n]`: a confidence head's labels.
+    """Compute a confidence head's labels, fp32 `[n]`: sums of min(p, q) for the probabilities of head and target.
 
     `added` is as in `soft_cross_entropy`, for one level. Source: DSpark (arXiv 2607.05147).
     """

@@ -55,7 +55,7 @@ class PolicyTrainingConfig(TrainingArguments):
     persistence_in_use: int = option(1, "Of a new policy: steps that a decision is kept in use; Re-SpS: 30.")
 
     max_steps: int = option(800, "Optimiser steps of the run, in whole updates.")
-    # The code of Re-SpS ends an update after 64 decisions, about 8 outputs; whole texts allow an exact resume
+    # The code of Re-SpS ends an update after 64 decisions, about 8 outputs; whole texts let a run resume exactly
     per_device_train_batch_size: int = option(8, "Prompts per update.")
     save_steps: float = option(80, "Steps between two checkpoints, in whole updates.")
     logging_steps: float = option(40, "Steps between two lines of metrics; the default is ten updates.")
@@ -93,7 +93,7 @@ class PolicyTrainingConfig(TrainingArguments):
         return self.num_ppo_epochs * self.num_mini_batches
 
     def _check_updates(self) -> None:
-        """Raise `ValueError` if the run or a checkpoint would end inside an update, as that cannot be resumed."""
+        """Raise `ValueError` if the run or a checkpoint would end inside an update, which cannot be resumed."""
         saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # `__post_init__` has made it an enum
         check_setting(self, "save_strategy", saves != "epoch", "'steps', 'best' or 'no': an epoch ends in an update")
         for name in ("max_steps", {"steps": "save_steps", "best": "eval_steps"}.get(saves, "max_steps")):

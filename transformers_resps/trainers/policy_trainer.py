@@ -48,7 +48,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class RolloutTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` in place on existing rollouts.
+    """Trains a `ReSpSPolicy` in place on the decisions that `rollouts` collects.
 
     `evaluate` uses `eval_rollouts`, recorded held-out texts. See `PolicyTrainer` for `reward_func`.
     """
@@ -85,7 +85,7 @@ class RolloutTrainer(ArtefactTrainer):
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Return a loader of as many numbers as an epoch has batches; each update collects its own decisions."""
+        """Return a loader that only counts the steps of an epoch, since each `Update` collects its own decisions."""
         if self.rollouts is None:
             raise ValueError("`rollouts` are missing, but training needs decisions. Pass `ReplayRollouts`.")
         numbers, size = len(self.rollouts) * self.steps_per_update, self.args.per_device_train_batch_size
@@ -110,15 +110,15 @@ class RolloutTrainer(ArtefactTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Compare the policy with the best fixed tree and the oracle on all held-out texts.
+        """Compare the policy with the best fixed tree and the fastest sequence of trees (oracle) on held-out texts.
 
         `eval_dataset` holds prompts for a `PolicyTrainer`, `ReplayRollouts` for a `RolloutTrainer`; `None` uses the
         trainer's own. After training the result is written to `metrics.json` in the policy's folder.
 
         Returns `tokens_per_second`; `best_fixed_tokens_per_second`, for the fixed tree that is fastest on the training
         texts (with live rollouts, on the held-out texts); `gain_over_best_fixed`, the ratio of both, with its 95%
-        interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`, the number
-        of chosen trees; and `held_out_texts`.
+        interval over texts in `gain_over_best_fixed_low` and `_high`; `oracle_regret`, the share by which the oracle's
+        time is exceeded; `distinct_actions`, the number of chosen trees; and `held_out_texts`.
         """
         comparison = self.compared(eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in comparison.metrics().items()}
@@ -136,7 +136,7 @@ class RolloutTrainer(ArtefactTrainer):
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Compare the policy, as it will decode, with the fixed tree that is fastest on the texts of `searched`."""
+        """Replay `held_out` with the policy, set as for decoding, and the fixed tree that is fastest on `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -152,7 +152,7 @@ class RolloutTrainer(ArtefactTrainer):
         )
 
     def judge(self, comparison: "PolicyComparison") -> None:
-        """Warn once if the policy is not worth using; after training, write the verdict to its `metrics.json`."""
+        """Warn once if the policy is not worth using; after training, write `comparison` to its `metrics.json`."""
         if not self.is_world_process_zero():
             return
         if not self._has_warned:
@@ -168,25 +168,25 @@ class RolloutTrainer(ArtefactTrainer):
 
 
 class PolicyTrainer(RolloutTrainer):
-    """Trains a Re-SpS policy for a target and its head on your prompts; `fit_policy` fits the policy "auto".
+    """Trains a Re-SpS policy for a target and its head on your prompts. For the policy "auto", call `fit_policy`.
 
     The target answers the prompts once, and the result of every tree at every position is recorded
     (`OUTPUT_DIR/replay`). The costs of steps are measured on this machine (`OUTPUT_DIR/costs.json`). Then the policy
     learns from both without decoding; with `args.live_rollouts` it learns by decoding. Recordings and costs are
-    reused, so a stopped run continues with `train(resume_from_checkpoint=True)`, with the result of an unstopped run.
+    reused, so after `train(resume_from_checkpoint=True)` a stopped run ends with the result of an unstopped run.
 
     The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`, it is
     compared with the best fixed tree: the result is in `metrics.json` there, and a warning says if it is no better.
 
     Each update logs `tokens_per_second`; `reward` if `reward_func` is not the default; `entropy` in nats; and
-    `distinct_actions`, the number of actions that are the likeliest at some position. On recorded texts it also logs
-    `gain_regret`, the tokens per step lost against the best actions, and `oracle_regret`, the time lost against the
-    fastest sequence of shapes, as a share of the latter's time. Live rollouts log `dropped`, the number of decisions
+    `distinct_actions`, the number of trees that are the likeliest choice at some position. On recorded texts it also
+    logs `gain_regret`, the tokens per step lost against the best trees, and `oracle_regret`, the time lost against the
+    fastest sequence of trees, as a share of that sequence's time. Live rollouts log `dropped`, the number of decisions
     ignored because the clock jumped.
 
     Args:
-        model: "resps" for a new policy with the trees that can pay on this machine; or a `ReSpSPolicy`, in a guard or
-            not, or its folder or Hub id. The policy is trained in place.
+        model: "resps" for a new policy with the trees that can pay on this machine; or a `ReSpSPolicy`, which may be
+            in a `BaselineGuard`, or its folder or Hub id. The policy is trained in place.
         train_dataset: a `datasets.Dataset` with a column `prompt` (a string, without a chat template, or messages) or
             `messages` (used up to the last question).
         eval_dataset: held-out prompts, in the same columns.
@@ -271,7 +271,7 @@ class PolicyTrainer(RolloutTrainer):
         return self.data.pair.names
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy (in a `BaselineGuard` if it was in one before) and hashes of its training prompts."""
+        """Write the policy (in a `BaselineGuard` if `model` was in one) and hashes of its training prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
         (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
@@ -287,16 +287,16 @@ def fit_policy(
     target: PreTrainedModel | str,
     head: DraftHead | BlockHead | str,
 ) -> BaselineGuard:
-    """Fit the policy "auto" to your prompts: how likely the head's drafts are accepted. The result fits any machine.
+    """Fit the policy "auto" to your prompts: measure how likely drafts are accepted, which holds for every machine.
 
     The target answers the prompts once, and the head's drafts are recorded in `OUTPUT_DIR/replay`; existing recordings
     are reused. The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an `eval_dataset`
     it is compared with the best fixed tree, with costs of this machine (`OUTPUT_DIR/costs.json`): `metrics.json` holds
     the same values as `PolicyTrainer.evaluate` returns, and a warning says if the policy is no better.
 
-    `model` is "auto", or a `ThroughputPolicy` whose sizes are kept, in a guard or not, or its folder or Hub id. `args`
-    gives `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments. Raises `OSError` if
-    `args.push_to_hub` is set, and the Hub refuses or the repository already holds published measurements.
+    `model` is "auto", or a `ThroughputPolicy` (perhaps in a `BaselineGuard`) whose sizes are kept, or its folder or
+    Hub id. `args` has `output_dir` and the settings of answers; see `PolicyTrainer` for the other arguments. With
+    `args.push_to_hub`, raises an `OSError` if the Hub refuses or the repository has a results file.
     """
     args = args or PolicyTrainingConfig(default_folder(target, "policy"))
     check_type("args", args, PolicyTrainingConfig)
@@ -341,7 +341,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay held-out texts with the best fixed tree on `searched`, and with a copy of the policy, which learns on."""
+    """Replay `held_out` with a copy of the policy, which learns on, and the fixed tree fastest on `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (
@@ -360,13 +360,13 @@ def compare(
 
 
 def without_guard(model: Any) -> tuple[Any, bool]:
-    """Return the policy `model`, loaded if it is a name, without `BaselineGuard`, and whether it was in one."""
+    """Return the policy `model`, loaded if it is a name and without its `BaselineGuard`; also whether it had one."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
     return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """Make a Re-SpS policy whose tree shapes could save time on this machine after `context` positions."""
+    """Make a Re-SpS policy, by default with only the shapes that could save time here at `context` positions."""
     grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     levels = pair.head.drafter(DraftCall(pair.target)).most_levels
     if levels is not None:
@@ -456,7 +456,7 @@ class PolicyComparison:
         )
 
     def warn(self) -> bool:
-        """Log the `doubts` as a warning, and return whether there are any."""
+        """If there are `doubts`, log the `verdict` as a warning; return whether there are any."""
         if self.doubts:
             logger.warning("Compared on held-out texts: %s", self.verdict)
         return bool(self.doubts)

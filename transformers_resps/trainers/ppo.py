@@ -22,7 +22,7 @@ RewardFunc = Callable[..., Tensor]
 
 
 class Update:
-    """One update of a policy: collects its decisions on some texts, their rewards, and the loss of each minibatch.
+    """One update of a policy: collects its decisions on some texts, computes their rewards and minibatch losses.
 
     The update's number and the seed determine all random numbers, so that a resumed run repeats them.
     """
@@ -95,7 +95,7 @@ def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
 
 
 def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
-    """Return rewards in tokens per step: emitted tokens minus the tokens that the policy emits in the same time.
+    """Return rewards in tokens per step: emitted tokens minus those that `rate` would emit in the same seconds.
 
     Maximising the sum of these rewards, with `rate` the policy's tokens per second, maximises total tokens over total
     seconds (Dinkelbach 1967). The reward of Re-SpS, the mean of per-step rates, has another maximum.
@@ -153,7 +153,7 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay
 
 
 def standardized(values: Tensor) -> Tensor:
-    """Shift values `[n]`, or each row of `[n, a]`, to mean 0, and scale all to standard deviation 1 overall.
+    """Shift values `[n]`, or each row of `[n, a]`, to mean 0, then divide all by their common standard deviation.
 
     Equal values become 0. The entropy bonus then has the same weight at every scale of rewards, so that the policy
     stays uncertain enough to adapt when the rate changes.

@@ -69,7 +69,7 @@ class Rollouts(ABC):
 
 
 def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw actions `[n]` from logits `[n, a]`, or without a generator the likeliest; return them and log probs."""
+    """Draw actions `[n]` from logits `[n, a]`; if `generator` is `None`, take the likeliest. Return log probs, too."""
     log_probs = (logits / temperature).log_softmax(-1)
     if generator is None:
         actions = logits.argmax(-1)
@@ -109,7 +109,7 @@ class ReplayRollouts(Rollouts):
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Replay the texts number `texts`, all at once; without a generator the policy takes its likeliest actions."""
+        """Replay the texts with the indices `texts` together; if `generator` is `None`, take the likeliest actions."""
         replayed = (self.table.features.shape[1], self.table.action_count)
         needed = (policy.config.feature_size, len(policy.config.grid))
         if replayed != needed:
@@ -253,7 +253,7 @@ class LiveRollouts(Rollouts):
         return [decision for decision in recorder.decisions if decision.records]
 
     def _is_timed(self, decision: _Decision) -> bool:
-        """Note the seconds of each step; return `False` if the clock stood still, ran backwards or jumped."""
+        """Store the steps' seconds in `decision`; return `False` if the clock stood still, ran backwards or jumped."""
         for record in decision.records:
             seconds = record.step_seconds - (0.0 if self._includes_drafting else record.draft_seconds)
             if not (math.isfinite(seconds) and seconds > 0):

@@ -21,7 +21,7 @@ def simulated_tau(
 
     The result is at least 1, and exact for texts that the target wrote itself, greedily or by sampling. The target
     does not run, and `shape.lookup` is ignored. Each text has `input_ids` and `loss_mask` `[t]`, and `features`
-    `[t, F]`. The output is the last stretch of true `loss_mask`; the prefill emits its first token.
+    `[t, F]`. The last tokens with a true `loss_mask` are the output; the prefill emits the first of them.
     """
     emitted: list[int] = []
     for text in texts:
