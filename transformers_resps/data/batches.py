@@ -17,9 +17,9 @@ IGNORED = -100  # Label of tokens that the loss ignores.
 
 
 def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
-    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`. Instead of `loss_mask` the batch has
-    `labels`: the token ids where the mask is true, elsewhere `IGNORED`. Instead of `pictures`, if any row has them, it
-    has `image_inputs`: the image arguments of the target's forward.
+    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`. In the batch `labels` replace
+    `loss_mask`: the token ids where the mask is true, elsewhere `IGNORED`. If any row has `pictures`, `image_inputs`,
+    the image arguments of the target's forward, replace them; this needs `processor`.
     """
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in names}
@@ -34,7 +34,7 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
 class TokenBudgetBatches(Sampler[list[int]]):
     """Yields lists of text indices, each a batch of at most `budget` tokens, padding included, or one longer text.
 
-    With `shuffle`, texts of similar length are grouped at random, once; each epoch has the same batches in another
+    With `shuffle`, batches of texts of similar length are drawn once; each epoch yields these batches in another
     order.
     """
 
@@ -88,7 +88,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
-        """Return row number `index` as an `Example`; its `loss_mask` may include the first two tokens."""
+        """Return row number `index`; unlike in `self[index]`, its `loss_mask` may include the first two tokens."""
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
@@ -96,7 +96,7 @@ class PreparedTexts(Dataset[dict[str, Any]]):
         return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield up to `count` rows, evenly spaced in the order of length."""
+        """Sort the rows by length, and yield up to `count` of them at equal distances."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))
@@ -112,7 +112,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:
         self._rows, self._budget, self._seed = rows, budget, seed
-        self.questions: set[str] = set()  # of the rows read so far
+        self.questions: set[str] = set()  # first user turns of the rows read so far
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         rows = iter(self._rows)

@@ -23,7 +23,7 @@ _BETWEEN_ROWS = re.compile(r"[,\s]*")
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
     """Yield the conversations of a file, or of a `split`, such as `train[:1000]`, of a dataset.
 
-    A file is `.jsonl`, or `.json` with one list; of a truncated list, the complete rows count. A dataset is given as
+    A file is `.jsonl`, or `.json` with one list; of a truncated list the complete rows are read. A dataset is given as
     Hub id, `owner/name` or `owner/name:config`, or as a folder with the same layout. A row may have `messages`;
     `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user turns); `question` and
     optionally `answer`; or ShareGPT's `conversations`. Raises a `ValueError` if `source` looks like a file but does
@@ -129,7 +129,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Return checked messages; convert a string to one message of `role`. Errors name no row: callers add it."""
+    """Check and return messages; convert a string to one message of `role`. Callers add the row to errors."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
@@ -147,7 +147,7 @@ def _checked(value: Any) -> list[dict[str, Any]]:
 
 def with_images(value: Any, images: int) -> list[dict[str, Any]]:
     """Check messages and split each content into parts. If no part is an image, put `images` image parts before the
-    text of the first user turn, as in TRL. Errors are those of `as_messages`; also an image in an assistant's turn.
+    text of the first user turn, as in TRL. Raises as `as_messages` does, and if an assistant's turn has an image.
     """
     messages: list[dict[str, Any]] = [
         {"role": str(one["role"]), "content": _parts(one["content"], has_images=True)} for one in _checked(value)
@@ -171,7 +171,7 @@ def text_of(content: str | list[dict[str, str]]) -> str:
 
 
 def _parts(content: Any, *, has_images: bool) -> list[dict[str, str]]:
-    """Split a message's content, which may be a string, a number or a list, into parts."""
+    """Convert a message's content, a string, a number or a list, to text and image parts; raise for other parts."""
     if isinstance(content, (str, int, float)):
         return [{"type": "text", "text": str(content)}]
     parts = []

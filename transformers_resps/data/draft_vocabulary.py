@@ -15,7 +15,7 @@ class DraftVocabulary:
     """The tokens that a head can propose."""
 
     token_ids: Tensor  # [d] target ids, ascending
-    coverage: float  # share of the answers' tokens that are in it: an upper bound of acceptance
+    coverage: float  # share of the answers' tokens that the head can propose: an upper bound of acceptance
 
 
 def choose_draft_vocabulary(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-IMAGE_COLUMNS = ("images", "pictures")  # further columns of a prepared dataset with images
+IMAGE_COLUMNS = ("images", "pictures")  # columns that only a prepared dataset with images has
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Pictures:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The value of the column `pictures`: all but the images."""
+        """The row's value in the column `pictures`: all fields except `images`."""
         return {"texts": self.texts, "counts": self.counts, "starts": self.starts, "key": self.key}
 
     def before(self, place: int) -> "Pictures | None":
@@ -50,9 +50,9 @@ class Pictures:
         return Pictures(self.images[: sum(counts)], self.texts[:kept], counts, self.starts[:kept], self.key)
 
     def add(self, processor: ProcessorMixin, text: str, count: int, start: int, room: int) -> list[int] | None:
-        """Tokenize the next part, at token `start` and with `count` images, and add it.
+        """Add `text`, the next part, which begins at token `start` and shows `count` images; return its token ids.
 
-        Returns `None`, and adds nothing, if the part has more than `room` tokens.
+        If the part has more than `room` tokens, adds nothing and returns `None`.
         """
         shown = sum(self.counts)
         read = _read(processor, [text], [self.images[shown : shown + count]])
@@ -112,7 +112,7 @@ def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_processor(target: PreTrainedModel, processing_class: Any = None) -> ProcessorMixin | None:
-    """Return `processing_class` or, if it is missing, the target's processor; `None` if it cannot process images."""
+    """Return `processing_class` or, if it is missing, the target's processor; `None` if that reads no images."""
     if processing_class is not None or not target.config.name_or_path:
         return processing_class if isinstance(processing_class, ProcessorMixin) else None
     try:

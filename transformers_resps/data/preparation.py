@@ -59,7 +59,7 @@ class Example:
         return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise `ValueError` if the text is empty or has an id outside the vocabulary; the message says `number`."""
+        """Raise `ValueError` if the text is empty or has an id outside the vocabulary; errors state `number`."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -75,7 +75,7 @@ class _Piece:
     """A part of a text that is tokenized separately."""
 
     text: str
-    is_learned: bool
+    is_learned: bool  # whether the head learns to predict these tokens
     images: int = 0  # number of images in the part
     is_raw: bool = False  # whether the tokenizer must add special tokens, because no chat template was used
 
@@ -146,13 +146,13 @@ def prepare_dataset(
     The first column among `input_ids`, `messages`, `prompt` and `text` is used. Messages, also in `prompt` and
     `completion`, are rendered by the chat template, strings are not. The head learns from assistant turns, from the
     completion, or from all of `text`. Images come from a column `images` or `image`, and need a `processor`. Texts
-    above `max_length` tokens are cut, but never within an image. `name` is the dataset's, for messages.
+    above `max_length` tokens are cut, but never within an image. Errors call the dataset `name`.
 
     Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
     turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for
-    images, `images` and `pictures`. An iterable dataset is prepared while it is read; a prepared one is returned.
-    Raises a `ValueError` if the dataset is empty, has other columns or content or another tokenizer's ids, or has
-    nothing to learn from.
+    images, `images` and `pictures`. An iterable dataset is prepared while it is read. A dataset that has these columns
+    already is returned as it is. Raises a `ValueError` if the dataset is empty, has other columns or content, has ids
+    outside the vocabulary, or has nothing to learn from.
     """
     import datasets
 
@@ -268,7 +268,7 @@ def _read_column(columns: Iterable[str], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Turns the rows of one column into examples with the target's tokenizer or processor."""
+    """Makes an example from a row's value in `column`, with the target's tokenizer or processor."""
 
     column: str
     tokenizer: PreTrainedTokenizerBase | None

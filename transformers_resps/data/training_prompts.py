@@ -20,14 +20,14 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write the hashes of first user turns, `texts`, and `earlier` hashes, of the head that training started from."""
+    """Write hashes of `texts`, first user turns, and the hashes `earlier` of the head that training started from."""
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     text = json.dumps({"sha256_16": hashes}, separators=(",", ":"))
     (Path(folder) / TRAINING_PROMPTS).write_text(text, encoding="utf-8")
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """Load the hashes stored in a folder; return `None` without a file, raise `ValueError` if it is damaged."""
+    """Load the hashes in a folder; return `None` if their file is missing, raise `ValueError` if it is damaged."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
