@@ -169,7 +169,7 @@ class TextCheck:
 class ComparedCall:
     """One call of `generate` that is compared."""
 
-    index: int  # of the prompt
+    index: int  # index of the prompt
     prompt: Tensor  # [s]
     seed: int
     settings: dict[str, Any]

@@ -3,7 +3,7 @@
 Each token has its own distribution, from a plain forward over its prefix. Wrong acceptance could only favour or
 disfavour drafted tokens. So each drafted token has a bin, best first, and the other tokens are in three bins by
 likelihood. If every token was drawn from its distribution, the counts minus their expectations are a sum of martingale
-differences, whose covariance is the sum over the tokens, and their quadratic form is asymptotically chi-square.
+differences. Their covariance is the sum of the tokens' covariances, their quadratic form asymptotically chi-square.
 
 A control shows the power of the test: it picks tokens at the same positions by a wrong rule, which the test must
 detect. The rule is that of Leviathan et al. (arXiv 2211.17192), which keeps a drafted token with probability
@@ -70,8 +70,8 @@ class DraftReader:
         return levels
 
 
-SIGNIFICANCE = 1e-4  # One false alarm in ten thousand tests.
-_MIN_VARIANCE = 5.0  # A bin whose count has less variance is far from normally distributed.
+SIGNIFICANCE = 1e-4  # Tests with a lower p-value fail: one false alarm in ten thousand tests.
+_MIN_VARIANCE = 5.0  # Bins with less variance are merged, because their counts are far from normally distributed.
 
 
 @dataclass(frozen=True, slots=True)

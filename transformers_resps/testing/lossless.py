@@ -114,10 +114,10 @@ def assert_lossless(
 
     Args:
         model: any model that `attach` takes.
-        head: anything that drafts, or its name; `None` drafts only by lookup.
+        head: a drafter of any kind, or its folder or Hub id; `None` drafts only by lookup.
         policy: a policy or its name; if both `head` and `policy` are `None`, "auto".
-        prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts. Of real prompts, more
-            drafts are accepted.
+        prompts: token ids, each `[s]` with at least 2 tokens; `None` for four built-in prompts. With real prompts
+            more drafts are accepted.
         seeds: number of outputs per sampling setting; the statistical test uses twelve times as many.
         max_new_tokens: length of each compared output.
         invariant: whether to test `generate(..., invariant=True)`.
@@ -214,7 +214,7 @@ _SHAPES = (
 
 
 class ChangingTrees(Policy):
-    """Drafts a different built-in tree at every step: the tested policy may never choose some kinds of tree."""
+    """Drafts a different built-in tree at every step, because the tested policy may use only a few kinds of tree."""
 
     needs_head = False
 
