@@ -102,7 +102,7 @@ class BenchConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """The names of the methods to compare; by default all that are possible with or without a head."""
+        """The names of the methods to compare: `methods`, or if that is `None` all, but "eagle" only with a head."""
         possible = [name for name in self.choices if self.head is not None or name != EAGLE]
         return possible if self.methods is None else list(self.methods)
 
@@ -169,7 +169,7 @@ class BenchModels:
     policies: dict[str, Policy | str]  # name in the table -> policy, or "auto"
     draft_model: PreTrainedModel | None  # small model for Transformers' assisted generation
     sources: dict[str, str]  # "head", or name of a policy -> folder or Hub id
-    trained_on: dict[str, set[str] | None]  # the same keys -> fingerprints of training prompts, or `None`
+    trained_on: dict[str, set[str] | None]  # the same keys -> fingerprints of training prompts; `None`: unknown
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
@@ -187,7 +187,7 @@ class BenchModels:
         head = load_source(config.head, target, config.revision)
         loaded = load_policies(config.policies, target, head)
         small: Any = None
-        if config.draft_model is not None:  # Transformers refuses one of another vocabulary in the warm-up
+        if config.draft_model is not None:  # with another vocabulary, the warm-up raises
             small = AutoModelForCausalLM.from_pretrained(config.draft_model, dtype=target.dtype).to(target.device)
         sources = {} if head is None else {"head": str(head.identity()["name_or_path"])}
         sources |= {name: source for name, source in zip(loaded, config.policies, strict=True) if source != "auto"}
@@ -344,7 +344,7 @@ def results_of(
 
 
 def report(results: dict[str, Any], file: Path, *, as_json: bool = False) -> int:
-    """Print the results, write `table.md` into the folder of `file`, and return the exit status."""
+    """Print the results, write `table.md` into the folder of `file`, and return the exit status, as `bench` does."""
     status = 130 if results["partial"] else int(bool(results["unexplained"]))
     table = markdown_table(results)
     file.with_name("table.md").write_text(table + "\n", encoding="utf-8")

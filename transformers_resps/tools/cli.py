@@ -191,7 +191,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     add("heads", type=model, nargs="*", metavar="head", help=HEAD)
     add("--threads", type=positive, help="CPU threads of the calls; default: as torch chooses")
     add("--rows", type=positive, default=1, help="prompts of a call; 2 stands for any batch (default: 1)")
-    add("--only-as", help=argparse.SUPPRESS)  # identity of the model that must be compiled
+    add("--only-as", help=argparse.SUPPRESS)  # raise if the loaded model has another identity
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +199,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def model(text: str) -> str:
-    """Accept an existing folder, or a text that could be a Hub id."""
+    """Return `text` if it is a folder or could be a Hub id; raise for any other path."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
     return text
@@ -228,7 +228,7 @@ def shape(text: str) -> "TreeShape":
 
 
 def device(text: str) -> str:
-    """Accept the name of a device that PyTorch can use here."""
+    """Return `text` if it names a device that PyTorch can use here; otherwise raise."""
     if text.startswith("meta"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     if text == "cpu":
@@ -245,7 +245,7 @@ def device(text: str) -> str:
 
 
 def quantization(text: str) -> str:
-    """Accept the name of a quantization, or a quantization config of Transformers in JSON."""
+    """Return `text` if it names a quantization, or begins like a Transformers config in JSON; otherwise raise."""
     if text not in QUANTIZATIONS and not text.startswith("{"):
         raise argparse.ArgumentTypeError(f"{text!r} is no quantization. Write {', '.join(QUANTIZATIONS)}.")
     return text
@@ -276,7 +276,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # arguments of several commands
 
 
 def _shared(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", *names: str) -> Callable[..., object]:
-    """Add arguments of several commands to a parser, and return the function that adds others."""
+    """Add the arguments `names`, as `_SHARED` defines them, to a parser; return its `add_argument`."""
     for name in names:
         parser.add_argument(name, **_SHARED[name])
     return parser.add_argument

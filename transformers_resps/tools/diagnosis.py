@@ -8,7 +8,7 @@ from typing import Any
 from ..drafting import FileReading
 
 
-_SURE = 3.0  # standard errors; a larger difference is sure. Two would be too few for the best of twenty readings
+_SURE = 3.0  # standard errors; a larger difference is sure. With two, the best of twenty could be chance
 _MIN_GAIN = 0.01  # accepted tokens per chain; a smaller gain is not worth other settings
 _MIN_NATS = 0.02  # nats per chain; a smaller gain is not worth other settings
 _HOPELESS = 5.0  # standard errors; an interpretation that is worse by more than this is dropped
@@ -55,8 +55,8 @@ class ReadingScore:
 class Diagnosis:
     """The scores of all interpretations of a checkpoint ("readings"), and which one is best.
 
-    One is better than another if significantly more tokens are accepted, or as many but the target's tokens are
-    likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
+    Under a better interpretation the target accepts significantly more tokens, or as many while the head finds the
+    target's tokens likelier. Likelihood shows a wrong RoPE base before it costs many tokens.
     """
 
     scores: tuple[ReadingScore, ...]  # the configured interpretation is first
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @cached_property
     def possible_gain(self) -> float:
-        """Upper bound, at three standard errors, of the tokens per position that another interpretation may gain."""
+        """Upper bound, at three standard errors, of the tokens per position by which others may exceed the best."""
         gains = (self.gain(score, self.best) for score in self.scores if score is not self.best)
         return max((gain + _SURE * error for gain, error in gains), default=0.0)
 
@@ -131,11 +131,11 @@ class Diagnosis:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     def gain(self, score: ReadingScore, over: ReadingScore | None = None) -> tuple[float, float]:
-        """Return the gain of `score` over `over` (default: configured) in tokens per position, and its error."""
+        """Return how many more tokens per position `score` accepts than `over` (default: configured), with error."""
         return self._mean_difference("kept", score, over or self.configured)
 
     def _mean_difference(self, field: str, score: ReadingScore, other: ReadingScore) -> tuple[float, float]:
-        """Return the difference of a field of the tallies, per position, and its standard error."""
+        """Return `field` in the tallies of `score` minus that of `other`, per position, and the standard error."""
         pairs = zip(score.tallies, other.tallies, strict=True)
         differences = [getattr(own, field) - getattr(others, field) for own, others in pairs]
         answers, mean = len(differences), sum(differences) / score.positions

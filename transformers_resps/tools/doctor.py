@@ -43,7 +43,7 @@ _ROUND = 10  # answers between two verdicts
 _SECONDS = 45.0  # time limit of reading answers without `--thorough`; loading models comes on top
 _LONG_TOKENS = 256  # tokens per answer with `--thorough`
 
-DEPTHS = 4
+DEPTHS = 4  # maximum number of depths to score
 _BATCH_TOKENS = 1024  # maximum number of tokens in a forward, since all their logits are in memory
 
 
@@ -206,7 +206,7 @@ class _ScoredTexts:
     """A right-padded batch of answers; it needs no mask, because causal attention ignores later positions."""
 
     tokens: Tensor  # [b, t]
-    scored: Tensor  # [b, t] bool: positions from which the tokens at all depths are in the answer
+    scored: Tensor  # [b, t] bool: positions after which the tokens of all depths lie in the answer
     shown: LabelledText | None = None  # the answer, if the batch is a single answer about images
 
 
@@ -336,7 +336,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
-    """Return a function that returns some of `answers`, or generates some if that is empty, and updates `bar`."""
+    """Return a source that takes `answers` or, if there are none, lets `target` answer `prompts`; it moves `bar`."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
@@ -396,7 +396,7 @@ def about_images(
 
 
 def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixin | None = None) -> LabelledText:
-    """Cut an example after the first tokens of its first answer; `processor` makes the inputs of its images."""
+    """Cut an example in its first answer, after `max_new_tokens` of it; `processor` makes inputs of its images."""
     start = int(example.loss_mask.int().argmax())
     end = start + min(int(example.loss_mask[start:].int().cumprod(0).sum()), max_new_tokens)
     shown = None if example.pictures is None else example.pictures.before(start)

@@ -108,7 +108,7 @@ class Examination:
     report: SpeculationReport
     seconds: float  # seconds of the whole call with draft trees
     steps: list[RecordedStep]  # one for each of `report.steps` except the prefill
-    divergence: Divergence | None  # first difference and its reason; None if sampled, or if there is none
+    divergence: Divergence | None  # first difference and its reason; `None` if the answers are sampled or equal
     is_invariant: bool = False  # whether both answers used the invariant mode
 
     @property
@@ -301,7 +301,7 @@ def _json(value: _Json) -> str:
 
 
 def _hash(text: str) -> str:
-    """Hash the exact text between the tags, in the form of a content security policy."""
+    """Hash a script or style, exactly as it is between its tags, in the form for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -341,7 +341,7 @@ def same_text(examination: Examination) -> str:
 
 
 def is_explained(examination: Examination, dtype: torch.dtype) -> bool:
-    """Return whether both texts are equal or may differ by rounding, as sampled texts in half precision always may."""
+    """Return whether both texts are equal or may differ by rounding; sampled texts in half precision always may."""
     if examination.parts_at is None or examination.is_invariant:
         return examination.parts_at is None
     if examination.divergence is not None:

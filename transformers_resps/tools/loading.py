@@ -26,7 +26,7 @@ from ..verifying.prepacking import prepack
 from .cli import QUANTIZATIONS, shape
 
 
-_GROUP = 32  # Inputs that share a scale in int4, as in llama.cpp's Q4_0.
+_GROUP = 32  # Number of inputs that share a scale in int4, as in llama.cpp's Q4_0.
 
 # Folder names that do not identify a model, since every training run has them.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
@@ -58,7 +58,7 @@ def load_target(
     """Load a target. Default device: a GPU if there is one. Default dtype: the checkpoint's; on a CPU float32.
 
     `quantization` is a name in `QUANTIZATIONS`, or a quantization config of Transformers in JSON. With it, the default
-    dtype is bfloat16, in which compiled steps read such weights.
+    dtype is bfloat16, the one in which compiled steps can read such weights.
     """
     device = device or default_device()
     dtype = dtype or ("bfloat16" if quantization else "float32" if device == "cpu" else "auto")
@@ -108,7 +108,7 @@ def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Parse a shape such as `8,4,2`; return `None` for a folder or without commas; else raise `ValueError`."""
+    """Parse a shape such as `8,4,2`; return `None` if `text` is a path or has no comma; else raise `ValueError`."""
     if "," not in text or Path(text).exists():
         return None
     try:

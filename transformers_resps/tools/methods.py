@@ -28,7 +28,7 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k in EAGL
 
 
 class Answer(NamedTuple):
-    """The result of a method. If it does not report the target's forwards, a hook on the target counts them."""
+    """The result of a method. Without `report` and `target_forwards`, a hook on the target counts the forwards."""
 
     token_ids: list[int]
     report: SpeculationReport | None = None  # report of `generate` with a policy
@@ -42,11 +42,11 @@ class Method(ABC):
 
     name: str
     _: KW_ONLY
-    effort: int = 0  # work for a user to set it up; of equally fast methods, the one with the least is advised
-    # Whether a sampled text equals the plain one with the same seed. Transformers' assistants draw other random
-    # numbers, so that only their distribution is the same.
+    effort: int = 0  # rank of the work to set it up; among equally fast methods, the lowest rank is advised
+    # Whether a sampled text equals the plain text with the same seed. Transformers' assistants draw other random
+    # numbers, so that only the distribution of their texts is that of plain decoding.
     seed_exact: bool = True
-    reference: str = PLAIN  # method with which its texts must agree: plain decoding in the same mode
+    reference: str = PLAIN  # method whose texts it must reproduce: plain decoding in the same mode
 
     @property
     def reports_steps(self) -> bool:
@@ -73,7 +73,7 @@ class Generate(Method):
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
         keywords = {**self.keywords, **sampling(temperature)}
-        times: list[float] = []  # when `generate` passed on the prompt, and then each token
+        times: list[float] = []  # when `generate` streamed the prompt, and then each token
         if self.reports_steps:  # each answer starts with the loaded policy; "auto" goes on learning
             watch = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
             keywords |= {"policy": copy.deepcopy(keywords["policy"]), "streamer": watch}
@@ -179,7 +179,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """Time an answer of `method`, with `repeat` as the seed. If something compiled meanwhile, time it again."""
+        """Time an answer of `method`, with `repeat` as the seed. If code was compiled meanwhile, repeat it."""
         most = max_new_tokens or self.max_new_tokens
         input_ids = prompt.input_ids[None].to(self.target.device)
         while True:

@@ -16,7 +16,7 @@ class BusyMachineError(ValueError):
 
 
 def checked_load(accept_noise: bool) -> float | None:
-    """Return how many CPUs other processes use, `None` if unknown; raise `BusyMachineError` if above `MAX_LOAD`."""
+    """Return how many CPUs other processes use (`None`: unknown); unless `accept_noise`, raise above `MAX_LOAD`."""
     load = other_load()
     if load is not None and load > MAX_LOAD and not accept_noise:
         raise BusyMachineError(

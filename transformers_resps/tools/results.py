@@ -111,13 +111,13 @@ def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hasha
 
 
 def ratio(timings: Sequence[AnswerTiming], method: str, base: str) -> float:
-    """Return the tokens per second of `method` divided by those of `base`, on the turns that both answered."""
+    """Return the tokens per second of `method` over those of `base`, on the turns that both methods answered."""
     own, other = (rate(requests) for requests in _paired(timings, method, base))
     return own / other
 
 
 def compare(processes: Sequence[Sequence[AnswerTiming]], method: str, base: str) -> Interval:
-    """Return the tokens per second of `method` over those of `base`, on common turns, with a bootstrap interval.
+    """Return the speed of `method` over that of `base` as `ratio` does, with a bootstrap interval.
 
     Each item of `processes` has the timings of one process. The bootstrap draws processes and prompts with
     replacement, the same ones for both methods. A prompt's turns and repeats in one process are drawn together.
@@ -201,7 +201,7 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """Measure noise: the interquartile range of plain decoding's rates over their median; `None` below four rates.
+    """Measure noise: the interquartile range of plain decoding's rates over their median; `None` for fewer than four.
 
     The prefill does not count. Each rate is divided by the mean over the repeats of the same text, so that different
     prompts do not look like noise. Incomplete repeats, and answers of fewer than eight tokens, are ignored.
@@ -265,7 +265,7 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
 def advise(standings: Sequence[Standing], verify_cost: float, prompts: int) -> str:
     """Return advice on which method to use, from the `standings` of all methods except plain decoding.
 
-    A ratio whose 95% interval contains 1 counts as no difference. `prompts` is their number; one has no interval.
+    A ratio whose 95% interval contains 1 counts as no difference. With fewer than two `prompts` there is no interval.
     """
     if prompts < 2:
         little = "one prompt says" if prompts else "no prompt was answered, which says"
@@ -289,7 +289,7 @@ def _choice(standings: Sequence[Standing], verify_cost: float) -> str:
             verdict = "Speculation does not pay on this machine"
         cost = f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps"
         return f"{verdict}: {cost}, and the fastest, {fastest.name}, reaches {fastest.to_plain}."
-    # one that is not surely faster than plain decoding equals the fastest only because its interval is wide
+    # a method not surely faster than plain decoding equals the fastest only because its interval is wide
     equal = [s for s in standings if s is fastest or (s.to_fastest.high >= 1 and s.to_plain.low > 1)]
     simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
     gain = simplest.to_plain

@@ -2,7 +2,7 @@
 
 In reading order: one request, the model that answers it, the worker that runs one request at a time, the served
 models, the handlers of OpenAI's endpoints, the figures of `/metrics`, and `Door`, the outermost layer. The classes of
-Transformers' server are private, so `check_release` compares the signatures of the installed release.
+Transformers' server are private and may change, so `check_release` checks the signatures of the installed release.
 """
 
 import asyncio
@@ -166,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return prompt and answer `[1, s + t]`. Decode plainly what trees do not support; in invariant mode raise."""
+        """Return prompt and answer `[1, s + t]`. Without support for trees, decode plainly or, if invariant, raise."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()
@@ -221,8 +221,8 @@ class RequestModel:
 class OneAtATime(utils.GenerateManager):
     """Runs the requests to all models one by one in one thread, since they share the random generator and cores.
 
-    If it `remembers`, it keeps a memory of earlier texts per API key and model, the most recently used ones, so that
-    callers never draft from others' texts. Requests without a key have no memory.
+    If it `remembers`, it stores earlier texts for drafting, apart for each API key and model, so that no caller drafts
+    from others' texts. It keeps the most recently used of these memories. Requests without a key have no memory.
     """
 
     def __init__(self, *, remembers: bool) -> None:
@@ -280,9 +280,9 @@ class OneManager(utils.GenerationState):
 class AttachedModels(model_manager.ModelManager):
     """Loads and attaches the targets of the command line, once each, and serves no other models.
 
-    `heads` maps each target's name to its head's, and `served` are the names that clients use for the targets, in the
-    same order, if not their own. `policy` is a name for `load_policy`, `compile` and `invariant` are as in `attach`,
-    and `loading` has keywords of `load_target`. `worker` must finish its requests before models are dropped.
+    `heads` maps the name of each target to the name of its head. `served` are the names that clients use for the
+    targets, in the same order; empty for the targets' own names. `policy` is a name for `load_policy`, `compile` and
+    `invariant` are as in `attach`, and `loading` are keywords of `load_target`. `shutdown` waits for `worker`.
     """
 
     def __init__(
@@ -496,7 +496,7 @@ def _checked_policy(policy: Any) -> str | None:
 
 
 async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
-    """Add the metrics to the last chunk of a stream of server-sent events."""
+    """Add the metrics to the last chunk of a stream of server-sent events; convert errors to OpenAI's format."""
     async for part in parts:
         if not exchange.ended:
             yield part
@@ -627,7 +627,7 @@ def build_app(models: AttachedModels, worker: OneAtATime) -> ASGIApp:
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _DROPPED]
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:  # as all that counts, in the thread of the event loop
+    async def metrics() -> PlainTextResponse:  # async, to count in the event loop's thread only
         return PlainTextResponse(prometheus_text(figures))
 
     @app.exception_handler(StarletteHTTPException)
@@ -676,7 +676,7 @@ RELIED_ON = {
 
 
 def check_release() -> None:
-    """Raise if the server of the installed Transformers differs from `RELIED_ON`."""
+    """Raise `ValueError` if functions of the installed Transformers have other parameters than in `RELIED_ON`."""
     for relied, parameters in RELIED_ON.items():
         taken, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
         if not set(rest) <= set(taken) if first == "..." else taken != [first, *rest]:

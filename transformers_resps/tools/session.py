@@ -38,7 +38,7 @@ class Dialogue:
         return cls(name, messages[: users[0]], tuple(messages[index]["content"] for index in users))
 
     def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
-        """Return the conversation with these answers, up to the next user turn, as tokens."""
+        """Return the tokens of the conversation up to the next user turn, given `answers` to the turns before it."""
         messages = [*self.opening]
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
@@ -77,11 +77,11 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 
 
 class Judge:
-    """Compares answers with plain decoding's, and collects differences that must not occur in `unexplained`.
+    """Compares answers with plain decoding's, and collects in `unexplained` the differences that must not occur.
 
     In the invariant mode no answer may differ. Otherwise greedy answers may differ by rounding, but sampled answers
     of a `seed_exact` method must not differ in float32 or float64. Sampled answers in half precision may differ after
-    a near-tie, which cannot be proved afterwards, so equal answers are only counted.
+    a near-tie, which cannot be proved afterwards, so of these only the equal ones are counted.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
@@ -119,7 +119,7 @@ class Judge:
 
 
 class Session:
-    """Answers every conversation with every method, at every temperature and with every seed below `repeats`.
+    """Answers every conversation with every method, at every temperature and with every seed in `repeats`.
 
     All methods answer the same prompt, with the method `base`'s own answers to the earlier turns, at the same
     temperature and seed, as in EAGLE's evaluation on MT-Bench. A conversation ends early if the next turn would not
