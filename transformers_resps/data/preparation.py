@@ -151,7 +151,7 @@ def prepare_dataset(
     Returns a dataset of the same class with `input_ids`, `loss_mask`, `length` in tokens, `question` (the first user
     turn), `is_shortened` (only the first answer is used, because the chat template rewrites earlier turns) and, for
     images, `images` and `pictures`. An iterable dataset is prepared while it is read. A dataset that has these columns
-    already is returned as it is. Raises a `ValueError` if the dataset is empty, has other columns or content, has ids
+    already is returned unchanged. Raises a `ValueError` if the dataset is empty, has other columns or content, has ids
     outside the vocabulary, or has nothing to learn from.
     """
     import datasets

@@ -396,7 +396,7 @@ def about_images(
 
 
 def first_answer(example: Example, max_new_tokens: int, processor: ProcessorMixin | None = None) -> LabelledText:
-    """Cut an example in its first answer, after `max_new_tokens` of it; `processor` makes inputs of its images."""
+    """Cut an example after `max_new_tokens` of its first answer; `processor` makes the inputs of its images."""
     start = int(example.loss_mask.int().argmax())
     end = start + min(int(example.loss_mask[start:].int().cumprod(0).sum()), max_new_tokens)
     shown = None if example.pictures is None else example.pictures.before(start)

@@ -301,7 +301,7 @@ def _json(value: _Json) -> str:
 
 
 def _hash(text: str) -> str:
-    """Hash a script or style, exactly as it is between its tags, in the form for a content security policy."""
+    """Hash the exact text between a script's or style's tags, in the form for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

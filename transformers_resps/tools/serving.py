@@ -166,7 +166,7 @@ class RequestModel:
         return getattr(self._model, name)
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
-        """Return prompt and answer `[1, s + t]`. Without support for trees, decode plainly or, if invariant, raise."""
+        """Return prompt and answer `[1, s + t]`; if trees cannot be used, decode plainly or, if invariant, raise."""
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:
             watch.check()

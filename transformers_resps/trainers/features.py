@@ -70,7 +70,7 @@ class FrozenTarget:
     ) -> TargetFeatures:
         """Run the target over right-padded texts `[b, t]`; attention is causal, so the padding needs no mask.
 
-        The best token is computed only where the next token is true in `predicted` `[b, t]`; `None`, everywhere, takes
+        The best token is computed only where `predicted` `[b, t]` marks the next token; `None` (everywhere) takes
         a fifth longer. See `collate` for `image_inputs`. Raises `ValueError` if attention to images is not causal.
         """
         if image_inputs and not self._is_known_causal:
@@ -110,7 +110,7 @@ class FrozenTarget:
         self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
-        """Return the likeliest token after each position `[b, t]`, but 0 if that token is not `predicted`."""
+        """Return the likeliest token after each position `[b, t]`; 0 where `predicted` is false for the next token."""
         wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position predicts the next token

@@ -71,7 +71,7 @@ def context_of(target: PreTrainedModel) -> int:
 
 
 def load_tokenizer(target: PreTrainedModel, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that is, or is in, `processing_class`, or the target's own; raise if it does not fit."""
+    """Return `processing_class`, or a processor's tokenizer, or by default the target's; raise if it does not fit."""
     if processing_class is None:
         return _tokenizer_at(target.config.name_or_path)
     is_processor = isinstance(processing_class, ProcessorMixin)

@@ -148,7 +148,7 @@ class BlockObjective(Objective):
         before: Tensor,
         teacher: Teacher,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute `soft_cross_entropy` for n outputs of a level, and add losses of a selector and confidence head."""
+        """Compute `soft_cross_entropy` for n outputs of a level, plus losses of a selector or confidence head."""
         normed, (weight, bias), correction = bound.normed(states), bound.output_rows(), head.correction
         added = (context, correction.table) if context is not None and isinstance(correction, MarkovHead) else None
         ones, pair = normed.new_ones(1, len(normed), dtype=torch.float32), added and (added[0][None], added[1])

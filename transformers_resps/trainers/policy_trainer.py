@@ -341,7 +341,7 @@ _DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # Sizes of the fixed trees 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
 ) -> "PolicyComparison":
-    """Replay `held_out` with a copy of the policy, which learns on, and the fixed tree fastest on `searched`."""
+    """Replay `held_out` with a copy of the policy, which goes on learning, and the fixed tree best on `searched`."""
     small = ActionGrid.small()
     grid = (small.within(searched[0].depth) if searched[0].block_nodes else small).with_lookups(_LOOKUPS)
     in_searched, in_held_out = (

@@ -95,7 +95,7 @@ def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
 
 
 def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
-    """Return rewards in tokens per step: emitted tokens minus those that `rate` would emit in the same seconds.
+    """Return rewards in tokens per step: emitted tokens minus the tokens that `rate` yields in the same seconds.
 
     Maximising the sum of these rewards, with `rate` the policy's tokens per second, maximises total tokens over total
     seconds (Dinkelbach 1967). The reward of Re-SpS, the mean of per-step rates, has another maximum.
