@@ -3,7 +3,8 @@
 Each position makes the calls of plain sampling (Transformers' `_sample`): logits processors, one pick (the argmax or a
 draw), stopping criteria, streamer. So the target draws every token given its prefix, with the random numbers of plain
 decoding. This is lossless for any tree that was built without looking at the picks, and the same seed gives the same
-text. Accepting chosen children with probability `min(1, p/q)` is not lossless (a test shows it).
+text. The usual rule, which accepts a child with probability `min(1, p/q)`, is not lossless if children are the best
+by score and not drawn from q (a test shows it).
 
 `accept` is the rule. `accept_picks` gives the same result with fewer calls, if nothing observes single tokens.
 """
@@ -24,7 +25,7 @@ from .text import Batch, Text
 class Acceptance:
     """The tokens that a step added to the decoded rows."""
 
-    path: Tensor  # [b, m] kept nodes, root first; short rows repeat their last node, finished rows are undefined
+    path: Tensor  # [b, m] kept nodes, root first; short rows repeat their last node; undefined for finished rows
     tokens: Tensor  # [b, m] the token picked after each node; the last one is the next root
     paths: list[list[int]]  # kept nodes of each row, on the host
     picks: list[list[int]]  # picked tokens of each row, on the host
@@ -41,7 +42,7 @@ class Acceptance:
 
     @property
     def gained(self) -> list[bool]:
-        """Whether each decoded row gained tokens. A row gains none only if it is finished and still decoded."""
+        """For each decoded row, whether it gained tokens: false only for finished rows that are still decoded."""
         every_row = len(self.emitted) == len(self.paths)
         return [count > 0 for count in self.emitted] if every_row else [True] * len(self.paths)
 
@@ -53,7 +54,7 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make an `Acceptance` from each row's kept nodes and tokens; no copy if `picks.tokens` is on the device."""
+        """Make an `Acceptance` from each row's nodes and tokens; copies them to the device only without `picks.tokens`."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -69,7 +70,7 @@ class Acceptance:
 
 
 def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
-    """Pick tokens at all nodes from logits `[b, n, v]`, with one wait; `None` if `accept_batch` has to pick them."""
+    """Pick tokens at all nodes from logits `[b, n, v]`; return `None` if `accept_batch` must pick them one by one."""
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
@@ -83,7 +84,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
 def accept_batch(
     batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
 ) -> Acceptance:
-    """Append the target's tokens to every decoded row. `reached` is as in `accept`, and filled only in lockstep."""
+    """Append the target's tokens to every decoded row. `reached` is given to `accept` if all rows share one `Text`."""
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks(tree.children(), None, logits)
@@ -194,11 +195,11 @@ class Picks:
         self.device = logits.device
         self._rows = rows  # the token of each row at every node; `None` on a CPU, where `at` picks along the path only
         self._logits = logits  # [b, n, v]
-        self._pick = pick  # from logits [r, v] to tokens [r], called in the order of the text; `None`: the argmax
+        self._pick = pick  # maps logits [r, v] of r nodes to tokens [r]; `None`: the argmax
 
     @classmethod
     def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
-        """Copy the tree and the target's tokens (`processed.tokens` or the argmax) to the host, with one wait."""
+        """Make `Picks` with the target's tokens (`processed.tokens` or the argmax), copied to the host at once."""
         tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
         if tree.node_count == 1:
             return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
@@ -263,7 +264,7 @@ class Draws:
             self._states.append(generator.get_state())
 
     def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """Draw tokens `[n]` from scores `[n, v]` of nodes at `levels` `[n]`; -1 if their softmax is NaN."""
+        """Draw a token for each node from its scores `[n, v]` and level (`levels` `[n]`); -1 if the softmax is NaN."""
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), -1)
 
@@ -304,7 +305,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether to pick tokens at all nodes at once: not on a CPU, where this saves nothing, nor if draws differ."""
+    """Whether to pick tokens at all nodes at once: not on a CPU (no faster), nor if `Draws` differ from plain sampling."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
@@ -312,7 +313,7 @@ _BLOCK = 256
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Compute the argmax of logits `[r, v]` in blocks, twice as fast as `torch.argmax` for bfloat16 on a CPU."""
+    """Return the argmax of each row of logits `[r, v]`; for bfloat16 on a CPU twice as fast as `torch.argmax`."""
     size = math.gcd(logits.shape[1], _BLOCK)
     if size == 1:
         return logits.argmax(-1)
@@ -323,7 +324,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """From logits `[b, n, v]`, take those at node `nodes[i]` of row `rows[i]` for each of r indices i: `[r, v]`."""
+    """From logits `[b, n, v]`, return `[len(rows), v]`: entry i has the logits at node `nodes[i]` of row `rows[i]`."""
     if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
     return logits[rows, nodes]

@@ -67,7 +67,7 @@ class TreeDecoding:
         self._proposer = Proposer(policy, drafter, batch, lookup)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
-        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> cache; finally all rows or none
+        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()  # row -> cache; in the end all or none
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
@@ -88,7 +88,7 @@ class TreeDecoding:
         """Draft a tree, verify it in one target forward, accept tokens, keep their cache entries, record the step."""
         self._clock.start()
         proposal = self._propose()
-        self._clock.lap("draft")  # nothing waits for drafts: what still runs then counts as verifying
+        self._clock.lap("draft")  # no wait for the device: drafting that still runs counts as verifying
         tree = proposal.tree
         logits, features = self._verifier.verify(tree)
         picks = self._read_picks(tree, logits)
@@ -128,14 +128,14 @@ class TreeDecoding:
         return self._proposer.propose(root, step, length, levels + 1, pricing, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
-        """Count seconds of compiling for the call, not the step: else the policy would avoid this size of tree."""
+        """Move seconds of compiling from the step to the report; else the policy would avoid this size of tree."""
         drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
         self._clock.seconds["draft"] -= drafting
         self._clock.seconds["verify"] -= verifying
         self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
-        """Copy the target's tokens to the host if possible, else wait for its logits, so that the clock is right."""
+        """Copy the target's tokens to the host, or wait for its logits, so that the clock counts its whole work."""
         picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
@@ -150,7 +150,7 @@ class TreeDecoding:
         return acceptance
 
     def _keep_reached(self, reached: list[list[int]]) -> None:
-        """After an error, keep the cache entries of the nodes accepted before it, as plain decoding would."""
+        """After an error in `accept`, keep the cache entries of the nodes that it reached, as plain decoding would."""
         if reached:
             paths = [list(path) for path in zip(*reached, strict=True)]
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)

@@ -1,4 +1,4 @@
-"""Apply the caller's logits processors to all nodes of a draft tree, each with the text up to its node."""
+"""Apply the caller's logits processors to the scores at each node of a draft tree, given the text up to the node."""
 
 from collections import Counter
 from itertools import groupby
@@ -48,7 +48,7 @@ STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
 
 
 def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
-    """Whether the processor has one of the class `names` and so treats each row without looking at other rows."""
+    """Whether this is one of Transformers' processors `names`, which computes each row independently of other rows."""
     processor_class = type(processor)
     is_stock = processor_class.__name__ in names and processor_class.__module__.startswith("transformers.generation.")
     # a repetition penalty may store a prompt length for each row
@@ -72,7 +72,7 @@ class TreeLogitsProcessor(LogitsProcessor):
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]
-        """Process the scores `[n, v]` at the nodes of one row's tree, each node with the text up to that node.
+        """Process the scores `[n, v]` at the nodes of one row's tree, given the text up to each node.
 
         `input_ids` `[1, s]` ends in the root; it may be any tensor if `reads_texts` is false.
         """

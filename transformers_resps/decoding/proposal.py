@@ -43,7 +43,7 @@ class Proposal:
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
     def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
-        """Count accepted nodes of drafter and lookup, in rows where `gained` is true; `paths` begin at the root."""
+        """Count the accepted nodes of each source, in rows where `gained` is true; `paths` begin at the root."""
         accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
         flags = self.tree.proposers
         if not flags:
@@ -64,7 +64,7 @@ class Proposer:
         self._newest_features: Tensor | None = None  # [b, F]
 
     def update(self, scores: Tensor, num_matches: int, committed: Committed) -> None:
-        """Tell drafter and lookup which tokens were committed; arguments as in `Drafter.update_candidate_strategy`."""
+        """Pass newly committed tokens to drafter and lookup; for arguments see `Drafter.update_candidate_strategy`."""
         for drafter in (self._drafter, self._lookup):
             if drafter is not None:
                 text = self._text(drafter, committed.tokens[:, -1])
@@ -129,7 +129,7 @@ class Proposer:
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int, *, is_ragged: bool) -> DraftTree:
-        """Build a tree of the pool's best nodes, on its device; without a pool, a tree of the root on the host."""
+        """Make a tree of the pool's best nodes on the pool's device; without a pool, of only the root, on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # zeros replace a root on another device, until `below` sets it
         known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)

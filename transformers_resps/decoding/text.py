@@ -102,7 +102,7 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Bool `[b]`: false for each decoded row that has finished and only gets padding which need not be decoded."""
+        """Bool `[b]`: false for each decoded row that is finished, unless its padding must be decoded, too."""
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
@@ -132,7 +132,7 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are plain argmaxes, and no streamer, criterion or score needs each."""
+        """Whether the next `count` tokens are argmaxes of raw logits, and no streamer or output needs each."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:
