@@ -54,7 +54,7 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make an `Acceptance` from each row's nodes and tokens; copies them to the device only without `picks.tokens`."""
+        """Make an `Acceptance` from each row's nodes and tokens; copies to the device only without `picks.tokens`."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))
@@ -305,7 +305,7 @@ def _generator(device: torch.device) -> torch.Generator | None:
 
 
 def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether to pick tokens at all nodes at once: not on a CPU (no faster), nor if `Draws` differ from plain sampling."""
+    """Whether to pick tokens at all nodes at once: not on a CPU (no gain), nor if `Draws` differ from plain draws."""
     return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 

@@ -132,7 +132,7 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are argmaxes of raw logits, and no streamer or output needs each."""
+        """Whether the next `count` tokens are argmaxes of raw logits, and no streamer or output needs each one."""
         return self.picks_by_scores(count) and not self.do_sample and not self._logits_processor
 
     def picks_by_scores(self, count: int) -> bool:

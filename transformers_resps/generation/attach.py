@@ -87,7 +87,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Attach `model` inside the `with` block; later it still has learned costs, loaded heads and compiled code."""
+    """Attach `model` inside the `with` block; afterwards it keeps learned costs, loaded heads and compiled code."""
     inner = unwrapped(model)
     was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)

@@ -129,7 +129,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` is true for those of `attach`."""
+    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` is true if `attach` got them."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -196,7 +196,7 @@ def _instead_of_policy(given: Any) -> str:
 
 
 def check_drafts_trees(model: Any) -> None:
-    """Raise if `model` is neither a model nor a candidate generator of Transformers: only these can draft trees."""
+    """Raise if `model`, which is no `DraftSource`, is neither a model nor a candidate generator of Transformers."""
     if not isinstance(model, PreTrainedModel | CandidateGenerator):
         raise ValueError(
             f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
@@ -225,7 +225,7 @@ def check_effect(keywords: Keywords) -> None:
 
 
 def check_policy(policy: Policy, has_head: bool, has_memory: bool) -> None:
-    """Raise if the policy needs a head but the call has none, or never searches the `SuffixMemory` of the call."""
+    """Raise if the policy needs a head that the call lacks, or never searches the `SuffixMemory` that the call has."""
     if not has_head and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
@@ -417,7 +417,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
 
 
 def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
-    """Return why an encoder-decoder cannot verify drafts, for reasons that a trial forward cannot find; or `None`."""
+    """Return why an encoder-decoder cannot verify drafts, or `None`; checks only what a trial forward cannot show."""
     config = model.config
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
     if missing:
@@ -454,7 +454,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
 
 
 def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
-    """Raise if weights are not loaded, or if a layer mixes nodes of a tree that do not see each other."""
+    """Raise if weights are not loaded, or if a layer's output for a node depends on nodes that it does not see."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
@@ -556,7 +556,7 @@ def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Raise if the decoder reads token types at every step (GPT-2), unless all are 0 and `type_vocab_size` is set."""
+    """Raise for token types that the decoder reads at every step (GPT-2), except zeros with `type_vocab_size` set."""
     if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
         return
     if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
@@ -566,7 +566,7 @@ def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
 
 
 def _has_planes(target: PreTrainedModel) -> bool:
-    """Whether a token may have several positions, such as rows and columns of an image."""
+    """Whether a token may have several positions, such as its row and column in an image."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     return config is not target.config or "mrope_section" in rope
@@ -575,7 +575,7 @@ def _has_planes(target: PreTrainedModel) -> bool:
 def check_lengths(
     model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
 ) -> None:
-    """Raise if the cache does not fit the text, or if the text may pass the boundary of 'longrope'.
+    """Raise if the cache does not fit the text, or if the text may grow past the boundary of rope type 'longrope'.
 
     `text_length` counts the given tokens, `position_count` all tokens of the conversation, cached ones included. At
     the boundary Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache and reads the text again.
@@ -618,7 +618,7 @@ def check_static(target: PreTrainedModel) -> None:
 
 
 def check_compiles(obstacle: str | None) -> None:
-    """Raise if an invariant call cannot run compiled, as `obstacle` says: eager steps would round differently."""
+    """Raise if `obstacle` says why an invariant call cannot run compiled: eager steps would round differently."""
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
 

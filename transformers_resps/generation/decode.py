@@ -32,7 +32,7 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Decode all texts; return them, the report, and plain decoding's cache (`None` if the caller wants none)."""
+    """Decode all texts; return them, the report, and the cache that plain decoding would return (`None`: unwanted)."""
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
     with ExitStack() as stack:

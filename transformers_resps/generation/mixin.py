@@ -28,7 +28,7 @@ _request: ContextVar[Request] = ContextVar("resps_request", default=_STOCK)
 
 
 class ReSpSGenerationMixin(GenerationMixin):
-    """`generate` with draft trees; put in front of a model's class by `attach`."""
+    """Adds draft trees to `generate`; `attach` puts this class in front of a model's class."""
 
     @cached_property
     def speculation_state(self) -> SpeculationState:
@@ -79,10 +79,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         - `lockstep`: whether all rows of a batch advance by as many tokens as the row that accepts least. By default
           sampled rows do, so that a seed gives the tokens of plain decoding, and greedy rows do not. `False` lets
           sampled rows advance independently: faster, with the same distribution but other random numbers.
-        - `compile`: whether the target's steps run compiled. On a CPU the code contains the weights and also reads
-          prompts; on a GPU it is a CUDA graph. `True` compiles at first use, for a minute or more. With "auto" on a
-          CPU another process compiles, and calls run eagerly until it is done. A call that cannot be compiled runs
-          eagerly, with a warning. A `compile_config` means `True`.
+        - `compile`: whether the target's steps run compiled. On a CPU the code contains the weights, and also runs
+          over prompts; on a GPU it is a CUDA graph. `True` compiles at first use, for a minute or more. With "auto" on
+          a CPU another process compiles, and calls run eagerly until it is done. A call that cannot be compiled runs
+          eagerly, with a warning. With `None`, a `compile_config` means `True`.
         - `invariant`: whether the text is exactly the same, also in half precision, with any drafter and policy,
           division of the prompt into chunks, and other greedy rows in the batch. It equals the text of an invariant
           call without head and policy; plain decoding rounds differently.
@@ -119,7 +119,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode a prepared call. Transformers' `generate` calls this method, since it gets no assistant from us."""
+        """Decode a call that Transformers has prepared. Its `generate` calls this, since we pass it no assistant."""
         request, state = _request.get(), self.speculation_state
         if request.is_stock:
             return cast(Any, super())._sample(*args, **kwargs)

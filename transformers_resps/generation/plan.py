@@ -58,7 +58,7 @@ NO_CODE_YET = "no code lies ready"  # the reason for eager steps while another p
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arguments of Transformers' decoding method. `model_kwargs` has a dynamic copy of a `static` cache."""
+    """Arguments of Transformers' decoding method; if `static` is a cache, `model_kwargs` has a dynamic copy of it."""
 
     target: PreTrainedModel
     input_ids: Tensor
@@ -153,7 +153,7 @@ class Prepared:
 class PreparedEncoderDecoder(Prepared):
     """The arguments of the decoding method of an encoder-decoder, whose encoder has already read `source`."""
 
-    source: Tensor | None  # [b or fewer, ...]
+    source: Tensor | None  # [b or fewer, ...]; fewer if several rows of the batch have the same source
 
     @property
     def cache(self) -> Any:
@@ -172,7 +172,7 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache, or receives one of several rows, which needs the same care."""
+        """Whether the caller passed the cache or gets one of several rows. It then holds padding of finished rows."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -247,19 +247,19 @@ def prepare(
 class Plan:
     """All choices about how one call is decoded.
 
-    One choice is made later, at each step: it runs eagerly if another call is using the compiled code.
+    One choice is made later, for each step: the step runs eagerly if another call is using the compiled code.
     """
 
     request: Request
     prepared: Prepared
     policy: Policy
-    sources: tuple[DraftSource, ...]  # draft in this call; empty if the policy wants no sources
+    sources: tuple[DraftSource, ...]  # the sources that draft in this call; empty if the policy wants none
     forward: TargetForward  # uses the call's cache and returns the features that the sources read
     in_lockstep: bool  # whether all rows advance by the same number of tokens
     drops_finished: bool  # whether finished rows are left out of further work
     mode: VerifyingMode  # how trees are verified
     why_eager: str | None  # why steps do not run compiled; None if they do
-    warns: bool  # whether the caller asked to compile, so that `why_eager` is a warning
+    warns: bool  # whether to warn of `why_eager`, since the caller asked to compile
     stock_reads: bool  # whether Transformers' own code runs the target over the prompt, not the verifier
     prompt_options: dict[str, Any]  # options of the target's forward over the prompt, beside `model_kwargs`
 
@@ -291,7 +291,7 @@ class Plan:
 
 
 def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
-    """Choose how a checked call is decoded; `state` is asked which compiled code is ready.
+    """Choose how a checked call is decoded; `state` knows which compiled code is ready.
 
     Raises a `ValueError` if the call's options exclude each other, or if its target does not support them.
     """
@@ -313,7 +313,7 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
         mode = SlotMode(options, stock_reads=stock_reads)
     reading_all = [source for source in request.sources if source.feature_layers and not source.reads_target]
     skips = skips_positions(target) and bool(reading_all)
-    kept = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # a number would skip features, too
+    kept = {"logits_to_keep": torch.tensor([-1])} if skips else {}  # the integer 1 would skip features, too
     assert isinstance(request.policy, Policy)  # `Request.admitted` loaded it
     sources, (rows, length) = request.sources, prepared.input_ids.shape
     if why_eager is not None:  # leave out sources whose compiled code is not ready yet; refuse them if there is none
@@ -329,7 +329,7 @@ def plan(request: Request, prepared: Prepared, state: SpeculationState) -> Plan:
 def _compiling(
     request: Request, prepared: Prepared, state: SpeculationState, layers: list[int]
 ) -> tuple[str | None, bool]:
-    """Return why steps are not compiled (`None` if they are), and whether to warn the caller of that."""
+    """Return why steps are not compiled (`None` if they are), and whether to warn the caller of the reason."""
     target, choice, engine = prepared.target, request.compile, state.slot_engine
     if choice is None:
         # as Transformers would: on CUDA with a static cache, or by a `compile_config`
@@ -405,7 +405,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Say which part of the call needs all rows to have equal length, as it may read all at once; else `None`."""
+    """Return which part of the call needs rows of equal length, because it may read all rows together; or `None`."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

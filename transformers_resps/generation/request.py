@@ -54,7 +54,7 @@ class Assistants:
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """Load a named assistant; with `as_source`, wrap a model in a source. Raises if missing or unable to draft."""
+        """Load a named assistant; `as_source` wraps a model in a source. Raises if it is missing or cannot draft."""
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
@@ -69,7 +69,7 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Make a source of a tool's `head`: source, model, folder or Hub id, or `None`. Raises as `load` does."""
+        """Return a source for a tool's `head`: a source, model, folder, Hub id or `None`. Raises as `load` does."""
         if head is None:
             return None
         check_drafter(head)
@@ -141,7 +141,7 @@ class Request:
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and yield a copy with its policy loaded; raise `ValueError` for what trees cannot do."""
+        """Check the request, and yield a copy with its policy loaded; raise `ValueError` if trees cannot serve it."""
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
                 stack.enter_context(SpeculationDefaults.suspended())
