@@ -108,7 +108,7 @@ class AcceptanceModel:
                 return
             right = float(drafted_match >= level)
             expected = min(prob / above, 1.0) if above > 0 else 0.0
-            claimed = expected / max(self._factors.at(level), 1e-3)  # without the factor itself
+            claimed = expected / max(self._factors.at(level), 1e-3)  # the head's own estimate, without our factor
             self._factors.add(level, right, min(max(claimed, 0.01), 1.0))
             self._hits.add(level, right, 1.0)
             above = prob
@@ -131,7 +131,7 @@ class _Ratios:
         return self._products[known] * self.at(level) ** (level - known)
 
     def add(self, level: int, part: float, whole: float) -> None:
-        """Add an outcome to a level; every level above must already have an outcome."""
+        """Add an outcome to a level; every smaller level must already have an outcome."""
         if level > len(self._sums):
             self._sums.append((self._weight * self.at(level), self._weight))
         parts, wholes = self._sums[level - 1]

@@ -34,7 +34,7 @@ class PolicyCache:
     def borrow(
         self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
     ) -> Iterator[Policy]:
-        """Yield the policy that is kept for this head and key; if none is kept or another thread uses it, make one."""
+        """Yield the policy kept for this head and key, or a new one if none is kept or another thread is using it."""
         policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:

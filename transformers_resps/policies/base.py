@@ -40,7 +40,7 @@ class Observation:
         prompt_seconds: seconds that head and lookup spent on the prompt; no `StepRecord` contains them.
         row_weights: value of one token of each row, 1.0 on average; empty if all are equal. Rows that lag weigh more,
             because a batch ends with its slowest row.
-        pricing: what a step costs apart from its nodes.
+        pricing: facts, apart from the number of nodes, that determine what a step costs.
         can_draft: whether there is a head or another drafter, not only lookup.
         drafts_at_once: whether one pass drafts all levels. Then `grow` is not called; larger drafts take no longer.
         most_levels: maximum number of levels; `None` for no maximum.
@@ -67,7 +67,7 @@ class Observation:
 
     @property
     def node_price(self) -> int:
-        """By how many nodes the cost grows if each row gets one more: the row count, or 1 if padding is computed."""
+        """How many more nodes a step pays for if each row gets one more: `row_count`, or 1 if rows are padded."""
         return self.row_count if self.pricing.packs_rows else 1
 
     def looked_up(self, most: int, least_prob: float) -> int:
@@ -104,10 +104,10 @@ class Policy(ABC):
         weighs_lookup: whether `size` compares looked-up nodes with drafted ones. A looked-up node that the drafter did
             not propose then gets a lower probability, and a node that both propose counts once.
         discounts: number per level that is added to the scores of its nodes before the best nodes are picked. The
-            numbers never rise with depth; levels beyond the last number use the last. `size` gets the new scores.
+            numbers never rise with depth; deeper levels use the last number. `size` gets the new scores.
         costs: the step costs that the policy learns, which `BaselineGuard` uses, too; `None` if it learns none.
         target_identity: the target that the policy was trained for, from `pair_identity`; `None` for any target.
-        head_identity: the same for the head. Its weights are hashed only if the policy has an identity.
+        head_identity: the head it was trained for, or `None`. Weights are hashed only if the policy has an identity.
     """
 
     needs_head: bool = True
@@ -218,7 +218,7 @@ class Trials:
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """Return a policy's shape, cut to the tokens that still fit and to those that the head can propose."""
+    """Return a policy's shape, cut to the room left in the text; if no head can draft, with looked-up nodes only."""
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)

@@ -46,7 +46,7 @@ class CostTable(CostModel):
         identity: device, dtype, threads, versions, target, attention and head for which the table is valid.
         overhead: seconds of a step outside the forwards of target and head: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with Transformers' attention and cache.
-        verify_range: like `verify`, with first and third quartile instead of median; so `draft_range`, `plain_range`.
+        verify_range: like `verify`, with the quartiles instead of the median; also `draft_range` and `plain_range`.
         draft_start: nodes per level -> fixed seconds of a draft, whatever its depth; 0 in older tables, which lack it.
 
     Raises:
@@ -186,18 +186,18 @@ def _is_cost(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-# After a forward, its surprise (measured over expected seconds, minus one) rescales all sizes by `_SPEED` times the
-# surprise, and also its own size by `_OWN` times.
+# After a forward, the costs of all sizes grow by `_SPEED` times its surprise (measured over expected seconds, minus
+# one), and the cost of its own size grows by another `_OWN` times the surprise.
 _SPEED, _OWN = 0.3, 0.1
 INTERRUPTED = 1.5  # Time above this factor of the known duration is attributed to other processes.
 _HIGHER, _LOWER = 0.15, 0.5  # Weights of a new measurement above or below the mean.
 _OUTDATED_PLAIN = 0.6  # A tree that takes less than this share of a plain step shows that the plain time is outdated.
-# Guessed cost of one more node, in plain steps: with one row, and what each further row adds. Most machines are close:
-# SmolLM2 on two Zen 4 cores needs 0.01 for one row and 0.2 in a batch of eight.
+# Guessed cost of one more node, in plain steps: with one row, and how much each further row adds to it. Most machines
+# are close: SmolLM2 on two Zen 4 cores needs 0.01 for one row and 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
 _RUINOUS_SLOPE = 1.2  # Cost of one more node, in plain steps: far more than on any machine that we know.
 _ROUNDING = 1e-9  # A difference of times may be negative by so many seconds.
-_LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1. Likewise for lookups.
+_LEARNED = 10  # The mean of drafts weighs the first 10 equally; each later draft has weight 0.1.
 _LEARNED_WIDTH = 20  # The same for the relative cost of a width, which changes less.
 _INERTIA = 0.1  # The old price of a level weighs as much as drafts whose depths have this variance.
 # Factor on the unknown price of a level, so that deeper drafts are tried. If the start of a draft costs half a plain
@@ -385,10 +385,10 @@ class RunningCosts(CostModel):
 
 @dataclass(slots=True)
 class _DraftPrice:
-    """Fits the seconds of a draft as `start + slope * levels`, neither negative, by decaying least squares.
+    """Fits the seconds of a draft as `start + slope * levels`, both at least 0, by decaying least squares.
 
     The first ten drafts have equal weights, because one may be slow, and too high a price would prevent more drafts.
-    Drafts of a single depth do not determine the slope: at first the start is taken as 0, later the slope is kept. The
+    Drafts of a single depth do not determine the slope: at first the start is 0, later the old slope is kept. The
     fit is for the first measured width (nodes per level); a draft of another width costs a learned factor times that.
     """
 

@@ -33,7 +33,7 @@ LAG_TOKENS = 2.0  # A row of a batch that lags the mean by fewer tokens counts a
 PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # Weight of a higher or lower new time: a slow moment must not favour trees for long.
 MAX_TREES_BETWEEN = 64  # Drafted steps after which a plain step is timed again.
 OUTDATED = 0.7  # A time below this share of the expected time shows that the machine or the batch has changed.
-FAR_POSITIONS = 256  # If the context differs by more positions, attention takes another time.
+FAR_POSITIONS = 256  # If the context differs by more positions, plain steps are timed again.
 
 # Decision whether the head processes the prompt of a call.
 HEAD_MEMORY = 0.995  # Factor on past earnings for each new token of a text.
@@ -58,7 +58,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     and only nodes that cost nothing are verified; then come small trees, each at most twice as large as any before.
 
     Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head whose drafts are never accepted.
-    In addition it may lose:
+    It may also lose:
 
     - 1.2 plain steps if a head disappoints after good evidence, less near the end of the sequence;
     - the gains of drafting, up to 16 plain steps from this call and 4 from earlier calls;
@@ -88,7 +88,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._plain = PlainClock(known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
         self._budget = ExplorationBudget()
         self._progress, self._head = RowProgress(), HeadAccount()
-        # State of the coming step: limits, drafted levels, maximum of nodes, nodes per node of each row, level width
+        # State of the coming step: limits, drafted levels, most nodes, `Observation.node_price`, nodes per level
         self._limits = StepLimits(0.0, 0.0, 0.0)
         self._levels, self._nodes, self._node_price, self._width = 0, 1, 1, 1
         self._rows = 0  # number of decoded rows when losses were last forgiven
@@ -195,7 +195,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs learned before a row ended, and raise a low budget to its starting value."""
+        """Restore the costs learned before a row of the last batch ended; raise a low budget to its starting value."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
@@ -354,7 +354,7 @@ class ExplorationBudget:
 
 
 class HeadAccount:
-    """Decides from calls with equally many rows whether a head saves more time than its pass over the prompt takes.
+    """Decides, from earlier calls of as many rows, whether a head saves more time than its pass over the prompt takes.
 
     A head that saves less is skipped for one call, then for exponentially more calls after each failed retry. The
     estimate assumes that texts reach their maximum length. Few do, but skipping a useful head costs far more than

@@ -32,7 +32,7 @@ class ReSpSConfig:
     hidden_size: int = 128  # width of both layers of actor and critic
     normalize: bool = True  # normalise the features, see `ActorCritic`
     persistence: int = 30  # steps for which a decision is kept, as in Re-SpS (10 in training: `PolicyTrainingConfig`)
-    sample: bool = False  # draw the action as Re-SpS with maximum entropy does; else take the likeliest
+    sample: bool = False  # draw the tree shape, as Re-SpS with maximum entropy does; else take the likeliest
     temperature: float = 1.0  # divisor of the logits before a draw; Re-SpS: 1.5
     target: Identity | None = None  # the target that the policy was trained for; `None` when unknown
     head: Identity | None = None  # the head that the policy was trained for; `None` when unknown

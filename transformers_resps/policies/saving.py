@@ -94,8 +94,8 @@ class AutoPolicy:
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
         """Load a policy from a folder or the Hub; its `policy_type` determines the class of the result.
 
-        `hub` is passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`. Raises `ValueError`
-        if no policy is found, or its type is unknown to this release.
+        `hub` has arguments of `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`. Raises
+        `ValueError` if no policy is found, or its type is unknown to this release.
         """
         if not isinstance(id_or_folder, str | Path):
             raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")

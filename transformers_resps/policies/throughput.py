@@ -58,7 +58,7 @@ class ThroughputPolicy(SavedPolicy):
         costs: known costs of this machine, from `CostTable.running`; `None` learns them from the first steps.
         acceptance: calibration of the head's scores, from `fitted_policy`; `None` learns it while decoding.
         target: identity of the target for which `acceptance` was fitted; `None` accepts any target.
-        head: the same for the head.
+        head: identity of the head for which `acceptance` was fitted; `None` accepts any head.
     """
 
     policy_type = "throughput"
@@ -247,7 +247,7 @@ class ThroughputPolicy(SavedPolicy):
         step.looked_up_gain = self._best_prefix(sorted(worth, reverse=True), from_root=True)[1]
 
     def _rank(self, scores: Tensor, bounds: Sequence[int]) -> tuple[list[tuple[float, int]], list[list[float]]]:
-        """Return (expected tokens, row) of each node, best first, and P(level includes the right path) per row."""
+        """Return (expected tokens, row) of each node, best first, and each row's P(level includes the right path)."""
         step = self._step
         best: list[list[float]] = []
         held: list[list[float]] = []
@@ -289,7 +289,7 @@ class ThroughputPolicy(SavedPolicy):
             self._wider.note(step.wider_gain - step.rate * (wider - narrower))
 
     def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
-        """Learn from each row's outcome if the batch is ragged, else from the one outcome that all rows share."""
+        """Learn from each row's outcome if the record has one for each row, else from the one outcome of all rows."""
         matches, emitted = record.drafted_match, record.emitted
         if len(matches) == 1:
             outcomes = [(matches[0], min(filter(None, emitted), default=0))]
@@ -394,7 +394,7 @@ class _Step:
         return rows if self.is_ragged else [self.mean(rows)]
 
     def worth(self, rows: list[list[float]], factors: list[float]) -> list[tuple[float, int]]:
-        """Return the expected tokens and the row of each node."""
+        """Return each node's expected tokens, its probability in `rows` times the row's factor, and its row."""
         return [(factor * prob, row) for row, factor in enumerate(factors) for prob in rows[row]]
 
     def mean(self, rows: list[list[float]]) -> list[float]:
@@ -420,7 +420,7 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """Reduce the scores of a draft to those of the draft with `narrower` children per node.
+    """Reduce the scores of a draft to those that a draft with `narrower` children per node would have.
 
     Returns these scores and the bounds of their levels, or `None` if several sources proposed the nodes. In each level
     the first nodes must be those with children, best first.
@@ -492,7 +492,7 @@ class WiderDrafts:
 
     def __init__(self, most: int) -> None:
         self.widths, self._chosen = doubled(min(_FIRST_WIDTH, most), most), 0
-        self._gains = [0.0] * len(self.widths)  # mean net gain of each width over the one before, in tokens
+        self._gains = [0.0] * len(self.widths)  # mean net gain of each width over the next narrower one, in tokens
         self._trials = Trials(_FIRST_TRIAL, _LAST_TRIAL)
 
     def choose(self) -> tuple[int, int]:
