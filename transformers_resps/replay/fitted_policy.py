@@ -1,4 +1,4 @@
-"""Fits a `ThroughputPolicy` to recorded texts: calibrates a head's scores for each level, which suits any machine."""
+"""Fits a `ThroughputPolicy` to recorded texts: calibrates a head's scores for each level, on any machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +19,8 @@ _MIN_SLOPE = 0.1  # Positive, so that a path with a higher score never gets a lo
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` that starts with acceptance probabilities fitted to recorded texts.
 
-    `settings` are other arguments of the policy: sizes; `target` and `head` from `pair_identity`. Raises `ValueError`
-    if the texts are not recordings with pools of `top_k`.
+    `settings` are other arguments of the policy: sizes, and `target` and `head` from `pair_identity`. Raises
+    `ValueError` if the texts are not recordings with pools of `top_k`.
     """
     odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
     if not texts or odd:

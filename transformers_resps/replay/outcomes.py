@@ -15,7 +15,7 @@ from ..policies.action_grid import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Results of a step with each action (tree shape) at each text position; `ValueError` for impossible seconds."""
+    """Results of a step with each action (tree shape) at each text position. Seconds must be positive."""
 
     features: Tensor  # [t, F] input of a policy before the step at each position
     emitted: Tensor  # [t, a] tokens of the step, at least 1 and at most the rest of the text
@@ -32,7 +32,7 @@ class TextOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutcomes:
-    """Results `[n]` of keeping an action (tree shape) for some steps or to the text's end; `[n, a]` of all actions."""
+    """Results of keeping an action (tree shape) for some steps or to the text's end: `[n]`, or `[n, a]` for all."""
 
     emitted: Tensor  # tokens of all these steps
     seconds: Tensor  # seconds of all these steps

@@ -45,9 +45,9 @@ class RankedText:
     ranks: Tensor  # [t, K, D, D] int32
     looked_up_ranks: Tensor  # [t, K, D, m] int32 ranks of the looked-up nodes in the same drafts
     lookups: Tensor  # [t, L] rank of the text's token at each level among the looked-up nodes
-    proposed: Tensor  # [t] number of looked-up nodes
+    proposed: Tensor  # [t] number of nodes that lookup proposes
     top_ks: tuple[int, ...]  # the K recorded values of `top_k`
-    context_length: int  # positions of the text before the first step
+    context_length: int  # number of positions of the text before the first step
     spare_room: int  # see `record_pools`
     block_nodes: int = 0  # see `RecordedText`
 
@@ -97,7 +97,7 @@ class RankedText:
         return (rows < shape.total_tokens - 1) & (depth > 0)[:, None]
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Compute tokens and seconds of every shape of `grid`; looked-up nodes that the head proposes are free."""
+        """Compute tokens and seconds of every shape of `grid`; looked-up nodes that the head proposes cost 0."""
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)

@@ -152,7 +152,7 @@ class PositionPools:
     """Drafts from many positions of a text in one pass; a mask limits each node to its prefix and its ancestors.
 
     A head's draft depends only on the prefix, because the head's cache contains only the target's features. `features`
-    `[1, s, F]` are those of the text's positions, `tokens` `[1, s]` the token after each position.
+    `[1, s, F]` has the features at each position of the text, `tokens` `[1, s]` the token after each position.
     """
 
     def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
@@ -176,7 +176,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Draft after each of the text's prefixes of lengths `[n]`; yield, in parts, lengths `[r]` and their pools."""
+        """Draft after the prefixes of lengths `[n]`; for r prefixes at a time, yield lengths `[r]` and their pools."""
         width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             root = Root(self._tokens[0, part - 1], self._outputs[part - 1][:, None])

@@ -1,7 +1,7 @@
 """Decodes a recorded text again without its target: the text's next token stands in for the target's choice.
 
 Each step runs the code of `generate`. The drafts come from a recording, and a cost model replaces the clock; the
-policy's own computation counts as free.
+policy's own computation counts as 0 seconds.
 """
 
 from collections.abc import Iterator, Sequence

@@ -43,7 +43,7 @@ def decode_after(previous: int, token_id: int, decode: Decode) -> str:
 
 @contextmanager
 def moving(bar: Any, target: nn.Module, rows: int, most_steps: int) -> Iterator[None]:
-    """Move a `tqdm` bar by `rows` in total, evenly over `most_steps` forwards of `target`; the exit adds the rest."""
+    """Move a `tqdm` bar by `rows` in total, evenly over `most_steps` forwards of `target`; leaving adds the rest."""
     steps = shown = 0
 
     def move(*_: Any) -> None:

@@ -20,7 +20,7 @@ _ENOUGH = 5  # A best time is a median of so many forwards of the same size.
 
 
 class Pace:
-    """Keeps the best times of a model's forwards. It cannot notice a process that was busy from the first step on."""
+    """Keeps the best times of a model's forwards. A process that is busy from the first step on is not noticed."""
 
     def __init__(self) -> None:
         self._best: dict[Hashable, float] = {}  # settings, sizes and context -> seconds

@@ -91,7 +91,7 @@ class StepRecord:
         shape: the shape that the policy chose, reduced if fewer tokens could still be generated.
         drafted: number of nodes that head and lookup proposed.
         verified: number of nodes in the target forward, root included; the maximum over rows.
-        accepted: number of accepted drafted tokens of each row; `int(accepted)` works with one row.
+        accepted: number of drafted tokens that each row accepted; with one row `int(accepted)` works.
         emitted: number of accepted tokens plus the bonus token of each row; 0 for finished rows.
         draft_seconds: time of policy and draft; for the prefill, the pass of head and lookup over the prompt.
         verify_seconds: time of the target forward; on a GPU it includes drafting work that is still running.
@@ -101,7 +101,7 @@ class StepRecord:
             minimum over rows that gained tokens. It is a single 0 if the policy does not use it.
         proposed: numbers of accepted tokens of all rows, by source.
         sizes: number of nodes of each decoded row if the forward computed no padding; else empty.
-        pricing: what the target forward costs apart from its nodes.
+        pricing: facts, apart from the number of nodes, that determine what the forward costs.
     """
 
     shape: TreeShape
@@ -119,7 +119,7 @@ class StepRecord:
 
     @property
     def computed(self) -> int:
-        """Number of nodes that sets the forward's cost: one row's or, without padding, all rows' with one root."""
+        """Number of nodes that sets a forward's cost: the largest row's; without padding, the sum with one root."""
         nodes = 1 + sum(self.sizes) - len(self.sizes) if self.sizes else self.verified
         return max(nodes, self.pricing.least_nodes)
 
@@ -210,7 +210,7 @@ class SpeculationReport:
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def acceptance(self) -> dict[str, Any]:
-        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, as AIPerf reads them, and two more fields.
+        """Return the fields of vLLM 0.32's `metrics.speculative_decoding`, which AIPerf reads, and two more fields.
 
         The prefill does not count as a step. Every verified node except the root counts as a draft token.
         """
