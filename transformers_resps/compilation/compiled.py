@@ -48,10 +48,10 @@ class CompiledFunction:
 
     `function` maps tensors to tensors, without gradients and without branches on values. `dynamic` lists for each
     input the dimensions whose sizes may change, and `dynamic_buffers` lists them for all buffers; a size of 1 gets
-    separate code. `options` are arguments of `torch.compile` to use in place of inductor with freezing. `packages`
+    separate code. `options` are arguments of `torch.compile`, instead of inductor with freezing. `packages`
     store the code under `name` for later processes. With `is_invariant`, the result of a row must not depend on other
     rows, not even in its last bits. Every operator then rounds its result to low precision, like eager code. Packaged
-    code rounds weights in bfloat16 to `bits` (8 or 4) where our kernels read them.
+    code rounds weights in bfloat16 to `bits` (8 or 4) if our kernels can read such weights.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class CompiledFunction:
         return self.needs_compiler(inputs) and self._packages is not None and packages_folder() is not None
 
     def load(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], outputs: Outputs) -> bool:
-        """Load the package for these sizes; return whether it exists. Its results will be nested like `outputs`."""
+        """Load the package for these sizes; return whether that worked. Its results will be nested like `outputs`."""
         key = self._key(inputs)
         if key in self._compiled or not self._are_packaged(inputs):
             return False
@@ -161,7 +161,7 @@ class CompiledFunction:
         return self._options is None and inputs[0].device.type == "cpu"
 
     def is_compiled_for(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether code for these sizes exists, for whichever of PyTorch's settings."""
+        """Whether code for these sizes was compiled, under the present PyTorch settings or under others."""
         return self._sizes(inputs) in {sizes for sizes, _ in self._compiled}
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:

@@ -42,11 +42,11 @@ class Code:
     compared: Callable[[Outputs], Tensor]  # picks the outputs that must agree
     values: str  # the name of these values in a warning
     dtype: torch.dtype  # of the weights
-    tolerance: float | None = None  # relative difference that may be, if not what rounding in `dtype` explains
+    tolerance: float | None = None  # allowed relative difference; `None`: what rounding in `dtype` explains
 
 
 class CompileEngine(ABC, Generic[Owner]):
-    """Holds compiled code for one call at a time, checks it, and drops it. Copying or pickling leaves the code out."""
+    """Keeps compiled code, checks it, and lends it to one call at a time. Copies and pickles leave the code out."""
 
     name: ClassVar[str]  # the name of the compiled model in warnings
     duration: ClassVar[str]  # how long compiling takes, in a warning
@@ -62,8 +62,8 @@ class CompileEngine(ABC, Generic[Owner]):
         self._warned: set[str] = set()
         self._waits = True  # whether this call waits for a compiler
         self._missing: set[Code] = set()  # code that this call lacks, because it does not wait
-        self.is_broken = False  # whether something could not be compiled, or gave other values
-        self.obstacle: str | None = None  # the reason of the newest warning
+        self.is_broken = False  # whether a function could not be compiled, or its code gave wrong values
+        self.obstacle: str | None = None  # the reason that the newest warning gave
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
@@ -129,9 +129,9 @@ class CompileEngine(ABC, Generic[Owner]):
     def run(
         self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor], *, is_ready: bool = False
     ) -> Outputs | None:
-        """Run code, and call `prepare` first if sizes are new; return `None` if that fails or would need to wait.
+        """Run code, and call `prepare` first if sizes are new; return `None` if it fails or would have to wait.
 
-        `is_ready` says that the code is ready for these sizes, which then is not checked.
+        With `is_ready` the caller says that the code is ready for these sizes, so this is not checked.
         """
         if not self.is_broken and not is_ready and not code.fast.is_ready(inputs, buffers):
             if code not in self._missing:
@@ -244,7 +244,7 @@ _LOW_PRECISION_NORM_TOLERANCE = 0.1
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None) -> str | None:
     """Describe how far compiled values are from eager values; `None` if rounding in the weights' `dtype` explains it.
 
-    `tolerance` is the relative difference that may be, in place of what the `dtype` explains.
+    `tolerance` is the allowed relative difference; with `None` it depends on the `dtype`.
 
     The norm over all values is compared, since in low precision a single value may be far off.
     """
@@ -295,7 +295,7 @@ def _mark(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _sampled(tensors: list[Tensor]) -> Tensor:
-    """Return the first values of each tensor in CPU memory. Other tensors are omitted, since copies would be slow."""
+    """Return the first values of each tensor in CPU memory. Those on other devices are left out: slow to copy."""
     rows: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # Each call of `generate` waits for this.
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():

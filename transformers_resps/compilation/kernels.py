@@ -108,7 +108,7 @@ def reads_few_bits() -> bool:
 
 
 def few_bits_kernel() -> Choice:
-    """Choose the kernel for weights of few bits: tiles for any number of rows, or vectors without AMX."""
+    """Return the kernel for weights of few bits, for any number of rows: the demanded one, else the best of ours."""
     return Kernels.only(demanded_kernel() or our_kernels()[-1]).linear
 
 

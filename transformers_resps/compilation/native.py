@@ -111,9 +111,9 @@ def bf16_attention(
 ) -> Tensor:
     """Compute `torch.nn.functional.scaled_dot_product_attention`, up to rounding, as `[b, q, heads, vd]`.
 
-    `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]` with t positions.
+    `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`, of width vd.
     `mask` `[b or 1, 1 or heads / kv heads, q, t]` is added to the scores; `None` hides nothing. The result is zero for
-    a query without a visible key. `tiles_from` is set at compile time, see `Choice`; rows are queries that share keys.
+    a query without a visible key. `tiles_from` is set at compile time, see `Choice`; queries that share keys are rows.
     """
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, key.shape[1], 1, 1)
@@ -145,7 +145,7 @@ def bf16_block_attention(
     Args:
         query: `[b, heads, n, hd]`.
         key: `[b, kv heads, t, hd]`. All nodes share its first blocks. Up to 4 nodes, a group, share another block.
-        value: `[b, kv heads, t, vd]`.
+        value: `[b, kv heads, t, vd]`, values of width vd.
         mask: `[b, 1, n * blocks + g * 4, 64]`, added to the scores: first for each node and shared block, then for
             each node of g groups and the group's own block. The result is zero for a node without visible keys.
         nodes: `[b, g, 4]` the nodes of each group; arbitrary where the mask hides all keys.
@@ -196,7 +196,7 @@ def use_native(program: ExportedProgram, *, alike: bool, bits: int = 16) -> Kern
     """Change a program in place so that it calls our operators, and return the kernels chosen for it.
 
     All linear layers with the same input become one operator. With `alike`, the result of a row must not depend on
-    other rows. Weights in bf16 are rounded to `bits` (8 or 4) if our kernels read them here.
+    other rows. Weights in bf16 are rounded to `bits` (8 or 4) if our kernels can read them.
     """
     graph = program.graph
     if bits < 16 and reads_few_bits():
@@ -229,8 +229,8 @@ class _Layout(NamedTuple):
 
     has_bias: bool
     kind: Codes | None = None  # `None` for bf16
-    groups: int = 1
-    has_offsets: bool = False
+    groups: int = 1  # groups of inputs; a weight's scale depends on its output and group
+    has_offsets: bool = False  # whether an offset is added to each scaled weight
 
 
 def _layers(program: ExportedProgram) -> dict[tuple[Node, _Layout], list[Node]]:
@@ -257,7 +257,7 @@ def _bf16_layers(program: ExportedProgram) -> Iterator[tuple[Node, Node, list[No
 
 
 def _round_weights(program: ExportedProgram, bits: int) -> None:
-    """Let all linear layers with bf16 weights multiply by rounded ones."""
+    """Make all linear layers with bf16 weights multiply by weights rounded to `bits` (8 or 4)."""
     graph, operators = program.graph, torch.ops.resps
     first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
     rounds = {
@@ -290,7 +290,7 @@ def _call(graph: Graph, operator: _Operator, *arguments: Argument, **keywords: A
 
 
 def _choose_attention(graph: Graph, node: Node, choice: Choice) -> None:
-    """Set `tiles_from` of our attention operator, or put PyTorch's in its place; block attention is always ours."""
+    """Set `tiles_from` of our attention operator, or replace it by PyTorch's; block attention is never replaced."""
     takes_blocks = node.target is torch.ops.resps.bf16_block_attention.default
     if choice.library_from > 1 or takes_blocks:
         node.args = (*node.args[: 8 if takes_blocks else 5], choice.tiles_from)

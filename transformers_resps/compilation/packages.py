@@ -83,7 +83,7 @@ class StoredPackage:
     model: str  # whose code it is, in words
     code: str  # which function of the model
     size: int  # bytes
-    used: float  # seconds since the epoch
+    used: float  # time of the last use, in seconds since the epoch
 
 
 def stored_packages(folder: Path) -> list[StoredPackage]:
@@ -170,7 +170,7 @@ class ModulePackages:
         """Compile a function, store its package under the name `code`, and return the loaded code.
 
         `setting` describes the caller's sizes and settings. If the package cannot be written, this only logs a
-        warning. Raises a `PackagingError` if the code limits a size that is no input's, or has constants that are not
+        warning. Raises a `PackagingError` if the code limits sizes of other tensors than inputs, or has constants not
         made from weights.
         """
         identity = self._identity(code, setting)
@@ -256,7 +256,7 @@ class PackagedCode:
                 recipes = manifest["codes"][call["code"]]["recipes"]
                 constants = {name: _made(recipe, own) for name, recipe in recipes.items()}
                 loader = _loader(Path(folder) / str(call["code"]))
-                # The flags mean: into the active buffer, all constants, without copies.
+                # The flags mean: use the active buffer, expect all constants, make no copies.
                 loader.load_constants(constants, False, True, True)
                 collapse(constants.values())
                 self._parts.append(_LoadedPart(loader.boxed_run, call["inputs"], constants))
@@ -275,7 +275,7 @@ class PackagedCode:
 
 
 def _loader(path: Path) -> "torch._C._aoti.AOTIModelPackageLoader":
-    """Load code that one caller at a time may run. PyTorch's `aoti_load_package` would first run a C++ compiler."""
+    """Load code, which only one caller at a time may run. PyTorch's `aoti_load_package` would run a C++ compiler."""
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
@@ -346,7 +346,7 @@ class _Writer:
     ) -> tuple[_Manifest, list[list[int]]]:
         """Compile a program, and write its code into the folder `number` of the archive.
 
-        Return its manifest entry, which has recipes of constants and names of kernels, and the result of `_limits`.
+        Return the code's manifest entry (recipes of constants, names of kernels), and the result of `_limits`.
         """
         kernels, recipes = use_native(program, alike=self.job.alike, bits=self.job.bits), _Recipes(weights)
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
@@ -520,7 +520,7 @@ def _check_private(path: Path) -> None:
 
 
 def _about(module: nn.Module) -> dict[str, str]:
-    """Return texts that describe what a module's code depends on, without the function and most weight values."""
+    """Return texts that describe what a module's code depends on, except for the function and most weight values."""
     weights = {
         name: (list(part.shape), str(part.dtype), _sampled_values(part))
         for name, part in named_weights(module).items()

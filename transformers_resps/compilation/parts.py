@@ -27,11 +27,11 @@ class UncuttableError(RuntimeError):
 class ProgramPart:
     """Consecutive nodes of a program's graph, which can be compiled alone."""
 
-    nodes: Sequence[Node]  # in the program's order, after copies of the nodes that compute their sizes
+    nodes: Sequence[Node]  # first those that compute sizes for the part, then its own, in the program's order
     inputs: Sequence[Node]  # inputs of the program and outputs of earlier parts that the nodes use
     weights: Sequence[Node]  # placeholders of the weights that the nodes use
     outputs: Sequence[Node]  # nodes that later parts use or the program returns
-    likeness: str  # equal for parts that the same code can serve
+    likeness: str  # equal in parts that can run the same code
 
 
 def parts_of(program: ExportedProgram) -> list[ProgramPart]:
