@@ -42,7 +42,7 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MORE_NODES = (48, 64, 96)  # also measured on a GPU, where "auto" asks for trees of this size
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 5
-_SECONDS_PER_CELL = 1.0  # fewer repeats on a slow machine, so that everything takes less than a minute
+_SECONDS_PER_CELL = 1.0  # after so long no repeat begins, so that all measurements take less than a minute
 
 
 def calibrate(
@@ -56,8 +56,8 @@ def calibrate(
 ) -> CostTable:
     """Measure how long steps take on this machine, or load the table of an earlier measurement.
 
-    The model is measured as it is, in its dtype and on its device. `head` is a draft head, MTP layers, an assistant or
-    a small model, a folder or Hub id of one, or `None`. `invariant` measures the invariant mode, in a separate table
+    The model is measured as it is, in its dtype and on its device. `head` is a draft head, MTP layers, an assistant, a
+    small model, a folder or Hub id of these, or `None`. `invariant` measures the invariant mode, in a separate table
     without times of plain decoding; `refresh` measures again even if a table is stored. `clock` returns seconds.
 
     The table is stored in `folder`, by default in the Hugging Face cache, and reused until device, dtype, threads,
@@ -198,7 +198,7 @@ def _time_verifying(
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     verifier.prefill(tokens[:, :context])
     order = torch.arange(max(counts), device=target.device)[None]
-    # the shape of the tree costs no time, except if each path does: then three of eight nodes are leaves
+    # a tree's shape affects the time only if each path costs time: then three of eight nodes are leaves
     parents = order * 5 // 8 if verifier.pricing.paths_cost else torch.zeros_like(order)
 
     def verify(nodes: int) -> None:
@@ -233,7 +233,7 @@ def _time_plain(target: PreTrainedModel, context: int, measure: Measure) -> Quar
 def _time_drafting(
     target: PreTrainedModel, source: DraftSource, context: int, measure: Measure
 ) -> tuple[dict[int, float], dict[int, Quartiles]]:
-    """For each width of tree levels, measure the fixed seconds of a draft, and the seconds of one more level."""
+    """For each width (nodes per level), measure the fixed seconds of a draft, and the seconds of one more level."""
     tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, Quartiles]()
     forward = TargetForward.of(target, source.feature_layers, before_deepstack=source.before_deepstack)

@@ -3,7 +3,7 @@
 Letters of tensor shapes in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes,
 w nodes of one drafted level, e cache entries of the levels before it, k `top_k`; s cached positions, t positions of
 one pass, q query positions among these; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention
-head, F width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
+head, F width of the features (layers that the head reads times the target's hidden size); a actions (tree shapes).
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class Pricing(NamedTuple):
     paths_cost: bool = False
     # Whether no padding is computed, so that the cost depends on the nodes of all rows, see `StepRecord.computed`.
     packs_rows: bool = False
-    least_nodes: int = 1  # smaller trees are padded to so many nodes and cost the same
+    least_nodes: int = 1  # trees with fewer nodes are padded to this number, and cost the same
 
 
 class Branches(NamedTuple):
@@ -99,7 +99,7 @@ class Branches(NamedTuple):
 
     tokens: Sequence[int]
     parents: Sequence[int]  # -1 is the root
-    probs: Sequence[float]  # probability of the path to each node; a node of 0 is never added, see `with_branches`
+    probs: Sequence[float]  # probability of the path to each node; `with_branches` adds no nodes of probability 0
     proposers: Sequence[int] = ()  # flags of each node, see `DraftTree.proposers`; empty if all come from lookup
 
 
@@ -182,7 +182,7 @@ class CandidatePool:
         return [len(followed(*row, -1)) for row in rows]
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """Return the nodes `[b, m]` that match the tokens `path` `[b, m]`; -1 from the first missing node on."""
+        """Return the nodes `[b, m]` on the path of the tokens `path` `[b, m]`; -1 from the first missing node on."""
         return self.nodes_of(path, torch.arange(-1, path.shape[1] - 1).expand(path.shape))
 
     def nodes_of(self, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class DraftTree:
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        """Compute depths and ancestors; each squaring of the parent matrix doubles the distance that it covers."""
+        """Make a tree; computes ancestors by squaring the parent matrix, which doubles the distance that it covers."""
         seen = _itself(tokens, tokens.shape[1], torch.float32)
         seen.scatter_(2, parents[..., None], 1.0)
         for squaring in range((level_count - 1).bit_length() if level_count else 0):
@@ -329,7 +329,7 @@ class DraftTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_branches(self, rows: Sequence[Branches]) -> "DraftTree":
-        """Return, on the CPU, this tree with another source's nodes; equal paths are merged and short rows padded."""
+        """Join the nodes `rows` to this tree, on the CPU; equal paths merge, new nodes of probability 0 drop out."""
         own = zip(self.row_sizes, self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), rows, strict=True)
         joined = [_Nodes(*(part[:size] for part in mine)).with_branches(more) for size, *mine, more in own]
         sizes = [len(row.tokens) for row in joined]
@@ -431,7 +431,7 @@ class _Nodes:
         (self._children,) = first_children([len(tokens)], [parents], [tokens])
 
     def with_branches(self, more: Branches) -> "_Nodes":
-        """Add nodes, or merge them with nodes of equal path; nodes of probability 0 only add flags to equal paths."""
+        """Add nodes; equal paths become one node with the best score and all flags. Drop new ones of probability 0."""
         new: list[int] = []  # index in this tree of each node of `more`
         all_flags = more.proposers or [LOOKED_UP] * len(more.tokens)
         for token, parent, prob, flags in zip(*more[:3], all_flags, strict=True):
