@@ -244,9 +244,8 @@ _LOW_PRECISION_NORM_TOLERANCE = 0.1
 def disagreement(fast: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None) -> str | None:
     """Describe how far compiled values are from eager values; `None` if rounding in the weights' `dtype` explains it.
 
-    `tolerance` is the allowed relative difference; with `None` it depends on the `dtype`.
-
-    The norm over all values is compared, since in low precision a single value may be far off.
+    `tolerance` is the allowed relative difference; with `None` it depends on the `dtype`. The norm over all values is
+    compared, since in low precision a single value may be far off.
     """
     difference, scale = (float(part.float().norm()) for part in (fast - expected, expected))
     most = _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) if tolerance is None else tolerance

@@ -113,7 +113,7 @@ def bf16_attention(
 
     `query` is `[b, heads, q, hd]`, `key` `[b, kv heads, t, hd]` and `value` `[b, kv heads, t, vd]`, of width vd.
     `mask` `[b or 1, 1 or heads / kv heads, q, t]` is added to the scores; `None` hides nothing. The result is zero for
-    a query without a visible key. `tiles_from` is set at compile time, see `Choice`; queries that share keys are rows.
+    a query without a visible key. `tiles_from` (see `Choice`; set when compiling) counts queries that share keys.
     """
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, key.shape[1], 1, 1)

@@ -54,7 +54,7 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: "Picks", paths: list[list[int]], picked: list[list[int]]) -> "Acceptance":
-        """Make an `Acceptance` from each row's nodes and tokens; copies to the device only without `picks.tokens`."""
+        """Make an `Acceptance` from each row's nodes and tokens; copies to the device if `picks.tokens` is `None`."""
         if picks.tokens is None:
             return cls.from_rows(paths, picked, picks.device)
         emitted = list(map(len, paths))

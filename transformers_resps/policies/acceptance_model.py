@@ -115,7 +115,7 @@ class AcceptanceModel:
 
 
 class _Ratios:
-    """A ratio of two decaying sums per level; a new level starts with `weight` outcomes of the ratio above it."""
+    """A ratio of two decaying sums per level; a new level starts as if `weight` outcomes had the ratio above it."""
 
     def __init__(self, memory: float, weight: float, first: float) -> None:
         self._memory, self._weight = memory, weight

@@ -46,7 +46,7 @@ class CostTable(CostModel):
         identity: device, dtype, threads, versions, target, attention and head for which the table is valid.
         overhead: seconds of a step outside the forwards of target and head: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with Transformers' attention and cache.
-        verify_range: like `verify`, with the quartiles instead of the median; also `draft_range` and `plain_range`.
+        verify_range: like `verify`, with (first, third) quartile; likewise `draft_range` and `plain_range`.
         draft_start: nodes per level -> fixed seconds of a draft, whatever its depth; 0 in older tables, which lack it.
 
     Raises:

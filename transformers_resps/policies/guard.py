@@ -195,7 +195,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         return f"Mostly plain: {', '.join(reasons)}."
 
     def _begin_call(self, context: int) -> None:
-        """Restore the costs learned before a row of the last batch ended; raise a low budget to its starting value."""
+        """Restore the costs from before the last batch's first row ended; raise a low budget to its starting value."""
         self._progress.begin_call()
         self._rows = 0
         if self._of_all_rows is not None:
