@@ -27,7 +27,7 @@ class UncuttableError(RuntimeError):
 class ProgramPart:
     """Consecutive nodes of a program's graph, which can be compiled alone."""
 
-    nodes: Sequence[Node]  # first those that compute sizes for the part, then its own, in the program's order
+    nodes: Sequence[Node]  # first nodes that compute sizes for the part, then its own, in the program's order
     inputs: Sequence[Node]  # inputs of the program and outputs of earlier parts that the nodes use
     weights: Sequence[Node]  # placeholders of the weights that the nodes use
     outputs: Sequence[Node]  # nodes that later parts use or the program returns

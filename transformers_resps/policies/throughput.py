@@ -420,7 +420,7 @@ def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -
 
 
 def narrowed(scores: Tensor, bounds: Sequence[int], width: int, narrower: int) -> tuple[Tensor, list[int]] | None:
-    """Reduce the scores of a draft to those that a draft with `narrower` children per node would have.
+    """Reduce the scores of a draft to the scores that a draft with `narrower` children per node would have.
 
     Returns these scores and the bounds of their levels, or `None` if several sources proposed the nodes. In each level
     the first nodes must be those with children, best first.
