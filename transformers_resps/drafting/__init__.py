@@ -1,4 +1,4 @@
-"""Draft sources, which users pass and which live between calls, and drafters, which propose tokens in one call."""
+"""Draft sources, which users pass as `assistant_model`, and drafters, which a source makes for each call."""
 
 from .cache import DraftCache, Entries
 from .drafter import Committed, Drafter, DraftRequest

@@ -1,8 +1,8 @@
 """Draft a tree with a block model: one pass over a block of positions predicts all levels, each at one position.
 
 This is DDTree (arXiv 2604.12989): the score of a path is the sum of its tokens' log probabilities, each predicted at
-the position of its level. Each level keeps only B nodes, since the best B nodes of the tree are among the best B of
-each level. If the model also corrects scores by the path above a node, this is DominoTree (arXiv 2607.08642).
+the position of its level. For a tree of B nodes each level keeps only its B best nodes, because no others can be in
+the tree. If the model also corrects scores by the path above a node, this is DominoTree (arXiv 2607.08642).
 """
 
 from abc import abstractmethod
@@ -23,25 +23,25 @@ from .step_model import Places, StepModel
 from .text import Prefix
 
 
-# For each layer `[b or 1, 1, q, s]` bool, false where a key is hidden; `None` hides nothing.
+# For each layer a bool mask `[b or 1, 1, q, s]`, false where a query must not see a key; `None` if it sees all.
 Masks = Sequence[Tensor | None]
 
 
 class BlockSlots(NamedTuple):
-    """Outputs of one pass of a block model, for D levels. A slot is one of the block's positions."""
+    """Outputs of one pass of a block model, for D levels. Slots are the block's positions, the root's is the first."""
 
     hidden: Tensor  # [b, D, h] inputs of the output head
     logits: Tensor  # [b, D, d] fp32
-    first: Tensor | None = None  # [b, h] output at the root's slot; `None` if this slot predicts the first token
+    first: Tensor | None = None  # [b, h] output at the root's slot; `None` if `hidden` begins with this output
 
 
 class Branching(NamedTuple):
-    """Candidate tokens of each of D levels, and their scores. All parents of a level share its m candidates.
+    """Candidate tokens for each of D levels, and a function that scores them below each parent.
 
-    `scores(level, chosen, state)` returns fp32 log probabilities `[b, 1 or w, m]` of the candidates of `level` (from
-    0) below each of w parents, -inf for no child; and a new state for the next call. `chosen` `[b, w]` are the
-    parents' indices in this function's last result, flattened; `None` for the root. `state` is the state from the call
-    for the level above, `None` in the first call.
+    `scores(level, chosen, state)` is called for each level in turn, from 0. It returns fp32 log probabilities
+    `[b, 1 or w, m]` of the level's m candidates below each of w parents (-inf if a parent cannot have such a child),
+    and a state for the next call. `chosen` `[b, w]` are the parents' indices in the flattened log probabilities of the
+    level above; `None` if the root is the parent. `state` is `None` in the first call.
     """
 
     candidates: Tensor  # [b, D, m] target ids
@@ -49,7 +49,7 @@ class Branching(NamedTuple):
 
 
 class BlockModel(StepModel):
-    """A block model bound to one target. Its cache holds all positions before the root, the newest token."""
+    """A block model bound to one target. Its cache holds the text before the root; the root is the newest token."""
 
     block_levels: int  # maximum number of tokens that a block drafts
     most_children: int  # maximum number of children of a node
@@ -61,7 +61,7 @@ class BlockModel(StepModel):
 
     @abstractmethod
     def width(self, levels: int) -> int:
-        """Return the number of positions in a block, including the root's, that drafts `levels` tokens."""
+        """Return how many positions a block must have, the root's included, to draft `levels` tokens."""
 
     @abstractmethod
     def fill(
@@ -69,22 +69,22 @@ class BlockModel(StepModel):
     ) -> BlockSlots:
         """Run one pass over a block, which predicts `levels` tokens after the newest tokens `root` `[b]`.
 
-        `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are those of the
-        block's positions. `entries` hold the text's keys and values, with room for the block's.
+        `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are the results of
+        `self.places` for the block's positions. `entries` hold the text's keys and values, and store the block's.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
         """Return candidates and their scores below the root `[b]`.
 
         By default each level's candidates are its k likeliest tokens, and scores do not depend on the path to a node.
-        `ranks` `[k]` is added to the scores of each level's candidates, the likeliest candidate first.
+        `ranks` `[k]`, 0 or -inf, are added to the scores of the k likeliest children of a node, the likeliest first.
         """
         scores, best = slots.logits.log_softmax(-1).topk(ranks.shape[0], dim=-1)  # [b, D, k]
         scores = (scores + ranks)[:, :, None]
         return Branching(self.target_ids(best), lambda level, chosen, state: (scores[:, level], state))
 
     def oldest_seen(self, length: int) -> int:
-        """Return the oldest position to keep in the cache. No position of a block attends to older positions."""
+        """Return the oldest position to keep in the cache: no block after `length` tokens attends to older ones."""
         if self.sliding_window is None:
             return 0
         stride = max(self.sliding_window // 16, 1)
@@ -123,7 +123,7 @@ def best_paths(branching: Branching, above: Tensor, levels: int) -> BlockPaths:
 
 
 def level_sizes(shape: TreeShape) -> list[int]:
-    """Return the number of nodes that each level keeps: all possible ones, but at most as many as the whole tree."""
+    """Return how many nodes each level keeps: all `top_k**level` possible ones, but at most `total_tokens - 1`."""
     most = shape.total_tokens - 1
     return [min(most, shape.top_k**level) for level in range(1, shape.depth + 1)]
 
@@ -172,7 +172,9 @@ class BlockPass(FirstPass[BlockPaths]):
 
 
 def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
-    """Return a mask `[b or 1, 1, count, count + length]` over a block and the text; `None` hides nothing."""
+    """Return a bool mask `[b or 1, 1, count, count + length]` of a block of `count` positions: which of its own keys,
+    and then which of the text's, each position attends to. Return `None` if all positions attend to all keys.
+    """
     length, seen, ends, device = text.length, text.seen, text.ends, text.cache.device
     is_cut = pattern.window is not None and (seen is not None or pattern.cuts(length + count))
     if seen is None and not pattern.is_causal and not is_cut:
@@ -187,7 +189,7 @@ def _mask(text: Prefix, count: int, pattern: AttentionPattern) -> Tensor | None:
 
 
 class BlockDraft(Draft[BlockPaths]):
-    """Drafts all levels in one pass over a block, and therefore never calls `goes_on`."""
+    """Drafts all levels in one pass over a block. So it cannot stop at an earlier level, and never calls `goes_on`."""
 
     def __init__(self, model: BlockModel, shape: TreeShape) -> None:
         most = max(shape.total_tokens - 1, 1)

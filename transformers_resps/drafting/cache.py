@@ -32,7 +32,7 @@ class Entries(ABC):
         """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store keys and values of t tokens, and attend with `queries` `[b, heads, q, hd]` of the newest q tokens."""
+        """Store keys and values of t tokens; attend with `queries` `[b, heads, q, hd]`, those of the last q tokens."""
         mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
         return attend(queries, *self.update(keys, values, layer), mask)
 
@@ -45,7 +45,7 @@ class Entries(ABC):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return length and offset of a mask over the pass's tokens. Transformers calls this if `mask` is `None`."""
+        """Return length and offset of a mask of this pass's tokens alone. Transformers calls this without a `mask`."""
         return query_length, 0
 
 
@@ -53,8 +53,8 @@ class DraftCache:
     """Preallocated buffers for the keys and values of every layer. A slot is an index in the buffers.
 
     The caller tracks what each slot holds. The text is in the slots 0, 1, ...; a draft tree is in negative slots, so
-    it need not move while the text grows. Each tree overwrites the previous one (EAGLE's stable keys), so dropping a
-    tree costs nothing. Buffers start as zeros, since attention also reads masked slots.
+    it need not move while the text grows. Each tree overwrites the previous one, as in EAGLE's code, so to drop a tree
+    costs nothing. Buffers start as zeros, because attention also reads masked slots.
 
     `buffers` are keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer without
     buffers gets them when it first writes. Masks are on the buffers' device or, without buffers, on `device`.
@@ -104,10 +104,10 @@ class DraftCache:
 
         `where` is the slot of the first token in every row, below 0 for a tree; or the slots of all tokens,
         `[b or 1, t]`. Tokens attend to slots of the text before `end`, except where `seen` `[b or 1, end]` is false:
-        such a slot is hidden from all other tokens. `drafted` `[b, t, e]` is true where one of t nodes attends to one
-        of the tree's e slots, -e to -1. `mask` `[b or 1, 1, q, s]` over the slots from `min(where, 0)` to `end` is
-        passed if it is made in advance. Without `drafted` and `mask`, the pass is over tokens of the text, and
-        attention is causal. If a layer has fewer queries than keys, the queries are those of the newest tokens.
+        only the token in such a slot attends to it. `drafted` `[b, t, e]` is true where one of t nodes attends to one
+        of the tree's e slots, -e to -1. A `mask` `[b or 1, 1, q, s]`, over the slots from `min(where, 0)` to `end`,
+        replaces the mask that is made from these arguments. Without `drafted` and `mask`, the tokens are of
+        the text, and attention is causal. If a layer has fewer queries than keys, they are of the last tokens.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 
@@ -118,7 +118,7 @@ class DraftCache:
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's buffers, made to fit `keys` and `values` if missing. Slot i has index `tree_room + i`."""
+        """Return the layer's buffers; if missing, make them like `keys` and `values`. Slot i is at `tree_room + i`."""
         if layer not in self._layers:
             slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]
@@ -134,7 +134,7 @@ class DraftCache:
 
 
 class _CacheEntries(Entries):
-    """Implements `DraftCache.attend`. The mask is made for the queries of the first layer that needs it."""
+    """What `DraftCache.attend` returns. Makes the mask only once, for the queries of the first layer that needs it."""
 
     def __init__(
         self,
@@ -156,9 +156,8 @@ class _CacheEntries(Entries):
         return self._mask_of(self._where.shape[1] if isinstance(self._where, Tensor) else self._end - self._where)
 
     def _mask_of(self, queries: int, copies: int = 1) -> Tensor | None:
-        """Return a mask `[b or 1, 1 or copies, queries, s]` for the newest tokens.
-
-        The mask of a tree is repeated `copies` times, once for each query head that shares a key head.
+        """Return a mask `[b or 1, 1 or copies, queries, s]` for the last tokens of the pass. The mask of a tree is
+        repeated `copies` times, once for each query head that shares a key head.
         """
         if self._made is None:
             if self._seen is None and self._is_plain(queries):
@@ -167,7 +166,7 @@ class _CacheEntries(Entries):
         return self._made[:, :, -queries:]
 
     def _is_plain(self, queries: int) -> bool:
-        """Whether no mask is needed, since a single query attends to all, or a causal pass begins at slot 0."""
+        """Whether no mask is needed: a single query attends to all keys, or a causal pass begins at slot 0."""
         if self._drafted is not None:
             return queries == 1
         return not isinstance(self._where, Tensor) and (queries == 1 or self._where == 0)

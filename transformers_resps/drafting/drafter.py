@@ -34,7 +34,7 @@ class Committed(NamedTuple):
     # position is before its first token. `None` if no drafter reads features.
     features: Tensor | None = None
     rows: Sequence[Sequence[int]] | None = None  # tokens that each row gained, on the host; `None` if all gained t
-    tree: DraftTree | None = None  # from which the tokens were accepted; `None` for the prompt
+    tree: DraftTree | None = None  # the tree from which the tokens were accepted; `None` for the prompt
 
 
 class Drafter(CandidateGenerator, ABC):
@@ -48,8 +48,8 @@ class Drafter(CandidateGenerator, ABC):
     reads_text: bool = False  # whether `get_candidates` needs the whole text instead of only its newest token
     proposable_tokens: int  # number of different tokens that it can propose after a node
     most_levels: int | None = None  # maximum number of levels that it can draft; `None` for no limit
-    drafts_at_once: bool = False  # whether one pass drafts all levels, so that further ones take almost no time
-    built_tree: DraftTree | None = None  # the newest draft with all requested nodes; `None` if made only as a pool
+    drafts_at_once: bool = False  # whether one pass drafts all levels, so that more levels take almost no more time
+    built_tree: DraftTree | None = None  # the newest draft as a tree of the requested size; `None` if only a pool
     chain_length: int = 5  # number of tokens of a chain for Transformers' loop
     model_kwargs_overrides: ClassVar[dict[str, Any]] = {"output_hidden_states": True}  # read by Transformers' loop
     _told = 0  # number of tokens that Transformers' loop has passed to `observe` so far
@@ -65,7 +65,7 @@ class Drafter(CandidateGenerator, ABC):
 
     @abstractmethod
     def observe(self, committed: Committed) -> None:
-        """Take note of tokens that were added to the text."""
+        """Learn which tokens were added to the text. Called after the prompt and after each step."""
 
     @overload
     def get_candidates(self, input_ids: Tensor, request: DraftRequest) -> CandidatePool: ...
@@ -78,10 +78,10 @@ class Drafter(CandidateGenerator, ABC):
     def get_candidates(
         self, input_ids: Tensor, request: DraftRequest | None = None, *, model_outputs: Any = None, **kwargs: Any
     ) -> CandidatePool | tuple[torch.LongTensor, Any]:
-        """Propose the next tokens below the text `input_ids` `[b, s]`, or its newest token unless `reads_text`.
+        """Propose the next tokens after `input_ids`: the text `[b, s]` or, without `reads_text`, its newest tokens.
 
         Our loop passes a `request`, and gets the nodes of a tree. Transformers' loop passes `model_outputs`, those of
-        its newest forward with hidden states; it gets the text followed by a chain, `[1, s + c]`, and no logits.
+        its newest forward with hidden states; it gets the text and a chain of c tokens, `[1, s + c]`, and no logits.
         """
         if request is not None:
             return self.draft(input_ids, request)
@@ -98,10 +98,10 @@ class Drafter(CandidateGenerator, ABC):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None
     ) -> None:
-        """Learn how many of the newest candidates were accepted in the row that accepted most, `num_matches`.
+        """Learn that `num_matches` of the newest candidates were accepted, in the row that accepted most.
 
-        `scores` `[b, n, v]` are the target's logits after the root and each node. Our loop passes the new tokens as
-        `committed`, Transformers' loop in its next `get_candidates`.
+        `scores` `[b, n, v]` are the target's logits after the root and each node. Our loop passes the new tokens here
+        as `committed`; Transformers' loop passes them in its next call of `get_candidates`.
         """
         if committed is not None:
             self.observe(committed)

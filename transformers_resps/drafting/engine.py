@@ -98,7 +98,7 @@ class DraftEngine(CompileEngine[StepModel]):
         return outputs
 
     def run_pass(self, one: DraftPass[Given, Found], given: Given) -> Found:
-        """Run a pass by compiled code, or eagerly if there is no such code or it fails."""
+        """Run a pass by compiled code, or eagerly if there is no compiled code for it or the code fails."""
         cache = given.text.cache
         outputs = None if self.is_broken or not cache.buffers else self._run_compiled(one, one.tensors(given), cache)
         return one(given) if outputs is None else one.trimmed(outputs, given)
@@ -169,10 +169,10 @@ class DraftEngines:
     def borrow(
         self, source: object, model: StepModel, *, waits: bool = True, rounds: bool = True
     ) -> AbstractContextManager[DraftEngine | None]:
-        """Reserve the engine of `source` for one call; `model` is the source bound to the call's target.
+        """Return a context that reserves the engine of `source` for one call; `model` is the source bound to a target.
 
-        With `rounds`, compiled passes may read weights rounded to int8. The result is `None` if another call uses the
-        engine, if the model cannot be compiled, or without fixed places.
+        It yields the engine, or `None` if another call uses it or if `model.is_compilable` or `model.has_fixed_places`
+        is false. With `rounds`, compiled passes may read int8 weights. For `waits` see `CompileEngine.borrow`.
         """
         if not model.is_compilable or not model.has_fixed_places:
             return nullcontext()
@@ -185,5 +185,5 @@ class DraftEngines:
 
     @property
     def lack_code(self) -> bool:
-        """Whether the newest call of any source ran eagerly in part because it did not wait for a compiler."""
+        """Whether any source's newest call ran some passes eagerly because it did not wait for the compiler."""
         return any(engine.lacks_code for engine in self._engines.values())

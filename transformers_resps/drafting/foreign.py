@@ -24,7 +24,7 @@ _FIRST_RATE = 0.6  # Acceptance rate that is assumed before any outcome is recor
 
 
 class ForeignSource(DraftSource):
-    """Drafts for one text at a time with a candidate generator, to which only a weak reference is kept."""
+    """Drafts for one text at a time with a candidate generator. Holds only a weak reference to the generator."""
 
     calls_generate = True
 
@@ -64,7 +64,7 @@ class ForeignSource(DraftSource):
 
 
 class ForeignDrafter(Drafter):
-    """Drafts a chain for one text; `record` says how often tokens were right, by their position in the chain."""
+    """Drafts a chain for one text. `record` tracks how often tokens were right, by their position in the chain."""
 
     reads_text = True
     proposable_tokens = 1
@@ -108,7 +108,7 @@ class ForeignDrafter(Drafter):
         """Do nothing, since there is only one row."""
 
     def _checked(self, input_ids: Tensor, candidates: Any) -> list[int]:
-        """Return the tokens after the text in the generator's result; raise a `ValueError` if that is malformed."""
+        """Return the tokens after the text in the result `candidates`; raise a `ValueError` if that is malformed."""
         name, length = type(self._generator).__name__, input_ids.shape[1]
         if not isinstance(candidates, Tensor) or candidates.dim() != 2 or len(candidates) != 1:
             got = f"a tensor {list(candidates.shape)}" if isinstance(candidates, Tensor) else repr(candidates)

@@ -33,7 +33,7 @@ class DrafterKind:
     loaded_as: tuple[str, ...] = ()  # `model_type`s of Transformers' models that draft as this kind
     new: str | None = None  # the trainer's option for an untrained drafter; `None` if this kind cannot be trained
     objective: Reference | None = None  # its training objective, an `Objective`
-    # Function that runs a drafter over whole texts for diagnosis; it takes the positional arguments of `heads.unroll`.
+    # Runs a drafter over whole texts for diagnosis; its positional arguments are those of `heads.unrolled.unroll`.
     unroll: Reference | None = None
     records: bool = False  # whether its candidate pools can be recorded, to train policies on them
     exports: tuple[str, ...] = ()  # file layouts of other engines in which it can be exported
@@ -111,7 +111,7 @@ KINDS = (EAGLE, BLOCK, MTP, GEMMA, CAUSAL)  # in the order in which they are tri
 def kind_of_files(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> DrafterKind:
     """Return the kind of head in a checkpoint. If none fits, return EAGLE, whose loader then reports what is missing.
 
-    Of `tensors`, by published name, only names are read, and for names in `SHAPING` the shapes.
+    `tensors` maps published names to tensors. Only the names are read, and the shapes of tensors named in `SHAPING`.
     """
     saved = next((kind for kind in KINDS if kind.saved_as and kind.saved_as == config.get("model_type")), None)
     names = bare_names(tensors)
@@ -124,6 +124,6 @@ def kind_of_model(model_type: str | None) -> DrafterKind:
 
 
 def kind_of(source: DraftSource) -> DrafterKind:
-    """Return the kind of a source; raise `StopIteration` if it is of none in `KINDS`."""
+    """Return the kind in `KINDS` of a source; raise `StopIteration` if the source is of no such kind."""
     names = {parent.__name__ for parent in type(source).__mro__}
     return next(kind for kind in KINDS if kind.name in names)

@@ -40,7 +40,7 @@ class MixedDrafter(Drafter):
             drafter.update_candidate_strategy(input_ids, scores, num_matches, own)
 
     def _apart(self, committed: Committed) -> Sequence[Committed]:
-        """Return the committed tokens once for each drafter, with only the features that this drafter reads."""
+        """Return one `Committed` for each drafter: the same tokens, with only the features that this drafter reads."""
         states = () if committed.features is None else committed.features.chunk(len(self.feature_layers), dim=-1)
         known = dict(zip(self.feature_layers, states, strict=committed.features is not None))
         read = [[known[layer] for layer in drafter.feature_layers] for drafter in self._drafters]

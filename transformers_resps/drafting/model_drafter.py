@@ -20,7 +20,7 @@ from .text import DraftText
 class ModelDrafter(Drafter):
     """Drafts candidate pools with one draft model for `batch_size` texts; for `prompt_mask` see `DraftText`.
 
-    `engine` runs compiled code, and belongs to this call until its end; `None` drafts without compiled code. A model
+    `engine` runs compiled code, and no other call may use it meanwhile; `None` drafts without compiled code. A model
     that attends to the target's cache needs the `verifier`.
     """
 
@@ -62,7 +62,7 @@ class ModelDrafter(Drafter):
 
     def read(self, at_least: int = 1) -> None:
         """Process all queued tokens in one pass, if there are at least `at_least`."""
-        # Many tokens without features may wait: they take little memory, and if no draft follows, a pass is wasted.
+        # Tokens without features wait for a draft: they take little memory, and without a draft a pass is wasted.
         if self._text.waiting >= at_least and (at_least == 1 or self._model.reads_features):
             pairs, text = self._text.take()
             if pairs is not None:

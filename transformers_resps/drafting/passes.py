@@ -29,8 +29,8 @@ Found = TypeVar("Found")
 class DraftPass(ABC, Generic[Given, Found]):
     """One forward pass of a draft model. `__call__` runs it eagerly; `of_tensors` can be compiled."""
 
-    # For each input tensor a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that never
-    # change, other letters for sizes that change from call to call.
+    # For each input of `of_tensors` a string with one letter per dimension: `b` for rows, `1` and `*` for sizes that
+    # never change, other letters for sizes that change from call to call.
     sizes: ClassVar[Sequence[str]]
 
     def __init__(self, model: StepModel) -> None:
@@ -72,12 +72,11 @@ def run_eager(one: DraftPass[Given, Found], given: Given) -> Found:
 def text_of_tensors(
     model: StepModel, cache: DraftCache, tensors: Sequence[Tensor], ahead: int
 ) -> tuple[Pairs, Prefix]:
-    """Make `Pairs` and `Prefix` from tensors, for code in which the text's length must be a value and not a size.
+    """Make `Pairs` and `Prefix` from tensors, for code that reads the text's length from a tensor's values (`slots`).
 
     `tensors` are the pairs' features `[b, t, F]`, tokens, slots and positions `[b, t]`; then a bool mask
     `[b or 1, s]`, false for slots with padding of the text, arbitrary after the text. A row with fewer than t pairs
-    begins with arbitrary pairs in the cache's last slot, which no text may reach. `ahead` is the number of positions
-    needed after the text.
+    repeats some of them, in the same slots. `ahead` is the number of positions needed after the text.
     """
     features, tokens, slots, positions, shown = tensors
     width, length, ends = tokens.shape[1], shown.shape[1], slots[:, -1:] + 1
@@ -89,12 +88,12 @@ def text_of_tensors(
 
 
 def filled_up(part: Tensor) -> Tensor:
-    """Pad `[b, t, ...]` to at least `FEWEST` tokens by repeating the last one."""
+    """Pad `[b, t, ...]` to at least `FEWEST` tokens by repeating the last token."""
     return part if part.shape[1] >= FEWEST else part[:, -1:].expand(-1, FEWEST, *part.shape[2:])
 
 
 def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = None) -> Root:
-    """Run all depths of the model over new tokens, and return the new root; `before` is the previous root, if any."""
+    """Run all depths of the model over new tokens, and return the new root; `before` is the root of the last pass."""
     tokens, features, where, positions = pairs
     newest, places = slice(-1, None), positions.places
     wanted = newest if model.depths == 1 else ALL
@@ -117,10 +116,10 @@ def read(model: StepModel, pairs: Pairs, text: Prefix, before: Root | None = Non
 
 
 def one_later(states: Tensor, where: int | Tensor) -> Tensor:
-    """Return for each of t tokens the state at the token before, `[b, t, h]`.
+    """Return for each of t tokens the state of the token before it, `[b, t, h]`.
 
-    `states` `[b, 1 + t, h]` begins with the state before the first token. In rows with fewer tokens, slots `where`
-    repeat, so the token before is the one whose slot is lower by 1.
+    `states` `[b, 1 + t, h]` begins with the state before the first token. Rows with fewer tokens repeat some, in the
+    same slots `where`; there the token before is found as the token whose slot is lower by 1.
     """
     if not isinstance(where, Tensor):
         return states[:, :-1]
@@ -133,17 +132,18 @@ class LevelNodes(NamedTuple):
     """Inputs of a pass that runs over drafted nodes and drafts one more level."""
 
     nodes: Frontier  # n nodes, the newest level first; only the first w nodes have scores and get children
-    itself: Tensor  # [b or 1, k, k] bool: which nodes of their own level the k nodes of the next level attend to
+    itself: Tensor  # [b or 1, k, k] identity matrix: in their level, the k next nodes attend only to themselves
     positions: Positions  # one position for each level of the nodes, the first level first
     text: Prefix  # the text before the tree
-    depth: int = 0  # index of the model's depth that runs over the nodes
+    depth: int = 0  # number of the model's depth (see `StepModel`) that runs over the nodes
     is_last: bool = False  # whether the new level is the last one
 
 
 class LevelPass(DraftPass[LevelNodes, tuple[Tensor | None, Growth]]):
-    """Runs one depth of the model over drafted nodes, and drafts children of the newest ones.
+    """Runs one depth of the model over drafted nodes, and drafts children of the newest level's nodes.
 
-    Returns the hidden states `[b, n, h]` to pair with children, or `None` at the last level; and the new level.
+    Returns two things: for each node the hidden state `[b, n, h]` to pair with its children (`None` if the new level
+    is the last), and the new level.
     """
 
     sizes = ("bt", "bt*", "b1", "bte", "bs", "bt", "kk")
@@ -218,11 +218,11 @@ class FirstPass(DraftPass[First, tuple[Root, Grown]]):
 
     @abstractmethod
     def edges(self, shape: TreeShape, rows: int, fewest: int = 0) -> list[Tensor]:
-        """Return tensors for `below`. Their sizes, which are at least `fewest`, determine the size of the draft."""
+        """Return the tensors `edges` of `below`. Their sizes, at least `fewest`, say how many nodes to draft."""
 
     @abstractmethod
     def below(self, root: Root, text: Prefix, shape: TreeShape | None, *edges: Tensor) -> Grown:
-        """Draft below a root. `shape` is `None` in compiled code, which serves all shapes."""
+        """Draft below a root. `shape` is `None` in compiled code, where the sizes of `edges` replace it."""
 
     @abstractmethod
     def ahead(self, shape: TreeShape | None) -> int:
@@ -269,7 +269,7 @@ class SproutPass(FirstPass[Growth]):
 
 
 class Draft(ABC, Generic[Grown]):
-    """Drafts pools of one shape with a model, by a first pass and further passes."""
+    """Drafts pools of one shape with a model: by a first pass, and by more passes for levels that it lacks."""
 
     model: StepModel
     shape: TreeShape  # the requested shape, reduced to the levels and children that the model can draft
@@ -277,7 +277,7 @@ class Draft(ABC, Generic[Grown]):
     ahead: int  # number of positions after the text that a draft needs
     tree_room: int  # number of cache slots that a draft needs
     level_sizes: list[int]  # number of nodes in each level of the pool
-    goes_on: GoesOn | None = None  # see `DraftRequest`; also `None` if it is never called
+    goes_on: GoesOn | None = None  # see `DraftRequest`; `None` also in drafts that cannot stop early
 
     @abstractmethod
     def __init__(self, model: Any, shape: TreeShape) -> None: ...
@@ -289,7 +289,7 @@ class Draft(ABC, Generic[Grown]):
     def __call__(
         self, pairs: Pairs | None, text: Prefix, before: Root | None, run: RunPass = run_eager
     ) -> tuple[Root, CandidatePool]:
-        """Run the model over the newest tokens, if any, and draft below them, else below `before`, the last root."""
+        """Run the model over the new `pairs`, and draft below them; without `pairs` draft below the root `before`."""
         if pairs is not None:
             root, grown = run(self.first, First(pairs, text, before, self.shape))
         else:
@@ -359,8 +359,8 @@ class _Depths:
 
     def __init__(self, one: LevelPass, root: Root, text: Prefix) -> None:
         self._pass, self._root, self._text = one, root, text
-        self._above: list[Frontier] = []  # the newest level first, as in the lists below
-        self._origins: list[Tensor] = []  # [b, w] for each level but the first: its nodes' parents, by index
+        self._above: list[Frontier] = []  # the earlier levels, the newest first, as in the lists below
+        self._origins: list[Tensor] = []  # [b, w] for each level but the first: index of each node's parent
         self._carried: list[Tensor] = []  # [b, w, h] for each level: hidden states returned by the previous depth
 
     def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:

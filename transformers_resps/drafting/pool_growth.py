@@ -21,7 +21,7 @@ class Root(NamedTuple):
     tokens: Tensor  # [b] the newest tokens
     output: Tensor  # [b, 1, h] output of depth 0
     hidden: Tensor | None = None  # [b, 1, h] hidden states paired with the tokens; `None` if the model reads none
-    carried: tuple[Tensor, ...] = ()  # of each depth, hidden states [b, 1, h] for the next depth; empty for one depth
+    carried: tuple[Tensor, ...] = ()  # for each depth, the state [b, 1, h] that the next reads; empty for one depth
 
     def of_rows(self, rows: Tensor) -> "Root":
         tokens, output, *carried = (part.index_select(0, rows) for part in (*self[:2], *self.carried))
@@ -33,7 +33,7 @@ class Frontier(NamedTuple):
 
     tokens: Tensor  # [b, w]
     scores: Tensor  # [b, w] path scores, as in the pool
-    # [b, w, h] hidden states that the nodes got from their parents; `None` if the model reads none
+    # [b, w, h] hidden states from the nodes' parents, to pair with the nodes; `None` if the model reads none
     hidden: Tensor | None
     # [b, w, w + e] bool, true where a node attends to a drafted entry: to itself among the w entries of its level, and
     # to its ancestors among the e entries of earlier levels, the newest level first
@@ -89,8 +89,8 @@ def branch(
 ) -> Growth:
     """Draft k children of each of w nodes of a frontier, and choose the k best of all children to get children next.
 
-    The model's depth number `depth` gave the `output` `[b, w, h]` at these nodes. `hidden` `[b, w, h]` is to be paired
-    with each node's children. `itself` `[b or 1, k, k]` is an identity matrix: in their own level, the k chosen
+    `output` `[b, w, h]` is that of the model's depth number `depth` at these nodes, `hidden` `[b, w, h]` the state to
+    pair with each node's children. `itself` `[b or 1, k, k]` is an identity matrix: in their own level, the k chosen
     children attend only to themselves.
     """
     top_k = itself.shape[2]
@@ -113,9 +113,9 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     order = torch.arange(-1, first.shape[-1], device=first.device)  # indices of the root (-1) and the first level
     sizes = [level.tokens.shape[1:].numel() for level in levels]
     parents = [order[:1, None], order[1:, None]]
-    bests = [level.best for level in levels[1:-1] if level.best is not None]  # the last has no children
+    bests = [level.best for level in levels[1:-1] if level.best is not None]  # the last level has no children
     if bests:
-        starts = list(accumulate(sizes))[: len(bests)]  # where their levels begin
+        starts = list(accumulate(sizes))[: len(bests)]  # index in the pool at which each of these levels begins
         parents += [own[..., None] for own in torch._foreach_add(bests, starts)]
     hung = [own.expand_as(level.tokens) for own, level in zip(parents, levels, strict=False)]
     tokens = torch.cat([level.tokens for level in levels], dim=1).flatten(1)

@@ -33,7 +33,7 @@ class Lookup:
     """Proposes continuations of one text. Records how often they are right, even if no step uses them.
 
     The texts of `memories` are searched, too. `never_drafted` tokens, such as placeholders of an image, are never
-    proposed, and nothing follows them. Without `branches` the continuations are a chain.
+    proposed, nor is anything after them. Without `branches` the continuations are a chain.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Lookup:
 
     @property
     def odds(self) -> list[float]:
-        """Probabilities of the best nodes, in descending order; after `weigh_beside` without the other drafter's."""
+        """Probabilities of the best nodes, descending; `weigh_beside` removes nodes that the other drafter has."""
         beside = self.found.odds_beside
         if beside is not None:
             return sorted(filter(None, beside), reverse=True)
@@ -98,7 +98,7 @@ class LookupDrafter(Drafter):
     """Holds a `Lookup` for each row of a batch. Observed tokens are indexed before the next proposal.
 
     `pads` counts the padding tokens before each row's prompt. `origins` are, for each row, source tokens to search
-    before the text, such as an encoder's input; `None` for none. All others are as in `Lookup`.
+    before the text, such as an encoder's input; `None` for none. Other arguments are as in `Lookup`.
     """
 
     proposable_tokens = 1
@@ -126,7 +126,7 @@ class LookupDrafter(Drafter):
             origins=call.origins,
             never_drafted=call.never_drafted,
             memories=memories,
-            branches=not call.target.config.is_encoder_decoder,  # these number tokens in order: no branches
+            branches=not call.target.config.is_encoder_decoder,  # they number tokens in order: no branches
         )
 
     def observe(self, committed: Committed) -> None:

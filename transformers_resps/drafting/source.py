@@ -1,4 +1,4 @@
-"""Draft sources, which a user passes as `assistant_model`. A source exists between calls, and makes their drafters."""
+"""Draft sources, which a user passes as `assistant_model`. A source outlives calls, and makes a drafter for each."""
 
 import os
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ class DraftCall:
     """Describes a call of `generate` to the source that makes its drafter."""
 
     target: PreTrainedModel
-    verifier: Verifier | None = None  # the call's, for a source that attends to the target's cache
+    verifier: Verifier | None = None  # the call's verifier, for a source that attends to the target's cache
     rows: int = 1  # number of texts that are decoded together
     text_mask: Tensor | None = None  # [b, s], 0 where a token of the prompt is padding; `None` without padding
     paired_mask: Tensor | None = None  # the same, only for positions whose target features are available
@@ -39,10 +39,10 @@ class DraftSource(ABC):
     """Proposes tokens for a target: makes a `Drafter` for each call."""
 
     before_deepstack: bool = False  # whether it reads hidden states before image features are added to them
-    calls_generate: bool = False  # whether drafting may call the target's `generate`, which then must not draft
-    needs_compiled: bool = False  # whether it drafts only beside compiled steps of the target
-    is_rounded: bool = True  # whether compiled drafts may read int8 weights: faster, with other drafts now and then
-    reads_target: bool = False  # whether it attends to the target's cache; it then reads the newest features only
+    calls_generate: bool = False  # whether drafting may call the target's `generate`; such a call does not draft
+    needs_compiled: bool = False  # whether it can draft only in calls whose target runs compiled
+    is_rounded: bool = True  # whether compiled drafts may read int8 weights: faster, but sometimes other tokens
+    reads_target: bool = False  # whether it attends to the target's cache, and so needs only the newest features
 
     @property
     def feature_layers(self) -> list[int]:
@@ -60,7 +60,7 @@ class DraftSource(ABC):
         """Tree shape that is used if `generate` gets no policy."""
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError`, before any work of a call, if the source cannot draft for the target now."""
+        """Raise a `ValueError` if the source cannot draft for the target now. A call runs this before other work."""
         return None
 
     def fingerprint(self) -> str:
@@ -81,11 +81,11 @@ class LevelSource(DraftSource):
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the source was made for another target; it names both and their differences."""
+        """Raise a `ValueError` if the source was made for another target, and say in it how the two targets differ."""
 
     @abstractmethod
     def bind(self, target: PreTrainedModel) -> StepModel:
-        """Return the model that drafts for `target`; raise a `ValueError` as `prepare` does."""
+        """Return the model that drafts for `target`. Raises the errors of `prepare`."""
 
     def prepare(self, target: PreTrainedModel) -> None:
         self.check_target(target)
@@ -137,7 +137,7 @@ class TrainableSource(LevelSource):
         """Return the model that drafts for `target`, see `LevelSource.bind`.
 
         `forward` computes the forward passes in training: it is the module itself, or a wrapper of it. If it is
-        `None`, as in generation, packed copies of the weights compute them.
+        `None`, as in generation, copies of the weights in a faster layout (packed) compute them.
         """
 
     @property
@@ -169,10 +169,10 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if sizes or settings differ."""
+        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if its sizes or settings were others."""
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return a copy that saves all of its weights, even those that it shares with its target."""
+        """Return a source with all weights of the files, also those that this one ignores; itself if it has all."""
         return self
 
     @abstractmethod

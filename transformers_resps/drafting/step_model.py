@@ -29,16 +29,16 @@ class StepModel(ABC):
 
     A new kind of drafter implements `modules`, `run` and `logits`, and overrides other defaults that do not fit.
 
-    A depth is one part of the model, such as a layer that drafts one level. Depth k pairs token j with the output of
-    depth k - 1 at token j - 1, or depth 0 with the target's hidden state there. A model with only one depth drafts any
-    number of levels with it, and pairs a drafted node with the output at its parent.
+    A depth is one part of the model, such as a layer that drafts one level. Depth 0 pairs token j with the target's
+    hidden state at token j - 1, depth k with the output of depth k - 1 at token j - 1. A model with only one depth
+    drafts any number of levels with it, and pairs a drafted node with the depth's output at the node's parent.
     """
 
     depths: int = 1  # number of depths, which draft one level each; 1 if the only depth drafts any number of levels
     reads_features: bool = True  # whether it pairs tokens with hidden states
     has_fixed_places: bool = True  # whether `places` of a position do not depend on the other positions
-    counts_padding: bool = True  # whether positions may count a prompt's padding: so if only distances matter
-    sliding_window: int | None = None  # number of newest positions that it attends to, with padding; `None`: all
+    counts_padding: bool = True  # whether positions may count a prompt's padding, since only distances matter
+    sliding_window: int | None = None  # number of newest positions that it attends to, padding included; `None`: all
     is_compilable: bool = False  # whether its passes may run as compiled or captured code
     proposable_tokens: int  # number of different tokens that it can propose after a node
     device: torch.device  # of its inputs
@@ -61,8 +61,8 @@ class StepModel(ABC):
         """Run depth number `depth` over tokens `[b, t]`; return the outputs `[b, q, h]` at the `wanted` ones.
 
         `hidden` `[b, t, h]` is the hidden state paired with each token, `None` if the model reads none. `places` are
-        those of the tokens' positions. `entries` stores the tokens' keys and values, and returns all that they attend
-        to.
+        the results of `self.places` for the tokens' positions. `entries` stores the tokens' keys and values, and
+        returns all keys and values that they attend to.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class StepModel(ABC):
         """Compute logits from a depth's outputs: `[b, q, h]` -> fp32 `[b, q, d]`."""
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Compute from the target's features the hidden states paired at depth 0: `[b, t, F]` -> `[b, t, h]`."""
+        """Compute the hidden states that depth 0 reads from the target's features: `[b, t, F]` -> `[b, t, h]`."""
         return features
 
     def places(self, positions: Tensor) -> Places:
@@ -82,9 +82,8 @@ class StepModel(ABC):
         return DraftCache(device=self.device)
 
     def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
-        """Return target ids and fp32 log probabilities, `[b, q, k]` each, of the likeliest tokens after each output.
-
-        `top_k` must not exceed `proposable_tokens`.
+        """Return target ids and fp32 log probabilities, `[b, q, k]` each, of the `top_k` likeliest tokens after each
+        output. `top_k` must not exceed `proposable_tokens`.
         """
         scores, draft_ids = self.logits(output, depth).log_softmax(dim=-1).topk(top_k, dim=-1)
         return self.target_ids(draft_ids), scores
@@ -100,7 +99,7 @@ class StepModel(ABC):
     def oldest_seen(self, length: int) -> int:
         """Return the position of the oldest token to keep in the cache after a text of `length` tokens."""
         window = self.sliding_window or length
-        stride = max(window // _WINDOW_PARTS, 1)  # not at every token, because each move moves the cache's entries
+        stride = max(window // _WINDOW_PARTS, 1)  # the window moves in strides, since each move copies the cache
         return max(-(-(length - window) // stride), 0) * stride
 
 

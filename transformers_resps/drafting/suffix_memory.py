@@ -1,4 +1,4 @@
-"""Remembers texts of earlier calls, and drafts tokens that followed occurrences of the present text's last tokens."""
+"""Remembers texts of earlier calls, and drafts tokens that followed in them after the present text's last tokens."""
 
 import json
 import os
@@ -31,17 +31,17 @@ from .suffixes import LARGEST_TOKEN, LONGEST_MATCH, SEPARATOR, Suffixes, count_s
 FORMAT = "suffix memory 1"
 _METADATA = "transformers_resps"  # Key of the metadata in the safetensors file.
 _KEYS = {"max_tokens", "remember", "vocab_size", "tokenizer", "name"}  # Keys of a file's metadata beside its format.
-# Suffix of a file while it is written. If such a file is older than these seconds, its process must have died.
+# Suffix of a file while it is written. Such a file is left by a process that died if it is older than these seconds.
 _UNFINISHED, _DEAD_SECONDS = ".unfinished", 600.0
 _NODES = 8  # Number of nodes of the default tree.
-_LARGE = 16384  # Segments with more tokens together are merged in a thread.
+_LARGE = 16384  # Segments that have more tokens in total are merged in a thread.
 _RATIO = 3  # A segment is merged with all newer ones if it has at most three times their tokens.
 _CONVERSATIONS = 64  # Number of conversations whose next turn is recognised by its beginning.
 _SLACK = 16  # A full memory forgets a sixteenth of its tokens at once.
 
 
 class SuffixMemory(DraftSource):
-    """Remembers the texts of calls, and drafts tokens that followed occurrences of a text's last tokens in them.
+    """Remembers the texts of calls, and drafts the tokens that followed in them after the present text's last tokens.
 
     It holds users' texts as token ids, in RAM and in the files that `save` writes. Anyone who can run calls with this
     memory can find out what it remembers, from drafts and their timing. Threads may share a memory.
@@ -60,11 +60,11 @@ class SuffixMemory(DraftSource):
         self._max_tokens, self._remember = max_tokens, remember
         self._segments: tuple[Suffixes, ...] = ()  # the oldest first; none of them grows
         self._record = match_record()
-        self._vocab_size: int | None = None  # of the targets, once there was one
+        self._vocab_size: int | None = None  # of the targets; `None` before the first one
         self._largest = -1  # the largest token id that was added
         self._added, self._ages = 0, list[int]()  # number of tokens ever added, now and at the end of each age
         self._conversations: list[array[int]] = []  # the remembered conversations, up to their newest turn
-        self._lock = Lock()  # held while the fields above change, but not to read them or to sort
+        self._lock = Lock()  # held to change the fields above, but not to read them or to sort texts
         self._merging = False
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ class SuffixMemory(DraftSource):
         return LookupDrafter.of_call(call, [self])
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the target's vocabulary lacks a stored token or is not as large as earlier ones."""
+        """Raise a `ValueError` if the target's vocabulary lacks a stored token, or earlier targets had other sizes."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -133,7 +133,7 @@ class SuffixMemory(DraftSource):
             self._check(largest, self._vocab_size)
             self._largest = max(self._largest, largest)
             self._segments, self._added = (*self._segments, young), self._added + len(joined)
-            if len(self) > self._max_tokens:  # forget more than needed, so that it is seldom done
+            if len(self) > self._max_tokens:  # forget more than needed, so that it is rarely done
                 self._forget(len(self) - self._max_tokens + self._max_tokens // _SLACK)
             while not self._merging and (chosen := self._to_merge()):
                 if sum(map(len, chosen)) > _LARGE:
@@ -185,7 +185,7 @@ class SuffixMemory(DraftSource):
             )
 
     def _forget(self, surplus: int) -> None:
-        """Drop the `surplus` oldest tokens, and the rest of the last text that these tokens belong to."""
+        """Drop the `surplus` oldest tokens. If this cuts a text in two, drop the rest of this text, too."""
         if surplus <= 0:
             return
         self._conversations = []  # their texts may be dropped
@@ -235,7 +235,7 @@ class SuffixMemory(DraftSource):
         tokens = np.concatenate([np.array(part.tokens) for part in segments] or [np.zeros(0)]).astype(np.uint32)
         data = save({"tokens": tokens}, {_METADATA: json.dumps(told)})
         prefix = f".{path.name}."
-        for left in path.parent.glob(f"{escape(prefix)}*{_UNFINISHED}"):  # by a process that died
+        for left in path.parent.glob(f"{escape(prefix)}*{_UNFINISHED}"):  # left by a process that died
             with suppress(FileNotFoundError):
                 if time() - left.stat().st_mtime > _DEAD_SECONDS:
                     left.unlink()
@@ -245,7 +245,7 @@ class SuffixMemory(DraftSource):
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
-            finally:  # after a success there is none, since it was renamed
+            finally:  # after a success there is no such file, since it was renamed
                 Path(file.name).unlink(missing_ok=True)
 
     @classmethod

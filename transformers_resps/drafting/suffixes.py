@@ -116,14 +116,14 @@ class Suffixes:
 
 
 class Search:
-    """Finds where a context's newest tokens, at most `longest`, occur in an index: ever fewer tokens at each `run`."""
+    """Finds where the newest tokens of a context occur in an index: at most `longest` tokens, fewer at each `run`."""
 
     __slots__ = ("_context", "_first", "_last", "_text", "longest")
 
     def __init__(self, text: Suffixes, context: bytes, place: int) -> None:
         self._text, self._context = text, context
         self._first = self._last = place
-        neighbours = text.order[max(place - 1, 0) : place + 1]  # they hold the longest match
+        neighbours = text.order[max(place - 1, 0) : place + 1]  # one of these two has the longest match
         self.longest = max((count_shared(context, text.before(position)) for position in neighbours), default=0)
 
     def run(self, length: int, most: int) -> "array[int]":

@@ -1,6 +1,6 @@
 """Keeps the texts of one call for a draft model, and assigns cache slots and positions to their tokens.
 
-A slot is an index in the cache's buffers. Places are the tensors that a model computes from positions, such as RoPE's.
+A slot is an index in the cache's buffers. Places are tensors that a model computes from positions, such as angles.
 """
 
 from collections.abc import Sequence
@@ -79,10 +79,10 @@ class Positions(NamedTuple):
 
 
 class Prefix:
-    """A text in a cache, which has room for a tree, and the positions `ahead` of (after) the text.
+    """A text in a cache that has room for a tree, and `ahead`, the positions that follow the text.
 
-    The text may use `length` cache slots from 0 on. `rows` tells the slots that each row uses; it is `None` if `seen`
-    and `ends` are passed.
+    The text may use `length` cache slots from 0 on. `rows` tracks which of these each row has filled; it is `None` if
+    `seen` and `ends` are passed.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class _Waiting:
 
     tokens: Tensor
     features: Tensor | None
-    counts: list[int]
+    counts: list[int]  # number of tokens of each row
 
     def of_rows(self, rows: list[int], order: Tensor) -> "_Waiting":
         counts = [self.counts[row] for row in rows]
@@ -231,7 +231,7 @@ class DraftText:
         return Pairs(tokens, _joined(features) if features else None, where, here), text
 
     def _forget(self) -> None:
-        """Drop tokens outside the model's sliding window, to which no token after the queued ones will attend."""
+        """Drop tokens to which no token after the queued ones attends, because of the model's sliding window."""
         if self._model.sliding_window is None:
             return
         ends, length = self._slots.row_ends(self._rows), self._slots.length
@@ -247,7 +247,7 @@ class DraftText:
             self._forgotten += count + skipped
 
     def _skip(self, count: int) -> int:
-        """Drop up to `count` of the first queued tokens, as long as all rows have the same number; return how many."""
+        """Drop up to `count` of the first queued tokens, while rows have equally many; return the number dropped."""
         left = count
         for at, part in enumerate(self._waiting):
             dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0
