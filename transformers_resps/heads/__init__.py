@@ -1,4 +1,4 @@
-"""EAGLE-3 draft heads and block heads. Importing them registers both with Transformers' Auto classes."""
+"""EAGLE-3 draft heads and block heads. Importing this package registers both with Transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel
 

@@ -1,6 +1,6 @@
 """A head that drafts a block of tokens in one pass, from the target's hidden states (its features).
 
-The positions of a block are slots. The first one, the root, holds the newest token, the others a mask token. The
+The positions of a block are slots. The first slot, the root, holds the newest token; all others hold a mask token. The
 module covers DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147), JetSpec (arXiv 2606.18394) and DFlash 2. In reading
 order: the layers, the corrections, the head, and the head bound to one target.
 """
@@ -29,12 +29,12 @@ from .identity import parameter_fingerprint
 from .model import Attend, BoundModel, DraftHead, HeadAttention, HeadModel, Rope, with_masks
 
 
-_CORRECTED = 64  # A Markov head corrects only so many likeliest tokens of a slot: DominoTree (arXiv 2607.08642).
+_CORRECTED = 64  # Number of a slot's likeliest tokens that a Markov head corrects: DominoTree (arXiv 2607.08642).
 
 
 class GroupedConvolution(nn.Module):
     """Two causal convolutions over a block's positions, before and after a sublayer (attention or MLP; DFlash 2).
-    Each kernel is a learnt constant plus weights computed from the sublayer's input, one for each group of channels.
+    A kernel is a learnt constant for each channel plus a number, computed from the input, for each group of channels.
     """
 
     def __init__(self, config: BlockHeadConfig) -> None:
@@ -61,9 +61,8 @@ class GroupedConvolution(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the positions of a block: maps `[b, q, h]` to `[b, q, h]`.
-
-    The slots attend to the text and to each other, with one key projection for both.
+    """A decoder layer over the slots of a block, `[b, q, h]` -> `[b, q, h]`. The slots attend to the text and to each
+    other, with one key projection for both.
     """
 
     def __init__(self, config: BlockHeadConfig, layer_index: int) -> None:
@@ -111,8 +110,8 @@ class MarkovHead(nn.Module):
         return self.markov_w1(tokens)
 
     def context(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Compute the vectors `[b, D, w, r]` to be multiplied with `rows`, for D positions of a block. `before`
-        `[b, D, w, r]` holds embeddings of w possible previous tokens of each position, `hidden` `[b, D, h]` outputs.
+        """Compute the vectors `[b, D, w, r]` that are multiplied with rows of `table`, for D slots. `before`
+        `[b, D, w, r]` are embeddings of w possible previous tokens of each slot, `hidden` `[b, D, h]` slots' outputs.
         """
         if self.kind == "vanilla":
             return before
@@ -120,14 +119,14 @@ class MarkovHead(nn.Module):
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, before], dim=-1))) * before
 
     def state_at(self, root: Tensor, first: Tensor | None) -> Tensor:
-        """Compute the RNN state `[b, 1, r]` before the first drafted token, from the root token's embedding `root`.
-        `first` `[b, h]` is the head's output at the root if the root predicts no token, else `None`.
+        """Compute the RNN state `[b, 1, r]` before the first drafted token: zeros without `first`, else the state
+        after the root token, which has the embedding `root` `[b, 1, r]`. For `first` `[b, h]` see `BlockSlots`.
         """
         state = torch.zeros_like(root)
         return state if first is None else self.step(root, first, state)[1]
 
     def step(self, before: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance w paths by a token with embeddings `before`; return contexts and new states, `[b, w, r]` each."""
+        """Advance w paths by one token each, with embeddings `before`; return context and state, both `[b, w, r]`."""
         hidden = hidden[:, None].expand(-1, before.shape[1], -1)
         gate, new, output = self.joint_proj(torch.cat([state, before, hidden], dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
@@ -170,7 +169,7 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + rank, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map outputs `[..., h]`, or `[..., h + r]` with the previous tokens' embeddings, to fp32 logits `[...]`."""
+        """Map outputs `[..., h]`, or `[..., h + r]` with previous tokens' embeddings, to fp32 logits `[...]`."""
         return self.proj(states).squeeze(-1).float()
 
 
@@ -262,7 +261,7 @@ class BlockHead(HeadModel):
         return self._named("block_size", "correction") | {"fingerprint": self.fingerprint()}
 
     def confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
-        """Compute fp32 confidence logits `[...]` from outputs `[..., h]` and previous tokens' embeddings `before`."""
+        """Compute fp32 confidence logits `[...]` from outputs `[..., h]` and, if read, previous tokens' embeddings."""
         if self.config.confidence_with_markov:
             assert before is not None
             hidden = torch.cat([hidden.expand(*before.shape[:-1], -1), before], dim=-1)
@@ -318,7 +317,7 @@ class BlockHead(HeadModel):
 
 
 class BoundBlockHead(BlockModel, BoundModel):
-    """A block head together with its target's parts."""
+    """A block head together with the parts of its target that it uses."""
 
     def __init__(self, head: BlockHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         super().__init__(head, target, forward)
@@ -338,7 +337,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """Count the positions of a block to run: in a causal head as many as `levels` needs, else the whole block."""
+        """Return how many slots of a block to run: all, but in a causal head only those that `levels` tokens need."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 
@@ -386,11 +385,11 @@ class BoundBlockHead(BlockModel, BoundModel):
         base, candidates = logits.log_softmax(-1).topk(correction.candidates, dim=-1)  # [b, D, m]
         mass = base.logsumexp(-1)
         tokens, rows = self.target_ids(candidates), F.embedding(candidates, correction.table)  # [b, D, m, r]
-        # Rows of the tokens that may come before each slot: [b, D, m, r].
+        # Embeddings of the tokens that may come before each slot: [b, D, m, r].
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """Score m candidate tokens after each of w parents, `[b, D', w, m]`; `context` is `[b, D', w, r]`."""
+            """Score the m candidates of each of the D' levels in `level` after w parents: `[b, D', w, r or m]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)

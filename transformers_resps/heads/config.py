@@ -34,14 +34,14 @@ def default_feature_layers(layer_count: int) -> list[int]:
 
 
 def default_layer_ids(depth: int, count: int) -> list[int]:
-    """Return the target layers that z-lab's heads of `count` layers read (z-lab/dflash, `build_target_layer_ids`)."""
+    """Return which of `depth` target layers a z-lab head of `count` layers reads (their `build_target_layer_ids`)."""
     if count == 1:
         return [depth // 2]
     return [round(1 + index * (depth - 4) / (count - 1)) for index in range(count)]
 
 
 def _check_numbers(config: "HeadConfig") -> None:
-    """Raise a `ValueError` if a flag is no bool or a number not positive."""
+    """Raise a `ValueError` if a flag is not a bool, or if a number is not positive."""
     for name, kind in config.field_types().items():
         value = getattr(config, name)
         is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -98,7 +98,7 @@ class HeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def _misfits(self) -> list[tuple[bool, str]]:
-        """Return for each check of the fields whether it fails, and what to tell: what came, is needed, and to do."""
+        """Return for each check of fields whether it fails, and the error message: what is wrong, and what to do."""
         queries, keys, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim or 1
         rope = self.rope_parameters or {}
         theta, share = rope.get("rope_theta", ROPE_BASE), rope.get("partial_rotary_factor", 1.0)
@@ -173,7 +173,7 @@ class DraftHeadConfig(HeadConfig):
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
         owns_embedding: whether the head has its own embedding table, not the target's; needed if the widths differ.
         owns_output_head: whether the head has its own output head, not the target's.
-        norm_before_residual: whether layer 0's residual connection starts from the normed feature (EAGLE-3.1).
+        norm_before_residual: whether layer 0's residual connection adds the feature after its norm (EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); not with `norm_before_fc`.
         feedback_post_norm: whether the next level's input is the output after `norm` (EAGLE-3.1), not before `norm`.
@@ -275,8 +275,8 @@ class BlockHeadConfig(HeadConfig):
         block_size: number of positions (slots) in a block. The first one, the root, holds the newest token.
         mask_token_id: token in all other slots; a row of the target's embedding table.
         shifted: whether a slot predicts the token of the next position; if false, the token of its own position.
-        causal: for each layer, whether slots do not see later slots.
-        windows: for each layer, the number of positions that a slot sees, including its own; `None` for all.
+        causal: for each layer, whether a slot cannot attend to later slots.
+        windows: for each layer, the number of positions that a slot attends to, including its own; `None` for all.
         embedding_scale: number by which embeddings are multiplied.
         output_multiplier: number by which logits are multiplied, before they are capped.
         final_logit_softcapping: c where logits are capped by c * tanh(logits / c); `None` for no cap.

@@ -57,9 +57,8 @@ def fresh_head(
     draft_token_ids: Tensor | Sequence[int] | None,
     fields: dict[str, Any],
 ) -> Head:
-    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`.
-
-    To train faster, its `fc` copies the deepest feature, and its norm and output rows are the target's.
+    """Create an untrained head of class `kind` whose config has these `fields`; see `DraftHead.from_target`. To
+    train faster, it begins with an `fc` that copies the deepest feature, and with the target's norm and output rows.
     """
     rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
     head: Any = kind(_config(kind, target, None if rows is None else len(rows), fields))
@@ -167,7 +166,7 @@ def _misfits(config: Any, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
-    """Read a field of a target's config, or `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
+    """Return a field of a target's config; `otherwise` if it is missing, null, or differs by layer as in Gemma 4."""
     try:
         found = getattr(config, name, None)
     except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError` of Transformers 5.24

@@ -46,7 +46,7 @@ def check_made_for(
         )
 
 
-_SAMPLED = 64  # About so many numbers of each parameter are hashed.
+_SAMPLED = 64  # Approximate number of values of each parameter that are hashed.
 
 
 def parameter_fingerprint(model: nn.Module) -> str:

@@ -228,7 +228,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
     def _named(self, *fields: str) -> dict[str, Any]:
-        """Return the config's name and sizes, with these further `fields`, to identify the head."""
+        """Return the name, the sizes and the given `fields` of the config, to identify the head."""
         sizes = ("name_or_path", "feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", *fields)
         return {name: getattr(self.config, name) for name in sizes}
 
@@ -250,7 +250,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         check_made_for(target, needed, self.config.target or {}, self.feature_layers)
 
     def near(self, target: PreTrainedModel) -> tuple[list[tuple[int, ...]], list[float]]:
-        """Return feature layers and RoPE bases that the head's file may mean, the configured ones first."""
+        """Return the feature layers, and the RoPE bases, that the head's file may mean; configured ones come first."""
         text = target.config.get_text_config()
         shifted = [tuple(layer + shift for layer in self.feature_layers) for shift in (0, 1, -1)]
         theirs = getattr(text, "rope_parameters", None) or {}
@@ -261,7 +261,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
 
     def packed_view(self) -> Self:
         """Return a copy of the head with weights in a layout that is fast on CPUs (packed); return the head itself if
-        packing would not be faster. The copy shares all parameters with the head. It is valid until modules of the
+        packed weights are not faster. The copy shares all parameters with the head. It is valid until modules of the
         head are added or replaced. Packing happens once: the head keeps the packed weights for later calls.
         """
         return self._packed.view(self)
@@ -276,7 +276,7 @@ class HeadModel(TrainableSource, PreTrainedModel):  # type: ignore[misc]  # each
         """Load a head in this package's format or a published layout. No weight is newly initialized.
 
         Without a Hub id or folder pass `config` and `state_dict`. The head must fit `target`, the model to draft for,
-        which supplies sizes that the config leaves out, and the dtype and device unless you pass these. `keywords` are
+        which supplies sizes that the config omits, and the dtype and device unless you pass these. `keywords` are
         the loading arguments of Transformers, such as `revision`; also any field of the head's config, or
         `rope_theta`, to correct the config, for example as `resps doctor` suggests. `sliding_window` limits how many
         tokens a `DraftHead` sees; `None` removes the limit. Raises a `ValueError` if the files are damaged or
@@ -391,7 +391,7 @@ class DraftHead(HeadModel):
 
         `hidden` `[b, t, h]` are fused features or, for later drafted tokens, what `feedback` returned; `embeddings`
         `[b, t, h]` belong to the tokens after them. `attend` is the attention over the keys and values that the caller
-        keeps (see `DraftCache`). Positions that are not wanted only get keys and values, a third of the work.
+        keeps (see `DraftCache`). For other positions only keys and values are computed, a third of the work.
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails
             is_last = count == len(self.layers)
@@ -445,10 +445,10 @@ class DraftHead(HeadModel):
     ) -> Self:
         """Create an untrained head in the target's dtype, on its device. To train it see docs/train-a-head.md.
 
-        The head can propose `draft_vocab_size` tokens (d), those with the target ids `draft_token_ids` `[d]`, by
-        default the lowest; `None` for all, with the target's output head. `feature_layers` are as in
-        `DraftHeadConfig`, by default EAGLE-3's low, middle and high layer; `overrides` are other fields of it. A
-        `ValueError` is raised if an id is not in the target's vocabulary, or if the config does not fit the target.
+        The head can propose d = `draft_vocab_size` tokens: those with the target ids `draft_token_ids` `[d]`, by
+        default the lowest ids. `None` means all tokens; the head then uses the target's output head. `feature_layers`
+        are EAGLE-3's low, middle and high layer by default; `overrides` are other fields of `DraftHeadConfig`. Raises
+        a `ValueError` if an id is not in the target's vocabulary, or if the config does not fit the target.
         """
         layers = {} if feature_layers is None else {"feature_layers": feature_layers}
         return fresh_head(cls, target, draft_vocab_size, draft_token_ids, layers | overrides)
@@ -520,7 +520,7 @@ class BoundModel(TrainableModel):
 
 
 class BoundHead(BoundModel):
-    """An EAGLE-3 head together with its target's parts."""
+    """An EAGLE-3 head together with the parts of its target that it uses."""
 
     def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         super().__init__(head, target, forward)
@@ -546,12 +546,12 @@ class BoundHead(BoundModel):
 
 
 def with_masks(entries: Entries, masks: Masks) -> Attend:
-    """Make the attention of a block pass: to `entries`, under the mask of each layer."""
+    """Make the `attend` of a block pass: it stores keys and values in `entries`, and applies the layer's mask."""
     return lambda layer, queries, keys, values: attend(queries, *entries.update(keys, values, layer), masks[layer])
 
 
 class BoundParallelHead(BoundHead, BlockModel):
-    """A P-EAGLE head (arXiv 2602.01469, section 3) together with its target's parts. It cannot be trained.
+    """A P-EAGLE head (arXiv 2602.01469, section 3) together with parts of its target. It cannot be trained.
 
     The newest pair of feature and token predicts the first drafted token. After this pair come placeholders, which
     are pairs of a learnt feature and the mask token; each predicts one more token. A placeholder sees all pairs of the

@@ -24,8 +24,8 @@ _ANCHORS = 64  # Number of blocks that `unroll_blocks` fills in one pass over a 
 class UnrolledEntries(Entries):
     """Stores the keys and values of all levels so far, and computes the attention of the current level k.
 
-    A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k. A drafted node
-    at depth k attends to the same: the text, then its path. Only the positions `slots` `[b, q]` have queries.
+    A position attends to the text up to itself (keys of level 0), and to its own keys of levels 1 to k. This is what a
+    node at depth k attends to in drafting: the text and its path. Only the positions `slots` `[b, q]` have queries.
 
     Our layers compute one softmax over `[t + k]` scores, without a dense `(k t)^2` mask. Layers of Transformers get a
     mask `[q, k q + t]`, in which the keys of levels 1 to k come first.
@@ -50,7 +50,7 @@ class UnrolledEntries(Entries):
 
     @property
     def _own_entries(self) -> int:
-        """Total number of keys that all `slots` have stored at levels 1 and later, as of the beginning of a level."""
+        """Number of keys of levels 1 to k, q for each level, if read before the keys of level k are stored."""
         return self._sees.shape[2] * len(next(iter(self._kept.values()), ()))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -126,19 +126,20 @@ def unroll(
 
 
 def unroll_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, levels: int, slots: Tensor) -> Tensor:
-    """Draft a block after token p + 1 for each position p in `slots`; return normed outputs `[levels, b, q, h]`."""
+    """Draft a block after token p + 1 for each position p in `slots` `[b, q]`; return normed outputs
+    `[levels, b, q, h]`. They are meaningless if p is the last position of a text.
+    """
     anchors = (slots + 1).clamp(max=tokens.shape[1] - 1)
     blocks = [run_blocks(model, features, tokens, some, levels) for some in anchors.split(_ANCHORS, dim=1)]
     return torch.cat([model.normed(model.predicting(part, levels)) for part in blocks], dim=1).movedim(2, 0)
 
 
 def run_blocks(model: BoundBlockHead, features: Tensor, tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
-    """Fill a block at each anchor, and return the outputs `[b, m, q, h]` of all slots, after the final norm.
+    """Fill a block at each of m anchors; return the outputs `[b, m, q, h]` of its q slots, after the final norm.
 
     `features` `[b, t, F]` and `tokens` `[b, t]` are those of whole texts, `anchors` `[b, m]` the positions of the
     blocks' first tokens. Each block predicts `levels` tokens. It attends to itself and to the features strictly before
-    its anchor, but to no other block (DFlash, arXiv 2602.06036, section 3). The outputs at the last token of a text
-    are meaningless.
+    its anchor, but to no other block (DFlash, arXiv 2602.06036, section 3).
     """
     (rows, length), blocks, count = tokens.shape, anchors.shape[1], model.width(levels)
     fused, order = model.fuse(features.to(model.dtype)), torch.arange(length, device=features.device)

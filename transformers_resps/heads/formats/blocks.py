@@ -149,7 +149,7 @@ class _PublishedBlock(PublishedHead):
         return [(window or 0) + more if kind == "sliding_attention" else None for kind in kinds]
 
     def _causal(self, windows: list[int | None]) -> list[bool]:
-        """Return for each layer whether it is causal: positions of a block do not attend to later ones."""
+        """Return for each layer whether it is causal: then positions of a block do not attend to later positions."""
         stated, is_sliding = self.stated, [window is not None for window in windows]
         if self.publisher in (Publisher.DEEPSPEC, Publisher.MUSE):
             return [False] * len(windows)

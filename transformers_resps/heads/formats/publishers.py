@@ -20,7 +20,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class Publisher(StrEnum):
-    """The project that wrote a file, or whose conventions it uses; the last two have block heads only."""
+    """The project that wrote a head's files, or whose conventions they have; the last two publish only block heads."""
 
     EAGLE = "eagle"
     SPECFORGE = "specforge"
@@ -36,7 +36,7 @@ class Publisher(StrEnum):
 MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
-# Files of these publishers: id j is the input of layer j, as in `hidden_states`. Other files: the output of layer j.
+# In these publishers' files, layer id j means the input of layer j, as in `hidden_states`; in others, its output.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
 _TRY_DOCTOR = "Try `resps doctor` if few tokens are accepted."
 
@@ -80,8 +80,8 @@ class PublishedConfig:
         return next((field for field in _ID_FIELDS if self.stated.get(field)), "")
 
     def feature_layers(self, count: int, layer_count: int | None) -> list[int]:
-        """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if their
-        number is not `count`, which `fc` reads, or if the ids are ambiguous.
+        """Return the feature layers as ascending indices of `output_hidden_states`. Raises a `ValueError` if there
+        are not `count` of them, as many as `fc` reads, or if the ids are ambiguous.
         """
         given, ids = self.stated.get("feature_layers"), self.layer_ids
         if given is not None:
@@ -129,7 +129,7 @@ class PublishedConfig:
                 f"The layer ids {ids} of {self.source} may count layers or the boundaries before them. "
                 "Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
             )
-        if ids[-1] >= layer_count:  # no layer has that number
+        if ids[-1] >= layer_count:  # ids of layers end at `layer_count - 1`
             return ids
         logger.warning("%s: the layer ids %s are read as outputs of those layers. %s", self.source, ids, _TRY_DOCTOR)
         return are_layers

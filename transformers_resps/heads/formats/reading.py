@@ -80,7 +80,7 @@ def kind_in(name: str | os.PathLike[str], **hub: Any) -> DrafterKind:
     return kind_of_files(config, dict.fromkeys(places) | files.read(shaping, tensor_of))
 
 
-# Reads a published layout, with the user's corrections of its config: returns the fields of our config, and tensors.
+# (checkpoint, target if known, user's corrections of the config) -> fields of our config, and tensors by our names
 Reader = Callable[[Checkpoint, PreTrainedModel | None, dict[str, Any]], tuple[dict[str, Any], dict[str, Tensor]]]
 
 
@@ -91,7 +91,7 @@ def canonical_head(
     config_class: type[HeadConfig],
     read: Reader,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Convert any publisher's head to this package's config and tensors; `read` is for the layouts of others.
+    """Convert any publisher's head to this package's config and tensors; `read` converts other publishers' layouts.
 
     `target` supplies sizes that the config leaves out. `overrides` are the user's corrections of the config: fields of
     `config_class`, and `rope_theta`, which our configs have inside `rope_parameters`. Raises a `ValueError` if the
@@ -173,7 +173,7 @@ def _window(head: "PublishedHead", layer_count: int) -> int | None:
 
 
 def _structure(tensors: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, bool]:
-    """For each optional part (bias or norm), return whether tensors or config show it. `check_exact` finds gaps."""
+    """Return for each optional part (bias or norm) whether the tensors or the config say that the head has it."""
     flags = {
         "fc_bias": "fc.bias" in tensors or stated.get("bias") is True,
         "attention_bias": f"{_ATTENTION}q_proj.bias" in tensors,
@@ -304,7 +304,7 @@ class PublishedHead(PublishedConfig):
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return `fields` with the flags `owns_...`, and all tensors except copies of the target's."""
+        """Return `fields` plus the flags `owns_embedding` and `owns_output_head`, and tensors that are not borrowed."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
@@ -337,7 +337,7 @@ class WholeModelError(ValueError):
 
 
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `WholeModelError` if the config and the tensors' renamed `names` belong to a whole model."""
+    """Raise a `WholeModelError` if the config and the tensors' `names`, as we spell them, are of a whole model."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         error = WholeModelError(

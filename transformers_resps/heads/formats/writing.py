@@ -77,7 +77,7 @@ def export_block_head(config: BlockHeadConfig, state: dict[str, Tensor], folder:
 
 
 def _is_sliding(config: BlockHeadConfig) -> list[bool]:
-    """Return for each layer whether its attention has a window. By default, layouts treat such layers as causal."""
+    """Return for each layer whether its attention has a window. If so, it is causal by default in both layouts."""
     return [window is not None for window in config.windows or ()]
 
 
@@ -168,7 +168,7 @@ def _speculators_block_config(config: BlockHeadConfig) -> dict[str, Any]:
 
 
 def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
-    """Raise a `ValueError` if vLLM 0.32.0 or SGLang 0.5.23, by their sources, would silently load the head wrongly."""
+    """Raise a `ValueError` if vLLM 0.32.0 or SGLang 0.5.23 would silently load the head wrongly (by their code)."""
     is_flat, outer_biases = layout == "specforge", config.attention_output_bias or config.mlp_bias
     reads_embedding = 0 in (config.feature_layers or ())
     for cannot, reason, way_out in (
@@ -196,7 +196,7 @@ def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
 
 
 def _has_attention_biases(config: DraftHeadConfig) -> bool:
-    """Whether to write biases of all projections, zeros included: engines have one flag for all, and need all then."""
+    """Whether to write a bias of each attention projection, even zeros: engines have one flag for all of them."""
     return config.attention_bias or config.attention_output_bias
 
 
@@ -220,8 +220,8 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """Return the fields of both layouts. `feature_layers` and `feedback_post_norm` are this package's own names: the
-    published names differ in meaning.
+    """Return the fields that both layouts have. `feature_layers` and `feedback_post_norm` are names of our own:
+    the published names differ in meaning.
     """
     own = ("feature_layers", "feedback_post_norm", "owns_embedding", "target_hidden_size")
     norms = ("norm_before_residual", "norm_before_fc", "fc_norm")
@@ -263,7 +263,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
 def _speculators_fields(
     config: HeadConfig, algorithm: str, architecture: str, version: str, tokens: int, layer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the fields of every config of speculators, which name the target and the default way to draft."""
+    """Make the fields that all configs of speculators have. They name the target and the default way to draft."""
     method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     target = config.target or {}
     return {
