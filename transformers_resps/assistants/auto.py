@@ -33,7 +33,7 @@ class AutoDraftHead:
 
         Returns a `DraftHead` (EAGLE-3), a `BlockHead` (DFlash, DSpark, JetSpec, DFlash 2, Muse-Glimmer), a saved
         `MtpHead`, or an assistant of Gemma 4. `keywords` are arguments of `from_pretrained` of that class, such as
-        `revision`. Raises its `ValueError`s, and a `WholeModelError` for a model that is not an assistant.
+        `revision`. Raises the errors of that method, and a `WholeModelError` for a model that is not an assistant.
         """
         hub = {key: keywords[key] for key in HUB & keywords.keys()}
         source = kind_in(id_or_folder, **hub).source.load()
@@ -49,7 +49,7 @@ class AutoDraftHead:
 def load_drafter(
     name: str | os.PathLike[str], target: PreTrainedModel, **keywords: Any
 ) -> DraftSource | PreTrainedModel:
-    """Load a head or a causal model in the target's dtype and on its device; see `CAME_ALONG` and `ITSELF`."""
+    """Load a drafter in the target's dtype and on its device. `name` may also be `CAME_ALONG` or `ITSELF`."""
     if name == ITSELF:
         return SelfDraft(target)
     if name == CAME_ALONG:
@@ -75,7 +75,7 @@ def load_head(name: str, target: PreTrainedModel, **keywords: Any) -> TrainableS
 
 
 def source_of(model: PreTrainedModel | CandidateGenerator, target: PreTrainedModel) -> DraftSource:
-    """Wrap a model or candidate generator in a `DraftSource`; `ValueError` if it cannot draft for `target`."""
+    """Wrap a model or candidate generator in a `DraftSource`; raise a `ValueError` if it cannot draft for `target`."""
     if isinstance(model, CandidateGenerator):
         return ForeignSource(model)
     source: DraftSource = kind_of_model(model.config.model_type).source.load().of_model(model, target)

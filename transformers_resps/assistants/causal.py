@@ -20,7 +20,7 @@ from ..verifying.unknown_targets import FAILURES, beyond_tolerance
 from .loaded import LoadedModel
 
 
-_PADDED = 0.01  # Vocabulary sizes may differ by this share, because some are padded.
+_PADDED = 0.01  # Vocabulary sizes of model and target may differ by this share, because some are padded.
 _SAME_TOKENS = (
     "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
     "drafts chains."
@@ -116,7 +116,7 @@ class _Steps(StepModel):
         return nn.ModuleList([self._model])
 
     def places(self, positions: Tensor) -> Places:
-        """Clamp positions to the end of a learned position table. Drafts beyond it are useless but do not fail."""
+        """Return the positions, but none after a learned position table: drafts there are useless, but do not fail."""
         return (positions.clamp(0, self._last_position),)
 
     def run(
@@ -171,7 +171,7 @@ class _Shown(Entries):
 @torch.no_grad()
 def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
     """Raise a `ValueError` if `model` computes other logits for a tree than for each of its branches as a plain text.
-    A wrong mask or scale would else go unnoticed and only lower acceptance.
+    Without this check a wrong mask or scale would go unnoticed, and only lower acceptance.
     """
     name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]

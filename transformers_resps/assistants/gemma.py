@@ -3,8 +3,8 @@
 An assistant has no keys and values of its own: all nodes of a tree attend to the target's, from the position of the
 root (the newest token). A node gets information of its ancestors only by its hidden state, so no cache is needed.
 
-Transformers' own loop differs in two ways. It also shows the assistant the keys of the first rejected token, and it
-accepts the assistant's likeliest tokens as if they had been sampled. Here only what the target picks is accepted.
+Transformers' own loop differs in two ways. The assistant also attends to the keys of the first rejected token, and the
+loop accepts its likeliest tokens as if it had sampled them. Here only tokens that the target picks are accepted.
 """
 
 from typing import Any, cast
@@ -31,7 +31,7 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        """The index by which `FeatureTap` returns the output of the target's final norm."""
+        """The index for which `FeatureTap` returns the output of the target's final norm: the number of layers + 1."""
         return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
@@ -69,7 +69,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
 
 
 class _OfTarget(Entries):
-    """Gives the assistant's layers the target's keys and values."""
+    """Holds the target's keys and values, to which the assistant's layers attend."""
 
     def __init__(self, kept: TargetEntries) -> None:
         self.kept = kept
@@ -79,7 +79,7 @@ class _OfTarget(Entries):
 
 
 class _TargetCache(DraftCache):
-    """Returns the target's keys and values, prepared once for each length of the text, and stores no others."""
+    """Stores nothing itself: `attend` returns the target's keys and values, prepared once for each text length."""
 
     def __init__(self, verifier: Verifier) -> None:
         super().__init__(device=verifier.device)
@@ -135,7 +135,7 @@ class _Queries(StepModel):
         return outputs.last_hidden_state
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Compute the logits of all tokens or, for a large vocabulary, only of the tokens from `_nearest`."""
+        """Compute the logits of all tokens or, if the model clusters its vocabulary, only of those from `_nearest`."""
         if self._embedder is None:
             return self._model.lm_head(output).float()
         return self._scores(output, self._nearest(output))

@@ -13,8 +13,8 @@ from ..tree import TreeShape
 
 
 class LoadedModel(LevelSource):
-    """Drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for this target. Only a weak
-    reference to the model is held, so it may be deleted.
+    """Drafts with `model` for `target`. Raises a `ValueError` if the model cannot draft for this target. Holds only a
+    weak reference to the model, so the caller must keep the model.
     """
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:

@@ -64,7 +64,7 @@ class MtpLayer(nn.Module):
 
 
 def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
-    """Copy the target's config, and set all layer types to that of MTP layer number `depth`."""
+    """Copy the target's config, and set the type of every layer in the copy to that of MTP layer number `depth`."""
     text = target.config.get_text_config(decoder=True)
     kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
     if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
@@ -118,8 +118,8 @@ class MtpReading(FileReading):
 class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
-    It uses the target's final norm, embedding and output head. If the checkpoint has other embeddings or output heads
-    for these layers, it uses those.
+    It uses the target's final norm, embedding and output head; but if the checkpoint has separate embeddings or output
+    heads for these layers, it uses those.
     """
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
@@ -234,7 +234,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, but with output projections of zero, so that it outputs its hidden state."""
+        """Copy the target's last layer, but with output projections of 0, so that layers output their hidden input."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -304,7 +304,7 @@ class MtpHead(TrainableSource, nn.Module):
         return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
 
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
-        """Return whether the norms in the checkpoint multiply by 1 + weight instead of weight."""
+        """Return whether the checkpoint's norms multiply by 1 + weight instead of weight."""
         stated = self.settings.zero_centred
         return _is_zero_centred(target) if stated is None else stated
 
@@ -339,7 +339,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """Index of the target layer to read: the configured one or the last; one more means after the final norm."""
+        """Index of the hidden state to read: that after the configured or last layer; last + 1: after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -450,7 +450,7 @@ _GROWING_ROPES = ("dynamic", "longrope")  # RoPE types whose angles depend on th
 
 class BoundMtp(TrainableModel):
     """MTP layers together with the target's parts that they use; made by `MtpHead.bind`. `layers` are those of the
-    head, or copies with packed weights. A `forward` with the signature of `MtpHead.forward` replaces that method.
+    head, or copies with packed weights. If given, `forward` runs instead of `MtpHead.forward`, with its arguments.
     """
 
     def __init__(
@@ -481,7 +481,7 @@ class BoundMtp(TrainableModel):
             self._kinds = {kind: {"layer_type": kind} if is_told else {} for kind in types}
         windows = [text.sliding_window if name == "sliding_attention" else None for name in types]
         self._patterns = [AttentionPattern(window) for window in windows]
-        is_odd = any(config.experts) or any(windows)  # the control flow of both depends on values or lengths
+        is_odd = any(config.experts) or any(windows)  # their control flow depends on values or lengths
         self.is_compilable = config.depths == 1 and not is_odd and config.fed_back != "target"
         self._ids = None if config.draft_token_ids is None else head.draft_token_ids
         self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
@@ -554,8 +554,8 @@ class BoundMtp(TrainableModel):
 
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
-    """Mask the text's keys that lie outside the window; return `None` for a single query without a mask.
-    `positions` `[b or 1, t, 1]` are cache positions. The tree's are below 0, and always within the window.
+    """Return the mask of `entries`, with the text's keys outside the window hidden, too; `None` for a single query
+    without a mask. `positions` `[b or 1, t, 1]` are the queries'. Keys in slots below 0, the tree's, stay visible.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -567,7 +567,7 @@ def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Ten
 
 
 class _Newest(Entries):
-    """Returns for a single query without a mask only the keys and values of the tree and of the window."""
+    """Serves a single query without a mask: `update` returns only keys and values of the tree and in the window."""
 
     def __init__(self, entries: Entries, window: int) -> None:
         self._entries, self._window = entries, window
@@ -583,7 +583,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a bool mask to the additive mask of eager attention, for the length and dtype of `like` `[b, t, h]`."""
+    """Convert a bool mask (`None`: causal) to an additive one for eager attention; `like` `[b, t, h]` has t queries."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

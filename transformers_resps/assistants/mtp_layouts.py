@@ -26,9 +26,9 @@ class MtpConfig:
     fed: Literal["after", "before"] = "after"  # whether that output is read after or before the final norm
     # Input of the next drafted token: the layer's output after or before its norm, or the target's state again.
     fed_back: Literal["after", "before", "target"] = "after"
-    hidden_first: bool = False  # the projection reads the hidden state before the embedding
-    zero_centred: bool | None = None  # norms in the file multiply by 1 + weight; `None`: as the target's
-    zeroed_start: bool = False  # the embedding that is paired with a text's first hidden state is zero
+    hidden_first: bool = False  # whether the projection reads (state, embedding), not (embedding, state)
+    zero_centred: bool | None = None  # whether norms in the file multiply by 1 + weight; `None`: as the target's
+    zeroed_start: bool = False  # whether a text's first hidden state is paired with zeros, not an embedding
     layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention" for each layer; empty: full
     experts: tuple[bool, ...] = ()  # whether each layer has a mixture of experts; empty: none has
     projection_bias: bool = False
@@ -63,13 +63,13 @@ _REFUSED = {
     "mtp_dspark.": "is a block head (DSpark), which drafts several tokens at once",
 }
 
-# Published prefixes of tensor names -> replacements; after them MTP layers are in `mtp.layers` or `layers`.
+# Published prefixes of tensor names -> replacements. Replaced names begin with `mtp.layers` or `layers`.
 _ROOTS = {
     r"^(?:(?:model|language_model)\.)+": "",
     r"^mtp\.(?=(?:fc|norm|embed_tokens|pre_fc_norm_(?:embedding|hidden))\.)": "mtp.layers.0.",
     r"^mtp_(block|emb_norm|hidden_norm|linear_proj)\.(\d+)\.": r"mtp.layers.\2.\1.",
 }
-# Prefix of a layer, numbered from 0 (`mtp`) or after the target's layers. A part `transformer` is dropped.
+# Prefix of a layer, numbered from 0 (with `mtp`) or after the target's layers (without). `transformer` is dropped.
 _LAYER = re.compile(r"(mtp[._])?layers\.(\d+)\.(?:transformer(?:_layer)?\.)?")
 # Our name of a part -> publishers' names. All other tensors belong to the decoder layer, `block`.
 _PARTS = {
@@ -93,7 +93,7 @@ _INSIDE = {
     "moe.gate.": "mlp.gate.",
     "share_expert.": "mlp.shared_experts.",
 }
-# Names of one expert's tensor or, without a number, of all experts'. Below: the merged tensor, and half of its rows.
+# Names of one expert's tensor or, without a number, of all experts'. `_MERGED`: our joint tensor and which half it is.
 _EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
 _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
@@ -143,7 +143,7 @@ class Stored:
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
-    """Map our name of each MTP tensor to its `Stored` names. The checkpoint's target has `layer_count` layers."""
+    """Map our name of each MTP tensor to its names in the checkpoint, whose target has `layer_count` layers."""
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
@@ -286,7 +286,7 @@ class MtpCheckpoint:
         )
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Return whether some rows of our tensor equal those of `weight` `[n, m]`; false if `weight` is offloaded."""
+        """Return whether a sample of our tensor's rows equals `weight`'s `[n, m]`; false if `weight` is offloaded."""
         if weight.is_meta:
             return False
         name = self.stored[ours].names[0][0]

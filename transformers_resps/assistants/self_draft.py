@@ -1,7 +1,7 @@
 """Draft with the target's own weights, rounded to 4 bits: any model gets a drafter without a download.
 
-Reading rounded weights takes a fraction of a step, and they mostly pick what the target picks (ML-SpecQD, arXiv
-2503.13565). The rounded model attends to the target's own keys and values, so it reads no text a second time.
+Reading rounded weights takes a fraction of a step's time, and the rounded model mostly picks the target's tokens
+(ML-SpecQD, arXiv 2503.13565). It attends to the target's own keys and values, so it reads no text a second time.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from ..verifying.slots.steps import RoundedSteps
 
 
 class SelfDraft(DraftSource):
-    """Drafts for `target` with its own weights, rounded to 4 bits and kept with its compiled code.
+    """Drafts for `target` with its own weights, rounded to 4 bits and stored with the target's compiled code.
 
-    A level costs a pass over all rounded weights, so drafts are chains; the tree also gets the likeliest other tokens
-    of each level, which cost nothing.
+    Each level costs a pass over all rounded weights, so only the likeliest token of a level gets children. The level's
+    next likeliest tokens become nodes, too, because they cost nothing.
     """
 
     needs_compiled = True
@@ -71,7 +71,7 @@ class SelfDraft(DraftSource):
 
 
 class SelfDrafter(Drafter):
-    """Drafts the likeliest chain of each row, and beside it the likeliest other tokens of each level."""
+    """Drafts for each row the chain of likeliest tokens, and beside it the next likeliest tokens of each level."""
 
     def __init__(self, steps: RoundedSteps, vocabulary: int) -> None:
         self._steps, self.proposable_tokens = steps, vocabulary
