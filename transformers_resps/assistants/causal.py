@@ -116,7 +116,7 @@ class _Steps(StepModel):
         return nn.ModuleList([self._model])
 
     def places(self, positions: Tensor) -> Places:
-        """Return the positions, but none after a learned position table: drafts there are useless, but do not fail."""
+        """Limit positions to the learned position table, if any: drafts beyond it are useless, but do not fail."""
         return (positions.clamp(0, self._last_position),)
 
     def run(
@@ -143,7 +143,7 @@ class _Steps(StepModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _masks(self, positions: Tensor, entries: Entries) -> Any:
-        """Make an attention mask for all layers, or a dict with one for each layer type; `None` means plain causal."""
+        """Make an attention mask for all layers, or a dict of masks by layer type; `None` means causal attention."""
         mask = entries.mask
         patterns = {name: pattern for name, pattern in self._patterns.items() if pattern is not None}
         if all(pattern.window is None for pattern in patterns.values()):

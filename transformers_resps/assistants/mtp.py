@@ -234,7 +234,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel) -> None:
-        """Copy the target's last layer, but with output projections of 0, so that layers output their hidden input."""
+        """Copy the target's last layer, but set output projections to 0, so that hidden states pass unchanged."""
         norm, shift = target.get_decoder().norm.weight, int(_is_zero_centred(target))
         factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
         for layer in cast(Any, self.layers):
@@ -339,7 +339,7 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """Index of the hidden state to read: that after the configured or last layer; last + 1: after the final norm."""
+        """Index of the hidden state to read: `feature_layer`, else the last; last + 1 means after the final norm."""
         last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
         return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
@@ -427,7 +427,7 @@ def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedM
 
 
 class KeptRows:
-    """Keeps copies of the output heads' weight rows for the draft vocabulary; copies again when the weights change."""
+    """Keeps copies of the output heads' rows for the draft vocabulary, and renews them when the weights change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
@@ -555,7 +555,7 @@ class BoundMtp(TrainableModel):
 
 def _near(entries: Entries, positions: Tensor, pattern: AttentionPattern) -> Tensor | None:
     """Return the mask of `entries`, with the text's keys outside the window hidden, too; `None` for a single query
-    without a mask. `positions` `[b or 1, t, 1]` are the queries'. Keys in slots below 0, the tree's, stay visible.
+    without a mask. `positions` `[b or 1, t, 1]` are those of the queries. The tree's keys, in slots below 0, are kept.
     """
     mask, count = entries.mask, positions.shape[1]
     if mask is None and count == 1:
@@ -583,7 +583,7 @@ class _Newest(Entries):
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a bool mask (`None`: causal) to an additive one for eager attention; `like` `[b, t, h]` has t queries."""
+    """Convert a bool mask (`None`: causal) to an additive one for eager attention of t queries, `like` `[b, t, h]`."""
     count = like.shape[1]
     if mask is None and count == 1:
         return None

@@ -70,11 +70,12 @@ class BlockModel(StepModel):
         """Run one pass over a block, which predicts `levels` tokens after the newest tokens `root` `[b]`.
 
         `newest` `[b, 1, h]` is the output of `run` at the newest position in the cache. `places` are the results of
-        `self.places` for the block's positions. `entries` hold the text's keys and values, and store the block's.
+        `self.places` for the block's positions. `entries` hold the text's keys and values, and store the block's;
+        `masks` say which of both the block's positions attend to.
         """
 
     def branching(self, slots: BlockSlots, root: Tensor, ranks: Tensor) -> Branching:
-        """Return candidates and their scores below the root `[b]`.
+        """Return each level's candidates, and the function that scores them, for drafts below tokens `root` `[b]`.
 
         By default each level's candidates are its k likeliest tokens, and scores do not depend on the path to a node.
         `ranks` `[k]`, 0 or -inf, are added to the scores of the k likeliest children of a node, the likeliest first.

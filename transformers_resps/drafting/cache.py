@@ -32,7 +32,7 @@ class Entries(ABC):
         """Store keys and values `[b, kv heads, t, hd]`; return all keys and values that the tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store keys and values of t tokens; attend with `queries` `[b, heads, q, hd]`, those of the last q tokens."""
+        """Store keys and values of t tokens; return the attention of the last q, `queries` `[b, heads, q, hd]`."""
         mask = None if self.mask is None else self.mask[:, :, -queries.shape[2] :]
         return attend(queries, *self.update(keys, values, layer), mask)
 
@@ -106,8 +106,8 @@ class DraftCache:
         `[b or 1, t]`. Tokens attend to slots of the text before `end`, except where `seen` `[b or 1, end]` is false:
         only the token in such a slot attends to it. `drafted` `[b, t, e]` is true where one of t nodes attends to one
         of the tree's e slots, -e to -1. A `mask` `[b or 1, 1, q, s]`, over the slots from `min(where, 0)` to `end`,
-        replaces the mask that is made from these arguments. Without `drafted` and `mask`, the tokens are of
-        the text, and attention is causal. If a layer has fewer queries than keys, they are of the last tokens.
+        replaces the mask that is made from these arguments. Without `drafted` and `mask`, the tokens are of the text,
+        and attention is causal. If a layer has fewer queries than keys, its queries are those of the last tokens.
         """
         return _CacheEntries(self, where, end, seen, drafted, mask)
 
@@ -118,7 +118,7 @@ class DraftCache:
         return self._true.expand(1, length)
 
     def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's buffers; if missing, make them like `keys` and `values`. Slot i is at `tree_room + i`."""
+        """Return the layer's buffers, made like `keys` and `values` if missing. Slot i has index `tree_room + i`."""
         if layer not in self._layers:
             slots = self.tree_room + self.capacity
             made = [part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)]

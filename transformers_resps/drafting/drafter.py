@@ -45,7 +45,7 @@ class Drafter(CandidateGenerator, ABC):
     """
 
     feature_layers: Sequence[int] = ()  # see `DraftSource`
-    reads_text: bool = False  # whether `get_candidates` needs the whole text instead of only its newest token
+    reads_text: bool = False  # whether `get_candidates` needs the whole text, not only its newest token
     proposable_tokens: int  # number of different tokens that it can propose after a node
     most_levels: int | None = None  # maximum number of levels that it can draft; `None` for no limit
     drafts_at_once: bool = False  # whether one pass drafts all levels, so that more levels take almost no more time

@@ -85,7 +85,7 @@ class ForeignDrafter(Drafter):
         return pool if self._chain else pool.with_an_end()
 
     def observe(self, committed: Committed) -> None:
-        """Do nothing, since each `DraftRequest` comes with the whole text."""
+        """Do nothing, since `draft` gets the whole text."""
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int, committed: Committed | None = None

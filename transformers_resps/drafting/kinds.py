@@ -35,7 +35,7 @@ class DrafterKind:
     objective: Reference | None = None  # its training objective, an `Objective`
     # Runs a drafter over whole texts for diagnosis; its positional arguments are those of `heads.unrolled.unroll`.
     unroll: Reference | None = None
-    records: bool = False  # whether its candidate pools can be recorded, to train policies on them
+    records: bool = False  # whether policies can be trained on records of its candidate pools
     exports: tuple[str, ...] = ()  # file layouts of other engines in which it can be exported
 
     @property

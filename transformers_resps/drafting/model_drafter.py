@@ -20,8 +20,8 @@ from .text import DraftText
 class ModelDrafter(Drafter):
     """Drafts candidate pools with one draft model for `batch_size` texts; for `prompt_mask` see `DraftText`.
 
-    `engine` runs compiled code, and no other call may use it meanwhile; `None` drafts without compiled code. A model
-    that attends to the target's cache needs the `verifier`.
+    `engine` runs compiled code, and is reserved for this call; `None` drafts without compiled code. A model that
+    attends to the target's cache needs the `verifier`.
     """
 
     def __init__(

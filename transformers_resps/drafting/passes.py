@@ -301,7 +301,7 @@ class Draft(ABC, Generic[Grown]):
     def of_tensors(self, cache: DraftCache, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Draft from the tensors of `text_of_tensors`, in a function that a CUDA graph can capture.
 
-        Attention covers all slots of the cache, so the shape, the number of pairs and the cache fix every size. Return
+        Attention covers all slots of the cache, so the shape, the number of pairs and the cache fix all sizes. Return
         the root's output `[b, 1, h]`, the tensors of `CandidatePool` without `levels`, and the tensors of `DraftTree`.
         """
         *pair_tensors, shown = tensors

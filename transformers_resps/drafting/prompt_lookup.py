@@ -126,7 +126,7 @@ class LookupDrafter(Drafter):
             origins=call.origins,
             never_drafted=call.never_drafted,
             memories=memories,
-            branches=not call.target.config.is_encoder_decoder,  # they number tokens in order: no branches
+            branches=not call.target.config.is_encoder_decoder,  # encoder-decoders cannot verify branches
         )
 
     def observe(self, committed: Committed) -> None:

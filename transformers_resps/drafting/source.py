@@ -30,9 +30,9 @@ class DraftCall:
     paired_mask: Tensor | None = None  # the same, only for positions whose target features are available
     origins: list[list[int]] | None = None  # for each row, input outside its text, such as an encoder's; `None`: none
     never_drafted: frozenset[int] = frozenset()  # tokens that must not be drafted, such as placeholders of an image
-    engines: DraftEngines | None = None  # hold the compiled code of each source; `None` if nothing runs compiled
+    engines: DraftEngines | None = None  # hold the compiled code of each source; `None`: run eagerly
     waits: bool = True  # whether the call waits for a compiler
-    ends: ExitStack = field(default_factory=ExitStack)  # closed when the call ends, to release the drafter's engine
+    ends: ExitStack = field(default_factory=ExitStack)  # closed when the call ends: releases what drafters reserved
 
 
 class DraftSource(ABC):
@@ -40,7 +40,7 @@ class DraftSource(ABC):
 
     before_deepstack: bool = False  # whether it reads hidden states before image features are added to them
     calls_generate: bool = False  # whether drafting may call the target's `generate`; such a call does not draft
-    needs_compiled: bool = False  # whether it can draft only in calls whose target runs compiled
+    needs_compiled: bool = False  # whether it can draft only if the target's steps run compiled
     is_rounded: bool = True  # whether compiled drafts may read int8 weights: faster, but sometimes other tokens
     reads_target: bool = False  # whether it attends to the target's cache, and so needs only the newest features
 
@@ -81,7 +81,7 @@ class LevelSource(DraftSource):
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the source was made for another target, and say in it how the two targets differ."""
+        """Raise a `ValueError` if the source was made for another target. Its message says how both targets differ."""
 
     @abstractmethod
     def bind(self, target: PreTrainedModel) -> StepModel:
@@ -169,10 +169,10 @@ class TrainableSource(LevelSource):
 
     @abstractmethod
     def load_checkpoint(self, folder: str, target: PreTrainedModel) -> None:
-        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if its sizes or settings were others."""
+        """Load the weights that `save_pretrained` wrote; raise a `ValueError` if its sizes or settings differ."""
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return a source with all weights of the files, also those that this one ignores; itself if it has all."""
+        """Return a source with all weights of the files, even those that this one does not use; may be `self`."""
         return self
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Remembers texts of earlier calls, and drafts tokens that followed in them after the present text's last tokens."""
+"""Remembers texts of earlier calls. Where they contain the present text's last tokens, drafts what follows there."""
 
 import json
 import os
@@ -41,7 +41,7 @@ _SLACK = 16  # A full memory forgets a sixteenth of its tokens at once.
 
 
 class SuffixMemory(DraftSource):
-    """Remembers the texts of calls, and drafts the tokens that followed in them after the present text's last tokens.
+    """Remembers the texts of calls. Where they contain the present text's last tokens, drafts the tokens after them.
 
     It holds users' texts as token ids, in RAM and in the files that `save` writes. Anyone who can run calls with this
     memory can find out what it remembers, from drafts and their timing. Threads may share a memory.
@@ -102,7 +102,7 @@ class SuffixMemory(DraftSource):
         return LookupDrafter.of_call(call, [self])
 
     def prepare(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the target's vocabulary lacks a stored token, or earlier targets had other sizes."""
+        """Raise a `ValueError` if the target's vocabulary lacks a stored token, or has another size than before."""
         vocab_size: int = target.config.get_text_config(decoder=True).vocab_size
         with self._lock:
             if self._vocab_size not in (None, vocab_size):
@@ -158,7 +158,7 @@ class SuffixMemory(DraftSource):
                     self._conversations = [*others, text][-_CONVERSATIONS:]
 
     def advance(self, keep: int) -> None:
-        """End the current age, and forget all texts except those of the `keep` newest ages, this one included.
+        """End the current age, and forget all texts except those of the `keep` newest ages, the ended one included.
 
         An age consists of the texts added between two calls of `advance`, for instance with the same trained weights.
         Raises a `ValueError` if `keep` is no integer, or negative.
@@ -197,7 +197,7 @@ class SuffixMemory(DraftSource):
         self._segments = tuple(kept)
 
     def _to_merge(self) -> tuple[Suffixes, ...]:
-        """Return the segments to merge: the first one at most `_RATIO` times as large as all later ones, and these."""
+        """Return the segments to merge: all from the first that has at most `_RATIO` times the tokens after it."""
         segments = self._segments
         for first in range(len(segments) - 1):
             if len(segments[first]) <= _RATIO * sum(map(len, segments[first + 1 :])):
@@ -226,8 +226,8 @@ class SuffixMemory(DraftSource):
     def save(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Write all texts to one file that only its owner can read. It replaces an existing file atomically.
 
-        `load` must be called with the same `tokenizer`, that of the texts. Raises an `OSError` if the file cannot be
-        written; an existing file is unchanged.
+        `tokenizer` is that of the texts; `load` must be called with the same one. Raises an `OSError` if the file
+        cannot be written; an existing file is then unchanged.
         """
         segments, path = self._segments, Path(path)
         told = {"format": FORMAT, "max_tokens": self._max_tokens, "remember": self._remember}

@@ -247,7 +247,7 @@ class DraftText:
             self._forgotten += count + skipped
 
     def _skip(self, count: int) -> int:
-        """Drop up to `count` of the first queued tokens, while rows have equally many; return the number dropped."""
+        """Drop up to `count` of the first queued tokens, while all rows have as many; return the number dropped."""
         left = count
         for at, part in enumerate(self._waiting):
             dropped = min(left, part.counts[0]) if min(part.counts) == max(part.counts) else 0

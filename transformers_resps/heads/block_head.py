@@ -389,7 +389,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         before = correction.before(torch.cat([root[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1))
 
         def corrected(context: Tensor, level: slice) -> Tensor:
-            """Score the m candidates of each of the D' levels in `level` after w parents: `[b, D', w, r or m]`."""
+            """Score m candidates of D' levels below each of w parents: contexts `[b, D', w, r]` -> `[b, D', w, m]`."""
             added = (context @ rows[:, level].transpose(-1, -2)).float()
             scores = (base[:, level, None] + added).log_softmax(-1) + mass[:, level, None, None]
             kept, best = scores.topk(ranks.shape[0], dim=-1)

@@ -173,7 +173,7 @@ class DraftHeadConfig(HeadConfig):
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
         owns_embedding: whether the head has its own embedding table, not the target's; needed if the widths differ.
         owns_output_head: whether the head has its own output head, not the target's.
-        norm_before_residual: whether layer 0's residual connection adds the feature after its norm (EAGLE-3.1).
+        norm_before_residual: whether layer 0's residual connection adds the normed feature (EAGLE-3.1).
         norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
         fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); not with `norm_before_fc`.
         feedback_post_norm: whether the next level's input is the output after `norm` (EAGLE-3.1), not before `norm`.

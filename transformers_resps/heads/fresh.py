@@ -18,7 +18,7 @@ Head = TypeVar("Head", bound=PreTrainedModel)
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
     """Check and sort the target `ids` of a draft vocabulary, `[d]`. Without `ids`, return the lowest `size` ids; with
-    neither, return `None`: the head can propose all tokens. Raises a `ValueError` if they do not fit the target.
+    neither, return `None`: the head can propose all tokens. Raises a `ValueError` if `size` or `ids` are invalid.
     """
     check_is_model(target)
     vocab_size = text_config(target).vocab_size
@@ -129,7 +129,7 @@ def block_fields(target: PreTrainedModel, feature_layers: list[int] | None, give
 
 @torch.no_grad()
 def start_layers(layers: Any, hidden_norm: Any, target: PreTrainedModel) -> None:
-    """Copy the weights of the target's last layers into a head's `layers`, if name and shape of a weight are the same.
+    """Copy to each of a head's `layers` those weights of the target's last layers that have the same name and shape.
     Also copy the first layer's input norm to `hidden_norm`, so that the text's keys and values start as in the target.
     """
     if _plain_norm(target) is None:

@@ -390,7 +390,7 @@ class DraftHead(HeadModel):
         """Compute hidden states `[b, q, h]`, before the final norm, at the `wanted` positions.
 
         `hidden` `[b, t, h]` are fused features or, for later drafted tokens, what `feedback` returned; `embeddings`
-        `[b, t, h]` belong to the tokens after them. `attend` is the attention over the keys and values that the caller
+        `[b, t, h]` are those of the next tokens. `attend` is the attention over the keys and values that the caller
         keeps (see `DraftCache`). For other positions only keys and values are computed, a third of the work.
         """
         for count, layer in enumerate(self.layers, start=1):  # no `is self.layers[-1]`: under `torch.export` it fails

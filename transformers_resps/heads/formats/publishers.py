@@ -20,7 +20,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class Publisher(StrEnum):
-    """The project that wrote a head's files, or whose conventions they have; the last two publish only block heads."""
+    """The project that wrote a head's files, or whose conventions they follow; the last two have block heads only."""
 
     EAGLE = "eagle"
     SPECFORGE = "specforge"
@@ -72,7 +72,7 @@ class PublishedConfig:
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """The published layer ids in ascending order, in which `fc` reads the features: ModelOpt does not sort ids."""
+        """The published layer ids, sorted, since `fc` reads features in ascending order; ModelOpt does not sort."""
         return sorted(self.stated[self._id_field]) if self._id_field else None
 
     @property

@@ -304,7 +304,7 @@ class PublishedHead(PublishedConfig):
         return identity
 
     def without_borrowed(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return `fields` with the flags `owns_embedding` and `owns_output_head`, and the tensors that the head owns."""
+        """Return `fields` with `owns_embedding` and `owns_output_head`, and the tensors that the head owns."""
         offsets = draft_offsets(self.tensors, fields["draft_vocab_size"], fields["vocab_size"], self.source)
         tensors = {name: part for name, part in self.tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
         if offsets is not None:
