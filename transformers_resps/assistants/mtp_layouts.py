@@ -21,7 +21,7 @@ from ..hub.checkpoint import CheckpointFiles, tensor_of
 class MtpConfig:
     """Settings of MTP layers: what they compute, and which parts they have."""
 
-    depths: int = 1  # number of layers; each drafts one token, a single one any number of tokens
+    depths: int = 1  # number of layers; each drafts one token, but a single layer drafts any number
     feature_layer: int | None = None  # target layer whose output is read, counted from 1; `None`: the last
     fed: Literal["after", "before"] = "after"  # whether that output is read after or before the final norm
     # Input of the next drafted token: the layer's output after or before its norm, or the target's state again.

@@ -22,7 +22,7 @@ class DraftRequest:
     """Describes the draft that a decoding step needs."""
 
     shape: TreeShape  # limits the levels (at least one), the children of a node, and the lookup nodes
-    goes_on: GoesOn | None = None  # `None` drafts all levels
+    goes_on: GoesOn | None = None  # decides after each level whether to draft the next one; `None` drafts all levels
     least_prob: float = 0.0  # minimum acceptance probability of nodes from a lookup
 
 

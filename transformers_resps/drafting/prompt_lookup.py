@@ -47,7 +47,7 @@ class Lookup:
         self._text = Suffixes()
         self._own = Corpus([self._text], match_record(), LOOKED_UP)
         self._found: Continuations | None = None
-        self._judged: tuple[int, Continuations] | None = None  # next position to record, and the proposals found there
+        self._judged: tuple[int, Continuations] | None = None  # position to record next, and proposals found there
 
     def __len__(self) -> int:
         return len(self._text)
@@ -126,7 +126,7 @@ class LookupDrafter(Drafter):
             origins=call.origins,
             never_drafted=call.never_drafted,
             memories=memories,
-            branches=not call.target.config.is_encoder_decoder,  # encoder-decoders cannot verify branches
+            branches=not call.target.config.is_encoder_decoder,  # encoder-decoders verify only chains
         )
 
     def observe(self, committed: Committed) -> None:

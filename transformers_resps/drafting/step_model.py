@@ -37,7 +37,7 @@ class StepModel(ABC):
     depths: int = 1  # number of depths, which draft one level each; 1 if the only depth drafts any number of levels
     reads_features: bool = True  # whether it pairs tokens with hidden states
     has_fixed_places: bool = True  # whether `places` of a position do not depend on the other positions
-    counts_padding: bool = True  # whether positions may count a prompt's padding, because only distances matter
+    counts_padding: bool = True  # whether positions may count padding: true if only their distances matter
     sliding_window: int | None = None  # number of newest positions that it attends to, padding included; `None`: all
     is_compilable: bool = False  # whether its passes may run as compiled or captured code
     proposable_tokens: int  # number of different tokens that it can propose after a node

@@ -25,7 +25,7 @@ class PlaceWindow:
     def __init__(self, model: StepModel) -> None:
         self._model = model
         self._known, self._numbers = range(0), torch.empty(0)
-        self._newest: range | Tensor = range(0)  # The positions whose places are kept.
+        self._newest: range | Tensor = range(0)  # The positions whose places are stored in `_places`.
         self._places: Places = ()
 
     def places(self, every: range | Tensor, wanted: slice) -> Places:
