@@ -23,16 +23,16 @@ Found = TypeVar("Found")
 
 
 def tensor_of(file: Any, name: str) -> Tensor:
-    """Load a tensor of an open file to the CPU, in the stored dtype. An open `.bin` file is a dict."""
+    """Load a tensor to the CPU, in the stored dtype; `file` is an open safetensors file, or a `.bin` file's dict."""
     tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
     return tensor
 
 
 class CheckpointFiles:
-    """The files of a Hub id or folder, each fetched when it is first needed.
+    """Reads the files of a Hub id or a local folder; a file on the Hub is downloaded when it is first needed.
 
     `hub` has keywords of `huggingface_hub.hf_hub_download`, such as `revision`. All methods raise a `ValueError` if a
-    file is missing or damaged, or holds more than tensors, and an `OSError` if the Hub refuses the request.
+    file is damaged, holds more than tensors, or is named by an index but missing, and an `OSError` if the Hub refuses.
     """
 
     def __init__(self, name: str | os.PathLike[str], hub: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map tensor names to file names, read from the first candidate (file or index) that exists; else `None`."""
+        """Map tensor names to file names, read from the first existing file of `candidates`; `None` if none exists."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None
@@ -69,7 +69,7 @@ class CheckpointFiles:
         return self._path(file) is not None
 
     def read(self, places: Mapping[str, str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-        """Compute `take(open file, tensor name)` for every tensor of `places` (name -> file); open each file once."""
+        """Map each tensor name in `places` (name -> file) to `take(open file, name)`; open each file only once."""
         values: dict[str, Found] = {}
         for file_name in dict.fromkeys(places.values()):
             with self._open(file_name) as file:

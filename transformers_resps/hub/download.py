@@ -1,7 +1,7 @@
 """Fetch files of a Hub repository, all from one commit, and check their hashes.
 
 `huggingface_hub` 2.4 checks only the size of a download over HTTP (`http_get`). It names a cached file after its ETag,
-a hash of the content, which is checked here.
+a hash of the content. Here the content is hashed again and compared with that name.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ class RepositoryFiles:
         self._hub = hub
 
     def fetch(self, name: str) -> Path | None:
-        """Download a file, again if it is damaged; return its local path, or `None` if the commit has no such file.
+        """Download a file unless it is cached; return its local path, or `None` if the commit has no such file.
 
-        Raises a `ValueError` if the id is no Hub id or the file is damaged both times, an `OSError` if the Hub
-        refuses, and a `ConnectionError` if it cannot be reached or the connection breaks.
+        A damaged file is downloaded once more. Raises a `ValueError` if it stays damaged or the id is no Hub id, an
+        `OSError` if the Hub refuses, and a `ConnectionError` if the Hub cannot be reached or the connection breaks.
         """
         path = self._download(name, **self._hub)
         if path is None:
@@ -111,7 +111,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Return a file's path in a folder or in the commit of a Hub id that is in the cache; `None` if missing."""
+    """Return a file's path in a local folder, or in the commit of a Hub id that is cached; `None` if it is missing."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

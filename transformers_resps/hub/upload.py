@@ -36,7 +36,7 @@ _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where to upload, as arguments of `huggingface_hub`. A missing repository or branch is created."""
+    """The repository and branch to upload to, as arguments of `huggingface_hub`; missing ones are created."""
 
     repo_id: str
     private: bool | None = None  # whether a new repository is private
@@ -47,11 +47,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """Rules for files that are already in the repository."""
+    """Rules for files that are already in the repository; by default they are overwritten if uploaded, else kept."""
 
-    keep: tuple[str, ...] = ()  # names that are not overwritten
-    refuse: tuple[str, ...] = ()  # names of files that forbid the upload, because they describe other weights
-    remove: Callable[[str], bool] = lambda name: False  # whether to delete a file that is not uploaded
+    keep: tuple[str, ...] = ()  # names of files that are not overwritten
+    refuse: tuple[str, ...] = ()  # if one of these files exists, raise: it describes the replaced weights
+    remove: Callable[[str], bool] = lambda name: False  # whether to delete a file, by its name, if it is not uploaded
 
 
 def upload(
@@ -62,12 +62,12 @@ def upload(
     existing: Existing = Existing(),
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Commit `files` on top of the repository's newest commit; return the URL of the new commit.
+    """Commit `files` on top of the repository's newest commit; return the URL of the new commit or pull request.
 
     `files` maps paths in the repository to local paths or contents. While the Hub is busy, the upload is retried.
-    Raises an `OSError`, and commits nothing, if the Hub refuses or the repository was changed meanwhile; a
-    `FileExistsError` if it has a file that `existing` refuses; a `ConnectionError` if the connection breaks, after
-    which all files are committed or none; and a `ValueError` if `repo_id` is no Hub id.
+    Raises an `OSError` if the Hub refuses or the repository was changed meanwhile, a `FileExistsError` if the
+    repository has a file of `existing.refuse`, and a `ValueError` if `repo_id` is no Hub id; then nothing is
+    committed. Raises a `ConnectionError` if the connection breaks; then either all files are committed or none.
     """
     with _explained(destination.repo_id):
         before = _prepared(destination, existing, sleep)
@@ -89,7 +89,7 @@ def upload(
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Create the repository and branch if missing; return the repository's full id. Raises the errors of `upload`."""
+    """Create the repository and branch if missing; return the repository's full id. Raises the same as `upload`."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
@@ -118,7 +118,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """Create repository and branch if missing, check `existing.refuse`, and return the repository's state."""
+    """Create repository and branch if missing; raise if a file of `existing.refuse` is there; return their state."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
@@ -152,8 +152,9 @@ def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> An
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
-    """Upload the files that `save` writes into a folder, and `card` if the repository has none; see `upload`. If the
-    repository has measurements of other weights, an error is raised: deleting them could destroy the only copy.
+    """Upload the files that `save` writes into a folder, and `card` if the repository has no card; see `upload`.
+    Raises a `FileExistsError` if the repository has a results or metrics file: it describes the weights that this
+    upload would replace, and may be the only copy.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -170,7 +171,7 @@ def as_hub_id(name: str | None) -> str | None:
 
 
 def shareable(config: Any) -> Any:
-    """Replace each `name_or_path` that is a local folder by the folder's name, also in nested values."""
+    """Copy `config`, and shorten each `name_or_path` (also nested ones) of a local folder to the folder's name."""
     if not isinstance(config, Mapping):
         return config
     told = {key: shareable(value) for key, value in config.items()}
@@ -192,7 +193,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """Write a card without results: metadata, a title for the kind of `weights`, and the code `use` to load them."""
+    """Return a model card without results: metadata, a title that names the `weights`, and `use`, the loading code."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
