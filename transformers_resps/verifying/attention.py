@@ -32,9 +32,9 @@ _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result 
 
 
 class PackedNodes:
-    """Packs some nodes of several rows into one row, so that a forward need not compute the others, such as padding.
+    """Packs some nodes of several rows into one row, so that a forward computes only these nodes, and no padding.
 
-    `places` `[r]` are the packed nodes' indices among `rows * count` nodes; `are_computed` `[b, n]` is true for them.
+    `places` `[r]` are the packed nodes' indices among all `rows * count`; `are_computed` `[b, n]` is true for these.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -49,7 +49,7 @@ class PackedNodes:
         return states.flatten(0, 1).index_select(0, self._places)[None]
 
     def apart(self, states: Tensor) -> Tensor:
-        """Move packed nodes back to their rows: `[1, r, ...]` -> `[b, n, ...]`; others get arbitrary values."""
+        """Move packed nodes back to their rows: `[1, r, ...]` -> `[b, n, ...]`; other nodes get arbitrary values."""
         return states[0].index_select(0, self._orders).view(*self._size, *states.shape[2:])
 
 
@@ -88,7 +88,7 @@ def attend(
     """Compute SDPA; heads that share keys become queries of one head. Returns `[b, heads, q, hd]`, like the query.
 
     `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads that share keys, q,
-    t]`; a second size of 1 is repeated, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
+    t]`; a mask for 1 head serves all heads, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -107,7 +107,7 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """Repeat a mask `[b, 1 or sharing, q, t]` for heads that share keys, rows aligned: `[b, 1, sharing * q, t]`."""
+    """Repeat a mask `[b, 1 or sharing, q, t]` for `sharing` heads, with rows aligned: `[b, 1, sharing * q, t]`."""
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)
@@ -151,6 +151,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Run `grouped_attention` if the mask is a tree's, with 4 dimensions; else `flash`, which needs `[b, s]`."""
+    """Run `grouped_attention` if the mask has 4 dimensions, as a tree's; else `flash`, whose masks are `[b, s]`."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

@@ -1,4 +1,4 @@
-"""Work on Transformers' caches that hold trees: grow in place, keep an accepted path, crop, pick and copy rows.
+"""Functions for Transformers' caches that hold trees: grow in place, keep an accepted path, crop, pick and copy rows.
 
 Apart from `slots`, most code that touches the inside of these caches is here.
 """
@@ -18,7 +18,7 @@ from ..compat import CacheLayer, cache_layers
 
 
 _SPARE = 256  # positions allocated beyond what is needed
-_MAX_SHARING = 8  # layers of a buffer: more would move nodes faster, but a growing buffer takes its memory twice
+_MAX_SHARING = 8  # layers of a buffer: with more, nodes move faster, but growing takes twice a buffer's memory
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Make this layer's entries views of its part `[b, kv heads, size, hd]` of a buffer with copies of them."""
+        """Use `keys` and `values` `[b, kv heads, size, hd]`, parts of `buffer` that begin with the layer's entries."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -76,7 +76,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """Holds the entries `[layers, b, kv heads, size, hd]` of several layers, so that nodes move in all at once.
+    """Holds entries `[layers, b, kv heads, size, hd]` of several layers, to move nodes in all layers at once.
 
     `size` exceeds the length of every layer. Layers may differ in length only; values may have another `hd` than keys.
     """
@@ -90,11 +90,11 @@ class SharedBuffer:
             layer.move_to(self, keys, values)
 
     def grow(self, length: int) -> None:
-        """Move all layers to new buffers for at least `length` positions; layers of other shapes get other buffers."""
+        """Move all layers to a new buffer for at least `length` positions, or to several if their shapes differ."""
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if some were replaced or lengths differ."""
+        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if any were replaced or lengths differ."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -111,14 +111,14 @@ def preallocate(cache: Cache) -> None:
 
 
 def restore_stock_layers(cache: Cache) -> None:
-    """Undo `preallocate`, because the caller may reuse the cache."""
+    """Replace all `PreallocatedLayer`s by `DynamicLayer`s, because the caller may reuse the cache."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PreallocatedLayer):
             cache.layers[index] = layer.stock()
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield all keys and values of filled layers in few writable views `[layers, b, kv heads, s, hd]`."""
+    """Yield keys and values as writable views `[layers, b, kv heads, s, hd]`, each of a layer or of a buffer."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -130,7 +130,7 @@ def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
 
 
 def _allocate(layers: list[Any], length: int) -> None:
-    """Move layers to new buffers for at least `length` positions; those of equal shapes and dtypes share buffers."""
+    """Move layers to new buffers for at least `length` positions; layers of equal shapes and dtypes share buffers."""
     alike = defaultdict(list)
     for layer in layers:
         kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
@@ -148,7 +148,7 @@ def _fill(layer: Any, keys: Any, values: Any) -> None:
 
 
 def _copied(states: list[Tensor], length: int) -> Tensor:
-    """Copy `states`, each `[b, kv heads, s, hd]`, to the front of a new `[layers, b, kv heads, length, hd]`."""
+    """Copy `states`, each `[b, kv heads, s, hd]`, to the front of a new tensor `[layers, b, kv heads, length, hd]`."""
     first = states[0]
     buffer = first.new_empty(len(states), *first.shape[:2], length, first.shape[-1])
     for row, part in zip(buffer, states, strict=True):
@@ -193,7 +193,7 @@ def check_cache(cache: Cache) -> None:
 
 
 def record_windows(cache: Cache) -> None:
-    """Let sliding layers keep entries that leave their window until the next `crop`; recurrent layers keep nothing."""
+    """Let sliding layers keep entries that leave their window, until `crop`; trim the states of recurrent layers."""
     layers: list[Any] = cache.layers
     for layer in layers:
         if not holds_state(layer):
@@ -246,7 +246,7 @@ def _crop_entries(layer: CacheLayer, count: int) -> None:
 
 
 def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values `[b, kv heads, s, hd]` that a new token attends to; there must be some."""
+    """Return a filled layer's keys and values `[b, kv heads, s, hd]` to which the next token attends."""
     layer, window = cache_layers(cache)[layer_index], window_of(cache, layer_index)
     start = 0 if window is None else max(layer.keys.shape[-2] + 1 - window, 0)
     return layer.keys[:, :, start:], layer.values[:, :, start:]
@@ -280,9 +280,9 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
 def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
     """Keep only each row's accepted path of a tree, for rows that end at different slots.
 
-    A layer with full attention holds the entry of slot i at index i; in a sliding layer all rows end where it ends.
+    A layer with full attention holds slot i's entry at index i; in a sliding layer all rows end at the last index.
     `path` `[b, m]` holds the kept nodes, the root first, and `slots` `[b, m]` their new slots, which are never later
-    than the old ones. A row with fewer nodes repeats its last. The cache keeps `length` positions, the longest row's.
+    than their old slots. A row with fewer than m nodes repeats its last node. The longest row then has `length` slots.
     """
     surplus = cached_length(cache) - length
     counts = slots[:, -1] + 1 - slots[:, 0]
@@ -319,7 +319,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
 
 
 def copied_row(cache: Cache, row: int, length: int) -> Cache:
-    """Copy one row of `length` entries into a cache of Transformers' layers; for sliding ones see `compact_ragged`."""
+    """Copy a row of `length` positions to a new cache of Transformers' layers, indexed as in `compact_ragged`."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
@@ -344,7 +344,7 @@ def _copied_row(layer: CacheLayer, row: int, length: int) -> Any:
 
 
 def joined_rows(caches: list[Cache]) -> Cache:
-    """Concatenate the rows of caches of equal length in the first cache, and return it."""
+    """Concatenate the rows of all caches, which have equal lengths, in the first cache, and return this cache."""
     for own, *others in zip(*map(cache_layers, caches), strict=True):
         rows = [own, *others]
         if holds_state(own):
@@ -359,7 +359,7 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """Gather the last `most` entries of every row: entries before the tree, then the row's `counts` path nodes."""
+    """Gather each row's last `most` entries: entries before the tree, then the first `counts` nodes of its path."""
     past = states.shape[-2] - node_count
     order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; nodes from `past` on
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
@@ -367,7 +367,7 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
 
 
 def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
-    """Replace a layer's entries by `states` `[b, heads, s, hd]`, in a sliding layer the last of `length` positions."""
+    """Replace a layer's entries by `states` `[b, heads, s, hd]`; a sliding layer has only the last s of `length`."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length

@@ -1,8 +1,8 @@
 """Run the target over prompts and trees, and catch features: the hidden states that a draft head reads.
 
 Hooks catch them, also while Transformers' `generate` reads a prompt with images or sounds. `output_hidden_states`
-would leave hooks in the model that cannot be pickled, keep all layers in releases before 5.23, and give the last layer
-only after the final norm.
+would leave hooks in the model that cannot be pickled, keep the states of all layers before release 5.23, and give the
+last layer's only after the final norm.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +88,7 @@ class FeatureTap:
     def _entering(
         self, index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> None:
-        """Catch a layer's input. PyTorch omits `keywords` for a hook that another thread is just removing."""
+        """Catch a layer's input, unless PyTorch omits `keywords`, because another thread is removing this hook."""
         if keywords is not None:
             self._catch(index, arguments[0] if arguments else keywords["hidden_states"])
 
@@ -201,10 +201,10 @@ class TargetForward:
             return run(), features
 
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
-        """Call `run`, which reads a prompt in forwards; return its result, the features and the position ids.
+        """Call `run`, which runs the target over a prompt; return its result, the features and the position ids.
 
-        The text decoder got these position ids `[..., t]` (or `None`) in the last forward; `generate`'s may differ, as
-        in PaliGemma, which counts from 1. Raises a `ValueError` if the target is compiled, and so ignores new hooks.
+        The position ids `[..., t]` (or `None`) are those that the text decoder got in the last forward; `generate`'s
+        differ in PaliGemma, which counts from 1. Raises a `ValueError` if the target is compiled: it ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -292,18 +292,18 @@ class EncoderDecoderForward(TargetForward):
 
 
 def counts_slots(target: PreTrainedModel) -> bool:
-    """Whether an encoder-decoder takes cache slots as positions, which are wrong for trees but right for chains."""
+    """Whether an encoder-decoder uses cache slots as position ids, which is wrong for trees but right for chains."""
     takes = signature(target.forward).parameters
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
 def skips_positions(target: PreTrainedModel) -> bool:
-    """Whether layers that share another layer's keys skip positions whose logits are not kept, as in Gemma 4."""
+    """Whether layers that use another layer's keys compute only positions whose logits are kept, as in Gemma 4."""
     return bool(getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
-    """Whether the target's outputs have these hidden states; they lack the last layer's before the final norm."""
+    """Whether `output_hidden_states` gives these layers' states; it lacks the last layer's before the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 

@@ -15,7 +15,7 @@ from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
 
 class TreeVerifier(Verifier):
-    """Verifies trees with a dynamic cache: appends a tree's entries, then moves accepted ones next to the text's."""
+    """Verifies trees with a dynamic cache: appends the nodes' entries, then moves accepted ones next to the text's."""
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         super().__init__(forward, rows)
@@ -38,7 +38,7 @@ class TreeVerifier(Verifier):
         preallocate(self.forward.cache)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """Run one forward over the tree. If it has only a root, the mask is that of plain decoding."""
+        """Run one forward over the tree. If possible, a root alone gets the mask that plain decoding would pass."""
         slides = (getattr(layer, "is_sliding", False) for layer in self.forward.cache.layers)
         if tree.node_count == 1 and (self.rows.slots.is_even or not any(slides)):
             mask: Masks = self.rows.prompt_mask(self.length + 1)
@@ -91,7 +91,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. With recurrent layers a lone root is kept, since it has changed their states."""
+        """See `Verifier.close`. A root verified alone is kept if it has changed the states of recurrent layers."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the mixers that can compute trees, by the index of their cache layer."""
+    """Return the mixers that can compute trees, by the index of their layer."""
     found, modules = dict[int, nn.Module](), list[Any](model.modules())
     for module in modules:
         folder = _MIXERS.get(type(module).__name__)
@@ -99,7 +99,7 @@ def recurrence_obstacle(model: PreTrainedModel) -> str | None:
 
 
 class LayerStates(NamedTuple):
-    """The states of one recurrent layer, for b rows."""
+    """The states of one recurrent layer, of c channels; k and v are the widths of a head's keys and values."""
 
     convolution: Tensor  # [b, c, kernel]
     recurrence: Tensor | None  # [b, heads, k, v]; `None` for a short convolution
@@ -117,12 +117,12 @@ class _Updates(NamedTuple):
     decays: Tensor
 
     def advance(self, states: Iterable[Tensor], path: Tensor, is_kept: Tensor) -> None:
-        """Advance layers' states in place by the updates, `[layers, b, ...]`, of the kept nodes of a path `[b, m]`."""
+        """Advance `states` in place by the nodes of `path` `[b, m]` where `is_kept`; fields are `[layers, b, ...]`."""
         index = path[None, :, None, :, None]
         keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         keys, whole = keys.masked_fill(~is_kept[:, None, :, None], 0.0), decays[..., -1:, :]
         keys, fading = (keys * (whole - decays).exp()).mT, whole.exp().mT
-        for key, value, fade, state in zip(keys, values, fading, states, strict=True):  # one by one: large
+        for key, value, fade, state in zip(keys, values, fading, states, strict=True):  # one by one: they are large
             torch.addcmul(key @ value, state, fade, out=state)
 
 
@@ -165,14 +165,14 @@ class WholeTree:
         return state
 
     def convolve(self, inputs: Tensor) -> Tensor:
-        """Note the input `[b, c, n]` of the running layer's convolution, and return it."""
+        """Store the input `[b, c, n]` of the running layer's convolution, and return it."""
         self._inputs[self._inside] = inputs
         return inputs
 
     def convolved(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
     ) -> Tensor:
-        """Compute the convolution of each node over the state and the node's path: `[b, c, n]`."""
+        """Compute each node's convolution over its path and the state before the root: `[b, c, n]`."""
         state = self._states[self._inside].convolution
         index = self._windows(weight.shape[-1], state.shape[-1])  # [b, n, kernel]
         before = torch.cat([state.to(inputs.dtype), inputs], dim=-1)
@@ -184,7 +184,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Index the convolution inputs of each node, `[b, n, kernel]`, among `size` state entries, then nodes."""
+        """Return the indices `[b, n, kernel]` of each node's inputs among `size` state entries, then all nodes."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
@@ -194,7 +194,7 @@ class WholeTree:
         return self._places[kernel, size]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> Any:
-        """Compute the scan of a gated delta rule, or Kimi's; return `[b, n, heads, v]` and the unchanged state."""
+        """Compute the scan of a gated delta rule or Kimi's; return `[b, n, heads, v]` and the unchanged state."""
         queries, keys = (_unit(part, value.shape[-2]) for part in (query, key))
         decays = g.float() if g.dim() == keys.dim() else g.float()[..., None]
         output = self._scan(queries * query.shape[-1] ** -0.5, keys, value.float(), decays, beta.float()[..., None])
@@ -214,7 +214,7 @@ class WholeTree:
         **_: Any,
     ) -> Any:
         """Compute the scan of Mamba-2; return `[b, n, heads, v]` and the unchanged state."""
-        # Time steps are not clamped: Transformers clamps those of several tokens, but plain decoding runs one by one.
+        # Time steps are not clamped: Transformers clamps them for several tokens, but plain decoding runs single ones.
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
         decays = rate.float()[..., None] * time_steps
@@ -253,7 +253,7 @@ class WholeTree:
         return outputs.transpose(1, 2)
 
     def noted(self, layer: int) -> list[Tensor]:
-        """Return the noted inputs `[b, any, n]` of a layer's convolution, and its scan's `_Updates` if it has a scan.
+        """Return the inputs `[b, c, n]` of a layer's convolution, and if it has a scan, the tensors of its `_Updates`.
 
         Raises a `ValueError` if the mixer did not call the functions that we replaced.
         """
@@ -281,7 +281,7 @@ def _between(decays: Tensor, ancestors: Tensor) -> Tensor:
 
 
 def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
-    """Multiply each node of `left` by its ancestors in `right`, `[..., n, k]`, faded by `between`: `[..., n, n]`."""
+    """Sum left_i * right_j * exp(between_ij) over k, for all nodes i and j: `[..., n, k]` -> `[..., n, n]`."""
     fading = between.exp()
     if fading.shape[-1] == 1:
         return (left @ right.mT) * fading.squeeze(-1)
@@ -289,7 +289,7 @@ def _products(left: Tensor, right: Tensor, between: Tensor) -> Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Turn autocast off, because the operations of plain decoding on states are not cast either."""
+    """Return a context without autocast: plain decoding does not cast its operations on states either."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -367,7 +367,7 @@ class StateKinds:
 
     @property
     def sizes(self) -> list[str]:
-        """The dimensions of the stacked states, a character each: b for rows, a dot for a fixed size."""
+        """For each tensor of stacked states, a character per dimension: b for rows, a dot for a fixed size."""
         return [part for _, is_scanned in self._kinds for part in (".b..", *[".b..."] * is_scanned)]
 
     def held_by(self, cache: Cache) -> dict[int, LayerStates]:
@@ -375,7 +375,7 @@ class StateKinds:
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """Copy and stack the states in a cache."""
+        """Copy a cache's states, stacked over each group's layers: of convolutions, then of scans if it has any."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]
@@ -385,7 +385,7 @@ class StateKinds:
         return found
 
     def give_back(self, tensors: Sequence[Tensor], cache: Cache, rows: slice) -> None:
-        """Copy the states of some rows from stacked states, `tensors`, to a cache."""
+        """Copy the states of `rows` from `tensors`, stacked like the result of `of`, to a cache."""
         for layer, states in self.by_layer(tensors).items():
             held: Any = cache.layers[layer]
             held.conv_states[0] = states.convolution[rows].clone()
@@ -393,7 +393,7 @@ class StateKinds:
                 held.recurrent_states[0] = states.recurrence[rows].clone()
 
     def by_layer(self, tensors: Sequence[Tensor]) -> dict[int, LayerStates]:
-        """Return the states of each layer, as views of stacked states."""
+        """Map each layer to its states: views of `tensors`, which are stacked like the result of `of`."""
         found: dict[int, LayerStates] = {}  # dynamo knows no `dict[int, LayerStates]()`
         parts = iter(tensors)
         for layers, is_scanned in self._kinds:
@@ -403,14 +403,14 @@ class StateKinds:
         return found
 
     def noted(self, tree: WholeTree) -> list[Tensor]:
-        """Stack what `tree` has noted for the layers of each group: `[layers, b, ...]`."""
+        """For each group, stack the tensors that `tree.noted` returns for its layers: `[layers, b, ...]`."""
         found: list[Tensor] = []
         for layers, _ in self._kinds:
             found += [torch.stack(part) for part in zip(*[tree.noted(layer) for layer in layers], strict=True)]
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance layers' states in place along a path `[b, m]`, see `noted`; short rows repeat their last node."""
+        """Advance `states` in place along a path `[b, m]`, where short rows repeat their last node; see `noted`."""
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
         for layers, is_scanned in self._kinds:

@@ -133,7 +133,7 @@ def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """Find the largest position that a node may have, or `None` without a limit; `root_position` is the first root's.
+    """Find the largest position that nodes may have if the first root has `root_position`; `None` without a limit.
 
     One limit is the end of a table of learned positions. The other is the original context with 'longrope': one
     position beyond it changes the frequencies of all tokens of a forward, while plain decoding runs them one by one.

@@ -2,8 +2,8 @@
 
 On a CPU `torch.nn.Linear` reorders its weights at every call, so in float32 the 2 to 64 rows of a tree cost two to
 four times one row (on AVX2 SmolLM2's forward takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms).
-oneDNN keeps weights in its own blocked layout, where a row's result hardly depends on the number of rows: on AVX2
-never, on AVX-512 in some sizes (docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed
+oneDNN keeps weights in its own blocked layout. There a row's result does not depend on the number of rows on AVX2, and
+on AVX-512 only in some sizes (docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed
 layers are faster for any number of rows (SmolLM2 on Zen 4: 41 and 51 ms; packed 34 and 35 ms).
 """
 
@@ -87,7 +87,7 @@ def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeights:
-    """Keeps packed weights of a module from one `view` to the next, without changing the module."""
+    """Keeps a module's packed weights, so that the next `view` need not pack them again. The module stays as it is."""
 
     def __init__(self) -> None:
         self._weights: dict[str, PackedWeight] = {}

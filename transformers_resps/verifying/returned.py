@@ -22,7 +22,7 @@ from .hybrids import is_recurrent
 
 @dataclass(frozen=True, slots=True)
 class EndedRow:
-    """The cache of one row that has ended, and the position `[planes]` of its next token."""
+    """The cache of one row that has ended, and the position `[planes]` of its next token (several in M-RoPE)."""
 
     cache: Cache
     position: Tensor
@@ -47,7 +47,7 @@ class EndedRow:
 def whole_cache(
     target: PreTrainedModel, rows: Sequence[EndedRow], tokens: Tensor, prompt_mask: Tensor | None
 ) -> Cache:
-    """Run the target over the missing padding of each shorter row, then join the caches of all b rows.
+    """Extend the cache of each shorter row by running the target over its padding; join the caches of all b rows.
 
     The rows' caches must not be used afterwards. `target` is in evaluation mode. `tokens` `[b, any]` are the last
     tokens of prompt and answer, with padding. `prompt_mask` `[b, s]` is 0 where the prompt has padding.
@@ -96,7 +96,7 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """A cache that takes its layers from the cache that `make` returns, when they are first read."""
+    """A cache that calls `make` when its layers are first read, and uses the layers of the cache that it returns."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
         self._make, self._lock = make, Lock()  # another thread may read `layers`, too, before it overwrites buffers

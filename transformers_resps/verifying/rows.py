@@ -79,8 +79,8 @@ class SlotMap:
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
         """Record blocks of new entries; return the slots of these entries, and the next `ahead` slots.
 
-        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if rows are
-        equal. A row with fewer entries in a block than another row repeats the slot of its last entry.
+        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if all rows
+        have the same. Where a block has fewer entries of a row than of another, the row repeats its last entry's slot.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -112,7 +112,7 @@ class SlotMap:
         return seen
 
     def unpadded(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """Make a bool mask `[rows, length]`, false where a slot holds padding; surplus rows repeat the last one."""
+        """Make a bool mask `[rows, length]`, false where a slot holds padding; rows after the b-th repeat it."""
         if self._padding is None:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
@@ -174,7 +174,7 @@ class RowEnds:
         self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
 
     def expand(self, rows: int) -> None:
-        """Repeat the prompts' positions for a batch of `rows` rows."""
+        """If the prompt's positions were given for one row, use them for all `rows` rows of the batch."""
         self._shift_by(self.shifts * (rows // len(self.shifts)))
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -28,8 +28,8 @@ _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # times the largest logit; wrong masks ca
 def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
     """Raise a `ValueError` if the target fails on a tree of two branches, or its logits differ from plain forwards'.
 
-    Architectures in `COMPARED` pass unless they use FlashAttention. An encoder-decoder gets a chain. `make_forward`
-    makes the target's forward for one row, without a draft head and with a new dynamic cache.
+    Architectures in `COMPARED` are not checked, because tests compare them; with FlashAttention they are. For an
+    encoder-decoder the tree is a chain. `make_forward` makes a forward of one row, without a head, with a new cache.
     """
     target = make_forward().target
     config = target.config.get_text_config()
@@ -52,7 +52,7 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 
 
 def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the largest difference of logits if the model's dtype does not explain it; else `None`."""
+    """Return the largest difference of logits if it exceeds the tolerance for the model's dtype; else `None`."""
     error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
     tolerance = _LOGIT_TOLERANCE.get(dtype, _LOW_PRECISION_LOGIT_TOLERANCE)
     return None if error <= tolerance * scale else error
@@ -60,7 +60,7 @@ def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> flo
 
 @torch.no_grad()
 def _tree_logits(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[Tensor, Tensor]:
-    """Return the logits of a tree's path and of the same text, `[1, t, v]`.
+    """Return the logits of a tree's path and of the same tokens as plain text, `[1, t, v]` each.
 
     Node 0 is the root, 1 and 2 are its children, 3 is below 1 and 4 below 2; the path 0, 2, 4 is kept, then one
     more token is verified. An encoder-decoder gets a chain, and keeps 0, 1, 2. The prompt has up to four tokens.
@@ -84,7 +84,7 @@ def _tree_logits(target: PreTrainedModel, make_forward: Callable[[], TargetForwa
 
 
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Compute logits `[1, t, v]` of tokens after a prompt one by one: Mamba-2 uses other time steps for several."""
+    """Compute logits `[1, t, v]` of tokens after a prompt, one token per forward; `WholeTree.mamba_2` says why."""
     logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
         positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
@@ -97,7 +97,7 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
 def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
     """Raise a `ValueError` if logits in the `invariant=True` mode depend on the other tokens of a forward.
 
-    Architectures in `COMPARED` pass. `make_verifier` makes the mode's verifier from `position_ids` `[1, s]`.
+    Architectures in `COMPARED` are not checked. `make_verifier` makes the mode's verifier for `position_ids` `[1, s]`.
     """
     model_type = target.config.get_text_config(decoder=True).model_type
     if model_type in COMPARED:
@@ -118,7 +118,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Whether logits of a prompt and a tree have the same bits when tokens are read in chunks and one by one."""
+    """Whether a prompt has the same logits in chunks as at once, and a path alone as in a tree, bit for bit."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)

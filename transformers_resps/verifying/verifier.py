@@ -41,7 +41,7 @@ class Verifier(ABC):
 
     is_compiled: bool = False  # whether forwards over trees run compiled
     reads_paths: bool = False  # whether the target has recurrent layers, whose states advance along kept paths
-    rounded: RoundedSteps | None = None  # runs the target with rounded weights over drafts; `None` if not compiled
+    rounded: RoundedSteps | None = None  # runs the target with rounded weights over drafts; `None` if it cannot
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         self.forward, self.rows, self.device = forward, rows, rows.device  # trees must be on this device
@@ -64,7 +64,7 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """Facts from which the cost of the newest step is estimated; before any step, the cost of the first step."""
+        """Facts from which the cost of the newest step (before any step, of the first step) is estimated."""
         return Pricing()
 
     def prefill(
@@ -73,7 +73,7 @@ class Verifier(ABC):
         """Run the target over the prompt's uncached tokens; return the last logits, and each forward's features.
 
         `tokens` `[b, t]` are the end of the prompt, and include all uncached tokens; there is at least one.
-        One forward reads `chunk_size` tokens of each row; `None` reads all at once. `options` go to the target
+        One forward reads `chunk_size` tokens of each row, all if `None`. `options` are keywords of the target
         (`logits_to_keep`). The logits are `[b, any, v]`. Raises a `ValueError` if the cache cannot hold a tree.
         """
         read = read_in_chunks(self.rows, tokens, chunk_size, partial(self._read_chunk, options))
@@ -178,7 +178,7 @@ class Verifier(ABC):
 class VerifyingMode(ABC):
     """Makes the verifier of each call, and holds the settings with which calibration times this way of verifying."""
 
-    attention: ClassVar[str | None] = None  # its attention implementation; `None`: the target's own
+    attention: ClassVar[str | None] = None  # attention implementation of this mode; `None`: the target's own
     keywords: ClassVar[Mapping[str, Any]] = {}  # keywords of `generate` that select this mode
     is_stock: ClassVar[bool] = True  # whether plain decoding in this mode is Transformers' own `generate`
 
@@ -193,8 +193,8 @@ class VerifyingMode(ABC):
     ) -> Verifier:
         """Make the verifier of one call. For `position_ids` and `attention_mask` of the prompt see `RowEnds`.
 
-        `engine` compiles the target's forwards; with `None` they run eagerly. With `gives_back` the cache of `forward`
-        must hold all kept entries at the end.
+        `engine` compiles the target's forwards; with `None` they run eagerly. `gives_back` says whether the verifier
+        must leave all kept entries in the cache of `forward`.
         """
         return self.compose(forward, RowEnds(forward, position_ids, attention_mask), engine, gives_back)
 

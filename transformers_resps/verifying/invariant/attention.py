@@ -36,7 +36,7 @@ _MULTIPLE = 8
 
 
 def levels_below(place: int, depth: int) -> int:
-    """Count the blocks that a tree's nodes touch, given its root's place in the text and its depth."""
+    """Count the blocks in which a tree's nodes lie, given its root's place in the text and its depth."""
     return (place % BLOCK + depth) // BLOCK + 1
 
 
@@ -53,13 +53,13 @@ class BlockLayout(NamedTuple):
     places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
     slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
     starts: Tensor  # [b, g], place of the block's first entry
-    asked: Tensor  # [levels, b, n], index of a node in its row's groups, for each block of its path; or -1
+    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block of its path; else -1
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
         """Make the layout of text tokens at `depths` `[b, n]` after places `roots` `[b, 1]`: all blocks are shared.
 
-        All tensors are on the CPU. For `least` see `of_tree`; here its groups and levels are empty.
+        All tensors are on the CPU. For `least` see `of_tree`; here the groups and levels are empty.
         """
         rows, count = depths.shape
         none = torch.zeros(rows, least, dtype=torch.long)
@@ -121,14 +121,14 @@ class BlockLayout(NamedTuple):
         return cls(shared, ends, order[:asking], groups, grouped(places, -1), slots, starts, asked)
 
     def of_nodes(self, count: int, *, compiled: bool = False) -> "BlockLayout":
-        """Turn the nodes from `count` on into padding; in compiled code they then see nothing."""
+        """Turn the nodes from `count` on into padding; in compiled code these then attend to nothing."""
         if not compiled:
             return self._replace(order=self.order[:count])
         return self._replace(ends=self.ends.where(self.order < count, 0))
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """List each group's path, then the root repeated: `[b, g, n + 1]`. If `paths` `[b, g]` is i, it ends at leaf i."""
+    """List each group's path, then the root repeated: `[b, g, n + 1]`. `paths` `[b, g]` are the paths' leaves."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
@@ -140,7 +140,7 @@ def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: T
 def _slots(roots: Tensor, nodes: Tensor, starts: Tensor) -> Tensor:
     """List the slots `[b, g, BLOCK]` of each group's block, which begins at the place `starts` `[b, g]`.
 
-    `nodes` `[b, g, n + 1]` is the group's path. After its end the root's slot is repeated, which the mask hides.
+    `nodes` `[b, g, n + 1]` is the group's path. After the path the root's slot is repeated; the mask hides it there.
     """
     places, first = starts[..., None] + torch.arange(BLOCK, device=starts.device), roots[..., None]
     of_nodes = first + nodes.gather(2, (places - first).clamp(0, nodes.shape[2] - 1))
@@ -156,7 +156,7 @@ def _rounded_up(count: Any, step: int) -> Any:
 
 
 def _filled_up(part: Tensor, dim: int) -> Tensor:
-    """Repeat the last row up to a multiple of `_MULTIPLE`."""
+    """Repeat the last entry of dimension `dim` until their number is a multiple of `_MULTIPLE`."""
     count = part.shape[dim]
     if count % _MULTIPLE == 0:
         return part
@@ -184,7 +184,7 @@ class _OwnReads(NamedTuple):
     rows: _QueryRows
     entries: Tensor  # [g * b * kv heads * BLOCK], indices of the blocks' entries among [b * kv heads * slots]
     places: Tensor  # [levels * rows * b * kv heads], indices into [g, rows, b * kv heads], in the shared rows' order
-    is_missing: Tensor | None  # [levels, rows, b * kv heads], true for rows without a block; `None` if there are none
+    is_missing: Tensor | None  # [levels, rows, b * kv heads], true if a row has no block; `None` if all have one
 
     def gathered(self, states: Tensor) -> Tensor:
         """Gather the blocks' entries `[g, b * kv heads, BLOCK, hd]` from `[b, kv heads, slots, hd]`."""
@@ -201,7 +201,7 @@ class _LayerReads(NamedTuple):
 
 
 class BlockReads:
-    """Makes a layout's query rows and masks, once for all equal layers; `places` `[b, n]` are the nodes'."""
+    """Makes a layout's query rows and masks, once for all equal layers; nodes have `places` `[b, n]` in the text."""
 
     def __init__(self, layout: BlockLayout, places: Tensor, dtype: torch.dtype) -> None:
         self.layout, self._places, self._dtype = layout, places, dtype
@@ -221,7 +221,7 @@ class BlockReads:
         return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Make the additive mask of queries at `places`; `pattern` and the place `last` limit what they see."""
+        """Make the additive mask of queries at `places`, which see keys up to place `last`, if `pattern` allows it."""
         seen = pattern.mask(places, keys, keys <= last)
         # Half the dtype's minimum, since kernels on a GPU multiply scores by log2(e). The minimum would become
         # infinite there, and a block with only infinite scores would get the log-sum-exp 0.
@@ -271,7 +271,7 @@ class BlockReads:
         return index.flatten(), is_missing if asked.shape[0] > 1 else None
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _QueryRows:
-        """Make query rows of `nodes` `[any, b, r]` with a mask `[any, b, r, BLOCK]`; heads that share keys adjoin."""
+        """Make query rows of `nodes` `[any, b, r]` with `mask` `[any, b, r, BLOCK]`. Heads that share keys adjoin."""
         rows, count = self._places.shape
         sharing = heads // kv_heads
         if nodes.numel() == 1 and -sharing % _MULTIPLE <= (count - 1) * heads:  # one node, with later heads as filler
@@ -370,7 +370,7 @@ def _attended(
 
 
 def _in_order(read: _OwnReads, sums: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the results of groups into the order of the rows over shared blocks."""
+    """Sort the log-sum-exps and results of groups into the order of the query rows over shared blocks."""
     levels, (key_heads, size) = 1 if read.is_missing is None else read.is_missing.shape[0], states.shape[-2:]
     states = states.reshape(-1, size).index_select(0, read.places).view(levels, -1, key_heads, size)
     sums = sums.reshape(-1).index_select(0, read.places).view(levels, -1, key_heads)

@@ -1,4 +1,4 @@
-"""Raise for calls that the exact mode (`invariant=True`) cannot serve, and make the verifiers of all others.
+"""Raise for calls that the exact mode (`invariant=True`) cannot serve, and make the verifiers of other calls.
 
 A caller's processor, criterion or layer that reads the clock or other rows is not detected (docs/same-text.md).
 """
@@ -128,7 +128,7 @@ class InvariantMode(VerifyingMode):
     """Verifies trees so that a node's logits depend only on its own text, not on the other tokens of a forward."""
 
     target_engine: SlotEngine  # the target's engine, even if another call uses it
-    code: ModelCode  # shared by all calls of the model
+    code: ModelCode  # checks of compiled code, shared by all calls of the model
     needs: RowNeeds
     compiles: bool = False  # whether steps run compiled
     attention: ClassVar[str] = INVARIANT
@@ -201,7 +201,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the exact mode for one call; raise a `ValueError` if here a row's bits depend on the other rows."""
+        """Make the exact mode for one call; raise a `ValueError` if a row's bits depend on other rows here."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:

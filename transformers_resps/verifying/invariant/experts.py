@@ -54,8 +54,8 @@ def invariant_experts(
 ) -> Tensor:
     """Compute a module with Transformers' `use_experts_implementation`; results equal Transformers' up to rounding.
 
-    `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's experts
-    and their weights. Matrix products with a multiple of `least` rows round each row alike.
+    `hidden_states` and the result are `[n, h]`. `top_k_index` and `top_k_weights` `[n, k]` are each token's k
+    experts and their weights. Matrix products with a multiple of `least` rows round each row alike.
     """
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)

@@ -29,7 +29,7 @@ _TRIED = 12  # rows tried of each count: each shows another order of its sum wit
 # Distances by which rows move in forwards with a fixed number of rows: kernels group rows by powers of two.
 _SHIFTS = (1, 2, 4, 8, 15)
 _APART = 13  # shift of rows from their place in the whole sample: no multiple of a kernel's sizes
-_TRIED_VALUES = 2**14  # tried of an activation or attention: one in 1,000 shows another computation (measured)
+_TRIED_VALUES = 2**14  # values tried of an activation or attention: one in 1,000 shows another computation (measured)
 _SCALE = 3  # standard deviation of samples: in bfloat16 the two computations of gelu differ at -5 only
 _PLACES = 256  # tokens of the text with which attention is tried
 _CHAINS = (*range(1, 37), 128, _PLACES)  # lengths of chains: a kernel groups the rows of their heads by 32
@@ -48,7 +48,7 @@ def least_rows(
 
     `answer` computes a range of rows of one sample together, `[len(rows), ...]`: rows of a matrix, or nodes of a
     chain, which depend on the nodes before them. The sample has as many rows as the largest of the tried `counts`, a
-    multiple of 16. `starts` are the first rows to try for a count; a chain begins at 0.
+    multiple of 16. `starts(count)` are the first rows of the ranges to try; a chain begins at 0.
     """
     least = None
     known = answer(range(max(counts)))
@@ -64,7 +64,7 @@ def least_rows(
 def keeps_rows(answer: Callable[[range], Tensor], starts: Sequence[int], count: int) -> bool:
     """Whether a row that is computed with exactly `count` rows gets the same bits at any place and beside any rows.
 
-    For `answer` see `least_rows`. `starts` are the first rows of the ranges that are tried, also shifted.
+    For `answer` see `least_rows`. `starts` are the first rows of the ranges to try; each range is also tried shifted.
     """
     for start in starts:
         known = torch.cat([answer(range(first, first + count)) for first in (start, start + count)])
@@ -97,7 +97,7 @@ class RowNeeds:
 
 
 def possible_needs(device: torch.device) -> list[RowNeeds]:
-    """Return the needs that kernels on such a device may have, the cheapest first; the last ones suffice anywhere."""
+    """Return the needs that kernels on such a device may have, the cheapest first, the strictest last."""
     if device.type != "cpu":
         return [RowNeeds(_EXACTLY, is_exact=True)]
     # AMX computes 16 rows in one way, and 17 in another.
@@ -182,7 +182,7 @@ class _Layer:
 
     @property
     def shows_order(self) -> bool:
-        """Whether another order of a sum could change its results: not with a new adapter, which has only zeros."""
+        """Whether results show in which order a layer sums; those of a new adapter, whose weights are 0, do not."""
         return self.weight is None or bool(self.weight.any())
 
     def least_rows(self) -> int | None:
@@ -280,7 +280,7 @@ _Part = _Layer | _Attention
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
-    """Spread the first rows of trials over a sample of `size` rows, so that at least `tried` rows are tried."""
+    """Make the `starts` of `least_rows`, spread over `size` rows, so that at least `tried` rows are tried."""
 
     def starts(count: int) -> list[int]:
         places = size - count + 1

@@ -46,9 +46,9 @@ class ModelCode:
     def check(self, engine: SlotEngine, rows: int, answers: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
         """Check once for each compiled forward and its weights that a text always gets the same bits.
 
-        `rows` is the forward's number of rows. `answers` computes logits `[t, v]`: of a chain of tokens after a sample
-        text, and of trees that begin with it, which must be equal. Raises a `ValueError` if a node's bits depend on
-        the nodes beside it, or differ from those of a forward that was checked before.
+        `rows` is the forward's number of rows. `answers` computes logits `[t, v]` of a chain of tokens after a sample
+        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if these differ
+        from the chain's in any bit, or the chain's from those of another number of rows.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}
@@ -98,10 +98,8 @@ def _run(
 
 
 class InvariantSteps(VerifyingSteps):
-    """Runs a target over trees and chunks of prompts so that a node's logits depend only on its own text.
-
-    A row's text begins at slot 0, without padding. With an `engine`, compiled code multiplies by our kernels, which
-    compute each row by itself.
+    """Runs a target over trees and chunks of prompts so that a node's logits depend only on its own text. A row's text
+    begins at slot 0, without padding. With an `engine`, compiled code multiplies by our kernels, each row by itself.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def row_index(slots: Tensor) -> Tensor:
 
 
 class SlotBuffers:
-    """Keeps static buffers between calls, as large as needed; a part of them is one layer's keys or values."""
+    """Keeps static buffers between calls, as large as needed; a part is one layer's keys or one layer's values."""
 
     def __init__(self) -> None:
         self._stores: list[Tensor] = []  # `[parts, b, kv heads, slots, hd]`: parts of equal sizes move at once
@@ -77,7 +77,7 @@ class SlotBuffers:
         self._unread: ref[Cache] | None = None
 
     def lend(self, cache: Cache) -> None:
-        """Remember a cache that is filled when first read, to fill it before these buffers are overwritten."""
+        """Remember a cache that copies these buffers when first read, to fill it before they are overwritten."""
         self._unread = ref(cache)
 
     def _settle(self) -> None:
@@ -100,7 +100,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Ensure buffers of `rows` rows and at least `size` slots, for parts like `kinds`; new buffers hold zeros."""
+        """Provide buffers of `rows` rows and at least `size` slots for parts like `kinds`; new ones hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -119,7 +119,8 @@ class SlotBuffers:
         """Copy the entries of a dynamic cache of `length` positions to the first slots.
 
         `parts` are each layer's keys, then values, `[b, kv heads, s, hd]`; sliding layers hold only the last ones.
-        `orders` lists for each row the positions to copy, ascending. Surplus rows are copies of the last row.
+        `orders` lists for each row the positions to copy, ascending. If `orders` has more rows than `parts`, each
+        further row is filled from the last row of `parts`.
         """
         for buffer, part in zip(self.parts(), parts, strict=True):
             first = length - part.shape[2]
@@ -141,13 +142,13 @@ class SlotBuffers:
             buffer[:, :, : part.shape[2]] = part
 
     def move(self, slots: Tensor, to: Tensor) -> None:
-        """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all layers."""
+        """Copy each row's entries in `slots` `[b, m]` to the slots `to` `[b, m]`, in all layers."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         for store in self._stores:
             store[:, rows, :, to] = store[:, rows, :, slots]
 
     def keep_rows(self, rows: list[int], length: int | None = None) -> None:
-        """Move these rows' first `length` slots to the front, and drop all other rows."""
+        """Move the first `length` slots of these rows to the first rows of the buffers, and drop all other rows."""
         if rows != list(range(len(rows))):
             order = torch.tensor(rows)
             for part in self.parts():
@@ -194,7 +195,7 @@ def parts_of(cache: Cache) -> list[Tensor]:
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Replace entries of layers `indices` by `parts`: each layer's keys, then values, `[b, kv heads, length, hd]`."""
+    """Set entries of the layers `indices` to `parts`, each layer's keys, then values: `[b, kv heads, length, hd]`."""
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if getattr(layer, "keys", None) is None:

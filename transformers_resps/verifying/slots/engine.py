@@ -65,7 +65,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward by compiled code, or eagerly if that fails. If `buffers` hold one row, `row` is its index."""
+        """Run a forward by compiled code, else eagerly. If `buffers` hold one row of a batch, `row` is its index."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)
@@ -76,7 +76,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return forward(inputs, buffers) if outputs is None else outputs
 
     def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
-        """Return a forward's code, made separately for one row and a batch, for each `row`, and for other layers."""
+        """Return a forward's code; one row or a batch, each `row`, and each choice of layers have separate code."""
         is_batch = len(inputs[0]) > 1
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:

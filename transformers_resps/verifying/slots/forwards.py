@@ -37,7 +37,7 @@ class SlotInputs(NamedTuple):
 
 
 class PackedInputs(NamedTuple):
-    """Like `SlotInputs`, but the forward computes only the nodes in `packed`, and skips padding of smaller trees."""
+    """Like `SlotInputs`, but the forward computes only the nodes in `packed`: real nodes, not the padding of trees."""
 
     tokens: Tensor
     depths: Tensor
@@ -58,13 +58,13 @@ class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
     `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
-    the last layer's states before the final norm. With `None` the forward returns all states, so that one code works
-    for every head. `cache` is a dynamic cache with any entries. `options` are the caller's for `torch.compile`.
-    Compiled code rounds weights to `bits`.
+    the last layer's states before the final norm. With `feature_layers=None` the forward returns all layers' states,
+    so that one code works for every head. `cache` is a dynamic cache with any entries. `options` are the caller's for
+    `torch.compile`. Compiled code rounds weights to `bits`.
     """
 
     is_invariant = False
-    is_captured = False  # whether it is captured on any device, with any options
+    is_captured = False  # whether it is captured as a graph on any device, with any options
     kind = "steps"
     sizes: Sequence[str] = _SIZES
     layer = SlotLayer
@@ -126,8 +126,8 @@ class SlotForward:
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the function eagerly; return logits `[b, k, v]`, then each feature layer's hidden states `[b, n, h]`.
 
-        Packed rows give `[1, k, v]` and `[1, r, h]`. The keys and values of the nodes are written to `buffers`, which
-        are each layer's keys, then values, `[b, kv heads, slots, hd]`.
+        For `PackedInputs` they are `[1, k, v]` and `[1, r, h]`. The nodes' keys and values are written to `buffers`:
+        each layer's keys, then values, `[b, kv heads, slots, hd]`.
         """
         with self.running():
             return self.function(*inputs, *buffers)
@@ -211,7 +211,7 @@ def node_positions(roots: Tensor, depths: Tensor) -> Tensor:
 
 
 def by_planes(positions: Tensor) -> Tensor:
-    """Arrange positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` if several."""
+    """Arrange positions as targets take them: `[b, n, planes]` -> `[b, n]`, or `[planes, b, n]` in M-RoPE."""
     planes = positions.permute(2, 0, 1)
     return planes[0] if planes.shape[0] == 1 else planes
 
@@ -264,6 +264,6 @@ def _run(
 
 
 class _StatesAlone:
-    """A cache layer of a recurrent layer without keys; the states themselves are in the `WholeTree`."""
+    """The cache layer of a recurrent layer without attention; it is empty, since the states are in the `WholeTree`."""
 
     is_compileable = supports_early_init = False

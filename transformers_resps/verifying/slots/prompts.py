@@ -17,7 +17,7 @@ from .texts import SlotTexts, filled_up, rounded_up
 _PART = 256  # Largest number of tokens of a part: larger parts compute too many scores that the mask hides.
 # A part's numbers of tokens and slots are multiples of these, since preparing products of a new size takes time.
 _PART_STEP, _PART_WINDOW = 4, 32
-_PACKED_STEP = 16  # If several rows are packed into one, its number of tokens is a multiple of this.
+_PACKED_STEP = 16  # If several rows are packed into one row, this row's number of tokens is a multiple of this.
 
 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
@@ -63,7 +63,7 @@ class PartReader:
         count = apart(rounded_up(width, _PART_STEP), rows)
         size = rounded_up(start + count + 1, _PART_WINDOW)
         seen, places = visible(size), torch.arange(start, start + count)
-        # Padding attends to itself, and gets the position of a real token: some targets have no other positions.
+        # Padding attends to itself, and gets the position of a real token: some targets accept no other.
         first = visible(ends.prompt_length).int().argmax(dim=1, keepdim=True)
         depths = torch.maximum(places.clamp(max=start + width - 1), first) - start
         is_own = torch.eye(count, dtype=torch.bool)

@@ -116,7 +116,7 @@ class SlotSteps(VerifyingSteps):
         return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count`; if this step may be compiled first, return a number that no other size equals."""
+        """Return `count`, or if this forward may be compiled now, the next number that equals no other size."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
@@ -134,7 +134,7 @@ class RoundedSteps:
         return SlotForward(self._target, self._texts.pattern, [], bits=4)
 
     def logits(self, tokens: Tensor, level: int) -> Tensor:
-        """Return fp32 logits `[b, v]` after `tokens` `[b]` of this level, given those of all levels from 0 on."""
+        """Return fp32 logits `[b, v]` after a level's `tokens` `[b]`; earlier calls have read all levels before it."""
         texts, rows = self._texts, len(tokens)
         count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)

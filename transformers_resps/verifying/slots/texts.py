@@ -111,10 +111,10 @@ class SlotTexts:
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Keep only these rows; return the indices that the buffers keep, filled up with copies of the last one."""
+        """Keep only these rows; return the rows that the buffers keep: these, then copies of the last one."""
         self.rows.keep_rows(rows)
         self._hidden = [self._hidden[row] for row in rows]
-        # on a CPU a lone row would need other code, and elsewhere any other number of rows another graph
+        # a single row would need other code on a CPU; elsewhere any other number of rows needs another graph
         kept = filled_up(rows, min(self.count, 2) if self.rows.device.type == "cpu" else self.count)
         self.count, self._seen = len(kept), {}
         self.buffers.keep_rows(kept, self.rows.length)

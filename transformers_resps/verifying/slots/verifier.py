@@ -30,7 +30,7 @@ ReadPrompt = Callable[[Tensor, int | None], tuple[Tensor, list[Features]]]
 class SlotVerifier(Verifier):
     """Verifies trees with static cache buffers, in which token i of a text has position (slot) i.
 
-    Without `read`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
+    If `read` is `None`, prompts are read into the cache of `forward`, then copied to the buffers. With `gives_back`,
     `close` copies all kept entries to that cache.
     """
 
@@ -57,7 +57,7 @@ class SlotVerifier(Verifier):
     def prefill(
         self, tokens: Tensor, chunk_size: int | None = None, **options: int | Tensor
     ) -> tuple[Tensor, list[Features]]:
-        """See `Verifier.prefill`. Our own readers return only the last token's logits."""
+        """See `Verifier.prefill`. Returns only the last token's logits if the verifier got a `read`."""
         if self._read is None:
             return super().prefill(tokens, chunk_size, **options)
         self.start(len(tokens))
