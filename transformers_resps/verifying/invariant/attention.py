@@ -128,7 +128,7 @@ class BlockLayout(NamedTuple):
 
 
 def _nodes_by_depth(depths: Tensor, ancestors: Tensor, is_leaf: Tensor, paths: Tensor) -> Tensor:
-    """List each group's path, then the root repeated: `[b, g, n + 1]`. `paths` `[b, g]` are the paths' leaves."""
+    """List each group's path, then the root repeated: `[b, g, n + 1]`. A path ends at leaf number `paths` `[b, g]`."""
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
     count = depths.shape[1]
