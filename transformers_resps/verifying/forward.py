@@ -203,7 +203,7 @@ class TargetForward:
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
         """Call `run`, which runs the target over a prompt; return its result, the features and the position ids.
 
-        The position ids `[..., t]` (or `None`) are those that the text decoder got in the last forward; `generate`'s
+        The position ids `[..., t]` (or `None`) are what the text decoder got in the last forward; `generate`'s
         differ in PaliGemma, which counts from 1. Raises a `ValueError` if the target is compiled: it ignores hooks.
         """
         if is_compiled(self.target):
