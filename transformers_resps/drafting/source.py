@@ -172,7 +172,7 @@ class TrainableSource(LevelSource):
         """Load the weights that `save_pretrained` wrote; raise a `ValueError` if its sizes or settings differ."""
 
     def whole(self, target: PreTrainedModel) -> Self:
-        """Return a source with all weights of the files, even those that this one does not use; may be `self`."""
+        """Return a source with all weights of the files, even if this source does not use them; may be `self`."""
         return self
 
     @abstractmethod

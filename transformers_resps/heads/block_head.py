@@ -337,7 +337,7 @@ class BoundBlockHead(BlockModel, BoundModel):
         return at_wanted(hidden, wanted)
 
     def width(self, levels: int) -> int:
-        """Return how many slots of a block to run: all, but in a causal head only those that `levels` tokens need."""
+        """Return how many slots of a block to run: all; in a causal head only as many as `levels` tokens need."""
         is_causal = all(pattern.is_causal for pattern in self.patterns)
         return levels + (not self._config.shifted) if is_causal else self._config.block_size
 

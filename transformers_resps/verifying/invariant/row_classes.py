@@ -208,7 +208,7 @@ class _Layer:
         return answer
 
     def _sample(self, size: int) -> Tensor:
-        """Draw rows `[size, inputs]`, for each of which a linear layer computes one result near 0."""
+        """Draw rows `[size, inputs]`; of each row a linear layer computes one result near 0."""
         # Larger results, rounded to bfloat16, hardly show another order of their sum (one in 10,000, measured).
         sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
         if self.weight is None:
