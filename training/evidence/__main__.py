@@ -45,8 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--qwen", help="folder of Qwen2.5-Coder-0.5B-Instruct")
     add("--block-head", help="folder of a block head of SmolLM2")
     add("--vllm", help="Python of an environment with vLLM, see `make vllm`")
-    others = "other prompts: a .jsonl file, a folder with EAGLE's sets, SPEED-Bench's files, `speed-bench`"
-    add("--prompts", help=others)
+    add("--prompts", help="other prompts: a .jsonl file, a folder with EAGLE's sets, SPEED-Bench's files")
     add("--sets", help="folder with EAGLE's five sets, to find the best fixed tree on")
     add("--gsm8k", help=".jsonl with questions and answers of GSM8K")
     add("--each", type=int, help="prompts of each category, in place of the protocol's; the files say so")

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ CATEGORIES = (  # of SPEED-Bench (arXiv 2604.09557), section "qualitative"
     "writing",
 )  # fmt: skip
 EAGLE_SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "cnn_dm")
-SPEED_BENCH = "speed-bench"  # the word that asks for it by its id
 _PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # for texts that its licence keeps out
-_SPEED_BENCH_ID, _SPEED_BENCH_CONFIG = "nvidia/SPEED-Bench", "qualitative"
 
 
 def read_prompts(source: str | None, each: int) -> list[Dialogue]:
@@ -25,7 +23,7 @@ def read_prompts(source: str | None, each: int) -> list[Dialogue]:
 
     Args:
         source: `None` for ours; a `.jsonl` file whose rows may have a `category`; a folder with EAGLE's five sets, or
-            one of SPEED-Bench's files; `speed-bench` for the dataset on the Hub.
+            one of SPEED-Bench's files.
         each: of a category, at most.
 
     Raises:
@@ -57,12 +55,10 @@ def _rows(path: Path, source: str | None) -> Iterator[dict[str, Any]]:
     elif path.is_dir() and (files := sorted(path.rglob("*.jsonl"))):
         for file in files:
             yield from read_rows(file)
-    elif source == SPEED_BENCH or path.is_dir():
-        yield from _dataset(_SPEED_BENCH_ID if source == SPEED_BENCH else str(path))
     else:
         raise ValueError(
-            f"There is no file or folder {source}. Pass a .jsonl file, a folder with "
-            f"{', '.join(EAGLE_SETS)} as .jsonl, a folder of SPEED-Bench's files, or `{SPEED_BENCH}`."
+            f"There is no file or folder {source} of prompts. Pass a .jsonl file, a folder with "
+            f"{', '.join(EAGLE_SETS)} as .jsonl, or a folder of SPEED-Bench's files as .jsonl."
         )
 
 
@@ -72,18 +68,6 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             if line.strip():
                 yield json.loads(line)
-
-
-def _dataset(name: str) -> Iterable[dict[str, Any]]:
-    """Load SPEED-Bench with `datasets`: its licence allows that for evaluation, and never shipping it."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"{name} needs the package `datasets`. Install transformers-resps[train], or pass its .jsonl files."
-        ) from error
-    rows: Iterable[dict[str, Any]] = load_dataset(name, _SPEED_BENCH_CONFIG, split="test")
-    return rows
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
