@@ -1,8 +1,9 @@
 """Other libraries that decode the same target with their own loops; each is imported when it is asked for.
 
 OpenVINO GenAI decodes plainly and with its prompt lookup, llama.cpp plainly and in its own arithmetic; both read a
-copy of the target that another program converts. vLLM decodes plainly, with its prompt lookup or with our head, each
-in a process of its own. None of them takes processors or streamers.
+copy of the target that another program converts, with weights in its precision or in 8 or 4 bits. vLLM decodes
+plainly, with its prompt lookup or with our head, each in a process of its own. None of them takes processors or
+streamers.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +32,13 @@ MODULES = {"openvino": "openvino_genai", "llama.cpp": "llama_cpp"}
 PEERS = tuple(MODULES)  # what `--peers` takes
 BUILT = {"llama.cpp": "llama"}  # which pip compiles for minutes: in an extra of its own
 VLLM_WAYS = ("vLLM (plain)", "vLLM (prompt lookup)", "vLLM (head)")
-LLAMA_CPP = "llama.cpp, its own arithmetic"
-CONVERTED, GGUF = "-openvino", ".gguf"  # after the name of the target's folder
+# Bits of a weight, 0 for the target's own precision -> names of the methods.
+OPENVINO_WAYS = {
+    bits: (f"OpenVINO{kind} (plain)", f"OpenVINO{kind} (prompt lookup)")
+    for bits, kind in ((0, ""), (8, " int8"), (4, " int4"))
+}
+LLAMA_CPP_WAYS = {0: ("llama.cpp, its own arithmetic",), 8: ("llama.cpp Q8_0",), 4: ("llama.cpp Q4_0",)}
+CONVERTED, GGUF = "-openvino", ".gguf"  # after the name of the target's folder, and before `.gguf` "-Q8_0"
 _LOOKED_UP, _LONGEST_MATCH = 10, 3  # as in OpenVINO's documentation; Transformers' prompt lookup drafts ten, too
 _VLLM_DRAFTED = 3  # tokens of a step from a head, as in most of vLLM's examples
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -57,8 +64,8 @@ class Peer(Method):
         return lambda: self.answer(input_ids, max_new_tokens, temperature, ends)
 
 
-def load_peers(names: Sequence[str], target: Any) -> list[Peer]:
-    """Return the methods of other libraries, of `PEERS`, which share a target.
+def load_peers(names: Sequence[str], target: Any, bits: int = 0) -> list[Peer]:
+    """Return the methods of other libraries, of `PEERS`, which share a target, with weights of 8 or 4 `bits` if given.
 
     Raises:
         ImportError: one is not installed; see `check_installed`.
@@ -66,7 +73,7 @@ def load_peers(names: Sequence[str], target: Any) -> list[Peer]:
     """
     found: dict[str, AnswerFn] = {}
     for name in names:
-        found |= {"openvino": _openvino, "llama.cpp": _llama_cpp}[name](target)
+        found |= {"openvino": _openvino, "llama.cpp": _llama_cpp}[name](target, bits)
     return [Peer(name, answer, effort=6, seed_exact=False) for name, answer in found.items()]
 
 
@@ -86,28 +93,28 @@ def peer_versions(names: Sequence[str]) -> dict[str, str]:
     return {name: version(distributions[MODULES[name]][0]) for name in names}
 
 
-def _openvino(target: Any) -> dict[str, AnswerFn]:
-    """Return name in the table -> how it answers, in the target's precision, keys and values too.
+def _openvino(target: Any, bits: int) -> dict[str, AnswerFn]:
+    """Return name in the table -> how it answers, computing in the target's precision, keys and values too.
 
     Raises:
         ValueError: the target is not converted, or not on a CPU.
     """
-    folder = Path(f"{str(target.name_or_path).rstrip('/')}{CONVERTED}")
+    weights = f"int{bits}" if bits else "fp16"
+    folder = Path(f"{str(target.name_or_path).rstrip('/')}{CONVERTED}{f'-{weights}' if bits else ''}")
     if not folder.is_dir():
         raise ValueError(
             f"`--peers openvino` needs the converted target in {folder}, which is no folder. Where optimum-intel is "
             f"installed, run `optimum-cli export openvino --model {target.name_or_path} --task "
-            f"text-generation-with-past --weight-format fp16 {folder}`."
+            f"text-generation-with-past --weight-format {weights} {folder}`."
         )
     if target.device.type != "cpu" or target.dtype not in _PRECISIONS:
         raise ValueError(
             f"`--peers openvino` is measured on a CPU in float32, bfloat16 or float16, but the target is on "
             f"{target.device} in {target.dtype}. Pass `--device cpu` and such a `--dtype`."
         )
-    return {
-        "OpenVINO (plain)": _openvino_pipeline(folder, target.dtype),
-        "OpenVINO (prompt lookup)": _openvino_pipeline(folder, target.dtype, prompt_lookup=True),
-    }
+    plain, lookup = OPENVINO_WAYS[bits]
+    pipeline = partial(_openvino_pipeline, folder, target.dtype)
+    return {plain: pipeline(), lookup: pipeline(prompt_lookup=True)}
 
 
 def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> AnswerFn:
@@ -136,18 +143,21 @@ def _openvino_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Answ
     return answer
 
 
-def _llama_cpp(target: Any) -> dict[str, AnswerFn]:
+def _llama_cpp(target: Any, bits: int) -> dict[str, AnswerFn]:
     """Return llama.cpp, whose weights have the file's precision, and keys and values 16 bits.
 
     Raises:
         ValueError: the target is not converted, or not on a CPU.
     """
-    file = Path(f"{str(target.name_or_path).rstrip('/')}{GGUF}")
+    whole = Path(f"{str(target.name_or_path).rstrip('/')}{GGUF}")
+    precision = _PRECISIONS.get(target.dtype, "bf16")
+    file, converting = whole, f"python convert_hf_to_gguf.py {target.name_or_path} --outtype {precision} --outfile"
+    if bits:
+        file, converting = whole.with_name(f"{whole.stem}-Q{bits}_0{GGUF}"), f"llama-quantize {whole}"
     if not file.is_file():
-        precision = _PRECISIONS.get(target.dtype, "bf16")
         raise ValueError(
             f"`--peers llama.cpp` needs the converted target in {file}, which is no file. In a clone of it, run "
-            f"`python convert_hf_to_gguf.py {target.name_or_path} --outtype {precision} --outfile {file}`."
+            f"`{converting} {file}{f' Q{bits}_0' if bits else ''}`."
         )
     if target.device.type != "cpu":
         raise ValueError(
@@ -172,7 +182,7 @@ def _llama_cpp(target: Any) -> dict[str, AnswerFn]:
                 break
         return Answer(tokens, target_forwards=len(tokens), prefill_seconds=first)
 
-    return {LLAMA_CPP: answer}
+    return dict.fromkeys(LLAMA_CPP_WAYS[bits], answer)
 
 
 class Vllm:

@@ -27,7 +27,7 @@ from transformers_resps.calibration import device_name
 from transformers_resps.tools.quiet import BusyMachineError, checked_load
 
 from .drift import MOVED, compared, drift_of
-from .experiments import Experiment, experiments
+from .experiments import QUICK, Experiment, experiments
 from .page import PAGE, REASONS, Table, noise_of, read_tables, write_page
 from .sealed import Measured, UnfitResultsError, Version
 
@@ -97,7 +97,8 @@ def chosen(options: argparse.Namespace) -> list[Experiment]:
     for name in options.only or ():
         if not any(one.name.startswith(name) for one in known):
             raise ValueError(f"--only got {name}, but the experiments are {', '.join(one.name for one in known)}.")
-    return [one for one in known if not options.only or one.name.startswith(tuple(options.only))]
+    only = tuple(options.only or (QUICK if options.quick else [""]))
+    return [one for one in known if one.name.startswith(only)]
 
 
 def files_folder(options: argparse.Namespace) -> Path:

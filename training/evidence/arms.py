@@ -1,5 +1,6 @@
 """The ways to decode that an experiment compares, made of the models that a machine has."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, CompileConfig
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CompileConfig, TorchAoConfig
 
-from training.benchmarking.peers import check_installed, load_peers, vllm_peers
+from training.benchmarking.peers import (
+    LLAMA_CPP_WAYS,
+    OPENVINO_WAYS,
+    check_installed,
+    load_peers,
+    vllm_peers,
+)
 from training.benchmarking.provenance import config_sha256, weights_sha256
 from training.studies.random_target import random_target
 from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, Policy, SuffixMemory, TreeShape, attach
@@ -51,6 +58,7 @@ CANDIDATES = tuple(  # that the best fixed tree is found among; on a CPU wide tr
     for lookup in (0, 4)
 )
 _FORGETTABLE = 20_000  # random tokens of a useless memory
+_GROUP = 64  # inputs that share a scale in int4, as in OpenVINO's
 
 
 class HeadAlone(ThroughputPolicy):
@@ -113,6 +121,29 @@ class StockCompiled(Method):
         return answer
 
 
+@dataclass(frozen=True)
+class OnAnother(Generate):
+    """Decodes with its own target, in place of the benchmark's."""
+
+    target: Any = None
+
+    def prepare(self, target: Any, *asked: Any) -> Callable[[], Answer]:
+        return super().prepare(self.target, *asked)
+
+
+def load_quantized(folder: str, kind: str) -> Any:
+    """Load a target with weights in "int8" or "int4", and its output head in int8: torchao leaves a tied one as is."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    if kind == "int4":
+        kind = json.dumps(TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP))).to_dict())
+    target = load_target(folder, "bfloat16", "cpu", quantization=kind)
+    output = target.get_output_embeddings()
+    output.weight = nn.Parameter(output.weight.clone(), requires_grad=False)  # no longer the embedding's
+    quantize_(output, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    return attach(target)
+
+
 @dataclass(frozen=True, slots=True)
 class Models:
     """What an experiment decodes with.
@@ -122,12 +153,14 @@ class Models:
         tokenizer: of the target; `None` for random weights.
         source: drafts for our arms; a `DraftHead`, or a block head.
         folders: kind -> folder, of everything that was loaded.
+        in_few_bits: "int8" or "int4" -> the same with that target.
     """
 
     target: Any
     tokenizer: Any
     source: DraftSource
     folders: dict[str, str]
+    in_few_bits: "dict[str, Models]" = field(default_factory=dict)
 
     @classmethod
     def load(cls, experiment: Experiment, options: Any) -> "Models":
@@ -149,6 +182,15 @@ class Models:
         assert source is not None
         return cls(target, AutoTokenizer.from_pretrained(folder), source, {"target": folder, "head": head})
 
+    def quantized(self, kind: str) -> "Models":
+        """Return these models with a target in few bits, which is loaded once."""
+        if kind not in self.in_few_bits:
+            target = load_quantized(self.folders["target"], kind)
+            source = load_source(self.folders["head"], target)
+            assert source is not None
+            self.in_few_bits[kind] = replace(self, target=target, source=source)
+        return self.in_few_bits[kind]
+
     def identity(self) -> dict[str, Any]:
         """Hashes of weights and configs of what was loaded."""
         folders = self.folders.items()
@@ -157,12 +199,14 @@ class Models:
 
 def assistants(models: Models, drafts: str) -> dict[str, Any]:
     """Return the keyword that says who drafts; a memory begins empty, and remembers the answers of its own arm."""
+    if drafts in (named.SELF, named.SELF_LOOKUP):
+        return {"assistant_model": load_source("self", models.target)}
     return {"assistant_model": [models.source, SuffixMemory()] if drafts == "head and memory" else models.source}
 
 
 def auto(models: Models, drafts: str) -> Generate:
     """Return the policy "auto", new."""
-    make = (lambda: BaselineGuard(HeadAlone())) if drafts == "head alone" else default_policy
+    make = (lambda: BaselineGuard(HeadAlone())) if drafts.endswith(" alone") else default_policy
     return Generate(named.AUTO, {**assistants(models, drafts), "policy": Kept(make)})
 
 
@@ -216,11 +260,19 @@ def _arm(name: str, experiment: Experiment, models: Models, best: TreeShape | No
         named.EXACT_PLAIN: lambda: exact(plain_steps()),
         named.EXACT: lambda: exact(auto(models, drafts)),
         named.EXACT_MEMORY: lambda: exact(auto(models, "head and memory")),
+        named.SELF: lambda: compiled(auto(models, name)),
+        named.SELF_LOOKUP: lambda: compiled(auto(models, name)),
         named.RANDOM_HEAD: lambda: compiled(_random_head(models)),
         named.USELESS_MEMORY: lambda: compiled(_useless_memory(models)),
     }
     if name in plainly:
         return plainly[name]()
+    if name in named.FEW_BITS:
+        kind, arm = named.FEW_BITS[name]
+        other = models.quantized(kind)
+        method = _arm(arm, experiment, other, best, options)
+        assert isinstance(method, Generate)
+        return OnAnother(name, keywords=method.keywords, target=other.target)
     if name == named.EXACT_BLOCK:
         if options.block_head is None:
             raise LeftOut("no block head was given (`--block-head`)")
@@ -283,7 +335,11 @@ def _peers(
     """Start each other engine that the experiment asks for, once. One that does not start takes no other with it."""
     found: dict[str, Method] = {}
     left_out: dict[str, str] = {}
-    libraries = ((named.OPENVINO, partial(_library, "openvino")), ((named.LLAMA_CPP,), partial(_library, "llama.cpp")))
+    libraries = [
+        (names, partial(_library, library, bits))
+        for library, ways in (("openvino", OPENVINO_WAYS), ("llama.cpp", LLAMA_CPP_WAYS))
+        for bits, names in ways.items()
+    ]
     for names, start in (*libraries, *(((name,), partial(_vllm, (name,))) for name in named.VLLM)):
         if names[0] in experiment.arms:
             try:
@@ -293,9 +349,9 @@ def _peers(
     return found, left_out
 
 
-def _library(name: str, models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
+def _library(name: str, bits: int, models: Models, options: Any, running: ExitStack) -> Sequence[Method]:
     check_installed([name])
-    return load_peers([name], models.target)
+    return load_peers([name], models.target, bits)
 
 
 def _vllm(names: Sequence[str], models: Models, options: Any, running: ExitStack) -> Sequence[Method]:

@@ -81,7 +81,7 @@ def compared(ratios: Sequence[Ratio], here: Version, processor: str) -> Iterator
     if not any(one.before for one in ratios):
         yield (
             f"No figures of {processor} are published, so there is nothing to compare with. `make evidence` measures "
-            "them, in four hours."
+            "them, in four and a half hours."
         )
     moved = dict.fromkeys(one.experiment for one in ratios if one.verdict == MOVED)
     if moved:

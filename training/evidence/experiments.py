@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from training.benchmarking.peers import LLAMA_CPP
+from training.benchmarking.peers import LLAMA_CPP_WAYS, OPENVINO_WAYS
 from training.benchmarking.peers import VLLM_WAYS as VLLM
 
 from .prompts import CATEGORIES
@@ -14,7 +14,7 @@ STOCK_COMPILED = "stock, compiled"
 FIXED, AUTO, FITTED = "best fixed tree", "`auto`", "`auto`, fitted"
 PUBLISHED, REPAIRED = "Re-SpS, published", "Re-SpS, repaired"
 ORACLE = "oracle"
-OPENVINO = ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
+OPENVINO, (LLAMA_CPP,) = OPENVINO_WAYS[0], LLAMA_CPP_WAYS[0]
 RANDOM_HEAD, USELESS_MEMORY, EXACT = "`auto`, random head", "`auto`, useless memory", "`auto`, exact"
 EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
     "plain, exact",
@@ -24,7 +24,14 @@ EXACT_PLAIN, EXACT_MEMORY, EXACT_BLOCK = (
 
 POLICIES = (PLAIN, FIXED, AUTO, FITTED, PUBLISHED, REPAIRED)
 ENGINES = (STOCK, PLAIN, STOCK_COMPILED, STOCK_LOOKUP, AUTO, *OPENVINO, *VLLM, LLAMA_CPP)
-HOLDING = (STOCK, PLAIN, AUTO, *OPENVINO)
+# Targets in few bits, by arm: how they are loaded, and the arm of a bfloat16 target that is the same otherwise.
+FEW_BITS = {f"{kind}, {arm}": (kind, arm) for kind in ("int8", "int4") for arm in (PLAIN, AUTO)}
+SELF, SELF_LOOKUP = '"self" alone', '"self" and lookup'
+QUANTIZED = (
+    PLAIN, AUTO, *FEW_BITS, SELF, SELF_LOOKUP,
+    *(name for bits in (8, 4) for name in (*OPENVINO_WAYS[bits], *LLAMA_CPP_WAYS[bits])),
+)  # fmt: skip
+HOLDING = (STOCK, PLAIN, AUTO, f"int8, {PLAIN}", *OPENVINO)
 BUDGETS = (4, 8, 16, 32, 64)
 TREES = (PLAIN, *(f"{kind} of {nodes}" for nodes in BUDGETS for kind in ("chain", "tree")))
 QUESTIONS = {
@@ -38,7 +45,7 @@ QUESTIONS = {
 # Tokens a second of SmolLM2 on two quiet Zen 4 cores, to tell beforehand how long a run takes; Qwen takes 2.5 times as
 # long. Re-SpS as published verifies 32 nodes or more.
 _RATES = {STOCK: 20.0, STOCK_LOOKUP: 29.0, STOCK_COMPILED: 25.0, PLAIN: 85.0, AUTO: 130.0, FIXED: 110.0, FITTED: 130.0,
-          REPAIRED: 110.0, PUBLISHED: 50.0, OPENVINO[0]: 50.0}  # fmt: skip
+          REPAIRED: 110.0, PUBLISHED: 50.0, OPENVINO[0]: 50.0, **dict.fromkeys(FEW_BITS, 130.0)}  # fmt: skip
 _RATE, _SLOWER = 60.0, {"smollm2": 1.0, "qwen": 2.5, "random": 1.0}
 _TURNS = 1.13  # of a prompt
 _READ = 250.0  # tokens of a long prompt that are read in a second
@@ -186,19 +193,22 @@ EXPERIMENTS = (
     *_policies(),
     Experiment("engines-smollm2", 3, "SmolLM2", "smollm2", ENGINES),
     Experiment("engines-qwen", 3, "Qwen", "qwen", ENGINES),
+    Experiment("quantized-smollm2", 3, "SmolLM2 in few bits", "smollm2", QUANTIZED, each=2, processes=1),
+    Experiment("quantized-qwen", 3, "Qwen in few bits", "qwen", QUANTIZED, each=2, processes=1),
     Experiment("memory-smollm2", 3, "SmolLM2", "smollm2", HOLDING, MEMORY, each=4, processes=1),
     Experiment("memory-qwen", 3, "Qwen", "qwen", HOLDING, MEMORY, each=4, processes=1),
     Experiment("budgets-smollm2", 4, "SmolLM2", "smollm2", TREES, drafts="block head"),
     *_never_slower(),
 )  # fmt: skip
+# Small ones are run of these, where none is named.
 QUICK = ("normal-smollm2", "policy-smollm2-t0", "engines-smollm2", "hard-drafters", "length-1024")
 DRIFTING = ("engines-smollm2", "engines-qwen")  # whose ratios over stock tell whether figures still hold
 
 
 def experiments(mode: str = "") -> list[Experiment]:
-    """Return all of the protocol, with "quick" a few small ones, with "drift" those that are measured again."""
+    """Return all of the protocol, with "quick" small ones, with "drift" those that are measured again."""
     if mode == "quick":
-        return [one.quick() for one in EXPERIMENTS if one.name in QUICK]
+        return [one.quick() for one in EXPERIMENTS]
     if mode == "drift":
         return [replace(one, arms=(STOCK, PLAIN, AUTO), processes=1) for one in EXPERIMENTS if one.name in DRIFTING]
     return list(EXPERIMENTS)

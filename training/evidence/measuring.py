@@ -39,11 +39,12 @@ from transformers_resps.tools.methods import Bench, Generate, Method, Prompt, co
 from transformers_resps.tools.results import Run, machine, plain_spread
 from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
 
-from .arms import LEARNED, Kept, LeftOut, Models, arms_of, candidates
+from .arms import LEARNED, Kept, LeftOut, Models, arms_of, candidates, load_quantized
 from .experiments import (
     ANSWERS,
     AUTO,
     EXACT_PLAIN,
+    FEW_BITS,
     FIXED,
     MEMORY,
     OPENVINO,
@@ -367,7 +368,8 @@ def peak_mib(arm: str, experiment: Experiment, target: str, head: str, threads: 
         model: Any = Namespace(name_or_path=target, device=torch.device("cpu"), dtype=torch.bfloat16)
         (method,) = (peer for peer in load_peers(["openvino"], model) if peer.name == arm)
     else:
-        model = attach(load_target(target, "bfloat16", "cpu"))
+        kind, arm = FEW_BITS.get(arm, ("", arm))
+        model = load_quantized(target, kind) if kind else attach(load_target(target, "bfloat16", "cpu"))
         if arm == AUTO:
             method = compiled(*policies(load_source(head, model), {AUTO: "auto"}))
         else:

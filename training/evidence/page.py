@@ -264,7 +264,7 @@ def engines(found: Sequence[Found]) -> Answer:
     """Compare every engine with stock `generate` and compiled plain decoding, and its speed with its tau."""
     columns = ["target, arm", "over stock", "over plain", "tau", "over plain / tau", "first token, ms", "peak MiB"]
     columns.append("accepted at 1, 2, 3")
-    peaks = {f"{one.title}, {row['arm']}": row["mib"] for one in found if one.experiment.kind == named.MEMORY
+    peaks = {(one.experiment.target, row["arm"]): row["mib"] for one in found if one.experiment.kind == named.MEMORY
              for own in one.processes for row in own.data["rows"]}  # fmt: skip
     rows, drawn, phases = [], [], []
     for one in found:
@@ -275,16 +275,19 @@ def engines(found: Sequence[Found]) -> Answer:
             continue
         for arm in one.experiment.arms:
             stock, plain = one.over(arm, named.STOCK), one.over(arm, named.PLAIN)
-            if stock is None or plain is None:
+            if plain is None:
                 continue
             title, mean = f"{one.title}, {arm}", one.tau(arm)
-            first, peak = 1e3 * median(row["first"] for row in one.of_arm(arm)), peaks.get(title)
+            first = 1e3 * median(row["first"] for row in one.of_arm(arm))
+            peak = peaks.get((one.experiment.target, arm))
             is_told = first and not any(own.watch.reasons_against_times for own in one.processes)
             cells = [f"{mean:.2f}", f"{plain.ratio / mean:.2f}", f"{first:.0f}" if is_told else ""]
             cells.append("" if peak is None else f"{peak:.0f}")
             rows.append([title, _speed(stock), _speed(plain), *cells, _positions(one.of_arm(arm))])
-            drawn.append((title, stock))
-        phases.append(f"{one.title}: {_phases(one.of_arm(named.AUTO))}")
+            if stock is not None:
+                drawn.append((title, stock))
+        if one.experiment.arms[0] == named.STOCK:
+            phases.append(f"{one.title}: {_phases(one.of_arm(named.AUTO))}")
     note = f"Where the seconds of `auto` go. {'. '.join(phases)}."
     return Answer(columns, rows, drawn, note if phases else "")
 
@@ -349,7 +352,8 @@ SAYS = {
     2: "Speed over the best fixed tree, which was found on other prompts. A gain has a lower end above 1. Re-SpS "
     "drafts with the head alone, others also look up the text; repaired, it learned one tree for all steps. "
     "The two simulated GPUs are limited by reading weights, so their ratios are equal.",
-    3: "Speed over stock `generate` and over our compiled plain decoding; efficiency is the latter over tau.",
+    3: "Speed over stock `generate` and over our compiled plain decoding; efficiency is the latter over tau. In few "
+    "bits: torchao's int8, or int4 in groups of 64, with the output head in int8; plain decoding is in bfloat16.",
     4: "Speed over compiled plain decoding. Planted columns price the counted steps by a GPU's data sheet.",
     5: f"Speed over compiled plain decoding where drafting cannot pay; {LEAST} is asked of each.",
 }

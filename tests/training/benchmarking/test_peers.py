@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarking import vllm_side
 from benchmarking.command import main
-from benchmarking.peers import LLAMA_CPP, MODULES, PEERS, Peer, load_peers, vllm_peers
+from benchmarking.peers import LLAMA_CPP_WAYS, MODULES, PEERS, Peer, load_peers, vllm_peers
 from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, attach
 from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
@@ -105,6 +105,8 @@ def test_openvino_decodes_the_converted_target_in_its_precision_plainly_and_with
     model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
     one, lookup = load_peers(["openvino"], model)
     assert (one.name, lookup.name) == ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
+    with pytest.raises(ValueError, match="--weight-format int8 .*tiny-openvino-int8`"):
+        load_peers(["openvino"], model, 8)
     same: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
     same["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     same["scheduler_config"] = SimpleNamespace(enable_prefix_caching=False)
@@ -169,8 +171,10 @@ def test_llama_cpp_decodes_the_converted_target_and_keeps_nothing_between_calls(
     with pytest.raises(ValueError, match=r"convert_hf_to_gguf.py .*tiny --outtype f32 --outfile .*tiny\.gguf"):
         load_peers(["llama.cpp"], model)
     (tmp_path / "tiny.gguf").touch()
+    with pytest.raises(ValueError, match=r"llama-quantize .*tiny\.gguf .*tiny-Q8_0\.gguf Q8_0`"):
+        load_peers(["llama.cpp"], model, 8)
     (one,) = load_peers(["llama.cpp"], model)
-    assert one.name == LLAMA_CPP
+    assert (one.name,) == LLAMA_CPP_WAYS[0]
     ids, bench = PROMPT.input_ids.tolist(), Bench(model, 12, Ticking())
     run = bench.decode(PROMPT, one)
     assert run.token_ids.tolist() == [7, 7, 7, 2] and run.timing.target_forwards == 4

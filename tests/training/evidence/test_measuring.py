@@ -48,7 +48,7 @@ def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(arms, "CARDS", tmp_path)
     monkeypatch.setattr(arms, "REPAIRED", tmp_path)
-    monkeypatch.setattr(arms, "load_target", lambda name, dtype, device: load(name))
+    monkeypatch.setattr(arms, "load_target", lambda name, *_, **options: load(name, **options))
     monkeypatch.setattr(arms, "CANDIDATES", (TreeShape(3, 2, 1), TreeShape(4, 2, 2)))
     monkeypatch.setattr(measuring, "DEMO_PROMPTS", save_rows(tmp_path / "other.jsonl", [["uvwx"]]))
     monkeypatch.setattr(measuring, "SAMPLED", 4)
@@ -56,10 +56,10 @@ def run(tmp_path: Path, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(quiet, "probe", lambda: [1.0] * 9)
     monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
 
-    def load(name: str) -> Any:
+    def load(name: str, **options: Any) -> Any:
         from transformers_resps.tools.loading import load_target
 
-        return load_target(name, "float32", "cpu")
+        return load_target(name, "float32", "cpu", **options)
 
     def measure(experiment: Experiment) -> Measured:
         measuring.run(experiment, 0, options, tmp_path / "out" / f"{experiment.name}-0.json")
@@ -97,6 +97,22 @@ def test_beside_a_memory_only_what_looks_up_is_measured(
     assert found.data["settings"]["best"] == "3/2/1+2"
     assert found.data["left_out"][named.PUBLISHED] == "it never looks anything up"
     assert named.AUTO in {row["arm"] for row in found.data["rows"]}
+
+
+def test_a_target_in_few_bits_answers_with_its_own_text_however_it_is_drafted(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "_GROUP", 16)
+    found = run(small("quantized-smollm2"))
+    others = [name for bits in (8, 4) for name in (*peers.OPENVINO_WAYS[bits], *peers.LLAMA_CPP_WAYS[bits])]
+    others += (named.SELF, named.SELF_LOOKUP)  # in float32
+    assert set(found.data["left_out"]) == set(others)
+    [journal] = (tmp_path / "work").glob("quantized-smollm2-0-*/journal.jsonl")
+    texts: dict[str, list[list[int]]] = {}
+    for line in map(json.loads, journal.read_text().splitlines()[1:]):
+        texts.setdefault(line["method"], []).append(line["token_ids"])
+    plain, auto, int8, int8_auto, int4, int4_auto = (texts[name] for name in named.QUANTIZED if name not in others)
+    assert plain == auto and int8 == int8_auto and int4 == int4_auto and int4 not in (plain, int8)
 
 
 def test_an_engine_that_does_not_start_takes_no_other_with_it(
