@@ -220,6 +220,7 @@ def test_what_can_run_is_what_the_processor_has(
     assert kernels.our_kernels() == ours
     alike = kernels.chosen_kernels(PRODUCTS, alike=True)
     assert alike == Kernels.only(ours[-1] if ours else ONEDNN)  # one for every number of rows
+    assert kernels.chosen_kernels(Products((), ()), alike=False) == alike  # nothing is timed
 
 
 def test_a_process_that_may_not_use_tiles_is_told_and_goes_on(

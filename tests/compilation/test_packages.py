@@ -142,6 +142,7 @@ def test_a_package_is_private_small_and_has_no_weights(compiled_once: Path) -> N
     with zipfile.ZipFile(package.path / "code.pt2") as archive:
         stored = b"".join(archive.read(name) for name in archive.namelist())
     assert build().weight[0].numpy().tobytes() not in stored
+    assert b"aoti_torch_cpu_bf16_linear" not in stored, "it calls none of our operators"
     assert json.loads((package.path / "package.json").read_text())["limits"] == []
 
 

@@ -349,6 +349,9 @@ class _Writer:
         Return the code's manifest entry (recipes of constants, names of kernels), and the result of `_limits`.
         """
         kernels, recipes = use_native(program, alike=self.job.alike, bits=self.job.bits), _Recipes(weights)
+        operators = native_operators()
+        if all(node.target not in operators for node in program.graph.nodes):
+            operators = {}  # Their C++ takes seconds to compile.
         with tempfile.TemporaryDirectory(prefix="resps-") as folder, recipes.noted():
             path = Path(folder) / _CODE
             torch._inductor.aoti_compile_and_package(
@@ -357,7 +360,7 @@ class _Writer:
                 inductor_configs={
                     **self.job.config,
                     "aot_inductor.package_constants_in_so": False,
-                    "aot_inductor.custom_ops_to_c_shims": native_operators(),
+                    "aot_inductor.custom_ops_to_c_shims": operators,
                     # A lambda, since inductor copies its settings; copying a method would copy its object, too.
                     "post_grad_custom_post_pass": lambda graph: recipes.note_constants(graph),
                 },
