@@ -148,19 +148,6 @@ def test_a_call_goes_on_from_the_cache_of_one_over_slots() -> None:
     assert again.tolist() == plainly(target, 30)
 
 
-def test_a_cache_that_no_one_reads_is_not_filled(
-    target: PreTrainedModel, head: DraftHead, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filled: list[int] = []
-    monkeypatch.setattr(SlotVerifier, "_give_back", lambda *given: filled.append(given[-1]))
-    out = speculate(target, head, WIDE, **STATIC, return_dict_in_generate=False)
-    assert out.tolist() == plainly(target) and not filled
-    speculate(target, head, WIDE, **STATIC)
-    cache = DynamicCache(config=target.config)
-    speculate(target, head, WIDE, compile=True, return_dict_in_generate=False, **{CACHE_KEYWORD: cache})
-    assert filled == [24, 24]
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_cache_is_filled_when_someone_looks_at_it_or_another_call_begins(
     architecture: str, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +263,19 @@ def untraced(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> Count
 
     monkeypatch.setattr(compiled_function.torch, "compile", compile_untraced)
     return backend
+
+
+def test_a_cache_that_no_one_reads_is_not_filled(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    monkeypatch.setattr(SlotVerifier, "_give_back", lambda *given: filled.append(given[-1]))
+    out = speculate(target, head, WIDE, **STATIC, return_dict_in_generate=False)
+    assert out.tolist() == plainly(target) and not filled
+    speculate(target, head, WIDE, **STATIC)
+    cache = DynamicCache(config=target.config)
+    speculate(target, head, WIDE, compile=True, return_dict_in_generate=False, **{CACHE_KEYWORD: cache})
+    assert filled == [24, 24]
 
 
 SHAPES = (TreeShape.plain(), TreeShape(3, 2, 2), TreeShape(40, 3, 5), TreeShape(2, 1, 1))
