@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from tests.compilation.test_kernels import library_of
 from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach, prepack, unprepack
+from transformers_resps.compilation import packages
 from transformers_resps.compilation.few_bits import (
     Codes,
     exposed,
@@ -27,16 +29,11 @@ from transformers_resps.compilation.few_bits import (
     pack_factors,
     unread_weights,
 )
-from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, kernels_alone, our_kernels, reads_few_bits
+from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE
 
 
 needs_lookups = pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
-
-
-def library_of(kernel: str) -> ctypes.CDLL:
-    """Without AMX, tiles are emulated."""
-    return kernels_alone("RESPS_EMULATES_TILES" if kernel == TILES and TILES not in our_kernels() else "")
 
 
 def run(
@@ -238,8 +235,11 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
         )
     ]
     assert texts[0] == texts[1] == texts[2]
-    engine = target.speculation_state.slot_engine
-    assert engine.is_compiled and not engine.is_broken and "without compilation" not in caplog.text
+    monkeypatch.setattr(packages, "_compile", None)  # code is loaded
+    again = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
+    assert again.generate(prompt, **settings).sequences.tolist() == texts[0]
+    for engine in (model.speculation_state.slot_engine for model in (target, again)):
+        assert engine.is_compiled and not engine.is_broken and "without compilation" not in caplog.text
     detach(target)
     with torch.no_grad():
         assert torch.equal(target(prompt).logits, before)

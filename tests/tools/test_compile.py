@@ -1,7 +1,9 @@
 """`resps compile`, as a call with `compile="auto"` runs it in another process."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
 from transformers_resps import attach
+from transformers_resps.compilation import packages
+from transformers_resps.compilation.beside import CompilerProcess
 from transformers_resps.compilation.kernels import reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 from transformers_resps.tools import cli
@@ -71,25 +75,32 @@ def test_drafts_of_a_block_head_are_compiled_for_later_calls(
     assert len(stored_packages(tmp_path / "compiled")) == 2, "nothing else was compiled"
 
 
+class Compiling(BaseException):
+    """Raised in the place of compiling."""
+
+
 @needs_compiler
 @pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
 @pytest.mark.parametrize(("name", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
-def test_a_target_that_was_quantized_while_loading_is_quantized_there_too(
+def test_a_target_that_was_quantized_while_loading_is_the_same_model_there(
     name: str, library: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So tests/compilation/test_few_bits.py shows that a later model takes up its code."""
     pytest.importorskip(library)
+
+    def refuse(*_: Any) -> None:
+        raise Compiling
+
+    commands: list[Sequence[str]] = []
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    monkeypatch.setattr(CompilerProcess, "_start", lambda *given: commands.append(given[-1]))
+    monkeypatch.setattr(packages, "_compile", refuse)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "eos_token_id": None}
     build_target(vocab_size=VOCABULARY, **sizes).save_pretrained(checkpoint)
-    target = attach(load_target(str(checkpoint), None, "cpu", quantization=name))
-    written(target)
-    state = target.speculation_state
-    process = state.compiler._process
-    assert process is not None
-    process.wait()
-    assert not state.compiler.is_running and len(stored_packages(tmp_path / "compiled")) == 1, "it has not failed"
-    written(target)
-    assert state.slot_engine.is_compiled
+    written(attach(load_target(str(checkpoint), None, "cpu", quantization=name)))
+    (command,) = commands
+    with pytest.raises(Compiling):  # another model would be refused before
+        cli.main([*command])
 
 
 def test_another_model_than_the_checkpoint_is_refused(
