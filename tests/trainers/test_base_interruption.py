@@ -16,7 +16,6 @@ from transformers_resps.trainers.base import interruptible, newest_checkpoint
 
 
 ROOT = Path(__file__).parents[2]
-PYTHON = [sys.executable]
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +105,9 @@ def test_a_run_that_a_callback_ends_is_unfinished_unless_it_is_early_stopping(tm
     assert stopped.state.global_step == 10 and (tmp_path / "early" / "toy").is_dir()
 
 
-def run(folder: Path, event: str, resume: str = "new", launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def run(folder: Path, event: str, *launcher: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*PYTHON, *launcher, "-m", "tests.trainers.toy", str(folder), event, resume]
+    command = [sys.executable, *launcher, "-m", "tests.trainers.toy", str(folder), event]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
@@ -134,6 +133,6 @@ def test_a_sudden_end_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path
 
 
 def test_all_processes_stop_at_the_step_at_which_one_got_the_signal(tmp_path):
-    ended = run(tmp_path, "one of two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    ended = run(tmp_path, "one of two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     assert ended.returncode != 0 and "SIGTERM stopped the run at step 4 of 12" in ended.stderr, ended.stderr[-3000:]
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4") and not (tmp_path / "toy").exists()

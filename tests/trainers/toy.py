@@ -100,7 +100,6 @@ class Decision(At):
 
 
 EVENTS: dict[str, list[TrainerCallback]] = {
-    "nothing": [],
     "kill": [Signal(8, signal.SIGKILL)],
     "full disk": [FullDisk(8)],
     "one of two": [Signal(3, signal.SIGTERM, rank=1)],
@@ -108,5 +107,5 @@ EVENTS: dict[str, list[TrainerCallback]] = {
 
 
 if __name__ == "__main__":
-    place, event, resume = sys.argv[1:]
-    trainer(Path(place), *EVENTS[event]).train(resume_from_checkpoint=resume == "resume")
+    place, event = sys.argv[1:]
+    trainer(Path(place), *EVENTS[event]).train()
