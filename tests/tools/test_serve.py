@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from tests.assistants.kinds import add_mtp_layer
 from tests.conftest import build_target
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
-from tests.tools.serving_load import run_load
 from transformers_resps import DraftHead, attach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.tools import serving
@@ -94,6 +95,62 @@ class Client:
 
 def text_of(events: list[dict[str, Any]]) -> str:
     """What a stream of a chat wrote."""
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
+@dataclass
+class Load:
+    """What clients got.
+
+    Attributes:
+        answered: requests with a whole answer.
+        cut_off: requests whose client left.
+        answers: (what was asked, most tokens) -> the answer.
+        faults: what went wrong, in words.
+    """
+
+    answered: int = 0
+    cut_off: int = 0
+    answers: dict[tuple[str, int], str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def run_load(client: Client, *, requests: int, clients: int) -> Load:
+    """Send `requests` from `clients` at once: every third is streamed, and every seventh client leaves."""
+    load = Load()
+
+    def one(number: int) -> None:
+        content, most = ("abd", "gfkgfk", "mno", "ddd")[number % 4], 4 + number % 5 * 3
+        streams, leaves = number % 3 == 0, number % 7 == 3
+        asked = {"model": client.target, "messages": [{"role": "user", "content": content}], "max_tokens": most}
+        connection = client.send("/v1/chat/completions", asked | {"stream": streams})
+        if leaves:
+            if streams:
+                connection.getresponse().read(20)
+            connection.close()
+            load.cut_off += 1
+            return
+        answer = connection.getresponse()
+        text = _text(answer.read().decode(), streams) if answer.status == 200 else None
+        connection.close()
+        if text is None or load.answers.setdefault((content, most), text) != text:
+            load.faults.append(f"request {number}: status {answer.status}, {text!r}")
+        else:
+            load.answered += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(one, range(requests)))
+    return load
+
+
+def _text(answer: str, streams: bool) -> str | None:
+    """The text of an answer; `None` where it has no end or no figures."""
+    if not streams:
+        whole = json.loads(answer)
+        return whole["choices"][0]["message"]["content"] if "metrics" in whole else None
+    events = [json.loads(event.removeprefix("data: ")) for event in answer.split("\n\n") if event]
+    if "metrics" not in events[-1]:
+        return None
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
@@ -200,7 +257,7 @@ def test_a_seed_draws_what_plain_sampling_draws_with_it(client: Client) -> None:
     plain = client.plain(do_sample=True, temperature=0.9, max_new_tokens=20)
     settings = json.dumps({"do_sample": True, "temperature": 0.9, "max_new_tokens": 20})
     asked: dict[str, Any] = {"messages": ASKED, "seed": 5, "generation_config": settings}
-    run_load(client.port, client.target, requests=4, clients=2)  # others draw in between
+    run_load(client, requests=4, clients=2)  # others draw in between
     assert client.text(asked) == plain
     for request in (asked, {"messages": ASKED, "seed": 5, "temperature": 0.9, "max_tokens": 20}):
         assert text_of(client.stream(request)) == plain
@@ -485,7 +542,7 @@ def test_the_figures_of_the_server_are_the_sums_of_its_answers(client: Client) -
 
 
 def test_many_clients_at_once_lose_nothing_and_read_plain_answers(client: Client) -> None:
-    done = run_load(client.port, client.target, requests=20, clients=4)
+    done = run_load(client, requests=20, clients=4)
     assert done.answered + done.cut_off == 20 and done.cut_off > 0 and not done.faults
     assert all(text == client.plain(content, max_new_tokens=count) for (content, count), text in done.answers.items())
 
