@@ -101,7 +101,7 @@ def test_an_environment_that_an_interruption_left_half_made_is_made_anew(clone: 
     assert calls(clone)[0] == "-m venv .venv/demo" and not (folder / "half").exists()
 
 
-def test_a_newer_project_file_offline_costs_no_environment(clone: Path) -> None:
+def test_new_requirements_are_installed_into_the_old_environment_also_after_a_failure(clone: Path) -> None:
     make(clone, "demo")
     later = (clone / ".venv" / "demo" / ".filled").stat().st_mtime + 5
     os.utime(clone / "pyproject.toml", (later, later))
@@ -109,7 +109,9 @@ def test_a_newer_project_file_offline_costs_no_environment(clone: Path) -> None:
     (clone / ".venv" / "demo" / "kept").touch()
     assert make(clone, "demo").returncode != 0
     (clone / "calls.offline").unlink()
+    calls(clone)
     assert make(clone, "demo").returncode == 0 and (clone / ".venv" / "demo" / "kept").exists()
+    assert calls(clone)[0].endswith("--editable .[demo]")
 
 
 def test_a_clone_that_may_not_be_written_to_is_named(clone: Path) -> None:
@@ -125,15 +127,6 @@ def test_an_environment_whose_python_is_gone_is_made_anew(clone: Path) -> None:
     calls(clone)
     assert make(clone, "demo").returncode == 0
     assert calls(clone)[0] == "-m venv .venv/demo"
-
-
-def test_new_requirements_are_installed_into_the_old_environment(clone: Path) -> None:
-    make(clone, "demo")
-    calls(clone)
-    later = (clone / ".venv" / "demo" / ".filled").stat().st_mtime + 5
-    os.utime(clone / "pyproject.toml", (later, later))
-    assert make(clone, "demo").returncode == 0
-    assert calls(clone)[0].endswith("--editable .[demo]")
 
 
 def test_without_a_python_it_says_which_one_to_install(clone: Path) -> None:

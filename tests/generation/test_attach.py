@@ -81,13 +81,6 @@ def test_a_text_may_be_endless_until_an_end_token(
     assert torch.equal(target.generate(prompt, assistant_model=head, **end), expected)
 
 
-def test_stock_assistants_work_on_an_attached_model(target: PreTrainedModel, prompt: torch.Tensor) -> None:
-    stock = detach(copy.deepcopy(target))
-    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(stock)}):
-        expected = stock.generate(prompt, max_new_tokens=16, **options)
-        assert target.generate(prompt, max_new_tokens=16, **options).tolist() == expected.tolist()
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_an_attached_model_speculates_too(
     duplicate: Any, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor

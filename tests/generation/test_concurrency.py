@@ -1,13 +1,9 @@
 """One model, many callers, and callers that go away: every text is right and nothing stays behind in the model."""
 
 import asyncio
-import json
 import threading
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -89,59 +85,6 @@ def test_a_hook_that_another_thread_removes_meanwhile_is_harmless(
         for layer in target.model.layers:
             layer._forward_pre_hooks_with_kwargs.clear()
         assert target.generate(prompt_of(0), max_new_tokens=16)[0].tolist() == expected[0]
-
-
-# --- servers -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(answer: Callable[[list[int]], list[int]]) -> Iterator[str]:
-    """An HTTP server on the loopback, a thread per request, as small servers are written."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            tokens = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps(answer(tokens)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            return None
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
-
-
-def test_a_threading_http_server_answers_many_at_once(
-    target: PreTrainedModel, heads: list[DraftHead], expected: list[list[int]]
-) -> None:
-    def answer(tokens: list[int]) -> list[int]:
-        head = heads[len(tokens) % 2]
-        out = target.generate(
-            torch.tensor([tokens]), max_new_tokens=16, assistant_model=head, policy=FixedPolicy(WIDE)
-        )
-        return list(out[0].tolist())
-
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with serving(answer) as address, ThreadPoolExecutor(CALLERS) as clients:
-
-        def ask(caller: int) -> list[int]:
-            body = json.dumps(prompt_of(caller)[0].tolist()).encode()
-            with direct.open(address, data=body, timeout=300) as reply:
-                return list(json.load(reply))
-
-        found = list(clients.map(ask, list(range(CALLERS)) * 2))
-    assert found == expected * 2
-    assert hook_count(target) == 0
 
 
 def test_an_asyncio_server_answers_many_at_once(

@@ -1,13 +1,12 @@
-"""What streams, and who else may be decoding: readers, threads, the global random generator."""
+"""What streams, to whoever reads, and what a reader sees of a call that fails."""
 
 import threading
-from functools import partial
 
 import pytest
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, TextIteratorStreamer
 
-from tests.lossless.answering import WIDE, Heard, Raises, both, in_threads
+from tests.lossless.answering import WIDE, Heard, Raises
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
 
@@ -57,22 +56,3 @@ def test_a_stream_that_fails_ends_as_with_plain_generate(
             target.generate(prompt, streamer=streamer, logits_processor=processors, max_new_tokens=20, **extra)
     assert tree.values == plain.values and len(tree.values) == 4
     assert tree.ended == plain.ended == 0
-
-
-@pytest.mark.parametrize("fails_at", [1, 4])
-def test_a_streamer_that_raises_leaves_the_model_usable(
-    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, fails_at: int
-) -> None:
-    streamer = Heard(fails_at)
-    with pytest.raises(RuntimeError, match="the reader went away"):
-        target.generate(prompt, streamer=streamer, assistant_model=head, policy=FixedPolicy(WIDE), max_new_tokens=20)
-    assert not streamer.ended
-    plain, tree = both(target, head, prompt)
-    assert tree.sequences.tolist() == plain.sequences.tolist()
-
-
-def test_two_threads_share_a_model(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
-    expected = target.generate(prompt, max_new_tokens=24).tolist()
-    wide = {"assistant_model": head, "policy": FixedPolicy(WIDE)}
-    calls = [partial(target.generate, prompt, max_new_tokens=24, **extra) for extra in ({}, wide) * 2]
-    assert all(found.tolist() == expected for found in in_threads(*calls))

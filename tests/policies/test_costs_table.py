@@ -11,6 +11,9 @@ from transformers_resps.policies.costs import CostTable
 from transformers_resps.tree import TreeShape
 
 
+NO_TIMES = 0.0, -1.0, float("nan"), float("inf")
+
+
 def test_a_table_without_ranges_and_start_is_still_read(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}}))
@@ -64,6 +67,8 @@ def test_a_table_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({128: {1: 0.1}}, {}, {}, float("inf")),
         ({128: {1: 0.1}}, {}, {}, "a"),
         ({128: {1: 0.1}}, {}, {}, -0.1),
+        *(({9: {1: seconds}}, {}, {}) for seconds in NO_TIMES),
+        *(({9: {1: 1.0}}, {1: seconds}, {}) for seconds in NO_TIMES),
     ],
     ids=str,
 )
@@ -99,13 +104,6 @@ def test_a_draft_costs_its_start_and_its_levels(tmp_path: Path) -> None:
 def test_a_start_of_drafts_that_does_not_belong_to_their_levels_is_refused(draft: Any, start: Any) -> None:
     with pytest.raises(ValueError, match="costs that are no positive numbers.*Measure again with `calibrate"):
         CostTable({9: {1: 1.0}}, draft, {}, draft_start=start)
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_costs_that_are_no_times_are_refused(seconds: float) -> None:
-    for verify, draft in (({9: {1: seconds}}, {}), ({9: {1: 1.0}}, {1: seconds})):
-        with pytest.raises(ValueError, match="costs that are no positive numbers.*Measure again with `calibrate"):
-            CostTable(verify, draft, {})
 
 
 def test_costs_that_are_not_monotone_stay_so() -> None:

@@ -227,14 +227,15 @@ def test_ctrl_c_while_preparing_is_no_traceback(bench: BenchCommand, monkeypatch
 
 
 def test_training_prompts_are_not_evaluated(
-    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: BenchCommand, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """With others, nothing but the findings is printed where no terminal is."""
     write_training_prompts(tmp_path / "head", ["mnop"])
     assert bench("--methods") == 2
-    assert "among the training prompts of head, for example mine/2" in capsys.readouterr().err
+    assert "among the training prompts of head, for example mine/2" in capfd.readouterr().err
     write_training_prompts(tmp_path / "head", ["another"])
     assert bench("--methods") == 0
-    assert results(tmp_path)["training_prompts"] == {"head": 1}
+    assert results(tmp_path)["training_prompts"] == {"head": 1} and capfd.readouterr().err == ""
 
 
 def test_a_busy_machine_is_refused(
@@ -274,14 +275,6 @@ def test_a_machine_that_others_use_is_refused_before_the_start(monkeypatch: pyte
     with pytest.raises(BusyMachineError, match="use 1.7 CPUs, but at most 0.5 .*--accept-noise"):
         checked_load(accept_noise=False)
     assert checked_load(accept_noise=True) == 1.7
-
-
-def test_without_a_terminal_nothing_but_the_findings_is_printed(
-    bench: BenchCommand, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_training_prompts(tmp_path / "head", [])
-    assert bench("--methods") == 0
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("option", [["--shapes", "8,4"], ["--limit", "0"], ["--methods", "magic"]])

@@ -1,7 +1,6 @@
 """`resps` as a user types it."""
 
 import json
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.assistants.kinds import add_mtp_layer
 from tests.conftest import build_target
 from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
@@ -147,9 +145,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder: Path = tmp_path_factory.mktemp("verify")
     target = build_target(vocab_size=VOCABULARY, initializer_range=0.6, num_hidden_layers=2)
     target.save_pretrained(folder / "target")
-    add_mtp_layer(folder / "target")
     letter_tokenizer().save_pretrained(folder / "target")
-    build_target(vocab_size=VOCABULARY, initializer_range=0.6, num_hidden_layers=1).save_pretrained(folder / "small")
     torch.manual_seed(1)
     DraftHead.from_target(target).save_pretrained(folder / "head")
     return str(folder / "target"), str(folder / "head")
@@ -174,14 +170,6 @@ def test_the_invariant_mode_is_examined_in_half_precision(folders: tuple[str, st
     told = json.loads(capsys.readouterr().out)
     assert (told["facts"]["mode"], told["facts"]["packed"]) == ("invariant", "True")
     assert told["verdict"].startswith("LOSSLESS: every answer is the plain one of the invariant mode")
-
-
-@pytest.mark.parametrize("name", ["mtp", "small"])
-def test_any_drafter_is_examined(name: str, folders: tuple[str, str], capsys: Any) -> None:
-    folder = Path(folders[0]) if name == "mtp" else Path(folders[0]).parent / name
-    assert main(["verify", folders[0], "mtp" if name == "mtp" else str(folder), "10,2,9", *QUICK]) == 0
-    page = capsys.readouterr().out
-    assert "LOSSLESS: every answer is the plain one" in page and re.search(rf"head +{folder}, (Mtp|Causal)", page)
 
 
 def test_a_lossy_engine_is_told_so_with_status_1(

@@ -47,7 +47,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
-    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: BenchCommand, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("--temperature", "0", "1") == 0
     found = results(tmp_path)
@@ -63,8 +63,9 @@ def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
     assert found["noise"]["accepted"] and found["best_fixed"]["prompts"] and found["settings"]["searched"]
     assert found["steps"]["auto"].keys() >= {"mean_nodes", "verify_seconds"}
     assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}
-    printed = capsys.readouterr().out
-    assert "| all | 1 | *oracle (ceiling)* |" in printed and found["advice"] in printed
+    printed = capfd.readouterr()
+    assert "| all | 1 | *oracle (ceiling)* |" in printed.out and found["advice"] in printed.out
+    assert printed.err == "", "no terminal is there, so nothing but the findings is printed"
 
 
 def test_after_ctrl_c_the_same_command_goes_on(
@@ -130,13 +131,6 @@ def test_a_noisy_machine_is_told_with_the_journal_to_delete(
     journal = command.Journal(tmp_path, {})
     with pytest.raises(BusyMachineError, match=r"The machine is noisy\. Delete .*journal.jsonl first"):
         command.check_quiet([], journal)
-
-
-def test_without_a_terminal_nothing_but_the_findings_is_printed(
-    bench: BenchCommand, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert bench("--methods") == 0
-    assert capfd.readouterr().err == ""
 
 
 def test_a_method_of_no_benchmark_ends_with_a_usage_message(capsys: pytest.CaptureFixture[str]) -> None:
