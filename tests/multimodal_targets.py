@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
+from tests.targets import SIZES
 from transformers_resps.generation.output import left_padded
 
 
@@ -150,20 +151,7 @@ def _redraw(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 2 / math.sqrt(inputs))
 
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+_TEXT = SIZES | {"vocab_size": VOCABULARY, "num_hidden_layers": _LAYERS, "tie_word_embeddings": False}
 _LLAMA = {"model_type": "llama"}
 _QWEN2 = {"model_type": "qwen2", "sliding_window": None}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -8,6 +8,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 VOCABULARY = 19
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -34,21 +47,7 @@ class Architecture:
 
     def build(self, attention: str, seed: int = 0) -> PreTrainedModel:
         """A random model without special tokens."""
-        sizes = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-            "initializer_range": 0.6,
-        }
-        config = AutoConfig.for_model(self.model_type, **(sizes | self.config))
+        config = AutoConfig.for_model(self.model_type, **(SIZES | {"initializer_range": 0.6} | self.config))
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.dtype(attention))
         return model.eval()

@@ -23,17 +23,13 @@ from .hub import rehearse
 from .image_processors import image_processor, image_target, parts, picture
 from .targets import Architecture
 from .test_prose import unplain
-from .tokenizers import letter_tokenizer, turns
+from .tokenizers import ON_ONE_LINE, templated, turns
 
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "training" / "PUBLISHING.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TEMPLATE = (
-    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
-    "{% if add_generation_prompt %}i{% endif %}"
-)
 
 # Shortens what a command of the docs would do for hours. What it is told in the docs must still be understood.
 QUICKLY = {
@@ -63,8 +59,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head-run" / "head")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
     FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path / "policy-run" / "policy")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = templated(ON_ONE_LINE)
     tokenizer.save_pretrained(tmp_path / "target")
     words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr", "defg", "mnbd")
     rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]

@@ -6,6 +6,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.targets import VOCABULARY
 
 
+ON_ONE_LINE = (
+    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
+    "{% if add_generation_prompt %}i{% endif %}"
+)
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
 _TEMPLATE = (
     "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}i{% endif %}"

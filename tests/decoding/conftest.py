@@ -1,11 +1,14 @@
 """Tiny Llamas, with an end token and without, and a head."""
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
+from tests.lossless.conftest import head, prompt
 from tests.targets import Architecture
-from transformers_resps import DraftHead, attach
+from transformers_resps import attach
+
+
+__all__ = ["head", "prompt"]
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +20,3 @@ def target() -> PreTrainedModel:
 def endless() -> PreTrainedModel:
     """Without an end token."""
     return attach(Architecture("llama").build("sdpa"))
-
-
-@pytest.fixture(scope="module")
-def head(target: PreTrainedModel) -> DraftHead:
-    torch.manual_seed(1)
-    return DraftHead.from_target(target)
-
-
-@pytest.fixture
-def prompt() -> torch.Tensor:
-    return torch.tensor([[5, 7, 11, 3, 9, 7, 11]])

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import FakeClock
-from tests.drafting.test_passes import pairs
+from tests.drafting.test_model_drafter import pairs
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.assistants.mtp import MtpHead

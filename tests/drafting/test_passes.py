@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.targets import VOCABULARY, Architecture
+from tests.drafting.test_model_drafter import pairs
+from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.drafting import Committed, DraftCache, DraftRequest
 from transformers_resps.drafting.model_drafter import ModelDrafter
@@ -58,12 +59,6 @@ def cache_of(head: DraftHead, rows: int) -> DraftCache:
         new = torch.zeros(rows, config.num_key_value_heads, 1, config.head_dim or 0, dtype=head.dtype)
         cache.of_layer(layer, new, new)
     return cache
-
-
-def pairs(head: DraftHead, rows: int, count: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(rows, count, head.config.features_width, generator=generator, dtype=head.dtype)
-    return features, torch.randint(0, VOCABULARY, (rows, count), generator=generator)
 
 
 @pytest.mark.parametrize("case", CASES)

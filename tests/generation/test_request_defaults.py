@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import (
@@ -32,12 +31,6 @@ from transformers_resps.verifying.lending import evaluation_mode
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
 REPORTED = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
-
-
-@pytest.fixture
-def model(target: PreTrainedModel) -> Iterator[Any]:
-    """An attached target of its own, without defaults."""
-    yield attach(copy.deepcopy(target))
 
 
 class Counted(FixedPolicy):

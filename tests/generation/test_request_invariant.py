@@ -1,13 +1,12 @@
 """Where `invariant=True` may stand: in a call, in `attach` and in a `generation_config`, and what it means alone."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach
 from transformers_resps.generation import mixin
@@ -17,12 +16,6 @@ from transformers_resps.generation.request import Request
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
 SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture
-def model(target: PreTrainedModel) -> Iterator[Any]:
-    """An attached target of its own, without defaults."""
-    yield attach(copy.deepcopy(target))
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach, detach
@@ -32,12 +32,6 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("named") / "policy"
     FixedPolicy(TreeShape(6, 2, 3)).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def model(target: PreTrainedModel) -> Iterator[Any]:
-    """An attached target of its own."""
-    yield attach(copy.deepcopy(target))
 
 
 @pytest.fixture

@@ -7,20 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.conftest import build_target
 from transformers_resps.drafting import Committed, DraftCall, DraftRequest
 from transformers_resps.heads import BlockHead
 from transformers_resps.tree import CandidatePool, TreeShape
 
-from .blocks import CASES, LAYERS, Block, random_tensors, reference_outputs, reference_scores
+from .blocks import CASES, Block, random_tensors, reference_outputs, reference_scores
 
 
 TOKENS = torch.tensor([[1, 17, 23, 5, 42, 17, 23, 60, 9, 11]])
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS, initializer_range=0.3)
 
 
 def drafted(head: BlockHead, target: PreTrainedModel, features: Tensor, shape: TreeShape) -> CandidatePool:

@@ -15,11 +15,6 @@ from transformers_resps.heads import BlockHead, BlockHeadConfig
 from .blocks import BODY, CASES, LAYERS, MASK, SPARK, Block, deepspec, plainly, random_tensors, speculators, zlab
 
 
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS)
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

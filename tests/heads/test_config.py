@@ -7,16 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from tests.conftest import build_target
-from transformers_resps import DraftHead, DraftHeadConfig
+from transformers_resps import DraftHead
 from transformers_resps.heads.config import default_feature_layers
 
-from .published import LAYERS, D
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS)
+from .published import D
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(28, [2, 14, 25]), (32, [2, 16, 29]), (36, [2, 18, 33])])
@@ -28,15 +22,6 @@ def test_the_default_layers_are_those_of_eagle_3(depth: int, layers: list[int]) 
 def test_shallow_targets_have_distinct_default_layers_too(depth: int) -> None:
     layers = default_feature_layers(depth)
     assert layers == sorted(set(layers)) and 0 <= layers[0] <= layers[-1] <= depth
-
-
-def test_of_a_local_target_only_the_folders_name_is_saved(tmp_path: Path) -> None:
-    (tmp_path / "secret" / "tiny").mkdir(parents=True)
-    told = {"name_or_path": str(tmp_path / "secret" / "tiny"), "vocab_size": 64}
-    config = DraftHeadConfig(target=told)
-    config.save_pretrained(tmp_path / "head")
-    assert json.loads((tmp_path / "head" / "config.json").read_text())["target"] == told | {"name_or_path": "tiny"}
-    assert config.target == told
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.conftest import build_target
 from transformers_resps.drafting import DraftCache
 from transformers_resps.heads import BoundHead, DraftHead
 
 from .cases import CASES, FLAT, MODELOPT_FLAGS, eagle_config, nested, specforge
-from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config
+from .published import Published, random_tensors, reference_logits, rename, save, write_config
 
 
 TOKENS = torch.tensor([1, 17, 23, 5, 42, 17, 23, 60, 9, 11])
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS, initializer_range=0.3)
 
 
 def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,6 @@ from .published import LAYERS, random_tensors, save, write_config
 BASE = CASES[2]
 
 
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS)
-
-
 class RunsOnLoad:
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return Path.touch, (Path(self.path),)  # type: ignore[return-value]

@@ -22,11 +22,6 @@ GOOD = random_tensors(BASE)
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS)
-
-
 def without(*names: str) -> Tensors:
     return rename(GOOD, *names)
 

@@ -16,11 +16,6 @@ from .published import LAYERS, Published, random_tensors
 from .test_reading import TOKENS, features_of, our_logits
 
 
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return build_target(num_hidden_layers=LAYERS, initializer_range=0.3)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("draft_vocab_size", [16, None])
 def test_our_own_format_keeps_every_bit(dtype: torch.dtype, draft_vocab_size: int | None, tmp_path: Path) -> None:

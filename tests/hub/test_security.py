@@ -4,7 +4,6 @@ import ast
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.targets import Architecture
+from tests.test_architecture import nodes_of
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, TreeShape
 
 
@@ -39,11 +39,6 @@ FORBIDDEN_CALLS = {
 }
 FORBIDDEN_METHODS = {"os.system", "os.popen", "os.execv", "os.spawnv", "pickle.load", "pickle.loads", "yaml.load"}
 FORBIDDEN_METHODS |= {"torch.hub", "importlib.import_module", "builtins.eval", "builtins.exec"}
-
-
-@cache
-def nodes_of(file: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
 
 
 def calls(file: Path) -> Iterator[tuple[int, str, ast.Call]]:

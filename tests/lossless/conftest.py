@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach

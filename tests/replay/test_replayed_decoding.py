@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, SuffixMemory, TreeShape, attach
+from transformers_resps import DraftHead, FixedPolicy, SuffixMemory, TreeShape
 from transformers_resps.policies.base import Level, Observation, Policy
 from transformers_resps.policies.costs import CostTable
 from transformers_resps.policies.throughput import ThroughputPolicy
@@ -44,11 +43,6 @@ class Changing(Policy):
 
     def observe(self, record: StepRecord) -> None:
         self.seen.append((record.shape, record.verified, record.accepted, record.drafted, record.drafted_match))
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return attach(Architecture("llama").build("sdpa"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead
-from transformers_resps.trainers import DraftHeadTrainingConfig
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 
 
 def texts(count=12, vocabulary=64):
@@ -46,3 +46,15 @@ def fresh(draft_vocab_size=48):
 
 def bits(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def check_resumes(folder, target, **overrides):
+    """What a head that lies in `start` learns in four steps, whether or not it begins again after two of them."""
+    found = []
+    for how in ({}, {"resume_from_checkpoint": str(folder / "checkpoint-2")}):
+        args = config(folder, max_steps=4, save_steps=2, tau_texts=0, **overrides)
+        trainer = DraftHeadTrainer(str(folder / "start"), args, texts(12), target=target)
+        trainer.train(**how)
+        found.append(bits(trainer.head))
+    assert all(torch.equal(found[1][name], weight) for name, weight in found[0].items())
+    return found[0]

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tests.conftest import build_target
 from tests.drafting.test_block_drafter import block_head
 from tests.heads.blocks import CASES, LAYERS, random_tensors
-from tests.trainers.heads import bits, config, texts
+from tests.trainers.heads import bits, check_resumes, config, texts
 from transformers_resps import BlockHead
 from transformers_resps.assistants import load_head
 from transformers_resps.trainers import DraftHeadTrainer
@@ -64,15 +64,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(tmp_path: 
     target = build_target(initializer_range=0.3)
     block_head(target, correction="rnn", correction_rank=4).save_pretrained(tmp_path / "start")
 
-    def run(**how: Any) -> DraftHeadTrainer:
-        args = config(tmp_path, max_steps=4, save_steps=2, tau_texts=0)
-        trainer = DraftHeadTrainer(str(tmp_path / "start"), args, texts(12), target=target)
-        trainer.train(**how)
-        return trainer
-
-    whole = bits(run().head)
-    again = bits(run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).head)
-    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    whole = check_resumes(tmp_path, target)
     saved = load_head(str(tmp_path / "head"), target)
     assert isinstance(saved, BlockHead)
     torch.testing.assert_close(bits(saved), whole, atol=0.02, rtol=0.02)  # in bfloat16

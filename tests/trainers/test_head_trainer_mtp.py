@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.assistants.mtp_cases import CASES
 from tests.conftest import build_target
-from tests.trainers.heads import bits, config, texts
+from tests.trainers.heads import bits, check_resumes, config, texts
 from transformers_resps import MtpHead
 from transformers_resps.heads.unrolled import unroll
 from transformers_resps.trainers import DraftHeadTrainer
@@ -43,17 +43,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
 ) -> None:
     target = build_target(initializer_range=0.3)
     MtpHead.fresh(target, **settings).save_pretrained(tmp_path / "start")
-    levels = {"ttt_steps": settings.get("depths", 3), "tau_texts": 0, "disable_tqdm": True}
-
-    def run(**how: Any) -> DraftHeadTrainer:
-        args = config(tmp_path, max_steps=4, save_steps=2, **levels)
-        trainer = DraftHeadTrainer(str(tmp_path / "start"), args, texts(12), target=target)
-        trainer.train(**how)
-        return trainer
-
-    whole = bits(run().head)
-    again = bits(run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).head)
-    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    whole = check_resumes(tmp_path, target, ttt_steps=settings.get("depths", 3))
     start = bits(MtpHead.from_pretrained(tmp_path / "start", target))
     assert not any(torch.equal(start[name], weight) for name, weight in whole.items() if "proj" in name)
 

@@ -18,7 +18,7 @@ from tests.conftest import FakeClock
 from tests.drafting.test_block_drafter import block_head
 from tests.image_processors import image_processor, image_prompt, image_target, picture
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer, turns
+from tests.tokenizers import BARE, letter_tokenizer, templated, turns
 from transformers_resps import (
     AutoPolicy,
     BaselineGuard,
@@ -40,7 +40,6 @@ from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, dat
 from transformers_resps.trainers.data import AnswerRecorder
 
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
 GRID = ActionGrid((TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(6, 2, 2)))
 WORDS = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
 TRAIN = Dataset.from_list([{"prompt": [{"role": "user", "content": word}]} for word in WORDS[:4]])
@@ -58,9 +57,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, DraftHea
     monkeypatch.setattr(data, "calibrate", planted)
     monkeypatch.chdir(tmp_path)
     target: Any = Architecture("llama").build("sdpa").float()
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    for part in (target, tokenizer):
+    for part in (target, templated(BARE)):
         part.save_pretrained("target")
     torch.manual_seed(1)
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained("head")

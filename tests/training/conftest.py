@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
+from tests.tokenizers import BARE, templated
 from transformers_resps import DraftHead
-
-
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
 
 
 @pytest.fixture
@@ -22,9 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(1)
     target.save_pretrained(tmp_path / "target")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
+    templated(BARE).save_pretrained(tmp_path / "target")
     rows = [{"question": word, "answer": "b"} for word in ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

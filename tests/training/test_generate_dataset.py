@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import build_target
 from tests.targets import VOCABULARY
-from tests.tokenizers import letter_tokenizer
+from tests.tokenizers import letter_tokenizer, templated
 
 
 def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
@@ -49,8 +49,7 @@ def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_pa
 
 def test_only_prompts_in_which_the_pattern_is_found_are_answered(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "d ef"}\n{"prompt": "def"}\n{"prompt": "EF"}\n')
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer = templated("{{ messages[0].content }}")
 
     def chosen(pattern):
         prompts = generate_dataset.read_prompts([tmp_path / "rows.jsonl"], tokenizer, 9, 9, 0, pattern)
@@ -64,9 +63,7 @@ def test_only_prompts_in_which_the_pattern_is_found_are_answered(tmp_path):
 def asked(tmp_path, monkeypatch):
     """`asked(*options)` runs the command in a folder with twelve prompts, and returns the rows it wrote."""
     build_target(vocab_size=VOCABULARY, initializer_range=0.6).save_pretrained(tmp_path / "target")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    tokenizer.save_pretrained(tmp_path / "target")
+    templated("{{ messages[0].content }}").save_pretrained(tmp_path / "target")
     rows = [
         {"prompt": "defghijklmnop"[number % 7 :][: 3 + number % 5] + "qrstuvwxyzab"[number]} for number in range(12)
     ]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
+from tests.tokenizers import ON_ONE_LINE, templated
 from transformers_resps import DraftHead
 from transformers_resps.data import Conversation, prompt_fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.trainers import DraftHeadTrainingConfig
@@ -21,10 +21,6 @@ from transformers_resps.trainers import DraftHeadTrainingConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "training" / "train_head.py"), run_name="train_head")
-TEMPLATE = (
-    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
-    "{% if add_generation_prompt %}i{% endif %}"
-)
 
 
 @pytest.fixture
@@ -32,9 +28,7 @@ def folder(tmp_path: Path) -> Path:
     """A tiny target, and 60 answered questions in two files."""
     torch.manual_seed(1)
     Architecture("llama").build("sdpa").float().save_pretrained(tmp_path / "target")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
+    templated(ON_ONE_LINE).save_pretrained(tmp_path / "target")
     letters = "defgjklmnopqrs"
     rows = [{"prompt": letters[i % 14] + letters[i // 14] + "ef", "completion": letters[i % 5 : 9]} for i in range(60)]
     for name, part in (("first", rows[:40]), ("second", rows[40:])):

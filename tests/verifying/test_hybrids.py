@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.caches import check_equal_caches
-from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurrent
+from tests.lossless.hybrids import tokens
+from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
@@ -28,10 +29,6 @@ LENGTH = 13  # of the prompt
 PARENTS = [0, 0, 0, 0, 1, 1, 2, 4, 4]
 LEAVES = ([0, 3], [0, 1, 5], [0, 2, 6], [0, 1, 4, 7], [0, 1, 4, 8])
 KEPT = ([0, 1, 4, 8], [0, 2], [0])  # a whole branch, half of one, the root alone
-
-
-def tokens(count: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(1, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
 def stepped(target: PreTrainedModel, prompt: Tensor, text: Tensor) -> tuple[Tensor, Any]:

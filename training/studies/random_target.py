@@ -10,22 +10,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
-_TINY: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_SMALL: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}
+def _sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, key_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+    }
+
+
+_TINY, _SMALL = _sizes(512, 64, 96, 4, 4, 2), _sizes(49152, 512, 1536, 24, 8, 2)
 _LLAMA = {"model_type": "llama"}
 
 
@@ -54,35 +50,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _LLAMA | _TINY,
     "tiny-gdn": _gated_delta_net(_TINY, heads=4, width=16),
     "tiny-mamba2": _mamba_2(_TINY, heads=4, states=16),
-    "0.1b": _LLAMA
-    | {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
+    "0.1b": _LLAMA | _sizes(49152, 576, 1536, 30, 9, 3),
     "0.1b-gdn": _gated_delta_net(_SMALL, heads=8, width=128),
     "0.1b-mamba2": _mamba_2(_SMALL, heads=16, states=128),
-    "1b": _LLAMA
-    | {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "8b": _LLAMA
-    | {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "1b": _LLAMA | _sizes(128256, 2048, 8192, 16, 32, 8),
+    "8b": _LLAMA | _sizes(128256, 4096, 14336, 32, 32, 8),
 }
 _LOUDNESS = 8.0  # of the embedding: what the layers of the largest shape add stays below
 _LOGIT = 20.0  # of the next token, at most

@@ -13,8 +13,8 @@ import yaml
 
 from tests.hub.loopback_hub import LoopbackHub
 from tests.targets import Architecture
-from tests.test_docs import QUICKLY, TEMPLATE
-from tests.tokenizers import letter_tokenizer
+from tests.test_docs import QUICKLY
+from tests.tokenizers import ON_ONE_LINE, templated
 from transformers_resps.tools import cli
 
 
@@ -54,9 +54,7 @@ def test_a_stock_model_gets_a_head_and_a_policy_that_anybody_can_download(
     monkeypatch.setattr("benchmarking.command.check_spread", lambda *_: None)  # which this one is not
     torch.manual_seed(1)
     Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float().save_pretrained(tmp_path / "target")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
+    templated(ON_ONE_LINE).save_pretrained(tmp_path / "target")
     words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr", "defg", "mnbd")
     for name, some in (("prompts", words), ("other", ("kjih", "dcbe", "rqpo"))):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"prompt": word}) for word in some))

@@ -10,7 +10,7 @@ import torch
 
 from publishing import find_faults
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
+from tests.tokenizers import ON_ONE_LINE, templated
 from tests.trainers.heads import config, fresh, texts
 from tests.training.publishing.artefacts import snapshot
 from transformers_resps import AutoPolicy, DraftHead
@@ -24,10 +24,6 @@ from transformers_resps.trainers import DraftHeadTrainer
 TRAINING = Path(__file__).parents[3] / "training"
 REPO = "tester/mine"
 WORDS = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
-TEMPLATE = (
-    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
-    "{% if add_generation_prompt %}i{% endif %}"
-)
 
 
 def trainer(folder, **overrides) -> DraftHeadTrainer:
@@ -109,9 +105,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     target = Architecture("llama").build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
+    templated(ON_ONE_LINE).save_pretrained(tmp_path / "target")
     rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in WORDS]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
