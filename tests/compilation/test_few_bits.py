@@ -151,6 +151,11 @@ LIBRARIES: dict[str, Callable[[nn.Linear], nn.Linear]] = {
     "intx 4 with zeros": torchao_layer(
         lambda ao, kinds: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(64), mapping_type=kinds.ASYMMETRIC)
     ),
+    "int4, opaque": torchao_layer(
+        lambda ao, _: pytest.importorskip("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(
+            group_size=64, set_inductor_config=False
+        )
+    ),
     "nf4": nf4_layer,
     "nf4, nested": lambda layer: nf4_layer(layer, is_nested=True),
     "nf4, after a forward": lambda layer: nf4_layer(layer, ran=True),
@@ -177,14 +182,29 @@ def test_we_read_the_numbers_of_the_libraries(name: str) -> None:
         lambda weight: setattr(weight, "act_pre_scale", torch.ones(256)),
         lambda weight: setattr(weight, "act_quant_kwargs", object()),
         lambda weight: setattr(weight, "block_size", [1, 16]),  # groups that no tile divides
-        lambda weight: setattr(weight, "block_size", [2, 256]),
+        lambda weight: setattr(weight, "block_size", [2, 128]),
     ],
 )
 def test_a_layout_that_we_do_not_read_is_left_to_its_library(change: Callable[[Any], None]) -> None:
-    layer = LIBRARIES["int8"](nn.Linear(256, 64).bfloat16())
-    assert few_bits(layer) is not None
+    target = quantized("int8")
+    layer = target.model.layers[1].mlp.down_proj
+    assert few_bits(layer) is not None and (unread_weights(target) == []) is reads_few_bits()
     change(layer.weight)
-    assert few_bits(layer) is None and unread_weights(layer) == ["Int8Tensor"]
+    assert few_bits(layer) is None and unread_weights(target) == ["Int8Tensor"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4, opaque"])
+def test_weights_of_releases_without_later_attributes_are_read(name: str) -> None:
+    """torchao 0.15, for example, has no `act_pre_scale` and no `zero_point`."""
+    layer = LIBRARIES[name](nn.Linear(256, 64).bfloat16())
+    weight = few_bits(layer)
+    assert weight is not None
+    expected = weight.read()
+    for attribute in ("act_quant_scale", "act_pre_scale", "act_mapping_type", "zero_point"):
+        if hasattr(layer.weight, attribute):
+            delattr(layer.weight, attribute)
+    older = few_bits(layer)
+    assert older is not None and all(map(torch.equal, older.read()[:2], expected[:2]))
 
 
 def test_weights_are_exposed_inside_the_block_alone() -> None:
@@ -202,9 +222,9 @@ def test_weights_are_exposed_inside_the_block_alone() -> None:
 SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
-def quantized(*names: str) -> PreTrainedModel:
+def quantized(*names: str, **sizes: int) -> PreTrainedModel:
     """Layers take turns with these formats."""
-    target = Architecture("qwen2", SIZES).build("sdpa").bfloat16()
+    target = Architecture("qwen2", SIZES | sizes).build("sdpa").bfloat16()
     formats = cycle(names)
     for parent in list(target.model.modules()):
         for child, layer in list(parent.named_children()):
@@ -220,7 +240,7 @@ def test_steps_of_a_quantized_target_run_compiled_and_exactly(
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    target = attach(quantized("int8", "intx 4", "nf4"), compile=True, invariant=True)
+    target = attach(quantized("int8", "intx 4", "int4, opaque", "nf4"), compile=True, invariant=True)
     prompt = torch.randint(1, VOCABULARY, (1, 9))
     with torch.no_grad():
         before = target(prompt).logits

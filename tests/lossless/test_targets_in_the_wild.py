@@ -81,7 +81,7 @@ def test_weights_of_eight_bits_change_nothing() -> None:
     check_plain_texts(attach(target), head)
 
 
-MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+MARKS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type", "input_quant_func")
 
 
 @pytest.mark.parametrize("mark", MARKS)

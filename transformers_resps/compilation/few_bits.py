@@ -41,6 +41,8 @@ NF4_VALUES = (
 
 
 _BUFFERS = ("weight_codes", "weight_scales", "weight_offsets")
+# Attributes of torchao's weights; not `None` if the layer rounds its input.
+ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type", "input_quant_func")
 BLOCK = 32  # Number of outputs whose weights are stored together, as in `native.cpp`.
 _HALF = BLOCK // 2
 
@@ -245,14 +247,13 @@ def unread_weights(module: nn.Module) -> list[str]:
 
 def _int8_tensor(weight: Any) -> FewBits | None:
     """Recognise torchao's `Int8Tensor`."""
-    is_plain = weight.act_quant_kwargs is weight.act_quant_scale is weight.act_pre_scale is None
-    return _integers(weight, weight.qdata, bits=8) if is_plain else None
+    return _integers(weight, weight.qdata, bits=8) if _takes_plain_inputs(weight) else None
 
 
 def _intx_tensor(weight: Any) -> FewBits | None:
     """Recognise torchao's `IntxUnpackedToInt8Tensor`, whose integers of up to 8 bits are stored as int8."""
     bits = int(str(weight.target_dtype).removeprefix("torch.int"))
-    return _integers(weight, weight.qdata, bits=bits) if weight.activation_quantization is None else None
+    return _integers(weight, weight.qdata, bits=bits) if _takes_plain_inputs(weight) else None
 
 
 def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
@@ -265,9 +266,8 @@ def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
 
     def read() -> Parts:
         scales = weight.scale.float().reshape(-1, inputs // width).expand(outputs, -1).contiguous()
-        zeros = (
-            torch.zeros(1, 1) if weight.zero_point is None else weight.zero_point.float().reshape(-1, inputs // width)
-        )
+        points = getattr(weight, "zero_point", None)  # older releases have no such attribute
+        zeros = torch.zeros(1, 1) if points is None else points.float().reshape(-1, inputs // width)
         if bits > 4:
             return integers, scales, -(zeros + 0.5) * scales
         return (integers + 8).to(torch.uint8), scales, -zeros * scales if bool(zeros.any()) else None
@@ -278,7 +278,7 @@ def _integers(weight: Any, integers: Tensor, *, bits: int) -> FewBits | None:
 def _opaque_tensor(weight: Any) -> FewBits | None:
     """Recognise torchao's `Int4OpaqueTensor`, whose codes PyTorch has packed for this processor."""
     inputs, (height, width) = weight.shape[1], weight.block_size
-    is_plain = weight.act_mapping_type is weight.act_pre_scale is None and weight.dtype is torch.bfloat16
+    is_plain = _takes_plain_inputs(weight) and weight.dtype is torch.bfloat16
     if not is_plain or height != 1 or not _has_groups(inputs, width):
         return None
 
@@ -317,6 +317,11 @@ def _params_4bit(weight: Any) -> FewBits | None:
         return codes, scales.bfloat16().float().reshape(outputs, -1), None  # rounded, as packing rounds them
 
     return FewBits(Codes.NF4, read) if _has_groups(inputs, state.blocksize) else None
+
+
+def _takes_plain_inputs(weight: Any) -> bool:
+    """Whether a layer with this weight of torchao, of any release, neither rounds nor scales its input."""
+    return all(getattr(weight, name, None) is None for name in (*ROUNDING_MARKS, "act_pre_scale"))
 
 
 def _has_groups(inputs: int, width: int) -> bool:

@@ -28,6 +28,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD, unwrapped
+from ..compilation.few_bits import ROUNDING_MARKS
 from ..drafting import DraftSource
 from ..drafting.continuations import LONGEST_DRAFT
 from ..policies.base import Policy
@@ -103,8 +104,6 @@ _ROUNDING_LAYERS = frozenset(
     ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
     + ("BitLinear", "AutoBitLinear")
 )
-# Attributes of torchao's weights; not `None` if the layer rounds its input.
-_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type", "input_quant_func")
 # `model_type` of encoder-decoders that override `prepare_inputs_for_generation` without effect on a decoding step.
 _PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
@@ -478,7 +477,7 @@ def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
     kind = type(module)
     if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
         return True
-    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
+    return any(getattr(weight, mark, None) is not None for weight in weights for mark in ROUNDING_MARKS)
 
 
 def _check_draws(model: Module, modules: Iterable[Module]) -> None:
