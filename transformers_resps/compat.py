@@ -126,6 +126,15 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def plain_tensors(tensor: "Tensor") -> "Iterator[Tensor]":
+    """Yield the tensors that hold the values of a tensor, whose class may be a library's."""
+    names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))
+    if not names:
+        yield tensor
+
+
 def check_extra(extra: str) -> None:
     """Raise `ValueError` if packages of `extra`, an optional dependency, are missing or too old."""
     wrong = sorted(str(needed) for needed in _packages_of(extra) if not _is_met(needed))

@@ -18,9 +18,9 @@ from typing import ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..compat import plain_tensors
 from .captured import CapturedFunction, Outputs
 from .compiled import CompiledFunction, callers_settings
-from .few_bits import plain_tensors
 from .kernels import NO_COMPILER, compiler
 from .packages import ModulePackages, packages_folder
 

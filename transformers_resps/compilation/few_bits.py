@@ -352,15 +352,6 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
     return made
 
 
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that hold the values of a tensor, whose class may be a library's."""
-    names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
-    for name in names:
-        yield from plain_tensors(getattr(tensor, name))
-    if not names:
-        yield tensor
-
-
 @contextmanager
 def exposed(module: nn.Module) -> Iterator[None]:
     """Inside the `with` block, let layers with weights of few bits call our operator on plain buffers.

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compat import text_config
+from ..compat import plain_tensors, text_config
 
 
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
@@ -51,11 +51,12 @@ _SAMPLED = 64  # Approximate number of values of each parameter that are hashed.
 
 def parameter_fingerprint(model: nn.Module) -> str:
     """Hash a few numbers of every parameter, which is quick for a model of any size. No parameter is left out, because
-    a fine-tune may leave most parameters unchanged.
+    a fine-tune may leave most parameters unchanged. Of a quantized weight, codes and scales are hashed.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.dequantize() if hasattr(parameter, "qdata") else parameter.detach()  # torchao has no views
-        numbers = values.flatten()[:: max(1, parameter.numel() // _SAMPLED)]
-        digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
+        digest.update(name.encode())
+        for part in plain_tensors(parameter):
+            numbers = part.detach().flatten()[:: max(1, part.numel() // _SAMPLED)]
+            digest.update(numbers.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
