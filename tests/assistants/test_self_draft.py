@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tests.compilation.test_few_bits import quantized
 from tests.kernels import needs_compiler
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.assistants import SelfDraft
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.compilation.few_bits import Codes, int4_codes, int4_scales, numbers, rounding
+from transformers_resps.compilation.few_bits import (
+    Codes,
+    few_bits,
+    few_bits_weight,
+    int4_codes,
+    int4_scales,
+    numbers,
+    rounding,
+)
 from transformers_resps.compilation.kernels import reads_few_bits
 from transformers_resps.compilation.packages import FOLDER_VARIABLE
 from transformers_resps.verifying.slots.steps import RoundedSteps
@@ -28,24 +37,29 @@ def built(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     return Architecture(model_type, SIZES | changes).build("sdpa").bfloat16()
 
 
-def rounded_copy(target: PreTrainedModel) -> PreTrainedModel:
-    """In float32, with the weights that the drafts are made with."""
-    made = copy.deepcopy(target).float()
-    for layer, own in zip(made.modules(), target.modules(), strict=True):
+def decoded(target: PreTrainedModel, *, rounds: bool) -> PreTrainedModel:
+    """Return a copy in float32; with `rounds`, with the weights that the drafts are made with."""
+    made = copy.deepcopy(target)
+    for layer in made.modules():
+        found = few_bits(layer)
+        weight = getattr(layer, "weight", None) if found is None else few_bits_weight(*found.read(), found.kind)
+        if rounds and isinstance(layer, nn.Linear):
+            _, groups = rounding(weight, 4)
+            codes, scales = int4_codes(weight, groups), int4_scales(weight, groups)
+            weight = (numbers(codes, Codes.INT4).unflatten(1, (groups, -1)) * scales[..., None]).flatten(1)
         if isinstance(layer, nn.Linear):
-            _, groups = rounding(own.weight, 4)
-            codes, scales = int4_codes(own.weight, groups), int4_scales(own.weight, groups)
-            layer.weight.data = (numbers(codes, Codes.INT4).unflatten(1, (groups, -1)) * scales[..., None]).flatten(1)
-    return made
+            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return made.float()
 
 
 @needs_lookups
 @needs_compiler
+@pytest.mark.parametrize("has_int8", [False, True])
 def test_drafts_are_those_of_the_rounded_weights_over_the_targets_own_keys(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_int8: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    target = attach(built(), compile=True)
+    target = attach(quantized("int8") if has_int8 else built(), compile=True)
     seen = list[tuple[int, list[int], Tensor]]()
     logits_of = RoundedSteps.logits
 
@@ -65,13 +79,17 @@ def test_drafts_are_those_of_the_rounded_weights_over_the_targets_own_keys(
     )
     assert torch.equal(out.sequences, plain.sequences)
     assert len({length for length, _, _ in seen}) < 20, "nearly nothing was accepted"
-    exact, rounded, text = copy.deepcopy(target).float(), rounded_copy(target), out.sequences
+    exact, rounded, text = decoded(target, rounds=False), decoded(target, rounds=True), out.sequences
     for length, tokens, found in seen:
         cache = DynamicCache()
         with torch.no_grad():
             exact(text[:, :length], **{CACHE_KEYWORD: cache})
-            expected = rounded(torch.tensor([tokens]), **{CACHE_KEYWORD: cache}).logits[0, -1]
-        assert (found - expected).norm() < 0.1 * expected.norm()
+            unrounded, expected = (
+                model(torch.tensor([tokens]), **{CACHE_KEYWORD: copy.deepcopy(cache)}).logits[0, -1]
+                for model in (exact, rounded)
+            )
+        error = (found - expected).norm()
+        assert error < 0.1 * expected.norm() and error < 0.5 * (found - unrounded).norm()
 
 
 @needs_lookups

@@ -73,14 +73,24 @@ def numbers(codes: Tensor, kind: Codes | int) -> Tensor:
     return codes.float() - 8 if kind == Codes.INT4 else codes.new_tensor(NF4_VALUES, dtype=torch.float32)[codes.long()]
 
 
+@torch.library.custom_op("resps::few_bits_weight", mutates_args=())
+def few_bits_weight(codes: Tensor, scales: Tensor, offsets: Tensor | None, kind: int) -> Tensor:
+    """Return in bf16 the weight whose parts are those of a `FewBits`."""
+    weight = numbers(codes, kind).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+    return (weight if offsets is None else weight + offsets[..., None]).flatten(1).bfloat16()
+
+
+@few_bits_weight.register_fake
+def _(codes: Tensor, *_: object) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=torch.bfloat16)
+
+
 @torch.library.custom_op("resps::few_bits_linear", mutates_args=())
 def few_bits_linear(
     rows: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, kind: int
 ) -> Tensor:
     """Compute `torch.nn.functional.linear`, `[..., inputs]` -> `[..., outputs]`, with the parts of a `FewBits`."""
-    weight = numbers(codes, kind).unflatten(1, (scales.shape[1], -1)) * scales[..., None]
-    weight = weight if offsets is None else weight + offsets[..., None]
-    return functional.linear(rows, weight.flatten(1).to(rows.dtype), bias)
+    return functional.linear(rows, few_bits_weight(codes, scales, offsets, kind).to(rows.dtype), bias)
 
 
 @few_bits_linear.register_fake

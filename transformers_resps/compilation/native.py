@@ -257,14 +257,23 @@ def _bf16_layers(program: ExportedProgram) -> Iterator[tuple[Node, Node, list[No
 
 
 def _round_weights(program: ExportedProgram, bits: int) -> None:
-    """Make all linear layers with bf16 weights multiply by weights rounded to `bits` (8 or 4)."""
+    """Make linear layers with bf16 weights, and int8 ones if `bits` is 4, multiply by weights rounded to `bits`."""
     graph, operators = program.graph, torch.ops.resps
     first = next(node for node in graph.nodes if node.op != "placeholder")  # joined layers read all weights there
     rounds = {
         Codes.INT8: (operators.int8_codes.default, operators.int8_scales.default),
         Codes.INT4: (operators.int4_codes.default, operators.int4_scales.default),
     }
-    for node, rows, (weight, *bias) in list(_bf16_layers(program)):
+    layers = list(_bf16_layers(program))
+    for node in graph.find_nodes(op="call_function", target=operators.few_bits_linear.default):
+        rows, *coded, bias, kind = node.args
+        if bits == 4 and kind == Codes.INT8:
+            arguments = *coded, kind
+            with graph.inserting_before(first):
+                weight = _call(graph, operators.few_bits_weight.default, *arguments)
+            weight.meta["val"] = operators.few_bits_weight(*torch.fx.map_arg(arguments, _value))
+            layers.append((node, rows, [weight, bias] if bias else [weight]))
+    for node, rows, (weight, *bias) in layers:
         kind, *groups = rounding(_value(weight), bits)
         with graph.inserting_before(first):
             parts = [_call(graph, operator, weight, *groups) for operator in rounds[kind]]
