@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from transformers_resps.compilation import beside
 from transformers_resps.compilation.beside import CompilerProcess
@@ -96,6 +97,20 @@ def test_it_runs_the_command_with_less_priority_and_once(
     compiler.start("model", str(written), "head", "--rows", "2")
     ended(compiler)
     assert written.exists(), "a batch has code of its own"
+
+
+def test_it_compiles_with_this_processs_settings_of_inductor(
+    compilers: list[CompilerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torchao changes such settings when it quantizes a model."""
+    tells = "import sys, torch; print(torch._inductor.config.codegen_config(), file=open(sys.argv[2], 'w'))"
+    monkeypatch.setattr(beside, "_RUN", tells)
+    changes = {"coordinate_descent_tuning": True, "triton.unique_kernel_names": False}
+    with torch._inductor.config.patch(changes):
+        expected = torch._inductor.config.codegen_config()
+        compilers[0].start("model", str(tmp_path / "written"))
+    ended(compilers[0])
+    assert (tmp_path / "written").read_text().split() == expected.split() != []
 
 
 def test_what_fails_is_told_once_and_not_tried_again(
