@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 from tests.compilation.test_kernels import library_of
 from tests.kernels import needs_compiler
@@ -274,3 +274,113 @@ def test_prepack_leaves_quantized_layers_and_says_so(caplog: pytest.LogCaptureFi
         assert "oneDNN packs no Int8Tensor" in caplog.text and "q_proj" in caplog.text
         assert (packed - before).norm() < 0.02 * before.norm()
         assert torch.equal(unprepack(target)(prompt).logits, before)
+
+
+PLAIN = FixedPolicy(TreeShape.plain())  # the forwards of plain decoding, by our steps
+PROMPT = torch.tensor([[5, 7, 11, 3, 5, 7]])
+
+
+def written(target: Any, **options: Any) -> list[int]:
+    tokens: list[int] = target.generate(PROMPT, max_new_tokens=8, do_sample=False, **options)[0].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half, lambda target: target.to(torch.float32)])
+@pytest.mark.parametrize("name", ["int8", "intx 4", "int4, opaque", "nf4"])
+def test_a_model_that_was_cast_decodes_as_its_library_does_or_is_refused_by_name(
+    name: str, cast: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    target = attach(cast(quantized(name)))
+    try:
+        plain = written(target, policy="plain")
+    except RuntimeError:  # of the library, whose weights have kept their dtype
+        said = rf"has the quantized layer `model.layers.0.self_attn.q_proj`, which does not run in {target.dtype} \(.*"
+        with pytest.raises(ValueError, match=said + "Load the model anew in bfloat16"):
+            written(target, policy=PLAIN, compile=True)
+    else:
+        assert written(target, policy=PLAIN, compile=True) == plain
+        assert f"in {target.dtype} here" in caplog.text and "Compiling" not in caplog.text
+
+
+@needs_lookups
+@needs_compiler
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_model_that_is_cast_after_it_was_compiled_goes_on_without(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    target = attach(quantized(name))
+    written(target, policy=PLAIN, compile=True)
+    assert target.speculation_state.slot_engine.is_compiled
+    target.float()
+    assert written(target, policy=PLAIN, compile=True) == written(target, policy="plain")
+    (reason,) = [line for line in caplog.messages if "without compilation" in line]
+    assert "compiled steps do not read" in reason and "in torch.float32 here" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("int8", {"hidden_size": 48}),
+        ("nf4", {"hidden_size": 32}),  # blocks of 64: bitsandbytes cannot pack them for processors with AVX512-BF16
+        ("nf4", {"intermediate_size": 96}),
+        ("nf4", {"intermediate_size": 80}),
+    ],
+)
+def test_sizes_that_no_tile_or_block_divides_give_the_librarys_text_or_a_refusal(
+    name: str, sizes: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    target = attach(quantized(name, **sizes))
+    try:
+        plain = written(target, policy="plain")
+    except (RuntimeError, AssertionError):
+        with pytest.raises(ValueError, match="has the quantized layer.*quantize only layers whose sizes and weights"):
+            written(target, policy=PLAIN, compile=True)
+    else:
+        assert written(target, policy=PLAIN, compile=True) == plain
+        assert f"compiled steps do not read {type(target.model.layers[0].mlp.up_proj.weight).__name__}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["int8", "intx 4"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused_by_the_name_of_its_layer(name: str, scale: float) -> None:
+    target = attach(quantized(name))
+    written(target, policy=PLAIN)
+    broken = attach(quantized(name))
+    broken.model.layers[1].mlp.up_proj.weight.scale[5] = scale
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj`, whose result is not finite.*Load the model anew"):
+        written(broken, policy=PLAIN)
+
+
+@needs_lookups
+@needs_compiler
+def test_scales_of_zero_are_weights_of_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    target = attach(quantized("int8", "intx 4"))
+    for layer in target.model.layers:
+        for own in (layer.mlp.up_proj, layer.self_attn.o_proj):
+            own.weight.scale.zero_()
+    assert written(target, policy=PLAIN, compile=True) == written(target, policy="plain")
+    assert target.speculation_state.slot_engine.is_compiled
+
+
+@needs_lookups
+@needs_compiler
+def test_a_compiled_and_prepacked_target_saves_what_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "compiled"))
+    Architecture("qwen2", SIZES).build("sdpa").bfloat16().save_pretrained(tmp_path / "target")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
+    with torch.no_grad():
+        expected = target(PROMPT).logits
+    written(prepack(attach(target)), policy=PLAIN, compile=True)
+    target.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, device_map="cpu")
+    with torch.no_grad():
+        assert torch.equal(loaded(PROMPT).logits, expected)
+        assert torch.equal(unprepack(detach(target))(PROMPT).logits, expected)

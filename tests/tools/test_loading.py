@@ -125,6 +125,17 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(
     assert f"{checkpoint} is quantized already. Leave out `--quantization`." in capsys.readouterr().err
 
 
+def test_a_quantized_checkpoint_without_its_library_is_told_in_one_line(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_torchao.is_torchao_available", lambda: False)
+    file, config = Path(checkpoint) / "config.json", {"quant_method": "torchao", "quant_type": {"default": {}}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    assert main(["calibrate", checkpoint]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "torchao" in line]
+    assert line.startswith("resps calibrate: ") and "requires torchao library" in line
+
+
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_missing_library_is_told_with_the_extra_that_has_it(
     name: str, checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from .kernels import reads_few_bits
 
@@ -246,12 +247,11 @@ def few_bits(layer: nn.Module) -> FewBits | None:
     return recognise(weight) if recognise and isinstance(layer, nn.Linear) and weight.device.type == "cpu" else None
 
 
-def unread_weights(module: nn.Module) -> list[str]:
+def unread_weights(model: PreTrainedModel) -> list[str]:
     """Return the names of the classes of weights, quantized or sharded, that compiled code cannot read here."""
-    known = (
-        {id(layer.weight) for layer in module.modules() if few_bits(layer) is not None} if reads_few_bits() else set()
-    )
-    odd = (weight for weight in module.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
+    is_served = reads_few_bits() and model.dtype is torch.bfloat16  # a cast changes the model, but few such weights
+    known = {id(layer.weight) for layer in model.modules() if is_served and few_bits(layer) is not None}
+    odd = (weight for weight in model.parameters() if type(weight) is not nn.Parameter and id(weight) not in known)
     return sorted({type(weight).__name__ for weight in odd})
 
 

@@ -361,9 +361,8 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         "the model is an encoder-decoder": target.config.is_encoder_decoder,
         "an adapter is active; merge it first": _has_active_adapter(target),
         "the model is not on one CPU or CUDA device": is_elsewhere,
-        f"its weights are quantized or sharded, and compiled steps do not read a {', '.join(unread)} here": bool(
-            unread
-        ),
+        f"its weights are quantized or sharded, and compiled steps do not read {', '.join(unread)} "
+        f"in {target.dtype} here": bool(unread),
         "gradients are enabled": torch.is_grad_enabled(),
     }
     return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
