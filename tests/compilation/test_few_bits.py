@@ -30,7 +30,7 @@ from transformers_resps.compilation.few_bits import (
     unread_weights,
 )
 from transformers_resps.compilation.kernels import NEVER, TILES, VECTORS, reads_few_bits
-from transformers_resps.compilation.packages import FOLDER_VARIABLE
+from transformers_resps.compilation.packages import FOLDER_VARIABLE, stored_packages
 
 
 needs_lookups = pytest.mark.skipif(not reads_few_bits(), reason="asks for AVX512-BF16 and AVX512-VBMI")
@@ -384,3 +384,19 @@ def test_a_compiled_and_prepacked_target_saves_what_was_loaded(
     with torch.no_grad():
         assert torch.equal(loaded(PROMPT).logits, expected)
         assert torch.equal(unprepack(detach(target))(PROMPT).logits, expected)
+
+
+@needs_lookups
+@needs_compiler
+@pytest.mark.parametrize("is_rounded", [True, False])
+def test_compiled_drafts_read_int8_weights_unless_the_head_says_no(
+    is_rounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    target = attach(Architecture("qwen2", SIZES).build("sdpa").bfloat16())
+    head = DraftHead.from_target(target).eval()
+    head.is_rounded = is_rounded
+    written(target, assistant_model=head, policy=FixedPolicy(TreeShape(6, 2, 2)), compile=True)
+    made = [(package.path / "package.json").read_text() for package in stored_packages(tmp_path)]
+    made_of_drafts = [manifest for manifest in made if "steps, one row" not in manifest]
+    assert made_of_drafts and all(("resps.int8_codes" in manifest) is is_rounded for manifest in made_of_drafts)
