@@ -6,11 +6,10 @@ With an assistant, the `generate` of Transformers ignores or misreads most of th
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -100,8 +99,6 @@ _MEDIA = ("image", "video", "audio", "vision")
 _PIXELS = tuple(
     name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
 )
-# Layers with weights of these libraries that have run once, and the dtype of their input.
-_TRIED: WeakKeyDictionary[Module, torch.dtype] = WeakKeyDictionary()
 _QUANTIZING = {"torchao", "bitsandbytes"}
 # Layers that round their input: the module of `torch.ao.quantization.quantize_dynamic`, and names of classes.
 _ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
@@ -457,7 +454,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _check_layers(model: PreTrainedModel, modules: Iterable[Module], name: str) -> None:
+def _check_layers(model: Module, modules: Iterable[Module], name: str) -> None:
     """Raise if weights are not loaded, or if a layer's output for a node depends on nodes that it does not see."""
     for module in modules:
         weights = [weight for weight in module._parameters.values() if weight is not None]
@@ -472,30 +469,32 @@ def _check_layers(model: PreTrainedModel, modules: Iterable[Module], name: str) 
                 "activations to few bits, so a tree would change the output. Quantize only the weights, for example "
                 "with torchao's `Int8WeightOnlyConfig`, or call `generate` without a head and a policy."
             )
-        kinds = {type(weight).__module__.partition(".")[0] for weight in weights}
-        if isinstance(module, Linear) and not kinds.isdisjoint(_QUANTIZING):
-            _try_layer(model, module, name)
 
 
-def _try_layer(model: PreTrainedModel, layer: Linear, name: str) -> None:
-    """Run a quantized layer once on zeros, and raise if its library fails or a scale is not finite."""
+def check_quantized(model: PreTrainedModel, tried: MutableMapping[Module, torch.dtype]) -> None:
+    """Run each quantized layer once on zeros; raise if its library fails or a scale of its weight is not finite.
+
+    `tried` keeps the layers that have run, and the dtype of their input.
+    """
     dtype = model.dtype
-    if layer.weight.is_meta or _TRIED.get(layer) is dtype:
-        return
-    try:
-        with torch.no_grad():
-            result = layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
-    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        fault = f"which does not run in {dtype} ({described(error)})"
-    else:
-        if bool(result.isfinite().all()):
-            _TRIED[layer] = dtype
-            return
-        fault = "whose result is not finite, because a scale of its weights is not"
-    raise ValueError(
-        f"{name} has the quantized layer `{_path(model, layer)}`, {fault}. Load the model anew in bfloat16, and "
-        "quantize only layers whose sizes and weights the library can take."
-    )
+    for layer in model.modules():
+        is_quantized = isinstance(layer, Linear) and type(layer.weight).__module__.partition(".")[0] in _QUANTIZING
+        if not is_quantized or layer.weight.is_meta or tried.get(layer) is dtype:
+            continue
+        try:
+            with torch.no_grad():
+                result = layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
+        except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+            fault = f"which does not run in {dtype} ({described(error)})"
+        else:
+            if bool(result.isfinite().all()):
+                tried[layer] = dtype
+                continue
+            fault = "whose result is not finite, because a scale of its weights is not"
+        raise ValueError(
+            f"{type(model).__name__} has the quantized layer `{_path(model, layer)}`, {fault}. Load the model anew in "
+            "bfloat16, and quantize only layers whose sizes and weights the library can take."
+        )
 
 
 def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..assistants import load_drafter, source_of
@@ -39,6 +41,7 @@ from .checks import (
     check_keywords,
     check_model,
     check_policy,
+    check_quantized,
     check_settings,
     check_sources,
     setting_of,
@@ -88,6 +91,7 @@ class SpeculationState:
         self.invariant_calls = InvariantCalls(self.slot_engine)
         self.pace = Pace()  # the best seconds of each kind of step, to warn of a busy CPU
         self.compiler = CompilerProcess()  # another process, which compiles while calls with `compile="auto"` run
+        self.tried_layers: WeakKeyDictionary[Module, torch.dtype] = WeakKeyDictionary()  # see `check_quantized`
         self._verified_trees = set[bool]()  # checked attentions: True for FlashAttention, else False
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
@@ -152,6 +156,7 @@ class Request:
                 yield self
                 return
             check_model(target, has_head=bool(self.sources))
+            check_quantized(target, state.tried_layers)
             check_settings(target, call.config, call.arguments)
             check_inputs(target, call.prompts, call.arguments)
             if self.invariant:
