@@ -62,7 +62,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 def row_index(slots: Tensor) -> Tensor:
-    """Return the row index of each slot, `[b, n]` like `slots`."""
+    """Return the batch row of each of `slots` `[b, n]`: a tensor `[b, n]` with i throughout row i."""
     return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
@@ -90,7 +90,7 @@ class SlotBuffers:
         return self._rooms[0].shape[2] if self._rooms else 0
 
     def parts(self, row: int | None = None) -> list[Tensor]:
-        """Return each layer's keys, then its values, `[b, kv heads, slots, hd]`, or only those of one `row`.
+        """Return each layer's keys, then its values, `[b, kv heads, slots, hd]`; with `row`, only that row's.
 
         Repeated calls return the same tensors.
         """
@@ -100,7 +100,7 @@ class SlotBuffers:
         return self._parts[row]
 
     def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
-        """Provide buffers of `rows` rows and at least `size` slots for parts like `kinds`; new ones hold zeros."""
+        """Provide `rows` rows of at least `size` slots for parts like `kinds` (of any length); new ones hold zeros."""
         self._settle()
         shapes = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
         known = [(room.shape[1], room.shape[3], room.dtype, room.device) for room in self._rooms]
@@ -195,7 +195,7 @@ def parts_of(cache: Cache) -> list[Tensor]:
 
 
 def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
-    """Set entries of the layers `indices` to `parts`, each layer's keys, then values: `[b, kv heads, length, hd]`."""
+    """Set the entries of layers `indices` to `parts`: each layer's keys, then values, `[b, kv heads, length, hd]`."""
     for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if getattr(layer, "keys", None) is None:

@@ -52,7 +52,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     def is_stored(self, target: PreTrainedModel, *, is_batch: bool) -> bool:
-        """Whether compiled code for steps of one row, or of a batch, is stored on disk."""
+        """Whether compiled code for steps over a batch, or else over one row, is stored on disk."""
         name = _code_name(steps_kind(target, is_batch=is_batch), is_batch)
         with self.borrow(target) as lent:
             return lent is not None and lent.packages.have(name)
@@ -65,7 +65,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def forward(
         self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
     ) -> tuple[Tensor, ...]:
-        """Run a forward by compiled code, else eagerly. If `buffers` hold one row of a batch, `row` is its index."""
+        """Run a forward compiled, or eagerly if that fails. If `buffers` hold only a batch's row i, `row` is i."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs, row)

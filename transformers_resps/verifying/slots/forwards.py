@@ -59,8 +59,8 @@ class SlotForward:
 
     `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
     the last layer's states before the final norm. With `feature_layers=None` the forward returns all layers' states,
-    so that one code works for every head. `cache` is a dynamic cache with any entries. `options` are the caller's for
-    `torch.compile`. Compiled code rounds weights to `bits`.
+    so that one code works for every head. `cache` is a dynamic cache with any entries, which shows
+    their shapes. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
     """
 
     is_invariant = False
@@ -91,7 +91,7 @@ class SlotForward:
         self.patterns = attention_patterns(target.config, cache)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs` or `PackedInputs`, then buffers; return logits, then the hidden states at `places`."""
+        """Run over `given`: `SlotInputs` or `PackedInputs`, then buffers; return logits, then hidden states."""
         count = len(self._inputs._fields)
         inputs, buffers = self._inputs(*given[:count]), given[count:]
         nodes = PackedNodes(inputs.packed, *inputs.tokens.shape) if isinstance(inputs, PackedInputs) else None
@@ -136,8 +136,8 @@ class SlotForward:
 class HybridForward(SlotForward):
     """The forward of a target with recurrent layers.
 
-    `function` also gets these layers' states, after the `SlotInputs`, and leaves them unchanged; see `StateKinds`. It
-    returns, after the hidden states, the tensors with which the states are advanced later; see `noted`.
+    `function` also gets these layers' states, as `StateKinds.of` stacks them, and leaves them unchanged. After the
+    hidden states it returns tensors by which `StateKinds.advance` later advances these states.
     """
 
     kind = "hybrid steps"
@@ -148,7 +148,7 @@ class HybridForward(SlotForward):
         super().__init__(target, cache, *args)
 
     def function(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Run over `SlotInputs`, then states, then buffers; see `SlotForward.function`."""
+        """Run over `given`: `SlotInputs`, recurrent states, then buffers. For the result see the class."""
         inputs, parts = SlotInputs(*given[: len(SlotInputs._fields)]), given[len(SlotInputs._fields) :]
         count = len(self.states.sizes)
         slots, masks = _laid_out(inputs, self.patterns, self.target.dtype)
@@ -187,7 +187,7 @@ def _laid_out(
     dtype: torch.dtype,
     are_computed: Tensor | None = None,
 ) -> tuple[Tensor, dict[str | None, Tensor | None]]:
-    """Compute the slots `[b, n]` of the nodes, and the mask `[b, 1, n, slots]` of each layer type."""
+    """Compute the slots `[b, n]` of the nodes, and the additive mask `[b, 1, n, slots]` of each layer type."""
     _, depths, ancestors, roots, seen, *_ = inputs
     root = roots[:, :1].long()  # some targets count positions in floats
     node_places = root + depths
@@ -221,7 +221,7 @@ def _run(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    The function returns the logits of the `kept` nodes, then the hidden states with the indices `read`.
+    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Its cache layers are `kind`s.
     """
     # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [

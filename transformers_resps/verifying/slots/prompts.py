@@ -23,8 +23,8 @@ _PACKED_STEP = 16  # If several rows are packed into one row, this row's number 
 def reads_compiled(forward: TargetForward, rows: RowEnds) -> bool:
     """Whether compiled code can read the prompt: only on a CPU, if position id minus slot is constant in each row.
 
-    Not with recurrent layers, which need Transformers' scans, nor with 'longrope', where one forward must read the
-    whole prompt, because its length decides the frequencies.
+    False with recurrent layers, since these need Transformers' scans, and with 'longrope', since the length of the
+    prompt decides the frequencies, so that one forward must read it all.
     """
     target = forward.target
     if rows.device.type != "cpu" or is_recurrent(target) or longrope_boundary(target.config) is not None:

@@ -53,7 +53,7 @@ class VerifyingSteps(ABC):
 class SlotSteps(VerifyingSteps):
     """Runs a target over trees in the normal mode, compiled if there is an `engine`.
 
-    `options` are for `torch.compile`. `follows_parts` is true if the same code has read the prompt in parts.
+    `options` are for `torch.compile`. `follows_parts`: the same code has read the prompt, and so is compiled already.
     """
 
     _over_slots: SlotForward
@@ -116,7 +116,7 @@ class SlotSteps(VerifyingSteps):
         return PackedInputs(*nodes, seen, torch.tensor(packed), texts.first(len(packed)))
 
     def _apart(self, count: int, *others: int) -> int:
-        """Return `count`, or if this forward may be compiled now, the next number that equals no other size."""
+        """Return `count`, or, if the forward may be compiled now, the next number that is no size in `others`."""
         return count if self._follows_parts else apart(count, self._texts.count, *others)
 
 
@@ -134,7 +134,7 @@ class RoundedSteps:
         return SlotForward(self._target, self._texts.pattern, [], bits=4)
 
     def logits(self, tokens: Tensor, level: int) -> Tensor:
-        """Return fp32 logits `[b, v]` after a level's `tokens` `[b]`; earlier calls have read all levels before it."""
+        """Return fp32 logits `[b, v]` after a chain's `tokens` `[b]` at `level`. Call it for level 0 (root) first."""
         texts, rows = self._texts, len(tokens)
         count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)

@@ -111,7 +111,7 @@ class SlotTexts:
         self.rows.slots.extend(list(map(len, paths)))
 
     def keep_rows(self, rows: list[int]) -> list[int]:
-        """Keep only these rows; return the rows that the buffers keep: these, then copies of the last one."""
+        """Keep only `rows`; return the rows that the buffers then hold: `rows`, then copies of the last of them."""
         self.rows.keep_rows(rows)
         self._hidden = [self._hidden[row] for row in rows]
         # a single row would need other code on a CPU; elsewhere any other number of rows needs another graph
@@ -121,7 +121,7 @@ class SlotTexts:
         return kept
 
     def give_back(self, cache: Cache, rows: slice, length: int) -> None:
-        """Copy some rows' entries at the first `length` positions, padding included, to a dynamic cache."""
+        """Copy the entries of `rows` at the first `length` positions, padding included, to a dynamic cache."""
         positions = torch.arange(length)
         orders = self.orders(length)[rows]
         slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
@@ -129,12 +129,12 @@ class SlotTexts:
 
 
 def filled_up(rows: list[Row], count: int) -> list[Row]:
-    """Repeat the last item until there are `count` items."""
+    """Repeat the last item of `rows` until there are `count` items."""
     return rows + rows[-1:] * (count - len(rows))
 
 
 def with_rows(part: Tensor, count: int) -> Tensor:
-    """Repeat the last row: `[b, ...]` -> `[count, ...]`."""
+    """Repeat the last row of `part`: `[b, ...]` -> `[count, ...]`."""
     missing = count - len(part)
     return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
 

@@ -126,7 +126,7 @@ class SlotVerifier(Verifier):
         return unread
 
     def close(self) -> None:
-        """Copy the kept entries to the cache, unless rows differ in length: no caller could use such a cache."""
+        """If `gives_back`, copy kept entries to the cache, unless rows differ in length, which no caller can use."""
         if self._gives_back and self._texts.count and self.length and self.is_even:
             self._give_back(self.forward.cache, slice(0, len(self.rows)), self.length)
         super().close()
