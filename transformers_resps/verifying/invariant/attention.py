@@ -53,7 +53,7 @@ class BlockLayout(NamedTuple):
     places: Tensor  # [b, g, _ROWS], places of these nodes in the text; -1 where a group has fewer
     slots: Tensor  # [b, g, BLOCK], slots of the entries in that block, in the order of the text
     starts: Tensor  # [b, g], place of the block's first entry
-    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block of its path; else -1
+    asked: Tensor  # [levels, b, n], a node's index in its row's groups, for each block from the border on; else -1
 
     @classmethod
     def of_chain(cls, roots: Tensor, depths: Tensor, least: int = 0) -> "BlockLayout":
@@ -72,7 +72,7 @@ class BlockLayout(NamedTuple):
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, least: int = 0) -> "BlockLayout":
         """Make the layout of a `DraftTree` whose roots have the places `roots` `[b, 1]`. All tensors are on the CPU.
 
-        There are at least `least` blocks, groups and levels.
+        The layout has at least `least` shared blocks, groups and levels.
         """
         levels = max(map(levels_below, roots[:, 0].tolist(), depths.amax(dim=1).tolist()))
         blocks, levels = max(int(roots.max()) // BLOCK, least), max(levels, least)
@@ -86,7 +86,7 @@ class BlockLayout(NamedTuple):
         """Make the layout of a tree's last nodes, on any device and without a transfer to the host.
 
         A forward computes the `asking` last nodes; earlier nodes' entries are in their slots. There are `blocks`
-        shared blocks, and a group for each of these nodes and each of `levels` (at least `levels_below`).
+        shared blocks, and a group for each computed node at each of `levels` levels (at least `levels_below`).
         """
         rows, count = depths.shape
         order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK

@@ -201,7 +201,7 @@ class InvariantCalls:
         self._compare(model, compile)
 
     def mode(self, target: PreTrainedModel, *, compiles: bool = False) -> InvariantMode:
-        """Make the exact mode for one call; raise a `ValueError` if a row's bits depend on other rows here."""
+        """Make the exact mode for one call; raise a `ValueError` if no number of rows lets each row round alike."""
         return InvariantMode(self._engine, self.code, self._needs(target, compiles=compiles), compiles)
 
     def _needs(self, target: PreTrainedModel, *, compiles: bool) -> RowNeeds:
@@ -221,7 +221,7 @@ class InvariantCalls:
         return needs
 
     def note(self, cache: Cache, is_invariant: bool) -> None:
-        """Remember whether the call that filled a cache ran in this mode."""
+        """Remember whether the call that filled `cache` ran with `invariant=True`."""
         self._filled.pop(cache, None)
         if is_invariant:
             self._filled[cache] = cached_length(cache)

@@ -112,7 +112,7 @@ class RowClasses:
         self._known: dict[Hashable, int | None] = {}
 
     def needs(self, target: PreTrainedModel) -> RowNeeds:
-        """Find what a forward's number of rows must be: a multiple of 1 to 16 or exactly 16; on a GPU exactly 32.
+        """Find the number of rows that a forward must have: a multiple of 1 to 16, or exactly 16; on a GPU exactly 32.
 
         In float64, whose rounding changes no token, 1 is enough. The first call costs about as much as a prompt of 60
         tokens. No hook runs, and the random state of the process stays. Raises a `ValueError` if no such number serves
@@ -143,7 +143,7 @@ class RowClasses:
 
     @torch.no_grad()
     def _rows_of(self, part: "_Part", settings: tuple[Hashable, ...], way: RowNeeds) -> int | None:
-        """Find how many rows a part needs; `None` if the needs `way` do not suffice."""
+        """Find the least rows that a part needs, or test the exact number in `way`; `None` if rows round unlike."""
         kind = *settings, part.kind
         if kind in self._known:
             return self._known[kind]

@@ -47,8 +47,8 @@ class ModelCode:
         """Check once for each compiled forward and its weights that a text always gets the same bits.
 
         `rows` is the forward's number of rows. `answers` computes logits `[t, v]` of a chain of tokens after a sample
-        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if these differ
-        from the chain's in any bit, or the chain's from those of another number of rows.
+        text, and a list of logits of the chain's first tokens in other forwards. Raises a `ValueError` if any bit of
+        these differs from the chain's logits, or if those differ from an earlier check's with other `rows`.
         """
         if self._weights is not engine.packages:
             self._weights, self._bits = engine.packages, {}
@@ -118,7 +118,7 @@ class InvariantSteps(VerifyingSteps):
             self.forward.stop_catching()  # code that is compiled with hooks would always run them
 
     def run(self, inputs: tuple[Tensor, ...], buffers: list[Tensor]) -> tuple[Tensor, Features]:
-        """Run over `InvariantInputs` and their layout; return logits `[b, k, v]` and features."""
+        """Run over `InvariantInputs` and a `BlockLayout`; return logits `[b, k, v]` of k kept nodes, and features."""
         return _run(self.forward, self._over_slots, self.engine, inputs, buffers)
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -135,7 +135,7 @@ class InvariantSteps(VerifyingSteps):
         return self.run((*inputs, *layout), texts.buffers.parts())
 
     def step(self, rows: int) -> int:
-        """Return the number that must divide each row's number of nodes."""
+        """Return the number that must divide the number of nodes of each of `rows` rows."""
         return self.needs.forward // gcd(self.needs.forward, rows)
 
     def count(self, nodes: int, rows: int, step: int | None = None) -> int:
@@ -242,7 +242,7 @@ def doubled(count: int) -> int:
 
 
 def _tried(rows: int) -> tuple[int, ...]:
-    """Return the lengths of chains with which compiled code is checked; the last are as long as chunks of prompts."""
+    """Return lengths of the chains that check compiled code for `rows` rows; the longest are long as prompt chunks."""
     largest = _CHUNK // rows // 16 * 16
     return (*_TRIED, *((largest - 28, largest) if largest > _TRIED[-1] else ()))
 
@@ -275,7 +275,7 @@ class TextReader:
         return torch.stack(logits), [Features(steps.forward.layers, joined)]
 
     def _read_all(self, prompt: "_PromptTexts", size: int) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Read rows in chunks; return each row's last logits `[1, v]`, and the features `[b, length, h]`."""
+        """Read a prompt's rows in chunks; return each row's last logits `[1, v]` and the features `[b, length, h]`."""
         logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
         read = [self.read_chunk(prompt, start, size, logits) for start in range(0, max(prompt.counts), size)]
         joined = {layer: torch.cat([caught[layer] for caught in read], dim=1) for layer in read[0]}
