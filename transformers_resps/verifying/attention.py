@@ -32,9 +32,9 @@ _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change the result 
 
 
 class PackedNodes:
-    """Packs some nodes of several rows into one row, so that a forward computes only these nodes, and no padding.
+    """Packs r nodes of several rows into one row, so that a forward computes only these nodes, and no padding.
 
-    `places` `[r]` are the packed nodes' indices among all `rows * count`; `are_computed` `[b, n]` is true for these.
+    `places` `[r]` are indices into the concatenated rows of `count` nodes; `are_computed` `[b, n]` is true for these.
     """
 
     def __init__(self, places: Tensor, rows: int, count: int) -> None:
@@ -87,8 +87,8 @@ def attend(
 ) -> Tensor:
     """Compute SDPA; heads that share keys become queries of one head. Returns `[b, heads, q, hd]`, like the query.
 
-    `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads that share keys, q,
-    t]`; a mask for 1 head serves all heads, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
+    `key` and `value` are `[b, kv heads, t, hd]`. `mask` is bool or additive, `[b or 1, 1 or heads per kv head, q, t]`;
+    a mask for 1 head is used for all heads, and `None` hides nothing. `scaling` is `hd ** -0.5` when `None`.
     """
     if not dropout and attends_natively(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -107,7 +107,7 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """Repeat a mask `[b, 1 or sharing, q, t]` for `sharing` heads, with rows aligned: `[b, 1, sharing * q, t]`."""
+    """Stack a mask `[b, 1 or sharing, q, t]` for `sharing` heads: `[b, 1, sharing * q, t]`, rows aligned in memory."""
     rows, copies, count, length = mask.shape
     if copies < sharing and length % alignment:
         padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)
@@ -125,7 +125,7 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 
     At each forward, layers look up their attention's name in the config. We change it only around forwards over trees,
     so that prompts, and other users of the target, still get `sdpa` bit for bit. Threads that run the target meanwhile
-    may see either name, with equal results up to rounding. FlashAttention keeps its name, see `_flash_or_tree`.
+    may see either name, with equal results up to rounding. With FlashAttention, `_flash_or_tree` chooses instead.
     """
     config = target.config.get_text_config()
     name = config._attn_implementation
@@ -151,6 +151,6 @@ def _flash_or_tree(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Run `grouped_attention` if the mask has 4 dimensions, as a tree's; else `flash`, whose masks are `[b, s]`."""
+    """Run `grouped_attention` if the mask is a tree's, with 4 dimensions; else `flash`, whose masks are `[b, s]`."""
     takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
     return takes(module, query, key, value, attention_mask, *args, **options)

@@ -24,7 +24,7 @@ _MAX_SHARING = 8  # layers of a buffer: with more, nodes move faster, but growin
 class PreallocatedLayer(DynamicLayer):
     """A cache layer whose entries are the front of a larger buffer, so that a forward does not copy earlier entries.
 
-    Other code may crop it or replace its tensors, as with a `DynamicLayer`.
+    It begins with the entries of the layer `stock`. Other code may crop it or replace its tensors.
     """
 
     buffer: "SharedBuffer"
@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys is self._shown
 
     def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
-        """Use `keys` and `values` `[b, kv heads, size, hd]`, parts of `buffer` that begin with the layer's entries."""
+        """Append to `keys` and `values` `[b, kv heads, size, hd]` of `buffer`; they begin with the layer's entries."""
         self.buffer, self._own = buffer, (keys, values)
         self._show(self.get_seq_length())
 
@@ -78,7 +78,7 @@ class PreallocatedLayer(DynamicLayer):
 class SharedBuffer:
     """Holds entries `[layers, b, kv heads, size, hd]` of several layers, to move nodes in all layers at once.
 
-    `size` exceeds the length of every layer. Layers may differ in length only; values may have another `hd` than keys.
+    It has room for `size` positions, more than any layer has. Layers may differ in length, values in `hd` from keys.
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
@@ -90,11 +90,11 @@ class SharedBuffer:
             layer.move_to(self, keys, values)
 
     def grow(self, length: int) -> None:
-        """Move all layers to a new buffer for at least `length` positions, or to several if their shapes differ."""
+        """Move all layers to a new buffer for at least `length` positions (to several if layers' shapes differ)."""
         _allocate(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
-        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if any were replaced or lengths differ."""
+        """Return keys and values `[layers, b, kv heads, s, hd]`; `None` if one was replaced or lengths differ."""
         lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
         if len(lengths) > 1 or None in lengths:
             return None
@@ -118,7 +118,7 @@ def restore_stock_layers(cache: Cache) -> None:
 
 
 def entries_of(layers: Iterable[CacheLayer]) -> Iterator[Tensor]:
-    """Yield keys and values as writable views `[layers, b, kv heads, s, hd]`, each of a layer or of a buffer."""
+    """Yield keys and values as writable views `[layers, b, kv heads, s, hd]`, of a layer or of all in a buffer."""
     buffers: dict[int, list[Tensor] | None] = {}
     for layer in layers:
         buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
@@ -193,7 +193,7 @@ def check_cache(cache: Cache) -> None:
 
 
 def record_windows(cache: Cache) -> None:
-    """Let sliding layers keep entries that leave their window, until `crop`; trim the states of recurrent layers."""
+    """Let sliding layers keep entries that leave their window, until `crop`; cut convolution states to kernel size."""
     layers: list[Any] = cache.layers
     for layer in layers:
         if not holds_state(layer):
@@ -302,7 +302,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
-    """Drop all rows of a cache except `rows`; the longest of these has `length` positions."""
+    """Drop all rows of a cache except `rows`, and all positions after `length`, where the longest of these ends."""
     order, layers = torch.tensor(rows), cache_layers(cache)
     for layer in layers:
         states = _states(layer)
@@ -319,7 +319,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
 
 
 def copied_row(cache: Cache, row: int, length: int) -> Cache:
-    """Copy a row of `length` positions to a new cache of Transformers' layers, indexed as in `compact_ragged`."""
+    """Copy the first `length` positions of a row, at which it ends, to a new cache of Transformers' layers."""
     copied = copy.copy(cache)
     copied.layers = [_copied_row(layer, row, length) for layer in cache_layers(cache)]
     stop_recording(copied)
@@ -359,7 +359,7 @@ def joined_rows(caches: list[Cache]) -> Cache:
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
-    """Gather each row's last `most` entries: entries before the tree, then the first `counts` nodes of its path."""
+    """Gather each row's last `most` entries: those before the tree, then the first `counts` `[b]` of its path."""
     past = states.shape[-2] - node_count
     order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; nodes from `past` on
     nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
@@ -367,7 +367,7 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
 
 
 def replace_entries(layer: CacheLayer, states: list[Tensor], length: int) -> None:
-    """Replace a layer's entries by `states` `[b, heads, s, hd]`; a sliding layer has only the last s of `length`."""
+    """Set a layer's keys and values to `states`, `[b, heads, s, hd]` each, the last s of `length` seen positions."""
     layer.keys, layer.values = states
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = length
@@ -379,7 +379,7 @@ def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
 
 
 def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
-    """Move the path's entries in `[layers, b, heads, s, hd]` to the slots from `start` on, where the tree begins."""
+    """Move the path's entries in `states` `[layers, b, heads, s, hd]` to slot `start`, where the tree begins."""
     slots = path.to(states.device) + start
     if len(path) == 1:
         kept = states.index_select(3, slots[0])

@@ -44,7 +44,7 @@ class FeatureTap:
 
     `layers` are ascending indices as in `output_hidden_states`: j is the input of layer j. With L layers, L is the
     last layer's output before the final norm, and L + 1 the output of that norm. With `before_deepstack`, j is the
-    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks an index.
+    output of layer j - 1 before DeepStack adds image features. Raises a `ValueError` if the target lacks one.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
@@ -105,7 +105,7 @@ class FeatureTap:
 
 
 class Features:
-    """The hidden states of one forward, or of all forwards over a prompt's chunks."""
+    """The hidden states that one forward, or all forwards over a prompt's chunks, computed at `layers`."""
 
     def __init__(self, layers: list[int], caught: dict[int, Tensor] | None = None) -> None:
         self.layers = layers
@@ -203,8 +203,8 @@ class TargetForward:
     def read_by(self, run: Callable[[], Result]) -> tuple[Result, Features, Tensor | None]:
         """Call `run`, which runs the target over a prompt; return its result, the features and the position ids.
 
-        The position ids `[..., t]` (or `None`) are what the text decoder got in the last forward; `generate`'s
-        differ in PaliGemma, which counts from 1. Raises a `ValueError` if the target is compiled: it ignores hooks.
+        The position ids `[..., t]` (or `None`) are what the text decoder got in the last forward. PaliGemma's
+        count from 1, unlike `generate`'s. Raises a `ValueError` if the target is compiled: it ignores hooks.
         """
         if is_compiled(self.target):
             raise ValueError(
@@ -244,9 +244,9 @@ class TargetForward:
 
 
 class EncoderDecoderForward(TargetForward):
-    """Runs the decoder of an encoder-decoder with its `self_attention_cache`; the encoder has run before.
+    """Runs the decoder of an encoder-decoder, and lets trees use the `self_attention_cache` of `cache`.
 
-    `encoder_outputs` and `encoder_mask`, `[b, source]` or `None`, come from Transformers' `generate`.
+    `encoder_outputs` and `encoder_mask` (`[b, input length]`, or `None`) come from Transformers' `generate`.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
 
 
 def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Return the indices of these layers' hidden states in the target's `hidden_states` output."""
+    """Return the indices in the target's `hidden_states` output for `layers` as in `FeatureTap`."""
     return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
 
 

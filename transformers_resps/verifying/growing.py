@@ -15,7 +15,7 @@ from .verifier import TargetEntries, Verifier, VerifyingMode, layers_by_kind
 
 
 class TreeVerifier(Verifier):
-    """Verifies trees with a dynamic cache: appends the nodes' entries, then moves accepted ones next to the text's."""
+    """Verifies trees with a dynamic cache: appends all nodes' entries, then moves those of accepted nodes forward."""
 
     def __init__(self, forward: TargetForward, rows: RowEnds) -> None:
         super().__init__(forward, rows)
@@ -91,7 +91,7 @@ class TreeVerifier(Verifier):
         self.forward.keep_rows(rows)
 
     def close(self) -> None:
-        """See `Verifier.close`. A root verified alone is kept if it has changed the states of recurrent layers."""
+        """See `Verifier.close`. A lone root in the newest tree is kept if it has changed recurrent layers' states."""
         if self._mixers and self._newest_nodes == 1:
             self.rows.slots.extend([1] * len(self.rows))
             crop(self.forward.cache, 0)

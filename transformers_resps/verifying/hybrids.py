@@ -68,7 +68,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def known_mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the mixers that can compute trees, by the index of their layer."""
+    """Map layer indices to mixers, for the mixers of a model that can compute trees."""
     found, modules = dict[int, nn.Module](), list[Any](model.modules())
     for module in modules:
         folder = _MIXERS.get(type(module).__name__)
@@ -117,7 +117,7 @@ class _Updates(NamedTuple):
     decays: Tensor
 
     def advance(self, states: Iterable[Tensor], path: Tensor, is_kept: Tensor) -> None:
-        """Advance `states` in place by the nodes of `path` `[b, m]` where `is_kept`; fields are `[layers, b, ...]`."""
+        """Advance each layer's state in place by the nodes of `path` `[b, m]` for which `is_kept` `[b, m]` is true."""
         index = path[None, :, None, :, None]
         keys, values, decays = (part.gather(-2, index.expand(*part.shape[:-2], -1, part.shape[-1])) for part in self)
         keys, whole = keys.masked_fill(~is_kept[:, None, :, None], 0.0), decays[..., -1:, :]
@@ -184,7 +184,7 @@ class WholeTree:
         return (convolved if activation is None else ACT2FN[activation](convolved)).to(inputs.dtype)
 
     def _windows(self, kernel: int, size: int) -> Tensor:
-        """Return the indices `[b, n, kernel]` of each node's inputs among `size` state entries, then all nodes."""
+        """Return indices `[b, n, kernel]` of each node's convolution inputs among `size` state entries and n nodes."""
         if (kernel, size) not in self._places:
             order = torch.arange(self._depths.shape[1], device=self._depths.device)
             levels = self._depths[..., None] - torch.arange(kernel - 1, -1, -1, device=order.device)  # [b, n, kernel]
@@ -194,7 +194,7 @@ class WholeTree:
         return self._places[kernel, size]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **_: Any) -> Any:
-        """Compute the scan of a gated delta rule or Kimi's; return `[b, n, heads, v]` and the unchanged state."""
+        """Compute the scan of Gated DeltaNet or Kimi Linear; return `[b, n, heads, v]` and the unchanged state."""
         queries, keys = (_unit(part, value.shape[-2]) for part in (query, key))
         decays = g.float() if g.dim() == keys.dim() else g.float()[..., None]
         output = self._scan(queries * query.shape[-1] ** -0.5, keys, value.float(), decays, beta.float()[..., None])
@@ -213,7 +213,7 @@ class WholeTree:
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
-        """Compute the scan of Mamba-2; return `[b, n, heads, v]` and the unchanged state."""
+        """Compute the scan of Mamba-2: `[b, n, heads, v]`; with `return_final_states` also return the old state."""
         # Time steps are not clamped: Transformers clamps them for several tokens, but plain decoding runs single ones.
         time_steps = softplus(dt + dt_bias.to(dt.dtype)).float()[..., None]
         queries, keys = (_for_heads(part.float(), value.shape[-2]) for part in (query, key))
@@ -265,13 +265,13 @@ class WholeTree:
 
 
 def _unit(parts: Tensor, heads: int) -> Tensor:
-    """Scale vectors `[..., n, any heads, k]` to length 1, and repeat them for `heads` heads."""
+    """Scale the vectors `parts` `[..., n, any heads, k]` to length 1, and repeat them for `heads` heads."""
     states = parts.float()
     return _for_heads(states * torch.rsqrt((states * states).sum(-1, keepdim=True) + 1e-6), heads)
 
 
 def _for_heads(parts: Tensor, heads: int) -> Tensor:
-    """Repeat each head of `[..., any heads, k]` until there are `heads`."""
+    """Repeat each head's vectors in `parts` `[..., any heads, k]` until there are `heads` heads."""
     return parts if parts.shape[-2] == heads else parts.repeat_interleave(heads // parts.shape[-2], dim=-2)
 
 
@@ -303,7 +303,7 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class _TreeReader:
-    """Replaces a scan or a convolution: computes a tree if it gets `resps_tree`, else calls the original function."""
+    """Replaces `own`, a scan or a convolution: calls `reads` for a tree if it gets `resps_tree`, else calls `own`."""
 
     def __init__(self, own: Callable[..., Any], reads: Callable[..., Any]) -> None:
         self._own, self._reads = own, reads
@@ -375,7 +375,7 @@ class StateKinds:
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """Copy a cache's states, stacked over each group's layers: of convolutions, then of scans if it has any."""
+        """For each group, stack copies of its layers' convolution states in a cache, then of scans' states if any."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]
@@ -410,7 +410,7 @@ class StateKinds:
         return found
 
     def advance(self, states: Mapping[int, LayerStates], noted: Sequence[Tensor], path: Tensor) -> None:
-        """Advance `states` in place along a path `[b, m]`, where short rows repeat their last node; see `noted`."""
+        """Advance `states` in place along `path` `[b, m]` by values `noted`; short rows repeat their last node."""
         is_kept = torch.diff(path, prepend=path.new_full((len(path), 1), -1)) != 0
         notes = iter(noted)
         for layers, is_scanned in self._kinds:
@@ -436,7 +436,7 @@ def _states_in(cache: Cache, layer: int) -> LayerStates:
 
 
 class RecurrentMixers:
-    """Lets the mixers of a target, if it has any, compute trees with a dynamic cache inside `with readers`."""
+    """Lets a target's mixers, if any, compute trees with a dynamic cache while the context `readers` is entered."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._target, self._cache = target, cache

@@ -72,7 +72,7 @@ def unknown_layer_types(model: PreTrainedModel) -> set[str]:
 
 
 def attention_patterns(config: PretrainedConfig, cache: Cache) -> dict[str | None, AttentionPattern | None]:
-    """Find the pattern of each layer type, by the name with which the target looks up that type's mask.
+    """Map each layer type to its pattern; the keys are the names by which the target looks up its masks.
 
     The pattern is `None` for layers without attention. A config without types has one pattern, under the key `None`.
     """
@@ -135,8 +135,8 @@ def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     """Find the largest position that nodes may have if the first root has `root_position`; `None` without a limit.
 
-    One limit is the end of a table of learned positions. The other is the original context with 'longrope': one
-    position beyond it changes the frequencies of all tokens of a forward, while plain decoding runs them one by one.
+    One limit is the end of a table of learned positions. The other is the original context with 'longrope': a
+    position beyond that changes the frequencies of all tokens of a forward, while plain decoding runs them one by one.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)

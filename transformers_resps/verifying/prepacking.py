@@ -125,9 +125,9 @@ def _twin(module: nn.Module, module_class: type[Module], **changed: Any) -> Modu
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Make a function `[..., m]` -> `[..., n]` that multiplies by a weight `[n, m]`, packed where that is faster.
+    """Make a function `[..., in]` -> `[..., out]` that multiplies by `weight` `[out, in]`, packed if that is faster.
 
-    The function computes no gradients, and the weight must not change while the function is used. `bias` is `[n]`;
+    The function computes no gradients, and the weight must not change while the function is used. `bias` is `[out]`;
     bias and input have the weight's dtype.
     """
     if not _can_prepack(weight):

@@ -22,13 +22,13 @@ from .hybrids import is_recurrent
 
 @dataclass(frozen=True, slots=True)
 class EndedRow:
-    """The cache of one row that has ended, and the position `[planes]` of its next token (several in M-RoPE)."""
+    """The cache of one row that has ended, and its next token's position ids `[planes]`: one, or several in M-RoPE."""
 
     cache: Cache
     position: Tensor
 
     def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
-        """Run the target over the row's next tokens `[1, t]`, one by one if the target has recurrent layers."""
+        """Run the target over `tokens` `[1, t]`, the row's next ones; one by one if the target is recurrent."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
         for part in ahead.split(1 if is_recurrent(target) else len(ahead)):
@@ -65,7 +65,7 @@ def whole_cache(
 
 
 def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
-    """Copy a static cache's entries into a new dynamic cache of the same target."""
+    """Copy a static cache's entries into a new dynamic cache for the target with this `config`."""
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     layers: list[Any] = [*zip(cache.layers, static.layers, strict=True)]
     for layer, filled in layers:
@@ -96,7 +96,7 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """A cache that calls `make` when its layers are first read, and uses the layers of the cache that it returns."""
+    """A cache that calls `make` when its layers are first read, and from then on has the layers of that result."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
         self._make, self._lock = make, Lock()  # another thread may read `layers`, too, before it overwrites buffers
@@ -111,7 +111,7 @@ class _Unread:
             return vars(self)["layers"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles, which hold the filled layers."""
+        """Return what a copy or a pickle stores: the layers, which this call fills if needed."""
         return {"layers": self.layers, "offloading": False, "layer_class_to_replicate": None}
 
 

@@ -61,11 +61,11 @@ class SlotMap:
             self._end_at([self._ends[row] for row in rows])
 
     def row_ends(self, rows: int) -> list[int]:
-        """The slot after each of the `rows` rows, as a list."""
+        """The first free slot of each of the `rows` rows, as a list."""
         return self._ends or [self.length] * rows
 
     def ends(self, device: torch.device) -> Tensor:
-        """The slot after each row, as a tensor: `[b, 1]`, or `[1, 1]` if it is the same for all rows."""
+        """The first free slot of each row, as a tensor: `[b, 1]`, or `[1, 1]` if it is the same for all rows."""
         if self._ends is None:
             return torch.full((1, 1), self.length, device=device)
         if self._copied_ends is None or self._copied_ends.device != device:
@@ -79,8 +79,8 @@ class SlotMap:
     def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
         """Record blocks of new entries; return the slots of these entries, and the next `ahead` slots.
 
-        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, or `[1, t + ahead]` if all rows
-        have the same. Where a block has fewer entries of a row than of another, the row repeats its last entry's slot.
+        Block j has `blocks[j][i]` entries of row i. The slots are `[b, t + ahead]`, where t sums the blocks' largest
+        counts, or `[1, t + ahead]` if all rows have the same. In a block, shorter rows repeat their last entry's slot.
         """
         if self.stays_even(blocks):
             start = self.length
@@ -112,7 +112,7 @@ class SlotMap:
         return seen
 
     def unpadded(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """Make a bool mask `[rows, length]`, false where a slot holds padding; rows after the b-th repeat it."""
+        """Make a bool mask `[rows, length]`, false where a slot holds padding; rows after the b-th equal the b-th."""
         if self._padding is None:
             return torch.ones(rows, length, dtype=torch.bool, device=device)
         own = _stretched(self._padding.to(device), length)
@@ -156,7 +156,7 @@ class RowEnds:
 
     @property
     def roots(self) -> list[list[float]]:
-        """The position of each row's next root (the row's newest token), in each plane."""
+        """The position ids, one for each plane, of each row's newest token, which is the root of its next tree."""
         return [[end + shift for shift in shifts] for end, shifts in zip(self.ends, self.shifts, strict=True)]
 
     @property
@@ -190,7 +190,7 @@ class RowEnds:
             self.shift = torch.tensor(shifts, device=self.device)
 
     def prompt_mask(self, length: int) -> Tensor | None:
-        """Make the attention mask `[b, length]` that `generate` would pass; `None` if nothing is masked."""
+        """Make the integer attention mask `[b, length]` of the first slots; `None` if nothing is masked."""
         visible = self.slots.visible(length, self.device)
         return None if visible is None else visible.long()
 

@@ -52,7 +52,7 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
 
 
 def beyond_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the largest difference of logits if it exceeds the tolerance for the model's dtype; else `None`."""
+    """Return the largest difference of logits `found` and `expected` if it is too large for `dtype`; else `None`."""
     error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
     tolerance = _LOGIT_TOLERANCE.get(dtype, _LOW_PRECISION_LOGIT_TOLERANCE)
     return None if error <= tolerance * scale else error
@@ -84,7 +84,7 @@ def _tree_logits(target: PreTrainedModel, make_forward: Callable[[], TargetForwa
 
 
 def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Compute logits `[1, t, v]` of tokens after a prompt, one token per forward; `WholeTree.mamba_2` says why."""
+    """Compute logits `[1, t, v]` of `tokens` `[1, t]` after a prompt, one token per forward, like plain decoding."""
     logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
         positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
@@ -97,7 +97,7 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
 def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
     """Raise a `ValueError` if logits in the `invariant=True` mode depend on the other tokens of a forward.
 
-    Architectures in `COMPARED` are not checked. `make_verifier` makes the mode's verifier for `position_ids` `[1, s]`.
+    Architectures in `COMPARED` are skipped: tests check them. `make_verifier` takes `position_ids` `[1, s]`.
     """
     model_type = target.config.get_text_config(decoder=True).model_type
     if model_type in COMPARED:
@@ -118,7 +118,7 @@ def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], V
 
 @torch.no_grad()
 def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
-    """Whether a prompt has the same logits in chunks as at once, and a path alone as in a tree, bit for bit."""
+    """Whether logits are equal in all bits: a prompt's, read in chunks or at once; a path's, alone or in a tree."""
     most = last_position(target.config, 0)
     length = 80 if most is None else min(80, most - 4)  # 16 beyond the first block of keys
     tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)

@@ -64,7 +64,7 @@ class Verifier(ABC):
 
     @property
     def pricing(self) -> Pricing:
-        """Facts from which the cost of the newest step (before any step, of the first step) is estimated."""
+        """Facts from which the cost of the newest step, or of the first step before it ran, is estimated."""
         return Pricing()
 
     def prefill(
@@ -193,14 +193,14 @@ class VerifyingMode(ABC):
     ) -> Verifier:
         """Make the verifier of one call. For `position_ids` and `attention_mask` of the prompt see `RowEnds`.
 
-        `engine` compiles the target's forwards; with `None` they run eagerly. `gives_back` says whether the verifier
-        must leave all kept entries in the cache of `forward`.
+        `engine` compiles the target's forwards; with `None` they run eagerly. `gives_back` says whether `close` must
+        leave all kept entries in the cache of `forward`.
         """
         return self.compose(forward, RowEnds(forward, position_ids, attention_mask), engine, gives_back)
 
     @abstractmethod
     def compose(self, forward: TargetForward, rows: RowEnds, engine: SlotEngine | None, gives_back: bool) -> Verifier:
-        """Make the verifier of one call; see `verifier`."""
+        """Make the verifier of one call; for `engine` and `gives_back` see the method `verifier`."""
 
 
 Read = Callable[[Tensor, int], tuple[Tensor, Features]]
@@ -209,7 +209,7 @@ Read = Callable[[Tensor, int], tuple[Tensor, Features]]
 def read_in_chunks(rows: RowEnds, tokens: Tensor, chunk_size: int | None, read: Read) -> tuple[Tensor, list[Features]]:
     """Read a prompt's uncached tokens in chunks, and count them in `rows`; return the last logits and all features.
 
-    `tokens` `[b, t]` are the prompt's end. `read` gets a chunk and its first position; it returns logits and features.
+    `tokens` `[b, t]` are the prompt's end. `read` maps a chunk and its first position to its logits and features.
     """
     tokens, end = tokens.to(rows.device), rows.prompt_length
     offset, features = end - tokens.shape[1], []
