@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 def tensor_of(file: Any, name: str) -> Tensor:
-    """Load a tensor to the CPU, in the stored dtype; `file` is an open safetensors file, or a `.bin` file's dict."""
+    """Load tensor `name` to the CPU, in the stored dtype; `file` is an open safetensors file or a dict of a `.bin`."""
     tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
     return tensor
 
@@ -56,7 +56,7 @@ class CheckpointFiles:
         return None if path is None else _read_json(path)
 
     def places(self, *candidates: str) -> dict[str, str] | None:
-        """Map tensor names to file names, read from the first existing file of `candidates`; `None` if none exists."""
+        """Map tensor names to file names, by the first of the files `candidates` that exists; `None` if none does."""
         name = next((name for name in candidates if self._path(name) is not None), None)
         if name is None:
             return None

@@ -84,7 +84,7 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether the content of a cached file has the hash in its name; true if its name is no hash."""
+    """Return whether a cached file's content has the hash that is the file's name; true if the name is no hash."""
     if not path.is_symlink():  # it is in a user's folder, or in a cache without links
         return True
     blob = Path(os.readlink(path))  # follow one link only: a blob shared by repositories is a link, too
@@ -101,7 +101,7 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Return the path of a local folder, or of a Hub id's snapshot in the cache; `None` if neither exists."""
+    """Return a local folder's path, or that of a Hub id's snapshot in the cache; `None` if neither exists."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:

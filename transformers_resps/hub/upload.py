@@ -96,7 +96,7 @@ def make_repository(destination: Destination, existing: Existing = Existing()) -
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Convert errors of `huggingface_hub` in the `with` block to errors that say whether anything was committed."""
+    """Replace errors of `huggingface_hub` in the `with` block by errors that say whether anything was committed."""
     try:
         yield
     except HFValidationError as error:
@@ -118,7 +118,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
-    """Create repository and branch if missing; raise if a file of `existing.refuse` is there; return their state."""
+    """Create repository and branch if missing; raise if a file of `existing.refuse` is there; return its info."""
     api, revision = HfApi(token=destination.token), destination.revision
     made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
@@ -165,13 +165,13 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
 
 
 def as_hub_id(name: str | None) -> str | None:
-    """Return `name` if it looks like a Hub id and is no local folder; else `None`."""
+    """Return `name` if it looks like a Hub id and no local path of that name exists; else `None`."""
     is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if is_id else None
 
 
 def shareable(config: Any) -> Any:
-    """Copy `config`, and shorten each `name_or_path` (also nested ones) of a local folder to the folder's name."""
+    """Copy `config`; where a `name_or_path` (also a nested one) is a local folder, keep only the folder's name."""
     if not isinstance(config, Mapping):
         return config
     told = {key: shareable(value) for key, value in config.items()}
@@ -180,7 +180,7 @@ def shareable(config: Any) -> Any:
 
 
 def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelCardData:
-    """Make a model card's metadata; `details` are further fields of `ModelCardData`."""
+    """Make a model card's metadata; `target` is a Hub id, `details` are further fields of `ModelCardData`."""
     return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="text-generation",
@@ -193,7 +193,7 @@ def card_data(target: str | None, tags: Sequence[str], **details: Any) -> ModelC
 
 
 def plain_card(weights: str, tag: str, target: str | None, use: str) -> str:
-    """Return a model card without results: metadata, a title that names the `weights`, and `use`, the loading code."""
+    """Return a model card without results; `weights` is their kind ("draft head"), `use` the code that loads them."""
     hub_id = as_hub_id(target)
     title = f"A {weights} for {hub_id}" if hub_id else f"A {weights}"
     return (
