@@ -142,7 +142,7 @@ def _add_mixin(model: Any) -> None:
 
 
 def _remove_mixin(model: Any) -> None:
-    """Restore the model's original class; do nothing if the mixin was not added by `attach` but by a user's class."""
+    """Restore the class that the model had before `attach`; do nothing if `attach` did not change its class."""
     if vars(type(model)).get("__reduce_ex__") is _reduce:
         model.__class__ = type(model).__mro__[2]
 

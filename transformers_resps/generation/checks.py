@@ -130,7 +130,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_keywords(said: Keywords, *, are_defaults: bool = False) -> None:
-    """Raise if a keyword has a wrong type or contradicts another; `are_defaults` is true if `attach` got them."""
+    """Raise if a keyword in `said` has a wrong type or contradicts another; `are_defaults`: `attach` got them."""
     if are_defaults and said.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     if isinstance(said.assistant_model, list | tuple) and not said.assistants:
@@ -169,7 +169,7 @@ def _check_policy_keyword(policy: Any) -> None:
 
 
 def check_drafter(head: Any) -> None:
-    """Raise unless a tool's argument `head` is a `DraftSource`, a model, a folder or a Hub id."""
+    """Raise unless `head`, the argument of a command or function, is a `DraftSource`, model, folder or Hub id."""
     if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
         got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
         raise ValueError(
@@ -207,7 +207,7 @@ def check_drafts_trees(model: Any) -> None:
 
 
 def check_effect(keywords: Keywords) -> None:
-    """Raise if keywords would have no effect, because Transformers decodes this call without draft trees."""
+    """Raise if one of `keywords` would have no effect, because Transformers decodes this call without draft trees."""
     if keywords.lockstep is not None:
         raise ValueError(
             f"Got lockstep={keywords.lockstep!r} without a draft head or a policy, but only draft trees make a batch "
@@ -583,7 +583,7 @@ def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
-    """Raise for token types that the decoder reads at every step (GPT-2), except zeros with `type_vocab_size` set."""
+    """Raise if the decoder reads token types at every step (GPT-2), unless all are 0 and `type_vocab_size` is set."""
     if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
         return
     if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
@@ -602,7 +602,7 @@ def _has_planes(target: PreTrainedModel) -> bool:
 def check_lengths(
     model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
 ) -> None:
-    """Raise if the cache does not fit the text, or if the text may grow past the boundary of rope type 'longrope'.
+    """Raise if cache and text do not fit together, or if the text may grow past the boundary of 'longrope'.
 
     `text_length` counts the given tokens, `position_count` all tokens of the conversation, cached ones included. At
     the boundary Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache and reads the text again.
@@ -651,7 +651,7 @@ def check_compiles(obstacle: str | None) -> None:
 
 
 def check_needs_compiled(sources: Sequence[DraftSource], why_eager: str | None) -> None:
-    """Raise if a source drafts only beside compiled steps, and steps are not compiled because of `why_eager`."""
+    """Raise if a source can draft only while steps run compiled, and `why_eager` says why they do not."""
     if why_eager is not None and any(source.needs_compiled for source in sources):
         raise ValueError(
             f"`assistant_model='self'` drafts with compiled code, and steps are not compiled here: {why_eager}. Pass "

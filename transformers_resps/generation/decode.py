@@ -32,7 +32,7 @@ from .request import SpeculationState
 
 
 def decode(plan: Plan, state: SpeculationState) -> tuple[Batch, SpeculationReport, Cache | None]:
-    """Decode all texts; return them, the report, and the cache that plain decoding would return (`None`: unwanted)."""
+    """Decode all texts; return them, the report, and plain decoding's cache (`None` if only tokens are returned)."""
     prepared, request, policy = plan.prepared, plan.request, plan.policy
     target, batch = prepared.target, plan.batch()
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def _compile_beside(plan: Plan, state: SpeculationState) -> None:
 
 
 def _verifier(plan: Plan, state: SpeculationState, stack: ExitStack) -> Verifier:
-    """Make the verifier, which runs the target over trees. Closing `stack` frees compiled code that it borrows."""
+    """Make the verifier, which runs the target over trees. Closing `stack` lets other calls use the compiled code."""
     engine, prepared = state.slot_engine, plan.prepared
     if plan.warns:
         engine.warn(str(plan.why_eager))
@@ -129,7 +129,7 @@ def _remember(memory: SuffixMemory, prepared: Prepared, report: SpeculationRepor
 
 
 def _reader(plan: Plan, verifier: Verifier) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
-    """Return the function that runs the target over the prompt `[b, s]`: the verifier's, or Transformers' own."""
+    """Return a function that runs the target over the prompt `[b, s]`, by the verifier's or Transformers' code."""
     prepared, kwargs = plan.prepared, plan.prepared.model_kwargs | plan.prompt_options
     if not plan.stock_reads:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}

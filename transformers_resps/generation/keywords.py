@@ -59,7 +59,7 @@ class Keywords:
 
     @property
     def sources(self) -> list[DraftSource]:
-        """The `assistants` that are instances of `DraftSource`, without PEFT wrappers."""
+        """The `DraftSource`s among the `assistants`, taken out of their PEFT wrappers."""
         return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property

@@ -18,18 +18,18 @@ from .plan import Prepared
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """Output of `generate` with a draft head and `return_dict_in_generate=True`.
+    """Output of `generate` with a draft head or a policy, and `return_dict_in_generate=True`.
 
     `past_key_values` is the cache that plain decoding would return, and a later call can continue from it. If rows of
-    a batch ended early, the cache is built on first access, when the target reads their padding. `speculation` has
-    every step's shape, tokens and seconds.
+    a batch ended early, the first access builds the cache: it runs the target over these rows' padding, as plain
+    decoding does. `speculation` has every step's shape, tokens and seconds.
     """
 
     speculation: SpeculationReport | None = None
 
 
 class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
-    """Output of `generate` for an encoder-decoder, with the same additions as `SpeculativeOutput`.
+    """Output of `generate` for an encoder-decoder, with the same cache and `speculation` as `SpeculativeOutput`.
 
     `speculation` is an attribute and not an item of the dict, since Whisper's `generate` splits all items by row.
     """
@@ -69,7 +69,7 @@ def up_to_end(ids: Ids, ends: Container[int]) -> Ids:
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad prompts `[s]` on the left; returns ids `[b, longest s]` and an attention mask."""
+    """Pad prompts `[s]` on the left; returns ids and an attention mask, `[b, longest s]` each."""
     masks = [torch.ones_like(prompt) for prompt in prompts]
     ids, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, masks))
     return ids, mask

@@ -96,7 +96,7 @@ class Prepared:
         return TargetForward(self.target, layers or None, self.cache, before_deepstack=before)
 
     def sources(self) -> list[list[int]] | None:
-        """For each row, return the encoder's input tokens, where lookup may search; `None` if it cannot use them."""
+        """Return each row's encoder input, in which lookup may search; `None` if there is none or it is unusable."""
         return None
 
     def never_drafted(self) -> frozenset[int]:
@@ -172,7 +172,7 @@ class PreparedEncoderDecoder(Prepared):
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the caller passed the cache or gets one of several rows; either holds finished rows' padding."""
+        """Whether the caller passed the cache, or gets one of several rows. Both must hold finished rows' padding."""
         return super().is_cache_given or (self.returns_dict and len(self.input_ids) > 1)
 
     @property
@@ -347,7 +347,7 @@ def _compiling(
 
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
-    """Return why a forward that returns features of `layers` cannot be compiled with its weights, or `None`."""
+    """Return why a forward that returns the hidden states `layers` cannot be compiled here; `None` if it can."""
     weights = list(target.parameters())
     is_elsewhere = len({weight.device for weight in weights}) != 1 or target.device.type not in ("cpu", "cuda")
     is_in_graph = is_recurrent(target) and target.device.type != "cpu"
@@ -382,7 +382,7 @@ def _has_to_read(prepared: Prepared) -> bool:
 
 
 def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
-    """Return whether all rows gain equally many tokens per step, and whether steps leave out finished rows."""
+    """Return whether all rows gain equally many tokens per step, then whether steps leave out finished rows."""
     if len(prepared.input_ids) == 1:
         return True, False
     reason = _lockstep_reason(prepared)
@@ -392,7 +392,7 @@ def _rows(lockstep: bool | None, prepared: Prepared) -> tuple[bool, bool]:
 
 
 def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether all rows gain the same number of tokens per step: required by a `reason`, or chosen by `lockstep`.
+    """Whether all rows gain equally many tokens per step, as a `reason` requires or the caller's `lockstep` says.
 
     With `lockstep=None` only sampled rows do so, since plain sampling draws random numbers for all rows together.
     """
@@ -404,7 +404,7 @@ _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStrin
 
 
 def _lockstep_reason(prepared: Prepared) -> str | None:
-    """Return which part of the call needs rows of equal length, because it may read all rows together; or `None`."""
+    """Name the part of the call that needs rows of equal length, since it may read all rows at once; else `None`."""
     for processor in prepared.logits_processor:
         if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"

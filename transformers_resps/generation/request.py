@@ -57,7 +57,7 @@ class Assistants:
         self._sources: WeakKeyDictionary[Any, DraftSource] = WeakKeyDictionary()
 
     def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
-        """Load a named assistant; `as_source` wraps a model in a source. Raises if it is missing or cannot draft."""
+        """Return `assistant`, loaded if it is a name, and as a source if `as_source`. Raises if it cannot draft."""
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
@@ -72,7 +72,7 @@ class Assistants:
         return self._sources[model]
 
     def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
-        """Return a source for a tool's `head`: a source, model, folder, Hub id or `None`. Raises as `load` does."""
+        """Return a source for `head`: a source, model, folder or Hub id. `None` stays. Raises if it cannot draft."""
         if head is None:
             return None
         check_drafter(head)
@@ -145,7 +145,7 @@ class Request:
 
     @contextmanager
     def admitted(self, target: PreTrainedModel, state: SpeculationState, call: GenerateCall) -> Iterator["Request"]:
-        """Check the request, and yield a copy with its policy loaded; raise `ValueError` if trees cannot serve it."""
+        """Check the request, and yield a copy with its policy loaded; raise `ValueError` if trees cannot decode it."""
         with ExitStack() as stack:
             if self.is_plain_throughout or any(source.calls_generate for source in self.sources):
                 stack.enter_context(SpeculationDefaults.suspended())
@@ -172,7 +172,7 @@ class Request:
             yield replace(self, policy=policy)
 
     def _lent_policy(self, target: PreTrainedModel, state: SpeculationState, rows: int, stack: ExitStack) -> Policy:
-        """Return the policy after checking it. A policy from the cache is borrowed; closing `stack` gives it back."""
+        """Load and check the request's policy. A named policy is borrowed from a cache until `stack` is closed."""
         policy, first = self.policy, self.sources[0] if self.sources else None
         if isinstance(policy, str):
             make = default_policy if policy == AUTO else partial(AutoPolicy.from_pretrained, policy)
