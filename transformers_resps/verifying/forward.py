@@ -308,7 +308,7 @@ def gives_hidden_states(target: PreTrainedModel, layers: list[int]) -> bool:
 
 
 def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Return the indices in the target's `hidden_states` output for `layers` as in `FeatureTap`."""
+    """Return the indices of `layers`, numbered as in `FeatureTap`, in the target's `hidden_states` output."""
     return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
 
 

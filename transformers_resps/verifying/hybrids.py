@@ -135,7 +135,7 @@ _REPLACED = (
 class WholeTree:
     """Computes a tree in the mixers during one forward of the target: each node once, and no state changes.
 
-    The functions that replace scans and convolutions get this object as `resps_tree`; see `reading_trees`. `depths`
+    The functions that replace scans and convolutions get this object as `resps_tree`; see `_TreeReader`. `depths`
     `[b, n]` and `ancestors` `[b, n, n]` are a `DraftTree`'s; `states` holds each layer's states before the tree.
     """
 
@@ -375,7 +375,7 @@ class StateKinds:
         return {layer: _states_in(cache, layer) for layers, _ in self._kinds for layer in layers}
 
     def of(self, cache: Cache) -> list[Tensor]:
-        """For each group, stack copies of its layers' convolution states in a cache, then of scans' states if any."""
+        """Copy a cache's states: for each group its layers' convolution states, stacked, then recurrent if any."""
         found = list[Tensor]()
         for layers, is_scanned in self._kinds:
             states = [_states_in(cache, layer) for layer in layers]

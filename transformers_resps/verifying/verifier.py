@@ -88,7 +88,7 @@ class Verifier(ABC):
         return outputs.logits, features
 
     def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
-        """Let Transformers' `generate` read a prompt with images, sounds or embeddings; return the same as `prefill`.
+        """Let Transformers' `generate` read a prompt with images, sounds or embeddings; return results like `prefill`.
 
         `run` reads the uncached part of the prompt, of `rows` rows, into the cache, and returns the outputs of its
         last forward. Raises a `ValueError` if the cache then has more or fewer positions than the prompt, or if the

@@ -66,7 +66,7 @@ class ModelCode:
         self.compared.add((rows, *settings))
 
     def refuse(self, target: PreTrainedModel, what: str) -> NoReturn:
-        """Raise a `ValueError` that says that compiled code rounds `what`."""
+        """Raise a `ValueError` that says that compiled code rounds `what`, such as "a text in several ways"."""
         raise ValueError(
             f"{type(target).__name__} rounds {what} when it runs compiled: only kernels of ours do not, in bfloat16, "
             "on CPUs with AVX512-BF16, in code that is kept. Call `generate` with `compile=False`."

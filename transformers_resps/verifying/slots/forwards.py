@@ -59,8 +59,8 @@ class SlotForward:
 
     `output_hidden_states` gives the hidden states of `feature_layers`, since compiled code cannot gain hooks; it lacks
     the last layer's states before the final norm. With `feature_layers=None` the forward returns all layers' states,
-    so that one code works for every head. `cache` is a dynamic cache with any entries, which shows
-    their shapes. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
+    so that one code works for every head. `cache` is a dynamic cache with any entries, whose shapes
+    are read. `options` are the caller's for `torch.compile`. Compiled code rounds weights to `bits`.
     """
 
     is_invariant = False
@@ -221,7 +221,7 @@ def _run(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make a function that runs the target over the first `size` slots of buffers, with a mask for each layer type.
 
-    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Its cache layers are `kind`s.
+    It returns the `kept` nodes' logits, then the hidden states with indices `read`. Cache layers are `kind`s.
     """
     # `None` for a layer that gets buffers at each forward. A layer that uses another layer's keys needs no buffers.
     placeholders = [
