@@ -89,7 +89,7 @@ def upload(
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Create the repository and branch if missing; return the repository's full id. Raises the same as `upload`."""
+    """Create the repository and branch if missing; return the repository's full id. Raises the errors of `upload`."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
