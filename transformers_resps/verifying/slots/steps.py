@@ -134,7 +134,7 @@ class RoundedSteps:
         return SlotForward(self._target, self._texts.pattern, [], bits=4)
 
     def logits(self, tokens: Tensor, level: int) -> Tensor:
-        """Return fp32 logits `[b, v]` after the `tokens` `[b]` at `level` (root: 0), for each level in turn."""
+        """Return fp32 logits `[b, v]` after `tokens` `[b]` at a chain's `level` (root: 0); call it level by level."""
         texts, rows = self._texts, len(tokens)
         count = apart(padded_count(texts.rows.device, 1, texts.count), texts.count)
         ids, depths, ancestors, roots = texts.nodes(DraftTree.root_only(tokens), count)
